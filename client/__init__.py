@@ -1,0 +1,1 @@
+"""What the two command-line clients share. Knows the HTTP API only."""

@@ -1,0 +1,1 @@
+"""Everything that touches MLX or runs on an engine thread. It knows nothing of HTTP."""

@@ -1,0 +1,102 @@
+"""What can go wrong in the engine and the manager, named for what happened. Nothing here knows HTTP.
+
+EngineError
+├── ModelNotFound        no such key is registered
+├── ModelExists          the key is registered with another source
+├── LoadFailed           the model could not be loaded; the cause is in the message
+├── PromptRejected       the prompt can't be given to this model; names the field
+│   └── ContextExceeded  it is longer than the context
+├── QueueFull            as many requests wait as may; try again later
+├── ModelUnloading       the model is leaving; try again later
+├── EngineStopped        the engine ended before the answer was complete
+└── SourceInvalid        a model source that can't be understood or does not exist
+ConfigInvalid            a setting has a wrong value (key, value, expectation)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class EngineError(Exception):
+    """Base of all that callers of the engine may meet."""
+
+
+class ModelNotFound(EngineError):
+    """No model is registered under this key."""
+
+    def __init__(self, model: str, known: Sequence[str]) -> None:
+        names = ", ".join(known) if known else "none"
+        super().__init__(f"Model {model!r} does not exist. Known models: {names}.")
+
+
+class ModelExists(EngineError):
+    """The key is taken by another source."""
+
+    def __init__(self, key: str, source: str, wanted: str) -> None:
+        super().__init__(
+            f"Model {key!r} is already registered with source {source!r}, not {wanted!r}. "
+            "Unload it first, or choose another key."
+        )
+
+
+class LoadFailed(EngineError):
+    """The model could not be loaded."""
+
+    def __init__(self, key: str, cause: str) -> None:
+        super().__init__(f"Model {key!r} could not be loaded: {cause}")
+
+
+class PromptRejected(EngineError):
+    """The prompt can't be given to this model. `param` names the field, as in "messages[2].role"."""
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextExceeded(PromptRejected):
+    """The prompt is longer than the model's context, counts in tokens."""
+
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens, which leaves no room to answer in this model's context of "
+            f"{context_length} tokens. Shorten the messages."
+        )
+
+
+class QueueFull(EngineError):
+    """As many requests wait for this model as may. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, waiting: int, retry_after: float = 1.0) -> None:
+        super().__init__(f"Model {key!r} has {waiting} requests waiting, its limit. Try again later.")
+        self.retry_after = retry_after
+
+
+class ModelUnloading(EngineError):
+    """The model is being unloaded. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(f"Model {key!r} is being unloaded. Try again later.")
+        self.retry_after = retry_after
+
+
+class EngineStopped(EngineError):
+    """The engine ended before the answer was complete."""
+
+    def __init__(self, key: str, cause: str) -> None:
+        super().__init__(f"The engine of model {key!r} stopped: {cause}")
+
+
+class SourceInvalid(EngineError):
+    """A model source that can't be understood or does not exist."""
+
+    def __init__(self, source: str, expected: str) -> None:
+        super().__init__(f"Model source {source!r}: {expected}")
+
+
+class ConfigInvalid(Exception):
+    """A setting has a wrong value."""
+
+    def __init__(self, key: str, value: object, expected: str) -> None:
+        super().__init__(f"{key}: {value!r} is not valid; expected {expected}.")
