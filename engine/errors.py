@@ -8,6 +8,8 @@ EngineError
 │   └── ContextExceeded  it is longer than the context
 ├── QueueFull            as many requests wait as may; try again later
 ├── ModelUnloading       the model is leaving; try again later
+├── RequestFailed        an unexpected fault met this request alone
+├── ModelBusy            the model has requests, and the caller asked not to wait for them
 ├── EngineStopped        the engine ended before the answer was complete
 └── SourceInvalid        a model source that can't be understood or does not exist
 ConfigInvalid            a setting has a wrong value (key, value, expectation)
@@ -79,6 +81,20 @@ class ModelUnloading(EngineError):
     def __init__(self, key: str, retry_after: float = 1.0) -> None:
         super().__init__(f"Model {key!r} is being unloaded. Try again later.")
         self.retry_after = retry_after
+
+
+class RequestFailed(EngineError):
+    """An unexpected fault met this request alone; the log has the details."""
+
+    def __init__(self, key: str, cause: str) -> None:
+        super().__init__(f"Model {key!r} could not process this request: {cause}")
+
+
+class ModelBusy(EngineError):
+    """The model has requests, and the caller asked not to wait for them."""
+
+    def __init__(self, key: str, requests: int) -> None:
+        super().__init__(f"Model {key!r} has {requests} requests in progress. Unload it with mode 'drain' or 'abort'.")
 
 
 class EngineStopped(EngineError):

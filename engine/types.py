@@ -92,6 +92,15 @@ Event = Accepted | Delta | Finish | Usage
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model once it is loaded. Context in tokens, weights in bytes as they are held."""
+
+    type: str
+    context_length: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sequence for the batch: the prompt's token ids and how to go on from there."""
 

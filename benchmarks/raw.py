@@ -1,0 +1,155 @@
+"""The ceiling: engines in-process, without HTTP, and the limit that the memory's bandwidth sets.
+
+Run as a process of its own (python -m benchmarks.raw), so that its memory and its BLAS library are its own.
+
+Rule 1: an engine is driven by the same closed loop as a server, and its figures are computed by the same summary.
+Rule 2: a loop is run once, shorter, before it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm import load
+
+from benchmarks.engines import Engine, MlxLmEngine, OurEngine
+from benchmarks.settings import GREEDY, SAMPLED, Sizes
+from benchmarks.stats import Record, decode_rate, summarise
+from engine.types import Row, Sampling
+
+BANDWIDTH_BYTES = 1 << 28
+BANDWIDTH_TRIES = 5
+
+
+def drive(engine: Engine, rows: Sequence[Row], clients: int) -> list[Record]:
+    """Decode all rows, `clients` at a time; the arrivals are the steps that gave each token."""
+    waiting, records = deque(rows), []
+    running: dict[int, tuple[float, Row, list[float]]] = {}
+    while waiting or running:
+        while waiting and len(running) < clients:
+            row = waiting.popleft()
+            running[row.id] = perf_counter(), row, []
+            engine.insert(row)
+        advanced, now = engine.step(), perf_counter()
+        for row_id in advanced:
+            sent, row, arrivals = running[row_id]
+            arrivals.append(now)
+            if len(arrivals) == row.max_tokens:
+                del running[row_id]
+                engine.remove(row_id)
+                records.append(Record(sent, now, tuple(arrivals), len(arrivals)))
+    return records
+
+
+def make_rows(count: int, vocab: int, sizes: Sizes, settings: Callable[[int], Sampling], max_tokens: int) -> list[Row]:
+    """Rows with distinct random prompts; settings gives each row's by its number."""
+    draw = random.Random(count)
+    prompts = [tuple(draw.choices(range(100, vocab), k=sizes.prompt_tokens)) for _ in range(count)]
+    return [Row(number, prompt, settings(number), max_tokens) for number, prompt in enumerate(prompts)]
+
+
+def distinct_sampling(number: int) -> Sampling:
+    """Settings of which no two of 32 rows have the same."""
+    return Sampling(
+        temperature=0.5 + number / 40,
+        top_p=0.8 + number % 5 / 25,
+        top_k=20 * (number % 3),
+        min_p=0.02 * (number % 2),
+        seed=number,
+    )
+
+
+def measure_engine(
+    make: Callable[[], Engine], vocab: int, sizes: Sizes, settings: Callable[[int], Sampling], clients: int, rounds: int
+) -> dict[str, float]:
+    """The figures of one engine in a closed loop, with the rate of its full decode steps."""
+    engine = make()
+    try:
+        drive(engine, make_rows(clients, vocab, sizes, settings, sizes.warmup_tokens), clients)
+        records = drive(engine, make_rows(clients * rounds, vocab, sizes, settings, sizes.max_tokens), clients)
+    finally:
+        engine.close()
+    return {**summarise(records).figures(), "decode_tokens_per_second": decode_rate(records, clients)}
+
+
+def measure_bandwidth() -> float:
+    """Bytes/s of the memory: the best of a copy, a sum and a matrix-vector product."""
+    size = 8192
+    matrix = mx.random.normal((BANDWIDTH_BYTES // 4 // size, size))
+    vector = mx.random.normal((size, 1))
+    moves: list[tuple[int, Callable[[], mx.array]]] = [
+        (2 * matrix.nbytes, lambda: matrix + 1),
+        (matrix.nbytes, lambda: matrix.sum()),
+        (matrix.nbytes, lambda: matrix @ vector),
+    ]
+    mx.eval(matrix, vector)
+    return max(moved / _shortest(act) for moved, act in moves)
+
+
+def _shortest(act: Callable[[], mx.array]) -> float:
+    times = []
+    for _ in range(BANDWIDTH_TRIES):
+        begun = perf_counter()
+        mx.eval(act())
+        times.append(perf_counter() - begun)
+    return min(times)
+
+
+def weight_bytes(model: Any, tied: bool) -> int:
+    """What a decode step reads of the weights. An embedding that is no output layer gives only a row a token."""
+    skip = () if tied else ("model.embed_tokens.",)
+    return sum(array.nbytes for name, array in tree_flatten(model.parameters()) if not name.startswith(skip))
+
+
+def measure_ceiling(directory: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
+    """All figures by name."""
+    model, _, config = load(str(directory), return_config=True)
+    vocab, peak, batch = config["vocab_size"], sizes.peak, sizes.raw_batch
+
+    def figures(
+        make: Callable[[], Engine], settings: Callable[[int], Sampling], clients: int, rounds: int = 1
+    ) -> dict[str, float]:
+        return measure_engine(make, vocab, sizes, settings, clients, rounds)
+
+    def greedy(_: int) -> Sampling:
+        return Sampling(**GREEDY)
+
+    def sampled(_: int) -> Sampling:
+        return Sampling(**SAMPLED)
+
+    results = {
+        "mlx-lm greedy": figures(lambda: MlxLmEngine(model, peak, shared=True), greedy, peak),
+        "mlx-lm one sampler": figures(lambda: MlxLmEngine(model, peak, shared=True), sampled, peak),
+        "mlx-lm sampler a row": figures(lambda: MlxLmEngine(model, peak, shared=False), sampled, peak),
+        "ours sampled": figures(lambda: OurEngine(model, peak), sampled, peak, sizes.rounds),
+        "ours greedy, full batch": figures(lambda: OurEngine(model, batch), greedy, batch),
+        "ours distinct, full batch": figures(lambda: OurEngine(model, batch), distinct_sampling, batch),
+    }
+    read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
+    bandwidth = measure_bandwidth()
+    limit = {"bytes_per_second": bandwidth, "weight_bytes": float(read), "tokens_per_second": peak * bandwidth / read}
+    return {**results, "bandwidth": limit}
+
+
+def main() -> None:
+    """Measure the ceiling for one model directory and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="MLX directory")
+    parser.add_argument("--sizes", type=json.loads, required=True, help="the fields of Sizes as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+    sizes = Sizes(**{**arguments.sizes, "concurrency": tuple(arguments.sizes["concurrency"])})
+    arguments.out.write_text(json.dumps(measure_ceiling(arguments.model, sizes)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How much is measured: counts and lengths, chosen by the kind of device.
+
+Rule 1: both servers of a run are measured with the same Sizes; they are kept with the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Mode = Literal["greedy", "sampled", "seeded"]
+
+GREEDY: Mapping[str, Any] = {"temperature": 0.0}
+SAMPLED: Mapping[str, Any] = {"temperature": 0.7, "top_p": 0.9}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Lengths in tokens, counts in requests.
+
+    concurrency: clients of the closed loops; the last is the peak, which the seeded, raw and target measures use.
+    rounds, seeded_rounds: requests a client. pair_clients: clients of the two models used at once.
+    conversations: how many two-turn conversations. stream_tokens: length of the stream beside the long prefill.
+    warmup_tokens: what each warm-up request generates. raw_batch: rows of the batch with distinct settings.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    concurrency: tuple[int, ...]
+    rounds: int
+    seeded_rounds: int
+    pair_clients: int
+    conversation_tokens: int
+    conversations: int
+    prefill_tokens: int
+    stream_tokens: int
+    warmup_tokens: int
+    raw_batch: int
+
+    @property
+    def peak(self) -> int:
+        """The highest concurrency."""
+        return self.concurrency[-1]
+
+
+CPU = Sizes(
+    prompt_tokens=64,
+    max_tokens=32,
+    concurrency=(1, 4, 16),
+    rounds=2,
+    seeded_rounds=1,
+    pair_clients=4,
+    conversation_tokens=2000,
+    conversations=2,
+    prefill_tokens=4000,
+    stream_tokens=128,
+    warmup_tokens=4,
+    raw_batch=32,
+)
+GPU = Sizes(
+    prompt_tokens=250,
+    max_tokens=128,
+    concurrency=(1, 4, 16, 32),
+    rounds=4,
+    seeded_rounds=2,
+    pair_clients=8,
+    conversation_tokens=2000,
+    conversations=5,
+    prefill_tokens=4000,
+    stream_tokens=512,
+    warmup_tokens=128,
+    raw_batch=32,
+)
+QUICK = Sizes(
+    prompt_tokens=16,
+    max_tokens=8,
+    concurrency=(1, 4),
+    rounds=2,
+    seeded_rounds=1,
+    pair_clients=2,
+    conversation_tokens=100,
+    conversations=1,
+    prefill_tokens=200,
+    stream_tokens=32,
+    warmup_tokens=2,
+    raw_batch=4,
+)

@@ -1,0 +1,131 @@
+"""ChatClient: the API of this server, and of any other that speaks OpenAI's.
+
+Rule 1: answers come as typed events (client/events.py), failures as typed errors (client/errors.py), never as JSON.
+Rule 2: a stream that ends has ended well. Anything else raises StreamBroken, whatever was already given out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from time import perf_counter
+from typing import Any, Self
+from urllib.parse import quote
+
+from client.errors import ApiError, NotSupported, StreamBroken
+from client.events import Answer, ChunkReader, Event, read_answer
+from client.models import Loaded, ModelCard, Unloaded, read_card, read_loaded, read_unloaded
+from client.transport import Transport
+from client.wire import mappings
+from protocol.sse import SSEDecoder
+
+DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
+END_OF_STREAM = "[DONE]"
+
+Message = Mapping[str, Any]
+
+
+class ChatClient:
+    """One server. Use it as an async context manager.
+
+    base_url: with or without /v1; None takes OPENAI_BASE_URL, else DEFAULT_BASE_URL. api_key: None takes
+    OPENAI_API_KEY, which may be missing. connect_timeout and read_timeout are in seconds, None waits for ever;
+    read_timeout is how long an open connection may be silent. Raises SettingInvalid.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        connect_timeout: float | None = 10.0,
+        read_timeout: float | None = 600.0,
+    ) -> None:
+        self._transport = Transport(
+            base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL,
+            api_key or os.environ.get("OPENAI_API_KEY") or "",
+            connect_timeout,
+        )
+        self._read_timeout = read_timeout
+
+    @property
+    def base_url(self) -> str:
+        """The URL that every path is appended to."""
+        return self._transport.url
+
+    async def __aenter__(self) -> Self:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._transport.__aexit__(*error)
+
+    async def stream(self, messages: Sequence[Message], model: str, **params: Any) -> AsyncGenerator[Event, None]:
+        """The events of one answer as they arrive, Finished at the end.
+
+        params are OpenAI's; those that are None are left out. Close the generator (contextlib.aclosing) to stop an
+        answer: that closes the connection, which is how the server knows. Raises ServerUnreachable, ApiError
+        (before the first event) and StreamBroken (at any point).
+        """
+        body = _chat(messages, model, {"stream_options": {"include_usage": True}, **params, "stream": True})
+        reader, decoder = ChunkReader(), SSEDecoder()
+        async with self._transport.open("POST", "/chat/completions", body, self._read_timeout) as response:
+            if response.content_type != "text/event-stream":
+                raise StreamBroken(f"the server sent {response.content_type} where text/event-stream was expected.")
+            async for received in response.content.iter_any():
+                at = perf_counter()
+                for payload in decoder.feed(received):
+                    if payload == END_OF_STREAM:
+                        yield reader.finish(at)
+                        return
+                    for event in reader.read(payload, at):
+                        yield event
+        yield reader.finish(perf_counter())
+
+    async def complete(self, messages: Sequence[Message], model: str, **params: Any) -> Answer:
+        """One whole answer. Raises as stream() does."""
+        answer = await self._json("POST", "/chat/completions", _chat(messages, model, params))
+        return read_answer(answer, perf_counter())
+
+    async def models(self) -> list[ModelCard]:
+        """Every model that the server offers, in its order."""
+        answer = await self._json("GET", "/models")
+        return [read_card(model) for model in mappings(answer.get("data")) if model.get("id")]
+
+    async def model(self, key: str) -> ModelCard:
+        """One model. Raises ApiError with status 404 when there is no such key."""
+        return read_card(await self._json("GET", f"/models/{quote(key, safe='')}"))
+
+    async def load(self, source: str, key: str | None = None, **options: Any) -> Loaded:
+        """Load a model and wait until it is ready, however long that takes. Raises NotSupported, ApiError."""
+        body = _given({"model": source, "key": key, **options})
+        return read_loaded(await self._extension("/models/load", body), key or source)
+
+    async def unload(self, key: str, mode: str = "drain", **options: Any) -> Unloaded:
+        """Unload a model: mode is drain | abort | reject, options are the server's (timeout, in seconds).
+
+        Raises NotSupported, and ApiError with status 404 when there is no such key.
+        """
+        body = _given({"key": key, "mode": mode, **options})
+        return read_unloaded(await self._extension("/models/unload", body), key)
+
+    async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return await self._transport.json(method, path, body, self._read_timeout)
+
+    async def _extension(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """An endpoint that OpenAI's API does not have. It may take long, so silence is no failure."""
+        try:
+            return await self._transport.json("POST", path, body, read_timeout=None)
+        except ApiError as error:
+            # A server that has the endpoint says which model or field it misses.
+            if error.status == 405 or (error.status == 404 and not error.param and error.code != "model_not_found"):
+                raise NotSupported(self.base_url, path, error.status) from error
+            raise
+
+
+def _chat(messages: Sequence[Message], model: str, params: dict[str, Any]) -> dict[str, Any]:
+    return _given({"model": model, "messages": list(messages), **params})
+
+
+def _given(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}

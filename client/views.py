@@ -1,0 +1,143 @@
+"""What people see. format_* makes it, print_* and AnswerPrinter write it.
+
+Rule 1: the answer goes to stdout as the model wrote it, and ends with exactly one newline.
+Rule 2: thinking, status and errors go to stderr, so that a pipe carries the answer alone.
+Rule 3: no escape sequence is written where NO_COLOR is set or where the stream is no terminal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from client.events import Content, Event, Finished, Reasoning
+from client.models import Loaded, ModelCard, Unloaded
+
+COLUMNS = ("key", "state", "type", "memory", "requests", "context", "source")
+STATE_STYLES = {"loaded": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console on stdout or stderr that keeps rule 3."""
+    return Console(stderr=stderr, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
+
+
+def format_models(cards: Sequence[ModelCard]) -> Table:
+    """A table of models, for a terminal."""
+    table = Table(*COLUMNS, box=None, header_style="bold", pad_edge=False)
+    for card in cards:
+        key, state, *rest = model_row(card)
+        table.add_row(Text(key, "bold"), Text(state, STATE_STYLES.get(state, "")), *map(Text, rest))
+    return table
+
+
+def format_model_lines(cards: Sequence[ModelCard]) -> str:
+    """One line a model with the cells of the table between tabs, for a program to read. No header."""
+    return "".join("\t".join(" ".join(cell.split()) for cell in model_row(card)) + "\n" for card in cards)
+
+
+def model_row(card: ModelCard) -> tuple[str, ...]:
+    """The cells of one model, in the order of COLUMNS. What the server does not tell is a dash."""
+    requests = "-" if card.running is None else f"{card.running} + {card.queued or 0} waiting"
+    memory = "-" if card.memory_bytes is None else decimal(card.memory_bytes)
+    context = "-" if card.context_length is None else str(card.context_length)
+    return (card.key, card.state or "-", card.type or "-", memory, requests, context, card.source or "-")
+
+
+def format_loaded(loaded: Loaded) -> str:
+    """One line that tells what is ready."""
+    return f"Loaded {loaded.key}." if loaded.seconds is None else f"Loaded {loaded.key} in {loaded.seconds:.1f} s."
+
+
+def format_unloaded(unloaded: Unloaded) -> str:
+    """One line that tells what is gone and what came back."""
+    return (
+        f"Unloaded {unloaded.key}: {unloaded.completed} requests completed, {unloaded.aborted} aborted, "
+        f"{decimal(unloaded.freed_bytes)} freed."
+    )
+
+
+def print_models(cards: Sequence[ModelCard]) -> None:
+    """The models on stdout: a table on a terminal, tab-separated lines elsewhere."""
+    stdout = console()
+    if stdout.is_terminal:
+        stdout.print(format_models(cards))
+    else:
+        _write(format_model_lines(cards))
+
+
+def print_line(text: str) -> None:
+    """A result, as one line on stdout."""
+    _write(f"{text}\n")
+
+
+def print_status(text: str, style: str = "dim") -> None:
+    """One line on stderr, whatever newlines the text holds."""
+    console(stderr=True).out(" ".join(text.split()), style=style, highlight=False)
+
+
+def print_error(error: Exception) -> None:
+    """An error as one line on stderr."""
+    print_status(f"error: {error}", style="red")
+
+
+class AnswerPrinter:
+    """Writes one answer as its events come: the content to stdout, the thinking dim to stderr."""
+
+    def __init__(self) -> None:
+        self.content = ""
+        self._stderr = console(stderr=True)
+        self._answer = Paragraph(_write)
+        self._thinking = Paragraph(partial(self._stderr.out, style="dim", end="", highlight=False))
+
+    def write(self, event: Event) -> None:
+        """Write one event at once. Tool calls are not shown."""
+        match event:
+            case Reasoning(text):
+                self._thinking.add(text)
+            case Content(text):
+                self._thinking.end()
+                self._answer.add(text)
+                self.content += text
+            case Finished("length"):
+                self.end()
+                print_status("(the answer reached its limit of tokens)")
+
+    def end(self) -> None:
+        """End the lines that are open, for an answer that stopped halfway too."""
+        self._thinking.end()
+        self._answer.end()
+
+
+class Paragraph:
+    """Text that comes in pieces and ends with exactly one newline, however many it came with."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._is_open = False
+        self._newlines = ""
+
+    def add(self, text: str) -> None:
+        """Write a piece, but for the newlines at its end: they are written when more follows."""
+        whole = self._newlines + text
+        line = whole.rstrip("\n")
+        self._newlines = whole[len(line) :]
+        if line:
+            self._is_open = True
+            self._write(line)
+
+    def end(self) -> None:
+        """Close the last line. Nothing is written for a paragraph that has no text."""
+        if self._is_open:
+            self._write("\n")
+        self._is_open, self._newlines = False, ""
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

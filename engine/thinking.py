@@ -1,0 +1,80 @@
+"""Splits a model's text into its reasoning and its answer.
+
+Rule 1: an opening tag counts only at the very start of the output, where white space may precede it; after the closing
+        tag everything is content. So an answer may speak of tags.
+Rule 2: no tag is emitted, nor the white space after the opening one and on both sides of the closing one. All other
+        text is, unchanged.
+Rule 3: any cut of the same text gives the same channels. Only what may be part of a tag, or the white space beside
+        one, is held back.
+"""
+
+from __future__ import annotations
+
+from engine.matching import overlap
+from engine.types import Channel, Delta
+
+
+class ThinkingParser:
+    """Reads one choice. `starts_inside`: the prompt has opened the reasoning already, so that only its end will come.
+
+    A model that repeats the opening tag in spite of that is understood.
+    """
+
+    def __init__(self, start_tag: str, end_tag: str, starts_inside: bool) -> None:
+        self._start_tag = start_tag
+        self._end_tag = end_tag
+        self._untagged: Channel = "reasoning" if starts_inside else "content"
+        self._channel: Channel | None = None
+        self._trims_left = False
+        self._held = ""
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the text fed last leaves the output inside the reasoning."""
+        return (self._channel or self._untagged) == "reasoning"
+
+    def feed(self, text: str) -> list[Delta]:
+        """The deltas that `text` decides, in order."""
+        self._held += text
+        deltas = []
+        if self._channel is None:
+            self._find_start()
+        if self._channel == "reasoning":
+            deltas += self._read_reasoning()
+        if self._channel == "content":
+            deltas += self._emit(len(self._held))
+        return deltas
+
+    def flush(self) -> list[Delta]:
+        """What is held back, now that no more text comes: it was no tag."""
+        self._channel = self._channel or self._untagged
+        return self._emit(len(self._held))
+
+    def _find_start(self) -> None:
+        text = self._held.lstrip()
+        if text.startswith(self._start_tag):
+            self._enter("reasoning", text[len(self._start_tag) :])
+        elif not self._start_tag.startswith(text):
+            self._enter(self._untagged, self._held)
+            self._trims_left = self.is_thinking
+
+    def _read_reasoning(self) -> list[Delta]:
+        reasoning, tag, rest = self._held.partition(self._end_tag)
+        if not tag:
+            return self._emit(len(reasoning[: len(reasoning) - overlap(reasoning, self._end_tag)].rstrip()))
+        deltas = self._emit(len(reasoning.rstrip()))
+        self._enter("content", rest)
+        return deltas
+
+    def _enter(self, channel: Channel, text: str) -> None:
+        self._channel = channel
+        self._held = text
+        self._trims_left = True
+
+    def _emit(self, length: int) -> list[Delta]:
+        """Send the first `length` characters that are held, less the white space beside a tag."""
+        text, self._held = self._held[:length], self._held[length:]
+        if self._trims_left:
+            text = text.lstrip()
+            self._trims_left = not text
+        return [Delta(text, self._channel or self._untagged)] if text else []

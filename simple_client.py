@@ -1,0 +1,149 @@
+"""Ask a local model, or any OpenAI-compatible server, from the command line: one prompt, one answer, an exit status.
+
+Rule 1: the answer alone goes to stdout; thinking, status and errors go to stderr.
+Rule 2: run() does the work and raises; main() catches and returns the exit status.
+Rule 3: a conversation remembers what was shown. An answer that was stopped stays as far as it came; one that was
+        stopped before its first word, or failed, is forgotten together with its question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+from client import views
+from client.api import DEFAULT_BASE_URL, ChatClient, Message
+from client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
+from client.errors import ClientError, SettingInvalid
+from client.prompts import read_prompt, typed_lines
+
+Result = TypeVar("Result")
+
+DESCRIPTION = """Ask a model one question, or chat with it line by line.
+
+The prompt is the argument, or what is piped in; given both, the pipe's text follows the argument after a blank line.
+With neither, every line is a turn of one conversation: Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+
+
+def parse_arguments() -> Namespace:
+    """The command line. Wrong usage is told on stderr and exits with status 2."""
+    parser = ArgumentParser(
+        description=DESCRIPTION, epilog=EXIT_STATUSES, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to ask")
+    parser.add_argument("--model", metavar="KEY", help="the model to ask (default: the first that is loaded)")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it is made, as conversations do")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop an answer after so many tokens")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    act = parser.add_mutually_exclusive_group()
+    act.add_argument("--list", action="store_true", help="list the models")
+    act.add_argument("--load", metavar="SOURCE", help="load a model: a Hugging Face id, or a path on the server")
+    act.add_argument("--unload", metavar="KEY", help="unload a model when its requests are done")
+    parser.add_argument("--key", help="the key that --load gives to the model")
+    parser.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
+    parser.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
+    arguments = parser.parse_args()
+    if arguments.key is not None and arguments.load is None:
+        parser.error("--key belongs to --load")
+    if arguments.prompt is not None and (arguments.list or arguments.load is not None or arguments.unload is not None):
+        parser.error("a PROMPT can't be given with --list, --load or --unload")
+    return arguments
+
+
+def run(arguments: Namespace) -> None:
+    """Do what the command line says. Raises ClientError, KeyboardInterrupt, and OSError of stdin and stdout."""
+    if arguments.list:
+        return views.print_models(call(arguments, ChatClient.models))
+    if arguments.load is not None:
+        loaded = call(arguments, lambda client: client.load(arguments.load, arguments.key))
+        return views.print_line(views.format_loaded(loaded))
+    if arguments.unload is not None:
+        unloaded = call(arguments, lambda client: client.unload(arguments.unload))
+        return views.print_line(views.format_unloaded(unloaded))
+    prompt = read_prompt(arguments.prompt)
+    arguments.model = arguments.model or call(arguments, choose_model)
+    messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if prompt is None:
+        return converse(arguments, messages)
+    return ask(arguments, [*messages, {"role": "user", "content": prompt}], views.AnswerPrinter())
+
+
+async def choose_model(client: ChatClient) -> str:
+    """The first model that is loaded, or the only one. A server that tells no states has loaded all of its models."""
+    cards = await client.models()
+    keys = [card.key for card in cards]
+    loaded = [card.key for card in cards if card.state in ("loaded", None)]
+    if not loaded and len(keys) != 1:
+        raise SettingInvalid("--model", "", f"a key, as no model is loaded; known: {', '.join(keys) or 'none'}")
+    model = (loaded or keys)[0]
+    views.print_status(f"model: {model}")
+    return model
+
+
+def converse(arguments: Namespace, opening: list[Message]) -> None:
+    """Turn after turn until Ctrl-D. An error ends it before the first answer; after that it is told."""
+    arguments.stream, messages = True, opening
+    for line in typed_lines():
+        question, printer = {"role": "user", "content": line}, views.AnswerPrinter()
+        try:
+            ask(arguments, [*messages, question], printer)
+        except KeyboardInterrupt:
+            views.print_status("(stopped)")
+        except ClientError as error:
+            if messages is opening:
+                raise
+            views.print_error(error)
+            continue
+        if printer.content:
+            messages = [*messages, question, {"role": "assistant", "content": printer.content}]
+
+
+def ask(arguments: Namespace, messages: list[Message], printer: views.AnswerPrinter) -> None:
+    """Print one answer. An event loop of its own lets Ctrl-C end this answer and nothing else."""
+    params = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+
+    async def print_answer(client: ChatClient) -> None:
+        if not arguments.stream:
+            for event in (await client.complete(messages, arguments.model, **params)).events:
+                printer.write(event)
+            return
+        async with aclosing(client.stream(messages, arguments.model, **params)) as events:
+            async for event in events:
+                printer.write(event)
+
+    try:
+        call(arguments, print_answer)
+    finally:
+        printer.end()
+
+
+def call(arguments: Namespace, act: Callable[[ChatClient], Awaitable[Result]]) -> Result:
+    """What `act` returns for a client of the server."""
+
+    async def act_once() -> Result:
+        async with ChatClient(arguments.base_url, arguments.api_key) as client:
+            return await act(client)
+
+    return asyncio.run(act_once())
+
+
+def main() -> int:
+    """The command, from its arguments to its exit status."""
+    arguments = parse_arguments()
+    accept_any_text()
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ClientError, OSError) as error:
+        return conclude(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The load generator and what is computed from its records. Nothing here is about speed."""
+
+import asyncio
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from benchmarks.load import Job, LoadGenerator
+from benchmarks.report import render
+from benchmarks.stats import Record, decode_rate, percentile, summarise
+from benchmarks.vocabulary import END, Prompts, write_endless_tokenizer
+from benchmarks.wire import Segment, read_reply
+
+EVENTS = [b'data: {"a": 1}\n\n', b": a comment\n\n", b'data: {"text": "\xc3\xa9"}\n\n', b"data: [DONE]\n\n"]
+PLAIN = b"HTTP/1.0 200 OK\r\nContent-type: text/event-stream\r\n\r\n" + b"".join(EVENTS)
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in EVENTS)
+    + b"0\r\n\r\n"
+)
+
+
+def cut(raw, places):
+    """The pieces between the places, the nth with arrival time n."""
+    edges = [0, *sorted(places), len(raw)]
+    return [Segment(float(n), raw[a:b]) for n, (a, b) in enumerate(itertools.pairwise(edges))]
+
+
+@pytest.mark.parametrize("raw", [PLAIN, CHUNKED], ids=["plain", "chunked"])
+@given(fractions=st.lists(st.floats(0, 1), max_size=8))
+def test_every_cut_gives_the_same_events_and_each_comes_with_its_last_byte(raw, fractions):
+    segments = cut(raw, [int(f * len(raw)) for f in fractions])
+    reply = read_reply(segments)
+    assert reply.status == 200
+    assert [event.data for event in reply.events] == [b'{"a": 1}', b'{"text": "\xc3\xa9"}', b"[DONE]"]
+    for event in reply.events:
+        received = b"".join(segment.data for segment in segments if segment.at <= event.at)
+        before = b"".join(segment.data for segment in segments if segment.at < event.at)
+        assert event.data + b"\n\n" in received
+        assert event.data + b"\n\n" not in before
+
+
+@given(length=st.integers(0, len(CHUNKED) - 1))
+def test_a_response_cut_short_gives_what_came_or_says_that_its_head_is_missing(length):
+    segments = [Segment(0.0, CHUNKED[:length])]
+    if length < CHUNKED.index(b"\r\n\r\n") + 4:
+        with pytest.raises(ValueError, match="expected a whole response head"):
+            read_reply(segments)
+    else:
+        assert len(read_reply(segments).events) <= 3
+
+
+def chunk(text):
+    return b"data: " + json.dumps({"choices": [{"delta": {"content": text}}]}).encode() + b"\n\n"
+
+
+USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 5, "prompt_tokens": 7}}\n\ndata: [DONE]\n\n'
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+ANSWERS = {
+    "fine": HEAD + chunk("") + chunk("one") + chunk("two") + USAGE,
+    "refused": b'HTTP/1.1 429 Too Many Requests\r\n\r\n{"error": "full"}',
+    "broken": HEAD + chunk("one"),
+    "silent": b"",
+    "garbled": HEAD + b"data: {nonsense\n\n",
+}
+
+
+async def load(model, requests, clients):
+    """Records of a load against a real socket server that answers by the model's name; and the most clients at once."""
+    running, most = 0, 0
+
+    async def answer(reader, writer):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        writer.write(ANSWERS[json.loads(await reader.readexactly(length))["model"]])
+        await writer.drain()
+        running -= 1
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        generator = LoadGenerator(server.sockets[0].getsockname()[1])
+        jobs = [Job(model, [{"role": "user", "content": "hi"}], 5) for _ in range(requests)]
+        return await generator.run(jobs, clients), most
+
+
+def test_a_load_records_text_tokens_and_times_of_each_request():
+    records, most = asyncio.run(load("fine", 6, 3))
+    assert len(records) == 6
+    assert most <= 3
+    for record in records:
+        assert (record.text, record.tokens, record.prompt_tokens, record.error) == ("onetwo", 5, 7, None)
+        assert len(record.arrivals) == 2
+        assert record.sent <= record.arrivals[0] <= record.ended
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        ("refused", "status 429"),
+        ("broken", "broke off"),
+        ("silent", "whole response head"),
+        ("garbled", "property name"),
+    ],
+)
+def test_a_request_that_fails_is_a_record_with_its_error(model, error):
+    records, _ = asyncio.run(load(model, 1, 1))
+    assert error in records[0].error
+
+
+def test_a_server_that_is_not_there_is_a_record_too():
+    record = asyncio.run(LoadGenerator(1).send(Job("m", [], 1)))
+    assert "connecting" in record.error
+
+
+def test_the_summary_counts_tokens_while_all_clients_run():
+    """Two clients: the first request of three ends at 2, the last at 6; from 4 on only one runs."""
+    records = [
+        Record(0.0, 2.0, (1.0, 2.0), 2),
+        Record(0.0, 4.0, (1.0, 4.0), 2),
+        Record(2.0, 6.0, (3.0, 4.0, 5.0, 6.0), 4),
+        Record(2.0, 3.0, (), 0, error="status 500"),
+    ]
+    summary = summarise(records)
+    assert summary.tokens_per_second == pytest.approx(6 / 4)
+    assert summary.overall_tokens_per_second == pytest.approx(8 / 6)
+    assert (summary.requests, summary.errors, summary.ttft_p50) == (4, 1, 1.0)
+
+
+def test_a_load_without_any_success_says_why():
+    with pytest.raises(ValueError, match="status 500"):
+        summarise([Record(0.0, 1.0, (), 0, error="status 500")])
+
+
+def test_percentiles_lie_between_neighbours():
+    assert [percentile([3.0, 1.0, 2.0], p) for p in (0, 50, 75, 100)] == [1.0, 2.0, 2.5, 3.0]
+    assert percentile([], 50) != percentile([], 50)
+
+
+def test_the_decode_rate_looks_at_full_steps_only():
+    """Steps at 1, 2 and 3 have both rows, that at 9 only one."""
+    records = [Record(0.0, 3.0, (1.0, 2.0, 3.0), 3), Record(0.0, 9.0, (1.0, 2.0, 3.0, 9.0), 4)]
+    assert decode_rate(records, 2) == 2.0
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A small trained tokenizer made endless, for a model of 600 ids."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(["time and time again"], trainers.BpeTrainer(initial_alphabet=alphabet))
+    trained.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "time"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    target = tmp_path / "endless"
+    target.mkdir()
+    write_endless_tokenizer(tmp_path, target, 600)
+    return target
+
+
+def test_an_endless_tokenizer_has_a_text_for_every_id_and_its_end_beyond_them(endless):
+    tokenizer = Tokenizer.from_file(str(endless / "tokenizer.json"))
+    assert tokenizer.token_to_id(END) == 600
+    assert all(tokenizer.id_to_token(number) for number in range(600))
+    assert json.loads((endless / "tokenizer_config.json").read_text())["eos_token"] == END
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(endless, tmp_path):
+    with pytest.raises(ValueError, match="601 tokens, expected at most the model's 300"):
+        write_endless_tokenizer(endless, tmp_path, 300)
+
+
+def test_prompts_have_the_length_asked_for_differ_and_repeat_by_seed(endless):
+    first, again = Prompts(endless), Prompts(endless)
+    texts = [first.make(40) for _ in range(3)]
+    assert texts == [again.make(40) for _ in range(3)]
+    assert len(set(texts)) == 3
+    encode = Tokenizer.from_file(str(endless / "tokenizer.json")).encode
+    assert all(len(encode(text, add_special_tokens=False).ids) == 40 for text in texts)
+
+
+def test_the_table_shows_ratios_against_their_targets_and_leaves_out_what_was_not_measured():
+    rates = {"ours": {"sampled c=16": {"tokens_per_second": 60.0}}, "mlx_lm.server": {}}
+    rates["mlx_lm.server"] = {"sampled c=16": {"tokens_per_second": 40.0}}
+    settings = {"sizes": {"concurrency": [1, 16], "raw_batch": 32}}
+    table = render({"machine": {"gpu": False}, "settings": settings, "results": rates})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert ["sampled c=16, tokens/s", "60.0", "40.0", "1.50", "≥ 1.3", "yes"] in cells
+    assert not any("two models" in row[0] for row in cells)
