@@ -136,6 +136,7 @@ class ChatAnswer:
         self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, unless the client leaves first."""
         answer = asyncio.create_task(self._answer(scope, receive, send))
         departure = asyncio.create_task(wait_for_departure(receive))
         try:
@@ -380,7 +381,8 @@ def greeting(url: str, manager: ModelManager) -> str:
     example = next((i.spec.key for i in manager.instances if i.status == "loaded"), keys[0] if keys else "KEY")
     body = f'{{"model":"{example}","messages":[{{"role":"user","content":"What is the capital of France?"}}]}}'
     models = "\n".join(f"  {i.spec.key:<16} {i.status:<9} {i.spec.source}" for i in manager.instances)
-    return f"\nServing on {url}\n\nModels:\n{models or '  none'}\n\nTry:\n  curl -s {url}/v1/chat/completions -d '{body}'\n"
+    curl = f"curl -s {url}/v1/chat/completions -d '{body}'"
+    return f"\nServing on {url}\n\nModels:\n{models or '  none'}\n\nTry:\n  {curl}\n"
 
 
 async def serve(settings: Settings, listener: socket.socket) -> None:

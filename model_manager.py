@@ -140,8 +140,8 @@ class ModelInstance:
             generation.on_done = self._exit
         return generation
 
-    async def unload(self, mode: UnloadMode, timeout: float | None = None) -> UnloadReport:
-        """Unload the model. drain: after its last request (at most `timeout` seconds, then the rest is aborted);
+    async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
+        """Unload the model. drain: after its last request (at most `patience` seconds, then the rest is aborted);
         abort: now; reject: only if it has no request.
 
         Raises:
@@ -149,7 +149,7 @@ class ModelInstance:
         """
         if mode == "reject" and self.requests:
             raise ModelBusy(self.spec.key, self.requests)
-        return await asyncio.shield(asyncio.create_task(self._unload(mode, timeout)))
+        return await asyncio.shield(asyncio.create_task(self._unload(mode, patience)))
 
     def _become(self, state: ModelState) -> None:
         if state not in TRANSITIONS[self.state]:
@@ -184,25 +184,25 @@ class ModelInstance:
             self.load_seconds = time.monotonic() - started
             self._become(ModelState.READY)
 
-    async def _unload(self, mode: UnloadMode, timeout: float | None) -> UnloadReport:
+    async def _unload(self, mode: UnloadMode, patience: float | None) -> UnloadReport:
         async with self._lock:
             if self.state is not ModelState.READY:
                 return UnloadReport(0, 0, 0, 0.0)
             started, at_start = time.monotonic(), self.requests
             self._become(ModelState.DRAINING)
             if mode == "drain":
-                await self._wait_until_idle(timeout)
+                await self._wait_until_idle(patience)
             aborted = self.requests
             before = self._measure_memory()
             await self._stop_engine()
             freed = max(0, before - self._measure_memory())
             return UnloadReport(at_start - aborted, aborted, freed, time.monotonic() - started)
 
-    async def _wait_until_idle(self, timeout: float | None) -> None:
+    async def _wait_until_idle(self, patience: float | None) -> None:
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            await asyncio.wait_for(self._idle.wait(), patience)
         except TimeoutError:
-            log.warning("%s: %d requests outlast the drain of %s s", self.spec.key, self.requests, timeout)
+            log.warning("%s: %d requests outlast the drain of %s s", self.spec.key, self.requests, patience)
 
     async def _stop_engine(self) -> None:
         if self._engine:
@@ -293,6 +293,6 @@ class ModelManager:
             else:
                 log.info("%s: loaded in %.1f s", instance.spec.key, instance.load_seconds)
 
-    async def close(self, timeout: float) -> None:
-        """Let running requests finish for `timeout` seconds, then end every engine."""
-        await asyncio.gather(*(instance.unload("drain", timeout) for instance in self.instances))
+    async def close(self, patience: float) -> None:
+        """Let running requests finish for `patience` seconds, then end every engine."""
+        await asyncio.gather(*(instance.unload("drain", patience) for instance in self.instances))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -113,7 +113,8 @@ class Batcher:
         if is_launched:
             self._launch(inputs)
         published = []
-        for row, token in zip(self._rows, inputs.tolist(), strict=True):
+        tokens = cast(list[int], inputs.tolist())
+        for row, token in zip(self._rows, tokens, strict=True):
             if is_launched:
                 row.tokens.append(token)
             if not row.is_fresh:
@@ -155,7 +156,7 @@ class Batcher:
         """Start the step that feeds these tokens, one a row; the tokens it samples are the next inputs."""
         logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
         self._inputs = self._sampler(logits)
-        mx.async_eval(self._inputs)
+        mx.async_eval(self._inputs)  # type: ignore[no-untyped-call]
         for row in self._rows:
             row.launched += 1
 

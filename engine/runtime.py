@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Builder:
 
     def __init__(self, stall_target: float) -> None:
         self._stall_target = stall_target
-        self._batches: dict[str, Batcher] = {}
+        self._batches: list[weakref.ref[Batcher]] = []  # weak: an unloaded model's memory must go
 
     def build(self, spec: ModelSpec) -> ModelRuntime:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed."""
@@ -72,12 +73,12 @@ class Builder:
         model_type = spec.type or find_type(loaded.tokenizer)
         prompts = FORMATS[model_type](loaded.tokenizer, loaded.config)
         warm_up(batch)
-        self._batches[spec.key] = batch
+        self._batches = [*(known for known in self._batches if known()), weakref.ref(batch)]
         facts = ModelFacts(model_type, loaded.context_length, loaded.weight_bytes)
         return ModelRuntime(batch, loaded, prompts, facts)
 
     def _is_anybody_streaming(self) -> bool:
-        return any(batch.is_streaming() for batch in list(self._batches.values()))
+        return any(batch.is_streaming() for known in self._batches if (batch := known()))
 
 
 def warm_up(batch: Batcher) -> None:

@@ -44,7 +44,7 @@ def _is_filtered(sampling: Sampling) -> bool:
 
 
 def _column(values: Sequence[float]) -> mx.array:
-    return mx.array(values, dtype=mx.float32)[:, None]
+    return mx.array(list(values), dtype=mx.float32)[:, None]
 
 
 class BatchSampler:
@@ -70,7 +70,7 @@ class BatchSampler:
     def filter(self, keep: Sequence[int]) -> None:
         """Keep only the rows at these indices, in this order."""
         self._rows = [self._rows[index] for index in keep]
-        kept = mx.array(keep, dtype=mx.uint32)
+        kept = mx.array(list(keep), dtype=mx.uint32)
         self._keys = self._keys[kept]
         penalized = any(map(_is_penalized, self._rows))
         self._generated = self._generated[kept] if penalized and self._generated is not None else None

@@ -37,8 +37,13 @@ class Output(Protocol):
 class Runtime(Protocol):
     """A loaded model as the thread uses it (engine/runtime.py)."""
 
-    batch: Batch
-    facts: ModelFacts
+    @property
+    def batch(self) -> Batch:
+        """Where its rows are decoded."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is known of it."""
 
     def prepare(self, request: GenerationRequest) -> tuple[tuple[int, ...], int, Output]:
         """Prompt tokens, most tokens to generate, and the output stream. Raises PromptRejected."""

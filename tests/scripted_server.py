@@ -80,6 +80,7 @@ STREAMS = {
     "cutter": [*words("The cap"), CUT],
     "early-leaver": words("The cap"),
     "brief": [*words("Yes"), chunk({}, "stop")],
+    "smiler": [*words("é ", "🙂"), *END],
     "hanger": [*words("For"), HANG],
     "ponderer": [*words("Hm", field="reasoning_content"), HANG],
 }

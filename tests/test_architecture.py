@@ -1,4 +1,4 @@
-"""Imports point one way: clients -> client -> protocol; mlx_api_server -> model_manager -> engine; server -> protocol."""
+"""Imports point one way: clients -> client -> protocol; mlx_api_server -> model_manager -> engine, and protocol."""
 
 import ast
 from pathlib import Path

@@ -287,18 +287,13 @@ def test_a_key_that_cannot_be_a_header_is_refused_without_being_shown():
     assert "sec" not in str(caught.value)
 
 
+WIRE_NAMES = (
+    *("choices", "delta", "message", "content", "reasoning", "tool_calls", "function", "index", "finish_reason"),
+    *("usage", "completion_tokens_details", "error", "id", "status", "memory_bytes"),
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["choices", "delta", "message", "content", "reasoning", "tool_calls", "function", "index", "usage", "error", "finish_reason", "completion_tokens_details", "id", "status", "memory_bytes"]
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WIRE_NAMES), inner, max_size=4),
     max_leaves=12,
 )
 

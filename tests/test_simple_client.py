@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -66,8 +66,13 @@ class Terminal:
     def type(self, text):
         os.write(self._end, text.encode())
 
-    def interrupt(self):
-        self.process.send_signal(signal.SIGINT)
+    def interrupt(self, until):
+        """Press Ctrl-C until it is heard: readline is deaf to it between showing its prompt and waiting for a key."""
+        for _ in range(15):
+            self.process.send_signal(signal.SIGINT)
+            with suppress(AssertionError):
+                return self.expect(until, within=2)
+        raise AssertionError(f"Ctrl-C did not lead to {until!r}: {self.shown!r}")
 
     def exit_status(self):
         return self.process.wait(30)
@@ -239,10 +244,10 @@ def test_a_reader_that_leaves_ends_it_quietly(server):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_text_that_stdout_cannot_encode_is_no_failure(server):
-    messages = '[{"role": "user", "content": "\\u00e9"}]'
-    status, out, _ = ran(server.url, "--model", "echo", "é", PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0")
-    assert (status, json.loads(out) if status == 0 else out) == (1, "") or out == f"{messages}\n"
+def test_text_that_stdout_cannot_encode_becomes_question_marks(server):
+    how = ["--model", "smiler", "--stream", "Hi"]
+    assert ran(server.url, *how) == (0, "é 🙂\n", "")
+    assert ran(server.url, *how, PYTHONIOENCODING="ascii") == (0, "? ?\n", "")
 
 
 def test_ctrl_c_stops_a_streamed_answer_with_exit_status_130(server):
@@ -279,15 +284,13 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(server, model, kept
         shown.expect("> ")
         shown.type("one\n")
         shown.expect("For" if kept else "Hm")
-        shown.interrupt()
-        shown.expect("(stopped)")
+        shown.interrupt(until="(stopped)")
         shown.expect("> ")
         shown.type("two\n")
         shown.expect("For" if kept else "Hm")
-        shown.interrupt()
+        shown.interrupt(until="(stopped)")
         shown.expect("> ")
-        shown.interrupt()
-        shown.expect("> ")
+        shown.interrupt(until="> ")
         shown.type("\x04")
         assert shown.exit_status() == 0
     answered = [*kept, {"role": "assistant", "content": "For"}] if kept else []

@@ -27,7 +27,19 @@ def drawn(renderable):
 def test_the_table_of_models_shows_what_is_known_and_a_dash_for_the_rest():
     header, *rows = [line.split() for line in drawn(views.format_models(CARDS)).splitlines()]
     assert header == ["key", "state", "type", "memory", "requests", "context", "source"]
-    assert rows[0] == ["smollm2", "loaded", "instruction", "540.0", "MB", "1", "+", "2", "waiting", "8192", "embedded:smollm2"]
+    assert rows[0] == [
+        "smollm2",
+        "loaded",
+        "instruction",
+        "540.0",
+        "MB",
+        "1",
+        "+",
+        "2",
+        "waiting",
+        "8192",
+        "embedded:smollm2",
+    ]
     assert rows[1] == ["[bold]qwq", "unloaded", "thinking", "-", "-", "-", "org/QwQ"]
     assert rows[2] == ["gpt", "-", "-", "-", "-", "-", "-"]
 
