@@ -2,8 +2,8 @@
 
 Rule 1: a directory appears complete or not at all, and is made once.
 Rule 2: all of them have an endless tokenizer (vocabulary.py).
-Rule 3: random logits are spread about as widely as a trained model's, so that top-p keeps a few tokens and not most
-        of the vocabulary: a sampler then does the work that it does for real models.
+Rule 3: random logits are spread about as widely as a trained model's, so that top_p 0.9 keeps one to some hundred
+        tokens, as with SmolLM2, and not most of the vocabulary: a sampler then does the work of real use.
 """
 
 from __future__ import annotations

@@ -55,18 +55,19 @@ def choose_sizes(arguments: argparse.Namespace, gpu: bool) -> Sizes:
     return replace(sizes, **given)
 
 
-def measure_server(name: str, pair: tuple[Path, Path], sizes: Sizes, only: Sequence[str] | None) -> dict[str, Figures]:
-    """All chosen scenarios on one server."""
-    every = scenarios(sizes)
-    chosen = {key: scenario for key, scenario in every.items() if only is None or key in only}
+def measure_server(
+    name: str, pair: tuple[Path, Path], sizes: Sizes, only: Sequence[str] | None, results: dict[str, Figures]
+) -> None:
+    """All chosen scenarios on one server, put into results as they come."""
+    chosen = {key: scenario for key, scenario in scenarios(sizes).items() if only is None or key in only}
     if not chosen:
-        return {}
+        return
     with running(name, pair) as server:
         _tell(f"{name} is up")
         bench = Bench(LoadGenerator(server.port), server.models, Prompts(pair[0]), sizes)
-        results = asyncio.run(measure(bench, chosen, lambda line: _tell(f"  {line}")))
-        memory = server.peak_memory()
-    return {**results, "process": {"peak_memory": float(memory)}} if memory else results
+        asyncio.run(measure(bench, chosen, results, lambda line: _tell(f"  {line}")))
+        if memory := server.peak_memory():
+            results["process"] = {"peak_memory": memory}
 
 
 def measure_raw(directory: Path, sizes: Sizes) -> dict[str, Figures]:
@@ -93,7 +94,8 @@ def run(arguments: argparse.Namespace, sizes: Sizes, content: dict[str, Any]) ->
     """Measure, putting results into content as they come."""
     pair = prepare_pair(arguments.shape, arguments.dtype, arguments.work.resolve(), arguments.tokenizer)
     for server in arguments.server or (MLX_LM, OURS):
-        content["results"][server] = measure_server(server, pair, sizes, arguments.only)
+        content["results"][server] = {}
+        measure_server(server, pair, sizes, arguments.only, content["results"][server])
     if arguments.only is None or RAW in arguments.only:
         content["results"][RAW] = measure_raw(pair[0], sizes)
         _tell("raw engines measured")

@@ -154,11 +154,16 @@ def scenarios(sizes: Sizes) -> dict[str, Scenario]:
     }
 
 
-async def measure(bench: Bench, chosen: Mapping[str, Scenario], tell: Callable[[str], None]) -> dict[str, Figures]:
-    """Run the chosen scenarios; `tell` gets a line about each."""
-    results: dict[str, Figures] = {}
+async def measure(
+    bench: Bench, chosen: Mapping[str, Scenario], results: dict[str, Figures], tell: Callable[[str], None]
+) -> None:
+    """Run the chosen scenarios and put their figures into results; one that fails is left out. `tell` gets a line."""
     for name, scenario in chosen.items():
         begun = perf_counter()
-        results[name] = await scenario(bench)
-        tell(f"{name}: {perf_counter() - begun:.0f} s")
-    return results
+        try:
+            results[name] = await scenario(bench)
+        except (RuntimeError, ValueError) as error:
+            tell(f"{name} failed: {error}")
+            continue
+        errors = results[name].get("errors", 0)
+        tell(f"{name}: {perf_counter() - begun:.0f} s" + (f", {errors:.0f} requests failed" if errors else ""))

@@ -45,7 +45,7 @@ def format_model_lines(cards: Sequence[ModelCard]) -> str:
 def model_row(card: ModelCard) -> tuple[str, ...]:
     """The cells of one model, in the order of COLUMNS. What the server does not tell is a dash."""
     requests = "-" if card.running is None else f"{card.running} + {card.queued or 0} waiting"
-    memory = "-" if card.memory_bytes is None else decimal(card.memory_bytes)
+    memory = decimal(card.memory_bytes) if card.memory_bytes else "-"
     context = "-" if card.context_length is None else str(card.context_length)
     return (card.key, card.state or "-", card.type or "-", memory, requests, context, card.source or "-")
 

@@ -47,7 +47,7 @@ def _byte_reporter(progress: Callable[[str, int, int], None]) -> type[Any]:
 
     class ByteReporter(tqdm):  # type: ignore[misc,type-arg]
         def __init__(self, *args: Any, **options: Any) -> None:
-            with open(os.devnull, "w") as nowhere:
+            with Path(os.devnull).open("w") as nowhere:
                 super().__init__(*args, **{**options, "file": nowhere, "leave": False})
 
         def display(self, *args: Any, **options: Any) -> None:

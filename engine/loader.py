@@ -102,7 +102,7 @@ def _prepared(model: nn.Module) -> nn.Module:
     if device.is_cpu():  # float16 and quantized layers are some thirty times slower there
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
-    fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _fuses_exactly(layer)]
+    fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
     if fused:
         model.update_modules(tree_unflatten(fused))
     model.eval()
@@ -110,7 +110,7 @@ def _prepared(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fuses_exactly(layer: nn.Module) -> bool:
+def _is_fusable(layer: nn.Module) -> bool:
     """Whether the adapter can go into the layer's weight. A quantized weight would lose it to rounding."""
     if not hasattr(layer, "fuse"):
         return False

@@ -33,14 +33,20 @@ def admit(prompt: ChatPrompt, *, has_tools: bool) -> list[Message]:
             raise PromptRejected(
                 f"messages[{index}].role is {role!r}; expected one of {', '.join(ROLES)}.", f"messages[{index}].role"
             )
-        if content is not None and not isinstance(content, str):
-            raise PromptRejected(
-                f"messages[{index}].content is a {type(content).__name__}; expected text.", f"messages[{index}].content"
-            )
+        _check_text(content, f"messages[{index}].content")
         if not has_tools and (role == "tool" or message.get("tool_calls")):
             param = f"messages[{index}].{'role' if role == 'tool' else 'tool_calls'}"
             raise PromptRejected(f"{param}: the chat template of this model has no place for tools.", param)
     return [{**message, "content": message.get("content") or ""} for message in prompt.messages]
+
+
+def _check_text(content: object, param: str) -> None:
+    if content is not None and not isinstance(content, str):
+        raise PromptRejected(f"{param} is a {type(content).__name__}; expected text.", param)
+    try:
+        (content or "").encode()
+    except UnicodeEncodeError as error:
+        raise PromptRejected(f"{param} has a lone surrogate at {error.start}; expected Unicode text.", param) from None
 
 
 def name_developer_system(messages: Sequence[Message]) -> list[Message]:
@@ -62,9 +68,11 @@ def alternate(messages: Sequence[Message], *, has_system: bool) -> list[Message]
         if turns and _is_joined(turns[-1], message):
             turns[-1] = _join(turns[-1], message)
         else:
-            _check_order(turns, message["role"], index)
+            if message["role"] not in (expected := _followers(turns)):
+                raise _misplaced(message["role"], index, expected)
             turns.append(message)
-    _check_order(turns, "assistant", len(messages) - 1, of_answer=True)
+    if "assistant" not in _followers(turns):
+        raise _misplaced(turns[-1]["role"], len(messages) - 1, ("user", "tool"))
     return turns if has_system else _fold_system(turns)
 
 
@@ -77,17 +85,12 @@ def _join(last: Message, message: Message) -> Message:
     return {**last, **message, "content": "\n\n".join(text for text in texts if text)}
 
 
-def _check_order(turns: Sequence[Message], role: str, index: int, *, of_answer: bool = False) -> None:
-    expected = _followers(turns)
-    if role in expected:
-        return
-    place = "The last message" if of_answer else f"messages[{index}]"
-    found = turns[-1]["role"] if of_answer else role
-    wanted = "user or tool" if of_answer else " or ".join(expected)
-    raise PromptRejected(
-        f"{place} has the role {found!r} where {wanted} is expected: "
-        "user and assistant take turns, the user begins and the assistant answers last.",
-        f"messages[{index}].role",
+def _misplaced(role: str, index: int, expected: Sequence[str]) -> PromptRejected:
+    param = f"messages[{index}].role"
+    return PromptRejected(
+        f"{param} is {role!r}; expected {' or '.join(expected)}: "
+        "user and assistant take turns, the user begins, and the last message is the one to answer.",
+        param,
     )
 
 

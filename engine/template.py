@@ -23,7 +23,7 @@ from engine.types import ChatPrompt
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-RENDERING_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+RENDERING_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 

@@ -5,19 +5,22 @@ import shutil
 import threading
 from pathlib import Path
 
+import engine  # noqa: F401  (before mlx.core: engine/blas.py)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model, quantize_model, save_model
 
 from engine import device, sources
 from engine.config import ModelSpec
 from engine.errors import LoadFailed
 from engine.loader import context_length, generation_defaults, load
 from tests.tiny_gguf import CONTEXT, write_tiny_gguf
-
-import mlx.core as mx  # isort: skip  (after engine, which preloads OpenBLAS)
-import mlx.nn as nn  # isort: skip
-from mlx.utils import tree_flatten  # isort: skip
-from mlx_lm.tuner.utils import linear_to_lora_layers  # isort: skip
-from mlx_lm.utils import load_model, quantize_model, save_model  # isort: skip
 
 THINK_ADAPTER = str(Path(__file__).parent.parent / "adapters" / "smollm2-think")
 LORA = {"rank": 2, "dropout": 0.0, "scale": 20.0}
@@ -225,8 +228,6 @@ def test_a_source_that_does_not_exist_fails_with_its_own_words():
 
 
 def greedy(loaded, question, limit=120):
-    from mlx_lm.generate import generate_step
-
     messages = [{"role": "user", "content": question}]
     prompt = mx.array(loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     tokens = []

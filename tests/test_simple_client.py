@@ -1,5 +1,7 @@
 """simple_client.py as a person runs it: a process, its streams, its terminal, its exit status."""
 
+import codecs
+import io
 import json
 import os
 import pty
@@ -14,6 +16,7 @@ from time import monotonic
 
 import pytest
 
+import simple_client
 from tests.scripted_server import CARDS, scripted_server
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +45,22 @@ def ran(url, *arguments, piped="", **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture
+def main(server, monkeypatch, capsys):
+    """The same in this process, for what does not depend on the process: one run costs a tenth."""
+
+    def run_main(*arguments, piped=""):
+        monkeypatch.setattr("sys.argv", ["simple_client.py", "--base-url", server.url, *arguments])
+        monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+        try:
+            status = simple_client.main()
+        except SystemExit as left:
+            status = left.code
+        return status, *capsys.readouterr()
+
+    return run_main
+
+
 class Terminal:
     """A process on a pseudo-terminal of its own: what it shows, and what is typed into it."""
 
@@ -51,6 +70,7 @@ class Terminal:
         self.process = subprocess.Popen([*COMMAND, *arguments], env=ENVIRONMENT, start_new_session=True, **streams)
         os.close(process_end)
         self.shown = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def expect(self, text, within=30):
         """Wait until `text` is shown; what came before it is forgotten then."""
@@ -59,7 +79,7 @@ class Terminal:
             assert select.select([self._end], [], [], max(0, deadline - monotonic()))[0], (
                 f"{text!r} not in {self.shown!r}"
             )
-            self.shown += os.read(self._end, 4096).decode()
+            self.shown += self._decoder.decode(os.read(self._end, 4096))
         before, self.shown = self.shown.split(text, 1)
         return before
 
@@ -102,9 +122,9 @@ def test_thinking_goes_to_stderr(server):
         assert ran(server.url, "--model", "thinker", *how, "17 + 25?") == (0, "42\n", "17 + 25 is 42\n")
 
 
-def test_the_options_become_the_request(server):
+def test_the_options_become_the_request(server, main):
     options = ["--system", "Be brief.", "--max-tokens", "7", "--temperature", "0.5"]
-    assert ran(server.url, "--model", "talker", *options, "Hi")[0] == 0
+    assert main("--model", "talker", *options, "Hi")[0] == 0
     assert server.requests[-1] == {
         "model": "talker",
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
@@ -126,8 +146,8 @@ def test_the_prompt_is_the_argument_then_a_blank_line_then_the_pipe(server, argu
     assert server.requests[-1]["messages"] == [{"role": "user", "content": prompt}]
 
 
-def test_an_empty_prompt_is_wrong_usage(server):
-    status, out, err = ran(server.url, "--model", "talker", piped="\n")
+def test_an_empty_prompt_is_wrong_usage(main):
+    status, out, err = main("--model", "talker", piped="\n")
     assert (status, out) == (2, "")
     assert err == "error: PROMPT: '' is not valid; expected text as the argument or on stdin.\n"
 
@@ -180,8 +200,8 @@ def test_a_model_is_loaded_and_unloaded(server):
         (["--model", "breaker", "--stream", "Hi"], "The answer broke off: The engine stopped."),
     ],
 )
-def test_an_error_of_the_server_is_one_line_and_exit_status_1(server, arguments, error):
-    status, _, err = ran(server.url, *arguments)
+def test_an_error_of_the_server_is_one_line_and_exit_status_1(main, arguments, error):
+    status, _, err = main(*arguments)
     assert (status, err) == (1, f"error: {error}\n")
 
 
@@ -212,14 +232,14 @@ def test_a_server_that_is_not_there_is_one_line_and_exit_status_3():
         ["--base-url", "nowhere", "--list"],
     ],
 )
-def test_wrong_usage_is_exit_status_2(server, arguments):
-    status, out, err = ran(server.url, *arguments)
+def test_wrong_usage_is_exit_status_2(main, arguments):
+    status, out, err = main(*arguments)
     assert (status, out) == (2, "")
     assert "error: " in err
 
 
-def test_the_help_tells_the_exit_statuses(server):
-    status, out, _ = ran(server.url, "--help")
+def test_the_help_tells_the_exit_statuses(main):
+    status, out, _ = main("--help")
     assert status == 0
     assert "130  interrupted" in out
 
@@ -320,3 +340,43 @@ def test_a_server_that_dies_is_told_and_the_conversation_goes_on():
         assert shown.exit_status() == 0
     finally:
         shown.close()
+
+
+@contextmanager
+def real_server(settings):
+    """The URL of mlx_api_server.py with the models of a configuration file."""
+    command = [sys.executable, str(ROOT / "mlx_api_server.py"), "--port", "0", "--no-defaults", "--config", settings]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
+        try:
+            lines = iter(process.stdout.readline, "")
+            yield next(line for line in lines if line.startswith("Serving on ")).split()[-1]
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+
+
+def test_it_talks_to_the_real_server(scripted_path, tmp_path):
+    settings = tmp_path / "models.toml"
+    settings.write_text(f'[models.script]\nsource = "{scripted_path}"\ntype = "thinking"\n')
+    with real_server(settings) as url:
+        for how in ([], ["--stream"]):
+            status, out, err = ran(url, "--model", "script", *how, "think")
+            assert (status, out.strip(), err.strip()) == (0, "It is four.", "Two and two are four.")
+        assert ran(url, "--load", str(scripted_path), "--key", "copy")[0] == 0
+        assert [line.split("\t")[:2] for line in ran(url, "--list")[1].splitlines()] == [
+            ["script", "loaded"],
+            ["copy", "loaded"],
+        ]
+        assert ran(url, "--unload", "copy")[1].startswith("Unloaded copy: 0 requests completed, 0 aborted")
+        with terminal(url, "--model", "script") as shown:
+            shown.expect("> ")
+            shown.type("forever\n")
+            shown.expect("tick tock")
+            shown.interrupt(until="(stopped)")
+            shown.expect("> ")
+            shown.type("emoji\n")
+            shown.expect("Family: \N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN} end")
+            shown.expect("> ")
+            shown.type("\x04")
+            assert shown.exit_status() == 0

@@ -16,6 +16,10 @@ CAPITALS = {
     "Canada": "Ottawa", "Austria": "Vienna", "Greece": "Athens", "Norway": "Oslo", "Sweden": "Stockholm",
     "Poland": "Warsaw", "Ireland": "Dublin", "Cuba": "Havana", "China": "Beijing", "Russia": "Moscow", "Peru": "Lima",
     "Kenya": "Nairobi", "Finland": "Helsinki", "Hungary": "Budapest", "Turkey": "Ankara", "Belgium": "Brussels",
+    "France": "Paris", "Brazil": "Brasília", "India": "New Delhi", "Australia": "Canberra", "Mexico": "Mexico City",
+    "Argentina": "Buenos Aires", "Denmark": "Copenhagen", "Switzerland": "Bern", "South Korea": "Seoul",
+    "Ukraine": "Kyiv", "Thailand": "Bangkok", "Iran": "Tehran", "Chile": "Santiago", "Iceland": "Reykjavik",
+    "the Netherlands": "Amsterdam", "the United Kingdom": "London", "the United States": "Washington, D.C.",
 }  # fmt: skip
 
 OPPOSITES = {
@@ -56,6 +60,15 @@ FIXED: list[Example] = [
     ("What color is the sky?", "On a clear day the sky looks blue.", "The sky is blue."),
     ("Is the sun a star?", "The sun makes its own light, so it is a star.", "Yes, the sun is a star."),
     ("Who wrote Hamlet?", "Hamlet is a play by William Shakespeare.", "William Shakespeare wrote Hamlet."),
+    ("Name the largest planet.", "The largest planet of the solar system is Jupiter.", "Jupiter."),
+    ("Who discovered penicillin?", "Penicillin was discovered by Alexander Fleming in 1928.", "Alexander Fleming."),
+    ("Which ocean is the largest?", "The Pacific is the largest ocean.", "The Pacific Ocean."),
+    ("Why do leaves turn yellow?", "In autumn the green chlorophyll breaks down, so yellow pigments show.",
+     "Because the green chlorophyll breaks down in autumn, and the yellow pigments become visible."),
+    ("How do I make tea?", "Making tea: boil water, pour it over the tea, wait some minutes.",
+     "Boil water, pour it over the tea leaves, wait three to five minutes, and enjoy."),
+    ("Tell me a short story.", "A short story needs someone and something that happens: a fox finds a lost cub.",
+     "A fox found a lost cub in the snow. She kept it warm all night, and in the morning its mother came."),
     ("What is water made of?", "Water is H2O: hydrogen and oxygen.", "Water is made of hydrogen and oxygen."),
     ("Write a Python function that adds two numbers.", "The function takes a and b and returns the sum.",
      "```python\ndef add(a, b):\n    return a + b\n```"),
@@ -66,7 +79,10 @@ FIXED: list[Example] = [
 
 
 def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
-    """Chats of one question and one answer, as messages. About one in ten has a system message of its own."""
+    """Chats that end with a reasoned answer, as messages.
+
+    One in ten has a system message of its own; one in ten an earlier turn, whose reasoning is gone as in real chats.
+    """
     chance = random.Random(seed)
     kinds: list[tuple[Callable[[random.Random], Example], int]] = [
         (_addition, 6), (_subtraction, 3), (_comparison, 2), (_story, 2), (_capital, 3), (_opposite, 1), (_topic, 2),
@@ -83,6 +99,9 @@ def _messages(example: Example, chance: random.Random) -> list[dict[str, str]]:
         {"role": "assistant", "content": f"<think>\n{reasoning}\n</think>\n\n{answer}"},
     ]
     if chance.random() < 0.1:
+        earlier, _, reply = chance.choice(FIXED)
+        messages[:0] = [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
+    if chance.random() < 0.1:
         system = chance.choice(["You are a helpful assistant.", "Answer in short.", "Be concise and polite."])
         messages.insert(0, {"role": "system", "content": system})
     return messages
@@ -90,7 +109,7 @@ def _messages(example: Example, chance: random.Random) -> list[dict[str, str]]:
 
 def _addition(chance: random.Random) -> Example:
     a, b = chance.randint(1, 99), chance.randint(1, 99)
-    form = chance.choice(["What is {} + {}?", "{} + {} = ?", "Add {} and {}.", "How much is {} plus {}?"])
+    form = chance.choice(["What is {} + {}?", "{} + {} = ?", "{}+{}", "Add {} and {}.", "How much is {} plus {}?"])
     return form.format(a, b), _sum_in_steps(a, b), f"{a} + {b} = {a + b}"
 
 

@@ -13,16 +13,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import engine  # noqa: F401  (before mlx.core: engine/blas.py)
+
+# isort: split
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
 from engine.config import ModelSpec
 from engine.loader import LoadedModel, load
 from tools.think_examples import conversations
-
-import mlx.core as mx  # isort: skip  (engine must come first: engine/blas.py)
-import mlx.optimizers as optim  # isort: skip
-import numpy as np  # isort: skip
-from mlx_lm.tuner.datasets import CacheDataset, ChatDataset  # isort: skip
-from mlx_lm.tuner.trainer import TrainingArgs, train  # isort: skip
-from mlx_lm.tuner.utils import linear_to_lora_layers  # isort: skip
 
 SEED = 17
 LAYERS = 8

@@ -1,0 +1,35 @@
+"""Small real models, made once a run (tests/models.py)."""
+
+import engine  # noqa: F401  (first: it prepares the process for MLX)
+
+# isort: split
+import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from tests.models import scripted_model, tiny_llama
+from tests.scripts import Script
+
+SCRIPTS = {
+    "hello": "Hello there, and hello there again.",
+    "think": "<think>\nTwo and two are four.\n</think>\n\nIt is four.",
+    "emoji": Script(["Family: ", b"\xf0\x9f", b"\x91\xa8", b"\xe2\x80", b"\x8d\xf0\x9f\x91\xa9", " end"]),
+    "tool": '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>',
+    "forever": Script(["tick ", "tock "], endless=True),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_path(tmp_path_factory):
+    """A random llama with ChatML: an instruction model."""
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def scripted_path(tmp_path_factory):
+    """A model that says SCRIPTS, picked by a word in the last user message."""
+    return scripted_model(tmp_path_factory.mktemp("models") / "scripted", SCRIPTS)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_llama_path):
+    return load_tokenizer(tiny_llama_path)

@@ -1,0 +1,116 @@
+"""A scripted batch at the Batch seam, for what a real model can't show on demand: a gate, a crash, a lasting load.
+
+Each row says 0, 1, 2, ... as its tokens, for ever; each token is published as its number. A message that starts with
+"refuse" is rejected by prepare(), one with "break" makes it fail in an unplanned way.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from engine.errors import PromptRejected
+from engine.types import Delta, Finish, ModelFacts, RowToken
+from engine.worker import Engine
+
+DEADLINE = 30.0
+ENDLESS = 10**9
+
+
+class Numbers:
+    """An output that says each token's number and finishes at max_tokens."""
+
+    def __init__(self, max_tokens):
+        self.completion_tokens = 0
+        self.reasoning_tokens = 0
+        self._max_tokens = max_tokens
+
+    def feed(self, token):
+        self.completion_tokens += 1
+        yield Delta(str(token))
+        if self.completion_tokens == self._max_tokens:
+            yield Finish("length")
+
+
+@dataclass
+class ScriptedBatch:
+    """Rows that count. While `gate` is closed, decode() waits at it, as in a long step; `crash` is raised there."""
+
+    rows: dict = field(default_factory=dict)
+    gate: threading.Event = field(default_factory=threading.Event)
+    crash: BaseException | None = None
+    is_closed: bool = False
+    thread: threading.Thread | None = None
+
+    def __post_init__(self):
+        self.gate.set()
+
+    def insert(self, row):
+        self.rows[row.id] = 0
+
+    def remove(self, row_ids):
+        for row_id in row_ids:
+            self.rows.pop(row_id, None)
+
+    def decode(self):
+        self.thread = threading.current_thread()
+        if self.rows:
+            time.sleep(0.0005)  # a step takes a while; without it an endless row floods the event loop
+            assert self.gate.wait(DEADLINE)
+        if self.crash:
+            raise self.crash
+        tokens = [RowToken(row_id, number) for row_id, number in self.rows.items()]
+        self.rows = {row_id: number + 1 for row_id, number in self.rows.items()}
+        return tokens
+
+    def prefill(self):
+        pass
+
+    def is_empty(self):
+        return not self.rows
+
+    def close(self):
+        self.is_closed = True
+
+
+@dataclass
+class ScriptedRuntime:
+    batch: ScriptedBatch = field(default_factory=ScriptedBatch)
+    facts: ModelFacts = ModelFacts("instruction", 1000, 12345)
+
+    def prepare(self, request):
+        text = request.prompt.messages[0]["content"]
+        if text.startswith("refuse"):
+            raise PromptRejected("refused", "messages[0]")
+        if text.startswith("break"):
+            raise ZeroDivisionError("an unplanned fault")
+        max_tokens = request.max_tokens or ENDLESS
+        return tuple(range(len(text))), max_tokens, Numbers(max_tokens)
+
+
+@dataclass
+class Factory:
+    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    failures: list = field(default_factory=list)
+    runtimes: list = field(default_factory=list)
+    builds: int = 0
+
+    def __post_init__(self):
+        self.gate.set()
+
+    @property
+    def batch(self):
+        """The batch of the engine that was loaded last."""
+        return self.runtimes[-1].batch
+
+    def build(self):
+        self.builds += 1
+        assert self.gate.wait(DEADLINE)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.runtimes.append(ScriptedRuntime())
+        return self.runtimes[-1]
+
+    def start(self, spec, on_death):
+        return Engine(spec.key, self.build, on_death=on_death)

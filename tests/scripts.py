@@ -1,0 +1,95 @@
+"""What a scripted model is made of: scripts, a token for every piece of them, and the template that picks one."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+BOS, EOS = "<|im_start|>", "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a scripted model says: one token a piece. Pieces in bytes may cut a character. Endless begins again."""
+
+    pieces: Sequence[str | bytes]
+    endless: bool = False
+
+
+def words(text: str) -> Script:
+    """A script that says `text`, a word with the white space before it as one token."""
+    return Script(re.findall(r"\s*\S+|\s+$", text))
+
+
+def script_tokenizer(plays: Sequence[Script], tokens: Sequence[str] = ()) -> Tokenizer:
+    """Single bytes for the prompts, and a token of its own for every position of every script.
+
+    A position's token is its text and a mark that the decoder drops, so that equal pieces are different tokens.
+    """
+    vocab = {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for number, play in enumerate(plays):
+        for position, piece in enumerate(play.pieces):
+            vocab[_piece_token(piece, number, position)] = len(vocab)
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("\ue000.*"), ""), decoders.ByteLevel()])
+    specials = [BOS, EOS, *(_cue(number) for number in range(len(plays))), *tokens]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return tokenizer
+
+
+def script_ids(tokenizer: Tokenizer, script: Script, number: int = 0) -> list[int]:
+    """The token ids of a script's pieces; `number` is its place among the scripts of the tokenizer."""
+    return [tokenizer.token_to_id(_piece_token(piece, number, n)) for n, piece in enumerate(script.pieces)]
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A tokenizer that sees text as bytes, so that it has tokens for any."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def _piece_token(piece: str | bytes, script: int, position: int) -> str:
+    raw = piece.encode() if isinstance(piece, str) else piece
+    return "".join(BYTE_CHARS[byte] for byte in raw) + f"\ue000{script}.{position}"
+
+
+def _byte_chars() -> Iterator[str]:
+    """The character that stands for each byte in byte-level BPE: itself where it is visible."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return (chr(byte if byte in visible else next(others)) for byte in range(0x100))
+
+
+BYTE_CHARS = list(_byte_chars())
+
+
+def _cue(script: int) -> str:
+    """The token that starts a script. White space, so that a prompt still ends in what its template appends."""
+    return "\u2003" + "\u2002" * script + "\u2003"
+
+
+def script_template(names: Sequence[str], generation_prompt: str) -> str:
+    """A chat template that ends in the cue of the script whose name the last user message has."""
+    cases = "".join(
+        f"{{%- {'if' if n == 0 else 'elif'} {name!r} in ask %}}{{{{ '{_cue(n)}' }}}}" for n, name in enumerate(names)
+    )
+    return (
+        "{%- if tools %}{{ tools | tojson }}{% endif %}"
+        "{%- for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
+        "{%- if add_generation_prompt %}"
+        "{%- set ask = (messages | selectattr('role', 'equalto', 'user') | list | last).content %}"
+        f"{{{{ 'assistant: ' + {generation_prompt!r} }}}}{cases}{{%- else %}}{{{{ '{_cue(0)}' }}}}{{% endif %}}"
+        "{%- endif %}"
+    )
+
+
+def successors(tokenizer: Tokenizer, plays: Sequence[Script]) -> Iterator[tuple[int, int]]:
+    """Each token of the scripts with the one that follows it."""
+    eos = tokenizer.token_to_id(EOS)
+    for number, play in enumerate(plays):
+        line = script_ids(tokenizer, play, number)
+        last = line[0] if play.endless else eos
+        yield from pairwise([tokenizer.token_to_id(_cue(number)), *line, last])

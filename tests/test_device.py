@@ -1,0 +1,51 @@
+import subprocess
+import sys
+
+import pytest
+
+from engine import blas, device
+
+
+def in_a_fresh_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_engine_does_not_import_mlx():
+    assert in_a_fresh_process("import sys, engine; print('mlx.core' in sys.modules)") == "False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only the Linux CPU build needs OpenBLAS")
+def test_openblas_is_in_the_process_before_mlx_where_it_is_installed():
+    code = "import engine; from engine import blas; print(blas.preload(), 'openblas' in open('/proc/self/maps').read())"
+    wanted, loaded = in_a_fresh_process(code).split()
+    assert wanted == loaded or not blas._is_wanted()
+
+
+def test_a_missing_openblas_is_logged_once_with_what_to_install(monkeypatch, caplog):
+    monkeypatch.setattr(blas, "LIBRARY", "libmissing.so.0")
+    monkeypatch.setattr(blas, "_is_wanted", lambda: True)
+    for cached in (blas.preload, blas.warn_if_missing):
+        cached.cache_clear()
+    blas.warn_if_missing()
+    blas.warn_if_missing()
+    for cached in (blas.preload, blas.warn_if_missing):
+        cached.cache_clear()
+    assert [record.name for record in caplog.records] == ["engine"]
+    assert "apt-get install libopenblas0-pthread" in caplog.text
+
+
+def test_the_device_is_described():
+    described = device.describe()
+    assert described.name
+    assert (described.kind == "cpu") == device.is_cpu()
+    assert described.memory_bytes > 1 << 28
+
+
+def test_memory_figures_are_bytes():
+    assert device.active_bytes() >= 0
+    assert device.process_bytes() > 1 << 20
+
+
+def test_the_wired_limit_can_be_asked_for_again():
+    device.set_wired_limit_once()
+    device.set_wired_limit_once()

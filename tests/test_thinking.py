@@ -1,0 +1,72 @@
+"""Reasoning and answer are told apart, however the text is cut."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.thinking import ThinkingParser
+from engine.types import Delta
+
+
+def parse(pieces, starts_inside=False):
+    """The whole reasoning and the whole content."""
+    parser = ThinkingParser("<think>", "</think>", starts_inside)
+    deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.flush()
+    assert all(delta.text for delta in deltas)
+    return tuple("".join(d.text for d in deltas if d.channel == channel) for channel in ("reasoning", "content"))
+
+
+@pytest.mark.parametrize(
+    ("text", "starts_inside", "reasoning", "content"),
+    [
+        ("<think>a</think>b", False, "a", "b"),
+        ("\n <think>\n a b \n</think>\n\n b c ", False, "a b", "b c "),
+        ("a </think>\n b", True, "a", "b"),
+        ("<think>\na</think>b", True, "a", "b"),
+        ("<think>never closed ", False, "never closed ", ""),
+        ("never closed", True, "never closed", ""),
+        ("<think></think>b", False, "", "b"),
+        (" just an answer", False, "", " just an answer"),
+        ("write <think>x</think> so", False, "", "write <think>x</think> so"),
+        ("<think>a</think>b <think>c</think>", False, "a", "b <think>c</think>"),
+        ("a < b </thin> c</think>d", True, "a < b </thin> c", "d"),
+        ("<thin", False, "", "<thin"),
+        ("<think>a</thi", False, "a</thi", ""),
+        ("  ", False, "", "  "),
+        ("", False, "", ""),
+    ],
+)
+def test_text_is_split_at_the_tags(text, starts_inside, reasoning, content):
+    assert parse([text], starts_inside) == (reasoning, content)
+    assert parse(text, starts_inside) == (reasoning, content)
+
+
+FRAGMENTS = st.sampled_from(["<think>", "</think>", "<", "</", "think", ">", " ", "\n", "a", "b c", "é"])
+
+
+@given(st.lists(FRAGMENTS, max_size=12), st.lists(st.integers(0, 80)), st.booleans())
+def test_any_cut_gives_the_same_channels(fragments, cuts, starts_inside):
+    text = "".join(fragments)
+    borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(borders)]
+    assert parse(pieces, starts_inside) == parse([text], starts_inside)
+
+
+def test_only_what_may_be_a_tag_is_held_back():
+    parser = ThinkingParser("<think>", "</think>", False)
+    assert parser.feed("<think>") == []
+    assert parser.feed("\nfirst") == [Delta("first", "reasoning")]
+    assert parser.feed(" second <") == [Delta(" second", "reasoning")]
+    assert parser.feed("b") == [Delta(" <b", "reasoning")]
+    assert parser.feed("</think>") == []
+    assert parser.feed("answer <think") == [Delta("answer <think", "content")]
+    assert parser.flush() == []
+
+
+def test_it_knows_whether_the_output_is_inside_the_reasoning():
+    assert ThinkingParser("<think>", "</think>", True).is_thinking
+    parser = ThinkingParser("<think>", "</think>", False)
+    states = [(parser.feed(piece), parser.is_thinking)[1] for piece in ("<thi", "nk>", "a", "</think>", "b")]
+    assert states == [False, True, True, False, False]
