@@ -170,9 +170,9 @@ class ModelInstance:
         async with self._lock:
             if self.state is ModelState.READY:
                 return
-            self._become(ModelState.LOADING)
             started = time.monotonic()
-            engine = self._start_engine(self.spec, self._lose_engine)
+            engine = self._start_engine(self.spec, self._lose_engine)  # first: without a thread there is no load
+            self._become(ModelState.LOADING)
             try:
                 self.facts = await engine.started()
             except EngineError as error:

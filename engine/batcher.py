@@ -19,6 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from engine import kv
+from engine.rows import Rows, make_rows
 from engine.sampling import BatchSampler
 from engine.types import Row, RowToken
 
@@ -81,10 +82,11 @@ class Batcher:
         self._vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._prompts: list[_Prompt] = []
         self._waiting: list[tuple[float, Row]] = []
-        self._rows: list[_Decoding] = []
-        self._cache: kv.Cache = []
-        self._inputs = mx.zeros((0,), dtype=mx.uint32)
-        self._sampler = BatchSampler(self._vocab_size)
+        self._rows: list[_Decoding]
+        self._places: Rows
+        self._sampler: BatchSampler
+        self._inputs: mx.array
+        self._reset_decoding()
         self.prefill_speed = _ASSUMED_SPEED
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
@@ -125,10 +127,10 @@ class Batcher:
     def prefill(self) -> None:
         """Process one chunk of the waiting prompts and let those that are ready join the batch."""
         self._admit()
-        if self._prompts:
-            chunk = self._choose_chunk()
-            cache = self._process(chunk)
-            self._join(chunk, cache)
+        if any(prompt.remaining for prompt in self._prompts):
+            self._process(self._choose_chunk())
+        if ready := [prompt for prompt in self._prompts if not prompt.remaining]:
+            self._join(ready)
 
     def is_empty(self) -> bool:
         """Whether no row is waiting or decoding."""
@@ -140,9 +142,8 @@ class Batcher:
 
     def close(self) -> None:
         """Free what the batch holds."""
-        self._waiting, self._prompts, self._rows, self._cache = [], [], [], []
-        self._inputs = mx.zeros((0,), dtype=mx.uint32)
-        self._sampler = BatchSampler(self._vocab_size)
+        self._waiting, self._prompts = [], []
+        self._reset_decoding()
         self.shrink_prefixes(0)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
@@ -154,26 +155,29 @@ class Batcher:
 
     def _launch(self, inputs: mx.array) -> None:
         """Start the step that feeds these tokens, one a row; the tokens it samples are the next inputs."""
-        logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
-        self._inputs = self._sampler(logits)
+        self._inputs = self._sampler(self._places.advance(inputs))
         mx.async_eval(self._inputs)  # type: ignore[no-untyped-call]
         for row in self._rows:
             row.launched += 1
+
+    def _reset_decoding(self) -> None:
+        self._rows = []
+        self._places = make_rows(self._model)
+        self._inputs = mx.zeros((0,), dtype=mx.uint32)
+        self._sampler = BatchSampler(self._vocab_size)
 
     def _leave(self, leaving: list[int]) -> None:
         """Take rows out of the decode batch."""
         for index in leaving:
             row = self._rows[index]
             if self._prefix_cache and len(row.tokens) > 0:
-                self._keep_prefix([*row.row.tokens[:-1], *row.tokens], kv.extract(self._cache, index))
+                self._keep_prefix([*row.row.tokens[:-1], *row.tokens], self._places.extract(index))
         keep = [index for index in range(len(self._rows)) if index not in set(leaving)]
         self._rows = [self._rows[index] for index in keep]
         if not keep:
-            self._cache, self._sampler = [], BatchSampler(self._vocab_size)
-            self._inputs = mx.zeros((0,), dtype=mx.uint32)
+            self._reset_decoding()
             return
-        for layer in self._cache:
-            layer.filter(keep)
+        self._places.keep(keep)
         self._inputs = self._inputs[mx.array(keep, dtype=mx.uint32)]
         self._sampler.filter(keep)
 
@@ -191,11 +195,13 @@ class Batcher:
         is_heard = bool(self._rows) or self._is_anybody_streaming()
         seconds = self._stall_target * (1 if is_heard else _IDLE_STALL_FACTOR)
         budget = int(min(max(self.prefill_speed * seconds, _SMALLEST_CHUNK), _LARGEST_CHUNK))
-        self._prompts.sort(key=lambda prompt: prompt.arrived + prompt.remaining / self.prefill_speed)
-        first = self._prompts[0]
+        first, *others = sorted(
+            (prompt for prompt in self._prompts if prompt.remaining),
+            key=lambda prompt: prompt.arrived + prompt.remaining / self.prefill_speed,
+        )
         length = min(first.remaining, budget)
         chunk = [first]
-        for prompt in self._prompts[1:]:
+        for prompt in others:
             # Rows of one forward pass are padded to the longest: the padding counts.
             longest = max(length, min(prompt.remaining, budget))
             if longest * (len(chunk) + 1) > budget:
@@ -204,13 +210,11 @@ class Batcher:
             length = longest
         return [(p, list(p.row.tokens[p.done : p.done + min(p.remaining, length)])) for p in chunk]
 
-    def _process(self, chunk: list[tuple[_Prompt, list[int]]]) -> kv.Cache:
-        """Run the chunk through the model; returns the batched cache of its prompts."""
+    def _process(self, chunk: list[tuple[_Prompt, list[int]]]) -> None:
+        """Run the chunk through the model and give each prompt its longer cache."""
         cache = kv.merge([prompt.cache for prompt, _ in chunk])
         lengths = [len(tokens) for _, tokens in chunk]
         longest = max(lengths)
-        if longest == 0:
-            return cache
         if min(lengths) < longest:
             for layer in cache:
                 layer.prepare(lengths=lengths, right_padding=[longest - length for length in lengths])
@@ -222,37 +226,23 @@ class Batcher:
             layer.finalize()
         mx.eval([layer.state for layer in cache])
         self._measure(sum(lengths), time.monotonic() - started)
-        for prompt, tokens in chunk:
+        for index, (prompt, tokens) in enumerate(chunk):
             prompt.done += len(tokens)
-        return cache
+            prompt.cache = kv.extract(cache, index, prompt.done)
 
     def _measure(self, tokens: int, seconds: float) -> None:
         if tokens >= _SMALLEST_CHUNK and seconds > 0:
             self.prefill_speed += _SPEED_WEIGHT * (tokens / seconds - self.prefill_speed)
 
-    def _join(self, chunk: list[tuple[_Prompt, list[int]]], cache: kv.Cache) -> None:
-        """Move the prompts that are done into the decode batch; the others take their part of the cache back."""
-        ready = [index for index, (prompt, _) in enumerate(chunk) if prompt.remaining == 0]
-        for index, (prompt, _) in enumerate(chunk):
-            if index not in ready:
-                prompt.cache = kv.extract(cache, index)
-        if not ready:
-            return
-        if len(ready) < len(chunk):
-            for layer in cache:
-                layer.filter(ready)
-        joining = [chunk[index][0] for index in ready]
-        for prompt in joining:
+    def _join(self, ready: list[_Prompt]) -> None:
+        """Move prompts that are done into the decode batch."""
+        for prompt in ready:
             self._prompts.remove(prompt)
-        if self._cache:
-            for layer, other in zip(self._cache, cache, strict=True):
-                layer.extend(other)
-        else:
-            self._cache = cache
-        last_tokens = mx.array([prompt.row.tokens[-1] for prompt in joining], dtype=mx.uint32)
+        self._places.join([prompt.cache for prompt in ready])
+        last_tokens = mx.array([prompt.row.tokens[-1] for prompt in ready], dtype=mx.uint32)
         self._inputs = mx.concatenate([self._inputs, last_tokens])
-        self._sampler.extend([prompt.row for prompt in joining])
-        self._rows += [_Decoding(prompt.row, prompt.cached_tokens) for prompt in joining]
+        self._sampler.extend([prompt.row for prompt in ready])
+        self._rows += [_Decoding(prompt.row, prompt.cached_tokens) for prompt in ready]
 
     def _keep_prefix(self, tokens: Sequence[int], cache: kv.Cache) -> None:
         if self._prefix_cache:

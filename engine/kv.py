@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 
 Cache = list[Any]
 
@@ -36,9 +43,21 @@ def merge(caches: Sequence[Cache]) -> Cache:
         raise NotImplementedError(f"this model's cache can't be batched: {error}") from error
 
 
-def extract(batched: Cache, index: int) -> Cache:
-    """One row's own cache out of a batched one."""
-    return [layer.extract(index) for layer in batched]
+def extract(batched: Cache, index: int, length: int | None = None) -> Cache:
+    """One row's own cache out of a batched one. With its length in tokens known, nothing is waited for."""
+    return [_extract_layer(layer, index, length) for layer in batched]
+
+
+def _extract_layer(layer: Any, index: int, length: int | None) -> Any:
+    if type(layer) is not BatchKVCache or length is None:
+        return layer.extract(index)
+    own = KVCache()
+    own.offset = length
+    if length:
+        end = layer.size()
+        own.keys = layer.keys[index : index + 1, :, end - length : end]
+        own.values = layer.values[index : index + 1, :, end - length : end]
+    return own
 
 
 def cache_bytes(cache: Cache) -> int:

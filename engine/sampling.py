@@ -12,6 +12,7 @@ of the OpenAI API and of Keskar et al. 2019.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ from engine.types import Row, Sampling
 # The threshold is looked for among this many most likely tokens. A nucleus that is larger keeps the whole tail.
 CANDIDATES = 256
 
+_SMALLEST_TEMPERATURE = 1e-6  # below it a logit over it would leave float32; the draw is greedy long before
 _LARGEST_UNIFORM = 1.0 - 2.0**-20  # a float32 total times this stays below the total
 
 
@@ -100,11 +102,12 @@ class BatchSampler:
         self._has_filter = any(map(_is_filtered, rows))
         if self._is_sampled:
             self._greedy = mx.array([row.temperature == 0 for row in rows])
-            self._inverse_temperature = _column([1.0 / row.temperature if row.temperature > 0 else 1.0 for row in rows])
+            self._inverse_temperature = _column([1.0 / max(row.temperature, _SMALLEST_TEMPERATURE) for row in rows])
         if self._has_filter:
-            largest = max(row.top_k for row in rows)
-            self._candidates = min(self._vocab_size, max(CANDIDATES, 1 << largest.bit_length()))
-            self._top_p = _column([row.top_p for row in rows])
+            candidates = [min(self._vocab_size, max(CANDIDATES, 1 << row.top_k.bit_length())) for row in rows]
+            self._candidates = max(candidates)
+            self._widest_nucleus = _column(candidates)  # a row's own, so that its neighbours' top_k changes nothing
+            self._top_p = _column([row.top_p if row.top_p < 1.0 else math.inf for row in rows])
             self._top_k = _column([row.top_k or self._vocab_size for row in rows])
             self._min_p = _column([row.min_p for row in rows])
         if self._generated is not None:
@@ -130,7 +133,7 @@ class BatchSampler:
         is_kept = (mass_before < self._top_p) & (mx.arange(self._candidates) < self._top_k)
         count = mx.sum(is_kept, axis=-1, keepdims=True)
         smallest = mx.take_along_axis(top, mx.maximum(count - 1, 0), axis=-1)
-        smallest = mx.where(count == self._candidates, 0.0, smallest)
+        smallest = mx.where(count >= self._widest_nucleus, 0.0, smallest)
         return mx.maximum(smallest, top[:, :1] * self._min_p)
 
     def _penalize(self, logits: mx.array, generated: mx.array, prompted: mx.array) -> mx.array:

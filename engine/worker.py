@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
-from engine.errors import EngineError, EngineStopped, RequestFailed
+from engine.errors import EngineError, EngineStopped, LoadFailed, RequestFailed
 from engine.types import Accepted, Batch, Event, Finish, GenerationRequest, ModelFacts, Row, RowToken, Usage
 
 log = logging.getLogger("engine")
@@ -171,8 +171,11 @@ class Engine:
     # -- the event loop's side ------------------------------------------------------------------------------------
 
     async def started(self) -> ModelFacts:
-        """Wait until the model is loaded. Raises LoadFailed."""
-        return await asyncio.shield(self._started)
+        """Wait until the model is loaded. Raises LoadFailed; EngineStopped if it has ended since."""
+        facts = await asyncio.shield(self._started)
+        if self._ended.is_set():
+            raise EngineStopped(self._key, "it has ended")
+        return facts
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Hand a request over; its first event tells whether it was accepted."""
@@ -206,11 +209,11 @@ class Engine:
             log.exception("engine of %r died", self._key)
             error = EngineStopped(self._key, f"{type(cause).__name__}: {cause}")
         finally:
-            self._free()
+            self._release()
             self._call_loop(self._end, error)
 
     def _live(self) -> None:
-        runtime = self._build()
+        runtime = self._load()
         self._call_loop(self._started.set_result, runtime.facts)
         try:
             while self._take_messages(runtime):
@@ -218,6 +221,21 @@ class Engine:
                 runtime.batch.prefill()
         finally:
             runtime.batch.close()
+
+    def _load(self) -> Runtime:
+        try:
+            return self._build()
+        except EngineError:
+            raise
+        except Exception as cause:
+            log.exception("%r could not be loaded", self._key)
+            raise LoadFailed(self._key, f"{type(cause).__name__}: {cause}") from None
+
+    def _release(self) -> None:
+        try:
+            self._free()
+        except Exception:  # nobody must wait on because of it
+            log.exception("the memory of %r could not be released", self._key)
 
     def _take_messages(self, runtime: Runtime) -> bool:
         """Act on what the event loop asks for; waits while there is nothing to generate. False: the end."""

@@ -4,16 +4,45 @@ Each row says 0, 1, 2, ... as its tokens, for ever; each token is published as i
 "refuse" is rejected by prepare(), one with "break" makes it fail in an unplanned way.
 """
 
+import asyncio
+import functools
 import threading
 import time
 from dataclasses import dataclass, field
 
 from engine.errors import PromptRejected
-from engine.types import Delta, Finish, ModelFacts, RowToken
+from engine.types import ChatPrompt, Delta, Finish, GenerationRequest, ModelFacts, RowToken
 from engine.worker import Engine
 
 DEADLINE = 30.0
 ENDLESS = 10**9
+
+
+def within_deadline(test):
+    """Run an async test; whatever hangs fails."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        return asyncio.run(asyncio.wait_for(test(*args, **kwargs), DEADLINE))
+
+    return run
+
+
+def request(text="hello", max_tokens=None):
+    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}]), max_tokens=max_tokens)
+
+
+async def read(generation):
+    """Everything that is told after Accepted."""
+    events = []
+    while arrived := await generation.events():
+        events += arrived
+    return events
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.001)
 
 
 class Numbers:

@@ -12,6 +12,7 @@ from engine.types import Row, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 LOGITS = [2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 1.9]
+VOCAB = len(LOGITS)
 SETTINGS = [
     Sampling(),
     Sampling(temperature=0.5),
@@ -49,7 +50,7 @@ def seeded(sampling, seed):
     return Sampling(**{name: getattr(sampling, name) for name in Sampling.__slots__} | {"seed": seed})
 
 
-def make(*samplings, vocab=len(LOGITS), tokens=(0,)):
+def make(*samplings, vocab=VOCAB, tokens=(0,)):
     sampler = BatchSampler(vocab)
     sampler.extend(rows(*samplings, tokens=tokens))
     return sampler
@@ -150,7 +151,7 @@ def test_a_row_draws_the_same_alone_and_in_any_company_and_place(sampling):
 
 
 def test_a_wide_nucleus_does_not_depend_on_the_top_k_of_a_neighbour():
-    """A nucleus of more than CANDIDATES tokens keeps the whole tail, whatever the neighbours let the sampler look at."""
+    """A nucleus of more than CANDIDATES tokens keeps the whole tail, whatever the neighbours ask for."""
     flat = [1.0 - 1e-5 * n for n in range(8 * CANDIDATES)]
     wide = Sampling(top_p=0.5, seed=3)
     alone = draws(make(wide, vocab=len(flat)), 0, logits=flat)

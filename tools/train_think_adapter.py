@@ -3,7 +3,7 @@
     python -m tools.train_think_adapter --output DIRECTORY [--steps N]
 
 Rule 1: mlx-lm's own trainer does the work, in float32, on examples that tools/think_examples.py makes up.
-Rule 2: what is saved depends on the seed and the steps alone, and names no path of this machine.
+Rule 2: examples and first weights come from SEED; what is saved names no path of this machine.
 """
 
 from __future__ import annotations
