@@ -1,5 +1,5 @@
 """Everything that touches MLX or runs on an engine thread. It knows nothing of HTTP."""
 
-from engine import blas
+from engine import environment
 
-blas.preload()  # before any module of this package can import mlx.core
+environment.prepare()

@@ -10,8 +10,15 @@ def in_a_fresh_process(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_importing_the_engine_does_not_import_mlx():
-    assert in_a_fresh_process("import sys, engine; print('mlx.core' in sys.modules)") == "False"
+def test_importing_the_engine_never_lowers_the_limit_of_open_files():
+    """mlx_lm does, when it is imported."""
+    code = """if True:
+        import resource
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        import engine, mlx_lm.utils
+        now = resource.getrlimit(resource.RLIMIT_NOFILE)
+        print(now[0] >= limits[0], now[1] == limits[1])"""
+    assert in_a_fresh_process(code) == "True True"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only the Linux CPU build needs OpenBLAS")

@@ -1,0 +1,35 @@
+"""What must hold in the process before MLX computes anything.
+
+Rule: prepare() runs before any module of this package can import mlx.core; engine/__init__.py sees to it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+from engine import blas
+
+# MLX keeps its CUDA graphs by shape and ends the process when it has missed that cache twice as often as it is large.
+# A server meets new shapes as long as it lives. At MLX's own 400 an H100 made 4,300 tokens/s where it makes 6,400.
+_CUDA = {"MLX_CUDA_GRAPH_CACHE_SIZE": "10000", "MLX_ENABLE_CACHE_THRASHING_CHECK": "0"}
+
+
+def prepare() -> None:
+    """Load OpenBLAS where it is wanted, set MLX up for a process that lives long, and keep the limit of open files."""
+    blas.preload()
+    for name, value in _CUDA.items():
+        os.environ.setdefault(name, value)
+    _import_mlx_lm()
+
+
+def _import_mlx_lm() -> None:
+    """Import mlx_lm without its lowering of the limit of open files, which an ordinary user could never raise again."""
+    lower = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        import mlx_lm.utils  # noqa: F401
+    finally:
+        resource.setrlimit = lower
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536, hard))
