@@ -29,7 +29,7 @@ $(VENV)/.installed: requirements-common.txt $(REQUIREMENTS) Makefile tools/insta
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	@$(PIP) -r $(REQUIREMENTS) -r requirements-dev.txt
+	@$(PIP) -r requirements-common.txt -r requirements-dev.txt  # not MLX again: the venv may hold the CUDA build
 	@touch $@
 
 test: $(VENV)/.installed-dev

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import orjson
 import uvicorn
 import uvloop
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -64,6 +65,8 @@ DEFAULT_MODELS = (
     ModelSpec("qwq", "mlx-community/QwQ-32B-4bit", type="thinking"),
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )
+
+LAST_WORDS = 2  # seconds that answers get to leave once their generations are ended at the shutdown
 
 # The first row that fits: exception, status, OpenAI's error type, code.
 ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
@@ -339,7 +342,31 @@ def make_app(manager: ModelManager, settings: Settings) -> TurboAPI:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with an orderly end: a signal stops it, and the process then ends with status 0."""
+    """uvicorn, with an orderly end: a signal stops it, and the process then ends with status 0.
+
+    Requests get `patience` seconds to finish; then their generations are ended, and the clients are told.
+    """
+
+    def __init__(self, app: TurboAPI, manager: ModelManager, patience: float) -> None:
+        async def interruptible(scope: Scope, receive: Receive, send: Send) -> None:
+            # A client that leaves within its body, and what uvicorn cancels at last, deserve no traceback in the log.
+            with suppress(ClientDisconnect, asyncio.CancelledError):
+                await app(scope, receive, send)
+
+        last_words = math.ceil(patience) + LAST_WORDS
+        super().__init__(
+            uvicorn.Config(
+                interruptible, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=last_words
+            )
+        )
+        self._manager = manager
+        self._patience = patience
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, end the generations, and wait for the answers to leave."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(super().shutdown(sockets))
+            tasks.create_task(self._manager.close(self._patience))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -390,14 +417,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     async with running_models(settings) as manager:
-        config = uvicorn.Config(
-            make_app(manager, settings),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=int(settings.shutdown_timeout),
-        )
-        server = Server(config)
+        server = Server(make_app(manager, settings), manager, settings.shutdown_timeout)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = asyncio.create_task(manager.preload())
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)

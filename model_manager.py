@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
@@ -252,15 +252,15 @@ class ModelManager:
             raise ModelNotFound(key, self.keys) from None
 
     def register(self, spec: ModelSpec) -> ModelInstance:
-        """Make a model known without loading it. The same spec again is no change.
+        """Make a model known without loading it. A spec that agrees with the known one is no change.
 
         Raises:
-            ModelExists: the key has another source, adapter, type or context.
+            ModelExists: the key has another source, or another adapter, type or context than one that is stated.
         """
         known = self._instances.get(spec.key)
         if known is None:
             known = self._instances[spec.key] = ModelInstance(spec, self._start_engine, self._measure_memory)
-        elif replace(spec, preload=known.spec.preload) != known.spec:
+        elif _contradicts(spec, known.spec):
             raise ModelExists(spec.key, known.spec.source, spec.source)
         return known
 
@@ -296,3 +296,9 @@ class ModelManager:
     async def close(self, patience: float) -> None:
         """Let running requests finish for `patience` seconds, then end every engine."""
         await asyncio.gather(*(instance.unload("drain", patience) for instance in self.instances))
+
+
+def _contradicts(asked: ModelSpec, known: ModelSpec) -> bool:
+    """Whether two specs can't be one model's. What `asked` leaves open agrees with anything."""
+    stated = ((asked.adapter, known.adapter), (asked.type, known.type), (asked.context_length, known.context_length))
+    return asked.source != known.source or any(want is not None and want != has for want, has in stated)

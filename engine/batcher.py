@@ -79,7 +79,7 @@ class Batcher:
         self._stall_target = stall_target
         self._prefix_cache = prefix_cache
         self._is_anybody_streaming = is_anybody_streaming
-        self._vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
+        self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._prompts: list[_Prompt] = []
         self._waiting: list[tuple[float, Row]] = []
         self._rows: list[_Decoding]
@@ -164,7 +164,7 @@ class Batcher:
         self._rows = []
         self._places = make_rows(self._model)
         self._inputs = mx.zeros((0,), dtype=mx.uint32)
-        self._sampler = BatchSampler(self._vocab_size)
+        self._sampler = BatchSampler(self.vocab_size)
 
     def _leave(self, leaving: list[int]) -> None:
         """Take rows out of the decode batch."""

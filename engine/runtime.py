@@ -15,7 +15,7 @@ import mlx.core as mx
 from engine import loader
 from engine.batcher import Batcher
 from engine.config import ModelSpec
-from engine.errors import ContextExceeded
+from engine.errors import ContextExceeded, PromptRejected
 from engine.kv import PrefixCache
 from engine.output import OutputStream
 from engine.prompts import FORMATS, PromptFormat, find_type, thinking_tags
@@ -36,9 +36,10 @@ class ModelRuntime:
         """Prompt tokens, most tokens to generate, and the output stream of a request.
 
         Raises:
-            PromptRejected: the model can't take these messages.
+            PromptRejected: the model can't take these messages, or has not the tokens of logit_bias.
             ContextExceeded: they are longer than the context.
         """
+        self._check_bias(request.sampling)
         prompt = self.prompts.format(request.prompt)
         room = self.facts.context_length - len(prompt.tokens)
         if room < 1:
@@ -51,6 +52,15 @@ class ModelRuntime:
             tokenizer, eos=tokenizer.eos_token_ids, max_tokens=max_tokens, stop=request.stop, thinking=thinking
         )
         return prompt.tokens, max_tokens, output
+
+    def _check_bias(self, sampling: Sampling) -> None:
+        """Refuse tokens that do not exist: MLX would write beyond the end of the logits."""
+        last = self.batch.vocab_size - 1
+        for token in sampling.logit_bias:
+            if not 0 <= token <= last:
+                raise PromptRejected(
+                    f"logit_bias: this model has no token {token}; expected 0 to {last}.", "logit_bias"
+                )
 
 
 class Builder:

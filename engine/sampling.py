@@ -124,7 +124,9 @@ class BatchSampler:
         uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
         self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
         bound = mx.minimum(uniform, _LARGEST_UNIFORM) * cumulative[:, -1:]
-        return mx.sum(cumulative <= bound, axis=-1).astype(mx.uint32)
+        tokens = mx.sum(cumulative <= bound, axis=-1)
+        # Logits that are no numbers leave nothing to draw from; what follows must get a token that exists all the same.
+        return mx.minimum(tokens, self._vocab_size - 1).astype(mx.uint32)
 
     def _threshold(self, probabilities: mx.array) -> mx.array:
         """The smallest probability to keep in each row, [rows, vocab] -> [rows, 1]."""

@@ -67,7 +67,7 @@ def server_environment():
 
 def start_server(*flags):
     """The process and the file that takes its stderr."""
-    stderr = tempfile.TemporaryFile("w+")
+    stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
     process = subprocess.Popen(
         [sys.executable, "mlx_api_server.py", *flags],
         cwd=ROOT,
@@ -117,10 +117,11 @@ class RunningServer:
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
 
-    def ask(self, method, path, body=None, headers=None):
+    def ask(self, method, path, body=None):
+        """One request on a connection of its own. A body that is an iterator is sent in chunks."""
         connection = self.connect()
         try:
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body)
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
         finally:

@@ -16,6 +16,7 @@ from engine.worker import Engine
 
 DEADLINE = 30.0
 ENDLESS = 10**9
+FACTS = ModelFacts("instruction", 1000, 12345)
 
 
 def within_deadline(test):
@@ -41,7 +42,7 @@ async def read(generation):
 
 
 async def until(condition):
-    while not condition():
+    while not condition():  # noqa: ASYNC110  (it may come true on another thread)
         await asyncio.sleep(0.001)
 
 
@@ -104,7 +105,7 @@ class ScriptedBatch:
 @dataclass
 class ScriptedRuntime:
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
-    facts: ModelFacts = ModelFacts("instruction", 1000, 12345)
+    facts: ModelFacts = FACTS
 
     def prepare(self, request):
         text = request.prompt.messages[0]["content"]

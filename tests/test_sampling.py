@@ -3,6 +3,8 @@
 import engine  # noqa: F401  (first: it prepares the process for MLX)
 
 # isort: split
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def distribution(logits, sampling):
 
 
 def seeded(sampling, seed):
-    return Sampling(**{name: getattr(sampling, name) for name in Sampling.__slots__} | {"seed": seed})
+    return replace(sampling, seed=seed)
 
 
 def make(*samplings, vocab=VOCAB, tokens=(0,)):
@@ -277,6 +279,21 @@ def test_tokens_that_are_impossible_are_never_drawn():
     masked = [-float("inf"), 0.0, -float("inf"), 0.0]
     settings = [Sampling(seed=n, top_p=0.99 if n % 2 else 1.0) for n in range(300)]
     assert set(sample(make(*settings, vocab=4), masked)) == {1, 3}
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 0.0])
+@pytest.mark.parametrize("penalty", [1.0, 1e-300, 1e300])
+def test_whatever_the_logits_are_the_token_exists_and_the_neighbours_are_spared(logit, penalty):
+    """A token that does not exist would be written beyond the end of the counts, and read beyond the embeddings."""
+    settings = [Sampling(), Sampling(top_p=0.9), Sampling(top_k=3, min_p=0.1), GREEDY]
+    wild = [replace(s, repetition_penalty=penalty) for s in settings]
+    tame = Sampling(seed=7, top_p=0.9)
+    alone = draws(make(tame), 0, steps=4)
+    sampler = make(*wild, tame, tokens=(0, 1))
+    logits = [*([[logit] * (VOCAB - 1) + [1.0]] * len(wild)), LOGITS]
+    drawn = [sample(sampler, logits) for _ in range(4)]
+    assert all(0 <= token < VOCAB for step in drawn for token in step)
+    assert [step[-1] for step in drawn] == alone
 
 
 def test_a_batch_that_emptied_takes_rows_again():
