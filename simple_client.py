@@ -17,8 +17,9 @@ from typing import TypeVar
 
 from client import views
 from client.api import DEFAULT_BASE_URL, ChatClient, Message
+from client.choice import choose_model
 from client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
-from client.errors import ClientError, SettingInvalid
+from client.errors import ClientError
 from client.prompts import read_prompt, typed_lines
 
 Result = TypeVar("Result")
@@ -71,18 +72,6 @@ def run(arguments: Namespace) -> None:
     if prompt is None:
         return converse(arguments, messages)
     return ask(arguments, [*messages, {"role": "user", "content": prompt}], views.AnswerPrinter())
-
-
-async def choose_model(client: ChatClient) -> str:
-    """The first model that is loaded, or the only one. A server that tells no states has loaded all of its models."""
-    cards = await client.models()
-    keys = [card.key for card in cards]
-    loaded = [card.key for card in cards if card.state in ("loaded", None)]
-    if not loaded and len(keys) != 1:
-        raise SettingInvalid("--model", "", f"a key, as no model is loaded; known: {', '.join(keys) or 'none'}")
-    model = (loaded or keys)[0]
-    views.print_status(f"model: {model}")
-    return model
 
 
 def converse(arguments: Namespace, opening: list[Message]) -> None:

@@ -68,7 +68,7 @@ class OurEngine:
 
     def insert(self, row: Row) -> None:
         """Queue a row."""
-        self._batch.insert(row)
+        self._batch.insert([row])
 
     def step(self) -> list[int]:
         """Go on by one step; the ids of the rows that got a token."""

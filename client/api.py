@@ -7,20 +7,24 @@ Rule 2: a stream that ends has ended well. Anything else raises StreamBroken, wh
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any, Self
 from urllib.parse import quote
 
+from aiohttp import ClientResponse
+
 from client.errors import ApiError, NotSupported, StreamBroken
-from client.events import Answer, ChunkReader, Event, read_answer
+from client.events import Answer, Event, Finished, read_answer
 from client.models import Loaded, ModelCard, Unloaded, read_card, read_loaded, read_unloaded
-from client.transport import Transport
+from client.progress import LoadReader, Progress
+from client.recorder import Recording
+from client.stream import StreamReader
+from client.transport import Transport, read_object
 from client.wire import mappings
-from protocol.sse import SSEDecoder
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
-END_OF_STREAM = "[DONE]"
 
 Message = Mapping[str, Any]
 
@@ -67,20 +71,25 @@ class ChatClient:
         answer: that closes the connection, which is how the server knows. Raises ServerUnreachable, ApiError
         (before the first event) and StreamBroken (at any point).
         """
-        body = _chat(messages, model, {"stream_options": {"include_usage": True}, **params, "stream": True})
-        reader, decoder = ChunkReader(), SSEDecoder()
+        body, reader = _streamed(messages, model, params), StreamReader()
         async with self._transport.open("POST", "/chat/completions", body, self._read_timeout) as response:
             if response.content_type != "text/event-stream":
                 raise StreamBroken(f"the server sent {response.content_type} where text/event-stream was expected.")
             async for received in response.content.iter_any():
-                at = perf_counter()
-                for payload in decoder.feed(received):
-                    if payload == END_OF_STREAM:
-                        yield reader.finish(at)
+                for event in reader.feed(received, perf_counter()):
+                    yield event
+                    if isinstance(event, Finished):
                         return
-                    for event in reader.read(payload, at):
-                        yield event
-        yield reader.finish(perf_counter())
+        for event in reader.end(perf_counter()):
+            yield event
+
+    async def record(self, messages: Sequence[Message], model: str, **params: Any) -> Recording:
+        """One streamed answer as its bytes came, for measuring many at once. Raises ServerUnreachable.
+
+        The answer is not read: Recording.events() does that, and raises what stream() would.
+        """
+        body = _streamed(messages, model, params)
+        return await self._transport.record("/chat/completions", body, self._read_timeout)
 
     async def complete(self, messages: Sequence[Message], model: str, **params: Any) -> Answer:
         """One whole answer. Raises as stream() does."""
@@ -99,7 +108,33 @@ class ChatClient:
     async def load(self, source: str, key: str | None = None, **options: Any) -> Loaded:
         """Load a model and wait until it is ready, however long that takes. Raises NotSupported, ApiError."""
         body = _given({"model": source, "key": key, **options})
-        return read_loaded(await self._extension("/models/load", body), key or source)
+        async with self._extension("/models/load", body) as response:
+            return read_loaded(await read_object(response), key or source)
+
+    async def load_stepwise(
+        self, source: str, key: str | None = None, **options: Any
+    ) -> AsyncGenerator[Progress | Loaded, None]:
+        """Load a model and tell how far it is, Loaded as the last event. A server that can't tell gives only that.
+
+        Raises as load() does, LoadFailed when the load fails on the way, and StreamBroken.
+        """
+        body = _given({"model": source, "key": key, **options, "stream": True})
+        reader = LoadReader(key or source)
+        try:
+            async with self._extension("/models/load", body) as response:
+                if response.content_type != "text/event-stream":
+                    yield read_loaded(await read_object(response), key or source)
+                    return
+                async for received in response.content.iter_any():
+                    for event in reader.feed(received):
+                        yield event
+                        if isinstance(event, Loaded):
+                            return
+            raise StreamBroken("the load ended without a word on how.")
+        except ApiError as error:
+            if error.param != "stream":
+                raise
+        yield await self.load(source, key, **options)
 
     async def unload(self, key: str, mode: str = "drain", **options: Any) -> Unloaded:
         """Unload a model: mode is drain | abort | reject, options are the server's (timeout, in seconds).
@@ -107,20 +142,27 @@ class ChatClient:
         Raises NotSupported, and ApiError with status 404 when there is no such key.
         """
         body = _given({"key": key, "mode": mode, **options})
-        return read_unloaded(await self._extension("/models/unload", body), key)
+        async with self._extension("/models/unload", body) as response:
+            return read_unloaded(await read_object(response), key)
 
     async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         return await self._transport.json(method, path, body, self._read_timeout)
 
-    async def _extension(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """An endpoint that OpenAI's API does not have. It may take long, so silence is no failure."""
+    @asynccontextmanager
+    async def _extension(self, path: str, body: dict[str, Any]) -> AsyncIterator[ClientResponse]:
+        """A response of an endpoint that OpenAI's API does not have. It may take long, so silence is no failure."""
         try:
-            return await self._transport.json("POST", path, body, read_timeout=None)
+            async with self._transport.open("POST", path, body, read_timeout=None) as response:
+                yield response
         except ApiError as error:
             # A server that has the endpoint says which model or field it misses.
             if error.status == 405 or (error.status == 404 and not error.param and error.code != "model_not_found"):
                 raise NotSupported(self.base_url, path, error.status) from error
             raise
+
+
+def _streamed(messages: Sequence[Message], model: str, params: dict[str, Any]) -> dict[str, Any]:
+    return _chat(messages, model, {"stream_options": {"include_usage": True}, **params, "stream": True})
 
 
 def _chat(messages: Sequence[Message], model: str, params: dict[str, Any]) -> dict[str, Any]:

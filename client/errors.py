@@ -5,6 +5,8 @@ ClientError
 ├── ServerUnreachable  no connection, or no answer on it
 ├── ApiError           the server answered with an error
 │   └── NotSupported   the server does not know this endpoint
+├── LoadFailed         a model's load began and failed
+├── FileUnusable       a file of ours can't be read or written
 └── StreamBroken       an answer began and stopped before its end
 
 Rule: whatever a server sends, a caller meets one of these and nothing else.
@@ -65,6 +67,17 @@ class NotSupported(ApiError):
 
     def __init__(self, url: str, path: str, status: int) -> None:
         super().__init__(f"The server at {url} does not support {path} (HTTP {status}).", status)
+
+
+class LoadFailed(ClientError):
+    """A load that the server had begun failed; the message is the server's."""
+
+
+class FileUnusable(ClientError):
+    """A file can't be read or written, or does not hold what was expected. `cause` says which in words."""
+
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(f"{path}: {cause}.")
 
 
 class StreamBroken(ClientError):

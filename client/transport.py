@@ -7,6 +7,7 @@ Rule 3: the key appears in the Authorization header and nowhere else.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ import aiohttp
 from yarl import URL
 
 from client.errors import ServerUnreachable, SettingInvalid, StreamBroken, api_error
+from client.recorder import Recording, record
 from client.wire import parse
 
 
@@ -59,11 +61,26 @@ class Transport:
     async def json(self, method: str, path: str, body: Any, read_timeout: float | None) -> dict[str, Any]:
         """The JSON object of an answer. What is none, or holds an error, raises ApiError."""
         async with self.open(method, path, body, read_timeout) as response:
-            received = await response.text(errors="replace")
-        answer = parse(received)
-        if not isinstance(answer, dict) or answer.get("error"):
-            raise api_error(response.status, received)
-        return answer
+            return await read_object(response)
+
+    async def record(self, path: str, body: Any, read_timeout: float | None) -> Recording:
+        """The raw answer to a POST, on a connection of its own (client/recorder.py). Raises ServerUnreachable."""
+        url = URL(self.url + path, encoded=True)
+        try:
+            return await record(
+                url, self._headers, json.dumps(body).encode(), connect=self._connect_timeout, read=read_timeout
+            )
+        except OSError as error:
+            raise ServerUnreachable(self.url, _cause(error)) from error
+
+
+async def read_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    """The JSON object that a response holds. What is none, or holds an error, raises ApiError."""
+    received = await response.text(errors="replace")
+    answer = parse(received)
+    if not isinstance(answer, dict) or answer.get("error"):
+        raise api_error(response.status, received)
+    return answer
 
 
 def normalise_url(value: str) -> str:

@@ -1,68 +1,35 @@
 """Continuous batching: rows join and leave a running batch at every step.
 
-Rule 1: a row joins with its last prompt token as input, so that its first token comes out of the step that advances
-        everybody else. Nobody waits for a separate first step.
-Rule 2: a step is launched before the tokens of the one before it are read: the device works while Python publishes.
-Rule 3: prompts are processed in chunks between steps. A chunk takes no longer than the stall target while anybody
-        streams; its size in tokens follows the measured speed.
-Rule 4: the prompt served first is the one that would be done first had it started at its arrival. Short prompts pass
-        a long one, and the long one still ends.
+Rule 1: a row waits, then its prompt is processed (engine/prefill.py), then it generates (engine/decoding.py).
+Rule 2: what was computed for a row that leaves goes to the prefix cache, however it leaves.
+Rule 3: what is held in keys and values stays within max_tokens_held. Kept prefixes are given back first; then prompts
+        wait; and when rows grow too long together, the youngest wait too, and go on later where they were.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from engine import kv
-from engine.rows import Rows, make_rows
-from engine.sampling import BatchSampler
+from engine.decoding import Decoding
+from engine.metrics import ModelMetrics
+from engine.prefill import Prefill, Prompt
+from engine.prefixes import PrefixCache
 from engine.types import Row, RowToken
 
-# Tokens in a chunk: never fewer, so that a slow machine gets on; never more, so that a fast one stays responsive.
-_SMALLEST_CHUNK = 16
-_LARGEST_CHUNK = 2048
-# With nobody streaming there is nothing to stall; only cancels and newcomers wait.
-_IDLE_STALL_FACTOR = 4
-_ASSUMED_SPEED = 1000.0  # prompt tokens a second, until measured
-_SPEED_WEIGHT = 0.3  # of a new measurement in the running average
-
-
-@dataclass
-class _Prompt:
-    """A row whose prompt is not yet processed. `done` counts its tokens that are in the cache."""
-
-    row: Row
-    cache: kv.Cache
-    done: int
-    arrived: float
-    cached_tokens: int = 0
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to process; the last one is left for the first decode step."""
-        return len(self.row.tokens) - 1 - self.done
-
-
-@dataclass
-class _Decoding:
-    """A row that generates. `tokens` are those that were fed: what its keys and values hold."""
-
-    row: Row
-    cached_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    launched: int = 0  # tokens sampled for it, read or not
-    is_fresh: bool = True  # its input is still the last prompt token, which is not for publishing
+_STEP_WEIGHT = 0.1  # of a new measurement in the running average of a step's time
 
 
 class Batcher:
     """The batch of one model. All calls on one thread, inside that thread's MLX stream.
 
-    stall_target is in seconds. `is_anybody_streaming` tells whether another model's streams would feel a long chunk.
+    stall_target is in seconds. max_tokens_held: most tokens whose keys and values are there at once, None: no limit; a
+    single row may always go on. `others_step` tells how long a step of other models' streams takes, 0 without any.
     """
 
     def __init__(
@@ -71,79 +38,83 @@ class Batcher:
         *,
         max_running: int = 32,
         stall_target: float = 0.25,
-        prefix_cache: kv.PrefixCache | None = None,
-        is_anybody_streaming: Callable[[], bool] = lambda: False,
+        prefix_cache: PrefixCache | None = None,
+        others_step: Callable[[], float] = lambda: 0.0,
+        max_tokens_held: int | None = None,
+        metrics: ModelMetrics | None = None,
     ) -> None:
         self._model = model
         self._max_running = max_running
-        self._stall_target = stall_target
         self._prefix_cache = prefix_cache
-        self._is_anybody_streaming = is_anybody_streaming
+        self._others_step = others_step
+        self._max_tokens_held = max_tokens_held or sys.maxsize
+        self._token_bytes = kv.token_bytes(model)
+        self._metrics = metrics or ModelMetrics("")
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
-        self._prompts: list[_Prompt] = []
-        self._waiting: list[tuple[float, Row]] = []
-        self._rows: list[_Decoding]
-        self._places: Rows
-        self._sampler: BatchSampler
-        self._inputs: mx.array
-        self._reset_decoding()
-        self.prefill_speed = _ASSUMED_SPEED
+        self._waiting: list[Prompt] = []
+        self._prompts: list[Prompt] = []
+        self._prefill = Prefill(model, stall_target)
+        self._decoding = Decoding(model, self.vocab_size)
+        self._step_seconds = stall_target
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
-    def insert(self, row: Row) -> None:
-        """Queue a row; it joins at one of the next steps. A prompt has at least one token."""
-        self._waiting.append((time.monotonic(), row))
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Queue rows that share one prompt of at least one token; they join at one of the next steps.
+
+        They join together, unless there is not room for all of them at once.
+        """
+        now = time.monotonic()
+        together = Prompt(list(rows), now)
+        is_possible = self._decoding.places.room_for(len(rows), together.length) <= self._max_tokens_held
+        self._waiting += [together] if is_possible else [Prompt([row], now) for row in rows]
 
     def remove(self, row_ids: Sequence[int]) -> None:
         """Forget rows, wherever they are; what was computed for them goes to the prefix cache."""
         gone = set(row_ids)
-        self._waiting = [entry for entry in self._waiting if entry[1].id not in gone]
-        for prompt in [p for p in self._prompts if p.row.id in gone]:
-            self._prompts.remove(prompt)
-            self._keep_prefix(prompt.row.tokens[: prompt.done], prompt.cache)
-        leaving = [index for index, row in enumerate(self._rows) if row.row.id in gone]
+        self._waiting = [prompt for prompt in self._waiting if not prompt.drop(gone)]
+        for prompt in list(self._prompts):
+            tokens = prompt.tokens
+            if prompt.drop(gone):
+                self._prompts.remove(prompt)
+                self._keep_prefix(tokens[: prompt.done], prompt.cache)
+        leaving = [index for index, row in enumerate(self._decoding.rows) if row.row.id in gone]
         if leaving:
             self._leave(leaving)
 
     def decode(self) -> list[RowToken]:
         """Launch one step for every decoding row and return the tokens of the step before."""
-        if not self._rows:
+        self._make_room()
+        if not self._decoding.rows:
             return []
-        inputs = self._inputs
-        is_launched = any(row.launched < row.row.max_tokens for row in self._rows)
-        if is_launched:
-            self._launch(inputs)
-        published = []
-        tokens = cast(list[int], inputs.tolist())
-        for row, token in zip(self._rows, tokens, strict=True):
-            if is_launched:
-                row.tokens.append(token)
-            if not row.is_fresh:
-                published.append(RowToken(row.row.id, token, row.cached_tokens))
-            row.is_fresh = False
-        return published
+        self._metrics.batch_rows.observe(len(self._decoding.rows))
+        started = time.monotonic()
+        tokens = self._decoding.advance()
+        if not self._prompts:  # a chunk before it has waited for the step already
+            self._step_seconds += _STEP_WEIGHT * (time.monotonic() - started - self._step_seconds)
+        return tokens
 
     def prefill(self) -> None:
         """Process one chunk of the waiting prompts and let those that are ready join the batch."""
         self._admit()
-        if any(prompt.remaining for prompt in self._prompts):
-            self._process(self._choose_chunk())
+        step = min(filter(None, (self.streaming_step(), self._others_step())), default=0.0)
+        self._prefill.advance(self._prompts, step=step, running=self._decoding.running)
         if ready := [prompt for prompt in self._prompts if not prompt.remaining]:
-            self._join(ready)
+            self._prompts = [prompt for prompt in self._prompts if prompt.remaining]
+            self._decoding.join(ready)
 
     def is_empty(self) -> bool:
         """Whether no row is waiting or decoding."""
-        return not (self._rows or self._prompts or self._waiting)
+        return not (self._decoding.rows or self._prompts or self._waiting)
 
-    def is_streaming(self) -> bool:
-        """Whether rows are decoding, which a long chunk would hold up."""
-        return bool(self._rows)
+    def streaming_step(self) -> float:
+        """Seconds that a step takes for those who stream; 0 while nobody does. May be asked from any thread."""
+        return self._step_seconds if self._decoding.rows else 0.0
 
     def close(self) -> None:
         """Free what the batch holds."""
         self._waiting, self._prompts = [], []
-        self._reset_decoding()
+        self._decoding.clear()
         self.shrink_prefixes(0)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
@@ -151,99 +122,84 @@ class Batcher:
         if self._prefix_cache:
             self._prefix_cache.shrink(max_bytes)
 
-    # -- decoding -----------------------------------------------------------------------------------------------
+    # -- coming and going ---------------------------------------------------------------------------------------
 
-    def _launch(self, inputs: mx.array) -> None:
-        """Start the step that feeds these tokens, one a row; the tokens it samples are the next inputs."""
-        self._inputs = self._sampler(self._places.advance(inputs))
-        mx.async_eval(self._inputs)  # type: ignore[no-untyped-call]
-        for row in self._rows:
-            row.launched += 1
-
-    def _reset_decoding(self) -> None:
-        self._rows = []
-        self._places = make_rows(self._model)
-        self._inputs = mx.zeros((0,), dtype=mx.uint32)
-        self._sampler = BatchSampler(self.vocab_size)
+    def _admit(self) -> None:
+        """Give waiting prompts a place while there is one for all their rows."""
+        taken = len(self._decoding.rows) + sum(len(prompt.rows) for prompt in self._prompts)
+        while self._waiting and taken + len(self._waiting[0].rows) <= self._max_running and self._has_room():
+            prompt = self._waiting.pop(0)
+            prompt.started = time.monotonic()
+            cache, length = self._prefix_cache.fetch(prompt.tokens) if self._prefix_cache else (None, 0)
+            prompt.cache = cache or kv.new_cache(self._model)
+            prompt.done = prompt.cached_tokens = length
+            self._prompts.append(prompt)
+            taken += len(prompt.rows)
 
     def _leave(self, leaving: list[int]) -> None:
         """Take rows out of the decode batch."""
+        rows = self._decoding.rows
         for index in leaving:
-            row = self._rows[index]
-            if self._prefix_cache and len(row.tokens) > 0:
-                self._keep_prefix([*row.row.tokens[:-1], *row.tokens], self._places.extract(index))
-        keep = [index for index in range(len(self._rows)) if index not in set(leaving)]
-        self._rows = [self._rows[index] for index in keep]
-        if not keep:
-            self._reset_decoding()
-            return
-        self._places.keep(keep)
-        self._inputs = self._inputs[mx.array(keep, dtype=mx.uint32)]
-        self._sampler.filter(keep)
-
-    # -- prompts ------------------------------------------------------------------------------------------------
-
-    def _admit(self) -> None:
-        """Give waiting rows a place while there is one."""
-        while self._waiting and len(self._rows) + len(self._prompts) < self._max_running:
-            arrived, row = self._waiting.pop(0)
-            cache, length = self._prefix_cache.fetch(row.tokens) if self._prefix_cache else (None, 0)
-            self._prompts.append(_Prompt(row, cache or kv.new_cache(self._model), length, arrived, length))
-
-    def _choose_chunk(self) -> list[tuple[_Prompt, list[int]]]:
-        """The prompts to work on and the tokens of each, within the budget (rules 3 and 4)."""
-        is_heard = bool(self._rows) or self._is_anybody_streaming()
-        seconds = self._stall_target * (1 if is_heard else _IDLE_STALL_FACTOR)
-        budget = int(min(max(self.prefill_speed * seconds, _SMALLEST_CHUNK), _LARGEST_CHUNK))
-        first, *others = sorted(
-            (prompt for prompt in self._prompts if prompt.remaining),
-            key=lambda prompt: prompt.arrived + prompt.remaining / self.prefill_speed,
-        )
-        length = min(first.remaining, budget)
-        chunk = [first]
-        for prompt in others:
-            # Rows of one forward pass are padded to the longest: the padding counts.
-            longest = max(length, min(prompt.remaining, budget))
-            if longest * (len(chunk) + 1) > budget:
-                break
-            chunk.append(prompt)
-            length = longest
-        return [(p, list(p.row.tokens[p.done : p.done + min(p.remaining, length)])) for p in chunk]
-
-    def _process(self, chunk: list[tuple[_Prompt, list[int]]]) -> None:
-        """Run the chunk through the model and give each prompt its longer cache."""
-        cache = kv.merge([prompt.cache for prompt, _ in chunk])
-        lengths = [len(tokens) for _, tokens in chunk]
-        longest = max(lengths)
-        if min(lengths) < longest:
-            for layer in cache:
-                layer.prepare(lengths=lengths, right_padding=[longest - length for length in lengths])
-        inputs = mx.array([tokens + [0] * (longest - len(tokens)) for _, tokens in chunk])
-        mx.eval(self._inputs)  # the step that runs already must not count as the chunk's time
-        started = time.monotonic()
-        self._model(inputs, cache=cache)
-        for layer in cache:
-            layer.finalize()
-        mx.eval([layer.state for layer in cache])
-        self._measure(sum(lengths), time.monotonic() - started)
-        for index, (prompt, tokens) in enumerate(chunk):
-            prompt.done += len(tokens)
-            prompt.cache = kv.extract(cache, index, prompt.done)
-
-    def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens >= _SMALLEST_CHUNK and seconds > 0:
-            self.prefill_speed += _SPEED_WEIGHT * (tokens / seconds - self.prefill_speed)
-
-    def _join(self, ready: list[_Prompt]) -> None:
-        """Move prompts that are done into the decode batch."""
-        for prompt in ready:
-            self._prompts.remove(prompt)
-        self._places.join([prompt.cache for prompt in ready])
-        last_tokens = mx.array([prompt.row.tokens[-1] for prompt in ready], dtype=mx.uint32)
-        self._inputs = mx.concatenate([self._inputs, last_tokens])
-        self._sampler.extend([prompt.row for prompt in ready])
-        self._rows += [_Decoding(prompt.row, prompt.cached_tokens) for prompt in ready]
+            if self._prefix_cache and rows[index].tokens:
+                tokens = [*rows[index].row.tokens[:-1], *rows[index].tokens]
+                self._keep_prefix(tokens, self._decoding.places.extract(index))
+        self._decoding.leave(leaving)
 
     def _keep_prefix(self, tokens: Sequence[int], cache: kv.Cache) -> None:
         if self._prefix_cache:
             self._prefix_cache.store(tokens, cache)
+            self._shrink_to(self._tokens_held())
+
+    # -- room ---------------------------------------------------------------------------------------------------
+
+    def _tokens_held(self, *joining: Prompt) -> int:
+        """Tokens of keys and values that are there when everybody at work, and those who join, come to decode together.
+
+        A prompt counts twice: what is computed for it has a copy of its own until it has joined.
+        """
+        prompts = [*self._prompts, *joining]
+        lengths = [row.length for row in self._decoding.rows] + [
+            prompt.length for prompt in prompts for _ in prompt.rows
+        ]
+        own = sum(len(prompt.tokens) for prompt in prompts)
+        return self._decoding.places.room_for(len(lengths), max(lengths)) + own if lengths else 0
+
+    def _has_room(self) -> bool:
+        """Whether the next waiting prompt can be taken. The first of all always can."""
+        held = self._tokens_held(self._waiting[0])
+        if held > self._max_tokens_held and self._decoding.rows:
+            self._decoding.places.compact()
+            held = self._tokens_held(self._waiting[0])
+        if held > self._max_tokens_held and (self._decoding.rows or self._prompts):
+            return False
+        self._shrink_to(held)
+        return True
+
+    def _make_room(self) -> None:
+        """Let the youngest wait again until the next step is within the limit."""
+        held = self._tokens_held()
+        if held > self._max_tokens_held and self._decoding.rows:
+            self._decoding.places.compact()
+            held = self._tokens_held()
+        while (
+            len(self._decoding.rows) + len(self._prompts) > 1 and (held := self._tokens_held()) > self._max_tokens_held
+        ):
+            self._set_back()
+        self._shrink_to(held)
+
+    def _set_back(self) -> None:
+        """Let the youngest wait again: a prompt, or else a row. What was computed for it may stay as a prefix."""
+        if self._prompts:
+            prompt = self._prompts.pop()
+            self._keep_prefix(prompt.tokens[: prompt.done], prompt.cache)
+            self._waiting.insert(0, Prompt(prompt.rows, prompt.arrived))
+            return
+        index = max(range(len(self._decoding.rows)), key=lambda index: self._decoding.rows[index].started)
+        row = self._decoding.rows[index]
+        self._leave([index])
+        self._waiting.insert(0, Prompt([row.resumed()], row.started))
+
+    def _shrink_to(self, held: int) -> None:
+        """Leave to kept prefixes what the rows do not need."""
+        if self._max_tokens_held < sys.maxsize:
+            self.shrink_prefixes(max(0, self._max_tokens_held - held) * self._token_bytes)

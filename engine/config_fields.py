@@ -1,6 +1,6 @@
 """What a setting accepts, read from the annotation of its dataclass field.
 
-Rule 1: the annotation says all of it: Annotated[TYPE, Range(...), "what it means"]; Range and text may be absent.
+Rule 1: the annotation says all of it: Annotated[TYPE, Range(...), Size(), "what it means"]; all but TYPE may be absent.
 Rule 2: text (flags, environment) and TOML values go through the same check; only the reading of text comes before.
 Rule 3: a wrong value is ConfigInvalid with the place it came from.
 """
@@ -8,6 +8,7 @@ Rule 3: a wrong value is ConfigInvalid with the place it came from.
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from engine.errors import ConfigInvalid
 
 EXPECTATIONS = {str: "a non-empty string", bool: "true or false", int: "an integer", float: "a number"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?([kMGT]i?)?B?", re.IGNORECASE | re.ASCII)
+UNITS = {unit + i: base**power for power, unit in enumerate("kmgt", 1) for i, base in (("", 1000), ("i", 1024))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """Marks a number of bytes, which may be written with a unit."""
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """One setting: the type of its value, or the choices for it, its bounds and what it means."""
 
@@ -40,16 +48,21 @@ class Setting:
     choices: tuple[str, ...] = ()
     range: Range | None = None
     meaning: str = ""
+    is_size: bool = False
 
     @property
     def expected(self) -> str:
         """What it takes, as a noun phrase."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if self.is_size:
+            return f"bytes {self.range or ''}, a number or a text such as 12GB or 512MiB"
         return f"{EXPECTATIONS[self.type]} {self.range or ''}".rstrip()
 
     def check(self, place: str, value: object) -> Any:
         """The value in the setting's type. Raises ConfigInvalid; true is no number, and a bounded one is not nan."""
+        if self.is_size and isinstance(value, str):
+            return self.read(place, value)
         accepted = (int, float) if self.type is float else (self.type,)
         if type(value) not in accepted or not self._is_allowed(value):
             raise ConfigInvalid(place, value, self.expected)
@@ -58,10 +71,15 @@ class Setting:
     def read(self, place: str, text: str) -> Any:
         """The value that a text from a flag or the environment stands for. Raises ConfigInvalid."""
         try:
-            value = BOOLEANS[text.lower()] if self.type is bool else self.type(text)
+            value = self._parse(text)
         except (ValueError, KeyError):
             raise ConfigInvalid(place, text, self.expected) from None
         return self.check(place, value)
+
+    def _parse(self, text: str) -> Any:
+        if self.type is bool:
+            return BOOLEANS[text.lower()]
+        return _bytes(text) if self.is_size else self.type(text)
 
     def _is_allowed(self, value: Any) -> bool:
         if self.type is str:
@@ -88,4 +106,13 @@ def _setting(hint: Any) -> Setting | None:
     if type_ not in EXPECTATIONS:
         return None
     bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
-    return Setting(type_, choices, bounds, next((extra for extra in extras if isinstance(extra, str)), ""))
+    meaning = next((extra for extra in extras if isinstance(extra, str)), "")
+    return Setting(type_, choices, bounds, meaning, any(isinstance(extra, Size) for extra in extras))
+
+
+def _bytes(text: str) -> int:
+    """The number of bytes that "12GB", "1.5 GiB" or "4096" stands for. Raises ValueError."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    return int(float(match[1]) * UNITS[match[2].lower()]) if match[2] else int(match[1])

@@ -16,15 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.config import ModelSpec, Settings
-from engine.config_fields import settings_of
+from engine.config import GenerationDefaults, ModelSpec, Settings
+from engine.config_fields import Setting, settings_of
 from engine.errors import ConfigInvalid
 
 SCALARS = settings_of(Settings)
 MODEL_FIELDS = {name: setting for name, setting in settings_of(ModelSpec).items() if name != "key"}
+DEFAULTS = settings_of(GenerationDefaults)
+SECTION = [*MODEL_FIELDS, "aliases", "defaults"]
 ENVIRONMENT = {f"MLX_SERVER_{name.upper()}": name for name in SCALARS}
 FLAGS = {f"--{name.replace('_', '-')}": name for name in SCALARS}
 MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+CHECK = "--check-config"
 KEY_EXPECTED = "a model key: 1 to 128 letters, digits or any of . _ : / -"
 
 
@@ -44,7 +47,13 @@ def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -
         *map(_named_model, arguments["model"]),
     ]
     unique = tuple({spec.key: spec for spec in models}.values())
+    _check_aliases(unique)
     return replace(defaults, **{**file, **read_environment(environ), **flags, "models": unique})
+
+
+def only_checks(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for no more than a check of the settings. For one that build() has taken."""
+    return CHECK in argv
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -85,11 +94,38 @@ def _section(path: Path, key: str, section: object) -> ModelSpec:
         raise ConfigInvalid(place, section, f"a section [models.{key}]")
     if "source" not in section:
         raise ConfigInvalid(f"{place}.source", None, MODEL_FIELDS["source"].expected)
+    fields = _checked(place, section, MODEL_FIELDS, SECTION)
+    aliases = _aliases(f"{place}.aliases", section.get("aliases", []))
+    defaults = section.get("defaults", {})
+    if not isinstance(defaults, dict):
+        raise ConfigInvalid(f"{place}.defaults", defaults, f"a section [models.{key}.defaults]")
+    generation = GenerationDefaults(**_checked(f"{place}.defaults", defaults, DEFAULTS, [*DEFAULTS]))
+    return ModelSpec(key, **fields | dict(_located(fields, path.parent)), aliases=aliases, defaults=generation)
+
+
+def _checked(
+    place: str, section: Mapping[str, Any], settings: Mapping[str, Setting], known: Sequence[str]
+) -> dict[str, Any]:
+    """The values of a section that are in `settings`; anything that is not known is refused."""
     for name in section:
-        if name not in MODEL_FIELDS:
-            raise ConfigInvalid(place, name, f"one of {', '.join(MODEL_FIELDS)}")
-    fields = {name: MODEL_FIELDS[name].check(f"{place}.{name}", value) for name, value in section.items()}
-    return ModelSpec(key, **fields | dict(_located(fields, path.parent)))
+        if name not in known:
+            raise ConfigInvalid(place, name, f"one of {', '.join(known)}")
+    return {name: settings[name].check(f"{place}.{name}", section[name]) for name in section if name in settings}
+
+
+def _aliases(place: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and MODEL_KEY.fullmatch(name) for name in value):
+        raise ConfigInvalid(place, value, f"a list of names, each like {KEY_EXPECTED}")
+    return tuple(value)
+
+
+def _check_aliases(models: Sequence[ModelSpec]) -> None:
+    """Refuse two meanings of one name."""
+    owners = {spec.key: spec.key for spec in models}
+    for spec in models:
+        for alias in spec.aliases:
+            if owners.setdefault(alias, spec.key) != spec.key:
+                raise ConfigInvalid(f"models.{spec.key}.aliases", alias, f"a name that {owners[alias]!r} has not taken")
 
 
 def _located(fields: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, str]]:
@@ -128,8 +164,11 @@ def _parser(defaults: Settings) -> _Parser:
     parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE", help="add a model (repeatable)")
     parser.add_argument("--no-defaults", action="store_true", help="leave the default models out")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings")
+    parser.add_argument(CHECK, action="store_true", help="say whether the settings are right, and end")
     for flag, name in FLAGS.items():
         setting, default = SCALARS[name], getattr(defaults, name)
         metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper()
-        parser.add_argument(flag, metavar=metavar, help=f"{setting.meaning} (default {default}; {setting.expected})")
+        bare: dict[str, str] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
+        text = f"{setting.meaning} (default {default}; {setting.expected})"
+        parser.add_argument(flag, metavar=metavar, help=text, **bare)  # type: ignore[arg-type]
     return parser

@@ -23,9 +23,11 @@ from pathlib import Path
 
 from engine import device
 from engine.errors import SourceInvalid
+from engine.outline import Outline
 
 CPU_FORMATS = (("--dtype", "float32"),)
 GPU_FORMATS = (("--dtype", "float16", "--quant-source", "preserve"), ("--dtype", "float16"))
+KEPT_BLOCKS = {"Q4_0": 20, "Q4_1": 20, "Q8_0": 36}  # bytes of 32 weights, with scale and bias
 TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
 
 
@@ -40,24 +42,51 @@ def cache_directory() -> Path:
     return caches / "multi-model-mlx-server"
 
 
+def destination(gguf: Path) -> Path:
+    """The directory that a GGUF file is, or will be, converted to. Raises OSError."""
+    return cache_directory() / _name(gguf, _formats())
+
+
+def outline(source: str, gguf: Path) -> Outline:
+    """What a GGUF file's header says of the model. Raises SourceInvalid."""
+    from gguf import GGUFReader  # here, because most starts need neither of the two
+    from gguf2mlx.gguf2mlx import build_config, detect_architecture
+
+    try:
+        reader = GGUFReader(gguf)
+        config = build_config(reader, detect_architecture(reader))
+    except Exception as error:  # a damaged header can make the reader raise anything
+        raise SourceInvalid(source, f"its header can't be read: {type(error).__name__}: {error}") from None
+    stored = sum(_converted_bytes(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in reader.tensors)
+    return Outline(config, stored)
+
+
 def converted(source: str, gguf: Path, progress: Callable[[str, int, int], None]) -> Path:
     """The MLX directory of a GGUF file, converted now if it never was. Raises SourceInvalid.
 
     The first of the device's formats that the converter supports for this model is taken.
     """
-    formats = CPU_FORMATS if device.is_cpu() else GPU_FORMATS
     try:
-        target = cache_directory() / _name(gguf, formats)
+        target = destination(gguf)
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(_beside(target, ".lock")) as lock:
             if not target.is_dir():
                 _remove_leftovers(target.parent)
-                _convert(gguf, target, formats, lock, progress)
+                _convert(gguf, target, _formats(), lock, progress)
     except (OSError, _ConverterFailed) as error:
         raise SourceInvalid(source, f"it could not be converted: {error}") from None
     return target
+
+
+def _formats() -> tuple[tuple[str, ...], ...]:
+    return CPU_FORMATS if device.is_cpu() else GPU_FORMATS
+
+
+def _converted_bytes(format: str, elements: int) -> int:
+    """Bytes of a tensor after the conversion: quantized blocks that MLX knows stay, the rest becomes float16."""
+    return elements * KEPT_BLOCKS[format] // 32 if format in KEPT_BLOCKS else elements * 2
 
 
 class _ConverterFailed(Exception):
@@ -124,11 +153,15 @@ def _run_converter(
         pass_fds=[lock],
     ) as converter:
         assert converter.stdout is not None
-        for line in converter.stdout:  # a progress bar's carriage returns end lines, too
-            if tensors := TENSORS_DONE.search(line):
-                progress("converting", int(tensors[1]), int(tensors[2]))
-            elif line.strip():
-                last_lines.append(line.strip().removeprefix("❌ "))
+        try:
+            for line in converter.stdout:  # a progress bar's carriage returns end lines, too
+                if tensors := TENSORS_DONE.search(line):
+                    progress("converting", int(tensors[1]), int(tensors[2]))
+                elif line.strip():
+                    last_lines.append(line.strip().removeprefix("❌ "))
+        except BaseException:  # the work was called off
+            converter.kill()
+            raise
     if converter.returncode == 0 and (output / "config.json").is_file():
         return None
     return " / ".join(last_lines) or f"the converter ended with status {converter.returncode}"

@@ -3,7 +3,10 @@
 EngineError
 ├── ModelNotFound        no such key is registered
 ├── ModelExists          the key is registered with another source
+├── ModelNotLoaded       the model is registered, but requests do not load models here
 ├── LoadFailed           the model could not be loaded; the cause is in the message
+├── LoadAborted          the load was called off before it was done
+├── NoRoom               the model does not fit in memory; with a projection of what is there
 ├── PromptRejected       the prompt can't be given to this model; names the field
 │   └── ContextExceeded  it is longer than the context
 ├── QueueFull            as many requests wait as may; try again later
@@ -18,6 +21,19 @@ ConfigInvalid            a setting has a wrong value (key, value, expectation)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What a load needs and what is there, in bytes. busy, pinned and evictable are held by other models."""
+
+    needed: int
+    free: int
+    evictable: int
+    pinned: int
+    busy: int
+    budget: int
 
 
 class EngineError(Exception):
@@ -47,6 +63,36 @@ class LoadFailed(EngineError):
 
     def __init__(self, key: str, cause: str) -> None:
         super().__init__(f"Model {key!r} could not be loaded: {cause}")
+
+
+class ModelNotLoaded(EngineError):
+    """The model is registered and not loaded, and this server loads none for a request."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"Model {key!r} is not loaded, and requests do not load models here (load_on_demand is off). "
+            "Load it with POST /v1/models/load."
+        )
+
+
+class LoadAborted(EngineError):
+    """The load was called off: the model was unloaded, or the server stops. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(f"Loading model {key!r} was called off. Try again later.")
+        self.retry_after = retry_after
+
+
+class NoRoom(EngineError):
+    """The model does not fit in memory. `projection` has the sizes in bytes that say why."""
+
+    def __init__(self, key: str, projection: Projection) -> None:
+        gib = {name: f"{size / 2**30:.2f} GiB" for name, size in asdict(projection).items()}
+        super().__init__(
+            f"Model {key!r} needs {gib['needed']} and {gib['free']} of {gib['budget']} are free; {gib['evictable']} "
+            f"can be evicted, {gib['busy']} are busy, {gib['pinned']} pinned. Unload a model, or lower cache_tokens."
+        )
+        self.projection = projection
 
 
 class PromptRejected(EngineError):

@@ -6,18 +6,23 @@ Rule 2: nothing is printed; progress is reported in bytes.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from tqdm.auto import tqdm
 
-from engine.errors import SourceInvalid
+from engine.errors import LoadAborted, SourceInvalid
+from engine.outline import Outline
 
 FILES = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]  # remote code is never run
+WEIGHTS = "model*.safetensors"
+NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
 REACH = "could not be fetched from the Hugging Face hub"
 
 
@@ -27,19 +32,52 @@ def snapshot(source: str, repository: str, revision: str | None, progress: Calla
         directory = snapshot_download(
             repository, revision=revision, allow_patterns=FILES, tqdm_class=_byte_reporter(progress)
         )
-    except errors.GatedRepoError:
-        raise SourceInvalid(source, "access is restricted: accept its terms on the hub and set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise SourceInvalid(source, f"the repository has no revision {revision!r}") from None
-    except errors.RepositoryNotFoundError:
-        raise SourceInvalid(source, "no such repository on the hub (or a private one: set HF_TOKEN)") from None
-    except errors.LocalEntryNotFoundError:
-        raise SourceInvalid(source, f"{REACH}; expected a network connection, or a copy downloaded before") from None
-    except Exception as error:  # the hub's and the transport's errors are of many kinds
-        raise SourceInvalid(source, f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    except LoadAborted:
+        raise
+    except Exception as error:
+        raise SourceInvalid(source, _explain(error, revision)) from None
     if not Path(directory, "config.json").is_file():
-        raise SourceInvalid(source, "the repository has no config.json; expected a model for mlx-lm")
+        raise SourceInvalid(source, NO_CONFIG)
     return Path(directory)
+
+
+def outline(source: str, repository: str, revision: str | None) -> Outline:
+    """What a repository's config.json and list of files say; no weights are downloaded. Raises SourceInvalid."""
+    try:
+        file = Path(hf_hub_download(repository, "config.json", revision=revision))
+        config = json.loads(file.read_text())
+    except errors.EntryNotFoundError as error:
+        is_missing = not isinstance(error, errors.LocalEntryNotFoundError)
+        raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
+    except Exception as error:
+        raise SourceInvalid(source, _explain(error, revision)) from None
+    if not isinstance(config, dict):
+        raise SourceInvalid(source, "its config.json has no object in it")
+    return Outline(config, _stored_bytes(repository, revision, file.parent))
+
+
+def _stored_bytes(repository: str, revision: str | None, snapshot: Path) -> int:
+    """The size of the weights as the hub has them, or else of those that are here."""
+    try:
+        siblings = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or ()
+    except Exception:  # no network, or the hub is down: what is not here can't be loaded then
+        return sum(weights.stat().st_size for weights in snapshot.glob(WEIGHTS))
+    return sum(file.size or 0 for file in siblings if fnmatch(file.rfilename, WEIGHTS))
+
+
+def _explain(error: Exception, revision: str | None) -> str:
+    """What went wrong with the hub, and what would help."""
+    match error:
+        case errors.GatedRepoError():
+            return "access is restricted: accept its terms on the hub and set HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return f"the repository has no revision {revision!r}"
+        case errors.RepositoryNotFoundError():
+            return "no such repository on the hub (or a private one: set HF_TOKEN)"
+        case errors.LocalEntryNotFoundError():
+            return f"{REACH}; expected a network connection, or a copy downloaded before"
+        case _:  # the hub's and the transport's errors are of many kinds
+            return f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _byte_reporter(progress: Callable[[str, int, int], None]) -> type[Any]:

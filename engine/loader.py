@@ -22,16 +22,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters, load_model, load_tokenizer
 
-from engine import blas, device
+from engine import blas, device, memory
 from engine.config import ModelSpec
-from engine.errors import LoadFailed, SourceInvalid
+from engine.context import context_length
+from engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from engine.sources import Progress, resolve, silent
 
 log = logging.getLogger("engine")
 
-FALLBACK_CONTEXT = 4096  # tokens
-CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx", "seq_length")
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; a load that was called off ends at the next one
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -39,7 +38,7 @@ GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 class LoadedModel:
     """A model that is ready to run.
 
-    config: config.json as mlx-lm reads it. path: the local MLX directory. context_length: tokens.
+    config: config.json as mlx-lm reads it. path: the local MLX directory. limits: of what requests may take.
     generation_defaults: those of GENERATION_KEYS that the model's makers recommend. weight_bytes: in memory.
     """
 
@@ -47,9 +46,14 @@ class LoadedModel:
     tokenizer: TokenizerWrapper
     config: Mapping[str, Any]
     path: Path
-    context_length: int
+    limits: memory.Limits
     generation_defaults: Mapping[str, float]
     weight_bytes: int
+
+    @property
+    def context_length(self) -> int:
+        """The longest context that is served, in tokens."""
+        return self.limits.context
 
 
 def load(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedModel:
@@ -59,8 +63,11 @@ def load(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedModel:
     """
     blas.warn_if_missing()
     device.set_wired_limit_once()
+    failure: EngineError
     try:
-        return _load(spec, progress)
+        return _load(spec, progress or silent)
+    except LoadAborted:
+        failure = LoadAborted(spec.key)
     except Exception as error:  # a broken model can raise anything from any of the libraries
         log.debug("Loading %s failed", spec.key, exc_info=True)
         failure = LoadFailed(spec.key, _one_line(error))
@@ -70,19 +77,16 @@ def load(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedModel:
     raise failure
 
 
-def _load(spec: ModelSpec, progress: Progress | None) -> LoadedModel:
-    path = resolve(spec.source, progress=progress)
-    report = progress or silent
-    file_bytes = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
-    report("reading", 0, file_bytes)
+def _load(spec: ModelSpec, report: Progress) -> LoadedModel:
+    path = resolve(spec.source, progress=report)
+    report("reading", 0, 0)
     with _naming(f"the model in {path} can't be read"):
         model, config = load_model(path, lazy=True, trust_remote_code=False)
     if spec.adapter is not None:
         with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
     with _naming(f"the weights in {path} can't be used"):
-        model = _prepared(model)
-    report("reading", file_bytes, file_bytes)
+        model = _prepared(model, report)
     with _naming(f"the tokenizer in {path} can't be read"):
         options = {"trust_remote_code": False}
         tokenizer = load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id"))
@@ -91,14 +95,14 @@ def _load(spec: ModelSpec, progress: Progress | None) -> LoadedModel:
         tokenizer=tokenizer,
         config=config,
         path=path,
-        context_length=spec.context_length or context_length(spec.key, config),
+        limits=memory.limits(spec, context_length(spec.key, config)),
         generation_defaults=generation_defaults(path),
         weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
     )
 
 
-def _prepared(model: nn.Module) -> nn.Module:
-    """The model as this device runs it fastest, evaluated."""
+def _prepared(model: nn.Module, report: Progress) -> nn.Module:
+    """The model as this device runs it fastest, evaluated. What is read is reported in bytes as they are held."""
     if device.is_cpu():  # float16 and quantized layers are some thirty times slower there
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
@@ -106,7 +110,14 @@ def _prepared(model: nn.Module) -> nn.Module:
     if fused:
         model.update_modules(tree_unflatten(fused))
     model.eval()
-    mx.eval(model.parameters())
+    parameters = [array for _, array in tree_flatten(model.parameters())]
+    total, done, pending = sum(array.nbytes for array in parameters), 0, 0
+    for n, array in enumerate(parameters):
+        pending += array.nbytes
+        if pending >= READ_AT_ONCE or n == len(parameters) - 1:
+            mx.eval(parameters[: n + 1])
+            done, pending = done + pending, 0
+            report("reading", done, total)
     return model
 
 
@@ -116,18 +127,6 @@ def _is_fusable(layer: nn.Module) -> bool:
         return False
     wrapped = getattr(layer, "linear", None) or getattr(layer, "embedding", None)
     return wrapped is not None and not hasattr(wrapped, "bits")
-
-
-def context_length(key: str, config: Mapping[str, Any]) -> int:
-    """The context in tokens that a config.json states; FALLBACK_CONTEXT, and a line in the log, if none."""
-    nested = [config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)]
-    for part in (config, *nested):
-        for name in CONTEXT_KEYS:
-            value = part.get(name)
-            if isinstance(value, int) and value > 0:
-                return value
-    log.warning("%s: its config.json states no context length; taking %d tokens", key, FALLBACK_CONTEXT)
-    return FALLBACK_CONTEXT
 
 
 def generation_defaults(path: Path) -> dict[str, float]:
@@ -150,6 +149,8 @@ def _naming(problem: str) -> Iterator[None]:
     """Put a name to whatever goes wrong inside."""
     try:
         yield
+    except LoadAborted:
+        raise
     except Exception as error:
         raise _Unusable(f"{problem}: {_one_line(error)}") from error
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.token_text import TokenText
+
 
 def overlap(text: str, wanted: str) -> int:
     """Length of the longest end of `text` that is a beginning of `wanted`, but not all of it."""
-    start = text.find(wanted[0], max(0, len(text) - len(wanted) + 1))
+    start = text.find(wanted[:1], max(0, len(text) - len(wanted) + 1))
     while start >= 0:
         if wanted.startswith(text[start:]):
             return len(text) - start
@@ -25,22 +27,23 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
-        self._held = ""
+        self._held = TokenText()
 
-    def feed(self, text: str) -> tuple[str, bool]:
+    def feed(self, text: TokenText | str) -> tuple[TokenText, bool]:
         """The text that can be passed on, and whether a stop string was found; nothing may be fed after one."""
-        text = self._held + text
-        if cut := self._first_match(text):
-            self._held = ""
-            return text[: cut[1]], True
-        held = max((overlap(text, stop) for stop in self._stops), default=0)
-        passed = len(text) - held
-        self._held = text[passed:]
-        return text[:passed], False
+        known = self._held + text
+        if not self._stops:
+            return known, False
+        if cut := self._first_match(known.text):
+            self._held = TokenText()
+            return known.cut(cut[1])[0], True
+        held = max((overlap(known.text, stop) for stop in self._stops), default=0)
+        passed, self._held = known.cut(len(known) - held)
+        return passed, False
 
-    def flush(self) -> str:
+    def flush(self) -> TokenText:
         """What is held back, now that no more text comes."""
-        text, self._held = self._held, ""
+        text, self._held = self._held, TokenText()
         return text
 
     def _first_match(self, text: str) -> tuple[int, int] | None:

@@ -1,21 +1,27 @@
-"""Messages -> prompt, by the type of the model.
+"""Messages, text or token ids -> prompt, by the type of the model.
 
 Rule 1: a thinking model's chat template is used as it is.
 Rule 2: an instruction model gets strict turns (engine/messages.py), whatever its template would let pass.
 Rule 3: whether the prompt leaves the reasoning open is read from what the template appends for the answer, never from
-        what the messages say.
+        what the messages say; only an answer that goes on says it itself.
+Rule 4: a template without a place for tools, or for a system message, loses neither: the tools are described in the
+        system message (engine/tool_prompts.py), and that becomes the beginning of the user's.
+Rule 5: text and token ids have no conversation in them, so nothing is added but the beginning of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.config import ModelType
-from engine.messages import Message, admit, alternate, name_developer_system
+from engine.errors import PromptRejected
+from engine.messages import Message, admit, alternate, check_text, continued_field, fold_system, name_developer_system
 from engine.template import ChatTemplate
-from engine.types import ChatPrompt
+from engine.tool_formats import PLAIN, ToolFormat, native_format
+from engine.tool_prompts import describe, write_plain
+from engine.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -29,48 +35,81 @@ class FormattedPrompt:
 
     tokens: tuple[int, ...]
     text: str
-    opens_thinking: bool
+    opens_thinking: bool = False
 
 
-class PromptFormat(Protocol):
-    """How one type of model is spoken to."""
+class PromptFormat:
+    """How one type of model is spoken to. `config` is the model's config.json."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None: ...
-
-    def format(self, prompt: ChatPrompt) -> FormattedPrompt:
-        """The prompt in the model's own words. Raises PromptRejected."""
-
-
-class ThinkingFormat:
-    """Models that reason before they answer."""
+    thinks: ClassVar[bool]
 
     def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, config)
-        self._start_tag = thinking_tags(tokenizer)[0]
+        self._tags = thinking_tags(tokenizer)
 
-    def format(self, prompt: ChatPrompt) -> FormattedPrompt:
-        """The messages as they are; "developer" is "system" where the template does not know it.
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model, so prompted, writes tool calls."""
+        return native_format(self._tokenizer) if self._template.call_style else PLAIN
 
-        The template is told enable_thinking unless the prompt says otherwise. Raises PromptRejected.
-        """
-        messages = admit(prompt, has_tools=self._template.has_tools)
-        if "developer" not in self._template.source:
-            messages = name_developer_system(messages)
-        return _set(self._template, messages, _default(prompt, enable_thinking=True), self._start_tag)
+    def format(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
+        """The prompt in the model's own words. Tools that may not be called are not shown. Raises PromptRejected."""
+        match prompt:
+            case TextPrompt(text):
+                return format_text(self._tokenizer, text)
+            case TokenPrompt(tokens):
+                return format_tokens(self._tokenizer, tokens)
+        if tool_choice and tool_choice.mode == "none":
+            prompt = replace(prompt, tools=())
+        turns = self._arrange(admit(prompt), prompt)
+        if style := self._template.call_style:
+            turns = style.apply(turns)
+        else:
+            turns = write_plain(describe(turns, prompt.tools) if prompt.tools else turns)
+            prompt = replace(prompt, tools=())
+        if not self._template.has_system:
+            turns = fold_system(turns)
+        switched = {"enable_thinking": self.thinks, **prompt.template_kwargs}
+        return self._set(turns, replace(prompt, template_kwargs=switched))
+
+    def _arrange(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
+        """The messages in the order in which the template gets them."""
+        raise NotImplementedError
+
+    def _set(self, turns: list[Message], prompt: ChatPrompt) -> FormattedPrompt:
+        text = self._template.render(turns, prompt)
+        if prompt.continues_answer:
+            opens_thinking = self._is_reasoning(turns[-1])
+        elif opens_thinking := text.rstrip().endswith(self._tags[0]):
+            appended = text.removeprefix(self._template.render(turns, prompt, opens_answer=False))
+            opens_thinking = appended.rstrip().endswith(self._tags[0])
+        return FormattedPrompt(self._template.encode(turns, prompt), text, opens_thinking)
+
+    def _is_reasoning(self, answer: Message) -> bool:
+        """Whether the text that is to go on stops inside the reasoning."""
+        start, end = self._tags
+        text = answer["content"]
+        return continued_field(answer) != "content" or (text.lstrip().startswith(start) and end not in text)
 
 
-class InstructionFormat:
-    """Models that answer at once."""
+class ThinkingFormat(PromptFormat):
+    """Models that reason before they answer. The template is told enable_thinking unless the prompt says otherwise."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
-        self._template = ChatTemplate(tokenizer, config)
-        self._start_tag = thinking_tags(tokenizer)[0]
+    thinks = True
 
-    def format(self, prompt: ChatPrompt) -> FormattedPrompt:
-        """The messages as strict turns, and thinking off where the template has that switch. Raises PromptRejected."""
-        messages = admit(prompt, has_tools=self._template.has_tools)
-        turns = alternate(messages, has_system=self._template.has_system)
-        return _set(self._template, turns, _default(prompt, enable_thinking=False), self._start_tag)
+    def _arrange(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
+        """The messages as they are; "developer" is "system" where the template does not know it."""
+        return messages if "developer" in self._template.source else name_developer_system(messages)
+
+
+class InstructionFormat(PromptFormat):
+    """Models that answer at once. Thinking is off where the template has that switch."""
+
+    thinks = False
+
+    def _arrange(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
+        return alternate(messages, continues_answer=prompt.continues_answer)
 
 
 FORMATS: dict[ModelType, type[PromptFormat]] = {"thinking": ThinkingFormat, "instruction": InstructionFormat}
@@ -93,15 +132,27 @@ def _find_tags(tokenizer: TokenizerWrapper) -> tuple[str, str] | None:
     return next((tags for tags in THINKING_TAGS if any(tag in source for tag in tags)), None)
 
 
-def _default(prompt: ChatPrompt, **template_kwargs: Any) -> ChatPrompt:
-    return replace(prompt, template_kwargs={**template_kwargs, **prompt.template_kwargs})
+def format_text(tokenizer: TokenizerWrapper, text: str) -> FormattedPrompt:
+    """Text as it is, its special tokens too, behind the beginning of a sequence where the tokenizer sets one.
+
+    Raises PromptRejected.
+    """
+    check_text(text, "prompt")
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    first = tokenizer.encode("")[:1]
+    if first == [tokenizer.bos_token_id] != tokens[:1]:
+        tokens = first + tokens
+    if not tokens:
+        raise PromptRejected("The prompt is empty; expected some text.", "prompt")
+    return FormattedPrompt(tuple(tokens), text)
 
 
-def _set(template: ChatTemplate, messages: list[Message], prompt: ChatPrompt, start_tag: str) -> FormattedPrompt:
-    text = template.render(messages, prompt)
-    opens_thinking = text.rstrip().endswith(start_tag)
-    if opens_thinking:
-        closed = template.render(messages, prompt, opens_answer=False)
-        appended = text.removeprefix(closed)
-        opens_thinking = appended.rstrip().endswith(start_tag)
-    return FormattedPrompt(template.encode(messages, prompt), text, opens_thinking)
+def format_tokens(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> FormattedPrompt:
+    """Token ids as they are. Raises PromptRejected."""
+    last = len(tokenizer) - 1
+    for token in tokens:
+        if not 0 <= token <= last:
+            raise PromptRejected(f"prompt: this model has no token {token}; expected 0 to {last}.", "prompt")
+    if not tokens:
+        raise PromptRejected("The prompt is empty; expected at least one token.", "prompt")
+    return FormattedPrompt(tuple(tokens), tokenizer.decode(list(tokens)))

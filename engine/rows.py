@@ -1,8 +1,8 @@
 """The keys and values of the rows that decode together, and the step that advances them.
 
 Rule 1: rows stand in the order in which the batcher has them; row i of the logits is row i of the batch.
-Rule 2: every row has a fixed place, long enough for all, so that a step writes one token a row and copies nothing,
-        and shapes change seldom. That is what makes a compiled step possible.
+Rule 2: every row has a place, long enough for all, so that a step writes one token a row and copies nothing, and
+        shapes change seldom. That is what makes a compiled step possible. A row that leaves is replaced by the last.
 Rule 3: models with other caches (sliding windows, recurrent states) use mlx-lm's own batched caches instead.
 """
 
@@ -26,13 +26,22 @@ class Rows(Protocol):
         """Add rows, each with its own cache, behind the present ones."""
 
     def keep(self, order: Sequence[int]) -> None:
-        """Keep only the rows at these indices, in this order; at least one."""
+        """Keep only the rows at these indices, in this order; at least one. A row may only move towards the front."""
+
+    def clear(self) -> None:
+        """Drop all rows."""
 
     def extract(self, index: int) -> kv.Cache:
         """A row's own cache: a copy of its keys and values."""
 
     def advance(self, inputs: mx.array) -> mx.array:
         """Feed one token a row, [rows] -> logits [rows, vocab]. Nothing is evaluated."""
+
+    def room_for(self, rows: int, longest: int) -> int:
+        """Tokens that are held when there are so many rows, the longest of so many tokens; the unused room included."""
+
+    def compact(self) -> None:
+        """Give room back that the present rows do not need."""
 
 
 def make_rows(model: Any) -> Rows:
@@ -43,18 +52,25 @@ def make_rows(model: Any) -> Rows:
 
 
 class _Place:
-    """One layer's cache during a step, in the shape that mlx-lm's models use. `visible`: tokens to look at, or all."""
+    """One layer's cache during a step, in the shape that mlx-lm's models use.
 
-    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array, visible: int | None) -> None:
-        self.keys, self.values, self.offset = keys, values, offset
-        self._visible = keys.shape[2] if visible is None else visible
+    keys, values: [places, heads, span, dim]. rows: how many are fed, the first ones. visible: tokens to look at.
+    """
+
+    def __init__(self, keys: mx.array, values: mx.array, offsets: mx.array, rows: int, visible: int) -> None:
+        self.keys, self.values = keys, values
+        self.offset = offsets[:rows]
+        self._at = offsets[:, None, None, None]
+        self._rows, self._visible = rows, visible
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write one token a row, [rows, heads, 1, dim], each at its row's own offset."""
-        at = self.offset[:, None, None, None]
-        self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(at, keys.shape), keys, axis=2)
-        self.values = mx.put_along_axis(self.values, mx.broadcast_to(at, values.shape), values, axis=2)
-        return self.keys[:, :, : self._visible], self.values[:, :, : self._visible]
+        unused = [(0, self.keys.shape[0] - self._rows), (0, 0), (0, 0), (0, 0)]
+        if unused[0][1]:
+            keys, values = mx.pad(keys, unused), mx.pad(values, unused)
+        self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(self._at, keys.shape), keys, axis=2)
+        self.values = mx.put_along_axis(self.values, mx.broadcast_to(self._at, values.shape), values, axis=2)
+        return self.keys[: self._rows, :, : self._visible], self.values[: self._rows, :, : self._visible]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """What each row may look at: its own tokens, the one being fed included."""
@@ -70,10 +86,15 @@ class PlacedRows:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._is_padded = not device.is_cpu()  # a CPU's time grows with every row, a GPU's with every new shape
+        self._is_padded = not device.is_cpu()  # feed the unused places too
         # Compiled, a step costs no Python; on a CPU each new shape would cost seconds of the C++ compiler.
         self._step = mx.compile(self._forward) if device.describe().kind == "cuda" else self._forward
-        self._keys, self._values = self._no_places()
+        self._nothing = self._no_places()
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows. What was compiled stays."""
+        self._keys, self._values = self._nothing
         self._lengths: list[int] = []
         self._offsets = mx.zeros((0,), dtype=mx.int32)
 
@@ -93,11 +114,23 @@ class PlacedRows:
     def keep(self, order: Sequence[int]) -> None:
         """Keep only these rows."""
         self._lengths = [self._lengths[index] for index in order]
+        self._move([(place, row) for place, row in enumerate(order) if place != row])
         places = self._places_for(len(order))
-        indices = mx.array([*order, *([0] * (places - len(order)))], dtype=mx.uint32)
-        self._keys = [keys[indices] for keys in self._keys]
-        self._values = [values[indices] for values in self._values]
+        if places < self._keys[0].shape[0]:
+            self._keys = [mx.contiguous(keys[:places]) for keys in self._keys]
+            self._values = [mx.contiguous(values[:places]) for values in self._values]
         self._set_offsets()
+
+    def _move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Put rows into other places: (to, from) pairs."""
+        if not moves:
+            return
+        taken = mx.array([row for _, row in moves], dtype=mx.uint32)
+        keys, values = [array[taken] for array in self._keys], [array[taken] for array in self._values]
+        mx.eval(keys, values)  # or else what is written to would also be read from, and be copied whole
+        for moved, (place, _) in enumerate(moves):
+            for array, rows in zip((*self._keys, *self._values), (*keys, *values), strict=True):
+                array[place] = rows[moved]
 
     def extract(self, index: int) -> kv.Cache:
         """A copy of a row's keys and values."""
@@ -115,17 +148,34 @@ class PlacedRows:
         """Feed one token a row."""
         rows = len(self._lengths)
         self._stretch(max(self._lengths) + 1)
-        padded = mx.pad(inputs, (0, self._offsets.shape[0] - rows)) if self._is_padded else inputs
-        logits, self._offsets, self._keys, self._values = self._step(padded, self._offsets, self._keys, self._values)
+        if self._is_padded:
+            inputs = mx.pad(inputs, (0, self._offsets.shape[0] - rows))
+        logits, self._offsets, self._keys, self._values = self._step(inputs, self._offsets, self._keys, self._values)
         self._lengths = [length + 1 for length in self._lengths]
         return logits[:rows]
+
+    def room_for(self, rows: int, longest: int) -> int:
+        """Tokens that the places for such rows hold."""
+        return max(self._places_for(rows), int(self._keys[0].shape[0])) * self._span_for(longest)
+
+    def compact(self) -> None:
+        """Give back what is longer or more than the present rows need."""
+        rows, present = max(1, len(self._lengths)), (int(self._keys[0].shape[0]), int(self._keys[0].shape[2]))
+        places, span = 1 << (rows - 1).bit_length(), _span(max(self._lengths, default=0) + 1)
+        if (places, span) == present or places > present[0] or span > present[1]:
+            return
+        for arrays in (self._keys, self._values):
+            for n in range(len(arrays)):  # one by one, so that only one is there twice
+                arrays[n] = mx.contiguous(arrays[n][:places, :, :span])
+                mx.eval(arrays[n])
+        self._set_offsets()
 
     def _forward(
         self, inputs: mx.array, offsets: mx.array, keys: list[mx.array], values: list[mx.array]
     ) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array]]:
-        # A CPU's time grows with every token that is looked at; a GPU is better off with a shape that stays.
-        visible = None if self._is_padded else max(self._lengths) + 1
-        cache = [_Place(k, v, offsets, visible) for k, v in zip(keys, values, strict=True)]
+        # A CPU's time grows with every row fed and token looked at; a GPU is better off with shapes that stay.
+        visible = keys[0].shape[2] if self._is_padded else max(self._lengths) + 1
+        cache = [_Place(k, v, offsets, inputs.shape[0], visible) for k, v in zip(keys, values, strict=True)]
         logits = self._model(inputs[:, None], cache=cache)[:, -1, :]
         return logits, offsets + 1, [place.keys for place in cache], [place.values for place in cache]
 
@@ -150,18 +200,18 @@ class PlacedRows:
 
     def _stretch(self, length: int) -> None:
         """Make places at least `length` tokens long."""
-        span = self._keys[0].shape[2]
-        if length <= span:
+        missing = self._span_for(length) - self._keys[0].shape[2]
+        if missing <= 0:
             return
-        step = max(_SPAN_STEP, (1 << length.bit_length()) // 8)
-        missing = -(-length // step) * step - span
         self._keys = [mx.pad(keys, [(0, 0), (0, 0), (0, missing), (0, 0)]) for keys in self._keys]
         self._values = [mx.pad(values, [(0, 0), (0, 0), (0, missing), (0, 0)]) for values in self._values]
 
+    def _span_for(self, length: int) -> int:
+        """Length of places to have for a row of so many tokens, without shrinking."""
+        return max(int(self._keys[0].shape[2]), _span(length))
+
     def _places_for(self, rows: int) -> int:
-        """Places to have: as many as rows, or the next power of two, without shrinking for a few."""
-        if not self._is_padded:
-            return rows
+        """Places to have: the next power of two, without shrinking for a few."""
         needed, present = 1 << (rows - 1).bit_length(), int(self._keys[0].shape[0])
         return present if needed <= present < 4 * needed else needed
 
@@ -170,11 +220,21 @@ class PlacedRows:
         self._offsets = mx.array(self._lengths + [0] * unused, dtype=mx.int32)
 
 
+def _span(length: int) -> int:
+    """Length of places that are made for so many tokens: some more, so that it seldom changes."""
+    step = max(_SPAN_STEP, (1 << length.bit_length()) // 8)
+    return -(-length // step) * step
+
+
 class MergedRows:
     """Rows of any cache that mlx-lm can batch."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows."""
         self._cache: kv.Cache = []
 
     def join(self, caches: Sequence[kv.Cache]) -> None:
@@ -199,3 +259,10 @@ class MergedRows:
         """Feed one token a row."""
         logits: mx.array = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
         return logits
+
+    def room_for(self, rows: int, longest: int) -> int:
+        """Tokens that a batch of such rows holds."""
+        return rows * longest
+
+    def compact(self) -> None:
+        """mlx-lm's caches keep no more than their longest row needs."""

@@ -6,61 +6,42 @@ import ctypes
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from engine import loader
+from engine import device, loader
 from engine.batcher import Batcher
 from engine.config import ModelSpec
-from engine.errors import ContextExceeded, PromptRejected
-from engine.kv import PrefixCache
-from engine.output import OutputStream
-from engine.prompts import FORMATS, PromptFormat, find_type, thinking_tags
-from engine.thinking import ThinkingParser
-from engine.types import GenerationRequest, ModelFacts, Row, Sampling
+from engine.intake import Intake
+from engine.jobs import Output
+from engine.metrics import ModelMetrics
+from engine.prefixes import PrefixCache
+from engine.prompts import FORMATS, find_type
+from engine.sources import Progress, silent
+from engine.types import GenerationRequest, ModelFacts, Question, Row, Sampling
+
+_WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 
 
 @dataclass
 class ModelRuntime:
-    """A loaded model. Sizes in bytes, context in tokens."""
+    """A loaded model, as its engine thread uses it."""
 
     batch: Batcher
-    loaded: loader.LoadedModel
-    prompts: PromptFormat
     facts: ModelFacts
+    intake: Intake
 
-    def prepare(self, request: GenerationRequest) -> tuple[tuple[int, ...], int, OutputStream]:
-        """Prompt tokens, most tokens to generate, and the output stream of a request.
+    def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
+        """A row and its output stream for each choice. Raises PromptRejected."""
+        return self.intake.prepare(request, row_ids)
 
-        Raises:
-            PromptRejected: the model can't take these messages, or has not the tokens of logit_bias.
-            ContextExceeded: they are longer than the context.
-        """
-        self._check_bias(request.sampling)
-        prompt = self.prompts.format(request.prompt)
-        room = self.facts.context_length - len(prompt.tokens)
-        if room < 1:
-            raise ContextExceeded(len(prompt.tokens), self.facts.context_length)
-        max_tokens = min(request.max_tokens or room, room)
-        tokenizer, thinking = self.loaded.tokenizer, None
-        if self.facts.type == "thinking":
-            thinking = ThinkingParser(*thinking_tags(tokenizer), starts_inside=prompt.opens_thinking)
-        output = OutputStream(
-            tokenizer, eos=tokenizer.eos_token_ids, max_tokens=max_tokens, stop=request.stop, thinking=thinking
-        )
-        return prompt.tokens, max_tokens, output
-
-    def _check_bias(self, sampling: Sampling) -> None:
-        """Refuse tokens that do not exist: MLX would write beyond the end of the logits."""
-        last = self.batch.vocab_size - 1
-        for token in sampling.logit_bias:
-            if not 0 <= token <= last:
-                raise PromptRejected(
-                    f"logit_bias: this model has no token {token}; expected 0 to {last}.", "logit_bias"
-                )
+    def answer(self, question: Question) -> Any:
+        """What the tokenizer says. Raises PromptRejected."""
+        return self.intake.answer(question)
 
 
 class Builder:
@@ -70,40 +51,54 @@ class Builder:
         self._stall_target = stall_target
         self._batches: list[weakref.ref[Batcher]] = []  # weak: an unloaded model's memory must go
 
-    def build(self, spec: ModelSpec) -> ModelRuntime:
-        """Load a model and warm it up, on the thread that will run it. Raises LoadFailed."""
-        loaded = loader.load(spec)
+    def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> ModelRuntime:
+        """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
+        loaded = loader.load(spec, progress=progress)
         batch = Batcher(
             loaded.model,
             max_running=spec.max_running,
             stall_target=self._stall_target,
             prefix_cache=PrefixCache(spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
-            is_anybody_streaming=self._is_anybody_streaming,
+            others_step=self._shortest_step,
+            max_tokens_held=loaded.limits.cache_tokens,
+            metrics=metrics,
         )
         model_type = spec.type or find_type(loaded.tokenizer)
         prompts = FORMATS[model_type](loaded.tokenizer, loaded.config)
-        warm_up(batch)
+        progress("warming up", 0, 0)
+        warm_up(batch, spec.max_running)
         self._batches = [*(known for known in self._batches if known()), weakref.ref(batch)]
         facts = ModelFacts(model_type, loaded.context_length, loaded.weight_bytes)
-        return ModelRuntime(batch, loaded, prompts, facts)
+        intake = Intake(
+            loaded.tokenizer,
+            prompts,
+            facts,
+            defaults={**loaded.generation_defaults, **spec.defaults.stated()},
+            vocab_size=batch.vocab_size,
+            max_rows=spec.max_running,
+        )
+        return ModelRuntime(batch, facts, intake)
 
-    def _is_anybody_streaming(self) -> bool:
-        return any(batch.is_streaming() for known in self._batches if (batch := known()))
+    def _shortest_step(self) -> float:
+        """Seconds that a step takes for the quickest model that streams; 0 while none does."""
+        steps = (batch.streaming_step() for known in self._batches if (batch := known()))
+        return min(filter(None, steps), default=0.0)
 
 
-def warm_up(batch: Batcher) -> None:
+def warm_up(batch: Batcher, max_rows: int) -> None:
     """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
-    filtered = Sampling(temperature=0.7, top_p=0.9)
-    for width in (1, 2):
-        rows = [Row(-1 - n, tuple(range(1, 34)), filtered if n else Sampling(temperature=0.0), 3) for n in range(width)]
-        for row in rows:
-            batch.insert(row)
-        steps = 0
-        while steps < 5:
-            batch.decode()
-            batch.prefill()
-            steps += 1
-        batch.remove([row.id for row in rows])
+    # A GPU compiles for every number of places; on a CPU what is compiled serves all of them.
+    most = 2 if device.is_cpu() else max_rows
+    widths = [width for power in range(most.bit_length()) if (width := 1 << power) <= most]
+    tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9)):
+        for width in widths:
+            rows = [Row(-1 - n, tokens, sampling, 3) for n in range(width)]
+            batch.insert(rows)
+            for _ in range(_WARM_UP_STEPS):
+                batch.prefill()
+                batch.decode()
+            batch.remove([row.id for row in rows])
     batch.shrink_prefixes(0)
 
 

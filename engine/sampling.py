@@ -61,12 +61,13 @@ class BatchSampler:
         self._bias: mx.array | None = None  # [rows, vocab]
 
     def extend(self, rows: Sequence[Row]) -> None:
-        """Add rows behind the present ones. Their draws start at position 0 of their own random stream."""
+        """Add rows behind the present ones. Their draws start where their own random stream was left."""
         self._extend_penalties(rows)
         self._extend_bias(rows)
         self._rows += [row.sampling for row in rows]
         keys = mx.array([_key_of(row.sampling) for row in rows], dtype=mx.uint32)
-        self._keys = mx.concatenate([self._keys, keys])
+        positions = mx.array([(0, row.said) for row in rows], dtype=mx.uint32)
+        self._keys = mx.concatenate([self._keys, keys + positions])
         self._choose_work()
 
     def filter(self, keep: Sequence[int]) -> None:
@@ -81,13 +82,18 @@ class BatchSampler:
         self._bias = self._bias[kept] if biased and self._bias is not None else None
         self._choose_work()
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Choose tokens: logits [rows, vocab] of any float type -> token ids [rows], uint32. Nothing is evaluated."""
+    def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
+        """Choose tokens: logits [rows, vocab] of any float type -> token ids [rows], uint32. Nothing is evaluated.
+
+        allowed: [rows, vocab] of bool, what each row may say; None allows everything.
+        """
         logits = logits.astype(mx.float32)
         if self._bias is not None:
             logits = logits + self._bias
         if self._generated is not None and self._prompted is not None:
             logits = self._penalize(logits, self._generated, self._prompted)
+        if allowed is not None:
+            logits = mx.where(allowed, logits, -mx.inf)
         tokens = mx.argmax(logits, axis=-1)
         if self._is_sampled:
             tokens = mx.where(self._greedy, tokens, self._draw(logits))
@@ -152,7 +158,8 @@ class BatchSampler:
         generated = mx.zeros(before) if self._generated is None else self._generated
         prompted = mx.zeros(before, dtype=mx.bool_) if self._prompted is None else self._prompted
         seen = mx.stack([self._prompt_tokens(row) for row in rows])
-        self._generated = mx.concatenate([generated, mx.zeros(seen.shape)])
+        said = mx.stack([self._said_tokens(row) for row in rows])
+        self._generated = mx.concatenate([generated, said])
         self._prompted = mx.concatenate([prompted, seen])
 
     def _prompt_tokens(self, row: Row) -> mx.array:
@@ -161,6 +168,11 @@ class BatchSampler:
         if row.sampling.repetition_penalty != 1.0:
             seen[mx.array(sorted(set(row.tokens)))] = True
         return seen
+
+    def _said_tokens(self, row: Row) -> mx.array:
+        """How often the row has generated each token already, [vocab]."""
+        counts = mx.zeros((self._vocab_size,))
+        return counts.at[mx.array(row.tokens[-row.said :])].add(1.0) if row.said else counts
 
     def _extend_bias(self, rows: Sequence[Row]) -> None:
         if self._bias is None and not any(row.sampling.logit_bias for row in rows):

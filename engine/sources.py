@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from pathlib import Path
 
 from engine import conversion, hub
 from engine.errors import SourceInvalid
+from engine.outline import Outline
 
 # What is being done ("downloading", "converting"), how much of it is done, and of how much (0: not known yet).
-# Bytes while downloading, tensors while converting.
+# Bytes while downloading, tensors while converting. May raise, to call the work off.
 Progress = Callable[[str, int, int], None]
 
 EXPECTED = "expected embedded:NAME, a .gguf file, an MLX model directory, or a Hugging Face id such as org/name"
@@ -88,6 +90,14 @@ def check(source: str) -> None:
     parse(source)
 
 
+def is_repository(source: str) -> bool:
+    """Whether the string is the id of a Hugging Face repository."""
+    try:
+        return isinstance(parse(source), Repository)
+    except SourceInvalid:
+        return False
+
+
 def resolve(source: str, *, progress: Progress | None = None) -> Path:
     """The source as a local MLX directory, downloaded or converted first if need be.
 
@@ -103,8 +113,31 @@ def resolve(source: str, *, progress: Progress | None = None) -> Path:
             return hub.snapshot(source, id, revision, report)
 
 
+def outline(source: str) -> Outline:
+    """What can be known of a source without downloading or reading its weights. Raises SourceInvalid."""
+    match parse(source):
+        case MlxDirectory(path):
+            return _directory_outline(source, path)
+        case GgufFile(path):
+            directory = conversion.destination(path)
+            return _directory_outline(source, directory) if directory.is_dir() else conversion.outline(source, path)
+        case Repository(id, revision):
+            return hub.outline(source, id, revision)
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+def _directory_outline(source: str, path: Path) -> Outline:
+    try:
+        config = json.loads((path / "config.json").read_text())
+        stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+    except (OSError, ValueError) as error:
+        raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise SourceInvalid(source, f"{path / 'config.json'} has no object in it")
+    return Outline(config, stored)
 
 
 def _embedded(source: str) -> GgufFile:

@@ -4,7 +4,8 @@ Rule 1: the template is the model's own. Without one, a Mistral gets the [INST] 
         that refuses every conversation.
 Rule 2: whatever a template raises is a PromptRejected with the template's own words.
 Rule 3: control tokens come from the template alone. What looks like one in the messages is encoded as plain text.
-Rule 4: a tokenizer belongs to one thread at a time; so does a template.
+Rule 4: what a template can do is found out by trying.
+Rule 5: a tokenizer belongs to one thread at a time; so does a template.
 """
 
 from __future__ import annotations
@@ -18,12 +19,22 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import PromptRejected
+from engine.messages import Message, continued_field
+from engine.tool_prompts import PROBE, PROBE_TOOL, PROBED, STYLES, CallStyle
 from engine.types import ChatPrompt
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-RENDERING_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+RENDERING_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
@@ -57,39 +68,51 @@ class ChatTemplate:
 
     @functools.cached_property
     def has_system(self) -> bool:
-        """Whether a system message is understood, found out by trying."""
+        """Whether a system message is understood."""
         probe = [{"role": "system", "content": "\u2042 probe \u2042"}, {"role": "user", "content": "Hello"}]
+        return self._shows(["\u2042 probe \u2042"], probe, ChatPrompt(probe))
+
+    @functools.cached_property
+    def call_style(self) -> CallStyle | None:
+        """How tool calls stand in the history; None where tools, calls or results have no place."""
+        if not self._tokenizer.has_tool_calling:
+            return None
+        prompt = ChatPrompt(PROBE, tools=[PROBE_TOOL])
+        return next((style for style in STYLES if self._shows(PROBED, style.apply(PROBE), prompt)), None)
+
+    def _shows(self, words: Sequence[str], messages: Sequence[Message], prompt: ChatPrompt) -> bool:
         try:
-            return "\u2042 probe \u2042" in self.render(probe, ChatPrompt(probe))
+            text = self.render(messages, prompt)
         except PromptRejected:
             return False
+        return all(word in text for word in words)
 
-    @property
-    def has_tools(self) -> bool:
-        """Whether tools have a place in it."""
-        return "tools" in self.source or bool(self._tokenizer.has_tool_calling)
-
-    def render(self, messages: Sequence[Mapping[str, Any]], prompt: ChatPrompt, *, opens_answer: bool = True) -> str:
+    def render(self, messages: Sequence[Message], prompt: ChatPrompt, *, opens_answer: bool = True) -> str:
         """`messages` as text, with the prompt's tools and template_kwargs; up to the beginning of the answer or not.
 
         Raises PromptRejected.
         """
-        return str(self._apply(messages, prompt, tokenize=False, add_generation_prompt=opens_answer))
+        return str(self._apply(messages, prompt, opens_answer=opens_answer, tokenize=False))
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], prompt: ChatPrompt) -> tuple[int, ...]:
+    def encode(self, messages: Sequence[Message], prompt: ChatPrompt) -> tuple[int, ...]:
         """`messages` as token ids, up to the beginning of the answer.
 
         Raises PromptRejected.
         """
         if not self.source:  # the model's own code renders text only
             return tuple(self._tokenizer.encode(self.render(messages, prompt), add_special_tokens=False))
-        options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
-        return tuple(self._apply(messages, prompt, tokenize=True, **options))
+        return tuple(self._apply(messages, prompt, tokenize=True, sanitize_control_tokens=True))
 
-    def _apply(self, messages: Sequence[Mapping[str, Any]], prompt: ChatPrompt, **options: Any) -> Any:
+    def _apply(
+        self, messages: Sequence[Message], prompt: ChatPrompt, *, opens_answer: bool = True, **options: Any
+    ) -> Any:
         if reserved := RESERVED.intersection(prompt.template_kwargs):
             names = ", ".join(sorted(reserved))
             raise PromptRejected(f"chat_template_kwargs can't set {names}.", "chat_template_kwargs")
+        if prompt.continues_answer:
+            options["continue_final_message"] = continued_field(messages[-1])
+        else:
+            options["add_generation_prompt"] = opens_answer
         if prompt.tools:
             options["tools"] = list(prompt.tools)
         if self._substitute:

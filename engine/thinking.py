@@ -11,7 +11,8 @@ Rule 3: any cut of the same text gives the same channels. Only what may be part 
 from __future__ import annotations
 
 from engine.matching import overlap
-from engine.types import Channel, Delta
+from engine.token_text import TokenText
+from engine.types import Channel
 
 
 class ThinkingParser:
@@ -26,55 +27,57 @@ class ThinkingParser:
         self._untagged: Channel = "reasoning" if starts_inside else "content"
         self._channel: Channel | None = None
         self._trims_left = False
-        self._held = ""
+        self._held = TokenText()
 
     @property
     def is_thinking(self) -> bool:
         """Whether the text fed last leaves the output inside the reasoning."""
         return (self._channel or self._untagged) == "reasoning"
 
-    def feed(self, text: str) -> list[Delta]:
-        """The deltas that `text` decides, in order."""
+    def feed(self, text: TokenText | str) -> list[tuple[Channel, TokenText]]:
+        """What `text` decides, in order: each piece with its channel."""
         self._held += text
-        deltas = []
+        pieces = []
         if self._channel is None:
             self._find_start()
         if self._channel == "reasoning":
-            deltas += self._read_reasoning()
+            pieces += self._read_reasoning()
         if self._channel == "content":
-            deltas += self._emit(len(self._held))
-        return deltas
+            pieces += self._emit(len(self._held))
+        return pieces
 
-    def flush(self) -> list[Delta]:
+    def flush(self) -> list[tuple[Channel, TokenText]]:
         """What is held back, now that no more text comes: it was no tag."""
         self._channel = self._channel or self._untagged
         return self._emit(len(self._held))
 
     def _find_start(self) -> None:
-        text = self._held.lstrip()
+        text = self._held.text.lstrip()
         if text.startswith(self._start_tag):
-            self._enter("reasoning", text[len(self._start_tag) :])
+            self._enter("reasoning", len(self._held) - len(text) + len(self._start_tag))
         elif not self._start_tag.startswith(text):
-            self._enter(self._untagged, self._held)
+            self._enter(self._untagged, 0)
             self._trims_left = self.is_thinking
 
-    def _read_reasoning(self) -> list[Delta]:
-        reasoning, tag, rest = self._held.partition(self._end_tag)
+    def _read_reasoning(self) -> list[tuple[Channel, TokenText]]:
+        reasoning, tag, _ = self._held.text.partition(self._end_tag)
         if not tag:
             return self._emit(len(reasoning[: len(reasoning) - overlap(reasoning, self._end_tag)].rstrip()))
-        deltas = self._emit(len(reasoning.rstrip()))
-        self._enter("content", rest)
-        return deltas
+        length = len(reasoning.rstrip())
+        pieces = self._emit(length)
+        self._enter("content", len(reasoning) - length + len(tag))
+        return pieces
 
-    def _enter(self, channel: Channel, text: str) -> None:
+    def _enter(self, channel: Channel, dropped: int) -> None:
+        """Change channels, behind the `dropped` characters of a tag and the white space before it."""
         self._channel = channel
-        self._held = text
+        self._held = self._held.drop(dropped)
         self._trims_left = True
 
-    def _emit(self, length: int) -> list[Delta]:
+    def _emit(self, length: int) -> list[tuple[Channel, TokenText]]:
         """Send the first `length` characters that are held, less the white space beside a tag."""
-        text, self._held = self._held[:length], self._held[length:]
+        text, self._held = self._held.cut(length)
         if self._trims_left:
-            text = text.lstrip()
+            text = text.drop(length - len(text.text.lstrip()))
             self._trims_left = not text
-        return [Delta(text, self._channel or self._untagged)] if text else []
+        return [(self._channel or self._untagged, text)] if text else []

@@ -36,22 +36,85 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """What a request says of its sampling; None leaves it to the model's defaults, then to Sampling's."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """OpenAI messages, each with a string content (or None beside tool calls), to be set in the model's template."""
+    """OpenAI messages, each with a string content (or None beside tool calls), to be set in the model's template.
+
+    continues_answer: the last message is the assistant's, and the answer goes on from its text.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    continues_answer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text to go on from as it is, without a chat template; special tokens in it count."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids to go on from."""
+
+    tokens: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class JsonFormat:
+    """The answer is JSON. `schema` is a JSON schema; None allows any object."""
+
+    schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which of the prompt's tools may be called. "function" forces the one of that name; parallel: several calls."""
+
+    mode: Literal["none", "auto", "required", "function"] = "auto"
+    name: str | None = None
+    parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request to one model. max_tokens None means: up to the end of the context."""
+    """One request to one model.
 
-    prompt: ChatPrompt
-    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
+    no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
+    """
+
+    prompt: Prompt
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    n: int = 1
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    format: JsonFormat | None = None
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    thinking_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +125,36 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its log-probability under the model (before temperature and filters), and the likeliest ones."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of text of one choice, on its channel. Tags and stop strings are never part of it."""
+    """A piece of text of one choice, on its channel. Tags and stop strings are never part of it.
+
+    logprobs: those of the tokens that brought the text, where the request asked for them.
+    """
 
     text: str
     channel: Channel = "content"
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call. `call` counts the calls of one choice; the first piece of each has id and name."""
+
+    call: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
     index: int = 0
 
 
@@ -79,6 +167,15 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a generation's time went, in seconds: until a place was free, until the first token, from there on."""
+
+    queue: float
+    prompt: float
+    generation: float
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of a whole generation; the last event of it."""
 
@@ -86,9 +183,34 @@ class Usage:
     completion_tokens: int
     reasoning_tokens: int = 0
     cached_tokens: int = 0
+    timings: Timings = field(default_factory=lambda: Timings(0.0, 0.0, 0.0), compare=False)
 
 
-Event = Accepted | Delta | Finish | Usage
+Event = Accepted | Delta | ToolCallDelta | Finish | Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """Asks for the token ids of a prompt: answered with a tuple of ints."""
+
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """Asks for the text of token ids: answered with a string."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyTemplate:
+    """Asks for the text that the chat template makes of messages: answered with a string."""
+
+    prompt: ChatPrompt
+
+
+Question = Tokenize | Detokenize | ApplyTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +222,52 @@ class ModelFacts:
     weight_bytes: int
 
 
+class Constraint(Protocol):
+    """What a row may say next, decided from what it has said. Runs on the engine thread, between two tokens."""
+
+    def allowed(self) -> bytes | None:
+        """A bit mask over the vocabulary, the lowest bit of each byte first; None allows every token."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was chosen."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence for the batch: the prompt's token ids and how to go on from there."""
+    """One sequence for the batch: the prompt's token ids and how to go on from there.
+
+    said: how many of the last tokens the row itself generated before it had to wait again. max_tokens: from here on.
+    """
 
     id: int
     tokens: tuple[int, ...]
     sampling: Sampling
     max_tokens: int
+    top_logprobs: int | None = None
+    constraint: Constraint | None = None
+    said: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities at one position: the chosen token's, and the likeliest tokens with theirs."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RowToken:
-    """One generated token of one row. cached_tokens is how much of its prompt the prefix cache had."""
+    """One generated token of one row. cached_tokens is how much of its prompt the prefix cache had.
+
+    started: when the row got its place, by time.monotonic().
+    """
 
     row_id: int
     token: int
     cached_tokens: int = 0
+    logprobs: Logprobs | None = None
+    started: float = 0.0
 
 
 class Batch(Protocol):
@@ -125,8 +276,8 @@ class Batch(Protocol):
     All calls are made on the engine thread.
     """
 
-    def insert(self, row: Row) -> None:
-        """Queue a row; it joins at one of the next steps."""
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Queue rows that share one prompt; they join together at one of the next steps."""
 
     def remove(self, row_ids: Sequence[int]) -> None:
         """Forget rows, wherever they are. Unknown ids are ignored."""

@@ -5,15 +5,35 @@ Rule: a check takes (value, param), returns the value that handlers see, and rai
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
-from protocol.parameters import ValidationFailed, invalid, shown
+from protocol.parameters import invalid
+from protocol.shapes import check_shape, without_nulls
 
 KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 TOKEN_ID = re.compile(r"[0-9]{1,9}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_STOPS = 16
+NUMBER = re.compile(r"-?[0-9]{1,12}(\.[0-9]{1,12})?")
+DURATION = re.compile(r"-?([0-9]{1,12}(\.[0-9]{1,12})?(ms|h|m|s))+")
+DURATION_PART = re.compile(r"([0-9.]+)(ms|h|m|s)")
+SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+
+STREAM_OPTIONS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "include_usage": {"type": ["boolean", "null"]},
+        "continuous_usage_stats": {"type": ["boolean", "null"]},
+        "include_obfuscation": {
+            "type": ["boolean", "null"],
+            "enum": [False, None],
+            "description": "false: streams are never obfuscated",
+        },
+    },
+    "additionalProperties": False,
+}
 
 
 def check_stop(value: Any, param: str) -> tuple[str, ...]:
@@ -40,15 +60,30 @@ def check_logit_bias(value: Any, param: str) -> dict[int, float]:
 
 
 def check_stream_options(value: Any, param: str) -> dict[str, bool]:
-    """The one option of streams: include_usage."""
-    if not isinstance(value, dict):
-        raise invalid(param, value, '{"include_usage": true or false}')
-    for name, option in value.items():
-        if name != "include_usage":
-            raise ValidationFailed(f"Unknown option {shown(name)} in '{param}'.", f"{param}.{name[:64]}")
-        if option is not None and not isinstance(option, bool):
-            raise invalid(f"{param}.{name}", option, "true or false")
-    return {name: option for name, option in value.items() if option is not None}
+    """The options that were given. Raises ValidationFailed."""
+    check_shape(value, STREAM_OPTIONS, param)
+    return without_nulls(value)
+
+
+def check_modalities(value: Any, param: str) -> list[str]:
+    """Text, and nothing else."""
+    if value != ["text"]:
+        raise invalid(param, value, "['text']: text is all that these models make")
+    return ["text"]
+
+
+def check_keep_alive(value: Any, param: str) -> float:
+    """Seconds, from a number of them or a duration like "5m" or "1h30m"; anything below zero is for ever (inf)."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        seconds = float(value)
+    elif isinstance(value, str) and DURATION.fullmatch(value):
+        seconds = sum(float(number) * SECONDS[unit] for number, unit in DURATION_PART.findall(value))
+        seconds = -seconds if value.startswith("-") else seconds
+    elif type(value) in (int, float):
+        seconds = float(value)
+    else:
+        raise invalid(param, value, "seconds as a number, or a duration such as '5m', '1h30m' or '-1'")
+    return seconds if seconds >= 0 else math.inf
 
 
 def check_key(value: str, param: str) -> str:

@@ -20,35 +20,57 @@ MAY_CARRY = {
     "tool": {"name", "tool_call_id"},
 }
 
+TEXT: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    ]
+}
+MAYBE_STRING = {"type": ["string", "null"]}
+CALL: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+            "required": ["name", "arguments"],
+        },
+    },
+    "required": ["id", "function"],
+}
+
+
+def _said_by(*roles: str, required: tuple[str, ...] = ("content",), **fields: Any) -> dict[str, Any]:
+    properties = {"role": {"enum": list(roles)}, "content": TEXT, "name": MAYBE_STRING, **fields}
+    return {"type": "object", "properties": properties, "required": ["role", *required]}
+
+
 SHAPE: dict[str, Any] = {
     "type": "array",
     "minItems": 1,
     "items": {
-        "type": "object",
-        "properties": {
-            "role": {"enum": list(MAY_CARRY)},
-            "content": {
-                "anyOf": [
-                    {"type": "string"},
-                    {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                            "required": ["type", "text"],
-                        },
-                    },
-                    {"type": "null"},
-                ]
-            },
-            "name": {"type": ["string", "null"]},
-            "refusal": {"type": ["string", "null"]},
-            "reasoning": {"type": ["string", "null"]},
-            "reasoning_content": {"type": ["string", "null"]},
-            "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
-            "tool_call_id": {"type": ["string", "null"]},
-        },
-        "required": ["role"],
+        "anyOf": [
+            _said_by("system", "developer", "user"),
+            _said_by("tool", required=("content", "tool_call_id"), tool_call_id={"type": "string"}),
+            _said_by(
+                "assistant",
+                required=(),
+                content={"anyOf": [*TEXT["anyOf"], {"type": "null"}]},
+                refusal=MAYBE_STRING,
+                reasoning=MAYBE_STRING,
+                reasoning_content=MAYBE_STRING,
+                tool_calls={"type": ["array", "null"], "items": CALL},
+            ),
+        ]
     },
 }
 

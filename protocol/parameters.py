@@ -2,14 +2,16 @@
 
 Rule 1: a parameter is declared once; what validates it and what describes it (json_schema) come from that declaration.
 Rule 2: types are JSON's own. true is no number and "5" no integer; 1.0 is an integer, 1.5 is none.
-Rule 3: null for an optional parameter is its default. A parameter that is not declared is refused.
+Rule 3: null for an optional parameter is its default. A parameter that is not declared is refused, or noted where the
+        caller asks for that.
 Rule 4: whatever the bytes are, the outcome is a request or one ValidationFailed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import orjson
 from satya import Field, Model, ModelValidationError
@@ -96,12 +98,23 @@ class Parameter(Field):  # type: ignore[misc]
         if self.enum:
             schema["enum"] = self.enum
         if not self.required:
-            schema = {"anyOf": [schema, {"type": "null"}], "default": self.default}
+            # The default of a value with structure is what its check would make, so null stands for it.
+            schema = {"anyOf": [schema, {"type": "null"}], "default": None if self.shape else self.default}
         return {"description": self.description, **schema}
 
 
 class Request(Model):  # type: ignore[misc]
-    """A request body. Its parameters are its attributes; one that was not given is its default."""
+    """A request body. Its parameters are its attributes; one that was not given is its default.
+
+    `__unsupported__` names parameters that clients may know from elsewhere, and what to do instead.
+    """
+
+    __unsupported__: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        # satya would find these at the parent: a validator without the fields of this class, and its fields' bare types
+        cls._validator_instance = None
+        cls.__annotations__ = inspect.get_annotations(cls)
 
     def check_together(self) -> None:
         """Check what no parameter can check alone. Raises ValidationFailed."""
@@ -110,9 +123,12 @@ class Request(Model):  # type: ignore[misc]
 R = TypeVar("R", bound=Request)
 
 
-def parse(schema: type[R], body: bytes) -> R:
-    """The request in a JSON body. Raises ValidationFailed, and nothing else."""
-    values = _known(schema, _read_object(body))
+def parse(schema: type[R], body: bytes, ignored: list[str] | None = None) -> R:
+    """The request in a JSON body. Raises ValidationFailed, and nothing else.
+
+    A parameter that is not declared is refused; with a list `ignored` its name is appended there instead.
+    """
+    values = _known(schema, _read_object(body), ignored)
     parameters = schema.__fields__
     typed = {name: parameters[name].typed(value, name) for name, value in values.items()}
     try:
@@ -129,9 +145,10 @@ def parse(schema: type[R], body: bytes) -> R:
 def json_schema(schema: type[Request]) -> dict[str, Any]:
     """The JSON schema of a request body (OpenAPI 3.1)."""
     parameters = schema.__fields__
+    unsupported = {name: {"description": hint, "type": "null"} for name, hint in schema.__unsupported__.items()}
     return {
         "type": "object",
-        "properties": {name: parameter.schema() for name, parameter in parameters.items()},
+        "properties": {name: parameter.schema() for name, parameter in parameters.items()} | unsupported,
         "required": [name for name, parameter in parameters.items() if parameter.required],
         "additionalProperties": False,
     }
@@ -147,12 +164,22 @@ def _read_object(body: bytes) -> dict[str, Any]:
     return document
 
 
-def _known(schema: type[Request], document: dict[str, Any]) -> dict[str, Any]:
-    for name in document:
-        if name not in schema.__fields__:
-            known = ", ".join(schema.__fields__)
-            raise ValidationFailed(f"Unknown parameter: {shown(name)}. Parameters here: {known}.", name[:SHOWN_LENGTH])
-    return {name: value for name, value in document.items() if value is not None}
+def _known(schema: type[Request], document: dict[str, Any], ignored: list[str] | None) -> dict[str, Any]:
+    """What was given of the declared parameters."""
+    given = {name: value for name, value in document.items() if value is not None or name not in schema.__unsupported__}
+    unknown = [name for name in given if name not in schema.__fields__]
+    if ignored is not None:
+        ignored += unknown
+    elif unknown:
+        raise _unknown(schema, unknown[0])
+    return {name: value for name, value in given.items() if value is not None and name in schema.__fields__}
+
+
+def _unknown(schema: type[Request], name: str) -> ValidationFailed:
+    if name in schema.__unsupported__:
+        return ValidationFailed(f"'{name}' is not supported. {schema.__unsupported__[name]}", name)
+    known = ", ".join(schema.__fields__)
+    return ValidationFailed(f"Unknown parameter: {shown(name)}. Parameters here: {known}.", name[:SHOWN_LENGTH])
 
 
 def _translated(error: Any, parameters: dict[str, Parameter], values: dict[str, Any]) -> ValidationFailed:

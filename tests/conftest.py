@@ -4,6 +4,7 @@ import engine  # noqa: F401  (first: it prepares the process for MLX)
 
 # isort: split
 import pytest
+from hypothesis import settings
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from tests.models import scripted_model, tiny_llama
@@ -33,3 +34,8 @@ def scripted_path(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_llama_path):
     return load_tokenizer(tiny_llama_path)
+
+
+# Nothing is timed in a test: a machine that is busy for a moment must not fail one.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 
 from engine.errors import PromptRejected
-from engine.types import ChatPrompt, Delta, Finish, GenerationRequest, ModelFacts, RowToken
+from engine.types import ChatPrompt, Delta, Finish, GenerationRequest, ModelFacts, Row, RowToken, Sampling
 from engine.worker import Engine
 
 DEADLINE = 30.0
@@ -49,16 +49,17 @@ async def until(condition):
 class Numbers:
     """An output that says each token's number and finishes at max_tokens."""
 
-    def __init__(self, max_tokens):
+    def __init__(self, max_tokens, index):
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self._max_tokens = max_tokens
+        self._index = index
 
     def feed(self, token):
         self.completion_tokens += 1
-        yield Delta(str(token))
+        yield Delta(str(token.token), index=self._index)
         if self.completion_tokens == self._max_tokens:
-            yield Finish("length")
+            yield Finish("length", self._index)
 
 
 @dataclass
@@ -74,8 +75,8 @@ class ScriptedBatch:
     def __post_init__(self):
         self.gate.set()
 
-    def insert(self, row):
-        self.rows[row.id] = 0
+    def insert(self, rows):
+        self.rows |= {row.id: 0 for row in rows}
 
     def remove(self, row_ids):
         for row_id in row_ids:
@@ -107,14 +108,21 @@ class ScriptedRuntime:
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
     facts: ModelFacts = FACTS
 
-    def prepare(self, request):
+    def prepare(self, request, row_ids):
         text = request.prompt.messages[0]["content"]
         if text.startswith("refuse"):
             raise PromptRejected("refused", "messages[0]")
         if text.startswith("break"):
             raise ZeroDivisionError("an unplanned fault")
         max_tokens = request.max_tokens or ENDLESS
-        return tuple(range(len(text))), max_tokens, Numbers(max_tokens)
+        tokens = tuple(range(len(text)))
+        return [
+            (Row(next(row_ids), tokens, Sampling(), max_tokens), Numbers(max_tokens, index))
+            for index in range(request.n)
+        ]
+
+    def answer(self, question):
+        return "answer"
 
 
 @dataclass
@@ -134,13 +142,15 @@ class Factory:
         """The batch of the engine that was loaded last."""
         return self.runtimes[-1].batch
 
-    def build(self):
+    def build(self, loading=None):
         self.builds += 1
-        assert self.gate.wait(DEADLINE)
+        while not self.gate.wait(0.005):  # a load can be called off, at its next report
+            if loading:
+                loading("reading", 1, 2)
         if self.failures:
             raise self.failures.pop(0)
         self.runtimes.append(ScriptedRuntime())
         return self.runtimes[-1]
 
-    def start(self, spec, on_death):
-        return Engine(spec.key, self.build, on_death=on_death)
+    def start(self, spec, on_death, loading, metrics):
+        return Engine(spec.key, lambda: self.build(loading), on_death=on_death, metrics=metrics)

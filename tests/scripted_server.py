@@ -86,6 +86,28 @@ STREAMS = {
 }
 
 
+def step(stage, done, total):
+    return data({"event": "progress", "stage": stage, "done": done, "total": total})
+
+
+LOADS = {
+    "org/stepwise": [
+        step("downloading", 1_000_000, 4_000_000),
+        b": keep-alive\n\n",
+        step("downloading", 4_000_000, 4_000_000),
+        step("warming", None, None),
+        data({"event": "loaded", "key": "stepwise", "status": "loaded", "load_time_seconds": 2.5}),
+        b"data: [DONE]\n\n",
+    ],
+    "org/stumbler": [
+        step("reading", 1, 3),
+        data({"error": {"message": "Model 'stumbler' could not be loaded: no weights.", "type": "server_error"}}),
+    ],
+    "org/quitter": [step("reading", 1, 3), CUT],
+    "org/leaver": [step("reading", 1, 3)],
+}
+
+
 class ScriptedServer:
     """has_extensions: whether load and unload exist. api_key: what must be sent, None asks for none."""
 
@@ -116,6 +138,10 @@ class ScriptedServer:
 
     async def load(self, request):
         body = await self.received(request)
+        if body.get("stream") and body["model"] in LOADS:
+            return await self.play(request, LOADS[body["model"]])
+        if "stream" in body:
+            return error(400, "Unknown parameter 'stream'.", type="invalid_request_error", param="stream")
         if body["model"] == "org/broken":
             return error(503, "Model 'broken' could not be loaded: no weights.", type="server_error")
         key = body.get("key", "derived")

@@ -26,7 +26,8 @@ def words(text: str) -> Script:
 def script_tokenizer(plays: Sequence[Script], tokens: Sequence[str] = ()) -> Tokenizer:
     """Single bytes for the prompts, and a token of its own for every position of every script.
 
-    A position's token is its text and a mark that the decoder drops, so that equal pieces are different tokens.
+    A position's token is its text and a mark that the decoder drops, so that equal pieces are different tokens. The
+    mark's characters stand for no bytes.
     """
     vocab = {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for number, play in enumerate(plays):
@@ -53,7 +54,7 @@ def byte_level(model: models.BPE) -> Tokenizer:
 
 def _piece_token(piece: str | bytes, script: int, position: int) -> str:
     raw = piece.encode() if isinstance(piece, str) else piece
-    return "".join(BYTE_CHARS[byte] for byte in raw) + f"\ue000{script}.{position}"
+    return "".join(BYTE_CHARS[byte] for byte in raw) + "\ue000" + chr(0xF0000 + script) + chr(0xF0000 + position)
 
 
 def _byte_chars() -> Iterator[str]:

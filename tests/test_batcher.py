@@ -9,7 +9,7 @@ import pytest
 from mlx_lm import load
 
 from engine.batcher import Batcher
-from engine.kv import PrefixCache
+from engine.prefixes import PrefixCache
 from engine.types import Row, Sampling
 
 GREEDY = Sampling(temperature=0.0)
@@ -44,7 +44,7 @@ class Driver:
         for row in rows:
             self.rows[row.id] = row
             self.tokens[row.id] = []
-            self.batcher.insert(row)
+            self.batcher.insert([row])
 
     def step(self):
         finished = []
@@ -138,7 +138,7 @@ def test_rows_leave_a_running_batch_and_disturb_nobody(model):
 
 def test_a_row_may_leave_before_its_prompt_is_done_or_even_begun(model):
     batcher = Batcher(model, max_running=2, stall_target=0.001, prefix_cache=cache())
-    batcher.prefill_speed = 16.0
+    batcher._prefill.speed = 16.0
     driver = Driver(batcher, row(1, prompt(500, seed=1)), row(2, prompt(400, seed=2)), row(3, prompt(9, seed=3)))
     driver.step()
     batcher.remove([3, 1])
@@ -153,7 +153,7 @@ def test_nothing_is_done_for_an_empty_batch(model):
     assert batcher.decode() == []
     batcher.prefill()
     batcher.remove([1])
-    assert not batcher.is_streaming()
+    assert batcher.streaming_step() == 0
 
 
 def test_a_batch_that_emptied_takes_rows_again(model):
@@ -164,7 +164,7 @@ def test_a_batch_that_emptied_takes_rows_again(model):
 
 def test_short_prompts_pass_a_long_one_which_still_ends(model):
     batcher = Batcher(model, stall_target=0.001)
-    batcher.prefill_speed = 16.0  # tokens a second, so that chunks are of the smallest size
+    batcher._prefill.speed = 16.0  # tokens a second, so that chunks are of the smallest size
     driver = Driver(batcher, row(1, prompt(1500, seed=1), GREEDY, 3))
     driver.step()
     driver.add(*(row(n, prompt(10, seed=n), GREEDY, 3) for n in (2, 3, 4)))
@@ -187,7 +187,7 @@ def test_no_more_rows_run_than_may(model):
     waited = []
     while not driver.batcher.is_empty():
         driver.step()
-        waited.append(len(driver.batcher._rows) + len(driver.batcher._prompts))
+        waited.append(len(driver.batcher._decoding.rows) + len(driver.batcher._prompts))
     assert max(waited) == 3
     assert driver.tokens == {n: alone(model, driver.rows[n]) for n in range(8)}
 

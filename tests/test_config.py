@@ -54,7 +54,7 @@ def test_every_scalar_has_a_flag_a_variable_and_a_key(name, written):
     value = getattr(DEFAULTS, name)
     assert built([f"--{name.replace('_', '-')}", str(value)]) == DEFAULTS
     assert built(environ={f"MLX_SERVER_{name.upper()}": str(value), "HOME": "/"}) == DEFAULTS
-    assert built(written(f"{name} = {value!r}")) == DEFAULTS
+    assert built(written(f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}")) == DEFAULTS
     assert refused([f"--{name.replace('_', '-')}", ""]).startswith(f"--{name.replace('_', '-')}: ''")
 
 

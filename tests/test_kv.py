@@ -9,6 +9,7 @@ from mlx_lm import load
 from mlx_lm.models.cache import KVCache
 
 from engine import kv
+from engine.prefixes import PrefixCache
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_cache_that_can_not_be_batched_is_said_to_be():
 
 
 def test_what_is_fetched_is_a_copy(model):
-    kept, tokens = kv.PrefixCache(1 << 30), list(range(40))
+    kept, tokens = PrefixCache(1 << 30), list(range(40))
     kept.store(tokens, filled(model, tokens))
     first, length = kept.fetch([*tokens, 50])
     assert length == 40
@@ -71,7 +72,7 @@ def test_what_is_fetched_is_a_copy(model):
     ],
 )
 def test_a_fetch_gives_the_longest_common_prefix_but_leaves_a_token_to_feed(model, asked, length):
-    kept = kv.PrefixCache(1 << 30)
+    kept = PrefixCache(1 << 30)
     kept.store(range(40), filled(model, range(40)))
     cache, found = kept.fetch(asked)
     assert found == length
@@ -79,13 +80,13 @@ def test_a_fetch_gives_the_longest_common_prefix_but_leaves_a_token_to_feed(mode
 
 
 def test_a_prefix_that_is_too_short_is_not_kept(model):
-    kept = kv.PrefixCache(1 << 30)
+    kept = PrefixCache(1 << 30)
     kept.store(range(15), filled(model, range(15)))
     assert kept.nbytes == 0
 
 
 def test_the_least_recently_stored_goes_first(model):
-    kept = kv.PrefixCache(1 << 30)
+    kept = PrefixCache(1 << 30)
     for start in (0, 100, 200):
         kept.store(range(start, start + 32), filled(model, range(start, start + 32)))
     size = kept.nbytes // 3
@@ -96,7 +97,7 @@ def test_the_least_recently_stored_goes_first(model):
 
 def test_more_than_the_bytes_that_it_may_have_is_never_kept(model):
     one = filled(model, range(32))
-    kept = kv.PrefixCache(kv.cache_bytes(one) - 1)
+    kept = PrefixCache(kv.cache_bytes(one) - 1)
     kept.store(range(32), one)
     assert kept.nbytes == 0
     assert isinstance(kv.new_cache(model)[0], KVCache)

@@ -2,12 +2,14 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
-from engine.config import ModelSpec
+from engine.config import ModelSpec, Settings
 from engine.errors import (
     EngineStopped,
+    LoadAborted,
     LoadFailed,
     ModelBusy,
     ModelExists,
@@ -17,7 +19,9 @@ from engine.errors import (
     QueueFull,
     RequestFailed,
 )
-from model_manager import TRANSITIONS, ModelManager, ModelState
+from engine.memory import Estimate
+from model_manager import ModelManager
+from model_state import TRANSITIONS, ModelState
 from tests.scripted_engine import Factory, read, request, until, within_deadline
 
 
@@ -26,7 +30,8 @@ async def managed(*specs, **fields):
     """A manager of scripted models, by default one of key "m", and the factory of their engines."""
     factory = Factory()
     memory = iter(range(10**6, 0, -100))
-    manager = ModelManager(specs or (ModelSpec("m", "source", **fields),), factory.start, lambda: next(memory))
+    settings = replace(Settings(memory_limit=10**6), models=specs or (ModelSpec("m", "source", **fields),))
+    manager = ModelManager(settings, factory.start, lambda: next(memory), lambda spec: Estimate(100, 100, 100))
     try:
         yield manager, factory
     finally:
@@ -80,7 +85,7 @@ async def test_a_model_goes_through_its_states_and_back():
 def test_every_state_can_be_left_and_reached():
     assert TRANSITIONS.keys() == set(ModelState)
     assert set().union(*TRANSITIONS.values()) == set(ModelState)
-    assert {state.value for state in ModelState} == {"unloaded", "loading", "loaded", "draining"}
+    assert {state.value for state in ModelState} == {"unloaded", "loading", "loaded", "evicting", "draining"}
 
 
 @within_deadline
@@ -160,16 +165,16 @@ async def test_a_failed_load_is_told_to_all_and_the_next_request_tries_again():
 @within_deadline
 async def test_an_engine_that_can_not_even_be_started_leaves_the_model_as_it_was():
     async with managed() as (manager, factory):
-        instance, start = manager.instance("m"), factory.start
+        instance, services = manager.instance("m"), manager.instance("m")._services
 
-        def refuse(spec, on_death):
+        def refuse(spec, on_death, loading, metrics):
             raise RuntimeError("can't start new thread")
 
-        instance._start_engine = refuse
+        instance._services = replace(services, start_engine=refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             await answered(instance)
         assert repr(instance) == "<ModelInstance m UNLOADED requests=0>"
-        instance._start_engine = start
+        instance._services = services
         assert len(await answered(instance)) == 5
 
 
@@ -371,7 +376,7 @@ async def test_an_abort_during_a_load_tells_those_who_waited_for_it():
         asking = await started(answered(instance, max_tokens=None))
         unloading = await started(instance.unload("abort"))
         factory.gate.set()
-        with pytest.raises((EngineStopped, ModelUnloading)):
+        with pytest.raises(LoadAborted, match="Loading model 'm' was called off"):
             await asking
         await unloading
         assert repr(instance) == "<ModelInstance m UNLOADED requests=0>"
@@ -383,7 +388,8 @@ async def test_two_unloads_at_once_are_one():
         instance = manager.instance("m")
         await answered(instance)
         reports = await asyncio.gather(instance.unload("drain"), instance.unload("abort"))
-        assert [report.freed_bytes for report in reports] == [100, 0]
+        assert reports[0] is reports[1]
+        assert reports[0].freed_bytes == 100
         assert instance.status == "unloaded"
 
 

@@ -9,21 +9,35 @@ import mistral_common
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from engine.errors import PromptRejected
-from engine.messages import ROLES, admit, alternate
-from engine.prompts import FORMATS, find_type, thinking_tags
-from engine.types import ChatPrompt
+from engine.messages import ROLES, admit, alternate, fold_system
+from engine.prompts import FORMATS, FormattedPrompt, find_type, thinking_tags
+from engine.tool_formats import PLAIN
+from engine.types import ChatPrompt, TextPrompt, TokenPrompt, ToolChoice
 from tests.models import CHATML, scripted_model, tiny_llama
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+HERMES = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for tool_call in m.tool_calls or [] %}{% set tool_call = tool_call.function %}"
+    "{{ '<tool_call>' + tool_call.name + ARGUMENTS + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NATIVE = HERMES.replace("ARGUMENTS", "(tool_call.arguments | tojson)")
+NATIVE_TEXT = HERMES.replace("ARGUMENTS", "tool_call.arguments")
+NINE_LETTERS = NATIVE.replace(
+    "{% set tool", "{% if tool_call.id | length != 9 %}{{ raise_exception('nine!') }}{% endif %}{% set tool"
+)
 DEAF = "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
-TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
 OPENING = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
 SWITCHED = CHATML.replace("assistant\n' }}", "assistant\n' }}{{ enable_thinking }}")
 
@@ -147,8 +161,15 @@ def test_the_system_message_begins_the_first_user_message_where_it_has_no_role(t
     )
 
 
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-RESULT = {"role": "tool", "content": "3", "tool_call_id": "1"}
+FUNCTION = {"name": "add", "arguments": '{"a": 1}'}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "function": FUNCTION}]}
+RESULT = {"role": "tool", "content": "3", "tool_call_id": "call_1"}
+USER = {"role": "user", "content": "a"}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+
+
+def calling(arguments):
+    return {**CALL, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +184,11 @@ RESULT = {"role": "tool", "content": "3", "tool_call_id": "1"}
         ([("user", "a"), (["user"], "b")], "messages[1].role"),
         ([("user", [1])], "messages[0].content"),
         ([("user", "a"), RESULT], "messages[1].role"),
-        ([("user", "a"), CALL, ("user", "b")], "messages[1].tool_calls"),
+        ([("user", "a"), CALL, ("user", "b")], "messages[2].role"),
+        ([("user", "a"), calling("{"), RESULT], "messages[1].tool_calls[0].function.arguments"),
+        ([("user", "a"), calling("[1]"), RESULT], "messages[1].tool_calls[0].function.arguments"),
+        ([("user", "a"), calling("[" * 100_000), RESULT], "messages[1].tool_calls[0].function.arguments"),
+        ([("user", "a"), {**CALL, "tool_calls": [{"function": {}}]}], "messages[1].tool_calls[0].function"),
     ],
 )
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM])
@@ -173,17 +198,155 @@ def test_what_cant_be_put_right_is_refused_by_its_own_index(tokenizer_with, mess
     assert refused.param == param
 
 
-def test_tools_go_to_a_template_that_has_a_place_for_them(tokenizer_with):
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    user = {"role": "user", "content": "a"}
-    format_ = FORMATS["instruction"](tokenizer_with(TOOLS), {})
-    assert format_.format(ChatPrompt([user], tools=tools)).text == json.dumps(tools) + chatml(("user", "a"))
-    turns = [("user", "a"), ("assistant", ""), ("tool", "3"), ("tool", "3")]
-    assert format_.format(ChatPrompt([user, CALL, RESULT, RESULT])).text == chatml(*turns)
-    assert rejection(format_, ChatPrompt([user, CALL, user])).param == "messages[2].role"
-    assert rejection(format_, ChatPrompt([user, RESULT])).param == "messages[1].role"
-    for kind in FORMATS.values():
-        assert rejection(kind(tokenizer_with(CHATML), {}), ChatPrompt([user], tools=tools)).param == "tools"
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+@pytest.mark.parametrize("template", [NATIVE, NATIVE_TEXT, NINE_LETTERS])
+def test_a_template_with_a_place_for_tools_gets_them(tokenizer_with, kind, template):
+    """And the calls of the history as it wants them: arguments as an object or as text, ids of nine letters."""
+    format_ = FORMATS[kind](tokenizer_with(template), {})
+    prompt = format_.format(ChatPrompt([USER, CALL, RESULT], tools=[TOOL]))
+    called = '<tool_call>add{"a": 1}</tool_call>'
+    assert prompt.text == chatml(("system", json.dumps(TOOL)), ("user", "a"), ("assistant", called), ("tool", "3"))
+    assert (format_.tool_format.is_native, format_.tool_format.start) == (True, "<tool_call>")
+
+
+def test_mistrals_own_template_gets_ids_of_nine_letters(tokenizer_with):
+    file = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+    format_ = FORMATS["instruction"](tokenizer_with(convert_tokenizer_to_chat_template(file)), {})
+    text = format_.format(ChatPrompt([USER, CALL, RESULT], tools=[TOOL])).text
+    ids = re.findall('"(?:call_)?id": "([0-9a-z]{9})"', text)
+    assert (len(ids), len(set(ids))) == (2, 1)
+    assert format_.tool_format.start == "[TOOL_CALLS]"
+
+
+def test_a_tools_message_has_the_name_of_the_function(tokenizer_with):
+    template = NATIVE.replace("m.role +", "m.role + (m.name or '') +")
+    prompt = FORMATS["thinking"](tokenizer_with(template), {}).format(ChatPrompt([USER, CALL, RESULT]))
+    assert "<|im_start|>tooladd\n3" in prompt.text
+
+
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+@pytest.mark.parametrize("system", [[], [{"role": "developer", "content": "Be brief."}]])
+def test_any_other_model_is_told_of_tools_in_the_system_message(tiny_tokenizer, kind, system):
+    format_ = FORMATS[kind](tiny_tokenizer, {})
+    text = format_.format(ChatPrompt([*system, USER], tools=[TOOL])).text
+    told = text.removeprefix("<|im_start|>system\n").removesuffix(chatml(("user", "a")))
+    assert told.startswith("Be brief.\n\nYou can" if system else "You can")
+    assert f"\n{json.dumps(TOOL['function'])}\n" in told
+    assert '<tool_call>\n{"name": "function_name", "arguments": {"argument": "value"}}\n</tool_call>' in told
+    assert format_.tool_format == PLAIN
+
+
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+def test_calls_and_results_are_text_where_the_template_has_no_place_for_them(tiny_tokenizer, kind):
+    call = {**CALL, "content": "So:", "tool_calls": CALL["tool_calls"] * 2}
+    prompt = FORMATS[kind](tiny_tokenizer, {}).format(ChatPrompt([USER, call, RESULT, RESULT, USER]))
+    called = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    result = "<tool_response>\n3\n</tool_response>"
+    assert prompt.text == chatml(
+        ("user", "a"), ("assistant", f"So:\n{called}\n{called}"), ("user", f"{result}\n\n{result}\n\na")
+    )
+
+
+def test_tools_are_described_in_the_first_user_message_where_there_is_no_system_role(tokenizer_with):
+    for kind, template in (("instruction", NO_SYSTEM), ("thinking", DEAF)):
+        text = FORMATS[kind](tokenizer_with(template), {}).format(ChatPrompt([USER], tools=[TOOL])).text
+        assert "user" in text.split("You can call")[0]
+        assert "Adds." in text
+
+
+@pytest.mark.parametrize("template", [NATIVE, CHATML])
+def test_tools_that_may_not_be_called_are_not_shown(tokenizer_with, template):
+    format_ = FORMATS["instruction"](tokenizer_with(template), {})
+    prompt = ChatPrompt([USER], tools=[TOOL])
+    assert format_.format(prompt, ToolChoice("none")).text == chatml(("user", "a"))
+    assert "Adds." in format_.format(prompt, ToolChoice("auto")).text
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, {}, "{}"])
+def test_a_call_without_arguments_has_an_empty_object(tiny_tokenizer, arguments):
+    prompt = ChatPrompt([USER, calling(arguments), RESULT])
+    assert '{"name": "f", "arguments": {}}' in FORMATS["instruction"](tiny_tokenizer, {}).format(prompt).text
+
+
+def test_calls_nested_too_deeply_are_refused(tokenizer_with):
+    deep = '{"a":' * 900 + "1" + "}" * 900
+    for template in (CHATML, NATIVE, NATIVE_TEXT):
+        format_ = FORMATS["instruction"](tokenizer_with(template), {})
+        try:
+            format_.format(ChatPrompt([USER, calling(deep), RESULT]))
+        except PromptRejected as refused:
+            assert refused.param
+
+
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+def test_the_last_answer_is_continued(tiny_tokenizer, kind):
+    prompt = FORMATS[kind](tiny_tokenizer, {}).format(
+        chat(("user", "a"), ("assistant", "It is "), continues_answer=True)
+    )
+    assert prompt.text == chatml(("user", "a")) + "It is "
+    assert tiny_tokenizer.decode(list(prompt.tokens)) == prompt.text
+    assert not prompt.opens_thinking
+
+
+REASONED = CHATML.replace(
+    "message.content +", "'<think>' + (message.reasoning_content or '') + '</think>' + message.content +"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "text", "opens"),
+    [
+        (CHATML, {"content": "<think>Well"}, "<think>Well", True),
+        (CHATML, {"content": "<think>Well</think>It"}, "<think>Well</think>It", False),
+        (OPENING, {"content": "It"}, "It", False),
+        (REASONED, {"content": "It", "reasoning_content": "Well"}, "<think>Well</think>It", False),
+        (REASONED, {"content": None, "reasoning_content": "Well"}, "<think>Well", True),
+    ],
+)
+def test_a_continued_answer_may_stop_inside_its_reasoning(tokenizer_with, template, answer, text, opens):
+    messages = [USER, {"role": "assistant", **answer}]
+    format_ = FORMATS["thinking"](tokenizer_with(template), {})
+    prompt = format_.format(ChatPrompt(messages, continues_answer=True))
+    assert prompt.text.endswith(f"<|im_start|>assistant\n{text}")
+    assert prompt.opens_thinking is opens
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([USER], "messages[0].role"),
+        ([USER, {"role": "assistant", "content": ""}], "messages[1].content"),
+        ([USER, {**CALL, "content": "x"}], "messages[1].content"),
+    ],
+)
+def test_only_an_answer_with_text_can_be_continued(tiny_tokenizer, messages, param):
+    for format_ in FORMATS.values():
+        assert rejection(format_(tiny_tokenizer, {}), ChatPrompt(messages, continues_answer=True)).param == param
+
+
+def test_text_goes_to_the_model_as_it_is(tiny_tokenizer):
+    format_ = FORMATS["instruction"](tiny_tokenizer, {})
+    prompt = format_.format(TextPrompt("a<|im_end|>"))
+    assert prompt == FormattedPrompt((*tiny_tokenizer.encode("a", add_special_tokens=False), 1), "a<|im_end|>")
+    assert format_.format(TokenPrompt(prompt.tokens)) == prompt
+
+
+@pytest.mark.parametrize("text", ["a", "<|im_start|>a"])
+def test_text_has_one_beginning_of_a_sequence_where_the_tokenizer_sets_one(tokenizer_with, text):
+    tokenizer = tokenizer_with(CHATML)
+    beginning = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{beginning[0]} $A", special_tokens=[beginning]
+    )
+    a = tokenizer.encode("a", add_special_tokens=False)
+    assert FORMATS["instruction"](tokenizer, {}).format(TextPrompt(text)).tokens == (beginning[1], *a)
+
+
+@pytest.mark.parametrize("prompt", [TextPrompt(""), TextPrompt("\ud800"), TokenPrompt(()), TokenPrompt((0, -1))])
+def test_a_prompt_that_is_empty_or_unknown_to_the_vocabulary_is_refused(tiny_tokenizer, prompt):
+    format_ = FORMATS["thinking"](tiny_tokenizer, {})
+    assert rejection(format_, prompt).param == "prompt"
+    assert "expected 0 to" in str(rejection(format_, TokenPrompt((len(tiny_tokenizer),))))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +412,8 @@ def encoded(reference, turns):
 @pytest.mark.parametrize("turns", CONVERSATIONS, ids=["one turn", "system", "three turns"])
 def test_the_inst_format_is_what_mistrals_own_encoder_makes(mistral, turns):
     reference, tokenizer = mistral
-    prompt = FORMATS["instruction"](tokenizer, {"model_type": "mistral"}).format(chat(*turns))
+    format_ = FORMATS["instruction"](tokenizer, {"model_type": "mistral"})
+    prompt = format_.format(chat(*turns))
     assert list(prompt.tokens) == encoded(reference, turns)
 
 
@@ -268,9 +432,9 @@ TURNS = st.lists(st.tuples(st.sampled_from(ROLES), st.text("xyz", min_size=1, ma
 
 @given(TURNS, st.booleans())
 def test_strict_turns_lose_no_text_or_name_the_message(turns, has_system):
-    messages = admit(chat(*turns), has_tools=True)
+    messages = admit(chat(*turns))
     try:
-        strict = alternate(messages, has_system=has_system)
+        strict = alternate(messages) if has_system else fold_system(alternate(messages))
     except PromptRejected as refused:
         assert int(re.fullmatch(r"messages\[(\d+)\]\.role", refused.param)[1]) < len(turns)
         return

@@ -21,6 +21,10 @@ from protocol.schemas import (
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+SAMPLING = [
+    "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias",
+    "frequency_penalty", "presence_penalty", "repetition_penalty",
+]  # fmt: skip
 FIELDS = sorted(ChatCompletionRequest.__fields__)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -54,9 +58,9 @@ def messages(*conversation):
 def test_the_least_request_has_every_default():
     request = chat()
     assert (request.model, request.messages) == ("m", HELLO)
-    assert (request.temperature, request.top_p, request.top_k, request.min_p) == (1.0, 1.0, 0, 0.0)
-    assert (request.frequency_penalty, request.presence_penalty, request.repetition_penalty) == (0.0, 0.0, 1.0)
-    assert (request.seed, request.token_limit, request.stop, request.logit_bias) == (None, None, (), {})
+    assert {getattr(request, name) for name in SAMPLING} == {None}  # the model's defaults hold
+    assert (request.token_limit, request.min_tokens, request.stop, request.ignore_eos) == (None, 0, (), False)
+    assert (request.tools, request.tool_choice, request.response_format) == ([], ("auto", None), None)
     assert (request.stream, request.include_usage, request.n) == (False, False, 1)
 
 
@@ -81,8 +85,9 @@ def test_null_is_the_default(name):
 
 
 def test_defaults_are_not_shared():
-    chat().logit_bias[1] = 1.0
-    assert chat().logit_bias == {}
+    chat().chat_template_kwargs["x"] = 1
+    chat().tools.append({})
+    assert (chat().chat_template_kwargs, chat().tools) == ({}, [])
 
 
 @pytest.mark.parametrize("name", ["model", "messages"])
@@ -115,7 +120,7 @@ def test_what_is_required_is_missed(name):
         ("stream_options", [True, [], "x"]),
         ("stream_options.include_usage", [{"include_usage": 1}, {"include_usage": "true"}]),
         ("stream_options.foo", [{"foo": True}]),
-        ("n", [0, 2, "1"]),
+        ("n", [0, 17, "1"]),
         ("user", [5]),
         ("metadata", ["x", []]),
         ("store", ["x", 1]),
@@ -133,7 +138,7 @@ def test_an_error_names_value_and_expectation():
         refused(temperature=3).message
         == "Invalid value for 'temperature': 3. Expected a number at least 0 and at most 2."
     )
-    assert refused(n=2).message == "Invalid value for 'n': 2. Expected 1."
+    assert refused(n=17).message == "Invalid value for 'n': 17. Expected an integer at least 1 and at most 16."
     assert refused(stream="yes").message == "Invalid value for 'stream': 'yes'. Expected true or false."
 
 
@@ -276,7 +281,8 @@ def test_any_object_is_a_request_or_refused(parameters, is_complete):
         request = parse(ChatCompletionRequest, body)
     except ValidationFailed:
         return
-    assert 0 <= request.temperature <= 2 and math.isfinite(request.repetition_penalty)
+    assert request.temperature is None or 0 <= request.temperature <= 2
+    assert request.repetition_penalty is None or math.isfinite(request.repetition_penalty)
 
 
 @given(st.binary(max_size=40))
@@ -308,7 +314,7 @@ def test_the_published_schema_says_bounds_and_defaults():
     assert properties["top_p"] == {
         "description": "Keep the likeliest tokens up to this probability.",
         "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}],
-        "default": 1.0,
+        "default": None,
     }
 
 

@@ -37,7 +37,7 @@ def config(tmp_path_factory, scripted_path, tiny_llama_path, broken_path):
         "sleeper": {"source": str(scripted_path)},
         "broken": {"source": str(broken_path)},
     }
-    lines = [f"max_body_bytes = {LIMIT}"]
+    lines = [f"max_body_bytes = {LIMIT}", 'memory_limit = "100TB"']  # what such contexts would take if they were used
     for key, fields in models.items():
         lines += [f"[models.{key}]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items())]
     path = tmp_path_factory.mktemp("config") / "models.toml"
@@ -85,12 +85,14 @@ def test_a_whole_answer_has_the_openai_shape(server):
     answer = server.chat("talker", "hello")
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     body = answer.json
-    assert body.keys() == {"id", "object", "created", "model", "choices", "usage"}
+    assert body.keys() == {
+        "id", "object", "created", "model", "system_fingerprint", "choices", "usage", "timings",
+    }  # fmt: skip
     assert (body["object"], body["model"], body["id"][:9]) == ("chat.completion", "talker", "chatcmpl-")
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": HELLO},
+            "message": {"role": "assistant", "content": HELLO, "refusal": None},
             "logprobs": None,
             "finish_reason": "stop",
         }
@@ -106,6 +108,7 @@ def test_reasoning_is_apart_from_the_answer_and_counted(server):
     assert body["choices"][0]["message"] == {
         "role": "assistant",
         "content": "It is four.",
+        "refusal": None,
         "reasoning_content": "Two and two are four.",
     }
     assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 7}
@@ -114,7 +117,7 @@ def test_reasoning_is_apart_from_the_answer_and_counted(server):
 
 def test_a_thinking_model_may_answer_without_thinking(server):
     body = server.chat("thinker", "hello").json
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": HELLO}
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": HELLO, "refusal": None}
     assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
@@ -408,7 +411,7 @@ BAD_BODIES = {
     "top_p 2": ({**GOOD, "top_p": 2}, "top_p"),
     "stream of a wrong type": ({**GOOD, "stream": "yes"}, "stream"),
     "stop of a wrong type": ({**GOOD, "stop": 5}, "stop"),
-    "two answers": ({**GOOD, "n": 2}, "n"),
+    "too many answers": ({**GOOD, "n": 17}, "n"),
     "an unknown parameter": ({**GOOD, "best_of": 2}, "best_of"),
     "a bias on a token that is none": ({**GOOD, "logit_bias": {"999999999": 1}}, "logit_bias"),
     "a bias of a wrong type": ({**GOOD, "logit_bias": {"1": "much"}}, "logit_bias.1"),

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.thinking import ThinkingParser
-from engine.types import Delta
+from engine.token_text import TokenText
 
 
 def parse(pieces, starts_inside=False):
     """The whole reasoning and the whole content."""
     parser = ThinkingParser("<think>", "</think>", starts_inside)
-    deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.flush()
-    assert all(delta.text for delta in deltas)
-    return tuple("".join(d.text for d in deltas if d.channel == channel) for channel in ("reasoning", "content"))
+    told = [part for piece in pieces for part in parser.feed(piece)] + parser.flush()
+    assert all(text for _, text in told)
+    return tuple("".join(text.text for channel, text in told if channel == c) for c in ("reasoning", "content"))
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,15 @@ def test_any_cut_gives_the_same_channels(fragments, cuts, starts_inside):
 
 def test_only_what_may_be_a_tag_is_held_back():
     parser = ThinkingParser("<think>", "</think>", False)
-    assert parser.feed("<think>") == []
-    assert parser.feed("\nfirst") == [Delta("first", "reasoning")]
-    assert parser.feed(" second <") == [Delta(" second", "reasoning")]
-    assert parser.feed("b") == [Delta(" <b", "reasoning")]
-    assert parser.feed("</think>") == []
-    assert parser.feed("answer <think") == [Delta("answer <think", "content")]
+    pieces = ("<think>", "\nfirst", " second <", "b", "</think>", "answer <think")
+    assert [parser.feed(piece) for piece in pieces] == [
+        [],
+        [("reasoning", TokenText("first"))],
+        [("reasoning", TokenText(" second"))],
+        [("reasoning", TokenText(" <b"))],
+        [],
+        [("content", TokenText("answer <think"))],
+    ]
     assert parser.flush() == []
 
 

@@ -61,7 +61,7 @@ async def test_many_generations_run_side_by_side():
         for n, generation in enumerate(generations, 1):
             await generation.accepted()
             assert len(await read(generation)) == n + 2
-        assert factory.batch.rows == {}
+        await until(lambda: factory.batch.rows == {})
 
 
 @within_deadline

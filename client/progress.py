@@ -1,0 +1,51 @@
+"""How far the loading of a model is: the events of a load that is told as a stream. Pure.
+
+Rule: any number of Progress, then Loaded at the end; or LoadFailed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from client.errors import LoadFailed, StreamBroken
+from client.models import Loaded, read_loaded
+from client.wire import mapping, number, parse, text
+from protocol.sse import SSEDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One step. done and total: bytes of a download or of what is read, else things; None where not known.
+
+    stage: waiting | downloading | converting | reading | warming up, or another word of the server's.
+    """
+
+    stage: str
+    done: float | None = None
+    total: float | None = None
+
+
+class LoadReader:
+    """The bytes of a load's stream, in: events, out."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._decoder = SSEDecoder()
+
+    def feed(self, received: bytes) -> Iterator[Progress | Loaded]:
+        """The events that these bytes complete. Raises LoadFailed, and StreamBroken for what is no JSON object."""
+        for payload in self._decoder.feed(received):
+            if payload != "[DONE]":
+                yield from self._read(payload)
+
+    def _read(self, payload: str) -> Iterator[Progress | Loaded]:
+        event = parse(payload)
+        if not isinstance(event, dict):
+            raise StreamBroken(f"the server sent {payload[:80]!r} where a JSON object was expected.")
+        if error := event.get("error"):
+            raise LoadFailed(text(mapping(error).get("message")) or text(error) or "the server does not say why.")
+        if event.get("event") == "progress":
+            yield Progress(text(event.get("stage")), number(event.get("done")), number(event.get("total")) or None)
+        if event.get("event") == "loaded":
+            yield read_loaded(event, self._key)

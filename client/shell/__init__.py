@@ -1,0 +1,1 @@
+"""The shell: a conversation with a server in a terminal."""

@@ -1,0 +1,42 @@
+"""A stream of an answer, from the bytes of its body to events. Pure.
+
+Rule: an event's time is that of the read whose bytes completed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from client.events import ChunkReader, Event, Finished
+from protocol.sse import SSEDecoder
+
+END_OF_STREAM = "[DONE]"
+
+
+class StreamReader:
+    """The bytes of one stream, in: events, out. The last is Finished; what is fed after it is read over."""
+
+    def __init__(self) -> None:
+        self._decoder = SSEDecoder()
+        self._chunks = ChunkReader()
+        self._is_finished = False
+
+    def feed(self, received: bytes, at: float) -> Iterator[Event]:
+        """The events that these bytes complete. Raises StreamBroken, after what came before it."""
+        for payload in self._decoder.feed(received):
+            if self._is_finished:
+                return
+            if payload == END_OF_STREAM:
+                yield self._finish(at)
+            else:
+                yield from self._chunks.read(payload, at)
+
+    def end(self, at: float) -> Iterator[Event]:
+        """What is left when the connection ends. Raises StreamBroken when the answer is not complete."""
+        if not self._is_finished:
+            yield self._finish(at)
+
+    def _finish(self, at: float) -> Finished:
+        finished = self._chunks.finish(at)
+        self._is_finished = True
+        return finished

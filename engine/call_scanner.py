@@ -1,0 +1,155 @@
+"""Reads a tool call that is written as a JSON object, while it is being written.
+
+Rule 1: any cut of the same text gives the same name and arguments; arguments are told as soon as the name is known.
+Rule 2: the arguments are the model's own JSON text. Inside them only brackets and strings are followed.
+Rule 3: what has been told stays told: a call can be malformed only before its arguments, or behind them, where it no
+        longer matters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from enum import Enum
+from typing import TypeVar
+
+Value = TypeVar("Value")
+Reading = Generator[None, str, Value]  # takes a character at each yield
+
+ARGUMENTS = ("arguments", "parameters")
+
+
+class ScanState(Enum):
+    """How far a call has been read."""
+
+    READING = "more is needed"
+    WHOLE = "the call is complete"
+    MALFORMED = "this is no call"
+
+
+class CallScanner:
+    """Reads one {"name": ..., "arguments": {...}}, in any order and with other keys between, from behind its "{".
+
+    A call without arguments has {}; arguments in a JSON string are taken out of it.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.has_arguments = False
+        self.state = ScanState.READING
+        self._untold: list[str] = []
+        self._object = self._read_object()
+        next(self._object)
+
+    def feed(self, text: str) -> int:
+        """How much of `text` belongs to the call: all of it, unless it ends there or turns out to be none."""
+        for position, char in enumerate(text):
+            try:
+                self._object.send(char)
+            except StopIteration:
+                self.state = ScanState.WHOLE
+                return position + 1
+            except (ValueError, RecursionError):
+                is_known = self.name and self.has_arguments
+                self.state = ScanState.WHOLE if is_known else ScanState.MALFORMED
+                return position
+        return len(text)
+
+    def take_arguments(self) -> str:
+        """The text of the arguments that came since the last call; empty while the name is not known."""
+        if not self.name:
+            return ""
+        arguments = "".join(self._untold)
+        self._untold.clear()
+        return arguments
+
+    def _read_object(self) -> Reading[None]:
+        char = yield from _solid()
+        while char != "}":
+            key = yield from _string(char)
+            if (yield from _solid()) != ":":
+                raise ValueError
+            char = yield from self._read_value(key, (yield from _solid()))
+            if char == ",":
+                char = yield from _solid()
+            elif char != "}":
+                raise ValueError
+        if not self.name:
+            raise ValueError
+        if not self.has_arguments:
+            self._untold.append("{}")
+            self.has_arguments = True
+
+    def _read_value(self, key: str, first: str) -> Reading[str]:
+        """Read the value that begins with `first`; the character behind it."""
+        if key == "name" and not self.name:
+            self.name = yield from _string(first)
+            if not self.name:
+                raise ValueError
+        elif key in ARGUMENTS and not self.has_arguments:
+            yield from self._read_arguments(first)
+        elif first in "{[":
+            yield from _container(first, lambda _: None)
+        elif first == '"':
+            yield from _string(first)
+        else:
+            return (yield from _behind_scalar(first))
+        return (yield from _solid())
+
+    def _read_arguments(self, first: str) -> Reading[None]:
+        if first == "{":
+            yield from _container(first, self._untold.append)
+        else:
+            text = yield from _string(first)
+            if not isinstance(json.loads(text), dict):
+                raise ValueError
+            self._untold.append(text)
+        self.has_arguments = True
+
+
+def _solid() -> Reading[str]:
+    """The next character that is no white space."""
+    while (char := (yield)).isspace():
+        pass
+    return char
+
+
+def _string(first: str) -> Reading[str]:
+    """The string that begins with the quote `first`."""
+    if first != '"':
+        raise ValueError
+    chars, is_escaped = [first], False
+    while True:
+        char = yield
+        chars.append(char)
+        if char == '"' and not is_escaped:
+            return str(json.loads("".join(chars)))
+        if char < " ":
+            raise ValueError
+        is_escaped = char == "\\" and not is_escaped
+
+
+def _container(first: str, keep: Callable[[str], None]) -> Reading[None]:
+    """Read the object or array that begins with `first`, and keep each of its characters."""
+    char, depth, in_string, is_escaped = first, 0, False, False
+    while True:
+        keep(char)
+        if in_string:
+            in_string = is_escaped or char != '"'
+            is_escaped = char == "\\" and not is_escaped
+        elif char == '"':
+            in_string = True
+        else:
+            depth += (char in "{[") - (char in "}]")
+        if depth == 0:
+            return
+        char = yield
+
+
+def _behind_scalar(char: str) -> Reading[str]:
+    """Pass a number or a literal that begins with `char`; the character behind it."""
+    while not char.isspace() and char not in ",}":
+        if not (char.isalnum() or char in "+-."):
+            raise ValueError
+        char = yield
+    return (yield from _solid()) if char.isspace() else char

@@ -1,0 +1,216 @@
+"""A request becomes rows for the batch, and for each row what reads its tokens and what binds them.
+
+Rule 1: everything that can be wrong with a request for this model is found here, before a row exists.
+Rule 2: the request's settings win over the model's defaults, those over Sampling's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from engine.constraints import Every, Grammars, Restricted, ThinkingControl
+from engine.detokenizer import make_detokenizer
+from engine.errors import ContextExceeded, PromptRejected
+from engine.output import OutputStream
+from engine.prompts import FormattedPrompt, PromptFormat, thinking_tags
+from engine.spelling import token_logprob
+from engine.thinking import ThinkingParser
+from engine.tool_calls import make_tool_parser
+from engine.types import (
+    ApplyTemplate,
+    ChatPrompt,
+    Constraint,
+    Detokenize,
+    Event,
+    GenerationRequest,
+    ModelFacts,
+    Question,
+    Row,
+    RowToken,
+    Sampling,
+    SamplingOptions,
+    Tokenize,
+    ToolChoice,
+)
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+def resolve(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sampling:
+    """The request's sampling over the model's defaults."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    return Sampling(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """An output stream that takes the batch's tokens as they come."""
+
+    stream: OutputStream
+    tokenizer: TokenizerWrapper
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens fed."""
+        return self.stream.completion_tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that were reasoning."""
+        return self.stream.reasoning_tokens
+
+    def feed(self, token: RowToken) -> list[Event]:
+        """The events that a token brings."""
+        if token.logprobs is None:
+            return [*self.stream.feed(token.token)]
+        spelled = token_logprob(self.tokenizer, token.token, token.logprobs.chosen, token.logprobs.top)
+        return [*self.stream.feed(token.token, spelled)]
+
+
+class Intake:
+    """Prepares the requests of one model. `defaults` are sampling settings, `vocab_size` and `max_rows` the batch's."""
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        prompts: PromptFormat,
+        facts: ModelFacts,
+        *,
+        defaults: Mapping[str, Any],
+        vocab_size: int,
+        max_rows: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._facts = facts
+        self._defaults = defaults
+        self._vocab_size = vocab_size
+        self._max_rows = max_rows
+        self._grammars = Grammars(tokenizer, vocab_size)
+
+    def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> list[tuple[Row, _Reading]]:
+        """A row and its output stream for each choice.
+
+        Raises:
+            PromptRejected: the model can't take this; the error names the parameter.
+            ContextExceeded: the prompt is longer than the context.
+        """
+        self._check(request)
+        prompt = self._prompts.format(request.prompt, request.tool_choice)
+        room = self._facts.context_length - len(prompt.tokens)
+        if room < 1:
+            raise ContextExceeded(len(prompt.tokens), self._facts.context_length)
+        max_tokens = min(request.max_tokens or room, room)
+        sampling = resolve(request.sampling, self._defaults)
+        choices = []
+        for index in range(request.n):
+            row = Row(
+                next(row_ids),
+                prompt.tokens,
+                sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
+                max_tokens,
+                request.top_logprobs,
+                self._constraint(request, prompt),
+            )
+            choices.append((row, _Reading(self._stream(request, prompt, max_tokens, index), self._tokenizer)))
+        return choices
+
+    def answer(self, question: Question) -> tuple[int, ...] | str:
+        """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""
+        match question:
+            case Detokenize(tokens):
+                self._check_tokens(tokens, "tokens")
+                return str(self._tokenizer.decode(list(tokens)))
+            case Tokenize(prompt):
+                return self._prompts.format(prompt).tokens
+            case ApplyTemplate(prompt):
+                return self._prompts.format(prompt).text
+
+    def _check(self, request: GenerationRequest) -> None:
+        if request.n > self._max_rows:
+            raise PromptRejected(f"n is {request.n}, but this model decodes at most {self._max_rows} rows.", "n")
+        self._check_tokens(request.sampling.logit_bias or (), "logit_bias")
+
+    def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
+        last = self._vocab_size - 1
+        for token in tokens:
+            if not 0 <= token <= last:
+                raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {last}.", param)
+
+    def _stream(self, request: GenerationRequest, prompt: FormattedPrompt, max_tokens: int, index: int) -> OutputStream:
+        return OutputStream(
+            self._tokenizer,
+            eos=self._tokenizer.eos_token_ids,
+            max_tokens=max_tokens,
+            stop=request.stop,
+            thinking=self._parser(request, prompt),
+            tools=make_tool_parser(self._prompts.tool_format, request, index),
+            ignore_eos=request.ignore_eos,
+            index=index,
+        )
+
+    def _parser(self, request: GenerationRequest, prompt: FormattedPrompt) -> ThinkingParser | None:
+        if self._facts.type != "thinking" or not isinstance(request.prompt, ChatPrompt):
+            return None
+        return ThinkingParser(*thinking_tags(self._tokenizer), starts_inside=prompt.opens_thinking)
+
+    def _constraint(self, request: GenerationRequest, prompt: FormattedPrompt) -> Constraint | None:
+        """What binds one row; None for a row that is free."""
+        parts: list[Constraint] = []
+        if request.min_tokens:
+            parts.append(Restricted(self._tokenizer.eos_token_ids, request.min_tokens, self._vocab_size))
+        answer = self._grammar(request)
+        parser = self._parser(request, prompt)
+        if parser and (answer or request.thinking_budget is not None):
+            parts.append(self._thinking_control(parser, answer, request.thinking_budget))
+        elif answer:
+            parts.append(answer)
+        return Every(parts) if len(parts) > 1 else parts[0] if parts else None
+
+    def _grammar(self, request: GenerationRequest) -> Constraint | None:
+        """What the answer must be: calls of tools that are forced, or JSON."""
+        if request.tool_choice.mode in ("required", "function") and isinstance(request.prompt, ChatPrompt):
+            return self._grammars.json(calls_schema(request.prompt.tools, request.tool_choice), "tools")
+        return self._grammars.json(request.format.schema, "response_format") if request.format else None
+
+    def _thinking_control(
+        self, parser: ThinkingParser, answer: Constraint | None, budget: int | None
+    ) -> ThinkingControl:
+        start_tag, end_tag = thinking_tags(self._tokenizer)
+        # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
+        written = (start_tag, f"\n{end_tag}\n\n")
+        start, end = (self._tokenizer.encode(text, add_special_tokens=False) for text in written)
+        return ThinkingControl(
+            parser,
+            make_detokenizer(self._tokenizer).feed,
+            start=start,
+            end=end,
+            vocab_size=self._vocab_size,
+            budget=budget,
+            inner=answer,
+        )
+
+
+def calls_schema(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> dict[str, Any]:
+    """The JSON schema of forced tool calls: a list of names with arguments."""
+    functions = [tool["function"] for tool in tools]
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function["name"]},
+                "arguments": function.get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+        if choice.mode == "required" or function["name"] == choice.name
+    ]
+    # As many calls as there are tools at the most: a small model would never stop calling.
+    most = len(calls) if choice.parallel else 1
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}

@@ -1,0 +1,139 @@
+"""The engine thread's side of the generations that run: which rows they have, and what those rows said.
+
+Rule: one step's tokens become one outbox; a generation is done when its last choice is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from engine.generation import Generation
+from engine.metrics import ModelMetrics
+from engine.types import Batch, Event, Finish, GenerationRequest, ModelFacts, Question, Row, RowToken, Timings, Usage
+
+Outbox = list[tuple[Generation, list[Event], bool]]
+
+
+class Output(Protocol):
+    """What turns the tokens of one choice into events."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens fed."""
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that were reasoning."""
+
+    def feed(self, token: RowToken) -> Iterable[Event]:
+        """The events that a token brings; its Finish is the last of all."""
+
+
+class Runtime(Protocol):
+    """A loaded model as the thread uses it (engine/runtime.py)."""
+
+    @property
+    def batch(self) -> Batch:
+        """Where its rows are decoded."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is known of it."""
+
+    def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
+        """A row and its output stream for each choice; all rows share one prompt. Raises PromptRejected."""
+
+    def answer(self, question: Question) -> Any:
+        """What the tokenizer says. Raises PromptRejected."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One generation on the engine thread. Times by time.monotonic()."""
+
+    generation: Generation
+    prompt_tokens: int
+    submitted: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+    cached_tokens: int = 0
+    outputs: list[Output] = field(default_factory=list)
+    open_rows: set[int] = field(default_factory=set)
+
+    def usage(self) -> Usage:
+        """Token counts and times at the end."""
+        return Usage(
+            self.prompt_tokens,
+            sum(output.completion_tokens for output in self.outputs),
+            sum(output.reasoning_tokens for output in self.outputs),
+            self.cached_tokens,
+            Timings(
+                queue=self.started - self.submitted,
+                prompt=self.first_token - self.started,
+                generation=time.monotonic() - self.first_token,
+            ),
+        )
+
+    def note(self, token: RowToken, now: float) -> float:
+        """Note when a token came; the first tells how the prompt went. Gives the seconds since the step before."""
+        if not self.first_token:
+            self.first_token = self.last_token = now
+            self.started, self.cached_tokens = token.started or self.submitted, token.cached_tokens
+        waited, self.last_token = now - self.last_token, now
+        return waited
+
+
+class Jobs:
+    """All generations of one engine, by row."""
+
+    def __init__(self, metrics: ModelMetrics) -> None:
+        self._metrics = metrics
+        self._rows: dict[int, tuple[Job, Output]] = {}
+
+    def add(self, job: Job, choices: Sequence[tuple[Row, Output]]) -> None:
+        """Take a generation with the rows of its choices."""
+        for row, output in choices:
+            job.outputs.append(output)
+            job.open_rows.add(row.id)
+            self._rows[row.id] = (job, output)
+
+    def forget(self, generation: Generation) -> list[int]:
+        """Drop a generation; the ids of the rows it still had."""
+        row_ids = [row_id for row_id, (job, _) in self._rows.items() if job.generation is generation]
+        for row_id in row_ids:
+            del self._rows[row_id]
+        return row_ids
+
+    def clear(self) -> list[Generation]:
+        """Drop everything; the generations that were not done."""
+        generations = {id(job.generation): job.generation for job, _ in self._rows.values()}
+        self._rows.clear()
+        return list(generations.values())
+
+    def publish(self, tokens: Sequence[RowToken]) -> tuple[Outbox, list[int]]:
+        """What one step's tokens mean: events for the event loop, and the rows that have ended."""
+        outbox: Outbox = []
+        finished: list[int] = []
+        now = time.monotonic()
+        for token in tokens:
+            if token.row_id not in self._rows:
+                continue
+            job, output = self._rows[token.row_id]
+            if waited := job.note(token, now):
+                self._metrics.inter_token.observe(waited)
+            events = list(output.feed(token))
+            is_done = False
+            if events and isinstance(events[-1], Finish):
+                finished.append(token.row_id)
+                del self._rows[token.row_id]
+                job.open_rows.discard(token.row_id)
+                is_done = not job.open_rows
+                if is_done:
+                    events.append(job.usage())
+            if events:
+                outbox.append((job.generation, events, is_done))
+        return outbox, finished

@@ -1,0 +1,151 @@
+"""The memory that the models share: who has some, who waits for some, and who leaves for whom.
+
+Rule 1: decided in one plain step, recorded in the same: who was granted room counts from then on, and who was chosen
+        to leave counts no more. Two loads never take the same room (engine/placement.py decides).
+Rule 2: what was granted is used only when those who leave are gone.
+Rule 3: nobody polls: every change of a model, and the end of a time limit, leads to another look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.errors import LoadAborted, NoRoom
+from engine.placement import Demand, Granted, Occupant, Postponed, Refused, Rules, decide
+
+
+class Tenant(Protocol):
+    """A model, as the room sees it."""
+
+    @property
+    def key(self) -> str:
+        """Its name."""
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is on its way out, with its memory."""
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the oldest request that waits for it came; None without one."""
+
+    def occupant(self, bytes: int) -> Occupant:
+        """How it stands, with this much memory."""
+
+    def evict(self) -> None:
+        """Make it leave, after its last request. It is leaving when this returns."""
+
+
+@dataclass(eq=False)
+class _Claim:
+    tenant: Tenant
+    bytes: int
+    granted: asyncio.Future[None]
+
+
+class Room:
+    """The ledger of the memory. Used on one event loop. `rules` are asked for at every look: they may change."""
+
+    def __init__(self, rules: Callable[[], Rules]) -> None:
+        self._rules = rules
+        self._ledger: dict[Tenant, int] = {}  # granted, whether in use or not yet
+        self._present: set[Tenant] = set()  # those in use
+        self._claims: list[_Claim] = []
+        self._released = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that are granted."""
+        return sum(self._ledger.values())
+
+    @property
+    def budget(self) -> int:
+        """Bytes that may be granted."""
+        return self._rules().budget
+
+    def reserved_by(self, tenant: Tenant) -> int:
+        """Bytes that a model was granted."""
+        return self._ledger.get(tenant, 0)
+
+    async def claim(self, tenant: Tenant, bytes: int) -> None:
+        """Wait for room; others may have to leave. With requests waiting, it is worth some time.
+
+        Raises:
+            NoRoom: it does not fit, even without those that can leave.
+            LoadAborted: the server stops.
+        """
+        if self._is_closed:
+            raise LoadAborted(tenant.key)
+        claim = _Claim(tenant, bytes, asyncio.get_running_loop().create_future())
+        self._claims.append(claim)
+        self.look()
+        try:
+            await claim.granted
+            while not self._is_free(claim):
+                self._released.clear()
+                await self._released.wait()
+            self._present.add(tenant)
+        except BaseException:
+            self._claims = [other for other in self._claims if other is not claim]
+            self.release(tenant)
+            raise
+
+    def resize(self, tenant: Tenant, bytes: int) -> None:
+        """A model turned out to take this much."""
+        self._ledger[tenant] = bytes
+        self.look()
+
+    def release(self, tenant: Tenant) -> None:
+        """A model's memory is free again."""
+        self._ledger.pop(tenant, None)
+        self._present.discard(tenant)
+        self._released.set()
+        self.look()
+
+    def close(self) -> None:
+        """Grant nothing any more."""
+        self._is_closed = True
+        for claim in self._claims:
+            if not claim.granted.done():
+                claim.granted.set_exception(LoadAborted(claim.tenant.key))
+        self._claims = []
+
+    def look(self) -> None:
+        """See whether somebody who waits can be given room now."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        again = [self._settle(claim) for claim in sorted(self._claims, key=lambda c: c.tenant.waiting_since or 0.0)]
+        times = [moment for moment in again if moment is not None]
+        if times and min(times) < float("inf"):
+            delay = max(0.0, min(times) - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self.look)
+
+    def _settle(self, claim: _Claim) -> float | None:
+        """Decide on a claim and record it. Gives the time to look again, or None if it is settled."""
+        occupants = [tenant.occupant(bytes) for tenant, bytes in self._ledger.items() if not tenant.is_leaving]
+        now = time.monotonic()
+        match decide(Demand(claim.bytes, claim.tenant.waiting_since), occupants, self._rules(), now):
+            case Granted(victims):
+                self._ledger[claim.tenant] = claim.bytes
+                for victim in victims:
+                    victim.evict()
+            case Postponed(until):
+                return until
+            case Refused(projection):
+                if not claim.granted.done():
+                    claim.granted.set_exception(NoRoom(claim.tenant.key, projection))
+        self._claims.remove(claim)
+        if not claim.granted.done():
+            claim.granted.set_result(None)
+        return None
+
+    def _is_free(self, claim: _Claim) -> bool:
+        """Whether what the claim was granted is there, and nobody sits in it any more."""
+        return sum(self._ledger.get(tenant, 0) for tenant in self._present) + claim.bytes <= self.budget

@@ -1,0 +1,180 @@
+"""One handler an endpoint (protocol/endpoints.py): read the request, ask the manager, word the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from engine import sources
+from engine.config import Settings
+from engine.types import ApplyTemplate, Detokenize, TextPrompt, Tokenize
+from model_manager import ModelManager, Reload
+from protocol import model_responses, openapi, responses, schemas
+from protocol.endpoints import ENDPOINTS
+from server import translation
+from server.answers import Answer
+from server.chat import ChatForm
+from server.completions import TextForm
+from server.errors import json_response
+from server.loads import LoadStream
+from server.metrics import EXPOSITION_TYPE, exposition
+
+log = logging.getLogger("server")
+
+TITLE, VERSION = "Multi-Model MLX Server", "1.0.0"
+SHOWN_IGNORED = 32  # names that one header has room for
+
+R = TypeVar("R", bound=schemas.Request)
+
+
+class Handlers:
+    """What the server does, by the names of its endpoints."""
+
+    def __init__(self, manager: ModelManager, settings: Settings, reload: Callable[[], Awaitable[Reload]]) -> None:
+        self._manager = manager
+        self._settings = settings
+        self._reload = reload
+
+    def routes(self) -> list[Route]:
+        """A route for every endpoint."""
+        return [
+            Route(each.path.replace("{key}", "{key:path}"), getattr(self, each.name), methods=[each.method])
+            for each in ENDPOINTS
+        ]
+
+    async def chat_completions(self, request: Request) -> Answer:
+        """POST /v1/chat/completions."""
+        asked, headers = await self._read(schemas.ChatCompletionRequest, request)
+        return Answer(
+            self._manager.instance(asked.model),
+            [translation.chat_request(asked)],
+            ChatForm(asked, self._settings.reasoning_format),
+            streams=asked.stream,
+            keep_alive=asked.keep_alive,
+            headers=headers,
+        )
+
+    async def completions(self, request: Request) -> Answer:
+        """POST /v1/completions."""
+        asked, headers = await self._read(schemas.CompletionRequest, request)
+        instance = self._manager.instance(asked.model)
+        echoes = []
+        for prompt in asked.prompt if asked.echo else ():
+            echoes.append(prompt if isinstance(prompt, str) else await instance.ask(Detokenize(prompt)))
+        return Answer(
+            instance,
+            translation.completion_requests(asked),
+            TextForm(asked, echoes),
+            streams=asked.stream,
+            keep_alive=asked.keep_alive,
+            headers=headers,
+        )
+
+    async def list_models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        models = [translation.model(instance) for instance in self._manager.instances]
+        return json_response(model_responses.model_list(models))
+
+    async def retrieve_model(self, request: Request) -> Response:
+        """GET /v1/models/{key}."""
+        return json_response(translation.model(self._manager.instance(request.path_params["key"])))
+
+    async def load_model(self, request: Request) -> Response | LoadStream:
+        """POST /v1/models/load."""
+        asked, headers = await self._read(schemas.LoadRequest, request)
+        sources.check(asked.model)
+        spec = translation.model_spec(asked)
+        if asked.stream:
+            return LoadStream(lambda on_step: self._manager.load(spec, replaces=asked.replace, on_step=on_step))
+        instance = await self._manager.load(spec, replaces=asked.replace)
+        return json_response(translation.loaded(instance), headers=headers)
+
+    async def unload_model(self, request: Request) -> Response:
+        """POST /v1/models/unload."""
+        asked, headers = await self._read(schemas.UnloadRequest, request)
+        unload = self._manager.forget if asked.forget else self._manager.unload
+        report = await unload(asked.key, asked.mode, asked.timeout)
+        unloaded = model_responses.unloaded(
+            asked.key, completed=report.completed, aborted=report.aborted, freed_bytes=report.freed_bytes
+        )
+        return json_response(unloaded, headers=headers)
+
+    async def reload_models(self, request: Request) -> Response:
+        """POST /v1/models/reload."""
+        return json_response(model_responses.reloaded(**asdict(await self._reload())))
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(exposition(self._manager), media_type=EXPOSITION_TYPE)
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        asked, headers = await self._read(schemas.TokenizeRequest, request)
+        instance = self._manager.instance(asked.model)
+        prompt = TextPrompt(asked.prompt or "")
+        question = Tokenize(prompt if asked.messages is None else translation.chat_prompt(asked, asked.messages))
+        tokens = await instance.ask(question)
+        context_length = instance.facts.context_length if instance.facts else None
+        return json_response(responses.tokens(tokens, context_length), headers=headers)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        asked, headers = await self._read(schemas.DetokenizeRequest, request)
+        text = await self._manager.instance(asked.model).ask(Detokenize(asked.tokens))
+        return json_response(responses.prompt(text), headers=headers)
+
+    async def apply_template(self, request: Request) -> Response:
+        """POST /apply-template."""
+        asked, headers = await self._read(schemas.ApplyTemplateRequest, request)
+        prompt = translation.chat_prompt(asked, asked.messages)
+        text = await self._manager.instance(asked.model).ask(ApplyTemplate(prompt))
+        return json_response(responses.prompt(text), headers=headers)
+
+    async def health(self, request: Request) -> Response:
+        """GET /health."""
+        return json_response({"status": "ok"})
+
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return json_response(self._document)
+
+    async def docs(self, request: Request) -> Response:
+        """GET /docs."""
+        return HTMLResponse(openapi.page(self._document))
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        return openapi.document(ENDPOINTS, TITLE, VERSION)
+
+    async def _read(self, schema: type[R], request: Request) -> tuple[R, dict[str, str]]:
+        """The request, and the headers that its answer is to have: the parameters that were ignored, if any."""
+        ignored: list[str] | None = [] if self._settings.unknown_parameters == "ignore" else None
+        asked = schemas.parse(schema, await self._body(request), ignored)
+        if not ignored:
+            return asked, {}
+        names = ", ".join(quote(name[:64], safe="", errors="replace") for name in ignored[:SHOWN_IGNORED])
+        log.warning("%s: ignored unknown parameters: %s", request.url.path, names)
+        return asked, {"x-ignored-parameters": names}
+
+    async def _body(self, request: Request) -> bytes:
+        """The whole body, unless it is longer than allowed: then 413 before it is read."""
+        limit = self._settings.max_body_bytes
+        body = bytearray()
+        declared = request.headers.get("content-length", "")
+        too_large = HTTPException(413, f"The body is longer than {limit} bytes, the limit of this server.")
+        if declared.isdigit() and int(declared) > limit:
+            raise too_large
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise too_large
+        return bytes(body)

@@ -1,0 +1,101 @@
+"""The figures of all models in Prometheus' text format.
+
+Rule: names and labels are an interface, which dashboards hold on to: they stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from engine import device
+from engine.metrics import Histogram, ModelMetrics
+from model_instance import ModelInstance
+from model_manager import ModelManager
+from model_state import ModelState
+
+EXPOSITION_TYPE = CONTENT_TYPE_LATEST
+PREFIX = "mlx_server_"
+
+HISTOGRAMS: Mapping[str, tuple[str, Callable[[ModelMetrics], Histogram]]] = {
+    "time_to_first_token_seconds": ("From the request's arrival at the engine to its first token.", lambda m: m.ttft),
+    "inter_token_seconds": ("Between two steps of one answer.", lambda m: m.inter_token),
+    "queue_seconds": ("From the arrival at the engine to a place in the batch.", lambda m: m.queue),
+    "load_seconds": ("Of loads that succeeded.", lambda m: m.load),
+    "batch_rows": ("Rows that were decoded together, counted at every step.", lambda m: m.batch_rows),
+}
+TOTALS: Mapping[str, tuple[str, Callable[[ModelMetrics], int]]] = {
+    "prompt_tokens": ("Tokens of prompts, cached ones included.", lambda m: m.prompt_tokens),
+    "cached_tokens": ("Tokens of prompts that the prefix cache had.", lambda m: m.cached_tokens),
+    "completion_tokens": ("Tokens generated, reasoning included.", lambda m: m.completion_tokens),
+    "reasoning_tokens": ("Tokens of reasoning.", lambda m: m.reasoning_tokens),
+}
+KINDS: Mapping[str, tuple[str, str, Callable[[ModelMetrics], Mapping[str, int]]]] = {
+    "requests": ("outcome", "Requests that have ended.", lambda m: m.requests),
+    "loads": ("outcome", "Loads that have ended.", lambda m: m.loads),
+    "unloads": ("reason", "Models that left, by what made them.", lambda m: m.unloads),
+}
+GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
+    "running_requests": ("Requests with a place in the batch.", lambda i: i.running),
+    "waiting_requests": ("Requests that wait for a place, or for the model.", lambda i: i.waiting),
+    "weights_bytes": ("Weights in memory.", lambda i: i.facts.weight_bytes if i.facts else 0),
+    "reserved_bytes": ("Memory that the model may take.", lambda i: i.reserved_bytes),
+    "estimated_bytes": ("What the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
+    "loaded": ("Whether the model can answer at once.", lambda i: int(i.state is ModelState.READY)),
+}
+
+
+class Collector:
+    """All figures, put together when they are asked for."""
+
+    def __init__(self, manager: ModelManager) -> None:
+        self._manager = manager
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family of figures."""
+        models = self._manager.metrics.models
+        for name, (meaning, histogram) in HISTOGRAMS.items():
+            yield _histograms(PREFIX + name, meaning, {m.key: histogram(m) for m in models})
+        for name, (meaning, total) in TOTALS.items():
+            counter = CounterMetricFamily(PREFIX + name, meaning, labels=["model"])
+            for model in models:
+                counter.add_metric([model.key], total(model))
+            yield counter
+        for name, (label, meaning, counts) in KINDS.items():
+            counter = CounterMetricFamily(PREFIX + name, meaning, labels=["model", label])
+            for model in models:
+                for kind, count in list(counts(model).items()):
+                    counter.add_metric([model.key, kind], count)
+            yield counter
+        for name, (meaning, value) in GAUGES.items():
+            gauge = GaugeMetricFamily(PREFIX + name, meaning, labels=["model"])
+            for instance in self._manager.instances:
+                gauge.add_metric([instance.key], value(instance))
+            yield gauge
+        yield from self._memory()
+
+    def _memory(self) -> Iterator[Metric]:
+        room = self._manager.room
+        yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", room.budget)
+        yield GaugeMetricFamily(PREFIX + "memory_reserved_bytes", "Memory that is promised to models.", room.reserved)
+        yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())
+        yield GaugeMetricFamily(PREFIX + "process_bytes", "Resident memory of the process.", device.process_bytes())
+
+
+def exposition(manager: ModelManager) -> bytes:
+    """Everything, as Prometheus reads it."""
+    registry = CollectorRegistry()
+    registry.register(Collector(manager))
+    return generate_latest(registry)
+
+
+def _histograms(name: str, meaning: str, histograms: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, meaning, labels=["model"])
+    for key, histogram in histograms.items():
+        counts = histogram.cumulative
+        bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+        family.add_metric([key], list(zip(bounds, counts, strict=True)), histogram.sum)
+    return family

@@ -1,0 +1,189 @@
+"""Grammars and limits, on real rows: what a constraint allows is all that a model says, whatever its neighbours do."""
+
+import itertools
+import json
+
+import engine  # noqa: F401  (first: it prepares the process for MLX)
+
+# isort: split
+import jsonschema
+import numpy as np
+import pytest
+
+from engine.config import ModelSpec
+from engine.constraints import Every, Restricted
+from engine.errors import PromptRejected
+from engine.runtime import Builder
+from engine.types import (
+    ChatPrompt,
+    Delta,
+    Finish,
+    GenerationRequest,
+    JsonFormat,
+    SamplingOptions,
+    ToolCallDelta,
+    ToolChoice,
+)
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "maximum": 10**7}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {**CITY, "properties": {**CITY["properties"]}}}}
+    for name in ("weather", "clock")
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama_path):
+    runtime = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), type="instruction", context_length=2048))
+    yield runtime
+    runtime.batch.close()
+
+
+def ask(text="hello there", tools=(), **options):
+    options.setdefault("max_tokens", 300)
+    options.setdefault("sampling", SamplingOptions(temperature=1.0, seed=5))
+    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}], tools=tools), **options)
+
+
+def generate(runtime, *requests):
+    """The events of every choice of every request, all in one batch."""
+    ids, outputs = itertools.count(), {}
+    for request in requests:
+        choices = runtime.prepare(request, ids)
+        runtime.batch.insert([row for row, _ in choices])
+        outputs |= {row.id: (output, []) for row, output in choices}
+    while not runtime.batch.is_empty():
+        finished = []
+        for token in runtime.batch.decode():
+            output, events = outputs[token.row_id]
+            events += output.feed(token)
+            if isinstance(events[-1] if events else None, Finish):
+                finished.append(token.row_id)
+        runtime.batch.remove(finished)
+        runtime.batch.prefill()
+    return [events for _, events in outputs.values()]
+
+
+def content(events, channel="content"):
+    return "".join(event.text for event in events if isinstance(event, Delta) and event.channel == channel)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_schema_is_kept_by_a_model_of_random_weights_at_any_seed(tiny, seed):
+    sampling = SamplingOptions(temperature=1.0, seed=seed)
+    (events,) = generate(tiny, ask(format=JsonFormat(CITY), sampling=sampling))
+    assert events[-1] == Finish("stop")
+    jsonschema.validate(json.loads(content(events)), CITY)
+
+
+def test_json_object_gives_an_object(tiny):
+    (events,) = generate(tiny, ask(format=JsonFormat(), sampling=SamplingOptions(temperature=1.0, seed=3)))
+    if events[-1] == Finish("stop"):
+        assert isinstance(json.loads(content(events)), dict)
+    assert content(events).startswith("{")
+
+
+def test_bound_and_free_rows_share_a_batch_and_say_what_they_say_alone(tiny):
+    free, bound = ask(max_tokens=20), ask(format=JsonFormat(CITY))
+    alone = [generate(tiny, request)[0] for request in (free, bound, free)]
+    assert generate(tiny, free, bound, free) == alone
+
+
+def test_a_constraint_that_is_cut_by_max_tokens_finishes_with_length(tiny):
+    (events,) = generate(tiny, ask(format=JsonFormat(CITY), max_tokens=4))
+    assert events[-1] == Finish("length")
+
+
+def test_an_impossible_schema_is_refused_with_the_reason(tiny):
+    with pytest.raises(PromptRejected, match="JSON schema") as refusal:
+        tiny.prepare(ask(format=JsonFormat({"type": "nonsense"})), itertools.count())
+    assert refusal.value.param == "response_format"
+
+
+@pytest.mark.parametrize(("choice", "most"), [(ToolChoice("required"), 2), (ToolChoice("required", parallel=False), 1)])
+def test_required_makes_calls_of_the_tools_given(tiny, choice, most):
+    (events,) = generate(tiny, ask(tools=TOOLS, tool_choice=choice))
+    assert events[-1] == Finish("tool_calls")
+    pieces = [event for event in events if isinstance(event, ToolCallDelta)]
+    calls = {piece.call for piece in pieces}
+    assert 1 <= len(calls) <= most
+    for call in calls:
+        arguments = "".join(piece.arguments for piece in pieces if piece.call == call)
+        jsonschema.validate(json.loads(arguments), CITY)
+        assert {piece.name for piece in pieces if piece.call == call and piece.name} <= {"weather", "clock"}
+    assert content(events) == ""
+
+
+def test_a_named_function_is_called_once(tiny):
+    (events,) = generate(tiny, ask(tools=TOOLS, tool_choice=ToolChoice("function", "clock")))
+    assert [e.name for e in events if isinstance(e, ToolCallDelta) and e.name] == ["clock"]
+    assert events[-1] == Finish("tool_calls")
+
+
+def test_n_choices_come_from_one_prompt_and_differ_by_their_seeds(tiny):
+    request = ask(n=3, max_tokens=12)
+    choices = generate(tiny, request)
+    assert [events[-1].index for events in choices] == [0, 1, 2]
+    assert len({content(events) for events in choices}) == 3
+    assert generate(tiny, ask(max_tokens=12))[0] == choices[0]
+
+
+def test_more_choices_than_rows_are_refused(tiny):
+    with pytest.raises(PromptRejected) as refusal:
+        tiny.prepare(ask(n=33), itertools.count())
+    assert refusal.value.param == "n"
+
+
+@pytest.mark.parametrize("top", [0, 1, 20])
+def test_log_probabilities_go_with_their_tokens_and_are_those_of_the_model(tiny, top):
+    """At temperature 0 the chosen token is the likeliest, so that its value heads the list."""
+    (events,) = generate(tiny, ask(top_logprobs=top, max_tokens=8, sampling=SamplingOptions(temperature=0)))
+    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    assert len(entries) == 8
+    for entry in entries:
+        assert entry.logprob <= 0
+        assert len(entry.top) == top
+        values = [other.logprob for other in entry.top]
+        assert values == sorted(values, reverse=True)
+        if top:
+            assert entry.top[0].logprob == pytest.approx(entry.logprob)
+    assert b"".join(entry.bytes for entry in entries).decode(errors="replace") == content(events)
+
+
+def test_log_probabilities_do_not_change_what_is_said(tiny):
+    plain, measured = ask(max_tokens=15), ask(max_tokens=15, top_logprobs=5)
+    together = generate(tiny, plain, measured, plain)
+    assert {content(events) for events in together} == {content(generate(tiny, plain)[0])}
+
+
+def test_min_tokens_keeps_an_answer_from_ending(tiny):
+    """A bias makes the end of the sequence the likeliest token everywhere."""
+    (eos,) = tiny.intake._tokenizer.eos_token_ids
+    eager = SamplingOptions(temperature=0, logit_bias={eos: 100.0})
+    at_once, later = generate(
+        tiny, ask(sampling=eager, top_logprobs=0), ask(sampling=eager, top_logprobs=0, min_tokens=10)
+    )
+    lengths = [sum(len(e.logprobs) for e in events if isinstance(e, Delta)) for events in (at_once, later)]
+    assert (lengths, at_once[-1], later[-1]) == ([0, 10], Finish("stop"), Finish("stop"))
+
+
+def bits(mask):
+    return np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+
+
+def test_a_restriction_forbids_its_tokens_for_so_many_tokens():
+    restricted = Restricted([3, 9], tokens=2, vocab_size=16)
+    assert [int(n) for n in np.flatnonzero(bits(restricted.allowed()) == 0)] == [3, 9]
+    restricted.accept(1)
+    restricted.accept(1)
+    assert restricted.allowed() is None
+
+
+def test_constraints_together_allow_what_all_of_them_allow():
+    every = Every([Restricted([1], 9, 16), Restricted([2], 9, 16)])
+    assert [int(n) for n in np.flatnonzero(bits(every.allowed()) == 0)] == [1, 2]

@@ -1,0 +1,1 @@
+"""Round trips with the clients that people use (python -m tools.ecosystem)."""

@@ -1,0 +1,117 @@
+"""Round trips with the clients that people use, against a running server with the embedded model.
+
+Each client is installed into an environment of its own, which is thrown away (or kept with --keep DIRECTORY, so that
+a second run starts at once), and says in one line what it did. The exit status is the number of clients that failed.
+
+    python -m tools.ecosystem [--keep DIRECTORY] [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+CLIENTS = Path(__file__).parent / "clients"
+GREETING = "Serving on "
+MODEL = "smollm2"
+PATIENCE = 600  # seconds that an installation or a client's round trips may take
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A client: its script, and the packages that it needs (from PyPI for .py, from npm for .mjs)."""
+
+    name: str
+    script: str
+    packages: tuple[str, ...]
+
+    def install(self, directory: Path) -> list[str]:
+        """Install into a directory; the command that runs the script there."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.script.endswith(".mjs"):
+            return self._install_node(directory)
+        python = directory / "venv" / "bin" / "python"
+        if not python.exists():
+            call(sys.executable, "-m", "venv", str(directory / "venv"))
+            call(str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *self.packages)
+        return [str(python), str(CLIENTS / self.script)]
+
+    def _install_node(self, directory: Path) -> list[str]:
+        script = directory / self.script
+        script.write_text((CLIENTS / self.script).read_text())  # node looks for packages beside the script
+        if not (directory / "node_modules").exists():
+            call("npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(directory), *self.packages)
+        return ["node", str(script)]
+
+
+ALL = (
+    Client("openai (Python)", "openai_python.py", ("openai",)),
+    Client("openai (Node)", "openai_node.mjs", ("openai",)),
+    Client("litellm", "litellm_client.py", ("litellm", "mcp")),
+    Client("langchain-openai", "langchain_client.py", ("langchain-openai",)),
+    Client("pydantic-ai", "pydantic_ai_client.py", ("pydantic-ai-slim[openai]",)),
+    Client("llm", "llm_command.py", ("llm",)),
+    Client("Vercel AI SDK", "vercel_ai.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
+    Client("event-stream parsers", "event_streams.mjs", ("eventsource-parser",)),
+    Client("httpx-sse", "httpx_sse_client.py", ("httpx-sse", "httpx")),
+)
+
+
+def call(*command: str) -> None:
+    """Run a command to its end. Raises CalledProcessError."""
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+
+
+@contextmanager
+def running_server() -> Iterator[str]:
+    """The URL of a server with the embedded model."""
+    command = [sys.executable, "mlx_api_server.py", "--port", "0", "--no-defaults"]
+    command += ["--model", f"{MODEL}=embedded:smollm2", "--log-level", "warning"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            yield next(line.removeprefix(GREETING).strip() for line in process.stdout if line.startswith(GREETING))
+        finally:
+            process.terminate()
+
+
+def try_out(client: Client, directory: Path, url: str) -> bool:
+    """Install a client, let it do its round trips, and print the line; whether all went well."""
+    environment = {**os.environ, "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "MODEL": MODEL}
+    try:
+        command = client.install(directory)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        fault = "" if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
+        said = " ".join(done.stdout.split())
+    except subprocess.CalledProcessError as error:
+        fault, said = f"could not be installed: {error.stderr.strip()}", ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        fault, said = str(error), ""
+    print(f"{'FAILED' if fault else 'ok':<7} {client.name:<22} {said}", flush=True)
+    if fault:
+        print(fault, file=sys.stderr, flush=True)
+    return not fault
+
+
+def main() -> int:
+    """The command line; the number of clients that failed."""
+    parser = argparse.ArgumentParser(prog="python -m tools.ecosystem", description="Round trips with known clients.")
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="where the environments are kept")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the clients to try; all by default")
+    options = parser.parse_args()
+    chosen = [client for client in ALL if not options.names or any(name in client.name for name in options.names)]
+    with tempfile.TemporaryDirectory() as temporary, running_server() as url:
+        directory = options.keep or Path(temporary)
+        return sum(not try_out(client, directory / client.script.partition(".")[0], url) for client in chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

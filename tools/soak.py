@@ -1,0 +1,218 @@
+"""Random loads, unloads, evictions, chats and hang-ups against a server whose memory holds two of five small models.
+
+Run: python -m tools.soak [--minutes 10] [--seed 0]. Exit status 1 if a promise was broken:
+
+Promise 1: every request that was accepted is answered whole, or with an error object that says why.
+Promise 2: no model is stuck: in the end each one is unloaded, without a request.
+Promise 3: the memory returns to where it was, within 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+import engine  # noqa: F401  (first: it prepares the process for MLX)
+
+# isort: split
+from engine import memory
+from engine.config import ModelSpec
+from tests.models import tiny_llama
+from tests.running_server import running_server
+
+KEYS = ("a", "b", "c", "d", "e")
+TOKENS = 2048  # of each model's cache
+WORKERS = 12
+PARTS = 5  # after each of which everything is unloaded and measured
+# How a request may end, other than with an answer.
+ERRORS = {409, 429, 500, 503, 507}
+
+
+class Broken(Exception):
+    """A promise was not kept."""
+
+
+class Soak:
+    """The clients of one run."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, sources: dict[str, str], seed: int) -> None:
+        self._session = session
+        self._url = url
+        self._sources = sources
+        self._random = random.Random(seed)
+        self.outcomes: Counter[str] = Counter()
+
+    async def work(self, until: float) -> None:
+        """One client, until that time."""
+        deeds = (self.chat, self.stream, self.hang_up, self.load, self.unload)
+        while time.monotonic() < until:
+            deed = self._random.choices(deeds, weights=(6, 6, 4, 1, 2))[0]
+            await deed(self._random.choice(KEYS))
+
+    async def chat(self, key: str) -> None:
+        """A whole answer."""
+        async with self._ask(key) as response:
+            content = await response.json()
+            if response.status == 200 and content["choices"][0]["finish_reason"] not in ("stop", "length"):
+                raise Broken(f"an answer without an end: {content}")
+            self._note("chat", response.status, content)
+
+    async def stream(self, key: str) -> None:
+        """A stream that is read to its end."""
+        async with self._ask(key, stream=True) as response:
+            text = (await response.read()).decode()
+            events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+            if response.status != 200:
+                self._note("stream", response.status, json.loads(text))
+            elif events[-1:] == ["[DONE]"]:
+                self._note("stream", 200, {})
+            elif events and "error" in json.loads(events[-1]):
+                self.outcomes[f"stream 200, then {json.loads(events[-1])['error']['code'] or 'stopped'}"] += 1
+            else:
+                raise Broken(f"a stream without an end: {events[-1:]}")
+
+    async def hang_up(self, key: str) -> None:
+        """A request whose client leaves: before the answer, or in the middle."""
+        patience = self._random.choice((0.01, 0.05, 0.3))
+        try:
+            async with asyncio.timeout(patience), self._ask(key, stream=True, max_tokens=500) as response:
+                await response.read()
+        except TimeoutError:
+            self.outcomes["hang-up"] += 1
+
+    async def load(self, key: str) -> None:
+        """A load that nobody waits for."""
+        source = await self._post("/v1/models/load", {"model": self._sources[key], "key": key})
+        self._note("load", *source)
+
+    async def unload(self, key: str) -> None:
+        """An unload in any mode."""
+        mode = self._random.choice(("drain", "abort", "reject"))
+        body: dict[str, Any] = {"key": key, "mode": mode}
+        if mode == "drain" and self._random.random() < 0.5:
+            body["timeout"] = 0.2
+        self._note(f"unload {mode}", *await self._post("/v1/models/unload", body))
+
+    async def settle(self) -> int:
+        """Unload everything, see that nothing is stuck, and give the process's memory in bytes."""
+        for key in KEYS:
+            await self._post("/v1/models/unload", {"key": key, "mode": "drain"})
+        async with self._session.get(f"{self._url}/v1/models") as response:
+            for model in (await response.json())["data"]:
+                state = model["status"]["value"], model["running_requests"], model["queued_requests"]
+                if state != ("unloaded", 0, 0) or model["reserved_bytes"]:
+                    raise Broken(f"{model['id']} is stuck: {model}")
+        figures = await self.figures()
+        return int(figures["process_bytes"])
+
+    async def figures(self) -> dict[str, float]:
+        """The figures of /metrics that are of the whole process, and the sums of what is counted of each model."""
+        async with self._session.get(f"{self._url}/metrics") as response:
+            lines = re.findall(r"^mlx_server_(\w+?)(?:\{(.*?)\})? (\S+)$", await response.text(), re.MULTILINE)
+        sums: defaultdict[str, float] = defaultdict(float)
+        for name, labels, value in lines:
+            kind = re.search(r'(?:outcome|reason)="(\w+)"', labels)
+            sums[f"{name} {kind[1]}" if kind else name] += float(value)
+        return dict(sums)
+
+    def _ask(self, key: str, *, stream: bool = False, max_tokens: int = 40) -> Any:
+        content = " ".join(["word"] * self._random.randrange(1, 120))
+        body = {
+            "model": key,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self._random.randrange(1, max_tokens),
+            "stream": stream,
+        }
+        return self._session.post(f"{self._url}/v1/chat/completions", json=body)
+
+    async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        async with self._session.post(self._url + path, json=body) as response:
+            return response.status, await response.json()
+
+    def _note(self, deed: str, status: int, content: Any) -> None:
+        """Count an outcome; one that is neither an answer nor an error object breaks the promise."""
+        if status != 200 and (status not in ERRORS or not content.get("error", {}).get("message")):
+            raise Broken(f"{deed}: {status} {content}")
+        if status == 500 and "stopped" not in content["error"]["message"]:
+            raise Broken(f"{deed}: {content}")
+        code = "" if status == 200 else f" {content['error']['code'] or 'stopped'}"
+        self.outcomes[f"{deed} {status}{code}"] += 1
+
+
+async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace) -> bool:
+    """Run it and tell what happened. Whether every promise was kept."""
+    seconds = arguments.minutes * 60
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        clients = Soak(session, url, sources, arguments.seed)
+        await run(clients, min(60.0, seconds / 3))  # what a process keeps of its first steps is not a leak
+        before = after = await clients.settle()
+        clients.outcomes.clear()
+        for part in range(PARTS):
+            await run(clients, seconds / PARTS)
+            after = await clients.settle()
+            print(f"{part + 1}/{PARTS}: {after / 2**20:.1f} MiB", file=sys.stderr, flush=True)
+        for outcome, count in sorted(clients.outcomes.items()):
+            print(f"{count:>7}  {outcome}")
+        figures = await clients.figures()
+        for name in ("loads_total loaded", "loads_total aborted", "unloads_total evict", "completion_tokens_total"):
+            print(f"{figures.get(name, 0):>7.0f}  {name}")
+        print(f"memory before {before / 2**20:.1f} MiB, after {after / 2**20:.1f} MiB: {after / before:.3f}")
+        return after <= before * float(arguments.growth)
+
+
+async def run(clients: Soak, seconds: float) -> None:
+    """All clients at once."""
+    end = time.monotonic() + seconds
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(WORKERS):
+            tasks.create_task(clients.work(end))
+
+
+def write_config(directory: Path, sources: dict[str, str]) -> Path:
+    """Settings under which two of the models fit, and switches are frequent."""
+    each = memory.estimate(ModelSpec("a", sources["a"], cache_tokens=TOKENS)).total
+    lines = [f"memory_limit = {int(each * 2.5)}", "min_residency = 0.5", "max_wait = 2"]
+    for key, source in sources.items():
+        lines += [f"[models.{key}]", f'source = "{source}"', f"cache_tokens = {TOKENS}", "max_waiting = 8"]
+    path = directory / "models.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the models, start a server, and soak it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--growth", type=float, default=1.05, help="how much of the memory may be there in the end")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        sources = {key: str(tiny_llama(Path(directory) / key, seed=n)) for n, key in enumerate(KEYS)}
+        config = write_config(Path(directory), sources)
+        with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
+            try:
+                is_kept = asyncio.run(soak(server.url, sources, arguments))
+            except* Broken as broken:
+                print(f"broken: {broken.exceptions[0]}")
+                is_kept = False
+            ended = server.stop()
+    if "Traceback" in ended.stderr or ended.status:
+        print(ended.stderr[-4000:])
+        return 1
+    return 0 if is_kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
