@@ -46,8 +46,8 @@ class ModelMetrics:
     """All counters of one model.
 
     By whom: batch_rows and inter_token by the engine thread, the rest by the event loop. `requests` are by outcome
-    ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed", "aborted" and "refused",
-    `unloads` by what made the model leave: "drain", "abort", "reject", "evict", "idle". Times are in seconds.
+    ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed", "aborted" and
+    "refused", `unloads` by what made the model leave ("drain", "abort", "reject", "evict", "idle"). Times: seconds.
     """
 
     key: str

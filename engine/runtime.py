@@ -24,6 +24,7 @@ from engine.prompts import FORMATS, find_type
 from engine.sources import Progress, silent
 from engine.types import GenerationRequest, ModelFacts, Question, Row, Sampling
 
+_CAPABILITIES = frozenset({"chat", "completion", "tools", "json_schema", "logprobs"})  # of every model
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 
 
@@ -68,7 +69,8 @@ class Builder:
         progress("warming up", 0, 0)
         warm_up(batch, spec.max_running)
         self._batches = [*(known for known in self._batches if known()), weakref.ref(batch)]
-        facts = ModelFacts(model_type, loaded.context_length, loaded.weight_bytes)
+        capabilities = _CAPABILITIES | ({"thinking"} if model_type == "thinking" else set())
+        facts = ModelFacts(model_type, loaded.context_length, loaded.weight_bytes, capabilities)
         intake = Intake(
             loaded.tokenizer,
             prompts,

@@ -215,11 +215,15 @@ Question = Tokenize | Detokenize | ApplyTemplate
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model once it is loaded. Context in tokens, weights in bytes as they are held."""
+    """What is known of a model once it is loaded. Context in tokens, weights in bytes as they are held.
+
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking".
+    """
 
     type: str
     context_length: int
     weight_bytes: int
+    capabilities: frozenset[str] = frozenset()
 
 
 class Constraint(Protocol):

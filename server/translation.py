@@ -179,7 +179,7 @@ def model(instance: ModelInstance) -> dict[str, Any]:
         source=instance.spec.source,
         type=facts.type if facts else instance.spec.type,
         context_length=facts.context_length if facts else instance.spec.context_length,
-        capabilities=getattr(facts, "capabilities", None),
+        capabilities=facts.capabilities if facts else None,
         memory_bytes=facts.weight_bytes if facts else 0,
         reserved_bytes=instance.reserved_bytes,
         estimate=estimate(instance),
