@@ -147,7 +147,10 @@ def greeting(url: str, manager: ModelManager) -> str:
     """What the server says when it is ready."""
     keys = manager.keys
     example = next((i.spec.key for i in manager.instances if i.status == "loaded"), keys[0] if keys else "KEY")
-    body = f'{{"model":"{example}","messages":[{{"role":"user","content":"What is the capital of France?"}}]}}'
+    question = (
+        '"messages":[{"role":"user","content":"What is the capital of France?"}],"max_tokens":100,"temperature":0'
+    )
+    body = f'{{"model":"{example}",{question}}}'
     models = "\n".join(f"  {i.spec.key:<16} {i.status:<9} {i.spec.source}" for i in manager.instances)
     curl = f"curl -s {url}/v1/chat/completions -d '{body}'"
     return f"\nServing on {url}\n\nModels:\n{models or '  none'}\n\nTry:\n  {curl}\n"

@@ -26,6 +26,7 @@ DEFAULTS = settings_of(GenerationDefaults)
 SECTION = [*MODEL_FIELDS, "aliases", "defaults"]
 ENVIRONMENT = {f"MLX_SERVER_{name.upper()}": name for name in SCALARS}
 FLAGS = {f"--{name.replace('_', '-')}": name for name in SCALARS}
+CACHE_VARIABLE = "MLX_SERVER_CACHE"  # where conversions are kept: no setting, engine/conversion.py reads it
 MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 CHECK = "--check-config"
 KEY_EXPECTED = "a model key: 1 to 128 letters, digits or any of . _ : / -"
@@ -58,7 +59,7 @@ def only_checks(argv: Sequence[str]) -> bool:
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """Settings by field name. Raises ConfigInvalid, for an unknown MLX_SERVER_ name too."""
-    given = {name: text for name, text in environ.items() if name.startswith("MLX_SERVER_")}
+    given = {name: text for name, text in environ.items() if name.startswith("MLX_SERVER_") and name != CACHE_VARIABLE}
     for name in given:
         if name not in ENVIRONMENT:
             raise ConfigInvalid("environment", name, f"one of {', '.join(ENVIRONMENT)}")

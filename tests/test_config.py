@@ -169,3 +169,8 @@ def test_any_command_line_is_settings_or_one_error(argv):
         built([argument for argument in argv if argument not in ("-h", "--help")])
     except (ConfigInvalid, SystemExit):
         return
+
+
+def test_the_place_of_the_cache_is_no_setting_and_no_error():
+    """engine/conversion.py reads it."""
+    assert build([], {"MLX_SERVER_CACHE": "/somewhere"}, Settings()) == Settings()
