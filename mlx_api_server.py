@@ -24,11 +24,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from turboapi import TurboAPI
 
-from engine import config_sources, device, runtime, sources
+from engine import config_sources, device, memory, runtime, sources
 from engine.config import ModelSpec, Settings
 from engine.errors import ConfigInvalid, SourceInvalid
 from engine.loading import Loading
 from engine.metrics import ModelMetrics
+from engine.threads import Threads
 from engine.worker import Engine
 from model_manager import ModelManager, Reload
 from server import logs
@@ -117,7 +118,7 @@ def _log_failure(reloading: asyncio.Future[Reload]) -> None:
         log.error("The settings were not reloaded: %s", error)
 
 
-def start_engine(builder: runtime.Builder) -> Any:
+def start_engine(builder: runtime.Builder, threads: Threads) -> Any:
     """How a model's engine is started: its thread loads the model and runs it."""
 
     def start(spec: ModelSpec, on_death: Any, loading: Loading, metrics: ModelMetrics) -> Engine:
@@ -125,9 +126,10 @@ def start_engine(builder: runtime.Builder) -> Any:
             spec.key,
             lambda: builder.build(spec, loading, metrics),
             free=runtime.free_memory,
-            stream=runtime.thread_stream,
+            stream=runtime.finished_work,
             on_death=on_death,
             metrics=metrics,
+            start=threads.start,
         )
 
     return start
@@ -136,11 +138,18 @@ def start_engine(builder: runtime.Builder) -> Any:
 @asynccontextmanager
 async def running_models(settings: Settings) -> AsyncIterator[ModelManager]:
     """The manager with its models; all are unloaded at the end."""
-    manager = ModelManager(settings, start_engine(runtime.Builder(settings.stall_target)), device.process_bytes)
+    threads = Threads(runtime.thread_stream)
+    manager = ModelManager(
+        settings,
+        start_engine(runtime.Builder(settings.stall_target), threads),
+        device.process_bytes,
+        lambda spec: threads.call(lambda: memory.estimate(spec)),
+    )
     try:
         yield manager
     finally:
         await manager.close(settings.shutdown_timeout)
+        threads.close()
 
 
 def greeting(url: str, manager: ModelManager) -> str:

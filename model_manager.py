@@ -55,7 +55,7 @@ class ModelManager:
         settings: Settings,
         start_engine: StartEngine,
         measure_memory: Callable[[], int],
-        estimate: Callable[[ModelSpec], Estimate] = memory.estimate,
+        estimate: Callable[[ModelSpec], Estimate],
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()

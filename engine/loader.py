@@ -65,16 +65,24 @@ def load(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedModel:
     device.set_wired_limit_once()
     failure: EngineError
     try:
-        return _load(spec, progress or silent)
+        loaded = _load(spec, progress or silent)
+        forget_draws()
+        return loaded
     except LoadAborted:
         failure = LoadAborted(spec.key)
     except Exception as error:  # a broken model can raise anything from any of the libraries
         log.debug("Loading %s failed", spec.key, exc_info=True)
         failure = LoadFailed(spec.key, _one_line(error))
     # Out here, because an error raised above would carry the failed load's frames, and with them its weights.
+    forget_draws()
     gc.collect()
     mx.clear_cache()
     raise failure
+
+
+def forget_draws() -> None:
+    """Drop what a model's initial weights, which nobody has ever computed, left in this thread's random state."""
+    mx.random.seed(0)
 
 
 def _load(spec: ModelSpec, report: Progress) -> LoadedModel:

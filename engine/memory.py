@@ -10,7 +10,6 @@ lazy forward step tells the shapes of its cache. So every architecture that can 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +94,13 @@ def limits(spec: ModelSpec, own_context: int) -> Limits:
 
 
 def estimate(spec: ModelSpec) -> Estimate:
-    """What the model will take on this device. Blocks: it reads some files, or asks the hub. Raises LoadFailed."""
+    """What the model will take on this device. Blocks: it reads some files, or asks the hub. Raises LoadFailed.
+
+    On a thread that has a stream of MLX (engine/threads.py), or else one is made that stays.
+    """
     try:
         model = outline(spec.source)
-        with ThreadPoolExecutor(1) as executor:
-            anatomy = executor.submit(_dissect_apart, model.config).result()
+        anatomy = dissect(model.config)
     except SourceInvalid as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # what a broken config.json does to an architecture can be anything
@@ -115,14 +116,6 @@ def estimate(spec: ModelSpec) -> Estimate:
         + spec.max_running * anatomy.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME,
     )
-
-
-def _dissect_apart(config: Mapping[str, Any]) -> Anatomy:
-    """dissect() on a thread that ends now: a stream of MLX that is left on a thread can end the process badly."""
-    try:
-        return dissect(config)
-    finally:
-        mx.clear_streams()
 
 
 def dissect(config: Mapping[str, Any]) -> Anatomy:
@@ -142,6 +135,7 @@ def dissect(config: Mapping[str, Any]) -> Anatomy:
             layers.append((a_token, int(getattr(layer, "max_size", None) or 0)))
         else:
             row_values += sum(array.size for _, array in tree_flatten(layer.state) if isinstance(array, mx.array))
+    mx.random.seed(0)  # or else the weights, which nobody computes, would stay in this thread's random state
     return Anatomy(sum(array.size for array in parameters), tuple(layers), row_values, outputs // len(cache), vocab)
 
 

@@ -116,6 +116,15 @@ def thread_stream() -> Iterator[None]:
         mx.clear_streams()
 
 
+@contextmanager
+def finished_work() -> Iterator[None]:
+    """Wait at the end of the block until the calling thread's stream has done all that it was given."""
+    try:
+        yield
+    finally:
+        mx.synchronize()
+
+
 def free_memory() -> None:
     """Give what a dropped model held back to the system."""
     gc.collect()

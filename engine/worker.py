@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from engine.errors import EngineError, EngineStopped, LoadFailed, RequestFailed
 from engine.generation import Generation
@@ -50,11 +50,25 @@ class _Stop:
 _Message = _Submit | _Cancel | _Ask | _Stop
 
 
+class Joinable(Protocol):
+    """Work that runs elsewhere."""
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+
+
+def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
+    """Begin the work on a thread of its own."""
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    return thread
+
+
 class Engine:
     """Starts the thread, hands requests over, stops it. Used on one event loop.
 
     `build` loads the model and returns its runtime; `free` releases memory after the runtime is dropped; both run on
-    the thread. `on_death` is called on the event loop when the thread ends by itself.
+    the thread. `on_death` is called on the event loop when the thread ends by itself. `start` finds the thread.
     """
 
     def __init__(
@@ -66,6 +80,7 @@ class Engine:
         stream: Callable[[], AbstractContextManager[object]] = nullcontext,
         on_death: Callable[[EngineError], None] = lambda error: None,
         metrics: ModelMetrics | None = None,
+        start: Callable[[Callable[[], None], str], Joinable] = start_thread,
     ) -> None:
         self._key = key
         self._build = build
@@ -79,8 +94,7 @@ class Engine:
         self._jobs = Jobs(metrics or ModelMetrics(key))
         self._row_ids = count()
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name=f"engine-{key}")
-        self._thread.start()
+        self._thread = start(self._run, f"engine-{key}")
 
     # -- the event loop's side ------------------------------------------------------------------------------------
 

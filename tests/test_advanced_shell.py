@@ -53,14 +53,14 @@ def test_a_chat_remembers_its_first_turn(tmp_path):
     ):
         shell.expect(PROMPT)
         shell.enter("What is the capital of France?")
-        shell.expect("is Paris", "smollm2 ·", "tokens/s", "TTFT", "context", within=100)
+        shell.expect("is Paris", "smollm2 ·", "tokens", "TTFT", "context", within=100)
         shell.enter("What is the population of that city?")
         shell.expect("that city?", "Paris", "2 turns", within=100)
 
 
 def test_an_answer_is_rendered_and_its_figures_are_told(shell):
     shell.enter("show markdown")
-    shell.expect("A title", "Some bold words.", "print(1)", "• first", "• second", "talker · ", "tokens/s · TTFT")
+    shell.expect("A title", "Some bold words.", "print(1)", "• first", "• second", "talker · ", "TTFT")
     assert "**" not in shell.shown
 
 

@@ -1,0 +1,97 @@
+"""Threads that are used again and again.
+
+What MLX keeps for a thread and its stream is never given back, some 25 KiB for each. Models come and go for as long as
+the server lives; their threads stay.
+
+Rule 1: a thread does one piece of work at a time, inside a stream of its own that lasts as long as the thread.
+Rule 2: close() ends all of them: a process that ends while such a thread lives can end badly.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Shift:
+    """One piece of work on one of the threads."""
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self.work = work
+        self.name = name
+        self._ended = threading.Event()
+
+    def join(self) -> None:
+        """Wait until the work has ended."""
+        self._ended.wait()
+
+    def end(self) -> None:
+        """Note that it has."""
+        self._ended.set()
+
+
+class Threads:
+    """As many threads as there is work at once. `stream` is entered once on each."""
+
+    def __init__(self, stream: Callable[[], AbstractContextManager[object]]) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._idle: list[queue.SimpleQueue[Shift | None]] = []
+        self._threads: list[tuple[threading.Thread, queue.SimpleQueue[Shift | None]]] = []
+
+    def start(self, work: Callable[[], None], name: str) -> Shift:
+        """Begin a piece of work, on a thread that has none or a new one. The work must not raise."""
+        shift = Shift(work, name)
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else self._new_thread()
+        inbox.put(shift)
+        return shift
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do a piece of work on one of the threads and give what it gives, or raise what it raises."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:
+                errors.append(error)
+
+        self.start(run, "call").join()
+        if errors:
+            raise errors.pop()
+        return results[0]
+
+    def close(self) -> None:
+        """End every thread, after the work that it has, and wait for it."""
+        with self._lock:
+            self._idle.clear()
+            threads, self._threads = self._threads, []
+        for _, inbox in threads:
+            inbox.put(None)
+        for thread, _ in threads:
+            thread.join()
+
+    def _new_thread(self) -> queue.SimpleQueue[Shift | None]:
+        inbox: queue.SimpleQueue[Shift | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._live, args=(inbox,), name="engine-idle")
+        self._threads.append((thread, inbox))
+        thread.start()
+        return inbox
+
+    def _live(self, inbox: queue.SimpleQueue[Shift | None]) -> None:
+        with self._stream():
+            while shift := inbox.get():
+                threading.current_thread().name = shift.name
+                shift.work()
+                threading.current_thread().name = "engine-idle"
+                with self._lock:
+                    self._idle.append(inbox)
+                shift.end()
+                del shift
