@@ -2,6 +2,7 @@
 # make install  the set-up alone
 # make test     set up if needed, then run the tests
 # make lint     ruff (format and check) and mypy
+# make audit    ask PyPI for known vulnerabilities of all that is installed
 # make ecosystem  round trips with the SDKs and frameworks that people use (ARGS="--keep DIRECTORY litellm")
 
 PYTHON       ?= python3
@@ -16,6 +17,8 @@ MINUTES      ?= 10
 .PHONY: serve install test lint format clean
 .DEFAULT_GOAL := serve
 
+# Python's own allocator keeps a megabyte for one small object that outlives a model's tokenizer; glibc's, some bytes.
+serve: export PYTHONMALLOC ?= malloc
 serve: install
 	@exec $(BIN)/python mlx_api_server.py $(ARGS)
 
@@ -60,3 +63,8 @@ ecosystem: install
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.soak --minutes $(MINUTES)
 .PHONY: soak
+
+audit: install  # not part of lint: it needs PyPI's JSON API, and must fail, not pass, where there is none
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --disable-pip-version-check -qq pip-audit==2.10.1; }
+	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+.PHONY: audit

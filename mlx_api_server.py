@@ -6,36 +6,39 @@ What it answers is in server/: there, and nowhere else, the wire's vocabulary (p
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below ends it without a traceback
+
 import asyncio
 import logging
-import math
 import os
-import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import uvloop
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
-from turboapi import TurboAPI
 
-from engine import config_sources, device, memory, runtime, sources
+from engine import config_sources, device, memory, rank_follower, ranks, runtime, shards, sources
 from engine.config import ModelSpec, Settings
+from engine.config_http import is_loopback
 from engine.errors import ConfigInvalid, SourceInvalid
 from engine.loading import Loading
 from engine.metrics import ModelMetrics
+from engine.rank_leader import Leader
+from engine.rank_link import LinkLost
+from engine.ranks import RanksDiffer
 from engine.threads import Threads
 from engine.worker import Engine
 from model_manager import ModelManager, Reload
+from model_watch import watch
 from server import logs
-from server.access import Access
-from server.errors import exception_handlers
-from server.handlers import TITLE, Handlers
+from server.handlers import VERSION
+from server.http import Server
 
 log = logging.getLogger("server")
 
@@ -52,70 +55,8 @@ DEFAULT_MODELS = (
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )
 
-LAST_WORDS = 2  # seconds that answers get to leave once their generations are ended at the shutdown
 
-
-def make_app(manager: ModelManager, settings: Settings, reload: Callable[[], Awaitable[Reload]]) -> TurboAPI:
-    """The ASGI application."""
-    return TurboAPI(
-        title=TITLE,
-        routes=Handlers(manager, settings, reload).routes(),
-        openapi_url=None,  # the route that turboapi 0.2.8 would add does not work; ours is one of the handlers
-        exception_handlers=exception_handlers(),
-    )
-
-
-class Server(uvicorn.Server):
-    """uvicorn, with an orderly end: a signal stops it, and the process then ends with status 0.
-
-    Requests get `patience` seconds to finish; then their generations are ended, and the clients are told.
-    """
-
-    def __init__(
-        self, app: TurboAPI, manager: ModelManager, patience: float, reload: Callable[[], Awaitable[Reload]]
-    ) -> None:
-        traced = Access(app)
-
-        async def interruptible(scope: Scope, receive: Receive, send: Send) -> None:
-            # A client that leaves within its body, and what uvicorn cancels at last, deserve no traceback in the log.
-            with suppress(ClientDisconnect, asyncio.CancelledError):
-                await traced(scope, receive, send)
-
-        last_words = math.ceil(patience) + LAST_WORDS
-        super().__init__(
-            uvicorn.Config(
-                interruptible, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=last_words
-            )
-        )
-        self._manager = manager
-        self._patience = patience
-        self._reload = reload
-        self._reloading: asyncio.Future[Reload] | None = None
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening, end the generations, and wait for the answers to leave."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(super().shutdown(sockets))
-            tasks.create_task(self._manager.close(self._patience))
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM while serving, without raising them again afterwards."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        loop.add_signal_handler(signal.SIGHUP, self._handle_reload)
-        yield
-
-    def _handle_reload(self) -> None:
-        """Read the settings again, because of a signal. Wrong ones change nothing."""
-        self._reloading = asyncio.ensure_future(self._reload())
-        self._reloading.add_done_callback(_log_failure)
-
-
-def _log_failure(reloading: asyncio.Future[Reload]) -> None:
-    if not reloading.cancelled() and (error := reloading.exception()):
-        log.error("The settings were not reloaded: %s", error)
+THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 
 
 def start_engine(builder: runtime.Builder, threads: Threads) -> Any:
@@ -136,20 +77,31 @@ def start_engine(builder: runtime.Builder, threads: Threads) -> Any:
 
 
 @asynccontextmanager
-async def running_models(settings: Settings) -> AsyncIterator[ModelManager]:
-    """The manager with its models; all are unloaded at the end."""
+async def running_models(settings: Settings, leader: Leader | None = None) -> AsyncIterator[ModelManager]:
+    """The manager with its models; all are unloaded at the end, and the ranks that `leader` leads let go."""
     threads = Threads(runtime.thread_stream)
     manager = ModelManager(
         settings,
-        start_engine(runtime.Builder(settings.stall_target), threads),
+        start_engine(runtime.Builder(settings.stall_target, leader), threads),
         device.process_bytes,
-        lambda spec: threads.call(lambda: memory.estimate(spec)),
+        lambda spec: shards.share(threads.call(lambda: memory.estimate(spec)), spec, leader.size if leader else 1),
     )
     try:
         yield manager
     finally:
-        await manager.close(settings.shutdown_timeout)
-        threads.close()
+        if not manager.is_closing:
+            await manager.close(0)
+        if leader:
+            leader.close()
+        if stuck := threads.close(THREADS_PATIENCE):
+            leave_behind(stuck)
+
+
+def leave_behind(stuck: list[str]) -> None:
+    """End the process although threads are stuck in a step: it would wait for them for ever."""
+    log.critical("The process ends without its threads %s, which make no step.", ", ".join(stuck))
+    logging.shutdown()
+    os._exit(1)
 
 
 def greeting(url: str, manager: ModelManager) -> str:
@@ -165,24 +117,30 @@ def greeting(url: str, manager: ModelManager) -> str:
     return f"\nServing on {url}\n\nModels:\n{models or '  none'}\n\nTry:\n  {curl}\n"
 
 
-async def serve(settings: Settings, listener: socket.socket, reread: Callable[[], Settings]) -> None:
+async def serve(
+    settings: Settings, listener: socket.socket, reread: Callable[[], Settings], leader: Leader | None
+) -> None:
     """Serve until a signal comes. `reread` gives the settings as they are now, or raises ConfigInvalid."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    async with running_models(settings) as manager:
+    async with running_models(settings, leader) as manager:
+        if leader:
+            manager.ranks = leader.report
 
         async def reload() -> Reload:
             changed = await asyncio.to_thread(reread)
             logs.configure(changed.log_level, settings.log_format)
             return await manager.reload(changed)
 
-        server = Server(make_app(manager, settings, reload), manager, settings.shutdown_timeout, reload)
+        server = Server(manager, reload)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = asyncio.create_task(manager.preload())
+        watching = asyncio.create_task(watch(manager))
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and not serving.done():
             print(greeting(url, manager), flush=True)
         await serving
+        watching.cancel()
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -203,18 +161,42 @@ def run(arguments: list[str]) -> None:
         print(f"The settings are right. Models: {', '.join(spec.key for spec in settings.models) or 'none'}.")
         return
     logs.configure(settings.log_level, settings.log_format)
+    leader = lead_or_follow(settings)
+    if not settings.has_keys and not is_loopback(settings.host):
+        log.warning("Everybody who reaches %s may use this server: it has no keys (--api-key).", settings.host)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    uvloop.run(serve(settings, listener, lambda: read_settings(arguments)))
+    uvloop.run(serve(settings, listener, lambda: read_settings(arguments), leader))
+
+
+def lead_or_follow(settings: Settings) -> Leader | None:
+    """Take this process's place among the ranks that it was started with; None if it was started alone.
+
+    A rank that computes stays in here until it ends. Raises RanksDiffer, LinkLost, OSError.
+    """
+    if not ranks.is_one_of_several(os.environ):
+        return None
+    facts = ranks.shared_facts(VERSION, settings)
+    if not ranks.is_leader(os.environ):
+        rank_follower.follow(ranks.join(), facts, settings.rank_timeout)
+    leader = Leader(settings.rank_timeout)
+    leader.gather(facts, os.environ)
+    return leader
 
 
 def main() -> int:
-    """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address can't be had."""
+    """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address can't be had.
+
+    A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
+    """
     try:
         run(sys.argv[1:])
-    except ConfigInvalid as error:
+    except (ConfigInvalid, RanksDiffer) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except LinkLost as error:
+        print(f"error: another rank is lost: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error.strerror or error}", file=sys.stderr)
         return 1

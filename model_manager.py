@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,16 +21,21 @@ from engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
 from engine.memory import Estimate
 from engine.metrics import Metrics
 from engine.placement import Rules
-from model_instance import ModelInstance, Services, StartEngine
+from engine.ranks import RankReport
+from model_instance import ModelInstance
+from model_load import Services, StartEngine
 from model_room import Room
 from model_state import ModelState, Step, UnloadMode, UnloadReport
 
 log = logging.getLogger("models")
 
+CLOSE_GRACE = 10.0  # seconds that engines get to end
+
 # What changes with new settings while the model stays as it is.
 _LIVE_FIELDS = ("aliases", "pin", "preload", "ttl", "max_waiting")
 _LIVE_SETTINGS = {
-    "models", "log_level", "memory_limit", "min_residency", "max_wait", "ttl", "load_on_demand", "allow_any_model"
+    "models", "log_level", "memory_limit", "min_residency", "max_wait", "ttl", "load_on_demand", "allow_any_model",
+    "wedged_after", "api_key", "admin_key", "api_key_file", "admin_key_file", "allow_host", "allow_origin",
 }  # fmt: skip
 
 
@@ -59,6 +65,8 @@ class ModelManager:
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.ranks: Callable[[], Sequence[RankReport]] = list  # how those are that share models, if there are several
+        self._started = time.monotonic()
         self.room = Room(self._rules)
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._instances: dict[str, ModelInstance] = {}
@@ -101,6 +109,16 @@ class ModelManager:
             raise ModelExists(spec.key, known.spec.source, spec.source)
         return known
 
+    @property
+    def uptime(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the server stops."""
+        return self.room.is_closed
+
     # -- coming and going -----------------------------------------------------------------------------------------
 
     async def load(
@@ -124,7 +142,8 @@ class ModelManager:
             with instance.heard_by(on_step):
                 await instance.load()
         except EngineError:
-            if known is None and instance.state is ModelState.UNLOADED and self._instances.get(spec.key) is instance:
+            is_absent = instance.state in (ModelState.UNLOADED, ModelState.FAILED)
+            if known is None and is_absent and self._instances.get(spec.key) is instance:
                 del self._instances[spec.key]
             raise
         return instance
@@ -169,10 +188,19 @@ class ModelManager:
         return Reload(added, removed, changed, restart)
 
     async def close(self, patience: float) -> None:
-        """Call loads off, let running requests finish for `patience` seconds, then end every engine."""
+        """Call loads off, let running requests finish for `patience` seconds, then end every engine.
+
+        One that is stuck is left where it is, CLOSE_GRACE seconds later.
+        """
         self.room.close()
         everybody = [*self.instances, *self._departing]
-        await asyncio.gather(*(instance.close(patience) for instance in everybody), *self._work)
+        closing = [asyncio.ensure_future(instance.close(patience)) for instance in everybody] + [*self._work]
+        if not closing:
+            return
+        done, stuck = await asyncio.wait(closing, timeout=patience + CLOSE_GRACE)
+        await asyncio.gather(*done)
+        if stuck:
+            log.error("%d models could not be unloaded", len(stuck))
 
     def _new(self, spec: ModelSpec) -> ModelInstance:
         return ModelInstance(spec, self._services, self.room, self.metrics.of(spec.key))
@@ -231,9 +259,7 @@ class ModelManager:
 
     async def _load_all(self, instances: Iterable[ModelInstance]) -> None:
         for outcome in await asyncio.gather(*(instance.load() for instance in instances), return_exceptions=True):
-            if isinstance(outcome, EngineError):
-                log.error("%s", outcome)
-            elif isinstance(outcome, BaseException):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
                 raise outcome
 
 

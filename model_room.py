@@ -57,7 +57,7 @@ class Room:
         self._claims: list[_Claim] = []
         self._released = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._is_closed = False
+        self.is_closed = False
 
     @property
     def reserved(self) -> int:
@@ -80,7 +80,7 @@ class Room:
             NoRoom: it does not fit, even without those that can leave.
             LoadAborted: the server stops.
         """
-        if self._is_closed:
+        if self.is_closed:
             raise LoadAborted(tenant.key)
         claim = _Claim(tenant, bytes, asyncio.get_running_loop().create_future())
         self._claims.append(claim)
@@ -110,7 +110,7 @@ class Room:
 
     def close(self) -> None:
         """Grant nothing any more."""
-        self._is_closed = True
+        self.is_closed = True
         for claim in self._claims:
             if not claim.granted.done():
                 claim.granted.set_exception(LoadAborted(claim.tenant.key))

@@ -17,14 +17,16 @@ class ModelState(Enum):
     READY = "loaded"
     EVICTING = "evicting"
     DRAINING = "draining"
+    FAILED = "failed"
 
 
 TRANSITIONS = {
     ModelState.UNLOADED: {ModelState.LOADING},
-    ModelState.LOADING: {ModelState.READY, ModelState.UNLOADED},  # load failed
-    ModelState.READY: {ModelState.EVICTING, ModelState.DRAINING, ModelState.UNLOADED},  # engine died
+    ModelState.LOADING: {ModelState.READY, ModelState.FAILED, ModelState.UNLOADED},  # called off, or no room
+    ModelState.READY: {ModelState.EVICTING, ModelState.DRAINING, ModelState.FAILED},  # its engine ended by itself
     ModelState.EVICTING: {ModelState.DRAINING, ModelState.UNLOADED},
     ModelState.DRAINING: {ModelState.UNLOADED},
+    ModelState.FAILED: {ModelState.LOADING, ModelState.UNLOADED},  # unloaded by somebody: it may be tried at once
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -96,7 +97,12 @@ class LoadGenerator:
                 exchanges.append(await self._exchange(waiting.pop()))
 
         await asyncio.gather(*(client() for _ in range(clients)))
-        return [read_record(exchange) for exchange in exchanges]
+        records = [read_record(exchange) for exchange in exchanges]
+        if failed := [record.error for record in records if record.error]:
+            print(
+                f"{len(failed)} of {len(records)} requests failed, the first: {failed[0]}", file=sys.stderr, flush=True
+            )
+        return records
 
     async def send(self, job: Job) -> Record:
         """Send one request and read its answer."""

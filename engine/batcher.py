@@ -4,25 +4,30 @@ Rule 1: a row waits, then its prompt is processed (engine/prefill.py), then it g
 Rule 2: what was computed for a row that leaves goes to the prefix cache, however it leaves.
 Rule 3: what is held in keys and values stays within max_tokens_held. Kept prefixes are given back first; then prompts
         wait; and when rows grow too long together, the youngest wait too, and go on later where they were.
+Rule 4: what depends on the clock comes in through insert() and prefill(); the same calls make the same batch anywhere.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
 
 from engine import kv
-from engine.decoding import Decoding
+from engine.decoding import Decoding, MakeSampler
+from engine.feeding import Prompt
 from engine.metrics import ModelMetrics
-from engine.prefill import Prefill, Prompt
+from engine.prefill import Pace, Prefill
 from engine.prefixes import PrefixCache
+from engine.sampling import BatchSampler
 from engine.types import Row, RowToken
 
-_STEP_WEIGHT = 0.1  # of a new measurement in the running average of a step's time
+_STEPS_MEASURED = 15  # whose median is a step's time: some of them wait for a compilation
 
 
 class Batcher:
@@ -30,6 +35,7 @@ class Batcher:
 
     stall_target is in seconds. max_tokens_held: most tokens whose keys and values are there at once, None: no limit; a
     single row may always go on. `others_step` tells how long a step of other models' streams takes, 0 without any.
+    token_bytes: what a token's keys and values count for, None measures it.
     """
 
     def __init__(
@@ -42,29 +48,32 @@ class Batcher:
         others_step: Callable[[], float] = lambda: 0.0,
         max_tokens_held: int | None = None,
         metrics: ModelMetrics | None = None,
+        make_sampler: MakeSampler = BatchSampler,
+        token_bytes: int | None = None,
     ) -> None:
         self._model = model
         self._max_running = max_running
         self._prefix_cache = prefix_cache
         self._others_step = others_step
         self._max_tokens_held = max_tokens_held or sys.maxsize
-        self._token_bytes = kv.token_bytes(model)
+        self._token_bytes = token_bytes or kv.token_bytes(model)
         self._metrics = metrics or ModelMetrics("")
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._waiting: list[Prompt] = []
         self._prompts: list[Prompt] = []
         self._prefill = Prefill(model, stall_target)
-        self._decoding = Decoding(model, self.vocab_size)
+        self._decoding = Decoding(model, self.vocab_size, make_sampler)
+        self._steps = deque([stall_target], maxlen=_STEPS_MEASURED)
         self._step_seconds = stall_target
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
-    def insert(self, rows: Sequence[Row]) -> None:
+    def insert(self, rows: Sequence[Row], now: float | None = None) -> None:
         """Queue rows that share one prompt of at least one token; they join at one of the next steps.
 
         They join together, unless there is not room for all of them at once.
         """
-        now = time.monotonic()
+        now = now or time.monotonic()
         together = Prompt(list(rows), now)
         is_possible = self._decoding.places.room_for(len(rows), together.length) <= self._max_tokens_held
         self._waiting += [together] if is_possible else [Prompt([row], now) for row in rows]
@@ -91,21 +100,60 @@ class Batcher:
         started = time.monotonic()
         tokens = self._decoding.advance()
         if not self._prompts:  # a chunk before it has waited for the step already
-            self._step_seconds += _STEP_WEIGHT * (time.monotonic() - started - self._step_seconds)
+            self._steps.append(time.monotonic() - started)
+            self._step_seconds = median(self._steps)
         return tokens
 
-    def prefill(self) -> None:
+    def prefill(self, pace: Pace | None = None) -> None:
         """Process one chunk of the waiting prompts and let those that are ready join the batch."""
-        self._admit()
-        step = min(filter(None, (self.streaming_step(), self._others_step())), default=0.0)
-        self._prefill.advance(self._prompts, step=step, running=self._decoding.running)
+        pace = pace or self.pace()
+        self._admit(pace.now)
+        self._prefill.advance(self._prompts, pace=pace, running=self._decoding.running)
         if ready := [prompt for prompt in self._prompts if not prompt.remaining]:
-            self._prompts = [prompt for prompt in self._prompts if prompt.remaining]
             self._decoding.join(ready)
+            self._prompts = [prompt for prompt in self._prompts if prompt.remaining]
+
+    def decoding(self) -> int:
+        """How many rows generate."""
+        return len(self._decoding.rows)
+
+    def has_prompts(self) -> bool:
+        """Whether a prompt waits or is being processed."""
+        return bool(self._waiting or self._prompts)
+
+    def warm_up(self) -> None:
+        """Prepare what prompts need, before there is any."""
+        self._prefill.warm_up()
 
     def is_empty(self) -> bool:
         """Whether no row is waiting or decoding."""
         return not (self._decoding.rows or self._prompts or self._waiting)
+
+    def waiting(self) -> set[int]:
+        """Ids of the rows that have no place yet."""
+        return {row.id for prompt in self._waiting for row in prompt.rows}
+
+    def restart(self, staying: Collection[int]) -> list[RowToken]:
+        """Drop all that was computed, after a call that failed. The rows that stay wait again, and go on from where
+        they were; the others are forgotten. Gives the tokens that were read and not given before.
+        """
+        untold = self._decoding.take()
+        begun = [Prompt([row.resumed()], row.started) for row in self._decoding.rows]
+        begun += [Prompt(prompt.rows, prompt.arrived) for prompt in self._prompts]
+        gone = {row.id for prompt in [*begun, *self._waiting] for row in prompt.rows} - set(staying)
+        again: list[Prompt] = []
+        for prompt in [*begun, *self._waiting]:
+            if not prompt.drop(gone):
+                again.append(prompt)
+                gone |= {row.id for row in prompt.rows}  # what failed halfway may have it in two places
+        self._waiting, self._prompts = again, []
+        self._decoding.clear()
+        self.shrink_prefixes(0)
+        return untold
+
+    def pace(self) -> Pace:
+        """The pace of the next chunk, as measured here."""
+        return self._prefill.pace(self.streaming_step(), self._others_step())
 
     def streaming_step(self) -> float:
         """Seconds that a step takes for those who stream; 0 while nobody does. May be asked from any thread."""
@@ -124,16 +172,16 @@ class Batcher:
 
     # -- coming and going ---------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         """Give waiting prompts a place while there is one for all their rows."""
         taken = len(self._decoding.rows) + sum(len(prompt.rows) for prompt in self._prompts)
         while self._waiting and taken + len(self._waiting[0].rows) <= self._max_running and self._has_room():
-            prompt = self._waiting.pop(0)
-            prompt.started = time.monotonic()
+            prompt = self._waiting[0]
+            prompt.started = now
             cache, length = self._prefix_cache.fetch(prompt.tokens) if self._prefix_cache else (None, 0)
             prompt.cache = cache or kv.new_cache(self._model)
             prompt.done = prompt.cached_tokens = length
-            self._prompts.append(prompt)
+            self._prompts.append(self._waiting.pop(0))
             taken += len(prompt.rows)
 
     def _leave(self, leaving: list[int]) -> None:
@@ -161,7 +209,7 @@ class Batcher:
         lengths = [row.length for row in self._decoding.rows] + [
             prompt.length for prompt in prompts for _ in prompt.rows
         ]
-        own = sum(len(prompt.tokens) for prompt in prompts)
+        own = sum(self._prefill.room_for(prompt) for prompt in prompts)
         return self._decoding.places.room_for(len(lengths), max(lengths)) + own if lengths else 0
 
     def _has_room(self) -> bool:
@@ -191,13 +239,13 @@ class Batcher:
         """Let the youngest wait again: a prompt, or else a row. What was computed for it may stay as a prefix."""
         if self._prompts:
             prompt = self._prompts.pop()
-            self._keep_prefix(prompt.tokens[: prompt.done], prompt.cache)
             self._waiting.insert(0, Prompt(prompt.rows, prompt.arrived))
+            self._keep_prefix(prompt.tokens[: prompt.done], prompt.cache)
             return
         index = max(range(len(self._decoding.rows)), key=lambda index: self._decoding.rows[index].started)
         row = self._decoding.rows[index]
-        self._leave([index])
         self._waiting.insert(0, Prompt([row.resumed()], row.started))
+        self._leave([index])
 
     def _shrink_to(self, held: int) -> None:
         """Leave to kept prefixes what the rows do not need."""

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from engine.config_fields import Range, Size
+from engine.config_http import HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
+Shard = Literal["tensor", "pipeline"]
 LogFormat = Literal["text", "json"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
 UnknownParameters = Literal["refuse", "ignore"]
@@ -46,7 +48,8 @@ class ModelSpec:
     decoding together, and waiting for a place. prefix_cache_bytes: what finished prompts may keep, within the cache.
     cache_tokens: tokens whose keys and values all requests together may hold, None is engine/memory.py's choice.
     aliases: more names in requests. pin: never evicted. ttl: seconds without a request until it is unloaded, None
-    takes the server's. defaults: how it generates.
+    takes the server's. defaults: how it generates. shard: how several ranks share it (engine/shards.py), None: rank 0
+    has it alone.
     """
 
     key: str
@@ -63,10 +66,11 @@ class ModelSpec:
     pin: bool = False
     ttl: Annotated[float | None, Range(0)] = None
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(HttpSettings):
     """All of the server. Times are in seconds, sizes in bytes."""
 
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
@@ -74,7 +78,6 @@ class Settings:
     log_level: Annotated[LogLevel, "what to log"] = "info"
     models: tuple[ModelSpec, ...] = ()
     stall_target: Annotated[float, Range(0.001, 60), "seconds that a prefill may hold running streams up"] = 0.25
-    max_body_bytes: Annotated[int, Range(1), Size(), "longest request body"] = 16 << 20
     shutdown_timeout: Annotated[float, Range(0, 86_400), "seconds that running requests get to finish at the end"] = (
         30.0
     )
@@ -86,8 +89,12 @@ class Settings:
         float, Range(0), "seconds after which a request gets its model a place, min_residency or not"
     ] = 30.0
     ttl: Annotated[float, Range(0), "seconds without a request until a model is unloaded; inf: never"] = math.inf
+    wedged_after: Annotated[float, Range(1), "seconds without a step after which a busy engine counts as wedged"] = (
+        120.0
+    )
     load_on_demand: Annotated[bool, "load a registered model at its first request"] = True
     allow_any_model: Annotated[bool, "let a request load any Hugging Face id"] = False
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, for each event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"
+    rank_timeout: Annotated[float, Range(1, 3600), "seconds of silence until another rank counts as lost"] = 20.0

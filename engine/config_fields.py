@@ -1,6 +1,7 @@
 """What a setting accepts, read from the annotation of its dataclass field.
 
 Rule 1: the annotation says all of it: Annotated[TYPE, Range(...), Size(), "what it means"]; all but TYPE may be absent.
+        A list is Annotated[tuple[str, ...], Several(...), "what it means"]; text has commas between its items.
 Rule 2: text (flags, environment) and TOML values go through the same check; only the reading of text comes before.
 Rule 3: a wrong value is ConfigInvalid with the place it came from.
 """
@@ -41,6 +42,15 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
+class Several:
+    """Marks a list of texts, each of which matches `pattern`; `expected` says it in words. A secret is never shown."""
+
+    pattern: str
+    expected: str
+    secret: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """One setting: the type of its value, or the choices for it, its bounds and what it means."""
 
@@ -49,10 +59,13 @@ class Setting:
     range: Range | None = None
     meaning: str = ""
     is_size: bool = False
+    several: Several | None = None
 
     @property
     def expected(self) -> str:
         """What it takes, as a noun phrase."""
+        if self.several:
+            return self.several.expected
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.is_size:
@@ -61,6 +74,8 @@ class Setting:
 
     def check(self, place: str, value: object) -> Any:
         """The value in the setting's type. Raises ConfigInvalid; true is no number, and a bounded one is not nan."""
+        if self.several:
+            return self._check_items(place, value, self.several)
         if self.is_size and isinstance(value, str):
             return self.read(place, value)
         accepted = (int, float) if self.type is float else (self.type,)
@@ -76,7 +91,17 @@ class Setting:
             raise ConfigInvalid(place, text, self.expected) from None
         return self.check(place, value)
 
+    def _check_items(self, place: str, value: object, several: Several) -> tuple[str, ...]:
+        is_right = isinstance(value, list) and all(
+            isinstance(item, str) and re.fullmatch(several.pattern, item) for item in value
+        )
+        if not is_right:
+            raise ConfigInvalid(place, "(not shown)" if several.secret else value, several.expected)
+        return tuple(value)  # type: ignore[arg-type]
+
     def _parse(self, text: str) -> Any:
+        if self.several:
+            return [item.strip() for item in text.split(",")]
         if self.type is bool:
             return BOOLEANS[text.lower()]
         return _bytes(text) if self.is_size else self.type(text)
@@ -88,8 +113,11 @@ class Setting:
 
 
 def settings_of(schema: type) -> Mapping[str, Setting]:
-    """The settings of a dataclass, by field name. Fields that hold something else (tuples) are left out."""
+    """The settings of a dataclass, by field name, its own before inherited ones. Fields that hold something else are
+    left out.
+    """
     hints = get_type_hints(schema, include_extras=True)
+    hints = {name: hints[name] for name in schema.__annotations__} | hints
     found = {name: _setting(hint) for name, hint in hints.items()}
     return {name: setting for name, setting in found.items() if setting is not None}
 
@@ -103,11 +131,12 @@ def _setting(hint: Any) -> Setting | None:
         hint = next(member for member in get_args(hint) if member is not type(None))
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     type_ = str if choices else hint
-    if type_ not in EXPECTATIONS:
+    several = next((extra for extra in extras if isinstance(extra, Several)), None)
+    if type_ not in EXPECTATIONS and not several:
         return None
     bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
     meaning = next((extra for extra in extras if isinstance(extra, str)), "")
-    return Setting(type_, choices, bounds, meaning, any(isinstance(extra, Size) for extra in extras))
+    return Setting(type_, choices, bounds, meaning, any(isinstance(extra, Size) for extra in extras), several)
 
 
 def _bytes(text: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from engine.config import GenerationDefaults, ModelSpec, Settings
 from engine.config_fields import Setting, settings_of
+from engine.config_keys import KEY_FILES, with_key_files
 from engine.errors import ConfigInvalid
 
 SCALARS = settings_of(Settings)
@@ -39,9 +40,8 @@ def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -
     """
     arguments = vars(_parser(defaults).parse_args(list(argv)))
     file: dict[str, Any] = {} if arguments["config"] is None else read_file(Path(arguments["config"]))
-    flags = {
-        name: SCALARS[name].read(flag, arguments[name]) for flag, name in FLAGS.items() if arguments[name] is not None
-    }
+    said = {flag: arguments[name] for flag, name in FLAGS.items() if arguments[name] is not None}
+    flags = {FLAGS[flag]: SCALARS[FLAGS[flag]].read(flag, text) for flag, text in said.items()}
     models = [
         *(() if arguments["no_defaults"] else defaults.models),
         *file.pop("models", ()),
@@ -49,7 +49,7 @@ def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -
     ]
     unique = tuple({spec.key: spec for spec in models}.values())
     _check_aliases(unique)
-    return replace(defaults, **{**file, **read_environment(environ), **flags, "models": unique})
+    return with_key_files(replace(defaults, **{**file, **read_environment(environ), **flags, "models": unique}))
 
 
 def only_checks(argv: Sequence[str]) -> bool:
@@ -76,6 +76,8 @@ def read_file(path: Path) -> dict[str, Any]:
         if name not in SCALARS:
             raise ConfigInvalid(str(path), name, f"one of {', '.join(SCALARS)}, or [models.KEY]")
     scalars = {name: SCALARS[name].check(f"{path}: {name}", value) for name, value in document.items()}
+    for name in scalars.keys() & KEY_FILES.keys():
+        scalars[name] = tuple(str(path.parent / Path(written).expanduser()) for written in scalars[name])
     return {**scalars, "models": [_section(path, key, section) for key, section in sections.items()]}
 
 
@@ -159,6 +161,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigInvalid("command line", message, "flags as --help shows them")
 
 
+class _Append(argparse.Action):
+    """A flag that may be repeated: its texts with commas between them, as a variable has them."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
+    ) -> None:
+        """Add one text."""
+        said = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if said is None else f"{said},{values}")
+
+
 def _parser(defaults: Settings) -> _Parser:
     """Values stay text here, so that one place checks them whatever their source."""
     parser = _Parser(description="Serve local models through an OpenAI-compatible API.", allow_abbrev=False)
@@ -168,6 +181,9 @@ def _parser(defaults: Settings) -> _Parser:
     parser.add_argument(CHECK, action="store_true", help="say whether the settings are right, and end")
     for flag, name in FLAGS.items():
         setting, default = SCALARS[name], getattr(defaults, name)
+        if setting.several:
+            parser.add_argument(flag, action=_Append, help=f"{setting.meaning} (repeatable; {setting.expected})")
+            continue
         metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper()
         bare: dict[str, str] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
         text = f"{setting.meaning} (default {default}; {setting.expected})"

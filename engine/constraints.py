@@ -1,76 +1,30 @@
-"""What a row may say next: grammars through llguidance, and limits on when it may end or think.
+"""What a row may say next: when it may end, how long it may think, and several such limits at once.
 
 Rule 1: a constraint sees every token of its row, in order, and answers with a bit mask over the vocabulary.
-Rule 2: with a thinking model a grammar holds from the first token after the thinking.
-Rule 3: a grammar that is refused is PromptRejected with llguidance's own reason.
+Rule 2: with a thinking model a grammar (engine/grammars.py) holds from the first token after the thinking.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
 
-from engine.errors import PromptRejected
 from engine.thinking import ThinkingParser
 from engine.types import Constraint
 
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-
-class Grammars:
-    """Makes the grammars of one model. llguidance reads the tokenizer at the first use, once."""
-
-    def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
-        self._wrapper = tokenizer
-        self._vocab_size = vocab_size
-
-    @functools.cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        fast = self._wrapper._tokenizer  # what mlx-lm wraps, which llguidance asks for
-        return from_tokenizer(fast, n_vocab=self._vocab_size, eos_token=sorted(self._wrapper.eos_token_ids))
-
-    def json(self, schema: Mapping[str, Any] | None, param: str) -> GrammarConstraint:
-        """JSON of this schema; any object for None. Raises PromptRejected."""
-        text = json.dumps({"type": "object"} if schema is None else dict(schema))
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
-        except ValueError as error:
-            raise PromptRejected(f"The JSON schema can't be used: {error}", param) from None
-        if reason := LLMatcher.validate_grammar(grammar, self._tokenizer):
-            raise PromptRejected(f"The JSON schema can't be used: {reason}", param)
-        return GrammarConstraint(LLMatcher(self._tokenizer, grammar))
-
-
-class GrammarConstraint:
-    """A grammar, from its beginning. Once it is complete, only an end of sequence is allowed."""
-
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
-
-    def allowed(self) -> bytes:
-        """What goes on the grammar, or ends the answer."""
-        mask: bytes = self._matcher.compute_bitmask()
-        return mask
-
-    def accept(self, token: int) -> None:
-        """Advance."""
-        if not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
+def mask_bytes(vocab_size: int) -> int:
+    """Length of every mask over a vocabulary: llguidance's, whole words of 32 bits."""
+    return (vocab_size + 31) // 32 * 4
 
 
 class Restricted:
     """Every token but some, for the first tokens of an answer."""
 
     def __init__(self, forbidden: Collection[int], tokens: int, vocab_size: int) -> None:
-        mask = np.full((vocab_size + 7) // 8, 255, dtype=np.uint8)
+        mask = np.full(mask_bytes(vocab_size), 255, dtype=np.uint8)
         for token in forbidden:
             mask[token // 8] &= ~np.uint8(1 << token % 8)
         self._mask = mask.tobytes()
@@ -126,7 +80,7 @@ class ThinkingControl:
     def allowed(self) -> bytes | None:
         """The rest of a tag; anything while thinking; what `inner` allows afterwards, or the beginning of a tag."""
         if self._forced:
-            return _with(bytes((self._vocab_size + 7) // 8), self._forced[0])
+            return _with(bytes(mask_bytes(self._vocab_size)), self._forced[0])
         if self._phase is Phase.THINKING or self._inner is None:
             return None
         mask = self._inner.allowed()
@@ -152,7 +106,7 @@ class ThinkingControl:
 
     def _think(self) -> None:
         self._phase = Phase.THINKING
-        if self._budget is not None and self._thought >= self._budget:
+        if self._budget is not None and self._thought >= self._budget and not self._parser.is_closing:
             self._forced = list(self._end)
 
     def _begin(self, inner: Constraint, token: int) -> None:
@@ -175,9 +129,7 @@ class Every:
         masks = [mask for part in self._parts if (mask := part.allowed())]
         if not masks:
             return None
-        words = [np.frombuffer(mask, dtype=np.uint8) for mask in masks]
-        length = min(map(len, words))
-        together = np.bitwise_and.reduce([word[:length] for word in words])
+        together = np.bitwise_and.reduce([np.frombuffer(mask, dtype=np.uint8) for mask in masks])
         # Nothing is left where a grammar is complete before the answer may end: then the last one, the grammar, wins.
         return together.tobytes() if together.any() else masks[-1]
 

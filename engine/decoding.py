@@ -8,18 +8,34 @@ Rule 2: a step is launched before the tokens of the one before it are read: the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
 
+from engine.feeding import Prompt
 from engine.logprobs import MeasuredLogprobs, measure
-from engine.prefill import Prompt
 from engine.rows import make_rows
 from engine.sampling import BatchSampler
 from engine.types import Row, RowToken
+
+
+class Sampler(Protocol):
+    """What chooses the tokens of the rows (engine/sampling.py)."""
+
+    def extend(self, rows: Sequence[Row]) -> None:
+        """Add rows behind the present ones."""
+
+    def filter(self, keep: Sequence[int]) -> None:
+        """Keep only the rows at these indices, in this order."""
+
+    def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
+        """Logits [rows, vocab] -> token ids [rows], of what is allowed. Nothing is evaluated."""
+
+
+MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 
 
 @dataclass
@@ -50,8 +66,9 @@ class DecodingRow:
 class Decoding:
     """The decode batch of one model. `running` is the result of the step under way, which the next one feeds."""
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, make_sampler: MakeSampler = BatchSampler) -> None:
         self._vocab_size = vocab_size
+        self._make_sampler = make_sampler
         self.places = make_rows(model)
         self.clear()
 
@@ -60,8 +77,9 @@ class Decoding:
         self.rows: list[DecodingRow] = []
         self.places.clear()
         self.running = mx.zeros((0,), dtype=mx.uint32)
-        self._sampler = BatchSampler(self._vocab_size)
+        self._sampler = self._make_sampler(self._vocab_size)
         self._measured = MeasuredLogprobs()
+        self._untold: list[RowToken] = []
 
     def join(self, prompts: Sequence[Prompt]) -> None:
         """Take prompts that are done, each as many times as it has rows."""
@@ -91,12 +109,17 @@ class Decoding:
         logits = self.places.advance(inputs)
         if any(row.row.constraint for row in self.rows):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
-            published = self._read(inputs, measured, is_fed=True)
+            self._untold = self._read(inputs, measured, is_fed=True)
             self._sample(logits)
         else:
             self._sample(logits)
-            published = self._read(inputs, measured, is_fed=True)
-        return published
+            self._untold = self._read(inputs, measured, is_fed=True)
+        return self.take()
+
+    def take(self) -> list[RowToken]:
+        """The tokens that were read and not given yet: there are some after a step that failed."""
+        untold, self._untold = self._untold, []
+        return untold
 
     def _sample(self, logits: mx.array) -> None:
         """Choose the next inputs from the logits of the step, [rows, vocab], and start computing them."""

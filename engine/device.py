@@ -52,6 +52,25 @@ def set_wired_limit_once() -> None:
         mx.set_wired_limit(int(limit))
 
 
+_depends_on_others = False
+
+
+def depend_on_others() -> None:
+    """From now on work may wait for another process, and for ever if that is gone."""
+    global _depends_on_others
+    _depends_on_others = True
+
+
+def clear_cache() -> None:
+    """Give back what MLX keeps of freed arrays.
+
+    On a CPU that waits for all work of all threads, with Python's lock held: if one waits for a rank that is gone, the
+    whole process stood still. There it is not done where there are ranks; what MLX keeps is little on a CPU.
+    """
+    if not (_depends_on_others and is_cpu()):
+        mx.clear_cache()
+
+
 def active_bytes() -> int:
     """Memory that live MLX arrays hold, on any thread."""
     return int(mx.get_active_memory())

@@ -12,8 +12,14 @@ EngineError
 ├── QueueFull            as many requests wait as may; try again later
 ├── ModelUnloading       the model is leaving; try again later
 ├── RequestFailed        an unexpected fault met this request alone
+├── StepFailed           a step of the engine failed, and with it the requests that were at work
+├── OutOfMemory          there was no memory for this request, not even with everything kept given back
+├── ModelFailed          the model has failed several times, and is not loaded again before some time
 ├── ModelBusy            the model has requests, and the caller asked not to wait for them
 ├── EngineStopped        the engine ended before the answer was complete
+│   └── EngineUnloaded   because the model was unloaded, or the server stops
+├── RankLost             a rank is gone that computed the model together with others
+├── ReaderTooSlow        more of a stream waits for its reader than may
 └── SourceInvalid        a model source that can't be understood or does not exist
 ConfigInvalid            a setting has a wrong value (key, value, expectation)
 """
@@ -22,6 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+SHOWN_LENGTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,12 @@ class Projection:
     budget: int
 
 
+def shown(value: object) -> str:
+    """What a client wrote, as an error names it: one line, and never long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}..."
+
+
 class EngineError(Exception):
     """Base of all that callers of the engine may meet."""
 
@@ -45,7 +59,7 @@ class ModelNotFound(EngineError):
 
     def __init__(self, model: str, known: Sequence[str]) -> None:
         names = ", ".join(known) if known else "none"
-        super().__init__(f"Model {model!r} does not exist. Known models: {names}.")
+        super().__init__(f"Model {shown(model)} does not exist. Known models: {names}.")
 
 
 class ModelExists(EngineError):
@@ -59,10 +73,11 @@ class ModelExists(EngineError):
 
 
 class LoadFailed(EngineError):
-    """The model could not be loaded."""
+    """The model could not be loaded. `cause` says why."""
 
     def __init__(self, key: str, cause: str) -> None:
         super().__init__(f"Model {key!r} could not be loaded: {cause}")
+        self.cause = cause
 
 
 class ModelNotLoaded(EngineError):
@@ -136,6 +151,32 @@ class RequestFailed(EngineError):
         super().__init__(f"Model {key!r} could not process this request: {cause}")
 
 
+class StepFailed(EngineError):
+    """A step of the engine failed, and with it the requests that were at work; the log has the details."""
+
+    def __init__(self, key: str, cause: str) -> None:
+        super().__init__(f"Model {key!r} failed while it generated this answer: {cause}")
+
+
+class OutOfMemory(EngineError):
+    """Memory ran out in a step, twice, and this request was the youngest at work. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(
+            f"Memory ran out while model {key!r} worked on this request. Try again later, with a shorter prompt or "
+            "fewer requests at once, or lower the model's cache_tokens."
+        )
+        self.retry_after = retry_after
+
+
+class ModelFailed(EngineError):
+    """The model failed several times in a row, and is not loaded again for a request before `retry_after` seconds."""
+
+    def __init__(self, key: str, cause: str, retry_after: float) -> None:
+        super().__init__(f"Model {key!r} failed, and is not loaded again at once. Try again later. {cause}")
+        self.retry_after = retry_after
+
+
 class ModelBusy(EngineError):
     """The model has requests, and the caller asked not to wait for them."""
 
@@ -144,17 +185,41 @@ class ModelBusy(EngineError):
 
 
 class EngineStopped(EngineError):
-    """The engine ended before the answer was complete."""
+    """The engine ended before the answer was complete. `retry_after` is in seconds."""
 
-    def __init__(self, key: str, cause: str) -> None:
+    def __init__(self, key: str, cause: str, retry_after: float = 1.0) -> None:
         super().__init__(f"The engine of model {key!r} stopped: {cause}")
+        self.retry_after = retry_after
+
+
+class EngineUnloaded(EngineStopped):
+    """The model was unloaded, or the server stopped, before the answer was complete. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(key, "the model was unloaded")
+        self.retry_after = retry_after
+
+
+class RankLost(EngineError):
+    """A rank is gone, and with it the models that it had a share of. `retry_after` is in seconds."""
+
+    def __init__(self, cause: str, retry_after: float = 10.0) -> None:
+        super().__init__(f"{cause}. Models that several ranks share can't be used until all ranks are started again.")
+        self.retry_after = retry_after
+
+
+class ReaderTooSlow(EngineError):
+    """More events of a stream wait for its reader than may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The stream was ended: more than {most} of its events waited to be read.")
 
 
 class SourceInvalid(EngineError):
     """A model source that can't be understood or does not exist."""
 
     def __init__(self, source: str, expected: str) -> None:
-        super().__init__(f"Model source {source!r}: {expected}")
+        super().__init__(f"Model source {shown(source)}: {expected}")
 
 
 class ConfigInvalid(Exception):

@@ -6,9 +6,10 @@ Rule: what the engine sends is delivered on the event loop, in order, once; afte
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterable
 
-from engine.errors import EngineError
+from engine.errors import EngineError, ReaderTooSlow
 from engine.types import Accepted, Event, Finish, GenerationRequest, Usage
 
 
@@ -24,6 +25,7 @@ class Generation:
         self.outcome = "cancelled"  # how it ended: a finish reason or an error's name, once it is done
         self.usage: Usage | None = None  # of a whole answer, once it is done
         self.on_done: Callable[[], None] = lambda: None
+        self.most_unread = sys.maxsize  # events that may wait to be read; over it, it ends with ReaderTooSlow
         self._cancel = cancel
         self._events: list[Event] = []
         self._error: EngineError | None = None
@@ -60,11 +62,14 @@ class Generation:
         if self.is_done:
             return
         self._events.extend(events)
-        self._error = error
+        self._error = self._error or error
         if is_done or error:
             self.is_done = True
             self._conclude()
             self.on_done()
+        elif len(self._events) > self.most_unread and not self._error:
+            self._error = ReaderTooSlow(self.most_unread)
+            self.close()
         if self._wake and not self._wake.done():
             self._wake.set_result(None)
 

@@ -6,22 +6,19 @@ Rule 2: the request's settings win over the model's defaults, those over Samplin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.constraints import Every, Grammars, Restricted, ThinkingControl
-from engine.detokenizer import make_detokenizer
+from engine.binding import Binding
 from engine.errors import ContextExceeded, PromptRejected
+from engine.grammars import Grammars
 from engine.output import OutputStream
-from engine.prompts import FormattedPrompt, PromptFormat, thinking_tags
+from engine.prompts import FormattedPrompt, PromptFormat
 from engine.spelling import token_logprob
-from engine.thinking import ThinkingParser
 from engine.tool_calls import make_tool_parser
 from engine.types import (
     ApplyTemplate,
-    ChatPrompt,
-    Constraint,
     Detokenize,
     Event,
     GenerationRequest,
@@ -32,7 +29,6 @@ from engine.types import (
     Sampling,
     SamplingOptions,
     Tokenize,
-    ToolChoice,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +74,7 @@ class Intake:
         tokenizer: TokenizerWrapper,
         prompts: PromptFormat,
         facts: ModelFacts,
+        grammars: Grammars,
         *,
         defaults: Mapping[str, Any],
         vocab_size: int,
@@ -89,7 +86,11 @@ class Intake:
         self._defaults = defaults
         self._vocab_size = vocab_size
         self._max_rows = max_rows
-        self._grammars = Grammars(tokenizer, vocab_size)
+        self._binding = Binding(tokenizer, prompts, grammars, vocab_size)
+
+    def compile(self, request: GenerationRequest) -> None:
+        """Do beforehand what of prepare() takes long: the grammar. May run on any thread. Raises PromptRejected."""
+        self._binding.compile(request)
 
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> list[tuple[Row, _Reading]]:
         """A row and its output stream for each choice.
@@ -105,6 +106,7 @@ class Intake:
             raise ContextExceeded(len(prompt.tokens), self._facts.context_length)
         max_tokens = min(request.max_tokens or room, room)
         sampling = resolve(request.sampling, self._defaults)
+        grammar = self._binding.grammar(request)
         choices = []
         for index in range(request.n):
             row = Row(
@@ -113,7 +115,7 @@ class Intake:
                 sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
                 max_tokens,
                 request.top_logprobs,
-                self._constraint(request, prompt),
+                self._binding.constraint(request, prompt, grammar),
             )
             choices.append((row, _Reading(self._stream(request, prompt, max_tokens, index), self._tokenizer)))
         return choices
@@ -133,6 +135,11 @@ class Intake:
         if request.n > self._max_rows:
             raise PromptRejected(f"n is {request.n}, but this model decodes at most {self._max_rows} rows.", "n")
         self._check_tokens(request.sampling.logit_bias or (), "logit_bias")
+        if request.thinking_budget and not self._prompts.thinks:
+            raise PromptRejected(
+                f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
+                "thinking_budget",
+            )
 
     def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
         """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
@@ -147,70 +154,8 @@ class Intake:
             eos=self._tokenizer.eos_token_ids,
             max_tokens=max_tokens,
             stop=request.stop,
-            thinking=self._parser(request, prompt),
+            thinking=self._binding.parser(request, prompt),
             tools=make_tool_parser(self._prompts.tool_format, request, index),
             ignore_eos=request.ignore_eos,
             index=index,
         )
-
-    def _parser(self, request: GenerationRequest, prompt: FormattedPrompt) -> ThinkingParser | None:
-        if self._facts.type != "thinking" or not isinstance(request.prompt, ChatPrompt):
-            return None
-        return ThinkingParser(*thinking_tags(self._tokenizer), starts_inside=prompt.opens_thinking)
-
-    def _constraint(self, request: GenerationRequest, prompt: FormattedPrompt) -> Constraint | None:
-        """What binds one row; None for a row that is free."""
-        parts: list[Constraint] = []
-        if request.min_tokens:
-            parts.append(Restricted(self._tokenizer.eos_token_ids, request.min_tokens, self._vocab_size))
-        answer = self._grammar(request)
-        parser = self._parser(request, prompt)
-        if parser and (answer or request.thinking_budget is not None):
-            parts.append(self._thinking_control(parser, answer, request.thinking_budget))
-        elif answer:
-            parts.append(answer)
-        return Every(parts) if len(parts) > 1 else parts[0] if parts else None
-
-    def _grammar(self, request: GenerationRequest) -> Constraint | None:
-        """What the answer must be: calls of tools that are forced, or JSON."""
-        if request.tool_choice.mode in ("required", "function") and isinstance(request.prompt, ChatPrompt):
-            return self._grammars.json(calls_schema(request.prompt.tools, request.tool_choice), "tools")
-        return self._grammars.json(request.format.schema, "response_format") if request.format else None
-
-    def _thinking_control(
-        self, parser: ThinkingParser, answer: Constraint | None, budget: int | None
-    ) -> ThinkingControl:
-        start_tag, end_tag = thinking_tags(self._tokenizer)
-        # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
-        written = (start_tag, f"\n{end_tag}\n\n")
-        start, end = (self._tokenizer.encode(text, add_special_tokens=False) for text in written)
-        return ThinkingControl(
-            parser,
-            make_detokenizer(self._tokenizer).feed,
-            start=start,
-            end=end,
-            vocab_size=self._vocab_size,
-            budget=budget,
-            inner=answer,
-        )
-
-
-def calls_schema(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> dict[str, Any]:
-    """The JSON schema of forced tool calls: a list of names with arguments."""
-    functions = [tool["function"] for tool in tools]
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-        if choice.mode == "required" or function["name"] == choice.name
-    ]
-    # As many calls as there are tools at the most: a small model would never stop calling.
-    most = len(calls) if choice.parallel else 1
-    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}

@@ -1,20 +1,25 @@
 """The engine thread's side of the generations that run: which rows they have, and what those rows said.
 
-Rule: one step's tokens become one outbox; a generation is done when its last choice is.
+Rule 1: one step's tokens become one outbox; a generation is done when its last choice is.
+Rule 2: what goes wrong with one generation, in its output or its constraint, ends that one alone.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from engine.batch import Batch
+from engine.errors import EngineError
+from engine.faults import GuardedConstraint, request_failure
 from engine.generation import Generation
 from engine.metrics import ModelMetrics
-from engine.types import Batch, Event, Finish, GenerationRequest, ModelFacts, Question, Row, RowToken, Timings, Usage
+from engine.types import Event, Finish, GenerationRequest, ModelFacts, Question, Row, RowToken, Timings, Usage
 
-Outbox = list[tuple[Generation, list[Event], bool]]
+# To whom, what, whether that is the last of it, and the error that it ended with, if any.
+Outbox = list[tuple[Generation, list[Event], bool, EngineError | None]]
 
 
 class Output(Protocol):
@@ -43,6 +48,10 @@ class Runtime(Protocol):
     def facts(self) -> ModelFacts:
         """What is known of it."""
 
+    @property
+    def compile(self) -> Callable[[GenerationRequest], None]:
+        """Does what of prepare() takes long, on any thread; holds nothing of the batch. Raises PromptRejected."""
+
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
         """A row and its output stream for each choice; all rows share one prompt. Raises PromptRejected."""
 
@@ -52,7 +61,10 @@ class Runtime(Protocol):
 
 @dataclass(slots=True)
 class Job:
-    """One generation on the engine thread. Times by time.monotonic()."""
+    """One generation on the engine thread. Times by time.monotonic().
+
+    is_spared: memory ran out while it was the youngest at work.
+    """
 
     generation: Generation
     prompt_tokens: int
@@ -63,6 +75,7 @@ class Job:
     cached_tokens: int = 0
     outputs: list[Output] = field(default_factory=list)
     open_rows: set[int] = field(default_factory=set)
+    is_spared: bool = False
 
     def usage(self) -> Usage:
         """Token counts and times at the end."""
@@ -93,13 +106,20 @@ class Jobs:
     def __init__(self, metrics: ModelMetrics) -> None:
         self._metrics = metrics
         self._rows: dict[int, tuple[Job, Output]] = {}
+        self._faults: list[tuple[int, Exception]] = []  # of the rows' constraints
 
-    def add(self, job: Job, choices: Sequence[tuple[Row, Output]]) -> None:
-        """Take a generation with the rows of its choices."""
+    @property
+    def row_ids(self) -> set[int]:
+        """The rows of all that is not done."""
+        return set(self._rows)
+
+    def add(self, job: Job, choices: Sequence[tuple[Row, Output]]) -> list[Row]:
+        """Take a generation with the rows of its choices. Gives the rows as the batch is to have them."""
         for row, output in choices:
             job.outputs.append(output)
             job.open_rows.add(row.id)
             self._rows[row.id] = (job, output)
+        return [self._guarded(row) for row, _ in choices]
 
     def forget(self, generation: Generation) -> list[int]:
         """Drop a generation; the ids of the rows it still had."""
@@ -108,11 +128,15 @@ class Jobs:
             del self._rows[row_id]
         return row_ids
 
+    def beyond(self, row_ids: Collection[int]) -> list[Job]:
+        """Those that have a row which is not one of these."""
+        return list({id(job): job for row_id, (job, _) in self._rows.items() if row_id not in row_ids}.values())
+
     def clear(self) -> list[Generation]:
         """Drop everything; the generations that were not done."""
-        generations = {id(job.generation): job.generation for job, _ in self._rows.values()}
+        generations = [job.generation for job in self.beyond(())]
         self._rows.clear()
-        return list(generations.values())
+        return generations
 
     def publish(self, tokens: Sequence[RowToken]) -> tuple[Outbox, list[int]]:
         """What one step's tokens mean: events for the event loop, and the rows that have ended."""
@@ -120,20 +144,42 @@ class Jobs:
         finished: list[int] = []
         now = time.monotonic()
         for token in tokens:
-            if token.row_id not in self._rows:
-                continue
-            job, output = self._rows[token.row_id]
-            if waited := job.note(token, now):
-                self._metrics.inter_token.observe(waited)
-            events = list(output.feed(token))
-            is_done = False
-            if events and isinstance(events[-1], Finish):
-                finished.append(token.row_id)
-                del self._rows[token.row_id]
-                job.open_rows.discard(token.row_id)
-                is_done = not job.open_rows
-                if is_done:
-                    events.append(job.usage())
-            if events:
-                outbox.append((job.generation, events, is_done))
+            if token.row_id in self._rows:
+                self._read(token, now, outbox, finished)
+        for row_id, error in self._faults:
+            if row_id in self._rows:
+                self._fail(self._rows[row_id][0], error, outbox, finished)
+        self._faults.clear()
         return outbox, finished
+
+    def _read(self, token: RowToken, now: float, outbox: Outbox, finished: list[int]) -> None:
+        """Add what a token means."""
+        job, output = self._rows[token.row_id]
+        if waited := job.note(token, now):
+            self._metrics.inter_token.observe(waited)
+        try:
+            events = list(output.feed(token))
+        except Exception as error:
+            self._fail(job, error, outbox, finished)
+            return
+        is_done = False
+        if events and isinstance(events[-1], Finish):
+            finished.append(token.row_id)
+            del self._rows[token.row_id]
+            job.open_rows.discard(token.row_id)
+            is_done = not job.open_rows
+            if is_done:
+                events.append(job.usage())
+        if events:
+            outbox.append((job.generation, events, is_done, None))
+
+    def _fail(self, job: Job, error: Exception, outbox: Outbox, finished: list[int]) -> None:
+        """End a generation because of its own fault."""
+        self._metrics.faults["request"] += 1
+        finished += self.forget(job.generation)
+        outbox.append((job.generation, [], True, request_failure(self._metrics.key, error)))
+
+    def _guarded(self, row: Row) -> Row:
+        if row.constraint is None:
+            return row
+        return replace(row, constraint=GuardedConstraint(row.id, row.constraint, self._faults))

@@ -26,6 +26,7 @@ from engine import blas, device, memory
 from engine.config import ModelSpec
 from engine.context import context_length
 from engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
+from engine.shards import Divide
 from engine.sources import Progress, resolve, silent
 
 log = logging.getLogger("engine")
@@ -56,16 +57,16 @@ class LoadedModel:
         return self.limits.context
 
 
-def load(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedModel:
+def load(spec: ModelSpec, *, progress: Progress | None = None, divide: Divide | None = None) -> LoadedModel:
     """Fetch, read and prepare a model. Blocks for as long as that takes. Raises LoadFailed.
 
-    progress hears of "downloading", "converting" and "reading" (bytes of weights).
+    progress hears of "downloading", "converting" and "reading" (bytes of weights). divide makes a model a rank's share.
     """
     blas.warn_if_missing()
     device.set_wired_limit_once()
     failure: EngineError
     try:
-        loaded = _load(spec, progress or silent)
+        loaded = _load(spec, progress or silent, divide)
         forget_draws()
         return loaded
     except LoadAborted:
@@ -76,7 +77,7 @@ def load(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedModel:
     # Out here, because an error raised above would carry the failed load's frames, and with them its weights.
     forget_draws()
     gc.collect()
-    mx.clear_cache()
+    device.clear_cache()
     raise failure
 
 
@@ -85,7 +86,7 @@ def forget_draws() -> None:
     mx.random.seed(0)
 
 
-def _load(spec: ModelSpec, report: Progress) -> LoadedModel:
+def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedModel:
     path = resolve(spec.source, progress=report)
     report("reading", 0, 0)
     with _naming(f"the model in {path} can't be read"):
@@ -94,7 +95,7 @@ def _load(spec: ModelSpec, report: Progress) -> LoadedModel:
         with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
     with _naming(f"the weights in {path} can't be used"):
-        model = _prepared(model, report)
+        model = _prepared(model, report, divide)
     with _naming(f"the tokenizer in {path} can't be read"):
         options = {"trust_remote_code": False}
         tokenizer = load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id"))
@@ -109,7 +110,7 @@ def _load(spec: ModelSpec, report: Progress) -> LoadedModel:
     )
 
 
-def _prepared(model: nn.Module, report: Progress) -> nn.Module:
+def _prepared(model: nn.Module, report: Progress, divide: Divide | None) -> nn.Module:
     """The model as this device runs it fastest, evaluated. What is read is reported in bytes as they are held."""
     if device.is_cpu():  # float16 and quantized layers are some thirty times slower there
         model = dequantize_model(model)
@@ -117,6 +118,8 @@ def _prepared(model: nn.Module, report: Progress) -> nn.Module:
     fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
     if fused:
         model.update_modules(tree_unflatten(fused))
+    if divide:
+        divide(model)
     model.eval()
     parameters = [array for _, array in tree_flatten(model.parameters())]
     total, done, pending = sum(array.nbytes for array in parameters), 0, 0

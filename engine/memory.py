@@ -1,7 +1,8 @@
 """How much memory a model will take, before it is loaded; and how much all models may take. All sizes are bytes.
 
 Rule 1: an estimate reads configurations and sizes of files, never weights; nothing is computed.
-Rule 2: what an estimate promises is kept: the batcher holds no more than `cache_tokens` (engine/batcher.py).
+Rule 2: what an estimate promises is kept: the batcher holds no more than `cache_tokens` (engine/batcher.py), and a
+        prompt's chunks are no longer than what was counted (engine/scores.py).
 
 The architecture itself is asked: mlx-lm builds it from its config.json with arrays that are never evaluated, and one
 lazy forward step tells the shapes of its cache. So every architecture that can be loaded can be estimated.
@@ -19,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from engine import device
+from engine import device, scores
 from engine.config import ModelSpec
 from engine.context import context_length
 from engine.errors import LoadFailed, SourceInvalid
@@ -27,12 +28,12 @@ from engine.sources import outline
 
 # Tokens that a model's cache holds unless it is told otherwise: some conversations of ordinary length at once.
 DEFAULT_CACHE_TOKENS = 32_768
-# A prefill's tokens at once. A CPU is so slow that the stall target keeps it far below what a GPU takes.
-_CHUNK = {"cpu": 256, "metal": 2048, "cuda": 2048}
+_CHUNK = 2048  # a prompt's tokens at once on a GPU
 # Of the device's memory; the rest is for the system, for Python, and for what the allocators keep.
 _SHARE = {"cpu": 0.75, "metal": 0.9, "cuda": 0.9}
 _BYTES = {"float32": 4}
-_RUNTIME = 32 << 20  # what a model that was warmed up holds beside its weights, whatever its size
+# What a model holds beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
+_RUNTIME = 64 << 20
 _SAMPLING_ARRAYS = 4  # of [rows, vocab] in float32 at once: logits, probabilities, their sums, a mask
 
 
@@ -106,13 +107,12 @@ def estimate(spec: ModelSpec) -> Estimate:
     except Exception as error:  # what a broken config.json does to an architecture can be anything
         text = " ".join(str(error).split()) or type(error).__name__
         raise LoadFailed(spec.key, f"its config.json can't be used: {type(error).__name__}: {text}") from None
-    kind = device.describe().kind
     size = 4 if device.is_cpu() else _BYTES.get(str(_stated_type(model.config)), 2)
     limit = limits(spec, context_length(spec.key, model.config))
     return Estimate(
         weights=anatomy.weights * 4 if device.is_cpu() else model.stored_bytes + _adapter_bytes(spec),
         cache=anatomy.cache_values(limit.cache_tokens, spec.max_running) * size,
-        activations=_CHUNK[kind] * (anatomy.width * size + _score_bytes(model.config, limit.context))
+        activations=_chunk_bytes(anatomy.width * size, scores.heads(model.config), limit.context)
         + spec.max_running * anatomy.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME,
     )
@@ -145,10 +145,15 @@ def _flat(cache: Sequence[Any]) -> Iterator[Any]:
         yield from _flat(layer.caches) if hasattr(layer, "caches") else (layer,)
 
 
-def _score_bytes(config: Mapping[str, Any], context: int) -> int:
-    """What a token's attention takes for a while: on a CPU the scores are written out, and their exponentials."""
-    heads = config.get("num_attention_heads") or (config.get("text_config") or {}).get("num_attention_heads") or 0
-    return 2 * 4 * int(heads) * context if device.is_cpu() else 0
+def _chunk_bytes(width: int, heads: int, context: int) -> int:
+    """What a prompt's chunk takes for a while, at the worst place of a context. width: bytes a token in one layer."""
+    if not device.is_cpu():
+        return _CHUNK * width
+    ends = {min(1 << power, context) for power in range(context.bit_length() + 1)}
+    chunks = {end: scores.longest_chunk(heads, end) for end in ends}
+    return max(
+        chunk * width * scores.LAYERS_AHEAD + scores.score_bytes(heads, chunk, end) for end, chunk in chunks.items()
+    )
 
 
 def _stated_type(config: Mapping[str, Any]) -> object:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from engine.errors import PromptRejected
+from engine.errors import PromptRejected, shown
 from engine.types import ChatPrompt
 
 Message = dict[str, Any]
@@ -53,7 +53,7 @@ def check_text(content: object, param: str) -> None:
 def _admit_call(call: Message, param: str) -> Message:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise PromptRejected(f"{param} is {function!r}; expected an object with a name and arguments.", param)
+        raise PromptRejected(f"{param} is {shown(function)}; expected an object with a name and arguments.", param)
     arguments = _read_arguments(function.get("arguments"), f"{param}.arguments")
     called = {"name": function["name"], "arguments": arguments}
     return {"type": "function", **call, "id": str(call.get("id") or ""), "function": called}
@@ -66,9 +66,9 @@ def _read_arguments(arguments: object, param: str) -> dict[str, Any]:
         try:
             read = json.loads(read) if read.strip() else {}
         except (ValueError, RecursionError) as error:
-            raise PromptRejected(f"{param} is {arguments!r}; expected JSON: {error}.", param) from None
+            raise PromptRejected(f"{param} is {shown(arguments)}; expected JSON: {error}.", param) from None
     if not isinstance(read, dict):
-        raise PromptRejected(f"{param} is {arguments!r}; expected a JSON object.", param)
+        raise PromptRejected(f"{param} is {shown(arguments)}; expected a JSON object.", param)
     return read
 
 
@@ -92,7 +92,9 @@ def _check_continued(prompt: ChatPrompt) -> None:
         raise PromptRejected(f"{param} is {last['role']!r}; expected 'assistant', whose answer is to go on.", param)
     if last.get("tool_calls") or not continued_field(last):
         param = f"{place}.content"
-        raise PromptRejected(f"{param} is {last.get('content')!r}; expected text for the answer to go on from.", param)
+        raise PromptRejected(
+            f"{param} is {shown(last.get('content'))}; expected text for the answer to go on from.", param
+        )
 
 
 def continued_field(message: Mapping[str, Any]) -> str | None:

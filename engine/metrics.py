@@ -45,9 +45,10 @@ def _seconds() -> Histogram:
 class ModelMetrics:
     """All counters of one model.
 
-    By whom: batch_rows and inter_token by the engine thread, the rest by the event loop. `requests` are by outcome
-    ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed", "aborted" and
-    "refused", `unloads` by what made the model leave ("drain", "abort", "reject", "evict", "idle"). Times: seconds.
+    By whom: batch_rows, inter_token and faults by the engine thread, the rest by the event loop. `requests` are by
+    outcome ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed", "aborted"
+    and "refused", `unloads` by what made the model leave ("drain", "abort", "reject", "evict", "idle"), `faults` by
+    what they met ("request", "step", "out_of_memory"). Times: seconds.
     """
 
     key: str
@@ -63,6 +64,7 @@ class ModelMetrics:
     requests: Counter[str] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     unloads: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
 
     def note(self, outcome: str, usage: Usage | None) -> None:
         """Count a request that has ended."""

@@ -8,6 +8,7 @@ Rule 3: there is exactly one Finish. Everything held back comes out before it, b
 Rule 4: what feed() returns is text of the tokens fed so far, the last piece of it completed by this token.
 Rule 5: a token's log-probabilities go with the first of its text that is told (engine/token_text.py). Those of tokens
         without any, of tags, stop strings, tool calls and ends of sequence, are dropped.
+Rule 6: a character that max_tokens cuts in two is left out; one that the model itself leaves incomplete is U+FFFD.
 """
 
 from __future__ import annotations
@@ -82,15 +83,25 @@ class OutputStream:
 
     def _finish(self, reason: FinishReason) -> list[OutputEvent]:
         """Send what the stages hold back, each through those behind it, and the Finish."""
-        pieces = self._split(self._detokenizer.flush())
+        rest = self._detokenizer.flush()
+        whole = rest.rstrip("\ufffd") if reason == "length" else rest
+        pieces = self._split(whole)
         if self._thinking:
             pieces += self._thinking.flush()
         events = self._pass_on(pieces)
         if not self.is_finished:
             events += self._read_content(self._stops.flush())
         if not self.is_finished:  # what was held back may have ended the choice
+            events += self._tell_cut() if whole != rest else []
             events += self._end(reason, is_cut=reason == "length")
         return events
+
+    def _tell_cut(self) -> list[OutputEvent]:
+        """The log-probabilities of the tokens of a character that was cut: their bytes are known."""
+        if self._tools or not self._incomplete:
+            return []
+        channel: Channel = "reasoning" if self._thinking and self._thinking.is_thinking else "content"
+        return [self._delta(TokenText("", tuple((0, token) for token in self._incomplete)), channel)]
 
     def _split(self, text: str) -> list[tuple[Channel, TokenText]]:
         """The channels of the text that a token completes."""

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
+from engine import device
 from engine.kv import Cache, cache_bytes
 
 # A shorter common prefix is not worth a copy of the keys and values.
@@ -45,11 +46,12 @@ class _Entry:
 
 
 class PrefixCache:
-    """Kept prefixes of one model. Sizes in bytes."""
+    """Kept prefixes of one model. Sizes in bytes. token_bytes: what a token counts for, None measures each entry."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, token_bytes: int | None = None) -> None:
         self.nbytes = 0
         self._max_bytes = max_bytes
+        self._token_bytes = token_bytes
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by identity, the least recently used first
 
     def fetch(self, tokens: Sequence[int]) -> tuple[Cache | None, int]:
@@ -70,9 +72,11 @@ class PrefixCache:
         """Keep a row's cache, which holds exactly these tokens."""
         if len(tokens) < _SHORTEST:
             return
-        mx.eval([layer.state for layer in cache])
+        # A GPU copies while the next step is prepared; a CPU has to be done first, or else the step copies everything.
+        (mx.eval if device.is_cpu() else mx.async_eval)([layer.state for layer in cache])
         kept = np.asarray(tokens, dtype=np.int64)
-        entry = _Entry(kept, cache, cache_bytes(cache), can_trim_prompt_cache(cache))
+        nbytes = cache_bytes(cache) if self._token_bytes is None else len(kept) * self._token_bytes
+        entry = _Entry(kept, cache, nbytes, can_trim_prompt_cache(cache))
         if entry.is_trimmable:
             for key, other in self._alike(kept):
                 if np.array_equal(other.tokens, kept[: len(other.tokens)]):

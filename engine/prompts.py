@@ -6,7 +6,8 @@ Rule 3: whether the prompt leaves the reasoning open is read from what the templ
         what the messages say; only an answer that goes on says it itself.
 Rule 4: a template without a place for tools, or for a system message, loses neither: the tools are described in the
         system message (engine/tool_prompts.py), and that becomes the beginning of the user's.
-Rule 5: text and token ids have no conversation in them, so nothing is added but the beginning of a sequence.
+Rule 5: a variable of the template that it does not have is refused, but for one that changes nothing.
+Rule 6: text and token ids have no conversation in them, so nothing is added but the beginning of a sequence.
 """
 
 from __future__ import annotations
@@ -70,8 +71,27 @@ class PromptFormat:
             prompt = replace(prompt, tools=())
         if not self._template.has_system:
             turns = fold_system(turns)
+        self._check(prompt.template_kwargs)
         switched = {"enable_thinking": self.thinks, **prompt.template_kwargs}
         return self._set(turns, replace(prompt, template_kwargs=switched))
+
+    def must_not_think(self, prompt: Prompt) -> bool:
+        """Whether the prompt switches the reasoning off, and the template knows no such switch."""
+        is_off = isinstance(prompt, ChatPrompt) and prompt.template_kwargs.get("enable_thinking") is False
+        return is_off and self.thinks and not self._template.has_variable("enable_thinking")
+
+    def _check(self, variables: Mapping[str, Any]) -> None:
+        """Refuse what would have no effect."""
+        if variables.get("enable_thinking") and not self.thinks:
+            raise PromptRejected(
+                "This model answers without thinking: it can't be switched on.", "chat_template_kwargs"
+            )
+        for name in variables:
+            if name != "enable_thinking" and not self._template.has_variable(name):
+                is_effort = name == "reasoning_effort"
+                hint = " Use thinking_budget." if is_effort and self.thinks else ""
+                param = name if is_effort else "chat_template_kwargs"
+                raise PromptRejected(f"The chat template of this model has no {name}.{hint}", param)
 
     def _arrange(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
         """The messages in the order in which the template gets them."""

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from engine import device, kv
+from engine.places import Layers, Place, no_places, widened
 
 _SPAN_STEP = 256  # tokens by which places grow at first, and a quarter of their length later
 
@@ -51,36 +52,6 @@ def make_rows(model: Any) -> Rows:
     return MergedRows(model)
 
 
-class _Place:
-    """One layer's cache during a step, in the shape that mlx-lm's models use.
-
-    keys, values: [places, heads, span, dim]. rows: how many are fed, the first ones. visible: tokens to look at.
-    """
-
-    def __init__(self, keys: mx.array, values: mx.array, offsets: mx.array, rows: int, visible: int) -> None:
-        self.keys, self.values = keys, values
-        self.offset = offsets[:rows]
-        self._at = offsets[:, None, None, None]
-        self._rows, self._visible = rows, visible
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write one token a row, [rows, heads, 1, dim], each at its row's own offset."""
-        unused = [(0, self.keys.shape[0] - self._rows), (0, 0), (0, 0), (0, 0)]
-        if unused[0][1]:
-            keys, values = mx.pad(keys, unused), mx.pad(values, unused)
-        self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(self._at, keys.shape), keys, axis=2)
-        self.values = mx.put_along_axis(self.values, mx.broadcast_to(self._at, values.shape), values, axis=2)
-        return self.keys[: self._rows, :, : self._visible], self.values[: self._rows, :, : self._visible]
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """What each row may look at: its own tokens, the one being fed included."""
-        position, offset = mx.arange(self._visible)[None], self.offset[:, None]
-        mask = position <= offset
-        if window_size is not None:
-            mask = mask & (position > offset - window_size)
-        return mask[:, None, None, :]
-
-
 class PlacedRows:
     """Rows of plain keys and values, [places, heads, span, dim] a layer. Places behind the last row are unused."""
 
@@ -89,7 +60,8 @@ class PlacedRows:
         self._is_padded = not device.is_cpu()  # feed the unused places too
         # Compiled, a step costs no Python; on a CPU each new shape would cost seconds of the C++ compiler.
         self._step = mx.compile(self._forward) if device.describe().kind == "cuda" else self._forward
-        self._nothing = self._no_places()
+        self._put = mx.compile(_put) if device.describe().kind == "cuda" else _put
+        self._nothing = no_places(model)
         self.clear()
 
     def clear(self) -> None:
@@ -103,12 +75,12 @@ class PlacedRows:
         first = len(self._lengths)
         self._lengths += [cache[0].offset for cache in caches]
         self._fit()
-        for n, layers in enumerate(zip(*caches, strict=True)):
-            for place, layer in enumerate(layers, first):
-                length = layer.offset
-                if length:
-                    self._keys[n][place : place + 1, :, :length] = layer.keys[..., :length, :]
-                    self._values[n][place : place + 1, :, :length] = layer.values[..., :length, :]
+        span = int(self._keys[0].shape[2])
+        for place, cache in enumerate(caches, first):
+            if cache[0].offset:
+                at = mx.array([place], dtype=mx.int32)
+                own = [layer.keys[:, :, :span] for layer in cache], [layer.values[:, :, :span] for layer in cache]
+                self._keys, self._values = self._put(at, self._keys, self._values, *own)
         self._set_offsets()
 
     def keep(self, order: Sequence[int]) -> None:
@@ -175,36 +147,22 @@ class PlacedRows:
     ) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array]]:
         # A CPU's time grows with every row fed and token looked at; a GPU is better off with shapes that stay.
         visible = keys[0].shape[2] if self._is_padded else max(self._lengths) + 1
-        cache = [_Place(k, v, offsets, inputs.shape[0], visible) for k, v in zip(keys, values, strict=True)]
+        cache = [Place(k, v, offsets, inputs.shape[0], visible) for k, v in zip(keys, values, strict=True)]
         logits = self._model(inputs[:, None], cache=cache)[:, -1, :]
         return logits, offsets + 1, [place.keys for place in cache], [place.values for place in cache]
-
-    def _no_places(self) -> tuple[list[mx.array], list[mx.array]]:
-        """Arrays without a place, in the model's shapes, which a step that is never computed tells."""
-        sample = kv.new_cache(self._model)
-        self._model(mx.zeros((1, 1), dtype=mx.uint32), cache=sample)
-
-        def empty(array: mx.array) -> mx.array:
-            _, heads, _, dim = array.shape
-            return mx.zeros((0, heads, 0, dim), array.dtype)
-
-        return [empty(layer.keys) for layer in sample], [empty(layer.values) for layer in sample]
 
     def _fit(self) -> None:
         """Make places for all rows."""
         self._stretch(max(self._lengths) + 1)
-        missing = self._places_for(len(self._lengths)) - self._keys[0].shape[0]
-        if missing > 0:
-            self._keys = [mx.pad(keys, [(0, missing), (0, 0), (0, 0), (0, 0)]) for keys in self._keys]
-            self._values = [mx.pad(values, [(0, missing), (0, 0), (0, 0), (0, 0)]) for values in self._values]
+        self._widen(self._places_for(len(self._lengths)), 0)
 
     def _stretch(self, length: int) -> None:
         """Make places at least `length` tokens long."""
-        missing = self._span_for(length) - self._keys[0].shape[2]
-        if missing <= 0:
-            return
-        self._keys = [mx.pad(keys, [(0, 0), (0, 0), (0, missing), (0, 0)]) for keys in self._keys]
-        self._values = [mx.pad(values, [(0, 0), (0, 0), (0, missing), (0, 0)]) for values in self._values]
+        self._widen(0, self._span_for(length))
+
+    def _widen(self, places: int, span: int) -> None:
+        self._keys = [widened(keys, places, span) for keys in self._keys]
+        self._values = [widened(values, places, span) for values in self._values]
 
     def _span_for(self, length: int) -> int:
         """Length of places to have for a row of so many tokens, without shrinking."""
@@ -224,6 +182,14 @@ def _span(length: int) -> int:
     """Length of places that are made for so many tokens: some more, so that it seldom changes."""
     step = max(_SPAN_STEP, (1 << length.bit_length()) // 8)
     return -(-length // step) * step
+
+
+def _put(at: mx.array, keys: Layers, values: Layers, row_keys: Layers, row_values: Layers) -> tuple[Layers, Layers]:
+    """Keys and values with a row's own, [1, heads, tokens, dim], at the place [1] that it gets."""
+    return (
+        [mx.slice_update(array, row, at, [0]) for array, row in zip(keys, row_keys, strict=True)],
+        [mx.slice_update(array, row, at, [0]) for array, row in zip(values, row_values, strict=True)],
+    )
 
 
 class MergedRows:

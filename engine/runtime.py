@@ -6,21 +6,25 @@ import ctypes
 import gc
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
-from engine import device, loader
+from engine import device, loader, shards
 from engine.batcher import Batcher
 from engine.config import ModelSpec
+from engine.errors import LoadFailed
+from engine.grammars import Grammars
 from engine.intake import Intake
 from engine.jobs import Output
 from engine.metrics import ModelMetrics
 from engine.prefixes import PrefixCache
 from engine.prompts import FORMATS, find_type
+from engine.rank_batch import LeadingBatch
+from engine.rank_leader import Leader
 from engine.sources import Progress, silent
 from engine.types import GenerationRequest, ModelFacts, Question, Row, Sampling
 
@@ -32,9 +36,14 @@ _WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 class ModelRuntime:
     """A loaded model, as its engine thread uses it."""
 
-    batch: Batcher
+    batch: Batcher | LeadingBatch
     facts: ModelFacts
     intake: Intake
+
+    @property
+    def compile(self) -> Callable[[GenerationRequest], None]:
+        """Does what of a request takes long, on any thread. It holds nothing of the model's memory."""
+        return self.intake.compile
 
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
         """A row and its output stream for each choice. Raises PromptRejected."""
@@ -46,16 +55,31 @@ class ModelRuntime:
 
 
 class Builder:
-    """Builds the runtimes of one process. They know of each other's streams, and keep their chunks short for them."""
+    """Builds the runtimes of one process. They know of each other's streams, and keep their chunks short for them.
 
-    def __init__(self, stall_target: float) -> None:
+    leader: leads the ranks that share models, if there are any.
+    """
+
+    def __init__(self, stall_target: float, leader: Leader | None = None) -> None:
         self._stall_target = stall_target
-        self._batches: list[weakref.ref[Batcher]] = []  # weak: an unloaded model's memory must go
+        self._leader = leader
+        self._batches: list[weakref.ref[Batcher | LeadingBatch]] = []  # weak: an unloaded model's memory must go
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> ModelRuntime:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
-        loaded = loader.load(spec, progress=progress)
-        batch = Batcher(
+        if spec.shard is None:
+            loaded = loader.load(spec, progress=progress)
+            return self._put_together(spec, loaded, self._batcher(spec, loaded, metrics), progress)
+        if self._leader is None:
+            raise LoadFailed(spec.key, f"shard = {spec.shard!r} needs several ranks: start them with mlx.launch")
+        with self._leader.loading(spec) as number:
+            loaded = loader.load(spec, progress=progress, divide=shards.nothing)
+            opened = self._leader.open(number, spec.key, self._stall_target, progress)
+            batch = LeadingBatch(self._leader, number, opened, self._shortest_step, metrics)
+            return self._put_together(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
+
+    def _batcher(self, spec: ModelSpec, loaded: loader.LoadedModel, metrics: ModelMetrics | None) -> Batcher:
+        return Batcher(
             loaded.model,
             max_running=spec.max_running,
             stall_target=self._stall_target,
@@ -64,17 +88,24 @@ class Builder:
             max_tokens_held=loaded.limits.cache_tokens,
             metrics=metrics,
         )
+
+    def _put_together(
+        self, spec: ModelSpec, loaded: loader.LoadedModel, batch: Batcher | LeadingBatch, progress: Progress
+    ) -> ModelRuntime:
         model_type = spec.type or find_type(loaded.tokenizer)
         prompts = FORMATS[model_type](loaded.tokenizer, loaded.config)
         progress("warming up", 0, 0)
         warm_up(batch, spec.max_running)
         self._batches = [*(known for known in self._batches if known()), weakref.ref(batch)]
+        grammars = Grammars(loaded.tokenizer, batch.vocab_size)
         capabilities = _CAPABILITIES | ({"thinking"} if model_type == "thinking" else set())
+        capabilities -= set() if grammars.is_usable else {"json_schema"}
         facts = ModelFacts(model_type, loaded.context_length, loaded.weight_bytes, capabilities)
         intake = Intake(
             loaded.tokenizer,
             prompts,
             facts,
+            grammars,
             defaults={**loaded.generation_defaults, **spec.defaults.stated()},
             vocab_size=batch.vocab_size,
             max_rows=spec.max_running,
@@ -87,11 +118,12 @@ class Builder:
         return min(filter(None, steps), default=0.0)
 
 
-def warm_up(batch: Batcher, max_rows: int) -> None:
+def warm_up(batch: Batcher | LeadingBatch, max_rows: int) -> None:
     """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
     # A GPU compiles for every number of places; on a CPU what is compiled serves all of them.
     most = 2 if device.is_cpu() else max_rows
     widths = [width for power in range(most.bit_length()) if (width := 1 << power) <= most]
+    batch.warm_up()
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
     for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9)):
         for width in widths:
@@ -127,7 +159,10 @@ def finished_work() -> Iterator[None]:
 
 def free_memory() -> None:
     """Give what a dropped model held back to the system."""
+    # Python's cache of attributes keeps the names that it was asked for. One that was made in the middle of a tokenizer
+    # keeps the megabyte around it: eight MiB more after twenty loads.
+    sys._clear_type_cache()
     gc.collect()
-    mx.clear_cache()
+    device.clear_cache()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

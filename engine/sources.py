@@ -90,6 +90,13 @@ def check(source: str) -> None:
     parse(source)
 
 
+def is_path(source: str) -> bool:
+    """Whether the string could name a file or directory of this machine, whether it exists or not."""
+    if source.startswith("embedded:"):
+        return False
+    return REPOSITORY.fullmatch(source) is None or source.lower().endswith(".gguf") or _path(source).exists()
+
+
 def is_repository(source: str) -> bool:
     """Whether the string is the id of a Hugging Face repository."""
     try:

@@ -66,6 +66,10 @@ class ChatTemplate:
         own = self._tokenizer.chat_template
         return self._substitute or ("\n".join(own.values()) if isinstance(own, dict) else own or "")
 
+    def has_variable(self, name: str) -> bool:
+        """Whether the template speaks of a variable. A model's own code may know any."""
+        return not self.source or name in self.source
+
     @functools.cached_property
     def has_system(self) -> bool:
         """Whether a system message is understood."""

@@ -1,7 +1,8 @@
 """Splits a model's text into its reasoning and its answer.
 
 Rule 1: an opening tag counts only at the very start of the output, where white space may precede it; after the closing
-        tag everything is content. So an answer may speak of tags.
+        tag everything is content. So an answer may speak of tags. Only where the reasoning may have been closed for the
+        model one more closing tag is dropped: it often goes on to write its own.
 Rule 2: no tag is emitted, nor the white space after the opening one and on both sides of the closing one. All other
         text is, unchanged.
 Rule 3: any cut of the same text gives the same channels. Only what may be part of a tag, or the white space beside
@@ -18,21 +19,27 @@ from engine.types import Channel
 class ThinkingParser:
     """Reads one choice. `starts_inside`: the prompt has opened the reasoning already, so that only its end will come.
 
-    A model that repeats the opening tag in spite of that is understood.
+    A model that repeats the opening tag in spite of that is understood. may_close_twice: the reasoning has a budget.
     """
 
-    def __init__(self, start_tag: str, end_tag: str, starts_inside: bool) -> None:
+    def __init__(self, start_tag: str, end_tag: str, starts_inside: bool, *, may_close_twice: bool = False) -> None:
         self._start_tag = start_tag
         self._end_tag = end_tag
         self._untagged: Channel = "reasoning" if starts_inside else "content"
         self._channel: Channel | None = None
         self._trims_left = False
+        self._may_close_again = may_close_twice
         self._held = TokenText()
 
     @property
     def is_thinking(self) -> bool:
         """Whether the text fed last leaves the output inside the reasoning."""
         return (self._channel or self._untagged) == "reasoning"
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the text fed last may be the beginning of the closing tag."""
+        return self.is_thinking and overlap(self._held.text, self._end_tag) > 0
 
     def feed(self, text: TokenText | str) -> list[tuple[Channel, TokenText]]:
         """What `text` decides, in order: each piece with its channel."""
@@ -43,7 +50,7 @@ class ThinkingParser:
         if self._channel == "reasoning":
             pieces += self._read_reasoning()
         if self._channel == "content":
-            pieces += self._emit(len(self._held))
+            pieces += self._read_content()
         return pieces
 
     def flush(self) -> list[tuple[Channel, TokenText]]:
@@ -67,6 +74,17 @@ class ThinkingParser:
         pieces = self._emit(length)
         self._enter("content", len(reasoning) - length + len(tag))
         return pieces
+
+    def _read_content(self) -> list[tuple[Channel, TokenText]]:
+        if not self._may_close_again:
+            return self._emit(len(self._held))
+        content, tag, _ = self._held.text.partition(self._end_tag)
+        if not tag:
+            return self._emit(len(content) - overlap(content, self._end_tag))
+        pieces = self._emit(len(content))
+        self._may_close_again = False
+        self._enter("content", len(tag))
+        return pieces + self._emit(len(self._held))
 
     def _enter(self, channel: Channel, dropped: int) -> None:
         """Change channels, behind the `dropped` characters of a tag and the white space before it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -68,15 +69,19 @@ class Threads:
             raise errors.pop()
         return results[0]
 
-    def close(self) -> None:
-        """End every thread, after the work that it has, and wait for it."""
+    def close(self, patience: float | None = None) -> list[str]:
+        """End every thread, after the work that it has, and wait for it. Gives the names of those that did not end
+        within `patience` seconds.
+        """
         with self._lock:
             self._idle.clear()
             threads, self._threads = self._threads, []
         for _, inbox in threads:
             inbox.put(None)
+        end = None if patience is None else time.monotonic() + patience
         for thread, _ in threads:
-            thread.join()
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        return [thread.name for thread, _ in threads if thread.is_alive()]
 
     def _new_thread(self) -> queue.SimpleQueue[Shift | None]:
         inbox: queue.SimpleQueue[Shift | None] = queue.SimpleQueue()

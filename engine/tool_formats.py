@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlx_lm.tool_parsers import json_tools
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -30,12 +32,14 @@ class ToolFormat:
     """The tags round tool calls, and the parser of what stands between them.
 
     start "": all of the content is calls. end "": they go on to the end of the answer. is_native: the model's own.
+    is_json: each call is one JSON object of a name and arguments.
     """
 
     start: str
     end: str
     parser: Callable[[str, Any], Any]
     is_native: bool = False
+    is_json: bool = False
 
     def parse(self, body: str, tools: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
         """The calls between two tags, at least one. Raises ValueError."""
@@ -66,10 +70,17 @@ def _parse_json(body: str, _tools: Any) -> Any:
     return json.loads(body)
 
 
-PLAIN = ToolFormat("<tool_call>", "</tool_call>", _parse_json)
+PLAIN = ToolFormat("<tool_call>", "</tool_call>", _parse_json, is_json=True)
 FORCED = ToolFormat("", "", _parse_json)
 
 
 def native_format(tokenizer: TokenizerWrapper) -> ToolFormat:
     """The format of a tokenizer that has tool calling."""
-    return ToolFormat(tokenizer.tool_call_start, tokenizer.tool_call_end or "", tokenizer.tool_parser, is_native=True)
+    parser = tokenizer.tool_parser
+    return ToolFormat(
+        tokenizer.tool_call_start,
+        tokenizer.tool_call_end or "",
+        parser,
+        is_native=True,
+        is_json=parser is json_tools.parse_tool_call,
+    )

@@ -116,6 +116,11 @@ class GenerationRequest:
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     thinking_budget: int | None = None
 
+    @property
+    def may_have_grammar(self) -> bool:
+        """Whether its answer may have to keep to a grammar."""
+        return self.format is not None or (isinstance(self.prompt, ChatPrompt) and bool(self.prompt.tools))
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
@@ -230,7 +235,9 @@ class Constraint(Protocol):
     """What a row may say next, decided from what it has said. Runs on the engine thread, between two tokens."""
 
     def allowed(self) -> bytes | None:
-        """A bit mask over the vocabulary, the lowest bit of each byte first; None allows every token."""
+        """A bit mask over the vocabulary, the lowest bit of each byte first, as long as those of all other rows; None
+        allows every token.
+        """
 
     def accept(self, token: int) -> None:
         """Take note of the token that was chosen."""
@@ -272,28 +279,3 @@ class RowToken:
     cached_tokens: int = 0
     logprobs: Logprobs | None = None
     started: float = 0.0
-
-
-class Batch(Protocol):
-    """Rows decoded together. The seam at which tests put a scripted batch instead of a model.
-
-    All calls are made on the engine thread.
-    """
-
-    def insert(self, rows: Sequence[Row]) -> None:
-        """Queue rows that share one prompt; they join together at one of the next steps."""
-
-    def remove(self, row_ids: Sequence[int]) -> None:
-        """Forget rows, wherever they are. Unknown ids are ignored."""
-
-    def decode(self) -> list[RowToken]:
-        """Advance every decoding row by one token; empty while there is none."""
-
-    def prefill(self) -> None:
-        """Process one chunk of the waiting prompts, sized so that running streams go on."""
-
-    def is_empty(self) -> bool:
-        """Whether no row is waiting or decoding."""
-
-    def close(self) -> None:
-        """Free what the batch holds. The batch is not used afterwards."""

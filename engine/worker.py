@@ -4,50 +4,31 @@ Rule 1: every MLX call for the model (load, step, free) happens on this thread.
 Rule 2: only plain data (engine/types.py) crosses to the event loop, in one hand-over a step.
 Rule 3: however the thread ends, everybody waiting is told. Nobody waits on a dead engine.
 Rule 4: a place is free when the engine is done, not when the reader has read.
+Rule 5: a fault ends what it concerns and nothing more: a request, a step (engine/recovery.py), the thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
-from engine.errors import EngineError, EngineStopped, LoadFailed, RequestFailed
+from engine.batch import Batch
+from engine.errors import EngineError, EngineStopped, EngineUnloaded, LoadFailed
+from engine.faults import request_failure, without_frames
 from engine.generation import Generation
-from engine.jobs import Job, Jobs, Runtime
+from engine.inbox import Ask, Cancel, Inbox, Stop, Submit
+from engine.jobs import Job, Jobs, Outbox, Runtime
 from engine.metrics import ModelMetrics
+from engine.recovery import MOST_IN_A_ROW, Recovery
 from engine.types import Accepted, GenerationRequest, ModelFacts, Question
 
 log = logging.getLogger("engine")
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    generation: Generation
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    generation: Generation
-
-
-@dataclass(frozen=True, slots=True)
-class _Ask:
-    question: Question
-    answer: asyncio.Future[Any]
-
-
-class _Stop:
-    """The thread is to end now."""
-
-
-_Message = _Submit | _Cancel | _Ask | _Stop
 
 
 class Joinable(Protocol):
@@ -88,10 +69,13 @@ class Engine:
         self._stream = stream
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._started: asyncio.Future[ModelFacts] = self._loop.create_future()
         self._ended = asyncio.Event()
-        self._jobs = Jobs(metrics or ModelMetrics(key))
+        metrics = metrics or ModelMetrics(key)
+        self._jobs = Jobs(metrics)
+        self._recovery = Recovery(self._jobs, self._release, metrics)
+        self._compile: Callable[[GenerationRequest], None] = _nothing  # the runtime's, while there is one
         self._row_ids = count()
         self._is_stopping = False
         self._thread = start(self._run, f"engine-{key}")
@@ -104,10 +88,19 @@ class Engine:
         self._refuse_if_ended()
         return facts
 
+    async def compile(self, request: GenerationRequest) -> None:
+        """Do what of a request would hold up the streams of others, on another thread. Raises PromptRejected."""
+        if not request.may_have_grammar:
+            return
+        try:
+            await asyncio.to_thread(self._compile, request)
+        except Exception as error:
+            raise request_failure(self._key, error) from None
+
     def submit(self, request: GenerationRequest) -> Generation:
         """Hand a request over; its first event tells whether it was accepted."""
         generation = Generation(request, self._cancel)
-        self._inbox.put(_Submit(generation))
+        self._inbox.put(Submit(generation))
         if self._ended.is_set():
             generation.deliver([], error=EngineStopped(self._key, "it has ended"))
         return generation
@@ -116,18 +109,30 @@ class Engine:
         """The answer to a question that needs the model's tokenizer. Raises PromptRejected, EngineStopped."""
         self._refuse_if_ended()
         answer: asyncio.Future[Any] = self._loop.create_future()
-        self._inbox.put(_Ask(question, answer))
+        self._inbox.put(Ask(question, partial(_settle, answer)))
         return await answer
 
-    async def stop(self) -> None:
-        """End the thread and wait for it. Generations that still run get EngineStopped."""
+    @property
+    def stalled_for(self) -> float:
+        """Seconds that the step under way has taken; 0 while there is nothing to do, and while the model loads."""
+        return self._inbox.busy_for
+
+    async def stop(self, patience: float | None = None) -> None:
+        """End the thread and wait for it. Generations that still run get EngineStopped, after `patience` seconds even
+        if the thread makes no step in which it could tell them.
+        """
         self._is_stopping = True
-        self._inbox.put(_Stop())
-        await self._ended.wait()
+        self._inbox.put(Stop())
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), patience)
+        if not self._ended.is_set():
+            self._tell_all(EngineStopped(self._key, f"it has made no step for {self.stalled_for:.0f} s"))
+            self._inbox.put(Stop())
+            await self._ended.wait()
         self._thread.join()
 
     def _cancel(self, generation: Generation) -> None:
-        self._inbox.put(_Cancel(generation))
+        self._inbox.put(Cancel(generation))
 
     def _refuse_if_ended(self) -> None:
         if self._ended.is_set():
@@ -137,12 +142,12 @@ class Engine:
 
     def _run(self) -> None:
         """The life of the thread. The one place that catches everything: here the thread ends."""
-        error: EngineError = EngineStopped(self._key, "the model was unloaded")
+        error: EngineError = EngineUnloaded(self._key)
         try:
             with self._stream():
                 self._live()
         except EngineError as cause:
-            error = _without_frames(cause)
+            error = without_frames(cause)
         except BaseException as cause:
             log.exception("engine of %r died", self._key)
             error = EngineStopped(self._key, f"{type(cause).__name__}: {cause}")
@@ -152,18 +157,48 @@ class Engine:
 
     def _live(self) -> None:
         runtime = self._load()
+        self._compile = runtime.compile
         self._call_loop(self._started.set_result, runtime.facts)
         batch = runtime.batch
         try:
             while self._take_messages(runtime):
-                outbox, finished = self._jobs.publish(batch.decode())
-                if outbox:
-                    self._call_loop(_deliver_all, outbox)
-                if finished:
-                    batch.remove(finished)
-                batch.prefill()
+                self._attempt(batch, self._step)
         finally:
             batch.close()
+            self._compile = _nothing  # or the tokenizer would stay as long as somebody has an answer of this engine
+
+    def _attempt(self, batch: Batch, work: Callable[[Batch], None]) -> None:
+        """Have the batch do something. If that fails, go on with a fresh one, unless that has not helped either."""
+        try:
+            work(batch)
+            return
+        except EngineError:  # the batch itself says that there is no going on
+            raise
+        except Exception as error:
+            log.exception("a step of %r failed", self._key)
+            cause = without_frames(error)  # they hold what was computed
+        self._hand_over(self._recovery.after(cause, batch))
+        if self._recovery.is_in_vain:
+            raise EngineStopped(
+                self._key, f"{MOST_IN_A_ROW} steps in a row failed, the last with {type(cause).__name__}: {cause}"
+            )
+
+    def _step(self, batch: Batch) -> None:
+        if tokens := batch.decode():
+            self._recovery.note_progress()
+        outbox, finished = self._jobs.publish(tokens)
+        self._hand_over(outbox)
+        if finished:
+            batch.remove(finished)
+        batch.prefill()
+
+    def _forget(self, batch: Batch, generation: Generation) -> None:
+        rows = self._jobs.forget(generation)
+        self._attempt(batch, lambda batch: batch.remove(rows))
+
+    def _hand_over(self, outbox: Outbox) -> None:
+        if outbox:
+            self._call_loop(_deliver_all, outbox)
 
     def _load(self) -> Runtime:
         try:
@@ -182,50 +217,35 @@ class Engine:
 
     def _take_messages(self, runtime: Runtime) -> bool:
         """Act on what the event loop asks for; waits while there is nothing to generate. False: the end."""
-        for message in self._messages(wait=runtime.batch.is_empty()):
+        for message in self._inbox.take(wait=runtime.batch.is_empty()):
             match message:
-                case _Submit(generation):
+                case Submit(generation):
                     self._admit(runtime, generation)
-                case _Cancel(generation):
-                    runtime.batch.remove(self._jobs.forget(generation))
+                case Cancel(generation):
+                    self._forget(runtime.batch, generation)
                     self._call_loop(generation.deliver, [], True)
-                case _Ask(question, answer):
-                    self._answer(runtime, question, answer)
-                case _Stop():
+                case Ask() as ask:
+                    self._answer(runtime, ask)
+                case Stop():
                     return False
         return True
-
-    def _messages(self, wait: bool) -> Iterator[_Message]:
-        try:
-            yield self._inbox.get(block=wait)
-            while True:
-                yield self._inbox.get_nowait()
-        except queue.Empty:
-            return
 
     def _admit(self, runtime: Runtime, generation: Generation) -> None:
         try:
             choices = runtime.prepare(generation.request, self._row_ids)
+            job = Job(generation, len(choices[0][0].tokens))
+            runtime.batch.insert(self._jobs.add(job, choices))
         except Exception as error:
-            self._call_loop(generation.deliver, [], True, self._failure(error))
+            self._forget(runtime.batch, generation)
+            self._call_loop(generation.deliver, [], True, request_failure(self._key, error))
             return
-        prompt_tokens = len(choices[0][0].tokens)
-        self._jobs.add(Job(generation, prompt_tokens), choices)
-        runtime.batch.insert([row for row, _ in choices])
-        self._call_loop(generation.deliver, [Accepted(prompt_tokens)])
+        self._call_loop(generation.deliver, [Accepted(job.prompt_tokens)])
 
-    def _answer(self, runtime: Runtime, question: Question, answer: asyncio.Future[Any]) -> None:
+    def _answer(self, runtime: Runtime, ask: Ask) -> None:
         try:
-            self._call_loop(_settle, answer, runtime.answer(question), None)
+            self._call_loop(ask.settle, runtime.answer(ask.question), None)
         except Exception as error:
-            self._call_loop(_settle, answer, None, self._failure(error))
-
-    def _failure(self, error: Exception) -> EngineError:
-        """What the one caller whom an error concerns is told."""
-        if isinstance(error, EngineError):
-            return _without_frames(error)
-        log.error("a request to %r failed", self._key, exc_info=error)
-        return RequestFailed(self._key, f"{type(error).__name__}: {error}")
+            self._call_loop(ask.settle, None, request_failure(self._key, error))
 
     def _call_loop(self, function: Callable[..., object], *arguments: object) -> None:
         try:
@@ -234,31 +254,35 @@ class Engine:
             log.debug("the event loop closed before the engine of %r", self._key)
 
     def _end(self, error: EngineError) -> None:
-        """The thread's last word, on the event loop: everybody who still waits is told."""
+        """The thread's last word, on the event loop: everybody who still waits is told. An abandoned one has none."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         if not self._started.done():
             self._started.set_exception(error)
             self._started.exception()  # whoever waits gets it; nobody waiting is no fault
-        for generation in self._jobs.clear():
-            generation.deliver([], error=error)
-        for message in self._messages(wait=False):
-            if isinstance(message, _Submit):
-                message.generation.deliver([], error=error)
-            elif isinstance(message, _Ask):
-                _settle(message.answer, None, error)
+        self._tell_all(error)
         if not self._is_stopping:
             self._on_death(error)
 
+    def _tell_all(self, error: EngineError) -> None:
+        """Tell everybody who waits for the thread; on the event loop, while the thread does nothing."""
+        for generation in self._jobs.clear():
+            generation.deliver([], error=error)
+        for message in self._inbox.drain():
+            if isinstance(message, Submit):
+                message.generation.deliver([], error=error)
+            elif isinstance(message, Ask):
+                message.settle(None, error)
 
-def _without_frames(error: EngineError) -> EngineError:
-    """The error without its traceback, whose frames would keep the model's memory."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
+
+def _nothing(request: GenerationRequest) -> None:
+    """Nothing to compile: there is no model."""
 
 
-def _deliver_all(outbox: list[tuple[Generation, list[Any], bool]]) -> None:
-    for generation, events, is_done in outbox:
-        generation.deliver(events, is_done)
+def _deliver_all(outbox: Outbox) -> None:
+    for generation, events, is_done, error in outbox:
+        generation.deliver(events, is_done, error)
 
 
 def _settle(answer: asyncio.Future[Any], value: Any, error: EngineError | None) -> None:

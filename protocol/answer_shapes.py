@@ -29,6 +29,11 @@ def each(shape: Shape) -> Shape:
     return {"type": "array", "items": shape}
 
 
+def by_key(shape: Shape) -> Shape:
+    """An object of these, by any names."""
+    return {"type": "object", "additionalProperties": shape}
+
+
 def maybe(shape: Shape) -> Shape:
     """It, or null."""
     return {"anyOf": [shape, {"type": "null"}]}
@@ -43,6 +48,7 @@ def _one_of(*values: str) -> Shape:
     return {"type": "string", "enum": list(values)}
 
 
+STATE = _one_of("unloaded", "loading", "loaded", "draining", "failed")
 FINISH = _one_of("stop", "length", "tool_calls")
 CALL = exactly(id=TEXT, type=_one_of("function"), function=exactly(name=TEXT, arguments=TEXT))
 CALL_PIECE = exactly(index=COUNT, id_=TEXT, type_=_one_of("function"), function=exactly(name_=TEXT, arguments=TEXT))
@@ -140,7 +146,7 @@ ANSWER_SHAPES: dict[str, Shape] = {
         object=_one_of("model"),
         created=COUNT,
         owned_by=TEXT,
-        status=exactly(value=_one_of("unloaded", "loading", "loaded", "draining", "failed"), error_=TEXT),
+        status=exactly(value=STATE, error_=TEXT),
         type=maybe(_one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),
@@ -176,6 +182,22 @@ ANSWER_SHAPES: dict[str, Shape] = {
     ),
     "Tokens": exactly(count=COUNT, tokens=each(COUNT), max_model_len=maybe(COUNT)),
     "Prompt": exactly(prompt=TEXT),
-    "Health": exactly(status=_one_of("ok")),
+    "Health": exactly(
+        status=_one_of("ok", "degraded"),
+        version_=TEXT,
+        uptime_seconds_=NUMBER,
+        models_=by_key(named("ModelHealth")),
+        ranks_=each(named("RankHealth")),
+    ),
+    "RankHealth": exactly(rank=COUNT, status=_one_of("ok", "lost"), memory_bytes=COUNT, error_=TEXT),
+    "Ready": exactly(status=_one_of("ready"), models=by_key(named("ModelHealth"))),
+    "ModelHealth": exactly(
+        status=STATE,
+        wedged={"type": "boolean"},
+        preload={"type": "boolean"},
+        running_requests=COUNT,
+        queued_requests=COUNT,
+        error_=TEXT,
+    ),
     "OpenAPI": {"type": "object"},
 }

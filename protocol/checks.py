@@ -15,7 +15,7 @@ from protocol.shapes import check_shape, without_nulls
 KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 TOKEN_ID = re.compile(r"[0-9]{1,9}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-MAX_STOPS = 16
+MAX_STOPS = 1024  # of any server; this one may set a lower limit (protocol/limits.py)
 NUMBER = re.compile(r"-?[0-9]{1,12}(\.[0-9]{1,12})?")
 DURATION = re.compile(r"-?([0-9]{1,12}(\.[0-9]{1,12})?(ms|h|m|s))+")
 DURATION_PART = re.compile(r"([0-9.]+)(ms|h|m|s)")

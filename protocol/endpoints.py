@@ -21,7 +21,8 @@ from protocol.schemas import (
 class Endpoint:
     """name: the handler's. request: the body it takes. answer: its shape's name, None for text of type `media`.
 
-    chunk: the shape of a stream's chunks, where the request can ask for a stream.
+    chunk: the shape of a stream's chunks, where the request can ask for a stream. manages: whether it takes an admin
+    key, where there are keys.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Endpoint:
     request: type[Request] | None = None
     chunk: str | None = None
     media: str = "text/html"
+    manages: bool = False
 
 
 ENDPOINTS = (
@@ -54,9 +56,11 @@ ENDPOINTS = (
         "CompletionChunk",
     ),
     Endpoint("list_models", "GET", "/v1/models", "Every registered model, loaded or not.", "ModelList"),
-    Endpoint("load_model", "POST", "/v1/models/load", "Load a model.", "Loaded", LoadRequest, "LoadProgress"),
-    Endpoint("unload_model", "POST", "/v1/models/unload", "Unload a model.", "Unloaded", UnloadRequest),
-    Endpoint("reload_models", "POST", "/v1/models/reload", "Read the settings again.", "Reloaded"),
+    Endpoint(
+        "load_model", "POST", "/v1/models/load", "Load a model.", "Loaded", LoadRequest, "LoadProgress", manages=True
+    ),
+    Endpoint("unload_model", "POST", "/v1/models/unload", "Unload a model.", "Unloaded", UnloadRequest, manages=True),
+    Endpoint("reload_models", "POST", "/v1/models/reload", "Read the settings again.", "Reloaded", manages=True),
     Endpoint("retrieve_model", "GET", "/v1/models/{key}", "One model, and what it can do.", "Model"),
     Endpoint("tokenize", "POST", "/tokenize", "The tokens of a text or a conversation.", "Tokens", TokenizeRequest),
     Endpoint("detokenize", "POST", "/detokenize", "The text of tokens.", "Prompt", DetokenizeRequest),
@@ -68,8 +72,11 @@ ENDPOINTS = (
         "Prompt",
         ApplyTemplateRequest,
     ),
-    Endpoint("health", "GET", "/health", "Whether the server is up.", "Health"),
-    Endpoint("metrics", "GET", "/metrics", "Figures for Prometheus.", None, media="text/plain"),
+    Endpoint("health", "GET", "/health", "Whether the server is up, and in which states its models are.", "Health"),
+    Endpoint(
+        "ready", "GET", "/health/ready", "Whether what is to be loaded at the start is; ?model=KEY: one.", "Ready"
+    ),
+    Endpoint("metrics", "GET", "/metrics", "Figures for Prometheus.", None, media="text/plain", manages=True),
     Endpoint("openapi", "GET", "/openapi.json", "This description.", "OpenAPI"),
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),
 )

@@ -17,7 +17,7 @@ from protocol.checks import (
 )
 from protocol.parameters import Parameter, Request, ValidationFailed, invalid
 
-MAX_CHOICES = 16
+MAX_CHOICES = 128  # of any server; this one may set a lower limit (protocol/limits.py)
 STOP: dict[str, Any] = {
     "anyOf": [
         {"type": "string", "minLength": 1},

@@ -9,7 +9,7 @@ import orjson
 
 from protocol.checks import check_keep_alive, check_key, check_place
 from protocol.generation import KEEP_ALIVE, SamplingRequest
-from protocol.parameters import Parameter, Request, ValidationFailed, invalid, parse
+from protocol.parameters import Parameter, Request, ValidationFailed, invalid, parse, shown
 
 DAY = 86_400
 DEFAULTS = (
@@ -24,7 +24,7 @@ def check_defaults(value: Any, param: str) -> dict[str, float]:
     for name in value:
         if name not in DEFAULTS:
             raise ValidationFailed(
-                f"Unknown default '{name}'. Expected some of {', '.join(DEFAULTS)}.", f"{param}.{name}"
+                f"Unknown default {shown(name)}. Expected some of {', '.join(DEFAULTS)}.", f"{param}.{name[:64]}"
             )
     try:
         asked = parse(SamplingRequest, orjson.dumps({"model": "", **value}))
@@ -92,5 +92,5 @@ def derive_key(source: str) -> str:
     name = re.split(r"[/\\:]", source.strip().rstrip("/\\"))[-1].lower().removesuffix(".gguf")
     key = re.sub(r"[^a-z0-9._-]+", "-", name).strip("-.")[:128]
     if not key:
-        raise ValidationFailed(f"No key can be made from the source {source!r}. Give one as 'key'.", "key")
+        raise ValidationFailed(f"No key can be made from the source {shown(source)}. Give one as 'key'.", "key")
     return key

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import orjson
 from satya import Field, Model, ModelValidationError
@@ -123,12 +123,27 @@ class Request(Model):  # type: ignore[misc]
 R = TypeVar("R", bound=Request)
 
 
-def parse(schema: type[R], body: bytes, ignored: list[str] | None = None) -> R:
+class Bounds(Protocol):
+    """What limits a request as a whole (protocol/limits.py)."""
+
+    def check_body(self, body: bytes) -> None:
+        """Raise ValidationFailed for what would take long to read."""
+
+    def check(self, document: Mapping[str, Any], body_bytes: int) -> None:
+        """Raise ValidationFailed for a request that asks for too much."""
+
+
+def parse(schema: type[R], body: bytes, ignored: list[str] | None = None, limits: Bounds | None = None) -> R:
     """The request in a JSON body. Raises ValidationFailed, and nothing else.
 
     A parameter that is not declared is refused; with a list `ignored` its name is appended there instead.
     """
-    values = _known(schema, _read_object(body), ignored)
+    if limits:
+        limits.check_body(body)
+    document = _read_object(body)
+    if limits:
+        limits.check(document, len(body))
+    values = _known(schema, document, ignored)
     parameters = schema.__fields__
     typed = {name: parameters[name].typed(value, name) for name, value in values.items()}
     try:

@@ -14,6 +14,7 @@ from protocol.chat import (
 )
 from protocol.completions import CompletionRequest, DetokenizeRequest
 from protocol.generation import GeneratingRequest
+from protocol.limits import Limits
 from protocol.management import LoadRequest, UnloadRequest, derive_key
 from protocol.parameters import Request, ValidationFailed, json_schema, parse
 
@@ -24,6 +25,7 @@ __all__ = [
     "CompletionRequest",
     "DetokenizeRequest",
     "GeneratingRequest",
+    "Limits",
     "LoadRequest",
     "PromptRequest",
     "ReasoningFormat",

@@ -22,7 +22,8 @@ from engine.generation import Generation
 log = logging.getLogger("requests")
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-QUIET = {"/health", "/metrics"}  # asked all the time; logged at the level debug
+SHOWN_PATH = 200  # characters
+QUIET = {"/health", "/health/ready", "/metrics"}  # asked all the time; logged at the level debug
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class Story:
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         """What the line says."""
-        yield from (("id", self.id), ("method", self.method), ("path", self.path), ("status", self.status))
+        yield from (("id", self.id), ("method", self.method), ("path", self.path[:SHOWN_PATH]), ("status", self.status))
         yield "seconds", round(time.monotonic() - self.started, 4)
         if not self.generations:
             return

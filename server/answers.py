@@ -31,7 +31,10 @@ STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-con
 
 
 class Answer:
-    """The response to a request that generates; one generation a prompt. keep_alive: seconds that the model stays."""
+    """The response to a request that generates; one generation a prompt. keep_alive: seconds that the model stays.
+
+    most_unread: events of a stream that may wait for its reader.
+    """
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class Answer:
         streams: bool,
         keep_alive: float | None,
         headers: Mapping[str, str],
+        most_unread: int,
     ) -> None:
         self._instance = instance
         self._requests = requests
@@ -49,6 +53,7 @@ class Answer:
         self._streams = streams
         self._keep_alive = keep_alive
         self._headers = headers
+        self._most_unread = most_unread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client leaves first."""
@@ -89,6 +94,8 @@ class Answer:
         for request in self._requests:
             generations.append(await self._instance.generate(request, self._keep_alive))
             note_generation(self._instance.key, generations[-1])
+            if self._streams:
+                generations[-1].most_unread = self._most_unread
             stack.callback(generations[-1].close)
         return generations, sum([(await generation.accepted()).prompt_tokens for generation in generations])
 

@@ -15,19 +15,28 @@ from engine.errors import (
     ConfigInvalid,
     ContextExceeded,
     EngineError,
+    EngineStopped,
+    EngineUnloaded,
     LoadAborted,
     LoadFailed,
     ModelBusy,
     ModelExists,
+    ModelFailed,
     ModelNotFound,
     ModelNotLoaded,
     ModelUnloading,
     NoRoom,
+    OutOfMemory,
     PromptRejected,
     QueueFull,
+    RankLost,
+    ReaderTooSlow,
     SourceInvalid,
+    StepFailed,
 )
 from protocol import responses, schemas
+from protocol.parameters import shown
+from server.keys import Forbidden
 
 # The first row that fits: exception, status, OpenAI's error type, code.
 ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
@@ -38,6 +47,8 @@ ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (SourceInvalid, 400, "invalid_request_error", "invalid_source"),
     (ConfigInvalid, 400, "invalid_request_error", "invalid_settings"),
     (schemas.ValidationFailed, 400, "invalid_request_error", None),
+    (Forbidden, 403, "permission_error", "admin_key_needed"),
+    (ReaderTooSlow, 408, "invalid_request_error", "reader_too_slow"),
     (ModelExists, 409, "invalid_request_error", "model_exists"),
     (ModelBusy, 409, "invalid_request_error", "model_busy"),
     (QueueFull, 429, "rate_limit_error", "queue_full"),
@@ -45,6 +56,12 @@ ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (LoadFailed, 503, "server_error", "load_failed"),
     (LoadAborted, 503, "server_error", "load_aborted"),
     (NoRoom, 507, "server_error", "insufficient_memory"),
+    (OutOfMemory, 507, "server_error", "out_of_memory"),
+    (ModelFailed, 503, "server_error", "model_failed"),
+    (EngineUnloaded, 503, "server_error", "model_unloading"),
+    (EngineStopped, 503, "server_error", "engine_stopped"),
+    (RankLost, 503, "server_error", "rank_lost"),
+    (StepFailed, 500, "server_error", "step_failed"),
     (EngineError, 500, "server_error", None),
 )
 
@@ -75,9 +92,12 @@ async def on_known_error(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Answer what the router refuses: unknown path, wrong method, body too large."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers=dict(error.headers or {}))
+    path = shown(request.scope["path"])
     message = {
-        404: f"Unknown path: {request.method} {request.url.path}.",
-        405: f"{request.url.path} does not take {request.method}.",
+        404: f"Unknown path: {request.method} {path}.",
+        405: f"{path} does not take {request.method}.",
     }.get(error.status_code, error.detail)
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     return json_response(responses.error(message, kind), error.status_code, dict(error.headers or {}))

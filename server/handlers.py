@@ -9,22 +9,22 @@ from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from engine import sources
-from engine.config import Settings
 from engine.types import ApplyTemplate, Detokenize, TextPrompt, Tokenize
 from model_manager import ModelManager, Reload
 from protocol import model_responses, openapi, responses, schemas
-from protocol.endpoints import ENDPOINTS
-from server import translation
+from protocol.endpoints import ENDPOINTS, Endpoint
+from server import health, translation
 from server.answers import Answer
+from server.body import read_body
 from server.chat import ChatForm
 from server.completions import TextForm
 from server.errors import json_response
+from server.keys import Right, demand
 from server.loads import LoadStream
 from server.metrics import EXPOSITION_TYPE, exposition
 
@@ -35,21 +35,28 @@ SHOWN_IGNORED = 32  # names that one header has room for
 
 R = TypeVar("R", bound=schemas.Request)
 
+Handler = Callable[[Request], Awaitable[Any]]
+
 
 class Handlers:
     """What the server does, by the names of its endpoints."""
 
-    def __init__(self, manager: ModelManager, settings: Settings, reload: Callable[[], Awaitable[Reload]]) -> None:
+    def __init__(self, manager: ModelManager, reload: Callable[[], Awaitable[Reload]]) -> None:
         self._manager = manager
-        self._settings = settings
+        self._settings = manager.settings
+        self._bounds = translation.limits(manager.settings)
         self._reload = reload
 
     def routes(self) -> list[Route]:
         """A route for every endpoint."""
         return [
-            Route(each.path.replace("{key}", "{key:path}"), getattr(self, each.name), methods=[each.method])
+            Route(each.path.replace("{key}", "{key:path}"), self._handler(each), methods=[each.method])
             for each in ENDPOINTS
         ]
+
+    def _handler(self, endpoint: Endpoint) -> Handler:
+        handler: Handler = getattr(self, endpoint.name)
+        return managing(handler) if endpoint.manages else handler
 
     async def chat_completions(self, request: Request) -> Answer:
         """POST /v1/chat/completions."""
@@ -61,6 +68,7 @@ class Handlers:
             streams=asked.stream,
             keep_alive=asked.keep_alive,
             headers=headers,
+            most_unread=self._settings.max_unread_events,
         )
 
     async def completions(self, request: Request) -> Answer:
@@ -77,6 +85,7 @@ class Handlers:
             streams=asked.stream,
             keep_alive=asked.keep_alive,
             headers=headers,
+            most_unread=self._settings.max_unread_events,
         )
 
     async def list_models(self, request: Request) -> Response:
@@ -91,6 +100,8 @@ class Handlers:
     async def load_model(self, request: Request) -> Response | LoadStream:
         """POST /v1/models/load."""
         asked, headers = await self._read(schemas.LoadRequest, request)
+        if asked.adapter is not None or sources.is_path(asked.model):
+            demand(request, Right.NAME_FILES)
         sources.check(asked.model)
         spec = translation.model_spec(asked)
         if asked.stream:
@@ -141,7 +152,13 @@ class Handlers:
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        return json_response({"status": "ok"})
+        is_told_all = request.state.right >= Right.GENERATE
+        return json_response(health.life(self._manager, VERSION, is_told_all=is_told_all))
+
+    async def ready(self, request: Request) -> Response:
+        """GET /health/ready."""
+        status, body = health.readiness(self._manager, request.query_params.get("model"))
+        return json_response(body, status)
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json."""
@@ -158,23 +175,19 @@ class Handlers:
     async def _read(self, schema: type[R], request: Request) -> tuple[R, dict[str, str]]:
         """The request, and the headers that its answer is to have: the parameters that were ignored, if any."""
         ignored: list[str] | None = [] if self._settings.unknown_parameters == "ignore" else None
-        asked = schemas.parse(schema, await self._body(request), ignored)
+        asked = schemas.parse(schema, await read_body(request, self._settings), ignored, self._bounds)
         if not ignored:
             return asked, {}
         names = ", ".join(quote(name[:64], safe="", errors="replace") for name in ignored[:SHOWN_IGNORED])
         log.warning("%s: ignored unknown parameters: %s", request.url.path, names)
         return asked, {"x-ignored-parameters": names}
 
-    async def _body(self, request: Request) -> bytes:
-        """The whole body, unless it is longer than allowed: then 413 before it is read."""
-        limit = self._settings.max_body_bytes
-        body = bytearray()
-        declared = request.headers.get("content-length", "")
-        too_large = HTTPException(413, f"The body is longer than {limit} bytes, the limit of this server.")
-        if declared.isdigit() and int(declared) > limit:
-            raise too_large
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise too_large
-        return bytes(body)
+
+def managing(handler: Handler) -> Handler:
+    """The handler, for those who may manage models."""
+
+    async def guarded(request: Request) -> Any:
+        demand(request, Right.MANAGE)
+        return await handler(request)
+
+    return guarded

@@ -5,6 +5,7 @@ An event is a name and fields: log.info("request", extra={"fields": {...}}).
 
 from __future__ import annotations
 
+import json
 import logging
 from datetime import UTC, datetime
 from typing import Any
@@ -48,11 +49,15 @@ def configure(level: str, format: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter(FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of what any client may send, line by line
     for library in ("huggingface_hub", "transformers"):  # they bring a handler of their own
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True
 
 
 def _value(value: object) -> str:
+    """A field as it is told: quoted where it has spaces, escaped where a terminal would take it for a command."""
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return text if text and not set(text) & set(' "=\n\r\t') else orjson.dumps(text).decode()
+    if not text.isprintable():
+        return json.dumps(text)
+    return text if text and not set(text) & set(' "=') else orjson.dumps(text).decode()

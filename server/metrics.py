@@ -13,6 +13,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from engine import device
 from engine.metrics import Histogram, ModelMetrics
+from engine.ranks import RankReport
 from model_instance import ModelInstance
 from model_manager import ModelManager
 from model_state import ModelState
@@ -37,6 +38,7 @@ KINDS: Mapping[str, tuple[str, str, Callable[[ModelMetrics], Mapping[str, int]]]
     "requests": ("outcome", "Requests that have ended.", lambda m: m.requests),
     "loads": ("outcome", "Loads that have ended.", lambda m: m.loads),
     "unloads": ("reason", "Models that left, by what made them.", lambda m: m.unloads),
+    "faults": ("kind", "Faults in the engine, by what they met.", lambda m: m.faults),
 }
 GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
     "running_requests": ("Requests with a place in the batch.", lambda i: i.running),
@@ -44,6 +46,8 @@ GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
     "weights_bytes": ("Weights in memory.", lambda i: i.facts.weight_bytes if i.facts else 0),
     "reserved_bytes": ("Memory that the model may take.", lambda i: i.reserved_bytes),
     "estimated_bytes": ("What the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
+    "failed": ("Whether the model's last load failed, or its engine ended.", lambda i: int(i.status == "failed")),
+    "wedged": ("Whether the engine is stuck in a step.", lambda i: int(i.is_wedged)),
     "loaded": ("Whether the model can answer at once.", lambda i: int(i.state is ModelState.READY)),
 }
 
@@ -76,6 +80,7 @@ class Collector:
                 gauge.add_metric([instance.key], value(instance))
             yield gauge
         yield from self._memory()
+        yield from self._ranks()
 
     def _memory(self) -> Iterator[Metric]:
         room = self._manager.room
@@ -83,6 +88,20 @@ class Collector:
         yield GaugeMetricFamily(PREFIX + "memory_reserved_bytes", "Memory that is promised to models.", room.reserved)
         yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())
         yield GaugeMetricFamily(PREFIX + "process_bytes", "Resident memory of the process.", device.process_bytes())
+
+    def _ranks(self) -> Iterator[Metric]:
+        """How the ranks are that share models; nothing of a server that is alone."""
+        reports = self._manager.ranks()
+        figures: dict[str, tuple[str, Callable[[RankReport], float]]] = {
+            "rank_up": ("Whether a rank is there.", lambda rank: rank.error is None),
+            "rank_silent_seconds": ("Time since a rank was heard.", lambda rank: rank.silent_seconds),
+            "rank_memory_active_bytes": ("Memory of live arrays on a rank.", lambda rank: rank.memory_bytes),
+        }
+        for name, (meaning, value) in figures.items() if reports else ():
+            gauge = GaugeMetricFamily(PREFIX + name, meaning, labels=["rank"])
+            for report in reports:
+                gauge.add_metric([str(report.rank)], value(report))
+            yield gauge
 
 
 def exposition(manager: ModelManager) -> bytes:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from engine.config import GenerationDefaults, ModelSpec
+from engine.config_http import HttpSettings
 from engine.types import (
     ChatPrompt,
     GenerationRequest,
@@ -189,7 +190,7 @@ def model(instance: ModelInstance) -> dict[str, Any]:
         is_pinned=instance.spec.pin,
         expires_in=instance.expires_in,
         loading=progress(instance.step) if instance.status == "loading" else None,
-        failure=str(instance.error) if instance.error else None,
+        failure=instance.trouble,
     )
 
 
@@ -212,6 +213,19 @@ def estimate(instance: ModelInstance) -> dict[str, int] | None:
 def progress(step: Step) -> dict[str, Any]:
     """How far a load is."""
     return model_responses.progress(step.stage, step.done, step.total)
+
+
+def limits(settings: HttpSettings) -> schemas.Limits:
+    """What the settings say of one request."""
+    return schemas.Limits(
+        values=settings.max_json_values,
+        depth=settings.max_json_depth,
+        messages=settings.max_messages,
+        prompt_bytes=settings.max_prompt_bytes,
+        stops=settings.max_stop_strings,
+        biases=settings.max_logit_bias,
+        choices=settings.max_choices,
+    )
 
 
 def model_spec(request: schemas.LoadRequest) -> ModelSpec:

@@ -61,20 +61,22 @@ class Answer:
 
 
 def server_environment():
-    """This process's, without settings of the server."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
+    """This process's, without settings of the server, and with the allocator that `make serve` chooses."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
+    return {"PYTHONMALLOC": "malloc"} | kept
 
 
-def start_server(*flags):
-    """The process and the file that takes its stderr."""
+def start_server(*flags, script="mlx_api_server.py", variables=None, **options):
+    """The process and the file that takes its stderr. Further options are those of Popen."""
     stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
     process = subprocess.Popen(
-        [sys.executable, "mlx_api_server.py", *flags],
+        [sys.executable, script, *flags],
         cwd=ROOT,
-        env=server_environment(),
+        env=server_environment() | (variables or {}),
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
+        **options,
     )
     return process, stderr
 
@@ -86,9 +88,9 @@ def run_server(*flags):
 
 
 @contextmanager
-def running_server(*flags):
-    """A server that is ready; killed at the end if it was not stopped."""
-    process, stderr = start_server("--port", "0", *flags)
+def running_server(*flags, **options):
+    """A server that is ready; killed at the end if it was not stopped. Options: those of start_server()."""
+    process, stderr = start_server("--port", "0", *flags, **options)
     hung = threading.Timer(DEADLINE, process.kill)
     hung.start()
     try:
@@ -117,11 +119,11 @@ class RunningServer:
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
 
-    def ask(self, method, path, body=None):
+    def ask(self, method, path, body=None, headers=None):
         """One request on a connection of its own. A body that is an iterator is sent in chunks."""
         connection = self.connect()
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
         finally:

@@ -1,7 +1,8 @@
 """A scripted batch at the Batch seam, for what a real model can't show on demand: a gate, a crash, a lasting load.
 
 Each row says 0, 1, 2, ... as its tokens, for ever; each token is published as its number. A message that starts with
-"refuse" is rejected by prepare(), one with "break" makes it fail in an unplanned way.
+"refuse" is rejected by prepare(), one with "break" makes it fail in an unplanned way; one with "garble" makes its
+output fail at its third token, one with "bind" its constraint.
 """
 
 import asyncio
@@ -46,10 +47,30 @@ async def until(condition):
         await asyncio.sleep(0.001)
 
 
+class Death(BaseException):
+    """What no engine thread survives."""
+
+
+class Knot:
+    """A constraint that fails at its third token."""
+
+    def __init__(self):
+        self._accepted = 0
+
+    def allowed(self):
+        return None
+
+    def accept(self, token):
+        self._accepted += 1
+        if self._accepted > 2:
+            raise ZeroDivisionError("a knot in the grammar")
+
+
 class Numbers:
     """An output that says each token's number and finishes at max_tokens."""
 
-    def __init__(self, max_tokens, index):
+    def __init__(self, max_tokens, index, is_garbled=False):
+        self._is_garbled = is_garbled
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self._max_tokens = max_tokens
@@ -57,6 +78,8 @@ class Numbers:
 
     def feed(self, token):
         self.completion_tokens += 1
+        if self._is_garbled and self.completion_tokens > 2:
+            raise ZeroDivisionError("no such token")
         yield Delta(str(token.token), index=self._index)
         if self.completion_tokens == self._max_tokens:
             yield Finish("length", self._index)
@@ -64,11 +87,20 @@ class Numbers:
 
 @dataclass
 class ScriptedBatch:
-    """Rows that count. While `gate` is closed, decode() waits at it, as in a long step; `crash` is raised there."""
+    """Rows that count once they are placed, `places` at most.
+
+    While `gate` is closed, decode() waits at it, as in a long step. It raises the next of `faults`, if any, and `crash`
+    each time.
+    """
 
     rows: dict = field(default_factory=dict)
+    placed: set = field(default_factory=set)
+    constraints: dict = field(default_factory=dict)
+    places: int = 10**6
     gate: threading.Event = field(default_factory=threading.Event)
+    faults: list = field(default_factory=list)
     crash: BaseException | None = None
+    restarts: int = 0
     is_closed: bool = False
     thread: threading.Thread | None = None
 
@@ -77,24 +109,41 @@ class ScriptedBatch:
 
     def insert(self, rows):
         self.rows |= {row.id: 0 for row in rows}
+        self.constraints |= {row.id: row.constraint for row in rows if row.constraint}
 
     def remove(self, row_ids):
         for row_id in row_ids:
             self.rows.pop(row_id, None)
+            self.placed.discard(row_id)
 
     def decode(self):
         self.thread = threading.current_thread()
         if self.rows:
             time.sleep(0.0005)  # a step takes a while; without it an endless row floods the event loop
             assert self.gate.wait(DEADLINE)
-        if self.crash:
+        if self.placed and self.faults:
+            raise self.faults.pop(0)
+        if self.placed and self.crash:
             raise self.crash
-        tokens = [RowToken(row_id, number) for row_id, number in self.rows.items()]
-        self.rows = {row_id: number + 1 for row_id, number in self.rows.items()}
+        tokens = [RowToken(row_id, number) for row_id, number in self.rows.items() if row_id in self.placed]
+        for token in tokens:
+            self.rows[token.row_id] += 1
+            if token.row_id in self.constraints:
+                self.constraints[token.row_id].accept(token.token)
         return tokens
 
+    def waiting(self):
+        return self.rows.keys() - self.placed
+
+    def restart(self, staying):
+        self.restarts += 1
+        self.placed.clear()
+        self.rows = {row_id: number for row_id, number in self.rows.items() if row_id in staying}
+        return []
+
     def prefill(self):
-        pass
+        waiting = [row_id for row_id in self.rows if row_id not in self.placed]
+        self.placed |= set(waiting[: self.places - len(self.placed)])
 
     def is_empty(self):
         return not self.rows
@@ -105,8 +154,19 @@ class ScriptedBatch:
 
 @dataclass
 class ScriptedRuntime:
+    """While `compiling` is clear compile() waits, as for a large schema; one for "refuse" is rejected."""
+
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
     facts: ModelFacts = FACTS
+    compiling: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self):
+        self.compiling.set()
+
+    def compile(self, request):
+        assert self.compiling.wait(DEADLINE)
+        if request.prompt.messages[0]["content"].startswith("refuse"):
+            raise PromptRejected("no such schema", "response_format")
 
     def prepare(self, request, row_ids):
         text = request.prompt.messages[0]["content"]
@@ -117,7 +177,16 @@ class ScriptedRuntime:
         max_tokens = request.max_tokens or ENDLESS
         tokens = tuple(range(len(text)))
         return [
-            (Row(next(row_ids), tokens, Sampling(), max_tokens), Numbers(max_tokens, index))
+            (
+                Row(
+                    next(row_ids),
+                    tokens,
+                    Sampling(),
+                    max_tokens,
+                    constraint=Knot() if text.startswith("bind") else None,
+                ),
+                Numbers(max_tokens, index, is_garbled=text.startswith("garble")),
+            )
             for index in range(request.n)
         ]
 

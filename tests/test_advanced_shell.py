@@ -118,6 +118,52 @@ def test_a_load_shows_how_far_it_is(tmp_path):
         shell.expect("error: Model 'stumbler' could not be loaded: no weights.")
 
 
+@pytest.mark.parametrize("view", ["show", "hide", "collapse"])
+def test_an_answer_that_waits_for_its_model_shows_how_far_the_load_is(tmp_path, view):
+    arguments = ("--model", "loader", "--think", view)
+    with (
+        scripted_server() as server,
+        terminal("--base-url", server.url, *arguments, home=tmp_path) as shell,
+    ):
+        shell.expect(PROMPT)
+        shell.enter("Capital?")
+        shell.expect("The model is being loaded: warming up")
+        server.gate.set()
+        shell.expect("The capital is Paris.", "loader · ")
+        assert "being loaded" not in shell.shown
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome"), [("ponderous", "(stopped)"), ("stumbler", "error: The answer broke off")]
+)
+def test_the_word_on_a_load_is_gone_when_the_answer_stops_or_fails(tmp_path, model, outcome):
+    with (
+        scripted_server() as server,
+        terminal("--base-url", server.url, "--model", model, "--think", "hide", home=tmp_path) as shell,
+    ):
+        shell.expect(PROMPT)
+        shell.enter("Capital?")
+        shell.expect("The model is being loaded: warming up")
+        if model == "stumbler":
+            server.gate.set()
+        else:
+            shell.type(CTRL_C)
+        shell.expect(outcome, PROMPT)
+        assert "being loaded" not in shell.shown
+
+
+def test_a_comparison_shows_the_load_that_a_column_waits_for(tmp_path):
+    with (
+        scripted_server() as server,
+        terminal("--base-url", server.url, "--compare", "talker,loader", "Capital?", home=tmp_path) as shown,
+    ):
+        shown.expect("The capital is Paris.", "warming up")
+        server.gate.set()
+        assert shown.exit_status() == 0
+        assert "warming up" not in shown.shown
+        assert shown.shown.count("The capital is Paris.") == 2
+
+
 def test_models_are_compared_side_by_side(shell):
     shell.enter("/compare talker,other,nobody please think")
     shell.expect("talker", "other", "nobody", "Two and two are four.", "error: Model 'nobody' does not", "It is four.")

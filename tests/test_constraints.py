@@ -10,10 +10,14 @@ import jsonschema
 import numpy as np
 import pytest
 
+from engine.call_grammars import strict_calls
 from engine.config import ModelSpec
-from engine.constraints import Every, Restricted
+from engine.constraints import Every, Restricted, ThinkingControl
 from engine.errors import PromptRejected
+from engine.metrics import ModelMetrics
 from engine.runtime import Builder
+from engine.thinking import ThinkingParser
+from engine.tool_formats import ToolFormat
 from engine.types import (
     ChatPrompt,
     Delta,
@@ -105,6 +109,14 @@ def test_an_impossible_schema_is_refused_with_the_reason(tiny):
     assert refusal.value.param == "response_format"
 
 
+def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
+    ((row, _),) = tiny.prepare(ask(format=JsonFormat(CITY)), itertools.count())
+    (token,) = tiny.intake._tokenizer.encode("x", add_special_tokens=False)
+    row.constraint.accept(token)
+    with pytest.raises(PromptRejected, match="JSON schema"):
+        row.constraint.allowed()
+
+
 @pytest.mark.parametrize(("choice", "most"), [(ToolChoice("required"), 2), (ToolChoice("required", parallel=False), 1)])
 def test_required_makes_calls_of_the_tools_given(tiny, choice, most):
     (events,) = generate(tiny, ask(tools=TOOLS, tool_choice=choice))
@@ -117,6 +129,142 @@ def test_required_makes_calls_of_the_tools_given(tiny, choice, most):
         jsonschema.validate(json.loads(arguments), CITY)
         assert {piece.name for piece in pieces if piece.call == call and piece.name} <= {"weather", "clock"}
     assert content(events) == ""
+
+
+NODE = {
+    "$defs": {
+        "node": {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+    },
+    "type": "object",
+    "properties": {"first": {"$ref": "#/$defs/node"}},
+    "required": ["first"],
+    "additionalProperties": False,
+}
+
+
+def test_parameters_may_refer_to_their_own_definitions(tiny):
+    tools = [*TOOLS, {"type": "function", "function": {"name": "link", "parameters": NODE}}]
+    said = '[{"name":"link","arguments":{"first":{"next":{"next":null}}}}]'
+    assert taken(tiny, ask(tools=tools, tool_choice=ToolChoice("required")), said) == said
+
+
+STRICT = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+
+
+def taken(runtime, request, said):
+    """The beginning of `said` that the constraint of a request lets pass, token by token."""
+    ((row, _),) = runtime.prepare(request, itertools.count())
+    passed = []
+    for token in runtime.intake._tokenizer.encode(said, add_special_tokens=False):
+        if not bits(row.constraint.allowed())[token]:
+            break
+        row.constraint.accept(token)
+        passed.append(token)
+    return runtime.intake._tokenizer.decode(passed)
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ("Just words, and <b>tags</b>.", "Just words, and <b>tags</b>."),
+        ('So: <tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "people": 3}}\n</tool_call>\nand', None),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"city": 1',
+            '<tool_call>{"name": "weather", "arguments": {"city": ',
+        ),
+        ('<tool_call>{"name": "clock", "arguments": {"any": [1]}}</tool_call>', None),
+        ('<tool_call>{"name": "x', '<tool_call>{"name": "'),
+        ("<tool_call>no", "<tool_call>"),
+    ],
+)
+def test_a_strict_tool_binds_what_stands_between_the_tags_of_a_call_and_nothing_else(tiny, said, passes):
+    assert taken(tiny, ask(tools=STRICT), said) == (passes or said)
+
+
+def test_tools_without_a_strict_one_leave_the_answer_free(tiny):
+    ((row, _),) = tiny.prepare(ask(tools=TOOLS), itertools.count())
+    assert row.constraint is None
+
+
+def test_strict_is_refused_where_calls_are_not_written_as_json():
+    with pytest.raises(PromptRejected, match="format of its own") as refusal:
+        strict_calls(STRICT, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
+    assert refusal.value.param == "tools[0].function.strict"
+
+
+def test_thinking_can_not_be_limited_where_there_is_none(tiny):
+    with pytest.raises(PromptRejected) as refusal:
+        tiny.prepare(ask(thinking_budget=5), itertools.count())
+    assert refusal.value.param == "thinking_budget"
+    assert tiny.prepare(ask(thinking_budget=0), itertools.count())
+
+
+class Follower:
+    """A ThinkingControl with a budget, and what it forces, piece by piece; a token is the number of a piece."""
+
+    PIECES = ("<think>", "a", "</", "think>", "b", "\n</think>\n\n")
+
+    def __init__(self, budget):
+        parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+        self.control = ThinkingControl(
+            parser, self.PIECES.__getitem__, start=[0], end=[5], vocab_size=len(self.PIECES), budget=budget
+        )
+
+    def follow(self, *pieces):
+        """What is forced behind each piece; None where anything goes."""
+        forced = []
+        for piece in pieces:
+            self.control.accept(self.PIECES.index(piece))
+            mask = self.control.allowed()
+            forced.append(mask and "".join(self.PIECES[n] for n in np.flatnonzero(bits(mask))))
+        return forced
+
+
+def test_a_budget_that_is_spent_closes_the_reasoning():
+    end = "\n</think>\n\n"
+    assert Follower(2).follow("<think>", "a", "a", end, "b") == [None, None, end, None, None]
+    assert Follower(0).follow("<think>", end, "b") == [end, None, None]
+    assert Follower(2).follow("b", "b", "b") == [None] * 3
+
+
+def test_a_closing_tag_that_the_model_has_begun_is_not_interrupted_by_another():
+    end = "\n</think>\n\n"
+    assert Follower(2).follow("<think>", "a", "</", "think>", "b") == [None] * 5
+    assert Follower(2).follow("<think>", "a", "</", "b") == [None, None, None, end]
+
+
+def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):
+    request = ask(format=JsonFormat(CITY))
+    compiled = tiny.intake._binding._grammars._compiled
+    tiny.compile(request)
+    misses = compiled.cache_info().misses
+    tiny.prepare(request, itertools.count())
+    tiny.prepare(ask(format=JsonFormat(CITY), n=3), itertools.count())
+    assert compiled.cache_info().misses == misses
+
+
+def test_mixed_requests_run_in_one_batch(tiny_llama_path):
+    """Several choices, log-probabilities, a seed, a schema, a bias, penalties: one step advances all eleven rows."""
+    metrics = ModelMetrics("tiny")
+    runtime = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), context_length=2048), metrics=metrics)
+    before = metrics.batch_rows.cumulative
+    long, endless = {"max_tokens": 40}, {"max_tokens": 40, "ignore_eos": True}
+    requests = [
+        ask("a", n=4, **endless),
+        ask("b", top_logprobs=5, **endless),
+        ask("c", sampling=SamplingOptions(temperature=1.0, seed=7), **endless),
+        ask("d", format=JsonFormat(), **long),
+        ask("e", sampling=SamplingOptions(logit_bias={5: 2.0}), **endless),
+        ask("f", sampling=SamplingOptions(temperature=0.0), **endless),
+        ask("g", sampling=SamplingOptions(frequency_penalty=1.0, repetition_penalty=1.1, top_k=9), **endless),
+        ask("h", min_tokens=20, **endless),
+    ]
+    assert len(generate(runtime, *requests)) == 11
+    runtime.batch.close()
+    steps = [now - then for now, then in zip(metrics.batch_rows.cumulative, before, strict=True)]
+    up_to_8, of_all = steps[metrics.batch_rows.bounds.index(8.0)], steps[-1]
+    assert of_all < 2 * 40  # one after the other they would take 8 * 40
+    assert of_all - up_to_8 > 30  # more than eight rows in a step: those of nearly all requests
 
 
 def test_a_named_function_is_called_once(tiny):
@@ -152,7 +300,8 @@ def test_log_probabilities_go_with_their_tokens_and_are_those_of_the_model(tiny,
         assert values == sorted(values, reverse=True)
         if top:
             assert entry.top[0].logprob == pytest.approx(entry.logprob)
-    assert b"".join(entry.bytes for entry in entries).decode(errors="replace") == content(events)
+    text = b"".join(entry.bytes for entry in entries).decode(errors="replace")
+    assert text in (content(events), content(events) + "\ufffd")  # what max_tokens cut in two is no content
 
 
 def test_log_probabilities_do_not_change_what_is_said(tiny):

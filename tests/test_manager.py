@@ -22,7 +22,7 @@ from engine.errors import (
 from engine.memory import Estimate
 from model_manager import ModelManager
 from model_state import TRANSITIONS, ModelState
-from tests.scripted_engine import Factory, read, request, until, within_deadline
+from tests.scripted_engine import Death, Factory, read, request, until, within_deadline
 
 
 @asynccontextmanager
@@ -85,7 +85,7 @@ async def test_a_model_goes_through_its_states_and_back():
 def test_every_state_can_be_left_and_reached():
     assert TRANSITIONS.keys() == set(ModelState)
     assert set().union(*TRANSITIONS.values()) == set(ModelState)
-    assert {state.value for state in ModelState} == {"unloaded", "loading", "loaded", "evicting", "draining"}
+    assert {state.value for state in ModelState} == {"unloaded", "loading", "loaded", "evicting", "draining", "failed"}
 
 
 @within_deadline
@@ -156,14 +156,14 @@ async def test_a_failed_load_is_told_to_all_and_the_next_request_tries_again():
         factory.gate.set()
         errors = await asyncio.gather(*asking, return_exceptions=True)
         assert [str(error) for error in errors] == ["Model 'm' could not be loaded: disk on fire"] * 3
-        assert repr(instance) == "<ModelInstance m UNLOADED requests=0>"
+        assert repr(instance) == "<ModelInstance m FAILED requests=0>"
         assert (instance.status, str(instance.error)) == ("failed", "Model 'm' could not be loaded: disk on fire")
         assert len(await answered(instance)) == 5
         assert (instance.status, instance.error, factory.builds) == ("loaded", None, 2)
 
 
 @within_deadline
-async def test_an_engine_that_can_not_even_be_started_leaves_the_model_as_it_was():
+async def test_an_engine_that_can_not_even_be_started_is_a_failed_model_too():
     async with managed() as (manager, factory):
         instance, services = manager.instance("m"), manager.instance("m")._services
 
@@ -173,7 +173,7 @@ async def test_an_engine_that_can_not_even_be_started_leaves_the_model_as_it_was
         instance._services = replace(services, start_engine=refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             await answered(instance)
-        assert repr(instance) == "<ModelInstance m UNLOADED requests=0>"
+        assert repr(instance) == "<ModelInstance m FAILED requests=0>"
         instance._services = services
         assert len(await answered(instance)) == 5
 
@@ -202,8 +202,7 @@ async def test_the_count_of_requests_returns_to_zero_in_every_ending(text, max_t
         generation = await instance.generate(request(text, max_tokens))
         assert instance.requests == 1
         if error is EngineStopped:
-            await generation.accepted()
-            factory.batch.crash = RuntimeError("out of luck")
+            factory.batch.crash = Death("out of luck")
         if error:
             with pytest.raises(error):
                 await generation.accepted()
@@ -401,14 +400,14 @@ async def test_a_dead_engine_is_a_failed_model_which_the_next_request_loads_agai
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         generation = await instance.generate(request())
-        factory.batch.crash = RuntimeError("out of luck")
+        factory.batch.crash = Death("out of luck")
         with pytest.raises(EngineStopped, match="out of luck"):
             await generation.accepted()
             await read(generation)
-        assert repr(instance) == "<ModelInstance m UNLOADED requests=0>"
+        assert repr(instance) == "<ModelInstance m FAILED requests=0>"
         assert (instance.status, str(instance.error)) == (
             "failed",
-            "The engine of model 'm' stopped: RuntimeError: out of luck",
+            "The engine of model 'm' stopped: Death: out of luck",
         )
         assert len(await answered(instance)) == 5
         assert (instance.status, instance.error) == ("loaded", None)
@@ -420,7 +419,7 @@ async def test_an_engine_that_dies_while_it_drains_ends_the_drain():
         instance = manager.instance("m")
         await instance.generate(request())
         unloading = await started(instance.unload("drain"))
-        factory.batch.crash = RuntimeError("out of luck")
+        factory.batch.crash = Death("out of luck")
         await unloading
         assert repr(instance) == "<ModelInstance m UNLOADED requests=0>"
         assert len(await answered(instance)) == 5
@@ -483,7 +482,7 @@ async def test_two_models_are_independent():
         assert len(await answered(a)) == 5
         factory.batch.gate.set()
         await waiting
-        first.crash = RuntimeError("out of luck")
+        first.crash = Death("out of luck")
         with pytest.raises(EngineStopped):
             await generation.accepted()
             await read(generation)

@@ -6,13 +6,17 @@ import engine  # noqa: F401  (first: it prepares the process for MLX)
 import gc
 import json
 
+import mlx.core as mx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine import device, loader, memory
+from engine import device, loader, memory, runtime, scores
 from engine.config import ModelSpec
 from engine.errors import LoadFailed
 from engine.kv import token_bytes
 from engine.memory import DEFAULT_CACHE_TOKENS, Limits
+from engine.types import Row, Sampling
 from tests.models import tiny_llama
 from tests.tiny_gguf import CONTEXT, write_tiny_gguf
 
@@ -97,3 +101,28 @@ def test_layers_with_a_window_keep_no_more_than_that():
 def test_the_budget_is_the_limit_or_a_share_of_the_device():
     assert memory.budget(123) == 123
     assert 0 < memory.budget(0) < device.describe().memory_bytes
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")
+@given(heads=st.integers(1, 128), wanted=st.integers(4, 12).map(lambda n: 1 << n), done=st.integers(0, 200_000))
+def test_a_chunk_is_as_long_as_its_scores_allow(heads, wanted, done):
+    chunk = scores.fitting(heads, wanted, done + wanted)
+    assert 16 <= chunk <= wanted
+    assert chunk == 16 or scores.score_bytes(heads, chunk, done + wanted) <= 128 << 20
+    assert chunk == wanted or scores.score_bytes(heads, 2 * chunk, done + wanted) > 128 << 20
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")
+def test_a_prompt_as_long_as_the_context_takes_no_more_than_was_estimated(tmp_path):
+    spec = ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=256, layers=4)), cache_tokens=1024, max_running=2)
+    estimate = memory.estimate(spec)
+    gc.collect()
+    before = device.active_bytes()
+    batch = runtime.Builder(stall_target=10.0).build(spec).batch
+    mx.reset_peak_memory()
+    batch.insert([Row(1, tuple(n % 300 for n in range(1000)), Sampling(temperature=0.0), 4)])
+    while not batch.decode():
+        batch.prefill()
+    taken = mx.get_peak_memory() - before
+    batch.close()
+    assert estimate.weights < taken <= estimate.total

@@ -108,7 +108,11 @@ def test_a_limit_flushes_what_is_held_back():
 def test_an_incomplete_character_waits_and_ends_as_a_replacement_character():
     assert list(Play([b"a\xf0\x9f", b"\x98", b"\x80b"]).steps()) == [[], [], [Delta("a😀b")], [Finish("stop")]]
     assert Play(["a", b"\xf0\x9f"]).result() == ("", "a�", "stop")
-    assert Play(["a", b"\xf0\x9f", "b"], max_tokens=2).result() == ("", "a�", "length")
+
+
+def test_a_character_that_max_tokens_cuts_in_two_is_left_out():
+    assert Play(["a", b"\xf0\x9f", "b"], max_tokens=2).result() == ("", "a", "length")
+    assert Play([b"a\xf0\x9f", "b"], max_tokens=1).result() == ("", "a", "length")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +226,8 @@ def test_an_end_of_sequence_that_is_ignored_has_no_text():
         (["a", " ", CALL[:9], CALL[9:], "b"], {"tools": PLAIN}, [("a", [0]), ("b", [4])]),
         (["a ", "<tool", "s>"], {"tools": PLAIN}, [("a", [0]), (" <tools>", [1, 2])]),
         (["a", b"\xf0"], {}, [("a", [0]), ("\ufffd", [1])]),
+        (["a", b"\xf0", b"\x9f", "b"], {"max_tokens": 3}, [("a", [0]), ("", [1, 2])]),
+        ([b"a\xf0", "b"], {"max_tokens": 1}, [("a", [0])]),
     ],
 )
 def test_a_tokens_log_probabilities_go_with_the_first_of_its_text_that_is_told(pieces, options, told):

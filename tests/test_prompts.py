@@ -110,6 +110,32 @@ def test_the_type_sets_the_switch_for_thinking_and_the_prompt_may_change_it(toke
     assert FORMATS["thinking"](tokenizer, {}).format(asked).text.endswith("False")
 
 
+def test_a_switch_that_the_template_does_not_have_is_told_from_one_that_it_has(tokenizer_with):
+    off, free = chat(("user", "a"), template_kwargs={"enable_thinking": False}), chat(("user", "a"))
+    deaf, switched = (FORMATS["thinking"](tokenizer_with(template), {}) for template in (OPENING, SWITCHED))
+    assert [deaf.must_not_think(off), deaf.must_not_think(free), switched.must_not_think(off)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "param"),
+    [
+        ("instruction", "enable_thinking", True, "chat_template_kwargs"),
+        ("instruction", "reasoning_effort", "high", "reasoning_effort"),
+        ("thinking", "reasoning_effort", "low", "reasoning_effort"),
+        ("thinking", "no_such_variable", 1, "chat_template_kwargs"),
+    ],
+)
+def test_a_variable_that_would_change_nothing_is_refused(tiny_tokenizer, kind, name, value, param):
+    refusal = rejection(FORMATS[kind](tiny_tokenizer, {}), chat(("user", "a"), template_kwargs={name: value}))
+    assert refusal.param == param
+
+
+def test_a_variable_that_the_template_has_reaches_it(tokenizer_with):
+    tokenizer = tokenizer_with(CHATML + "{{ reasoning_effort }}")
+    asked = chat(("user", "a"), template_kwargs={"reasoning_effort": "low"})
+    assert FORMATS["instruction"](tokenizer, {}).format(asked).text.endswith("low")
+
+
 @pytest.mark.parametrize(
     ("template", "content", "opens"),
     [

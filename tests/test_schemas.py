@@ -114,13 +114,13 @@ def test_what_is_required_is_missed(name):
         ("repetition_penalty", [0, -1]),
         ("logit_bias", [[], "x", {"a": 1}, {"-1": 1}, {"٥": 1}, {"": 1}, {"9" * 5000: 1}]),
         ("logit_bias.7", [{"7": 101}, {"7": "1"}, {"7": True}, {"7": None}]),
-        ("stop", ["", 5, {}, ["a"] * 17]),
+        ("stop", ["", 5, {}, ["a"] * 1025]),
         ("stop[1]", [["a", ""], ["a", 5], ["a", None]]),
         ("stream", [1, 0, "true"]),
         ("stream_options", [True, [], "x"]),
         ("stream_options.include_usage", [{"include_usage": 1}, {"include_usage": "true"}]),
         ("stream_options.foo", [{"foo": True}]),
-        ("n", [0, 17, "1"]),
+        ("n", [0, 129, "1"]),
         ("user", [5]),
         ("metadata", ["x", []]),
         ("store", ["x", 1]),
@@ -138,7 +138,7 @@ def test_an_error_names_value_and_expectation():
         refused(temperature=3).message
         == "Invalid value for 'temperature': 3. Expected a number at least 0 and at most 2."
     )
-    assert refused(n=17).message == "Invalid value for 'n': 17. Expected an integer at least 1 and at most 16."
+    assert refused(n=129).message == "Invalid value for 'n': 129. Expected an integer at least 1 and at most 128."
     assert refused(stream="yes").message == "Invalid value for 'stream': 'yes'. Expected true or false."
 
 

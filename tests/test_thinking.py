@@ -10,9 +10,9 @@ from engine.thinking import ThinkingParser
 from engine.token_text import TokenText
 
 
-def parse(pieces, starts_inside=False):
+def parse(pieces, starts_inside=False, may_close_twice=False):
     """The whole reasoning and the whole content."""
-    parser = ThinkingParser("<think>", "</think>", starts_inside)
+    parser = ThinkingParser("<think>", "</think>", starts_inside, may_close_twice=may_close_twice)
     told = [part for piece in pieces for part in parser.feed(piece)] + parser.flush()
     assert all(text for _, text in told)
     return tuple("".join(text.text for channel, text in told if channel == c) for c in ("reasoning", "content"))
@@ -46,12 +46,26 @@ def test_text_is_split_at_the_tags(text, starts_inside, reasoning, content):
 FRAGMENTS = st.sampled_from(["<think>", "</think>", "<", "</", "think", ">", " ", "\n", "a", "b c", "é"])
 
 
-@given(st.lists(FRAGMENTS, max_size=12), st.lists(st.integers(0, 80)), st.booleans())
-def test_any_cut_gives_the_same_channels(fragments, cuts, starts_inside):
+@given(st.lists(FRAGMENTS, max_size=12), st.lists(st.integers(0, 80)), st.booleans(), st.booleans())
+def test_any_cut_gives_the_same_channels(fragments, cuts, starts_inside, may_close_twice):
     text = "".join(fragments)
     borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     pieces = [text[a:b] for a, b in pairwise(borders)]
-    assert parse(pieces, starts_inside) == parse([text], starts_inside)
+    assert parse(pieces, starts_inside, may_close_twice) == parse([text], starts_inside, may_close_twice)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("<think>a</think>\n</think>b", "b"),
+        ("<think>a</think>b\n</think>\n\nc", "b\nc"),
+        ("<think>a</think>b</think>c</think>d", "bc</think>d"),
+        ("<think>a</think>b</thi", "b</thi"),
+    ],
+)
+def test_where_the_reasoning_may_have_been_closed_for_the_model_its_own_closing_tag_is_dropped(text, content):
+    assert parse([text], may_close_twice=True) == ("a", content)
+    assert parse(text, may_close_twice=True) == ("a", content)
 
 
 def test_only_what_may_be_a_tag_is_held_back():

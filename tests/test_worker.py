@@ -3,13 +3,14 @@
 import asyncio
 import threading
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 
 import pytest
 
 from engine.errors import EngineStopped, LoadFailed, PromptRejected, RequestFailed
-from engine.types import Accepted, Delta, Finish, Usage
+from engine.types import Accepted, Delta, Finish, JsonFormat, Usage
 from engine.worker import Engine
-from tests.scripted_engine import DEADLINE, Factory, read, request, until, within_deadline
+from tests.scripted_engine import DEADLINE, Death, Factory, read, request, until, within_deadline
 
 
 @asynccontextmanager
@@ -52,6 +53,25 @@ async def test_a_generation_is_told_as_accepted_deltas_finish_and_usage():
 async def test_the_facts_of_the_model_are_told_at_the_start():
     async with running_engine() as (engine, factory):
         assert await engine.started() == factory.runtimes[0].facts
+
+
+@within_deadline
+async def test_a_grammar_is_compiled_while_the_others_go_on():
+    async with running_engine() as (engine, factory):
+        factory.runtimes[0].compiling.clear()
+        compiling = asyncio.create_task(engine.compile(replace(request(), format=JsonFormat())))
+        assert (await read(engine.submit(request(max_tokens=5))))[-1] == Usage(5, 5)
+        await engine.compile(request("no grammar in it"))
+        assert not compiling.done()
+        factory.runtimes[0].compiling.set()
+        await compiling
+
+
+@within_deadline
+async def test_a_grammar_that_is_refused_is_told_to_whoever_asked():
+    async with running_engine() as (engine, _):
+        with pytest.raises(PromptRejected, match="no such schema"):
+            await engine.compile(replace(request("refuse"), format=JsonFormat()))
 
 
 @within_deadline
@@ -141,8 +161,7 @@ async def test_a_place_is_free_before_anybody_has_read():
             generation = engine.submit(request(max_tokens=50))
             await generation.accepted()
             assert len(await read(generation)) == 52
-        await until(lambda: never_read.is_done)
-        assert factory.batch.rows == {}
+        await until(lambda: never_read.is_done and factory.batch.rows == {})
         await never_read.accepted()
         assert len(await read(never_read)) == 52
 
@@ -177,17 +196,17 @@ async def test_a_crash_is_told_to_every_reader_and_to_whoever_comes_later():
             await generation.accepted()
         factory.batch.gate.clear()
         unseen = engine.submit(request())
-        factory.batch.crash = RuntimeError("out of luck")
+        factory.batch.crash = Death("out of luck")
         factory.batch.gate.set()
         for generation in running:
-            with pytest.raises(EngineStopped, match="'key' stopped: RuntimeError: out of luck"):
+            with pytest.raises(EngineStopped, match="'key' stopped: Death: out of luck"):
                 await read(generation)
         with pytest.raises(EngineStopped):
             await unseen.accepted()
             await read(unseen)
         with pytest.raises(EngineStopped, match="it has ended"):
             await engine.submit(request()).accepted()
-        assert [str(error) for error in deaths] == ["The engine of model 'key' stopped: RuntimeError: out of luck"]
+        assert [str(error) for error in deaths] == ["The engine of model 'key' stopped: Death: out of luck"]
         assert factory.batch.is_closed
 
 
@@ -197,7 +216,7 @@ async def test_what_was_said_before_a_crash_still_arrives():
         generation = engine.submit(request())
         await generation.accepted()
         await until(lambda: factory.batch.rows and max(factory.batch.rows.values()) > 3)
-        factory.batch.crash = RuntimeError("out of luck")
+        factory.batch.crash = Death("out of luck")
         said = []
         with pytest.raises(EngineStopped):
             while True:

@@ -1,13 +1,15 @@
-"""Estimates of memory beside what is measured: after the load, and when the cache is full and a prompt is processed.
+"""Estimates of memory beside what is measured: after the load, and at the highest of what requests can bring about.
 
 Run: python -m tools.measure_memory [SOURCE ...]; by default the embedded model and three shapes of random weights.
-Each model is measured in a process of its own. RSS is the process's; MLX is what MLX's arrays hold.
+Each model is measured in a process of its own: eight rows fill the cache, then a prompt fills the context. MLX is what
+MLX's arrays held at most, RSS what the process held at most; on a CPU that is what the estimate is of, elsewhere MLX.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ SHAPES = {
     "deep": (768, 24, 12, 4, 2048, 50_000),
 }
 CACHE_TOKENS, CONTEXT = 2048, 2048
+ROWS, ANSWER = 8, 32
 MIB = 1 << 20
 
 
@@ -63,32 +66,41 @@ def write_shape(path: Path, shape: tuple[int, ...]) -> Path:
 
 
 def measure(source: str) -> dict[str, float]:
-    """Load the model, fill its cache, and tell the sizes in MiB."""
-    spec = ModelSpec("model", source, type="instruction", cache_tokens=CACHE_TOKENS, max_running=8)
+    """Load the model, let requests take all that they may, and tell the sizes in MiB."""
+    spec = ModelSpec("model", source, type="instruction", cache_tokens=CACHE_TOKENS, max_running=ROWS)
     estimate = memory.estimate(spec)
     rss, active = device.process_bytes(), device.active_bytes()
     with runtime.thread_stream():
-        batch = runtime.Builder(stall_target=0.25).build(spec).batch
-        loaded = device.process_bytes() - rss, device.active_bytes() - active
+        # A target that no chunk reaches: chunks are as long as they may ever be, however slow the machine.
+        batch: Any = runtime.Builder(stall_target=60.0).build(spec).batch
+        loaded = device.active_bytes() - active
         mx.reset_peak_memory()
-        fill(batch)
-        full = device.process_bytes() - rss, mx.get_peak_memory() - active
+        answer(batch, rows=ROWS, prompt=CACHE_TOKENS // ROWS - ANSWER - 2)
+        answer(batch, rows=1, prompt=CONTEXT - ANSWER - 2)
+        mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
         batch.close()
-    sizes = {"weights": estimate.weights, "cache": estimate.cache, "activations": estimate.activations}
-    measured = {"loaded_rss": loaded[0], "loaded_mlx": loaded[1], "full_rss": full[0], "full_mlx": full[1]}
-    return {name: size / MIB for name, size in (sizes | {"total": estimate.total} | measured).items()}
+    is_off = estimate.total / (process if device.is_cpu() else mlx) - 1
+    sizes = {"weights": estimate.weights, "loaded": loaded, "total": estimate.total, "mlx": mlx, "rss": process}
+    return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
 
 
-def fill(batch: Any) -> None:
-    """Let as many rows decode as the cache holds."""
-    length = CACHE_TOKENS // 8
-    prompt = tuple(range(3, 3 + length - 34))
-    for n in range(8):
-        batch.insert([Row(n, prompt, Sampling(temperature=0.0), 32)])
+def answer(batch: Any, *, rows: int, prompt: int) -> None:
+    """Let so many rows answer at once. prompt: tokens of each."""
+    for n in range(rows):
+        batch.insert([Row(n, tuple(range(3, 3 + prompt)), Sampling(temperature=0.0), ANSWER)])
     said = 0
-    while said < 8 * 32:
+    while said < rows * ANSWER:
         said += len(batch.decode())
         batch.prefill()
+    batch.remove(range(rows))
+
+
+def highest_process_bytes() -> int:
+    """The most that was resident of this process."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # where getrusage counts the parent in
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def main() -> int:
@@ -103,13 +115,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         made = {name: str(write_shape(Path(directory) / name, shape)) for name, shape in SHAPES.items()}
         wanted = {s: s for s in arguments.sources} or {"embedded:smollm2": "embedded:smollm2", **made}
-        print(f"{'MiB':<18}{'weights':>9}{'loaded':>9}{'RSS':>9}   {'total':>9}{'full':>9}{'RSS':>9}")
+        print(f"{'MiB':<18}{'weights':>9}{'loaded':>9}   {'estimate':>9}{'MLX':>9}{'RSS':>9}{'off':>8}")
         for name, source in wanted.items():
             command = [sys.executable, "-m", "tools.measure_memory", "--one", source]
             m = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             print(
-                f"{name:<18}{m['weights']:>9.1f}{m['loaded_mlx']:>9.1f}{m['loaded_rss']:>9.1f}   "
-                f"{m['total']:>9.1f}{m['full_mlx']:>9.1f}{m['full_rss']:>9.1f}"
+                f"{name:<18}{m['weights']:>9.1f}{m['loaded']:>9.1f}   "
+                f"{m['total']:>9.1f}{m['mlx']:>9.1f}{m['rss']:>9.1f}{m['off']:>+7.1f}%",
+                flush=True,
             )
     return 0
 

@@ -5,6 +5,9 @@ Run: python -m tools.soak [--minutes 10] [--seed 0]. Exit status 1 if a promise 
 Promise 1: every request that was accepted is answered whole, or with an error object that says why.
 Promise 2: no model is stuck: in the end each one is unloaded, without a request.
 Promise 3: the memory returns to where it was, within 5 %.
+
+It prints a line a part: requests answered and refused, the median, the 99th percentile and the longest of an answer's
+times in seconds, and the memory when all models are gone; in the end how every request ended.
 """
 
 from __future__ import annotations
@@ -34,13 +37,32 @@ from tests.running_server import running_server
 KEYS = ("a", "b", "c", "d", "e")
 TOKENS = 2048  # of each model's cache
 WORKERS = 12
-PARTS = 5  # after each of which everything is unloaded and measured
+PART = 5.0  # minutes after which everything is unloaded and measured; a short run has five parts
 # How a request may end, other than with an answer.
-ERRORS = {409, 429, 500, 503, 507}
+ERRORS = {409, 429, 503, 507}
 
 
 class Broken(Exception):
     """A promise was not kept."""
+
+
+class Tally:
+    """What became of requests. times: seconds that each whole answer took."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.times: list[float] = []
+
+    def __str__(self) -> str:
+        ordered = sorted(self.times) or [0.0]
+        median, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+        others = sum(self.outcomes.values()) - len(self.times)
+        return f"{len(self.times)} answers, {others} others, p50 {median:.2f} p99 {p99:.2f} longest {ordered[-1]:.2f}"
+
+    def add(self, other: Tally) -> None:
+        """Count another one's in."""
+        self.outcomes.update(other.outcomes)
+        self.times += other.times
 
 
 class Soak:
@@ -51,7 +73,7 @@ class Soak:
         self._url = url
         self._sources = sources
         self._random = random.Random(seed)
-        self.outcomes: Counter[str] = Counter()
+        self.tally = Tally()
 
     async def work(self, until: float) -> None:
         """One client, until that time."""
@@ -62,14 +84,18 @@ class Soak:
 
     async def chat(self, key: str) -> None:
         """A whole answer."""
+        started = time.monotonic()
         async with self._ask(key) as response:
             content = await response.json()
             if response.status == 200 and content["choices"][0]["finish_reason"] not in ("stop", "length"):
                 raise Broken(f"an answer without an end: {content}")
             self._note("chat", response.status, content)
+            if response.status == 200:
+                self.tally.times.append(time.monotonic() - started)
 
     async def stream(self, key: str) -> None:
         """A stream that is read to its end."""
+        started = time.monotonic()
         async with self._ask(key, stream=True) as response:
             text = (await response.read()).decode()
             events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
@@ -77,8 +103,9 @@ class Soak:
                 self._note("stream", response.status, json.loads(text))
             elif events[-1:] == ["[DONE]"]:
                 self._note("stream", 200, {})
+                self.tally.times.append(time.monotonic() - started)
             elif events and "error" in json.loads(events[-1]):
-                self.outcomes[f"stream 200, then {json.loads(events[-1])['error']['code'] or 'stopped'}"] += 1
+                self.tally.outcomes[f"stream 200, then {json.loads(events[-1])['error']['code']}"] += 1
             else:
                 raise Broken(f"a stream without an end: {events[-1:]}")
 
@@ -89,7 +116,7 @@ class Soak:
             async with asyncio.timeout(patience), self._ask(key, stream=True, max_tokens=500) as response:
                 await response.read()
         except TimeoutError:
-            self.outcomes["hang-up"] += 1
+            self.tally.outcomes["hang-up"] += 1
 
     async def load(self, key: str) -> None:
         """A load that nobody waits for."""
@@ -144,31 +171,34 @@ class Soak:
         """Count an outcome; one that is neither an answer nor an error object breaks the promise."""
         if status != 200 and (status not in ERRORS or not content.get("error", {}).get("message")):
             raise Broken(f"{deed}: {status} {content}")
-        if status == 500 and "stopped" not in content["error"]["message"]:
-            raise Broken(f"{deed}: {content}")
-        code = "" if status == 200 else f" {content['error']['code'] or 'stopped'}"
-        self.outcomes[f"{deed} {status}{code}"] += 1
+        code = "" if status == 200 else f" {content['error']['code']}"
+        self.tally.outcomes[f"{deed} {status}{code}"] += 1
 
 
 async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace) -> bool:
     """Run it and tell what happened. Whether every promise was kept."""
-    seconds = arguments.minutes * 60
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         clients = Soak(session, url, sources, arguments.seed)
-        await run(clients, min(60.0, seconds / 3))  # what a process keeps of its first steps is not a leak
+        # What a process keeps of its first steps is not a leak.
+        await run(clients, min(60.0, arguments.minutes * 20))
         before = after = await clients.settle()
-        clients.outcomes.clear()
-        for part in range(PARTS):
-            await run(clients, seconds / PARTS)
+        print(f"start: {before / 2**20:.1f} MiB", flush=True)
+        total = Tally()
+        parts = max(5, round(arguments.minutes / PART))
+        for part in range(1, parts + 1):
+            clients.tally = Tally()
+            await run(clients, arguments.minutes * 60 / parts)
             after = await clients.settle()
-            print(f"{part + 1}/{PARTS}: {after / 2**20:.1f} MiB", file=sys.stderr, flush=True)
-        for outcome, count in sorted(clients.outcomes.items()):
+            print(f"part {part}/{parts}: {clients.tally}, {after / 2**20:.1f} MiB", flush=True)
+            total.add(clients.tally)
+        print(f"all: {total}")
+        for outcome, count in sorted(total.outcomes.items()):
             print(f"{count:>7}  {outcome}")
         figures = await clients.figures()
         for name in ("loads_total loaded", "loads_total aborted", "unloads_total evict", "completion_tokens_total"):
             print(f"{figures.get(name, 0):>7.0f}  {name}")
-        print(f"memory before {before / 2**20:.1f} MiB, after {after / 2**20:.1f} MiB: {after / before:.3f}")
+        print(f"memory at the start {before / 2**20:.1f} MiB, at the end {after / 2**20:.1f} MiB: {after / before:.3f}")
         return after <= before * float(arguments.growth)
 
 

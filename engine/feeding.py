@@ -1,0 +1,228 @@
+"""How a chunk of prompts goes through the model: which prompts go together, and in which shapes.
+
+Rule: a prompt's cache is a list of mlx-lm's caches throughout; what lies behind their offsets is nobody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from engine import device, kv, scores
+from engine.places import Layers, Place, no_places, widened
+from engine.types import Row
+
+_ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
+# Tokens in a chunk where shapes have to recur. Fewer than the second take no less time.
+_LENGTHS = (256, 512, 1024, 2048)
+_SHORT = 512  # only prompts this short go together
+_MOST_TOGETHER = 8
+
+
+@dataclass
+class Prompt:
+    """A prompt that is not yet processed, and the rows that share it. `done` counts its tokens in the cache."""
+
+    rows: list[Row]
+    arrived: float
+    started: float = 0.0
+    cache: kv.Cache = field(default_factory=list)
+    done: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All of it."""
+        return self.rows[0].tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to process; the last one is left for the first decode step."""
+        return len(self.tokens) - 1 - self.done
+
+    @property
+    def length(self) -> int:
+        """Tokens that it needs room for: its own, and the beginning of an answer."""
+        return len(self.tokens) + min(_ANSWER_ROOM, self.rows[0].max_tokens)
+
+    def drop(self, row_ids: set[int]) -> bool:
+        """Drop rows; whether none is left."""
+        self.rows = [row for row in self.rows if row.id not in row_ids]
+        return not self.rows
+
+    def next(self, most: int) -> list[int]:
+        """Its next tokens, so many at the most."""
+        return list(self.tokens[self.done : self.done + min(self.remaining, most)])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts, and how many tokens of each at the most."""
+
+    prompts: Sequence[Prompt]
+    length: int
+
+
+class Feed(Protocol):
+    """A way to process prompts."""
+
+    def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
+        """What to process next, for about so many tokens; the first of those that wait is always in it."""
+
+    def run(self, chunk: Chunk) -> int:
+        """Process it and give each prompt its longer cache; the number of tokens computed, padding included."""
+
+    def room_for(self, prompt: Prompt) -> int:
+        """Tokens that are held for a prompt while it is processed."""
+
+    def warm_up(self) -> None:
+        """Run the shapes that prompts use."""
+
+
+def make_feed(model: Any) -> Feed:
+    """The way that is best for a model on this device."""
+    recurs = device.describe().kind == "cuda" and all(type(layer) is KVCache for layer in kv.new_cache(model))
+    return PlacedFeed(model) if recurs else PlainFeed(model)
+
+
+class PlainFeed:
+    """Chunks of any shape, in mlx-lm's own caches."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._heads = scores.heads(vars(model.args)) if hasattr(model, "args") else 0
+
+    def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
+        """As many prompts as the budget holds, each padded to the longest."""
+        budget = 1 << (budget.bit_length() - 1)  # few sizes
+        budget = scores.fitting(self._heads, budget, max(prompt.done for prompt in waiting) + budget)
+        length = min(waiting[0].remaining, budget)
+        prompts = [waiting[0]]
+        for prompt in waiting[1:]:
+            longest = max(length, min(prompt.remaining, budget))
+            if longest * (len(prompts) + 1) > budget:
+                break
+            prompts.append(prompt)
+            length = longest
+        return Chunk(prompts, length)
+
+    def run(self, chunk: Chunk) -> int:
+        """Process the chunk."""
+        if len(chunk.prompts) > 1:
+            return self._run_together(chunk)
+        prompt = chunk.prompts[0]  # in place: a long prompt's cache must not be copied for each of its chunks
+        tokens = prompt.next(chunk.length)
+        self._model(mx.array([tokens]), cache=prompt.cache)
+        mx.eval([layer.state for layer in prompt.cache])
+        prompt.done += len(tokens)
+        return len(tokens)
+
+    def room_for(self, prompt: Prompt) -> int:
+        """Its own tokens."""
+        return len(prompt.tokens)
+
+    def warm_up(self) -> None:
+        """Any shape will do, and none has to be prepared."""
+
+    def _run_together(self, chunk: Chunk) -> int:
+        """One forward pass for several prompts, the shorter ones padded on the right."""
+        cache = kv.merge([prompt.cache for prompt in chunk.prompts])
+        tokens = [prompt.next(chunk.length) for prompt in chunk.prompts]
+        lengths = [len(part) for part in tokens]
+        longest = max(lengths)
+        if min(lengths) < longest:
+            for layer in cache:
+                layer.prepare(lengths=lengths, right_padding=[longest - length for length in lengths])
+        self._model(mx.array([part + [0] * (longest - len(part)) for part in tokens]), cache=cache)
+        for layer in cache:
+            layer.finalize()
+        mx.eval([layer.state for layer in cache])
+        for index, (prompt, length) in enumerate(zip(chunk.prompts, lengths, strict=True)):
+            prompt.done += length
+            prompt.cache = kv.extract(cache, index, prompt.done)
+        return sum(lengths)
+
+
+class PlacedFeed:
+    """Chunks of few shapes, padded on the right, in places of few lengths (engine/places.py)."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._nothing = no_places(model)
+        self._forward = mx.compile(self._advance)
+
+    def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
+        """Short prompts together, as many as the budget holds, a power of two; or a long one alone."""
+        first = waiting[0]
+        most = max(_SHORT, budget)
+        allowed = [length for length in _LENGTHS if length <= most]
+        length = next((length for length in allowed if length >= first.remaining), allowed[-1])
+        alike = [p for p in waiting if p.remaining <= length and self._span(p, length) == self._span(first, length)]
+        if length > _SHORT or first.remaining > length:
+            alike = [first]
+        together = max(1, min(len(alike), most // length, _MOST_TOGETHER))
+        return Chunk(alike[: 1 << (together.bit_length() - 1)], length)
+
+    def run(self, chunk: Chunk) -> int:
+        """Process the chunk."""
+        span = max(self._span(prompt, chunk.length) for prompt in chunk.prompts)
+        tokens = [prompt.next(chunk.length) for prompt in chunk.prompts]
+        padded = mx.array([part + [0] * (chunk.length - len(part)) for part in tokens], dtype=mx.uint32)
+        offsets = mx.array([prompt.done for prompt in chunk.prompts], dtype=mx.int32)
+        keys, values = self._forward(padded, offsets, *self._places(chunk.prompts, span))
+        mx.eval(keys, values)
+        for place, (prompt, part) in enumerate(zip(chunk.prompts, tokens, strict=True)):
+            prompt.done += len(part)
+            for layer, layer_keys, layer_values in zip(prompt.cache, keys, values, strict=True):
+                layer.keys, layer.values = layer_keys[place : place + 1], layer_values[place : place + 1]
+                layer.offset = prompt.done
+        return int(padded.size)
+
+    def room_for(self, prompt: Prompt) -> int:
+        """A place that its tokens fit in, the last ones padded."""
+        return _span(len(prompt.tokens) + _SHORT)
+
+    def warm_up(self) -> None:
+        """Run short prompts, alone and together, and the first chunk of long ones."""
+        together = [1 << power for power in range(_MOST_TOGETHER.bit_length())]
+        shapes = [(count, length) for length in _LENGTHS for count in (together if length <= _SHORT else [1])]
+        for count, length in shapes:
+            places = ([widened(array, count, _span(length)) for array in arrays] for arrays in self._nothing)
+            tokens, offsets = mx.zeros((count, length), dtype=mx.uint32), mx.zeros((count,), dtype=mx.int32)
+            mx.eval(self._forward(tokens, offsets, *places))
+
+    def _advance(self, tokens: mx.array, offsets: mx.array, keys: Layers, values: Layers) -> tuple[Layers, Layers]:
+        """Feed tokens, [places, tokens]; the longer keys and values."""
+        places, _, span, _ = keys[0].shape
+        cache = [Place(k, v, offsets, places, span) for k, v in zip(keys, values, strict=True)]
+        self._model(tokens, cache=cache)
+        return [place.keys for place in cache], [place.values for place in cache]
+
+    def _places(self, prompts: Sequence[Prompt], span: int) -> tuple[Layers, Layers]:
+        """What the prompts have so far, in places of one length."""
+        held: list[tuple[Layers, Layers]] = []
+        for prompt in prompts:
+            own = [layer.keys for layer in prompt.cache], [layer.values for layer in prompt.cache]
+            held.append(own if prompt.done else self._nothing)
+        keys, values = (_side_by_side([own[part] for own in held], span) for part in (0, 1))
+        return keys, values
+
+    def _span(self, prompt: Prompt, length: int) -> int:
+        """Length of the place that a prompt needs while a chunk of so many tokens is written."""
+        return _span(max(len(prompt.tokens), prompt.done + length))
+
+
+def _side_by_side(rows: Sequence[Layers], span: int) -> Layers:
+    """Layers of several rows, each [1 or none, heads, tokens, dim], in places of one length."""
+    layers = zip(*rows, strict=True)
+    return [mx.concatenate([widened(array, 1, span)[:, :, :span] for array in layer]) for layer in layers]
+
+
+def _span(tokens: int) -> int:
+    """Length of a place for so many tokens: one of a few, at most a quarter longer."""
+    step = max(_SHORT, (1 << tokens.bit_length()) // 8)
+    return -(-tokens // step) * step

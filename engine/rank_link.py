@@ -1,0 +1,104 @@
+"""A connection between two ranks: JSON objects, each way in order.
+
+Rule 1: each side is heard at least four times in the time limit. A longer silence is the end of the connection, as is
+        its loss: whoever waits for the other side learns it in that time, whatever has become of it.
+Rule 2: a message that is too long is refused before it is read.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+Message = dict[str, Any]
+
+_LENGTH = struct.Struct(">I")
+_LONGEST = 256 << 20  # bytes; a prompt of ten million tokens is shorter
+_BEATS = 4  # in the time limit
+
+
+class LinkLost(Exception):
+    """The other side is gone, or silent."""
+
+
+class Link:
+    """One end of a connection. `limit` in seconds. Messages may be sent from any thread, and are received on one."""
+
+    def __init__(self, connection: socket.socket, limit: float) -> None:
+        connection.settimeout(limit)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        self._limit = limit
+        self._sending = threading.Lock()
+        self._closed = threading.Event()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Raises LinkLost."""
+        body = orjson.dumps(message)
+        try:
+            with self._sending:
+                self._connection.sendall(_LENGTH.pack(len(body)) + body)
+        except OSError as error:
+            raise LinkLost(self._reason(error)) from None
+
+    def receive(self) -> Message:
+        """The next message. Raises LinkLost."""
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+        if length > _LONGEST:
+            raise LinkLost(f"a message of {length} bytes came; expected at most {_LONGEST}")
+        try:
+            message = orjson.loads(self._exactly(length))
+        except ValueError as error:
+            raise LinkLost(f"what came is not JSON: {error}") from None
+        if not isinstance(message, dict):
+            raise LinkLost(f"a {type(message).__name__} came; expected an object")
+        return message
+
+    def beat(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        """From now on say how this side is, until the link is closed."""
+        threading.Thread(target=self._beat, args=(state,), name="rank-beat", daemon=True).start()
+
+    def finish(self) -> None:
+        """Say no more, and hear the other side out. Raises LinkLost."""
+        self._closed.set()
+        try:
+            self._connection.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise LinkLost(self._reason(error)) from None
+
+    def close(self) -> None:
+        """End the connection. Whoever receives gets LinkLost."""
+        self._closed.set()
+        with suppress(OSError):  # the other side was first
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _beat(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        try:
+            while not self._closed.wait(self._limit / _BEATS):
+                self.send({"kind": "beat", **state()})
+        except LinkLost:  # whoever receives learns it, too
+            return
+
+    def _exactly(self, size: int) -> bytearray:
+        received = bytearray()
+        try:
+            while len(received) < size:
+                part = self._connection.recv(min(size - len(received), 1 << 20))
+                if not part:
+                    raise LinkLost("the connection was closed")
+                received += part
+        except OSError as error:
+            raise LinkLost(self._reason(error)) from None
+        return received
+
+    def _reason(self, error: OSError) -> str:
+        if isinstance(error, TimeoutError):
+            return f"not a word for {self._limit:g} s"
+        return error.strerror or str(error)

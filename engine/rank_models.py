@@ -1,0 +1,126 @@
+"""The models of a computing rank, by the numbers that the leader gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from engine import kv, loader, runtime
+from engine.batcher import Batcher
+from engine.config import ModelSpec
+from engine.errors import LoadFailed
+from engine.prefill import Pace
+from engine.prefixes import PrefixCache
+from engine.rank_link import Message
+from engine.rank_rows import decode_mask, decode_rows, encode_tokens
+from engine.rank_sampling import FollowingSampler, LeadingSampler
+from engine.ranks import Membership
+from engine.shards import divider
+
+
+class Models:
+    """Loads, runs and drops them as it is told. `mask` waits for the leader's reply to a question."""
+
+    def __init__(
+        self, membership: Membership, send: Callable[[Mapping[str, Any]], None], mask: Callable[[], Message]
+    ) -> None:
+        self._group = membership.group
+        self._leads = membership.rank == 0
+        self._send = send
+        self._mask = mask
+        self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
+        self._batchers: dict[int, Batcher] = {}
+        self._others_step = 0.0
+
+    def act(self, message: Message) -> None:
+        """Do what is said of a model. What it raises can't be mended."""
+        number = message["number"]
+        match message["kind"]:
+            case "load":
+                self._send({"kind": "loaded", "number": number, **self._load(number, message["spec"])})
+            case "open":
+                self._open(number, message["token_bytes"], message["stall_target"])
+            case "calls":
+                for name, *arguments in message["calls"]:
+                    self._call(number, name, arguments)
+            case "drop":
+                self._drop(number)
+
+    def _load(self, number: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Load this rank's share; what is said of it, or the error."""
+        spec = ModelSpec(**fields)
+        try:
+            loaded = loader.load(spec, divide=divider(spec, self._group))
+        except LoadFailed as error:
+            return {"error": error.cause}
+        self._loaded[number] = spec, loaded
+        logits = loaded.model(mx.zeros((1, 1), dtype=mx.uint32))  # lazy: nothing is computed
+        return {
+            "token_bytes": kv.token_bytes(loaded.model),
+            "weight_bytes": loaded.weight_bytes,
+            "vocab_size": logits.shape[-1],
+        }
+
+    def _open(self, number: int, token_bytes: int, stall_target: float) -> None:
+        spec, loaded = self._loaded[number]
+        self._batchers[number] = Batcher(
+            loaded.model,
+            max_running=spec.max_running,
+            stall_target=stall_target,
+            prefix_cache=PrefixCache(spec.prefix_cache_bytes, token_bytes) if spec.prefix_cache_bytes else None,
+            others_step=lambda: self._others_step,
+            max_tokens_held=loaded.limits.cache_tokens,
+            make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
+            token_bytes=token_bytes,
+        )
+
+    def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
+        """Make a call as it is told."""
+        batcher = self._batchers[number]
+        match name, arguments:
+            case "insert", (rows, now):
+                batcher.insert(decode_rows(rows, partial(self._ask, number) if self._leads else None), now)
+            case "remove", (row_ids,):
+                batcher.remove(row_ids)
+            case "decode", (others_step,):
+                self._others_step = others_step
+                self._decode(number, batcher)
+            case "prefill", (pace,):
+                batcher.prefill(Pace(**pace))
+            case "warm_up", ():
+                batcher.warm_up()
+            case "shrink_prefixes", (max_bytes,):
+                batcher.shrink_prefixes(max_bytes)
+            case _:
+                raise ValueError(f"call {name!r}; expected one of a batch's")
+
+    def _decode(self, number: int, batcher: Batcher) -> None:
+        tokens = batcher.decode()
+        if self._leads:
+            self._send(
+                {
+                    "kind": "tokens",
+                    "number": number,
+                    "tokens": encode_tokens(tokens),
+                    "rows": batcher.decoding(),
+                    "has_prompts": batcher.has_prompts(),
+                    "step": batcher.streaming_step(),
+                    "pace": asdict(batcher.pace()),
+                }
+            )
+
+    def _ask(self, number: int, row_id: int, accepted: Sequence[int]) -> bytes | None:
+        """Ask the leader what a row may say."""
+        self._send({"kind": "question", "number": number, "row": row_id, "accepted": accepted})
+        return decode_mask(self._mask()["mask"])
+
+    def _drop(self, number: int) -> None:
+        if batcher := self._batchers.pop(number, None):
+            batcher.close()
+        del batcher
+        self._loaded.pop(number, None)
+        runtime.free_memory()

@@ -1,0 +1,73 @@
+"""How an engine goes on after a step that failed. Runs on the engine thread.
+
+Rule 1: the requests at work end with the error; those that wait for a place go on with a fresh batch.
+Rule 2: where memory ran out, nobody ends at first: all that was computed is dropped, and everybody goes on from where
+        they were. Only a request that was the youngest at work for the second time ends.
+Rule 3: everybody whom the batch has lost is told, too: no request is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.batch import Batch
+from engine.errors import EngineError, OutOfMemory, StepFailed
+from engine.faults import is_out_of_memory
+from engine.jobs import Job, Jobs, Outbox
+from engine.metrics import ModelMetrics
+
+MOST_IN_A_ROW = 3  # steps that may fail without one between them that brought a token
+
+
+class Recovery:
+    """What becomes of the requests of one engine. `free` gives the memory of what was dropped back."""
+
+    def __init__(self, jobs: Jobs, free: Callable[[], None], metrics: ModelMetrics) -> None:
+        self._jobs = jobs
+        self._free = free
+        self._metrics = metrics
+        self._in_a_row = 0
+
+    @property
+    def is_in_vain(self) -> bool:
+        """Whether so many steps failed in a row that a fresh batch is of no use."""
+        return self._in_a_row >= MOST_IN_A_ROW
+
+    def note_progress(self) -> None:
+        """A step has brought tokens."""
+        self._in_a_row = 0
+
+    def after(self, cause: Exception, batch: Batch) -> Outbox:
+        """Make the batch fresh after a call of it that failed; what those who waited for it are to be told."""
+        waiting = batch.waiting()
+        at_work = self._jobs.beyond(waiting)
+        if is_out_of_memory(cause):
+            self._metrics.faults["out_of_memory"] += 1
+            error: EngineError = OutOfMemory(self._metrics.key)
+            ending = _sacrificed(at_work or self._jobs.beyond(()))
+        else:
+            self._metrics.faults["step"] += 1
+            self._in_a_row += 1
+            error = StepFailed(self._metrics.key, f"{type(cause).__name__}: {cause}")
+            ending = at_work
+        gone = {row_id for job in ending for row_id in job.open_rows}
+        untold = batch.restart(self._jobs.row_ids - gone)  # if this fails, too, the thread ends, and tells everybody
+        outbox = self._end(ending, error)
+        told, finished = self._jobs.publish(untold)
+        batch.remove(finished)
+        self._free()
+        return outbox + told + self._end(self._jobs.beyond(batch.waiting()), error)
+
+    def _end(self, jobs: list[Job], error: EngineError) -> Outbox:
+        for job in jobs:
+            self._jobs.forget(job.generation)
+        return [(job.generation, [], True, error) for job in jobs]
+
+
+def _sacrificed(jobs: list[Job]) -> list[Job]:
+    """The youngest, if it was spared before; else nobody, and it is spared."""
+    if not jobs:
+        return []
+    youngest = max(jobs, key=lambda job: job.submitted)
+    was_spared, youngest.is_spared = youngest.is_spared, True
+    return [youngest] if was_spared else []

@@ -1,0 +1,86 @@
+"""Chunks of prompts: every way of feeding gives a prompt the keys and values that it has by itself."""
+
+import engine  # noqa: F401  (first: it prepares the process for MLX)
+
+# isort: split
+import mlx.core as mx
+import pytest
+from mlx_lm import load
+
+from engine import kv
+from engine.feeding import PlacedFeed, PlainFeed, Prompt
+from engine.types import Row, Sampling
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_path):
+    return load(str(tiny_llama_path))[0]
+
+
+def placed(model):
+    """As on a GPU, but not compiled: here that would cost seconds of the C++ compiler."""
+    feed = PlacedFeed(model)
+    feed._forward = feed._advance
+    return feed
+
+
+FEEDS = pytest.mark.parametrize("make", [PlainFeed, placed], ids=["plain", "placed"])
+
+
+def prompt(model, length, seed=0, done=0):
+    tokens = tuple((seed + 7 * n) % 300 for n in range(length))
+    made = Prompt([Row(seed, tokens, Sampling(), 10)], 0.0, cache=kv.new_cache(model), done=done)
+    if done:
+        model(mx.array([tokens[:done]]), cache=made.cache)
+    return made
+
+
+def check(model, prompt):
+    """The next token's logits are those of the whole text at once."""
+    assert prompt.remaining == 0
+    assert [layer.offset for layer in prompt.cache] == [prompt.done] * len(prompt.cache)
+    logits = model(mx.array([prompt.tokens[-1:]]), cache=prompt.cache)[0, -1]
+    assert mx.allclose(logits, model(mx.array([prompt.tokens]))[0, -1], atol=1e-3)
+
+
+def feed_all(feed, prompts, budget):
+    chunks = []
+    while waiting := [prompt for prompt in prompts if prompt.remaining]:
+        chunk = feed.choose(waiting, budget)
+        assert chunk.prompts[0] is waiting[0]
+        chunks.append((len(chunk.prompts), chunk.length))
+        assert feed.run(chunk) > 0
+    return chunks
+
+
+@FEEDS
+@pytest.mark.parametrize("budget", [64, 700, 4096])
+def test_prompts_of_all_lengths_are_fed_whole(model, make, budget):
+    lengths = (2, 3, 40, 255, 256, 257, 258, 513, 700)
+    prompts = [prompt(model, length, seed=n) for n, length in enumerate(lengths)]
+    feed_all(make(model), prompts, budget)
+    for each in prompts:
+        check(model, each)
+
+
+@FEEDS
+def test_a_prompt_goes_on_behind_a_kept_prefix(model, make):
+    prompts = [prompt(model, 600, done=590), prompt(model, 300, seed=1, done=20), prompt(model, 300, seed=2)]
+    feed_all(make(model), prompts, 4096)
+    for each in prompts:
+        check(model, each)
+
+
+def test_placed_chunks_have_few_shapes(model):
+    prompts = [prompt(model, 240 + n, seed=n) for n in range(15)]
+    chunks = feed_all(placed(model), prompts, 4096)
+    assert chunks == [(8, 256), (4, 256), (2, 256), (1, 256)]
+    assert feed_all(placed(model), [prompt(model, 3000)], 1100) == [(1, 1024), (1, 1024), (1, 1024)]
+
+
+def test_what_is_held_for_a_prompt_is_told(model):
+    feed = placed(model)
+    for length in (100, 511, 512, 1000, 3000):
+        fed = prompt(model, length)
+        feed_all(feed, [fed], 700)
+        assert fed.cache[0].keys.shape[2] <= feed.room_for(fed)

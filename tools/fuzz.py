@@ -1,0 +1,186 @@
+"""Thousands of hostile requests (tools/hostile.py) against a server, and what it made of them.
+
+Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0]. Exit status 1 if a promise was broken:
+
+Promise 1: every request is answered, or its connection closed, within PATIENCE seconds; never with a 5xx.
+Promise 2: an answer is right, or OpenAI's error object, and short.
+Promise 3: the server stays healthy, and ends with the memory that it had after the warm-up, within 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import engine  # noqa: F401  (first: it prepares the process for MLX)
+
+# isort: split
+from tests.models import tiny_llama
+from tests.running_server import running_server
+from tools.hostile import MODEL, Case, Hostile
+from tools.raw_http import Answer, Malformed, Wire, request
+
+PATIENCE = 30.0
+WORKERS = 16
+LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
+PARTS = 4  # of the requests, after each of which the memory is measured
+KEPT = "512KiB"  # of finished prompts: full after a few hundred requests, so that it is not taken for a leak
+FLAGS = ("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1")
+
+
+class Broken(Exception):
+    """A promise was not kept."""
+
+
+class Fuzz:
+    """The clients of one run."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self._port = port
+        self._hostile = Hostile(seed)
+        self.outcomes: Counter[str] = Counter()
+
+    async def run(self, requests: int) -> None:
+        """Send so many. Raises Broken."""
+        cases = (self._hostile.case() for _ in range(requests))
+
+        async def work() -> None:
+            for case in cases:
+                await self._try(case)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(WORKERS):
+                    tasks.create_task(work())
+        except* Broken as broken:
+            raise broken.exceptions[0] from None
+
+    async def check_health(self) -> int:
+        """See that the server is well; the bytes of its process. Raises Broken."""
+        body = json.dumps(
+            {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+        ).encode()
+        answer = await self._ask(request("POST", "/v1/chat/completions", body, "Connection: close"))
+        if answer.status != 200:
+            raise Broken(f"a right request was answered with {answer.status} {answer.body!r}")
+        model = json.loads((await self._ask(request("GET", f"/v1/models/{MODEL}", b"", "Connection: close"))).body)
+        if (model["running_requests"], model["queued_requests"]) != (0, 0):
+            raise Broken(f"requests are left: {model}")
+        metrics = (await self._ask(request("GET", "/metrics", b"", "Connection: close"))).body.decode()
+        figure = re.search(r"^mlx_server_process_bytes (\S+)$", metrics, re.MULTILINE)
+        assert figure
+        return int(float(figure[1]))
+
+    async def _ask(self, data: bytes) -> Answer:
+        wire = await Wire.connect(self._port, PATIENCE)
+        try:
+            await wire.send(data)
+            answer = await wire.answer()
+        finally:
+            wire.hang_up()
+        if answer is None:
+            raise Broken("the server hung up on a right request")
+        return answer
+
+    async def _try(self, case: Case) -> None:
+        wire = await Wire.connect(self._port, PATIENCE)
+        try:
+            await wire.send(case.data)
+            if case.is_cut:
+                self.outcomes["cut"] += 1
+                return
+            for method in (*case.methods, "POST"):
+                answer = await wire.answer(has_body=method != "HEAD")
+                if answer is None:
+                    break
+                self._judge(case, answer, has_body=method != "HEAD")
+                if method == "HEAD":  # an error before the method is known has a body all the same, and is the last
+                    break
+        except TimeoutError:
+            raise Broken(f"{case.name}: no answer after {PATIENCE:g} seconds to {case.data[:2000]!r}") from None
+        except (Malformed, asyncio.IncompleteReadError, ValueError, KeyError) as error:
+            raise Broken(f"{case.name}: {type(error).__name__} {error}; asked {case.data[:2000]!r}") from None
+        finally:
+            wire.hang_up()
+
+    def _judge(self, case: Case, answer: Answer, *, has_body: bool) -> None:
+        """Count an answer. Raises Broken for one that is neither right nor an error object."""
+        if fault := _fault(answer, has_body):
+            raise Broken(f"{case.name}: {fault}; {answer.status} {answer.body[:500]!r}; asked {case.data[:2000]!r}")
+        self.outcomes[str(answer.status)] += 1
+
+
+def _fault(answer: Answer, has_body: bool) -> str | None:
+    """What is wrong with an answer."""
+    if answer.status >= 500:
+        return "a 5xx"
+    if not has_body or answer.status == 204:
+        return None
+    kind = answer.headers.get("content-type", "")
+    if answer.status >= 400:
+        return _fault_of_error(json.loads(answer.body))
+    if kind.startswith("text/event-stream"):
+        last = answer.body.strip().rpartition(b"data: ")[2]
+        return None if last == b"[DONE]" else _fault_of_error(json.loads(last))
+    if kind == "application/json":
+        json.loads(answer.body)
+    return None
+
+
+def _fault_of_error(content: object) -> str | None:
+    if not isinstance(content, dict) or content.keys() != {"error"}:
+        return "no error object"
+    if content["error"].keys() != {"message", "type", "param", "code"} or not content["error"]["message"]:
+        return "an error object without its four fields"
+    return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes what is long"
+
+
+async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0) -> tuple[Counter[str], list[int]]:
+    """How the requests were answered, and the bytes of the server's process before them and after each part of them.
+
+    warm: as many others come first: the space that the allocator keeps for several large bodies at once is no leak.
+    Raises Broken.
+    """
+    run = Fuzz(port, seed)
+    await run.run(warm)
+    sizes = [await run.check_health()]
+    run.outcomes.clear()
+    for _ in range(PARTS):
+        await run.run(requests // PARTS)
+        sizes.append(await run.check_health())
+    return run.outcomes, sizes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make a model, start a server, and treat it badly."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--warm", type=int, default=10_000, help="requests before the memory is measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--growth", type=float, default=1.05, help="how much of the memory may be there in the end")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        path = tiny_llama(Path(directory) / MODEL, context=256)
+        config = Path(directory) / "models.toml"
+        config.write_text(f'[models.{MODEL}]\nsource = "{path}"\nprefix_cache_bytes = "{KEPT}"\n')
+        with running_server(*FLAGS, "--config", str(config)) as server:
+            outcomes, sizes = asyncio.run(fuzz(server.port, arguments.requests, arguments.warm, arguments.seed))
+            ended = server.stop()
+    print("\n".join(f"{count:>7}  {outcome}" for outcome, count in sorted(outcomes.items())))
+    growth = sizes[-1] / sizes[0]
+    told = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
+    print(f"MiB before, and after each part: {told}; the last by the first: {growth:.3f}")
+    return 0 if growth <= arguments.growth and ended.status == 0 and "Traceback" not in ended.stderr else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Broken as broken:
+        sys.exit(f"broken: {broken}")

@@ -1,0 +1,337 @@
+"""Requests that nobody should send: from almost right to no HTTP at all. Pure; the same seed makes the same ones.
+
+Rule 1: no request asks for what would rightly be answered with a 5xx: nothing is downloaded, nothing is unloaded.
+Rule 2: what is generated is short: the model has a small context.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tools.raw_http import request
+
+CLOSE = "Connection: close"
+MODEL = "tiny"
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models/load",
+    "/v1/models/unload",
+    "/v1/models/reload",
+    "/v1/models",
+    f"/v1/models/{MODEL}",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+    "/",
+    "/v1/models/",
+    "/v1/chat/completions/",
+    "//v1/models",
+    "/v1/models/%00",
+    "/v1/models/%ff%fe",
+    "/../../etc/passwd",
+    "/v1/models/..%2f..%2fetc",
+    "/v1/models?x=%zz",
+    "*",
+    "http://evil/health",
+)
+METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "BREW", "get")
+HELLO = [{"role": "user", "content": "hello"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"model": MODEL, "messages": HELLO, "max_tokens": 3},
+    "/v1/completions": {"model": MODEL, "prompt": "hello", "max_tokens": 3},
+    "/v1/models/load": {"model": "/no/such/model", "key": "nothing"},
+    "/v1/models/unload": {"key": "nobody"},
+    "/tokenize": {"model": MODEL, "prompt": "hello"},
+    "/detokenize": {"model": MODEL, "tokens": [5, 6, 7]},
+    "/apply-template": {"model": MODEL, "messages": HELLO},
+}
+PARAMETERS = (
+    "model",
+    "messages",
+    "prompt",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "n",
+    "stop",
+    "stream",
+    "stream_options",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "user",
+    "key",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "reasoning_effort",
+    "chat_template_kwargs",
+    "tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "ignore_eos",
+    "echo",
+    "best_of",
+    "suffix",
+    "metadata",
+    "mode",
+    "timeout",
+    "keep_alive",
+    "adapter",
+    "defaults",
+    "ttl",
+    "modalities",
+    "thinking_budget",
+    "continue_final_message",
+    "\u0000",
+    "",
+)
+# Values as JSON text, since some are none.
+VALUES = (
+    "null",
+    "true",
+    "false",
+    "0",
+    "-1",
+    "1",
+    "17",
+    "1.5",
+    "1e400",
+    "-1e999",
+    "9" * 400,
+    "0.1e-400",
+    "9223372036854775808",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "nan",
+    '""',
+    '"x"',
+    '"\\u0000"',
+    '"\\ud800"',
+    '"\\udfff\\ud800"',
+    '"\u2028"',
+    "[]",
+    "{}",
+    "[null]",
+    "[[]]",
+    "[{}]",
+    '["a", 1]',
+    "[1, 2, 3]",
+    '[{"role": "user"}]',
+    '{"a": {"b": []}}',
+    '{"": ""}',
+    '"' + "x" * 70_000 + '"',
+    "[" * 300 + "]" * 300,
+    '{"a":' * 2000 + "1" + "}" * 2000,
+    "[" * 100_000,
+    "01",
+    "+1",
+    ".5",
+    '[{"role": "user", "content": "\\u0000\\uffff"}]',
+    '[{"role": "god", "content": "x"}]',
+    '{"type": "json_object"}',
+    '[{"role": "user", "content": [{"type": "text", "text": 5}]}]',
+    '{"type": "json_schema", "json_schema": {"name": 1}}',
+    '[{"role": "assistant", "content": null, "tool_calls": [{"id": 1}]}]',
+    '[{"type": "function", "function": {}}]',
+    '{"5": 1000}',
+    '{"-1": 1}',
+    '{"999999999": 1}',
+    '["", ""]',
+    '["' + '", "'.join("ab" * 20) + '"]',
+    "'x'",
+    "undefined",
+    '[{"role": "user", "content": "' + "word " * 500 + '"}]',
+    "[4294967296]",
+    "[-1]",
+    "[1.5]",
+    "[" + "7," * 5000 + "7]",
+    '{"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}',
+)
+HEADERS = (
+    "Content-Type: text/plain",
+    "Content-Type: \x00",
+    "X-Request-Id: " + "i" * 300,
+    "X-Request-Id: \xff\xfe",
+    "Accept: */*",
+    "Expect: 100-continue",
+    "Expect: the-worst",
+    "Content-Encoding: gzip",
+    "Authorization: Bearer x",
+    "Cookie: " + "c" * 9000,
+    "Upgrade: websocket",
+    "Upgrade: h2c",
+    "Connection: upgrade",
+    "Host: evil.example",
+    "Origin: https://evil.example",
+    "Origin: null",
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: identity",
+    "Content-Length: 5",
+    "Content-Length: -1",
+    "Content-Length: 1e3",
+    "Content-Length: " + "9" * 30,
+    "Content-Length: 0x10",
+    "Bad Header: x",
+    ": nameless",
+    "Folded: a\r\n b",
+    "X: " + "y" * 70_000,
+    "Range: bytes=0-1",
+    "X-Forwarded-For: 1.2.3.4",
+    "Keep-Alive: timeout=-1",
+)
+GARBAGE = (
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET /\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"\r\n" * 50,
+    b"SSH-2.0-OpenSSH_9.0\r\n\r\n",
+    b"GET  /  HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\nHost: x\n\n",
+    b"\x00" * 100,
+    b"POST / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    b"{}\r\n\r\n",
+    b"GET /\x00 HTTP/1.1\r\n\r\n",
+    b"GET \xff HTTP/1.1\r\n\r\n",
+)
+CHUNKS = (
+    b"zz\r\nabc\r\n",
+    b"-5\r\nabc\r\n",
+    b"5\r\nab\r\n0\r\n\r\n",
+    b"f" * 20 + b"\r\n",
+    b"3;x=" + b"y" * 9000 + b"\r\nabc\r\n",
+    b"3\r\n{}}\r\n0\r\nTrailer: x\r\n\r\n",
+    b"0\r\n\r\n",
+    b"\r\n",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Bytes to send. is_cut: the client hangs up in the middle. answers: how many there can be at most.
+
+    methods: of the requests, for what tells whether an answer has a body.
+    """
+
+    name: str
+    data: bytes
+    is_cut: bool = False
+    methods: tuple[str, ...] = ("POST",)
+
+
+class Hostile:
+    """Makes cases."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._kinds: tuple[tuple[Callable[[], Case], int], ...] = (
+            (self.wrong_value, 50),
+            (self.broken_json, 15),
+            (self.odd_request, 12),
+            (self.odd_header, 8),
+            (self.garbage, 4),
+            (self.chunked, 3),
+            (self.pipelined, 4),
+            (self.cut, 4),
+        )
+
+    def case(self) -> Case:
+        """One of any kind."""
+        makers, weights = zip(*self._kinds, strict=True)
+        made: Case = self._random.choices(makers, weights)[0]()
+        return made
+
+    def wrong_value(self) -> Case:
+        """JSON of which one to three parameters are wrong, or too much."""
+        path, body = self._body()
+        fields = {name: json.dumps(value) for name, value in body.items()}
+        for _ in range(self._random.randint(1, 3)):
+            fields[self._random.choice(PARAMETERS)] = self._random.choice(VALUES)
+        if self._random.random() < 0.2:
+            fields.pop(self._random.choice(list(fields)))
+        return Case(f"value {path}", request("POST", path, _object(fields), CLOSE))
+
+    def broken_json(self) -> Case:
+        """A right body with some bytes changed, inserted or lost."""
+        path, body = self._body()
+        raw = bytearray(json.dumps(body).encode())
+        for _ in range(self._random.randint(1, 4)):
+            place = self._random.randrange(len(raw) + 1)
+            raw[place : place + self._random.randint(0, 3)] = self._random.randbytes(self._random.randint(0, 3))
+        return Case(f"json {path}", request("POST", path, bytes(raw), CLOSE))
+
+    def odd_request(self) -> Case:
+        """Any method on any path."""
+        method, path = self._random.choice(METHODS), self._random.choice(PATHS)
+        if self._random.random() < 0.2:
+            path = "/" + "".join(
+                chr(self._random.randrange(33, 255)) for _ in range(self._random.choice((5, 50, 9000)))
+            )
+        body = self._random.choice((b"", b"{}", b"[]", b"null", b"\xff", b'"x"'))
+        return Case(f"{method} {path[:40]}", request(method, path, body, CLOSE), methods=(method,))
+
+    def odd_header(self) -> Case:
+        """A right request with wrong headers."""
+        path, body = self._body()
+        headers = self._random.sample(HEADERS, self._random.randint(1, 3))
+        if self._random.random() < 0.1:
+            headers += [f"H{n}: v" for n in range(3000)]
+        return Case(f"headers {headers}"[:80], request("POST", path, json.dumps(body).encode(), CLOSE, *headers))
+
+    def garbage(self) -> Case:
+        """No HTTP."""
+        data = self._random.choice((*GARBAGE, self._random.randbytes(self._random.randint(1, 300))))
+        return Case(f"garbage {data[:30]!r}", data + b"\r\n\r\n")
+
+    def chunked(self) -> Case:
+        """Chunks that are none."""
+        path, _ = self._body()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n{CLOSE}\r\n\r\n".encode()
+        chunks = b"".join(self._random.choices(CHUNKS, k=self._random.randint(1, 3)))
+        return Case("chunks", head + chunks)
+
+    def pipelined(self) -> Case:
+        """Several requests at once, before any answer."""
+        cases = []
+        for _ in range(self._random.randint(2, 6)):
+            path, body = self._body()
+            cases.append(
+                ("POST", path, json.dumps(body).encode()) if self._random.random() < 0.5 else ("GET", "/health", b"")
+            )
+        last = len(cases) - 1
+        data = b"".join(request(*case, *([CLOSE] if n == last else [])) for n, case in enumerate(cases))
+        if self._random.random() < 0.3:
+            data += self._random.choice(GARBAGE)
+        return Case("pipelined", data, methods=tuple(method for method, _, _ in cases))
+
+    def cut(self) -> Case:
+        """A client that leaves within what it says."""
+        whole = self._random.choice((self.wrong_value, self.odd_header, self.chunked))()
+        return Case("cut", whole.data[: self._random.randrange(len(whole.data))], is_cut=True)
+
+    def _body(self) -> tuple[str, dict[str, Any]]:
+        path = self._random.choices(list(BODIES), weights=(8, 4, 1, 1, 2, 2, 2))[0]
+        stream = {"stream": True} if path in ("/v1/chat/completions", "/v1/completions") else {}
+        return path, BODIES[path] | (stream if self._random.random() < 0.3 else {})
+
+
+def _object(fields: dict[str, str]) -> bytes:
+    text = ", ".join(f"{json.dumps(name)}: {value}" for name, value in fields.items())
+    return ("{" + text + "}").encode("utf-8", "surrogatepass")

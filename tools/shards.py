@@ -1,0 +1,190 @@
+"""Two ranks on this machine: whether they say what one process says, and what clients see when one is killed.
+
+Run: python -m tools.shards [--prompts 50]. Tiny models of random weights, one divided by tensor, one in a pipeline,
+each beside its like in rank 0 alone. Exit status 1 if a promise was broken:
+
+Promise 1: the same answers, greedy and with seeds, eight at a time, while other streams are hung up at random.
+Promise 2: when rank 1 is killed, or falls silent, its streams end with an error that names it, in time; /health names
+           it, and what rank 0 has alone is served on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.models import SENTENCES, tiny_llama
+from tests.ranks import Ranks, running_ranks, tiny_qwen
+from tests.running_server import RunningServer, eventually
+
+AT_ONCE = 8
+ANSWER = 24  # tokens
+RANK_TIMEOUT = 3.0  # seconds
+SETTINGS = """
+rank_timeout = {timeout}
+[models.tensor]
+source = "{directory}/llama"
+shard = "tensor"
+preload = true
+max_running = 8
+[models.pipeline]
+source = "{directory}/qwen"
+shard = "pipeline"
+preload = true
+max_running = 8
+[models.llama]
+source = "{directory}/llama"
+preload = true
+[models.qwen]
+source = "{directory}/qwen"
+preload = true
+"""
+LIKE = {"tensor": "llama", "pipeline": "qwen"}
+
+
+def write_settings(directory: Path, timeout: float = RANK_TIMEOUT) -> Path:
+    """Models and the settings that name them, in a directory."""
+    tiny_llama(directory / "llama")
+    tiny_qwen(directory / "qwen", layers=3)  # an uneven pipeline
+    file = directory / "settings.toml"
+    file.write_text(SETTINGS.format(directory=directory, timeout=timeout))
+    return file
+
+
+def ask(server: RunningServer, key: str, number: int, seeded: bool) -> dict[str, Any]:
+    """What a model says to a prompt."""
+    draw = random.Random(number)
+    prompt = " ".join(draw.choices(SENTENCES, k=draw.randint(1, 12)))
+    sampling = {"temperature": 0.9, "top_p": 0.95, "seed": number} if seeded else {"temperature": 0}
+    answer = server.chat(key, prompt, max_tokens=draw.randint(2, ANSWER), logprobs=True, **sampling).json
+    choice = answer["choices"][0]
+    tokens = [each["bytes"] for each in choice["logprobs"]["content"]]
+    return {"text": choice["message"]["content"], "tokens": tokens, "reason": choice["finish_reason"]}
+
+
+def compare(server: RunningServer, key: str, prompts: int, seeded: bool) -> int:
+    """How many of the prompts the sharded model and its like in one process answer differently."""
+
+    def both(number: int) -> bool:
+        return ask(server, key, number, seeded) == ask(server, LIKE[key], number, seeded)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return prompts - sum(pool.map(both, range(prompts)))
+
+
+def hang_up(server: RunningServer, done: threading.Event, seed: int) -> int:
+    """Begin streams and leave them after a few tokens, until it is done; how many."""
+    draw, count = random.Random(seed), 0
+    while not done.is_set():
+        with server.stream(draw.choice(list(LIKE)), draw.choice(SENTENCES), max_tokens=500, temperature=0) as stream:
+            stream.read(draw.randint(1, 6))
+        count += 1
+    return count
+
+
+def same_answers(server: RunningServer, prompts: int) -> int:
+    """Compare all, with hang-ups in between. Gives the number of differences."""
+    different = 0
+    done = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        leaving = [pool.submit(hang_up, server, done, seed) for seed in range(2)]
+        try:
+            for key in LIKE:
+                for seeded in (False, True):
+                    found = compare(server, key, prompts, seeded)
+                    print(
+                        f"{key}, {'seeded' if seeded else 'greedy'}: {prompts - found} of {prompts} equal", flush=True
+                    )
+                    different += found
+        finally:
+            done.set()
+    print(f"streams hung up meanwhile: {sum(each.result() for each in leaving)}")
+    return different
+
+
+def lose_rank(ranks: Ranks, key: str, strike: Callable[[], None]) -> list[str]:
+    """Strike rank 1 in the middle of eight streams of one model; what went wrong. Prints what each client saw."""
+    begun = threading.Barrier(AT_ONCE + 1)
+    struck = [0.0]
+
+    def read(number: int) -> tuple[int, float, object]:
+        with ranks.server.stream(key, SENTENCES[number % 4], max_tokens=2000, temperature=0) as stream:
+            payloads = stream.read(3)
+            begun.wait()
+            payloads += list(stream)
+            return len(payloads), time.monotonic() - struck[0], payloads[-1]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        readers = [pool.submit(read, number) for number in range(AT_ONCE)]
+        begun.wait()
+        struck[0] = time.monotonic()
+        strike()
+        seen = [reader.result() for reader in readers]
+    for number, (count, seconds, last) in enumerate(seen):
+        print(f"  client {number}: {count} events, the last {seconds:.3f} s after it: {last}")
+    wrong = [f"client saw {last}" for _, _, last in seen if "Rank 1" not in str(last)]
+    return wrong + [f"took {seconds:.1f} s" for _, seconds, _ in seen if seconds > 2 * RANK_TIMEOUT]
+
+
+def after_loss(ranks: Ranks) -> list[str]:
+    """What of the rest does not hold once rank 1 is lost."""
+    health = ranks.server.get("/health").json
+    print(f"  /health: {health['status']}, ranks {health['ranks']}")
+    alone = ranks.server.chat("llama", "Hello", max_tokens=4)
+    sharded = ranks.server.chat("tensor", "Hello", max_tokens=4)
+    print(
+        f"  a model of rank 0 alone: {alone.status}; a sharded one: {sharded.status} {sharded.json['error']['message']}"
+    )
+    ended = ranks.server.stop()
+    print(f"  rank 0 ended with status {ended.status}")
+    right = {
+        "health": health["ranks"][1]["status"] == "lost",
+        "alone": alone.status == 200,
+        "503": sharded.status == 503,
+    }
+    return [name for name, holds in right.items() if not holds]
+
+
+def kill(ranks: Ranks) -> None:
+    """End rank 1 without a word."""
+    ranks.processes[1].kill()
+
+
+def silence(ranks: Ranks) -> None:
+    """Make rank 1 stand still."""
+    ranks.processes[1].send_signal(signal.SIGSTOP)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prompts", type=int, default=50)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        settings = write_settings(Path(name))
+        with running_ranks(settings) as ranks:
+            broken = [f"{count} answers differ"] if (count := same_answers(ranks.server, arguments.prompts)) else []
+            ranks.server.stop()
+            eventually(lambda: ranks.processes[1].poll() is not None)
+            print(f"stopped: rank 1 ended with status {ranks.processes[1].returncode}")
+        for key in LIKE:
+            for strike in (kill, silence):
+                with running_ranks(settings) as ranks:
+                    print(f"{key}: {strike.__name__} rank 1 in the middle of {AT_ONCE} streams", flush=True)
+                    broken += lose_rank(ranks, key, lambda ranks=ranks, strike=strike: strike(ranks))  # type: ignore[misc]
+                    broken += after_loss(ranks)
+    print(f"broken: {broken}" if broken else "All promises were kept.")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
