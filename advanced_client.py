@@ -37,6 +37,7 @@ from client.events import Event, Reasoning
 from client.files import quote_file
 from client.live import LiveAnswer
 from client.load_view import load_with_bar
+from client.progress import Progress
 from client.prompts import read_prompt
 from client.reply import Reply, ask
 from client.shell.loop import run_shell
@@ -196,13 +197,14 @@ async def answer(arguments: Namespace, client: ChatClient, model: str, asked: st
     """Print one answer, as the arguments say."""
     conversation, reply = opening(arguments), Reply(model)
 
-    async def fill(show: Callable[[Event], None]) -> None:
+    async def fill(show: Callable[[Event], None], tell: Callable[[Progress], None] = lambda _: None) -> None:
         await ask(
             client,
             reply,
             conversation.asking(asked),
             stream=arguments.stream == "on",
             on_event=show,
+            on_progress=tell,
             **parameters(arguments),
         )
 
@@ -211,7 +213,7 @@ async def answer(arguments: Namespace, client: ChatClient, model: str, asked: st
         views.print_line(json.dumps(reply.to_object(), indent=2))
     elif views.console().is_terminal:
         with LiveAnswer(views.console(), arguments.think) as shown:
-            await fill(shown.write)
+            await fill(shown.write, shown.tell)
         if reply.timing:
             views.print_status(format_status(model, reply.timing, None))
     else:
@@ -221,11 +223,18 @@ async def answer(arguments: Namespace, client: ChatClient, model: str, asked: st
     return True
 
 
-async def fill_plainly(fill: Callable[[Callable[[Event], None]], Awaitable[None]], thinking: str) -> None:
+async def fill_plainly(
+    fill: Callable[[Callable[[Event], None], Callable[[Progress], None]], Awaitable[None]], thinking: str
+) -> None:
     """The answer to stdout as it is; the thinking to stderr where it is to be shown."""
     printer = views.AnswerPrinter()
+
+    def show(event: Event) -> None:
+        if thinking == "show" or not isinstance(event, Reasoning):
+            printer.write(event)
+
     try:
-        await fill(lambda event: None if thinking != "show" and isinstance(event, Reasoning) else printer.write(event))
+        await fill(show, printer.tell)
     finally:
         printer.end()
 

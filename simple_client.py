@@ -101,7 +101,7 @@ def ask(arguments: Namespace, messages: list[Message], printer: views.AnswerPrin
             for event in (await client.complete(messages, arguments.model, **params)).events:
                 printer.write(event)
             return
-        async with aclosing(client.stream(messages, arguments.model, **params)) as events:
+        async with aclosing(client.stream(messages, arguments.model, on_progress=printer.tell, **params)) as events:
             async for event in events:
                 printer.write(event)
 

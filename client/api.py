@@ -7,7 +7,7 @@ Rule 2: a stream that ends has ended well. Anything else raises StreamBroken, wh
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any, Self
@@ -64,14 +64,22 @@ class ChatClient:
     async def __aexit__(self, *error: object) -> None:
         await self._transport.__aexit__(*error)
 
-    async def stream(self, messages: Sequence[Message], model: str, **params: Any) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self,
+        messages: Sequence[Message],
+        model: str,
+        *,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        **params: Any,
+    ) -> AsyncGenerator[Event, None]:
         """The events of one answer as they arrive, Finished at the end.
 
         params are OpenAI's; those that are None are left out. Close the generator (contextlib.aclosing) to stop an
-        answer: that closes the connection, which is how the server knows. Raises ServerUnreachable, ApiError
-        (before the first event) and StreamBroken (at any point).
+        answer: that closes the connection, which is how the server knows. on_progress is told how far the load of
+        the model is while the answer waits for it. Raises ServerUnreachable, ApiError (before the first event) and
+        StreamBroken (at any point).
         """
-        body, reader = _streamed(messages, model, params), StreamReader()
+        body, reader = _streamed(messages, model, params), StreamReader(on_progress)
         async with self._transport.open("POST", "/chat/completions", body, self._read_timeout) as response:
             if response.content_type != "text/event-stream":
                 raise StreamBroken(f"the server sent {response.content_type} where text/event-stream was expected.")

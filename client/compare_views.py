@@ -11,6 +11,7 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from client.load_view import format_progress
 from client.reply import Reply
 
 FRAMES_PER_SECOND = 10
@@ -47,8 +48,10 @@ def format_side_by_side(replies: Sequence[Reply], cell: Callable[[Reply], Render
 
 
 def format_answer(reply: Reply) -> RenderableType:
-    """Thinking dim, the answer as Markdown, an error red."""
+    """Thinking dim, the answer as Markdown, an error red; how far the load is, as long as nothing else is there."""
     parts: list[RenderableType] = []
+    if reply.progress and not reply.events and not reply.error:
+        parts.append(Text(format_progress(reply.progress), "dim"))
     if reply.reasoning.strip():
         parts.append(Text(reply.reasoning.strip() + "\n", "dim"))
     if reply.content.strip():

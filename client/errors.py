@@ -21,6 +21,7 @@ from typing import Any
 from client.wire import mapping, parse, text
 
 QUOTED_CHARACTERS = 200
+KEY_HINT = "Give the server's key with --api-key, or in OPENAI_API_KEY."
 
 
 class ClientError(Exception):
@@ -92,6 +93,8 @@ def api_error(status: int, body: str) -> ApiError:
     answer = mapping(parse(body))
     fields = mapping(answer.get("error"))
     message = text(fields.get("message")) or text(answer.get("error")) or _described(status, body)
+    if status == HTTPStatus.UNAUTHORIZED:
+        message = f"{message} {KEY_HINT}"
     return ApiError(message, status, _named(fields, "type"), _named(fields, "param"), _named(fields, "code"))
 
 

@@ -19,6 +19,8 @@ from rich.text import Text
 
 from client.blocks import split_blocks, split_lines
 from client.events import Content, Event, Finished, Reasoning
+from client.load_view import format_progress
+from client.progress import Progress
 
 FRAME = 0.05
 FOLDED_LINES = 4
@@ -131,6 +133,11 @@ class LiveAnswer:
         if not self._frame:
             self._frame = asyncio.get_running_loop().call_later(FRAME, self._draw)
 
+    def tell(self, step: Progress) -> None:
+        """Draw how far the load is that the answer waits for. The answer is drawn in its place."""
+        line = Text(format_progress(step), "dim", no_wrap=True, overflow="ellipsis")
+        self._live.update(line, refresh=True)
+
     def _draw(self) -> None:
         self._frame = None
         if not self._thought:
@@ -139,6 +146,8 @@ class LiveAnswer:
             self._thinking.draw()
         elif self._view == "collapse":
             self._thinking.tail()
+        else:
+            self._thinking.drop()
 
     def _end_thinking(self) -> None:
         if not self._thought:

@@ -1,4 +1,4 @@
-"""The loading of a model with a bar that tells how far it is."""
+"""The loading of a model: a bar, or words, that tell how far it is."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def format_amount(step: Step) -> str:
         return ""
     write = decimal if step.stage in BYTE_STAGES else str
     return f"{write(int(step.done))} of {write(int(step.total))}"
+
+
+def format_progress(step: Step) -> str:
+    """A step in words on one line, for an answer that waits for its model."""
+    stage = " ".join(step.stage.split()) or "begun"
+    return ", ".join(part for part in (f"The model is being loaded: {stage}", format_amount(step)) if part)

@@ -1,12 +1,13 @@
-"""How far the loading of a model is: the events of a load that is told as a stream. Pure.
+"""How far the loading of a model is: told as a stream of its own, or in comments of an answer that waits for it. Pure.
 
-Rule: any number of Progress, then Loaded at the end; or LoadFailed.
+Rule: a stream is any number of Progress, then Loaded at the end; or LoadFailed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from client.errors import LoadFailed, StreamBroken
 from client.models import Loaded, read_loaded
@@ -46,6 +47,17 @@ class LoadReader:
         if error := event.get("error"):
             raise LoadFailed(text(mapping(error).get("message")) or text(error) or "the server does not say why.")
         if event.get("event") == "progress":
-            yield Progress(text(event.get("stage")), number(event.get("done")), number(event.get("total")) or None)
+            yield _read_step(event)
         if event.get("event") == "loaded":
             yield read_loaded(event, self._key)
+
+
+def read_comment(comment: str) -> Progress | None:
+    """The step in a comment of the form `loading {JSON}`; None for any other."""
+    name, _, payload = comment.partition(" ")
+    event = parse(payload) if name == "loading" else None
+    return _read_step(event) if isinstance(event, dict) else None
+
+
+def _read_step(event: dict[str, Any]) -> Progress:
+    return Progress(text(event.get("stage")), number(event.get("done")), number(event.get("total")) or None)

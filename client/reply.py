@@ -14,13 +14,17 @@ from typing import Any
 from client.api import ChatClient, Message
 from client.errors import ClientError
 from client.events import Content, Event, Finished, Reasoning
+from client.progress import Progress
 from client.stats import Timing, timing
 from client.status import figures
 
 
 @dataclass
 class Reply:
-    """What came of one answer. start: when it was asked for, in seconds of perf_counter."""
+    """What came of one answer. start: when it was asked for, in seconds of perf_counter.
+
+    progress: how far the load of its model was, if it had to wait for one.
+    """
 
     model: str
     start: float = 0.0
@@ -28,6 +32,7 @@ class Reply:
     reasoning: str = ""
     content: str = ""
     error: ClientError | None = None
+    progress: Progress | None = None
 
     def add(self, event: Event) -> None:
         """Take one event in."""
@@ -73,9 +78,15 @@ async def ask(
     *,
     stream: bool = True,
     on_event: Callable[[Event], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
     **params: Any,
 ) -> None:
     """Fill a reply, and tell each event. Without `stream` all of them come at the end. Raises as ChatClient does."""
+
+    def take_progress(step: Progress) -> None:
+        reply.progress = step
+        on_progress(step)
+
     reply.start = perf_counter()
     try:
         if not stream:
@@ -84,7 +95,7 @@ async def ask(
                 reply.add(event)
                 on_event(event)
             return
-        async with aclosing(client.stream(messages, reply.model, **params)) as events:
+        async with aclosing(client.stream(messages, reply.model, on_progress=take_progress, **params)) as events:
             async for event in events:
                 reply.add(event)
                 on_event(event)

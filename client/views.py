@@ -12,15 +12,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from rich.console import Console
+from rich.control import Control
 from rich.filesize import decimal
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
 from client.events import Content, Event, Finished, Reasoning
+from client.load_view import format_progress
 from client.models import Loaded, ModelCard, Unloaded
+from client.progress import Progress
 
 COLUMNS = ("key", "state", "type", "memory", "requests", "context", "source")
 STATE_STYLES = {"loaded": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
+LINE_START = Control(ControlType.CARRIAGE_RETURN)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -95,9 +100,11 @@ class AnswerPrinter:
         self._stderr = console(stderr=True)
         self._answer = Paragraph(_write)
         self._thinking = Paragraph(partial(self._stderr.out, style="dim", end="", highlight=False))
+        self._waiting = StatusLine(self._stderr)
 
     def write(self, event: Event) -> None:
         """Write one event at once. Tool calls are not shown."""
+        self._waiting.clear()
         match event:
             case Reasoning(text):
                 self._thinking.add(text)
@@ -109,10 +116,38 @@ class AnswerPrinter:
                 self.end()
                 print_status("(the answer reached its limit of tokens)")
 
+    def tell(self, step: Progress) -> None:
+        """Show how far the load is that the answer waits for; gone with the first event."""
+        self._waiting.show(format_progress(step))
+
     def end(self) -> None:
         """End the lines that are open, for an answer that stopped halfway too."""
+        self._waiting.clear()
         self._thinking.end()
         self._answer.end()
+
+
+class StatusLine:
+    """One dim line that can be replaced and taken away. Nothing is written where the console can't do that."""
+
+    def __init__(self, terminal: Console) -> None:
+        self._terminal = terminal
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Write the line in place of the one before. It is cut to the terminal's width."""
+        if self._terminal.is_interactive:
+            line = text[: self._terminal.width - 1]
+            self._terminal.control(LINE_START)
+            # Spaces, as an escape sequence is not always allowed.
+            self._terminal.out(line.ljust(self._width), style="dim", end="", highlight=False)
+            self._width = len(line)
+
+    def clear(self) -> None:
+        """Take the line away, if there is one."""
+        if self._width:
+            self.show("")
+            self._terminal.control(LINE_START)
 
 
 class Paragraph:

@@ -34,7 +34,7 @@ class Batcher:
     """The batch of one model. All calls on one thread, inside that thread's MLX stream.
 
     stall_target is in seconds. max_tokens_held: most tokens whose keys and values are there at once, None: no limit; a
-    single row may always go on. `others_step` tells how long a step of other models' streams takes, 0 without any.
+    single row may always go on. `others_step` tells a batch how long a step of other streams takes, 0 without any.
     token_bytes: what a token's keys and values count for, None measures it.
     """
 
@@ -45,7 +45,7 @@ class Batcher:
         max_running: int = 32,
         stall_target: float = 0.25,
         prefix_cache: PrefixCache | None = None,
-        others_step: Callable[[], float] = lambda: 0.0,
+        others_step: Callable[[object], float] = lambda asking: 0.0,
         max_tokens_held: int | None = None,
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
@@ -153,7 +153,7 @@ class Batcher:
 
     def pace(self) -> Pace:
         """The pace of the next chunk, as measured here."""
-        return self._prefill.pace(self.streaming_step(), self._others_step())
+        return self._prefill.pace(self.streaming_step(), self._others_step(self))
 
     def streaming_step(self) -> float:
         """Seconds that a step takes for those who stream; 0 while nobody does. May be asked from any thread."""
@@ -190,8 +190,9 @@ class Batcher:
         for index in leaving:
             if self._prefix_cache and rows[index].tokens:
                 tokens = [*rows[index].row.tokens[:-1], *rows[index].tokens]
-                self._keep_prefix(tokens, self._decoding.places.extract(index))
+                self._prefix_cache.store(tokens, self._decoding.places.extract(index))
         self._decoding.leave(leaving)
+        self._shrink_to(self._tokens_held())  # only now: those who leave need no room any more
 
     def _keep_prefix(self, tokens: Sequence[int], cache: kv.Cache) -> None:
         if self._prefix_cache:

@@ -98,7 +98,8 @@ class PlainFeed:
 
     def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
         """As many prompts as the budget holds, each padded to the longest."""
-        budget = 1 << (budget.bit_length() - 1)  # few sizes
+        if not device.is_cpu():
+            budget = 1 << (budget.bit_length() - 1)  # a GPU is better off with few sizes
         budget = scores.fitting(self._heads, budget, max(prompt.done for prompt in waiting) + budget)
         length = min(waiting[0].remaining, budget)
         prompts = [waiting[0]]

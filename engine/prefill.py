@@ -1,6 +1,6 @@
 """Prompts become keys and values, in chunks between the decode steps.
 
-Rule 1: while anybody streams, a chunk takes about as long as a step or two, and never longer than the stall target.
+Rule 1: while anybody streams, a chunk takes about as long as a few steps, and never longer than the stall target.
         Its size in tokens follows the measured speed.
 Rule 2: the prompt served first is the one that would be done first had it started at its arrival. Short prompts pass
         a long one, and the long one still ends.
@@ -21,7 +21,7 @@ from engine.feeding import Prompt, make_feed
 _SMALLEST_CHUNK = 16
 _LARGEST_CHUNK = 4096
 # Steps that a chunk may take the time of: streams slow down, and none stands still.
-_OWN_STEPS, _OTHERS_STEPS = 2.0, 1.0
+_OWN_STEPS, _OTHERS_STEPS = 3.0, 1.0
 # With nobody streaming there is nothing to stall; only cancels and newcomers wait.
 _IDLE_STALL_FACTOR = 4
 _ASSUMED_SPEED = 1000.0  # prompt tokens a second, until measured

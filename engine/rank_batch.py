@@ -25,7 +25,7 @@ class LeadingBatch:
         leader: Leader,
         number: int,
         opened: Opened,
-        others_step: Callable[[], float] = lambda: 0.0,
+        others_step: Callable[[object], float] = lambda asking: 0.0,
         metrics: ModelMetrics | None = None,
     ) -> None:
         self.vocab_size = opened.vocab_size
@@ -57,7 +57,7 @@ class LeadingBatch:
 
     def decode(self) -> list[RowToken]:
         """Advance every decoding row by one token."""
-        self._tell("decode", self._others_step())
+        self._tell("decode", self._others_step(self))
         while "tokens" not in (told := self._leader.answer(self._number)):
             self._answer(told["row"], told["accepted"])
         self._pace, self._has_prompts, self._step = told["pace"], told["has_prompts"], told["step"]

@@ -72,7 +72,7 @@ class Models:
             max_running=spec.max_running,
             stall_target=stall_target,
             prefix_cache=PrefixCache(spec.prefix_cache_bytes, token_bytes) if spec.prefix_cache_bytes else None,
-            others_step=lambda: self._others_step,
+            others_step=lambda asking: self._others_step,
             max_tokens_held=loaded.limits.cache_tokens,
             make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
             token_bytes=token_bytes,

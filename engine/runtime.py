@@ -75,7 +75,7 @@ class Builder:
         with self._leader.loading(spec) as number:
             loaded = loader.load(spec, progress=progress, divide=shards.nothing)
             opened = self._leader.open(number, spec.key, self._stall_target, progress)
-            batch = LeadingBatch(self._leader, number, opened, self._shortest_step, metrics)
+            batch = LeadingBatch(self._leader, number, opened, self._others_step, metrics)
             return self._put_together(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
 
     def _batcher(self, spec: ModelSpec, loaded: loader.LoadedModel, metrics: ModelMetrics | None) -> Batcher:
@@ -84,7 +84,7 @@ class Builder:
             max_running=spec.max_running,
             stall_target=self._stall_target,
             prefix_cache=PrefixCache(spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
-            others_step=self._shortest_step,
+            others_step=self._others_step,
             max_tokens_held=loaded.limits.cache_tokens,
             metrics=metrics,
         )
@@ -112,9 +112,10 @@ class Builder:
         )
         return ModelRuntime(batch, facts, intake)
 
-    def _shortest_step(self) -> float:
-        """Seconds that a step takes for the quickest model that streams; 0 while none does."""
-        steps = (batch.streaming_step() for known in self._batches if (batch := known()))
+    def _others_step(self, asking: object) -> float:
+        """Seconds that a step takes for the quickest other model that streams; 0 while none does."""
+        others = (batch for known in self._batches if (batch := known()) and batch is not asking)
+        steps = (batch.streaming_step() for batch in others)
         return min(filter(None, steps), default=0.0)
 
 

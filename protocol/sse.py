@@ -1,6 +1,7 @@
 """Server-sent events: the framing of a stream, both ways.
 
-Rule 1: only the data of an event matters to us; event names, ids and retry times are read over.
+Rule 1: only the data of an event matters to us, and comments to those who ask; event names, ids and retry times are
+        read over.
 Rule 2: any cut of the bytes gives the same payloads.
 Rule 3: an event that the stream ended in the middle of is no event.
 """
@@ -8,6 +9,7 @@ Rule 3: an event that the stream ended in the middle of is no event.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 LINE_BREAK = re.compile(rb"\r\n|\r|\n")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -27,9 +29,10 @@ DONE = encode(b"[DONE]")
 
 
 class SSEDecoder:
-    """Bytes of a stream in, payloads of complete events out."""
+    """Bytes of a stream in, payloads of complete events out. on_comment: called with the text of each comment line."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_comment: Callable[[str], None] = lambda _: None) -> None:
+        self._on_comment = on_comment
         self._rest = b""
         self._data: list[str] = []
         self._skipped_start = BYTE_ORDER_MARK
@@ -51,8 +54,11 @@ class SSEDecoder:
         self._skipped_start = b""
         if line:
             name, _, value = line.partition(b":")
+            text = value.removeprefix(b" ").decode(errors="replace")
             if name == b"data":
-                self._data.append(value.removeprefix(b" ").decode(errors="replace"))
+                self._data.append(text)
+            elif not name:
+                self._on_comment(text)
             return None
         payload, self._data = self._data, []
         return "\n".join(payload) if payload else None

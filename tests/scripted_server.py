@@ -57,11 +57,20 @@ def words(*texts, field="content"):
     return [chunk({field: text}) for text in texts]
 
 
+def told(*steps):
+    """How far a load is, in comments."""
+    return [b": loading " + json.dumps(step).encode() + b"\n\n" for step in steps]
+
+
 def call(index, **function):
     return chunk({"tool_calls": [{"index": index, "id": "call_1", "type": "function", "function": function}]})
 
 
-HANG, CUT = object(), object()
+HANG, CUT, GATE = object(), object(), object()
+STEPS = [
+    {"stage": "reading", "done": 1_000_000, "total": 4_000_000},
+    {"stage": "warming up", "done": None, "total": None},
+]
 
 STREAMS = {
     "talker": [chunk({"role": "assistant", "content": ""}), *words(*ANSWER), *END],
@@ -75,6 +84,9 @@ STREAMS = {
     "caller": [call(0, name="add", arguments='{"a"'), call(0, arguments=": 1}"), chunk({}, "tool_calls"), *END[1:]],
     "wordy": [*words("So"), chunk({}, "length"), *END[1:]],
     "waiter": [b": loading\n\n" * 3, *words(*ANSWER), *END],
+    "loader": [*told(*STEPS), b": keep-alive\n\n", GATE, *words(*ANSWER), *END],
+    "ponderous": [*told(*STEPS), GATE, *words("Hm", field="reasoning_content"), HANG],
+    "stumbler": [*told(*STEPS), GATE, data({"error": {"message": "No weights.", "type": "server_error"}})],
     "breaker": [*words("The cap"), data({"error": {"message": "The engine stopped.", "type": "server_error"}})],
     "babbler": [b"data: {nonsense\n\n"],
     "cutter": [*words("The cap"), CUT],
@@ -113,7 +125,7 @@ class ScriptedServer:
 
     def __init__(self, cards, has_extensions, api_key):
         self.cards, self.api_key = cards, api_key
-        self.url, self.requests, self.left = "", [], threading.Event()
+        self.url, self.requests, self.left, self.gate = "", [], threading.Event(), threading.Event()
         self.app = web.Application(middlewares=[self.watch])
         self.app.router.add_get("/v1/models", self.list)
         self.app.router.add_get("/v1/models/{key:.+}", self.card)
@@ -184,6 +196,8 @@ class ScriptedServer:
         for step in script:
             if step is CUT:
                 request.transport.abort()
+            elif step is GATE:
+                await asyncio.to_thread(self.gate.wait, 60)
             elif step is HANG:
                 await self.wait_until_left()
             else:

@@ -11,6 +11,7 @@ import pyte
 
 ROOT = Path(__file__).parent.parent
 COLUMNS, ROWS = 100, 40
+PATIENCE = 100.0  # seconds that a busy machine may take for anything
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, TAB, UP = "\x03", "\x04", "\r", "\x1b\r", "\t", "\x1b[A"
 SETTINGS = ("NO_COLOR", "FORCE_COLOR", "OPENAI_BASE_URL", "OPENAI_API_KEY")
 
@@ -35,6 +36,7 @@ class Terminal:
             encoding="utf-8",
             codec_errors="replace",
             echo=False,
+            timeout=PATIENCE,
         )
         self.screen = screen(self.child.send)
         self._stream = pyte.Stream(self.screen)
@@ -51,7 +53,7 @@ class Terminal:
     def enter(self, line):
         self.child.send(line + ENTER)
 
-    def expect(self, *texts, within=60):
+    def expect(self, *texts, within=PATIENCE):
         """Read until all of the texts are shown, in this order."""
         deadline = monotonic() + within
         while not self._shows(texts):
@@ -67,7 +69,7 @@ class Terminal:
         """Read to the program's end."""
         while True:
             try:
-                self._stream.feed(self.child.read_nonblocking(65536, timeout=30))
+                self._stream.feed(self.child.read_nonblocking(65536, timeout=PATIENCE))
             except pexpect.EOF:
                 self.child.wait()
                 return self.child.exitstatus

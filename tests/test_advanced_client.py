@@ -47,7 +47,7 @@ def test_it_runs_as_a_process_with_its_settings_from_the_environment(server):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         env=environment | {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "secret"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "The capital is Paris.\n", "")
@@ -172,6 +172,20 @@ def test_interference_has_a_phase_for_each_kind_of_work(main):
     assert [phase["ratios"]["ttft_p50_ms"] is None for phase in phases] == [False, False, False, True]
     assert (status, phases[3]["problem"]) == (1, "Model 'thinker' does not exist. Known models: sleeper, talker.")
     assert main("--interference", "talker", "--requests", "2")[0] == 2
+    for name, value in (("--rate", "5"), ("--plot", "a.png")):
+        status, _, err = main("--interference", "talker,thinker", name, value)
+        assert (status, err.startswith(f"error: {name}: 'with --interference'")) == (2, True)
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_interference_is_kept_in_a_file(main, tmp_path, suffix):
+    path = tmp_path / f"figures.{suffix}"
+    assert main("--interference", "thinker,talker", "--requests", "2", "--output", str(path))[0] == 0
+    with path.open() as file:
+        phases = json.load(file) if suffix == "json" else list(csv.DictReader(file))
+    assert [phase["phase"] for phase in phases][0::3] == ["alone", "talker is being loaded"]
+    if suffix == "csv":
+        assert all(float(phase["ttft_p50_ms"]) > 0 and float(phase["ttft_p50_ms_ratio"]) > 0 for phase in phases)
 
 
 def test_a_server_without_extensions_is_told_of(main):

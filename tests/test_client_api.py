@@ -6,7 +6,7 @@ import socket
 from contextlib import aclosing
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from client.api import ChatClient
@@ -20,7 +20,10 @@ from client.errors import (
     api_error,
 )
 from client.events import ChunkReader, Content, Finished, Reasoning, ToolCall, Usage, read_answer
+from client.load_view import format_progress
 from client.models import ModelCard, read_card
+from client.progress import Progress, read_comment
+from client.stats import timing
 from client.transport import normalise_url
 from tests.scripted_server import scripted_server
 
@@ -102,6 +105,28 @@ def test_a_stream_asks_for_usage_and_sends_only_parameters_that_have_a_value(ser
 )
 def test_thinking_under_both_names_keep_alives_and_tool_calls_are_understood(server, model, expected):
     assert streamed(server.url, model)[:-1] == expected
+
+
+STEPS = [Progress("reading", 1_000_000, 4_000_000), Progress("warming up")]
+
+
+def test_a_stream_tells_how_far_the_load_is_that_it_waits_for(server):
+    server.gate.set()
+    told = []
+
+    async def read(client):
+        async with aclosing(client.stream(ASKED, "loader", on_progress=told.append)) as stream:
+            return [event async for event in stream]
+
+    assert untimed(using(server.url, read)) == streamed(server.url, "loader") == streamed(server.url, "talker")
+    assert told == STEPS
+
+
+def test_the_steps_of_a_load_are_no_tokens_of_a_recording(server):
+    server.gate.set()
+    recorded = using(server.url, lambda client: client.record(ASKED, "loader"))
+    assert untimed(recorded.events()) == streamed(server.url, "talker")
+    assert timing(recorded.start, recorded.events()).arrivals[0] > recorded.reads[0][0]
 
 
 def test_a_stream_without_usage_and_without_done_is_whole_once_it_has_a_finish_reason(server):
@@ -320,3 +345,17 @@ def test_whatever_text_a_server_sends_with_an_error_is_an_api_error(status, body
     error = api_error(status, body)
     assert error.status == status
     assert str(error)
+
+
+@given(st.text())
+def test_any_comment_is_a_step_of_a_load_or_nothing(comment):
+    assert read_comment(f": {comment}") is None
+    assert read_comment(f"loading {comment}") is None or comment.strip().startswith("{")
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("stage", "done", "total"), JSON)))
+@example({"stage": "reading", "done": 10**400, "total": float("nan")})
+@example({"stage": "two\nlines", "done": 1, "total": float("inf")})
+def test_any_step_of_a_load_is_one_line(step):
+    line = format_progress(read_comment(f"loading {json.dumps(step)}"))
+    assert line.startswith("The model is being loaded: ") and "\n" not in line

@@ -17,6 +17,7 @@ from time import monotonic
 import pytest
 
 import simple_client
+from client.errors import KEY_HINT
 from tests.scripted_server import CARDS, scripted_server
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +250,7 @@ def test_the_url_and_the_key_come_from_the_environment():
         own = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "secret"}
         done = subprocess.run([*COMMAND, "--list"], capture_output=True, env=ENVIRONMENT | own, timeout=60)
         assert done.returncode == 0
-        assert ran(server.url, "--list")[::2] == (1, "error: Incorrect API key.\n")
+        assert ran(server.url, "--list")[::2] == (1, f"error: Incorrect API key. {KEY_HINT}\n")
 
 
 def test_a_reader_that_leaves_ends_it_quietly(server):
@@ -315,6 +316,18 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(server, model, kept
         assert shown.exit_status() == 0
     answered = [*kept, {"role": "assistant", "content": "For"}] if kept else []
     assert server.requests[-1]["messages"] == [*answered, {"role": "user", "content": "two"}]
+
+
+def test_a_load_that_an_answer_waits_for_is_told_on_a_terminal_alone(server):
+    server.gate.clear()
+    with terminal(server.url, "--model", "loader", "--stream", "Capital?") as shown:
+        shown.expect("The model is being loaded: reading, 1.0 MB of 4.0 MB")
+        shown.expect("\r")
+        shown.expect("The model is being loaded: warming up")
+        server.gate.set()
+        assert shown.expect("The capital is Paris.").endswith("\r")
+        assert shown.exit_status() == 0
+    assert ran(server.url, "--model", "loader", "--stream", "Capital?") == (0, "The capital is Paris.\n", "")
 
 
 def test_an_error_in_the_first_turn_ends_the_conversation(server):

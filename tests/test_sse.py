@@ -60,6 +60,16 @@ def test_a_comment_is_no_event(text):
     assert decode(encode(b"a") + comment(text) + encode(b"b")) == ["a", "b"]
 
 
+@given(STREAMS, st.data())
+def test_any_cut_tells_the_same_comments(stream, data):
+    cut = data.draw(st.integers(0, len(stream)))
+    told = []
+    decoder = SSEDecoder(told.append)
+    assert [*decoder.feed(stream[:cut]), *decoder.feed(stream[cut:])] == reference(stream)
+    lines = stream.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode().split("\n")
+    assert told == [line[1:].removeprefix(" ") for line in lines[:-1] if line.startswith(":")]
+
+
 def test_an_event_is_told_with_its_last_byte():
     assert decode(b"data: x\r\n\r") == ["x"]
 

@@ -38,7 +38,7 @@ class Connection(asyncio.Protocol):
             return
         self._received = b""
         if head.startswith(b"POST"):
-            self._answer(at, json.loads(body)["max_tokens"])
+            self._answer(at, _length(json.loads(body)))
         elif head.startswith(b"DELETE"):
             self.sent.clear()
             self._write_json([])
@@ -77,6 +77,11 @@ def _event(choices: list[dict[str, object]], usage: dict[str, int] | None = None
 
 def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def _length(request: dict[str, int]) -> int:
+    """The tokens that are asked for, by either name."""
+    return request.get("max_completion_tokens") or request["max_tokens"]
 
 
 async def serve(port: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from client.api import ChatClient
 from client.bench.figures import figures, to_object, write
-from client.bench.interference import MEASURES, Interference, Phase, to_objects
+from client.bench.interference import MEASURES, Interference, Phase, to_objects, to_rows
 from client.bench.load import Run, run_level
 from client.bench.options import make_plan
 from client.bench.plan import Plan
@@ -36,11 +35,11 @@ async def benchmark(
         for level in plan.levels:
             task = bar.add_task(f"{level.model} {level.name}", total=plan.requests)
             runs.append(await run_level(client, plan, level, lambda task=task: bar.advance(task)))  # type: ignore[misc]
+    _show(plan, runs, console(), as_json)
     if options.output:
-        write(options.output, plan, runs)
+        write(options.output, [figures(run, plan.slo) for run in runs], to_object(plan, runs))
     if options.plot:
         write_picture(options.plot, runs)
-    _show(plan, runs, console(), as_json)
     return not any(run.errors for run in runs)
 
 
@@ -50,9 +49,12 @@ async def interference(
     """Measure how the second model's work slows the first one down, and show it. Raises ClientError."""
     if len(models) != 2:
         raise SettingInvalid("--interference", ",".join(models), "two models, such as a,b")
+    for name in ("rate", "plot"):
+        if getattr(options, name):
+            raise SettingInvalid(f"--{name}", "with --interference", "one of the two")
     options.requests = options.requests or INTERFERENCE_REQUESTS
     options.concurrency = options.concurrency or (1,)
-    plan = replace(make_plan(options, models[:1], params), rates=())
+    plan = make_plan(options, models[:1], params)
     measured = Interference(client, plan, *models)
     phases: list[Phase] = []
     with progress_bar(console(stderr=True)) as bar:
@@ -67,6 +69,8 @@ async def interference(
     else:
         rows = [["", *MEASURES], *([one["phase"], *_cells(one)] for one in objects)]
         print_line("\n".join("\t".join(row) for row in rows))
+    if options.output:
+        write(options.output, to_rows(objects), objects)
     return all(phase.run and not phase.run.errors for phase in phases)
 
 

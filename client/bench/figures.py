@@ -65,9 +65,8 @@ def to_object(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
     return {"settings": settings, "levels": levels}
 
 
-def to_csv(plan: Plan, runs: Sequence[Run]) -> str:
-    """A line of figures for each level, under one of names."""
-    rows = [figures(run, plan.slo) for run in runs]
+def to_csv(rows: Sequence[Figures]) -> str:
+    """A line for each row, under one with the names of the first."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -81,10 +80,9 @@ def check_output(path: Path) -> None:
         raise SettingInvalid("output", str(path), "a name that ends in .json or .csv")
 
 
-def write(path: Path, plan: Plan, runs: Sequence[Run]) -> None:
-    """Keep a benchmark in a file. Raises FileUnusable."""
-    is_csv = path.suffix.lower() == ".csv"
-    text = to_csv(plan, runs) if is_csv else json.dumps(to_object(plan, runs), indent=2) + "\n"
+def write(path: Path, rows: Sequence[Figures], whole: object) -> None:
+    """Keep figures in a file: the rows as CSV, or the whole as JSON. Raises FileUnusable."""
+    text = to_csv(rows) if path.suffix.lower() == ".csv" else json.dumps(whole, indent=2) + "\n"
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

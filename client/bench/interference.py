@@ -144,6 +144,16 @@ def to_objects(phases: list[Phase], plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
+def to_rows(objects: list[dict[str, Any]]) -> list[Figures]:
+    """What to_objects() made for CSV: a flat row a phase."""
+    return [
+        {"phase": one["phase"], "problem": one["problem"]}
+        | (one["figures"] or {})
+        | {f"{name}_ratio": ratio for name, ratio in one["ratios"].items()}
+        for one in objects
+    ]
+
+
 MEASURES = {
     "TTFT p50 ms": "ttft_p50_ms",
     "inter-token p50 ms": "gap_p50_ms",

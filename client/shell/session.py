@@ -75,8 +75,15 @@ class Session:
         reply, messages = Reply(self.model), self.conversation.asking(question)
         try:
             with LiveAnswer(self.stdout, self.thinking) as answer:
-                show = answer.write
-                await ask(self.client, reply, messages, stream=self.streams, on_event=show, **self.params)
+                await ask(
+                    self.client,
+                    reply,
+                    messages,
+                    stream=self.streams,
+                    on_event=answer.write,
+                    on_progress=answer.tell,
+                    **self.params,
+                )
         finally:
             if reply.content and not reply.error:
                 self.conversation = self.conversation.with_turn(question, reply.content)
