@@ -106,6 +106,8 @@ def stream_error(error: Any) -> StreamBroken:
 def _described(status: int, body: str) -> str:
     phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown status"
     quoted = " ".join(body.split())[:QUOTED_CHARACTERS]
+    if status < HTTPStatus.BAD_REQUEST:
+        return f"The server's answer is not what this path should give (HTTP {status}): {quoted or 'nothing'}"
     return f"HTTP {status} ({phrase}): {quoted}" if quoted else f"HTTP {status} ({phrase})."
 
 
