@@ -34,7 +34,8 @@ from engine.rank_link import LinkLost
 from engine.ranks import RanksDiffer
 from engine.threads import Threads
 from engine.worker import Engine
-from model_manager import ModelManager, Reload
+from model_changes import Reload
+from model_manager import ModelManager
 from model_watch import watch
 from server import logs
 from server.handlers import VERSION

@@ -93,16 +93,11 @@ class ModelInstance(ModelLife):
             ModelFailed: it has failed several times, and it is too early to try again.
             LoadFailed, LoadAborted, NoRoom, ModelUnloading, EngineStopped
         """
-        ticket = self._enter(keep_alive)
         try:
-            engine = await self._engine_for(ticket)
-            await engine.compile(request)
-            generation = engine.submit(request)
+            ticket, generation = await self._begin(request, keep_alive)
         except BaseException as error:
-            self._exit(ticket)
-            self.metrics.requests[
-                "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
-            ] += 1
+            outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
+            self.metrics.requests[outcome] += 1
             raise
         if generation.is_done:
             self._finish(ticket, generation)
@@ -117,6 +112,16 @@ class ModelInstance(ModelLife):
             return await (await self._engine_for(ticket)).ask(question)
         finally:
             self._exit(ticket)
+
+    async def _begin(self, request: GenerationRequest, keep_alive: float | None) -> tuple[Ticket, Generation]:
+        ticket = self._enter(keep_alive)
+        try:
+            engine = await self._engine_for(ticket)
+            await engine.compile(request)
+            return ticket, engine.submit(request)
+        except BaseException:
+            self._exit(ticket)
+            raise
 
     def _enter(self, keep_alive: float | None) -> Ticket:
         if self.state is ModelState.DRAINING:
@@ -147,7 +152,7 @@ class ModelInstance(ModelLife):
 
     def _exit(self, ticket: Ticket) -> None:
         if self._requests.leave(ticket):
-            self._await_expiry()
+            self.set_expiry()
             self._room.look()
 
     def _finish(self, ticket: Ticket, generation: Generation) -> None:

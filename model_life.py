@@ -7,12 +7,14 @@ Rule 4: a model that is evicted finishes what it has begun; what arrives meanwhi
         model that is unloaded takes nothing new.
 Rule 5: a model that failed has nothing left in memory. The next request loads it again; after several failures in a
         row only when some time has gone by. Somebody who asks for the load itself need not wait.
+Rule 6: a model that is no longer registered is not loaded again, whoever still holds it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -46,6 +48,7 @@ class ModelLife:
         self.estimate: Estimate | None = None
         self.error: EngineError | None = None
         self.load_seconds = 0.0
+        self.is_retired = False  # it is no longer registered
         self.metrics = metrics
         self._services = services
         self._room = room
@@ -71,6 +74,11 @@ class ModelLife:
     def is_leaving(self) -> bool:
         """Whether it is on its way out."""
         return self.state in (ModelState.EVICTING, ModelState.DRAINING)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it is neither there nor on its way."""
+        return self.state in (ModelState.UNLOADED, ModelState.FAILED)
 
     @property
     def waiting_since(self) -> float | None:
@@ -114,6 +122,8 @@ class ModelLife:
 
     async def _loaded(self) -> None:
         if self._load_task is None or self._load_task.done():
+            if self.is_retired:
+                raise ModelUnloading(self.key)
             self._load_task = asyncio.create_task(self._load())
             self._load_task.add_done_callback(look_at)  # those who waited may all have left
         await asyncio.shield(self._load_task)
@@ -139,6 +149,8 @@ class ModelLife:
     def _fail_to_load(self, error: BaseException) -> None:
         how = outcome(error)
         self.metrics.loads[how] += 1
+        if not isinstance(error, EngineError | asyncio.CancelledError):
+            log.error("A load met what nobody expected", exc_info=error)
         if how == "failed":
             self._fail(failure(self.key, error))
         else:
@@ -163,8 +175,9 @@ class ModelLife:
         self._requests.last_used = self._resident_since = time.monotonic()
         self._cut.clear()
         self._become(ModelState.READY)
+        self._requests.keep_alive = None  # what it was in an earlier life
         self._requests.serve_held()
-        self._await_expiry()
+        self.set_expiry()
         self._room.resize(self, self.facts.weight_bytes + self.estimate.cache + self.estimate.activations)
 
     # -- leaving --------------------------------------------------------------------------------------------------
@@ -221,12 +234,17 @@ class ModelLife:
         async with self._lock:
             started, at_start = time.monotonic(), self._requests.served
             aborted = await self._requests.ended(self._cut)
-            before = self._services.measure_memory()
-            if self._engine:
-                await self._engine.stop(STOP_PATIENCE)
-            freed = max(0, before - self._services.measure_memory())
-            self._become(ModelState.UNLOADED)
-            self._vacate()
+            before = self._services.memory_now()
+            try:
+                if self._engine:
+                    await self._engine.stop(STOP_PATIENCE)
+            except Exception:
+                log.exception("The engine of model %r did not end well", self.key)
+            finally:
+                self._become(ModelState.UNLOADED)
+                self._vacate()
+            after = self._services.memory_now()
+            freed = max(0, before - after) if before and after else 0
             return UnloadReport(at_start - aborted, aborted, freed, time.monotonic() - started)
 
     def _vacate(self) -> None:
@@ -260,11 +278,14 @@ class ModelLife:
 
     # -- the end of its time --------------------------------------------------------------------------------------
 
-    def _await_expiry(self) -> None:
-        """From now on the model is idle."""
+    def set_expiry(self) -> None:
+        """See when the model leaves, if it is idle: it has become so, or its settings have changed."""
+        if self.state is not ModelState.READY or self._requests.served:
+            return
         usual = self._services.settings().ttl if self.spec.ttl is None else self.spec.ttl
-        if self.state is ModelState.READY and not self._requests.served and not self.spec.pin:
-            self._expiry.set(usual if self._requests.keep_alive is None else self._requests.keep_alive)
+        seconds = usual if self._requests.keep_alive is None else self._requests.keep_alive
+        idle = time.monotonic() - self._requests.last_used
+        self._expiry.set(math.inf if self.spec.pin else max(0.0, seconds - idle))
 
     def _expire(self) -> None:
         if self.state is ModelState.READY and not self._requests.served:

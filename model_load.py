@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from engine.config import ModelSpec, Settings
 from engine.errors import EngineError, LoadAborted, LoadFailed, NoRoom
@@ -16,6 +17,8 @@ from engine.metrics import ModelMetrics
 from engine.types import ModelFacts
 from engine.worker import Engine
 from model_state import Step
+
+log = logging.getLogger("models")
 
 # Starts the engine of a model. Further arguments: what is told when the engine ends by itself, what hears of the
 # load's progress, and what counts.
@@ -33,6 +36,14 @@ class Services:
     estimate: Callable[[ModelSpec], Estimate]
     measure_memory: Callable[[], int]
     settings: Callable[[], Settings]
+
+    def memory_now(self) -> int | None:
+        """Bytes that this process holds; None if that can't be told, which must not keep a model from leaving."""
+        try:
+            return self.measure_memory()
+        except Exception as error:
+            log.warning("The memory of the process is not known: %s", error)
+            return None
 
 
 class Steps:
@@ -75,11 +86,15 @@ async def started_engine(
 
 @asynccontextmanager
 async def abortable(key: str) -> AsyncIterator[None]:
-    """Whoever waits for a load that was cancelled must not take that for a cancellation of its own."""
+    """Raise only EngineErrors. Above all, whoever waits for a load that was cancelled must not take that for a
+    cancellation of its own.
+    """
     try:
         yield
     except asyncio.CancelledError:
         raise LoadAborted(key) from None
+    except Exception as error:
+        raise failure(key, error)  # noqa: B904  (it may be the same)
 
 
 def outcome(error: BaseException) -> Literal["aborted", "refused", "failed"]:
@@ -94,7 +109,7 @@ def failure(key: str, error: BaseException) -> EngineError:
     return error if isinstance(error, EngineError) else LoadFailed(key, f"{type(error).__name__}: {error}")
 
 
-def look_at(task: asyncio.Task[None]) -> None:
+def look_at(task: asyncio.Future[Any]) -> None:
     """Take note of how a task ended, so that nothing complains that nobody did."""
     if not task.cancelled():
         task.exception()

@@ -2,8 +2,10 @@
 
 ModelManager holds one ModelInstance a key (model_instance.py); all of them share one Room (model_room.py).
 
-Rule 1: only registered sources are loaded. A request registers nothing, unless allow_any_model is set.
+Rule 1: only registered sources are loaded. A request registers nothing, unless allow_any_model is set; what it
+        registered then and could not be loaded is forgotten when the next one comes.
 Rule 2: a model that was replaced or removed is forgotten at once; its last requests end with it.
+Rule 3: close() finds every model that may have an engine, registered or not.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from engine import memory, sources
 from engine.config import ModelSpec, Settings
-from engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
+from engine.errors import EngineError, ModelExists, ModelNotFound, ModelReplaced, NoRoom
 from engine.memory import Estimate
 from engine.metrics import Metrics
 from engine.placement import Rules
 from engine.ranks import RankReport
+from model_changes import Reload, changes, contradicts, is_live
 from model_instance import ModelInstance
 from model_load import Services, StartEngine
 from model_room import Room
@@ -30,23 +32,6 @@ from model_state import ModelState, Step, UnloadMode, UnloadReport
 log = logging.getLogger("models")
 
 CLOSE_GRACE = 10.0  # seconds that engines get to end
-
-# What changes with new settings while the model stays as it is.
-_LIVE_FIELDS = ("aliases", "pin", "preload", "ttl", "max_waiting")
-_LIVE_SETTINGS = {
-    "models", "log_level", "memory_limit", "min_residency", "max_wait", "ttl", "load_on_demand", "allow_any_model",
-    "wedged_after", "api_key", "admin_key", "api_key_file", "admin_key_file", "allow_host", "allow_origin",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Reload:
-    """What new settings changed: keys of models, and names of settings that take a restart."""
-
-    added: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    restart_needed: tuple[str, ...] = ()
 
 
 class ModelManager:
@@ -71,6 +56,7 @@ class ModelManager:
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._instances: dict[str, ModelInstance] = {}
         self._departing: set[ModelInstance] = set()  # no longer registered, not yet unloaded
+        self._arriving: dict[str, ModelInstance] = {}  # by the key under which they replace others
         self._work: set[asyncio.Task[object]] = set()
         for spec in settings.models:
             self.register(spec)
@@ -89,12 +75,21 @@ class ModelManager:
 
     def instance(self, key: str) -> ModelInstance:
         """The model of this key or alias. Raises ModelNotFound."""
-        named = (instance for instance in self._instances.values() if key in instance.spec.aliases)
-        if found := self._instances.get(key) or next(named, None):
+        if found := self._instances.get(key) or self._named(key):
             return found
-        if self.settings.allow_any_model and sources.is_repository(key):
-            return self.register(ModelSpec(key, key))
         raise ModelNotFound(key, self.keys)
+
+    def wanted(self, key: str) -> ModelInstance:
+        """The model of this key or alias, for a request that it is to answer: registered for it if allow_any_model is
+        set. Raises ModelNotFound.
+        """
+        try:
+            return self.instance(key)
+        except ModelNotFound:
+            if not (self.settings.allow_any_model and sources.is_repository(key)):
+                raise
+        self._forget_failures()
+        return self.register(ModelSpec(key, key))
 
     def register(self, spec: ModelSpec) -> ModelInstance:
         """Make a model known without loading it. A spec that agrees with the known one is no change.
@@ -105,7 +100,7 @@ class ModelManager:
         known = self._instances.get(spec.key)
         if known is None:
             known = self._instances[spec.key] = self._new(spec)
-        elif _contradicts(spec, known.spec):
+        elif contradicts(spec, known.spec):
             raise ModelExists(spec.key, known.spec.source, spec.source)
         return known
 
@@ -130,21 +125,20 @@ class ModelManager:
         on_step hears of the load's progress.
 
         Raises:
-            ModelExists, LoadFailed, LoadAborted, NoRoom, ModelUnloading
+            ModelExists, ModelReplaced, LoadFailed, LoadAborted, NoRoom, ModelUnloading
         """
         known = self._instances.get(spec.key)
-        if known and replaces and _contradicts(spec, known.spec):
-            new = self._new(spec)
-            with new.heard_by(on_step):
-                return await self._replace(known, new)
+        if known and replaces and contradicts(spec, known.spec):
+            return await self._replace(known, self._new(spec), on_step)
+        if known is None and (other := self._named(spec.key)):
+            raise ModelExists(spec.key, other.spec.source, spec.source)
         instance = self.register(spec)
         try:
             with instance.heard_by(on_step):
                 await instance.load()
         except EngineError:
-            is_absent = instance.state in (ModelState.UNLOADED, ModelState.FAILED)
-            if known is None and is_absent and self._instances.get(spec.key) is instance:
-                del self._instances[spec.key]
+            if known is None and instance.is_absent:
+                self._strike(instance)
             raise
         return instance
 
@@ -158,7 +152,7 @@ class ModelManager:
         unloading = asyncio.ensure_future(instance.unload(mode, patience))
         await asyncio.sleep(0)  # a refusal comes at once, and leaves the key
         if not (unloading.done() and unloading.exception()):
-            del self._instances[instance.key]
+            self._strike(instance)
             self._departing.add(instance)
             unloading.add_done_callback(lambda _: self._departing.discard(instance))
         return await unloading
@@ -171,21 +165,19 @@ class ModelManager:
         """Take new settings. Models whose section did not change are not touched; changed ones that were loaded are
         loaded anew, in the background.
         """
-        before, after = ({spec.key: spec for spec in s.models} for s in (self.settings, settings))
-        fixed = [field.name for field in fields(Settings) if field.name not in _LIVE_SETTINGS]
-        restart = tuple(name for name in fixed if getattr(settings, name) != getattr(self.settings, name))
-        removed = tuple(key for key in before if key not in after and key in self._instances)
-        added = tuple(key for key in after if key not in self._instances)
-        changed = tuple(key for key in after if key in self._instances and after[key] != before.get(key))
+        new = changes(self.settings, settings, self.keys)
+        specs = {spec.key: spec for spec in settings.models}
         self.settings = settings
-        for key in removed:
-            self._part_with(self._instances.pop(key))
-        wanted = [self.register(after[key]) for key in added]
+        for key in new.removed:
+            self._part_with(self._instances[key])
+        wanted = [self.register(specs[key]) for key in new.added]
         wanted = [instance for instance in wanted if instance.spec.preload]
-        wanted += [new for key in changed if (new := self._change(after[key]))]
+        wanted += [changed for key in new.changed if (changed := self._change(specs[key]))]
         self._keep(self._load_all(wanted))
         self.room.look()
-        return Reload(added, removed, changed, restart)
+        for instance in self.instances:
+            instance.set_expiry()
+        return new
 
     async def close(self, patience: float) -> None:
         """Call loads off, let running requests finish for `patience` seconds, then end every engine.
@@ -193,14 +185,19 @@ class ModelManager:
         One that is stuck is left where it is, CLOSE_GRACE seconds later.
         """
         self.room.close()
-        everybody = [*self.instances, *self._departing]
+        everybody = {*self.instances, *self._departing, *self._arriving.values()}
         closing = [asyncio.ensure_future(instance.close(patience)) for instance in everybody] + [*self._work]
         if not closing:
             return
         done, stuck = await asyncio.wait(closing, timeout=patience + CLOSE_GRACE)
-        await asyncio.gather(*done)
+        for outcome in await asyncio.gather(*done, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                log.error("The end of a model met what nobody expected", exc_info=outcome)
         if stuck:
             log.error("%d models could not be unloaded", len(stuck))
+
+    def _named(self, alias: str) -> ModelInstance | None:
+        return next((instance for instance in self.instances if alias in instance.spec.aliases), None)
 
     def _new(self, spec: ModelSpec) -> ModelInstance:
         return ModelInstance(spec, self._services, self.room, self.metrics.of(spec.key))
@@ -209,47 +206,76 @@ class ModelManager:
         budget = memory.budget(self.settings.memory_limit)
         return Rules(budget, self.settings.min_residency, self.settings.max_wait)
 
-    async def _replace(self, old: ModelInstance, new: ModelInstance) -> ModelInstance:
+    async def _replace(self, old: ModelInstance, new: ModelInstance, on_step: Callable[[Step], None]) -> ModelInstance:
         """Load the new one beside the old one, or else after it; the old one is put back if the new one fails."""
+        if new.key in self._arriving:
+            raise ModelReplaced(new.key)
+        self._arriving[new.key] = new
         was_loaded = old.state is ModelState.READY
         try:
-            await new.load()
-            self._instances[old.key] = new
-            self._part_with(old)
-            return new
-        except NoRoom:
-            if not was_loaded:
-                raise
-        self._instances[old.key] = new  # requests from here on wait for it
+            with new.heard_by(on_step):
+                try:
+                    await new.load()
+                    self._put(new)
+                except NoRoom:
+                    if not was_loaded:
+                        raise
+                    await self._load_after(old, new)
+        finally:
+            del self._arriving[new.key]
+        return new
+
+    async def _load_after(self, old: ModelInstance, new: ModelInstance) -> None:
+        self._put(new)  # requests from here on wait for it
         await old.unload("drain")
         try:
             await new.load()
         except EngineError:
-            self._instances[old.key] = old
-            self._keep(self._load_all([old]))
+            if self._instances.get(new.key) is new:
+                self._instances[new.key], new.is_retired, old.is_retired = old, True, False
+                self._keep(self._load_all([old]))
             raise
-        return new
+
+    def _put(self, new: ModelInstance) -> None:
+        """Register a model in the place of whichever has its key now."""
+        former = self._instances.get(new.key)
+        self._instances[new.key] = new
+        if former:
+            self._part_with(former)
 
     def _change(self, spec: ModelSpec) -> ModelInstance | None:
         """Give a model its new section. What has to be loaded for it, if anything."""
         known = self._instances[spec.key]
-        live = {name: getattr(spec, name) for name in _LIVE_FIELDS}
-        if replace(known.spec, **live) == spec:
+        if is_live(known.spec, spec):
             known.spec = spec
             return None
-        new = self._instances[spec.key] = self._new(spec)
         was_loaded = known.state in (ModelState.READY, ModelState.LOADING)
-        self._part_with(known)
+        self._put(new := self._new(spec))
         return new if was_loaded or spec.preload else None
 
     def _part_with(self, instance: ModelInstance) -> None:
-        """Unload a model that is no longer in the registry, after its last request."""
+        """Take a model out of the registry, and unload it after its last request."""
+        self._strike(instance)
         self._departing.add(instance)
         self._keep(self._bid_farewell(instance))
 
     async def _bid_farewell(self, instance: ModelInstance) -> None:
         await instance.unload("drain")
         self._departing.discard(instance)
+
+    def _strike(self, instance: ModelInstance) -> None:
+        """Take a model out of the registry, in which its key may be another one's by now."""
+        instance.is_retired = True
+        if self._instances.get(instance.key) is instance:
+            del self._instances[instance.key]
+
+    def _forget_failures(self) -> None:
+        """Strike the models that a request registered and that were never there."""
+        configured = {spec.key for spec in self.settings.models}
+        for instance in self.instances:
+            was_tried = instance.metrics.loads and not instance.metrics.loads["loaded"]
+            if was_tried and instance.is_absent and instance.key not in configured and not instance.requests:
+                self._strike(instance)
 
     def _keep(self, work: Coroutine[Any, Any, object]) -> None:
         """Let work go on by itself; close() waits for it."""
@@ -261,9 +287,3 @@ class ModelManager:
         for outcome in await asyncio.gather(*(instance.load() for instance in instances), return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
                 raise outcome
-
-
-def _contradicts(asked: ModelSpec, known: ModelSpec) -> bool:
-    """Whether two specs can't be one model's. What `asked` leaves open agrees with anything."""
-    stated = ((asked.adapter, known.adapter), (asked.type, known.type), (asked.context_length, known.context_length))
-    return asked.source != known.source or any(want is not None and want != has for want, has in stated)

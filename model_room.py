@@ -2,7 +2,8 @@
 
 Rule 1: decided in one plain step, recorded in the same: who was granted room counts from then on, and who was chosen
         to leave counts no more. Two loads never take the same room (engine/placement.py decides).
-Rule 2: what was granted is used only when those who leave are gone.
+Rule 2: what was granted is used only when those who leave are gone. If it is not there even then, because somebody has
+        grown or the limit was lowered meanwhile, it is decided anew.
 Rule 3: nobody polls: every change of a model, and the end of a time limit, leads to another look.
 """
 
@@ -55,7 +56,7 @@ class Room:
         self._ledger: dict[Tenant, int] = {}  # granted, whether in use or not yet
         self._present: set[Tenant] = set()  # those in use
         self._claims: list[_Claim] = []
-        self._released = asyncio.Event()
+        self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self.is_closed = False
 
@@ -80,6 +81,22 @@ class Room:
             NoRoom: it does not fit, even without those that can leave.
             LoadAborted: the server stops.
         """
+        try:
+            await self._granted(tenant, bytes)
+            while not self._is_free(bytes):
+                if any(other.is_leaving for other in self._present):
+                    self._changed.clear()
+                    await self._changed.wait()
+                else:
+                    del self._ledger[tenant]
+                    await self._granted(tenant, bytes)
+            self._present.add(tenant)
+        except BaseException:
+            self.release(tenant)
+            raise
+
+    async def _granted(self, tenant: Tenant, bytes: int) -> None:
+        """Wait until the ledger has a model's room."""
         if self.is_closed:
             raise LoadAborted(tenant.key)
         claim = _Claim(tenant, bytes, asyncio.get_running_loop().create_future())
@@ -87,14 +104,8 @@ class Room:
         self.look()
         try:
             await claim.granted
-            while not self._is_free(claim):
-                self._released.clear()
-                await self._released.wait()
-            self._present.add(tenant)
-        except BaseException:
+        finally:
             self._claims = [other for other in self._claims if other is not claim]
-            self.release(tenant)
-            raise
 
     def resize(self, tenant: Tenant, bytes: int) -> None:
         """A model turned out to take this much."""
@@ -105,7 +116,6 @@ class Room:
         """A model's memory is free again."""
         self._ledger.pop(tenant, None)
         self._present.discard(tenant)
-        self._released.set()
         self.look()
 
     def close(self) -> None:
@@ -118,6 +128,7 @@ class Room:
 
     def look(self) -> None:
         """See whether somebody who waits can be given room now."""
+        self._changed.set()
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -146,6 +157,6 @@ class Room:
             claim.granted.set_result(None)
         return None
 
-    def _is_free(self, claim: _Claim) -> bool:
-        """Whether what the claim was granted is there, and nobody sits in it any more."""
-        return sum(self._ledger.get(tenant, 0) for tenant in self._present) + claim.bytes <= self.budget
+    def _is_free(self, bytes: int) -> bool:
+        """Whether so much that was granted is there, and nobody sits in it any more."""
+        return sum(self._ledger.get(tenant, 0) for tenant in self._present) + bytes <= self.budget

@@ -192,7 +192,7 @@ class Batcher:
                 tokens = [*rows[index].row.tokens[:-1], *rows[index].tokens]
                 self._prefix_cache.store(tokens, self._decoding.places.extract(index))
         self._decoding.leave(leaving)
-        self._shrink_to(self._tokens_held())  # only now: those who leave need no room any more
+        self._shrink_to(self._tokens_needed())  # only now: those who leave need no room any more
 
     def _keep_prefix(self, tokens: Sequence[int], cache: kv.Cache) -> None:
         if self._prefix_cache:
@@ -213,12 +213,15 @@ class Batcher:
         own = sum(self._prefill.room_for(prompt) for prompt in prompts)
         return self._decoding.places.room_for(len(lengths), max(lengths)) + own if lengths else 0
 
+    def _tokens_needed(self, *joining: Prompt) -> int:
+        """As _tokens_held(); if that is too many, what the decoding rows do not need is given back first."""
+        if self._decoding.rows and self._tokens_held(*joining) > self._max_tokens_held:
+            self._decoding.places.compact()
+        return self._tokens_held(*joining)
+
     def _has_room(self) -> bool:
         """Whether the next waiting prompt can be taken. The first of all always can."""
-        held = self._tokens_held(self._waiting[0])
-        if held > self._max_tokens_held and self._decoding.rows:
-            self._decoding.places.compact()
-            held = self._tokens_held(self._waiting[0])
+        held = self._tokens_needed(self._waiting[0])
         if held > self._max_tokens_held and (self._decoding.rows or self._prompts):
             return False
         self._shrink_to(held)
@@ -226,15 +229,9 @@ class Batcher:
 
     def _make_room(self) -> None:
         """Let the youngest wait again until the next step is within the limit."""
-        held = self._tokens_held()
-        if held > self._max_tokens_held and self._decoding.rows:
-            self._decoding.places.compact()
-            held = self._tokens_held()
-        while (
-            len(self._decoding.rows) + len(self._prompts) > 1 and (held := self._tokens_held()) > self._max_tokens_held
-        ):
+        while self._tokens_needed() > self._max_tokens_held and len(self._decoding.rows) + len(self._prompts) > 1:
             self._set_back()
-        self._shrink_to(held)
+        self._shrink_to(self._tokens_needed())
 
     def _set_back(self) -> None:
         """Let the youngest wait again: a prompt, or else a row. What was computed for it may stay as a prefix."""

@@ -91,7 +91,7 @@ class ThinkingControl:
         was_forced = bool(self._forced)
         self._forced = self._forced[1:]
         if self._phase is Phase.ANSWERING:
-            if self._inner:
+            if self._inner and not was_forced:  # the rest of a tag is no part of the answer
                 self._inner.accept(token)
             return
         self._parser.feed(self._decode(token))

@@ -3,6 +3,7 @@
 EngineError
 ├── ModelNotFound        no such key is registered
 ├── ModelExists          the key is registered with another source
+├── ModelReplaced        the key is being given to another source already
 ├── ModelNotLoaded       the model is registered, but requests do not load models here
 ├── LoadFailed           the model could not be loaded; the cause is in the message
 ├── LoadAborted          the load was called off before it was done
@@ -16,6 +17,7 @@ EngineError
 ├── OutOfMemory          there was no memory for this request, not even with everything kept given back
 ├── ModelFailed          the model has failed several times, and is not loaded again before some time
 ├── ModelBusy            the model has requests, and the caller asked not to wait for them
+├── ModelWedged          the model can't be unloaded: its engine is stuck in a step
 ├── EngineStopped        the engine ended before the answer was complete
 │   └── EngineUnloaded   because the model was unloaded, or the server stops
 ├── RankLost             a rank is gone that computed the model together with others
@@ -55,11 +57,12 @@ class EngineError(Exception):
 
 
 class ModelNotFound(EngineError):
-    """No model is registered under this key."""
+    """No model is registered under this key. `param` names the field that has it."""
 
     def __init__(self, model: str, known: Sequence[str]) -> None:
         names = ", ".join(known) if known else "none"
         super().__init__(f"Model {shown(model)} does not exist. Known models: {names}.")
+        self.param = "model"
 
 
 class ModelExists(EngineError):
@@ -70,6 +73,13 @@ class ModelExists(EngineError):
             f"Model {key!r} is already registered with source {source!r}, not {wanted!r}. "
             "Unload it first, or choose another key."
         )
+
+
+class ModelReplaced(EngineError):
+    """The key is being given to another source already."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"Model {key!r} is being replaced already. Wait until that is done.")
 
 
 class LoadFailed(EngineError):
@@ -182,6 +192,13 @@ class ModelBusy(EngineError):
 
     def __init__(self, key: str, requests: int) -> None:
         super().__init__(f"Model {key!r} has {requests} requests in progress. Unload it with mode 'drain' or 'abort'.")
+
+
+class ModelWedged(EngineError):
+    """The model can't be unloaded yet: its engine is stuck in a step. `trouble` says for how long."""
+
+    def __init__(self, key: str, trouble: str) -> None:
+        super().__init__(f"Model {key!r} is still being unloaded. {trouble}")
 
 
 class EngineStopped(EngineError):

@@ -100,7 +100,7 @@ class PlainFeed:
         """As many prompts as the budget holds, each padded to the longest."""
         if not device.is_cpu():
             budget = 1 << (budget.bit_length() - 1)  # a GPU is better off with few sizes
-        budget = scores.fitting(self._heads, budget, max(prompt.done for prompt in waiting) + budget)
+        budget = scores.fitting(self._heads, budget, max(prompt.done for prompt in waiting))
         length = min(waiting[0].remaining, budget)
         prompts = [waiting[0]]
         for prompt in waiting[1:]:
@@ -184,8 +184,10 @@ class PlacedFeed:
         return int(padded.size)
 
     def room_for(self, prompt: Prompt) -> int:
-        """A place that its tokens fit in, the last ones padded."""
-        return _span(len(prompt.tokens) + _SHORT)
+        """A place that its tokens fit in, whatever of it is kept already, and the padding of its last chunk."""
+        tokens = len(prompt.tokens)
+        # Of a long chunk less than half is padding, or else a shorter one would do.
+        return _span(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2))
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""
@@ -204,11 +206,15 @@ class PlacedFeed:
         return [place.keys for place in cache], [place.values for place in cache]
 
     def _places(self, prompts: Sequence[Prompt], span: int) -> tuple[Layers, Layers]:
-        """What the prompts have so far, in places of one length."""
+        """What the prompts have so far, in places of one length. Their caches lose it: the chunk is written in place
+        only where nobody else holds it, and would be there twice.
+        """
         held: list[tuple[Layers, Layers]] = []
         for prompt in prompts:
             own = [layer.keys for layer in prompt.cache], [layer.values for layer in prompt.cache]
             held.append(own if prompt.done else self._nothing)
+            for layer in prompt.cache:
+                layer.keys = layer.values = None
         keys, values = (_side_by_side([own[part] for own in held], span) for part in (0, 1))
         return keys, values
 

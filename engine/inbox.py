@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,16 +68,18 @@ class Inbox:
         """All messages that are there; waits for the first one, if told to."""
         self._taken = None if wait else time.monotonic()
         try:
-            yield self._queue.get(block=wait)
+            message = self._queue.get(block=wait)
             self._taken = time.monotonic()
+            yield message
             while True:
                 yield self._queue.get_nowait()
         except queue.Empty:
             return
 
     def drain(self) -> list[Message]:
-        """Take all messages away, when the thread does not look any more."""
+        """Take all messages away that the thread does not take itself."""
         messages = []
-        while not self._queue.empty():
-            messages.append(self._queue.get_nowait())
+        with suppress(queue.Empty):
+            while True:
+                messages.append(self._queue.get_nowait())
         return messages

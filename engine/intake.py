@@ -19,6 +19,7 @@ from engine.spelling import token_logprob
 from engine.tool_calls import make_tool_parser
 from engine.types import (
     ApplyTemplate,
+    ChatPrompt,
     Detokenize,
     Event,
     GenerationRequest,
@@ -101,6 +102,7 @@ class Intake:
         """
         self._check(request)
         prompt = self._prompts.format(request.prompt, request.tool_choice)
+        self._check_tokens(prompt.tokens, "messages" if isinstance(request.prompt, ChatPrompt) else "prompt")
         room = self._facts.context_length - len(prompt.tokens)
         if room < 1:
             raise ContextExceeded(len(prompt.tokens), self._facts.context_length)

@@ -101,7 +101,7 @@ class Job:
 
 
 class Jobs:
-    """All generations of one engine, by row."""
+    """All generations of one engine, by row. clear() may be called from any thread, at any moment."""
 
     def __init__(self, metrics: ModelMetrics) -> None:
         self._metrics = metrics
@@ -125,18 +125,17 @@ class Jobs:
         """Drop a generation; the ids of the rows it still had."""
         row_ids = [row_id for row_id, (job, _) in self._rows.items() if job.generation is generation]
         for row_id in row_ids:
-            del self._rows[row_id]
+            self._rows.pop(row_id, None)
         return row_ids
 
     def beyond(self, row_ids: Collection[int]) -> list[Job]:
         """Those that have a row which is not one of these."""
-        return list({id(job): job for row_id, (job, _) in self._rows.items() if row_id not in row_ids}.values())
+        return _distinct(job for row_id, (job, _) in self._rows.items() if row_id not in row_ids)
 
     def clear(self) -> list[Generation]:
         """Drop everything; the generations that were not done."""
-        generations = [job.generation for job in self.beyond(())]
-        self._rows.clear()
-        return generations
+        rows, self._rows = self._rows, {}  # the thread may be reading the ones that were
+        return [job.generation for job in _distinct(job for job, _ in list(rows.values()))]
 
     def publish(self, tokens: Sequence[RowToken]) -> tuple[Outbox, list[int]]:
         """What one step's tokens mean: events for the event loop, and the rows that have ended."""
@@ -144,17 +143,16 @@ class Jobs:
         finished: list[int] = []
         now = time.monotonic()
         for token in tokens:
-            if token.row_id in self._rows:
-                self._read(token, now, outbox, finished)
+            if found := self._rows.get(token.row_id):
+                self._read(token, *found, now, outbox, finished)
         for row_id, error in self._faults:
-            if row_id in self._rows:
-                self._fail(self._rows[row_id][0], error, outbox, finished)
+            if found := self._rows.get(row_id):
+                self._fail(found[0], error, outbox, finished)
         self._faults.clear()
         return outbox, finished
 
-    def _read(self, token: RowToken, now: float, outbox: Outbox, finished: list[int]) -> None:
+    def _read(self, token: RowToken, job: Job, output: Output, now: float, outbox: Outbox, finished: list[int]) -> None:
         """Add what a token means."""
-        job, output = self._rows[token.row_id]
         if waited := job.note(token, now):
             self._metrics.inter_token.observe(waited)
         try:
@@ -165,7 +163,7 @@ class Jobs:
         is_done = False
         if events and isinstance(events[-1], Finish):
             finished.append(token.row_id)
-            del self._rows[token.row_id]
+            self._rows.pop(token.row_id, None)
             job.open_rows.discard(token.row_id)
             is_done = not job.open_rows
             if is_done:
@@ -183,3 +181,7 @@ class Jobs:
         if row.constraint is None:
             return row
         return replace(row, constraint=GuardedConstraint(row.id, row.constraint, self._faults))
+
+
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    return list({id(job): job for job in jobs}.values())

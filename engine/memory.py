@@ -28,7 +28,6 @@ from engine.sources import outline
 
 # Tokens that a model's cache holds unless it is told otherwise: some conversations of ordinary length at once.
 DEFAULT_CACHE_TOKENS = 32_768
-_CHUNK = 2048  # a prompt's tokens at once on a GPU
 # Of the device's memory; the rest is for the system, for Python, and for what the allocators keep.
 _SHARE = {"cpu": 0.75, "metal": 0.9, "cuda": 0.9}
 _BYTES = {"float32": 4}
@@ -146,14 +145,12 @@ def _flat(cache: Sequence[Any]) -> Iterator[Any]:
 
 
 def _chunk_bytes(width: int, heads: int, context: int) -> int:
-    """What a prompt's chunk takes for a while, at the worst place of a context. width: bytes a token in one layer."""
-    if not device.is_cpu():
-        return _CHUNK * width
-    ends = {min(1 << power, context) for power in range(context.bit_length() + 1)}
-    chunks = {end: scores.longest_chunk(heads, end) for end in ends}
-    return max(
-        chunk * width * scores.LAYERS_AHEAD + scores.score_bytes(heads, chunk, end) for end, chunk in chunks.items()
-    )
+    """What a chunk of prompts takes for a while, at the worst place of a context. width: bytes a token in one layer.
+
+    Several short prompts go together, so a chunk may be longer than the context.
+    """
+    layers = scores.LAYERS_AHEAD if device.is_cpu() else 1
+    return scores.fitting(heads, scores.LARGEST_CHUNK, 0) * width * layers + scores.most_bytes(heads, context)
 
 
 def _stated_type(config: Mapping[str, Any]) -> object:

@@ -1,6 +1,6 @@
 """Places: keys and values of fixed length, for rows at different offsets.
 
-Rule 1: what a row has not written lies behind what it may look at; nobody clears it.
+Rule 1: what a row has not written lies behind what it may look at, with a weight of 0.
 Rule 2: lengths are few, so that shapes recur: on a GPU every new shape costs, on CUDA some 60 ms, most of them for
         cuDNN's plan of the attention.
 """

@@ -16,10 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from engine.feeding import Prompt, make_feed
+from engine.scores import LARGEST_CHUNK, SMALLEST_CHUNK
 
-# Tokens in a chunk: never fewer, so that a slow machine gets on; never more, so that a fast one stays responsive.
-_SMALLEST_CHUNK = 16
-_LARGEST_CHUNK = 4096
 # Steps that a chunk may take the time of: streams slow down, and none stands still.
 _OWN_STEPS, _OTHERS_STEPS = 3.0, 1.0
 # With nobody streaming there is nothing to stall; only cancels and newcomers wait.
@@ -65,7 +63,7 @@ class Prefill:
             return
         # First comes what would be done first had it started at its arrival.
         waiting.sort(key=lambda prompt: prompt.arrived + prompt.remaining / pace.speed)
-        budget = int(min(max(pace.speed * pace.seconds, _SMALLEST_CHUNK), _LARGEST_CHUNK))
+        budget = int(min(max(pace.speed * pace.seconds, SMALLEST_CHUNK), LARGEST_CHUNK))
         chunk = self._feed.choose(waiting, budget)
         mx.eval(running)  # it must not count as the chunk's time
         started = time.monotonic()
@@ -80,5 +78,5 @@ class Prefill:
         self._feed.warm_up()
 
     def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens >= _SMALLEST_CHUNK and seconds > 0:
+        if tokens >= SMALLEST_CHUNK and seconds > 0:
             self.speed += _SPEED_WEIGHT * (tokens / seconds - self.speed)

@@ -61,6 +61,7 @@ class PlacedRows:
         # Compiled, a step costs no Python; on a CPU each new shape would cost seconds of the C++ compiler.
         self._step = mx.compile(self._forward) if device.describe().kind == "cuda" else self._forward
         self._put = mx.compile(_put) if device.describe().kind == "cuda" else _put
+        self._needs_few_shapes = self._put is not _put
         self._nothing = no_places(model)
         self.clear()
 
@@ -77,11 +78,17 @@ class PlacedRows:
         self._fit()
         span = int(self._keys[0].shape[2])
         for place, cache in enumerate(caches, first):
-            if cache[0].offset:
-                at = mx.array([place], dtype=mx.int32)
-                own = [layer.keys[:, :, :span] for layer in cache], [layer.values[:, :, :span] for layer in cache]
-                self._keys, self._values = self._put(at, self._keys, self._values, *own)
+            at = mx.array([place], dtype=mx.int32)
+            self._keys, self._values = self._put(at, self._keys, self._values, *self._own(cache, span))
         self._set_offsets()
+
+    def _own(self, cache: kv.Cache, span: int) -> tuple[Layers, Layers]:
+        """A row's keys and values, of one token at least, and no longer than a place."""
+        if not (length := cache[0].offset):
+            keys, values = ([widened(array, 1, 1) for array in arrays] for arrays in self._nothing)
+            return keys, values
+        end = span if self._needs_few_shapes else length
+        return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
 
     def keep(self, order: Sequence[int]) -> None:
         """Keep only these rows."""
@@ -133,8 +140,9 @@ class PlacedRows:
     def compact(self) -> None:
         """Give back what is longer or more than the present rows need."""
         rows, present = max(1, len(self._lengths)), (int(self._keys[0].shape[0]), int(self._keys[0].shape[2]))
-        places, span = 1 << (rows - 1).bit_length(), _span(max(self._lengths, default=0) + 1)
-        if (places, span) == present or places > present[0] or span > present[1]:
+        places = min(1 << (rows - 1).bit_length(), present[0])
+        span = min(_span(max(self._lengths, default=0) + 1), present[1])
+        if (places, span) == present:
             return
         for arrays in (self._keys, self._values):
             for n in range(len(arrays)):  # one by one, so that only one is there twice
@@ -187,9 +195,18 @@ def _span(length: int) -> int:
 def _put(at: mx.array, keys: Layers, values: Layers, row_keys: Layers, row_values: Layers) -> tuple[Layers, Layers]:
     """Keys and values with a row's own, [1, heads, tokens, dim], at the place [1] that it gets."""
     return (
-        [mx.slice_update(array, row, at, [0]) for array, row in zip(keys, row_keys, strict=True)],
-        [mx.slice_update(array, row, at, [0]) for array, row in zip(values, row_values, strict=True)],
+        [_placed(array, row, at) for array, row in zip(keys, row_keys, strict=True)],
+        [_placed(array, row, at) for array, row in zip(values, row_values, strict=True)],
     )
+
+
+def _placed(array: mx.array, row: mx.array, at: mx.array) -> mx.array:
+    """The array with the row at its place, and zeros behind it.
+
+    What is there gets a weight of 0, and 0 times what an overflow left would be no number.
+    """
+    nothing = mx.broadcast_to(mx.zeros((), dtype=array.dtype), (1, *array.shape[1:]))
+    return mx.slice_update(mx.slice_update(array, nothing, at, [0]), row, at, [0])
 
 
 class MergedRows:

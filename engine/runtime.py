@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ class Builder:
         self._stall_target = stall_target
         self._leader = leader
         self._batches: list[weakref.ref[Batcher | LeadingBatch]] = []  # weak: an unloaded model's memory must go
+        self._lock = threading.Lock()  # models are built on threads of their own
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> ModelRuntime:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
@@ -96,7 +98,8 @@ class Builder:
         prompts = FORMATS[model_type](loaded.tokenizer, loaded.config)
         progress("warming up", 0, 0)
         warm_up(batch, spec.max_running)
-        self._batches = [*(known for known in self._batches if known()), weakref.ref(batch)]
+        with self._lock:
+            self._batches = [*(known for known in self._batches if known()), weakref.ref(batch)]
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
         capabilities = _CAPABILITIES | ({"thinking"} if model_type == "thinking" else set())
         capabilities -= set() if grammars.is_usable else {"json_schema"}

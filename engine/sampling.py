@@ -96,7 +96,7 @@ class BatchSampler:
             logits = mx.where(allowed, logits, -mx.inf)
         tokens = mx.argmax(logits, axis=-1)
         if self._is_sampled:
-            tokens = mx.where(self._greedy, tokens, self._draw(logits))
+            tokens = mx.where(self._greedy, tokens, self._draw(logits, tokens))
         if self._generated is not None:
             self._generated = self._generated.at[mx.arange(len(self._rows)), tokens].add(1.0)
         return tokens
@@ -121,8 +121,8 @@ class BatchSampler:
             self._presence = _column([row.presence_penalty for row in rows])
             self._repetition = _column([row.repetition_penalty for row in rows])
 
-    def _draw(self, logits: mx.array) -> mx.array:
-        """Draw from the filtered distribution, [rows, vocab] -> [rows]."""
+    def _draw(self, logits: mx.array, likeliest: mx.array) -> mx.array:
+        """Draw from the filtered distribution, [rows, vocab] -> [rows]; the likeliest where nothing can be drawn."""
         probabilities = mx.softmax(logits * self._inverse_temperature, axis=-1)
         if self._has_filter:
             probabilities = mx.where(probabilities >= self._threshold(probabilities), probabilities, 0.0)
@@ -130,9 +130,11 @@ class BatchSampler:
         uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
         self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
         bound = mx.minimum(uniform, _LARGEST_UNIFORM) * cumulative[:, -1:]
-        tokens = mx.sum(cumulative <= bound, axis=-1)
-        # Logits that are no numbers leave nothing to draw from; what follows must get a token that exists all the same.
-        return mx.minimum(tokens, self._vocab_size - 1).astype(mx.uint32)
+        tokens = mx.minimum(mx.sum(cumulative <= bound, axis=-1), self._vocab_size - 1).astype(mx.uint32)
+        # A GPU adds up in parallel: its sums may rise by a rounding error where the probability is 0. And logits that
+        # are no numbers leave nothing to draw from; what follows must get a token that exists all the same.
+        chance = mx.take_along_axis(probabilities, tokens[:, None], axis=-1)[:, 0]
+        return mx.where(chance > 0, tokens, likeliest)
 
     def _threshold(self, probabilities: mx.array) -> mx.array:
         """The smallest probability to keep in each row, [rows, vocab] -> [rows, 1]."""

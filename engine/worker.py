@@ -193,8 +193,8 @@ class Engine:
         batch.prefill()
 
     def _forget(self, batch: Batch, generation: Generation) -> None:
-        rows = self._jobs.forget(generation)
-        self._attempt(batch, lambda batch: batch.remove(rows))
+        if rows := self._jobs.forget(generation):
+            self._attempt(batch, lambda batch: batch.remove(rows))
 
     def _hand_over(self, outbox: Outbox) -> None:
         if outbox:
@@ -222,8 +222,10 @@ class Engine:
                 case Submit(generation):
                     self._admit(runtime, generation)
                 case Cancel(generation):
-                    self._forget(runtime.batch, generation)
-                    self._call_loop(generation.deliver, [], True)
+                    try:
+                        self._forget(runtime.batch, generation)
+                    finally:  # the thread may end over it, and it has forgotten whom to tell
+                        self._call_loop(generation.deliver, [], True)
                 case Ask() as ask:
                     self._answer(runtime, ask)
                 case Stop():
@@ -236,8 +238,11 @@ class Engine:
             job = Job(generation, len(choices[0][0].tokens))
             runtime.batch.insert(self._jobs.add(job, choices))
         except Exception as error:
-            self._forget(runtime.batch, generation)
-            self._call_loop(generation.deliver, [], True, request_failure(self._key, error))
+            failure = request_failure(self._key, error)
+            try:
+                self._forget(runtime.batch, generation)
+            finally:
+                self._call_loop(generation.deliver, [], True, failure)
             return
         self._call_loop(generation.deliver, [Accepted(job.prompt_tokens)])
 
@@ -266,7 +271,7 @@ class Engine:
             self._on_death(error)
 
     def _tell_all(self, error: EngineError) -> None:
-        """Tell everybody who waits for the thread; on the event loop, while the thread does nothing."""
+        """Tell everybody who waits for the thread; on the event loop. The thread has ended, or is stuck."""
         for generation in self._jobs.clear():
             generation.deliver([], error=error)
         for message in self._inbox.drain():

@@ -175,6 +175,7 @@ async def arrivals(generations: Sequence[Generation]) -> AsyncGenerator[tuple[in
     finally:
         for task in waiting:
             task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def wait_for_departure(receive: Receive) -> None:

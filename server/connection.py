@@ -3,6 +3,8 @@
 Rule 1: each part of an exchange has its time: the head of a request, what comes of a body after its answer, and the
         reading of an answer. The body's own time is server/handlers.py's.
 Rule 2: what is no HTTP is told so in an error object, like everything else, unless an answer is under way already.
+        What comes after the request that is being answered is not read: the connection ends with the answer, and who
+        sent the next request early sends it again. A queue of them would hide that the client has left.
 Rule 3: connections beyond the limit are told so at their first request; those far beyond it are closed unheard.
 """
 
@@ -29,6 +31,10 @@ MAX_HEAD = 64 << 10  # bytes before a request's body
 SEND_BUFFER = 128 << 10  # bytes of an answer that the system holds for a client; by itself it would hold megabytes
 SPARE = 64  # connections beyond the limit that are answered before they are closed
 LINGER = 1.0  # seconds in which the rest of a body is read that its answer did not wait for
+
+
+class EarlyRequest(Exception):
+    """A request has come while another one is being answered."""
 
 
 class Timer:
@@ -64,7 +70,8 @@ class Connection(HttpToolsProtocol):
         self._arrival = Timer(self.loop)  # of a head, or of the rest of a body
         self._departure = Timer(self.loop)  # of an answer
         self._is_between = True  # bodies: a head comes next, or is coming
-        self._head_bytes = 0
+        self._head_bytes = 0  # of a head, or of what surrounds the parts of a body
+        self._is_deaf = False
 
     # -- what arrives ---------------------------------------------------------------------------------------------
 
@@ -81,26 +88,35 @@ class Connection(HttpToolsProtocol):
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes in. A head that gets too long is refused."""
-        self._head_bytes += len(data) if self._is_between else 0
+        """Take bytes in. A head that gets too long is refused, and so is a trailer."""
+        if self._is_deaf:
+            return
+        self._head_bytes += len(data)
         super().data_received(data)
-        if not self._is_between or self.transport.is_closing():
+        if self._is_deaf or self.transport.is_closing():
             return
         if self._head_bytes > MAX_HEAD:
             self._refuse(431, f"The head of the request is longer than {MAX_HEAD} bytes, the limit of this server.")
-        elif not self._arrival.is_running and not self._is_answering:
+        elif self._is_between and not self._arrival.is_running and not self._is_answering:
             self._expect_head()
 
     def on_headers_complete(self) -> None:
-        """The head is there: the application takes over."""
+        """The head is there: the application takes over. Raises EarlyRequest, which the parser makes its own."""
+        if self._is_answering:
+            raise EarlyRequest
         self._arrival.stop()
         self._is_between, self._head_bytes = False, 0
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """A part of the body is there."""
+        self._head_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """The body is there."""
         self._arrival.stop()
-        self._is_between = True
+        self._is_between, self._head_bytes = True, 0
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -150,8 +166,10 @@ class Connection(HttpToolsProtocol):
             self._departure.start(self._settings.send_timeout, self._drop_rest)
 
     def _drop_rest(self) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.flow.write_paused:
             self._drop()
+        else:
+            self._watch_rest()
 
     def _drop(self) -> None:
         log.info("A client was dropped: it did not read for %g seconds", self._settings.send_timeout)
@@ -159,6 +177,9 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Say what is wrong, unless something else is being said, and hang up."""
+        if self._is_answering and self._is_between:
+            self._is_deaf, self.cycle.keep_alive = True, False
+            return
         log.info("%s", message)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(_raw(status, message))

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from engine.errors import (
@@ -24,7 +24,9 @@ from engine.errors import (
     ModelFailed,
     ModelNotFound,
     ModelNotLoaded,
+    ModelReplaced,
     ModelUnloading,
+    ModelWedged,
     NoRoom,
     OutOfMemory,
     PromptRejected,
@@ -50,9 +52,11 @@ ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (Forbidden, 403, "permission_error", "admin_key_needed"),
     (ReaderTooSlow, 408, "invalid_request_error", "reader_too_slow"),
     (ModelExists, 409, "invalid_request_error", "model_exists"),
+    (ModelReplaced, 409, "invalid_request_error", "model_replaced"),
     (ModelBusy, 409, "invalid_request_error", "model_busy"),
     (QueueFull, 429, "rate_limit_error", "queue_full"),
     (ModelUnloading, 503, "server_error", "model_unloading"),
+    (ModelWedged, 503, "server_error", "model_wedged"),
     (LoadFailed, 503, "server_error", "load_failed"),
     (LoadAborted, 503, "server_error", "load_aborted"),
     (NoRoom, 507, "server_error", "insufficient_memory"),
@@ -69,7 +73,7 @@ ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and envelope of an error that a caller may meet."""
     status, kind, code = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
-    default_param = "model" if isinstance(error, ModelNotFound | SourceInvalid) else None
+    default_param = "model" if isinstance(error, SourceInvalid) else None
     param = getattr(error, "param", default_param)
     body = responses.error(str(error), kind, param=param, code=getattr(error, "code", None) or code)
     if isinstance(error, NoRoom):
@@ -103,6 +107,10 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return json_response(responses.error(message, kind), error.status_code, dict(error.headers or {}))
 
 
+async def on_departure(request: Request, error: Exception) -> None:
+    """Say nothing to a client that left within its body."""
+
+
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     """Answer what nobody expected; the log has the traceback."""
     return json_response(responses.error("The server failed to process the request.", "server_error"), 500)
@@ -111,4 +119,4 @@ async def on_unexpected_error(request: Request, error: Exception) -> Response:
 def exception_handlers() -> dict[Any, Any]:
     """What the application is to do with each exception."""
     known: dict[Any, Any] = {row[0]: on_known_error for row in ERRORS}
-    return {**known, HTTPException: on_http_error, Exception: on_unexpected_error}
+    return {**known, HTTPException: on_http_error, ClientDisconnect: on_departure, Exception: on_unexpected_error}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,8 +15,11 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from engine import sources
+from engine.errors import ModelNotFound, ModelWedged
 from engine.types import ApplyTemplate, Detokenize, TextPrompt, Tokenize
-from model_manager import ModelManager, Reload
+from model_changes import Reload
+from model_instance import ModelInstance
+from model_manager import ModelManager
 from protocol import model_responses, openapi, responses, schemas
 from protocol.endpoints import ENDPOINTS, Endpoint
 from server import health, translation
@@ -32,8 +36,10 @@ log = logging.getLogger("server")
 
 TITLE, VERSION = "Multi-Model MLX Server", "1.0.0"
 SHOWN_IGNORED = 32  # names that one header has room for
+STALL_INTERVAL = 1.0  # seconds between two looks at whether an engine is stuck
 
 R = TypeVar("R", bound=schemas.Request)
+T = TypeVar("T")
 
 Handler = Callable[[Request], Awaitable[Any]]
 
@@ -62,7 +68,7 @@ class Handlers:
         """POST /v1/chat/completions."""
         asked, headers = await self._read(schemas.ChatCompletionRequest, request)
         return Answer(
-            self._manager.instance(asked.model),
+            self._manager.wanted(asked.model),
             [translation.chat_request(asked)],
             ChatForm(asked, self._settings.reasoning_format),
             streams=asked.stream,
@@ -74,7 +80,7 @@ class Handlers:
     async def completions(self, request: Request) -> Answer:
         """POST /v1/completions."""
         asked, headers = await self._read(schemas.CompletionRequest, request)
-        instance = self._manager.instance(asked.model)
+        instance = self._manager.wanted(asked.model)
         echoes = []
         for prompt in asked.prompt if asked.echo else ():
             echoes.append(prompt if isinstance(prompt, str) else await instance.ask(Detokenize(prompt)))
@@ -112,8 +118,13 @@ class Handlers:
     async def unload_model(self, request: Request) -> Response:
         """POST /v1/models/unload."""
         asked, headers = await self._read(schemas.UnloadRequest, request)
+        try:
+            instance = self._manager.instance(asked.key)
+        except ModelNotFound as error:
+            error.param = "key"
+            raise
         unload = self._manager.forget if asked.forget else self._manager.unload
-        report = await unload(asked.key, asked.mode, asked.timeout)
+        report = await unwedged(instance, unload(asked.key, asked.mode, asked.timeout))
         unloaded = model_responses.unloaded(
             asked.key, completed=report.completed, aborted=report.aborted, freed_bytes=report.freed_bytes
         )
@@ -130,7 +141,7 @@ class Handlers:
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
         asked, headers = await self._read(schemas.TokenizeRequest, request)
-        instance = self._manager.instance(asked.model)
+        instance = self._manager.wanted(asked.model)
         prompt = TextPrompt(asked.prompt or "")
         question = Tokenize(prompt if asked.messages is None else translation.chat_prompt(asked, asked.messages))
         tokens = await instance.ask(question)
@@ -140,14 +151,14 @@ class Handlers:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
         asked, headers = await self._read(schemas.DetokenizeRequest, request)
-        text = await self._manager.instance(asked.model).ask(Detokenize(asked.tokens))
+        text = await self._manager.wanted(asked.model).ask(Detokenize(asked.tokens))
         return json_response(responses.prompt(text), headers=headers)
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template."""
         asked, headers = await self._read(schemas.ApplyTemplateRequest, request)
         prompt = translation.chat_prompt(asked, asked.messages)
-        text = await self._manager.instance(asked.model).ask(ApplyTemplate(prompt))
+        text = await self._manager.wanted(asked.model).ask(ApplyTemplate(prompt))
         return json_response(responses.prompt(text), headers=headers)
 
     async def health(self, request: Request) -> Response:
@@ -181,6 +192,20 @@ class Handlers:
         names = ", ".join(quote(name[:64], safe="", errors="replace") for name in ignored[:SHOWN_IGNORED])
         log.warning("%s: ignored unknown parameters: %s", request.url.path, names)
         return asked, {"x-ignored-parameters": names}
+
+
+async def unwedged(instance: ModelInstance, work: Coroutine[Any, Any, T]) -> T:
+    """What the work on a model gives. It goes on by itself once the model's engine is stuck.
+
+    Raises:
+        ModelWedged
+    """
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left who is told
+    while not (await asyncio.wait({task}, timeout=STALL_INTERVAL))[0]:
+        if instance.is_wedged:
+            raise ModelWedged(instance.key, str(instance.trouble))
+    return task.result()
 
 
 def managing(handler: Handler) -> Handler:

@@ -13,15 +13,15 @@ import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
 import uvicorn
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from turboapi import TurboAPI
 
-from model_manager import ModelManager, Reload
+from model_changes import Reload
+from model_manager import ModelManager
 from protocol import responses
 from server.access import Access
 from server.connection import Connection
@@ -98,8 +98,8 @@ class Server(uvicorn.Server):
 
 
 class Interruptible:
-    """An ASGI application around another one: a client that leaves within its body deserves no traceback in the log,
-    nor does an answer that uvicorn cancels at last; who waits for that one is told.
+    """An ASGI application around another one: an answer that uvicorn cancels at last deserves no traceback in the log;
+    who waits for it is told.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -115,8 +115,7 @@ class Interruptible:
             await send(message)
 
         try:
-            with suppress(ClientDisconnect):
-                await self._app(scope, receive, noting)
+            await self._app(scope, receive, noting)
         except asyncio.CancelledError:
             if not is_begun:
                 body = responses.error("The server has stopped.", "server_error", code="stopping")

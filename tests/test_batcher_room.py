@@ -60,6 +60,19 @@ def test_kept_prefixes_give_way_to_rows(model):
     driver.finish()
 
 
+def test_what_a_row_said_that_has_to_wait_again_is_kept_where_there_is_room(model):
+    kept, limit = PrefixCache(1 << 30), 1300
+    batcher = Batcher(model, max_tokens_held=limit, prefix_cache=kept)
+    driver = Driver(batcher, row(0, prompt(300), max_tokens=300))
+    driver.until_said(0)
+    driver.add(row(1, prompt(250, seed=1), max_tokens=300))
+    driver.until_said(1)
+    driver.until(lambda: batcher.waiting() == {1})
+    assert kept.nbytes >= (250 + len(driver.tokens[1])) * token_bytes(model)
+    driver.finish()
+    assert [len(said) for said in driver.tokens.values()] == [300, 300]
+
+
 def test_a_single_row_may_always_go_on(model):
     free, _, _ = run(model, rows(GREEDY)[:1])
     assert run(model, rows(GREEDY)[:1], limit=16)[0] == free

@@ -164,6 +164,54 @@ def test_a_reader_that_never_reads_is_dropped_and_its_place_is_free(server):
     assert_well(server)
 
 
+def test_a_reader_that_leaves_its_whole_answer_unread_is_dropped(server):
+    tokens = server.post("/tokenize", {"model": "talker", "prompt": HELLO}).json["tokens"]
+    body = json.dumps({"model": "talker", "tokens": tokens * 12_000}).encode()
+    head = f"POST /detokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(DEADLINE)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(head + body)
+            assert connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+        eventually(lambda: server.get("/health").status == 200)
+
+
+def asked_early(text, more):
+    """A request for a stream, and what comes before its answer has ended."""
+    body = json.dumps(chat_body("talker", text, stream=True)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body + more
+
+
+@pytest.mark.parametrize("more", [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x00\x01", b"x" * 70_000])
+def test_what_comes_before_the_answer_has_ended_is_not_read(server, more):
+    with connected(server) as connection:
+        connection.sendall(asked_early("hello", more))
+        answer = answer_on(connection)
+        assert (answer.status, answer.body.endswith(b"data: [DONE]\n\n")) == (200, True)
+        assert connection.recv(1) == b""
+
+
+def test_a_client_that_has_sent_its_next_request_and_leaves_is_not_answered_on(server):
+    with connected(server) as connection:
+        connection.sendall(asked_early("forever", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+        assert connection.recv(1)
+    eventually(lambda: is_idle(server))
+
+
+def test_a_trailer_without_an_end_is_431(server):
+    with connected(server) as connection:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(head + b"Expect: 100-continue\r\n\r\n1\r\n{\r\n0\r\nX: ")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100")
+        connection.sendall(b"x" * 70_000)
+        answer = answer_on(connection)
+    assert answer is None or answer.status == 431
+
+
 def test_some_hostile_requests_hurt_nobody(tiny_llama_path):
     hasty = ("--header-timeout", "0.3", "--body-timeout", "0.3")
     with running_server(*FLAGS, *hasty, "--model", f"{MODEL}={tiny_llama_path}") as server:

@@ -1,5 +1,6 @@
 """Grammars and limits, on real rows: what a constraint allows is all that a model says, whatever its neighbours do."""
 
+import copy
 import itertools
 import json
 
@@ -25,6 +26,7 @@ from engine.types import (
     GenerationRequest,
     JsonFormat,
     SamplingOptions,
+    TokenPrompt,
     ToolCallDelta,
     ToolChoice,
 )
@@ -231,6 +233,35 @@ def test_a_closing_tag_that_the_model_has_begun_is_not_interrupted_by_another():
     end = "\n</think>\n\n"
     assert Follower(2).follow("<think>", "a", "</", "think>", "b") == [None] * 5
     assert Follower(2).follow("<think>", "a", "</", "b") == [None, None, None, end]
+
+
+def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
+    heard = []
+
+    class Hearing:
+        accept = staticmethod(heard.append)
+
+        def allowed(self):
+            return None
+
+    pieces = ("<think>", "a", "\n", "</think>", "\n\n", "b")
+    parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+    control = ThinkingControl(
+        parser, pieces.__getitem__, start=[0], end=[2, 3, 4], vocab_size=len(pieces), budget=1, inner=Hearing()
+    )
+    for token, forced in enumerate([[], [2], [3], [4], [], []]):
+        control.accept(token)
+        assert [int(n) for n in np.flatnonzero(bits(control.allowed() or b""))] == forced
+    assert heard == [pieces.index("b")]
+
+
+def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
+    intake = copy.copy(tiny.intake)
+    intake._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
+    for prompt, param in ((ask("hello there").prompt, "messages"), (TokenPrompt((1, 10)), "prompt")):
+        with pytest.raises(PromptRejected, match="no token") as refusal:
+            intake.prepare(GenerationRequest(prompt), itertools.count())
+        assert refusal.value.param == param
 
 
 def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):

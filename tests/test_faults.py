@@ -8,17 +8,21 @@ from contextlib import asynccontextmanager
 import pytest
 
 from engine.config import ModelSpec, Settings
-from engine.errors import EngineStopped, LoadFailed, ModelFailed, OutOfMemory, RequestFailed, StepFailed
+from engine.errors import EngineError, EngineStopped, LoadFailed, ModelFailed, OutOfMemory, RequestFailed, StepFailed
 from engine.faults import is_out_of_memory
+from engine.generation import Generation
+from engine.inbox import Ask, Inbox, Stop
+from engine.jobs import Job, Jobs
 from engine.memory import Estimate
 from engine.metrics import ModelMetrics
 from engine.threads import Threads
+from engine.types import Detokenize, Row, RowToken, Sampling
 from engine.worker import Engine
 from model_backoff import LONGEST, Backoff
 from model_manager import ModelManager
 from model_watch import look
 from server.health import life, readiness
-from tests.scripted_engine import Death, Factory, read, request, until, within_deadline
+from tests.scripted_engine import Death, Factory, Numbers, read, request, until, within_deadline
 
 OUT_OF_MEMORY = "[malloc] Unable to allocate 68719476736 bytes."
 
@@ -190,6 +194,48 @@ async def test_a_batch_that_can_not_be_made_fresh_ends_the_engine_and_everybody_
                 await read(generation)
 
 
+async def leave(generation):
+    await generation.accepted()
+    generation.close()
+    await until(lambda: generation.is_done)
+
+
+async def be_refused(generation):
+    with pytest.raises(RequestFailed, match="no such row"):
+        await generation.accepted()
+
+
+@pytest.mark.parametrize("how", [leave, be_refused])
+@within_deadline
+async def test_who_leaves_is_told_even_if_the_engine_ends_over_it(how):
+    def lose(rows):
+        raise EngineError("A rank is gone.")
+
+    def refuse(rows):
+        raise ValueError("no such row")
+
+    async with running_engine() as (engine, batch, _):
+        batch.remove = lose
+        if how is be_refused:
+            batch.insert = refuse
+        await how(engine.submit(request()))
+        await until(lambda: engine._ended.is_set())
+
+
+def test_a_step_goes_on_although_everybody_was_told_meanwhile():
+    jobs = Jobs(ModelMetrics("m"))
+
+    class Cleared(Numbers):
+        def feed(self, token):
+            jobs.clear()
+            return super().feed(token)
+
+    job = Job(Generation(request(), lambda generation: None), 5)
+    jobs.add(job, [(Row(n, (1, 2), Sampling(), 1), Cleared(1, n)) for n in range(2)])
+    outbox, finished = jobs.publish([RowToken(0, 7), RowToken(1, 7)])
+    assert (len(outbox), finished, jobs.row_ids) == (1, [0], set())
+
+
 # Out of memory
 
 
@@ -297,6 +343,24 @@ async def test_an_engine_without_work_is_not_stuck():
         await until(lambda: engine.stalled_for == 0)
         await asyncio.sleep(0.01)
         assert engine.stalled_for == 0
+
+
+def test_the_first_message_after_a_wait_is_work_too():
+    inbox = Inbox()
+    inbox.put(Stop())
+    taken = inbox.take(wait=True)
+    assert inbox._taken is None
+    next(taken)
+    assert inbox._taken is not None
+
+
+def test_messages_that_nobody_took_can_be_taken_away():
+    inbox = Inbox()
+    messages = [Stop(), Ask(Detokenize((1,)), lambda answer, error: None)]
+    for message in messages:
+        inbox.put(message)
+    assert inbox.drain() == messages
+    assert inbox.drain() == []
 
 
 @within_deadline

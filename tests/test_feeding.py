@@ -5,6 +5,8 @@ import engine  # noqa: F401  (first: it prepares the process for MLX)
 # isort: split
 import mlx.core as mx
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from mlx_lm import load
 
 from engine import kv
@@ -22,6 +24,11 @@ def placed(model):
     feed = PlacedFeed(model)
     feed._forward = feed._advance
     return feed
+
+
+@pytest.fixture(scope="module")
+def feed(model):
+    return placed(model)
 
 
 FEEDS = pytest.mark.parametrize("make", [PlainFeed, placed], ids=["plain", "placed"])
@@ -76,6 +83,27 @@ def test_placed_chunks_have_few_shapes(model):
     chunks = feed_all(placed(model), prompts, 4096)
     assert chunks == [(8, 256), (4, 256), (2, 256), (1, 256)]
     assert feed_all(placed(model), [prompt(model, 3000)], 1100) == [(1, 1024), (1, 1024), (1, 1024)]
+
+
+def test_a_chunk_finds_the_places_held_by_nobody_else(model):
+    """Only then is it written in place."""
+    feed, fed, held = placed(model), prompt(model, 1100), []
+
+    def forward(*arguments):
+        held.extend(array for layer in fed.cache for array in (layer.keys, layer.values))
+        return feed._advance(*arguments)
+
+    feed._forward = forward
+    assert len(feed_all(feed, [fed], 512)) == 3
+    assert set(held) == {None}
+    check(model, fed)
+
+
+@given(length=st.integers(2, 20_000), remaining=st.integers(1, 4096), budget=st.integers(16, 4096))
+@example(length=4600, remaining=1025, budget=4096)
+def test_no_chunk_needs_a_longer_place_than_is_held(feed, length, remaining, budget):
+    fed = Prompt([Row(0, tuple(range(length)), Sampling(), 10)], 0.0, done=max(0, length - 1 - remaining))
+    assert feed._span(fed, feed.choose([fed], budget).length) <= feed.room_for(fed)
 
 
 def test_what_is_held_for_a_prompt_is_told(model):

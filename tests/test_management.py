@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -96,6 +97,14 @@ def test_requests_for_three_models_on_room_for_two_are_all_answered(server):
     with ThreadPoolExecutor(9) as pool:
         answers = list(pool.map(lambda key: server.chat(key, "hello"), "abc" * 6))
     assert [answer.message["content"] for answer in answers] == [HELLO] * 18
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault_of_the_server(server):
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: left\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + b"{")
+    line = eventually(lambda: next((line for line in logged(server) if line.get("id") == "left"), None))
+    assert line.get("status") is None
 
 
 def test_an_alias_answers_as_its_model(server):

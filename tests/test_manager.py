@@ -171,7 +171,7 @@ async def test_an_engine_that_can_not_even_be_started_is_a_failed_model_too():
             raise RuntimeError("can't start new thread")
 
         instance._services = replace(services, start_engine=refuse)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
+        with pytest.raises(LoadFailed, match="RuntimeError: can't start new thread"):
             await answered(instance)
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
         instance._services = services
@@ -254,6 +254,7 @@ async def test_more_requests_than_may_run_and_wait_are_refused():
             await instance.generate(request())
         assert caught.value.retry_after > 0
         assert instance.requests == 3
+        assert instance.metrics.requests == {"QueueFull": 1}
         held.pop().close()
         await until(lambda: instance.requests == 2)
         held.append(await instance.generate(request()))

@@ -104,12 +104,21 @@ def test_the_budget_is_the_limit_or_a_share_of_the_device():
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")
-@given(heads=st.integers(1, 128), wanted=st.integers(4, 12).map(lambda n: 1 << n), done=st.integers(0, 200_000))
+@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), done=st.integers(0, 200_000))
 def test_a_chunk_is_as_long_as_its_scores_allow(heads, wanted, done):
-    chunk = scores.fitting(heads, wanted, done + wanted)
+    chunk = scores.fitting(heads, wanted, done)
     assert 16 <= chunk <= wanted
-    assert chunk == 16 or scores.score_bytes(heads, chunk, done + wanted) <= 128 << 20
-    assert chunk == wanted or scores.score_bytes(heads, 2 * chunk, done + wanted) > 128 << 20
+    assert chunk == 16 or scores.score_bytes(heads, chunk, done + chunk) <= 128 << 20
+    assert chunk == wanted or scores.score_bytes(heads, chunk + 1, done + chunk + 1) > 128 << 20
+
+
+@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), data=st.data())
+def test_no_chunk_takes_more_than_was_counted(heads, wanted, data):
+    context = data.draw(st.integers(1, 200_000))
+    done = data.draw(st.integers(0, context - 1))
+    chunk = min(scores.fitting(heads, wanted, done), context - done)
+    assert chunk <= scores.fitting(heads, scores.LARGEST_CHUNK, 0)
+    assert scores.score_bytes(heads, chunk, done + chunk) <= scores.most_bytes(heads, context)
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")

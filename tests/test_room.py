@@ -9,7 +9,8 @@ import pytest
 from engine.config import ModelSpec, Settings
 from engine.errors import LoadAborted, LoadFailed, ModelBusy, ModelExists, ModelNotFound, ModelNotLoaded, NoRoom
 from engine.memory import Estimate
-from model_manager import ModelManager, Reload
+from model_changes import Reload
+from model_manager import ModelManager
 from tests.scripted_engine import FACTS, Factory, read, request, until, within_deadline
 
 ONE = 10**6  # what each model takes
@@ -37,7 +38,7 @@ async def managed(models=None, places=1, **settings):
 
 
 async def answered(manager, key, max_tokens=3, keep_alive=None):
-    generation = await manager.instance(key).generate(request("hello", max_tokens), keep_alive)
+    generation = await manager.wanted(key).generate(request("hello", max_tokens), keep_alive)
     await generation.accepted()
     return await read(generation)
 

@@ -105,5 +105,41 @@ def test_an_extracted_row_is_a_copy_of_what_it_holds(model, make):
     assert mx.allclose(logits, model(mx.array([[*tokens, 11]]))[0, -1], atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [PlacedRows, padded], ids=["placed", "padded"])
+def test_a_row_is_not_reached_by_what_an_overflow_left_in_its_place(model, make):
+    lines = Lines(model, make(model))
+    lines.join([5] * 60)
+    overflown = filled(model, [6] * 50)
+    for layer in overflown:
+        layer.keys, layer.values = layer.keys * mx.nan, layer.values * mx.nan
+    for prompt in ([7, 8, 9], []):
+        lines.rows.join([overflown])
+        lines.rows.keep([0])
+        lines.join(prompt)
+        lines.advance(2)
+        lines.keep(0)
+
+
+def test_a_row_is_not_reached_by_what_lies_behind_its_own_end(model):
+    lines = Lines(model, PlacedRows(model))
+    lines.join([5] * 60)
+    lines.tokens.append([7, 8, 9])
+    trimmed = filled(model, [7, 8, 9])
+    for layer in trimmed:
+        layer.keys[:, :, 3:], layer.values[:, :, 3:] = mx.nan, mx.nan
+    lines.rows.join([trimmed])
+    lines.advance(2)
+
+
+def test_rows_that_have_to_grow_can_still_give_places_back(model):
+    lines = Lines(model, PlacedRows(model))
+    lines.join([5] * 255, [6])
+    lines.advance()
+    lines.keep(0)
+    lines.rows.compact()
+    assert lines.rows._keys[0].shape[0] == 1
+    lines.advance(2)
+
+
 def test_plain_caches_have_places(model):
     assert isinstance(make_rows(model), PlacedRows)

@@ -451,13 +451,13 @@ def test_a_bad_request_that_wants_a_stream_has_its_status_too(server):
 
 def test_an_unknown_model_is_404_and_the_known_ones_are_named(server):
     unknown = [
-        server.chat("nobody", "hello"),
-        server.get("/v1/models/nobody"),
-        server.post("/v1/models/unload", {"key": "nobody"}),
+        (server.chat("nobody", "hello"), "model"),
+        (server.get("/v1/models/nobody"), "model"),
+        (server.post("/v1/models/unload", {"key": "nobody"}), "key"),
     ]
-    for answer in unknown:
+    for answer, param in unknown:
         assert (answer.status, answer.error["type"]) == (404, "not_found_error")
-        assert (answer.error["code"], answer.error["param"]) == ("model_not_found", "model")
+        assert (answer.error["code"], answer.error["param"]) == ("model_not_found", param)
         assert "'nobody'" in answer.error["message"]
         assert "talker, thinker" in answer.error["message"]
 
