@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
 from engine import device, kv, scores
-from engine.places import Layers, Place, no_places, widened
+from engine.places import Layers, Place, no_places, span_for, widened
 from engine.types import Row
 
 _ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
@@ -85,7 +84,7 @@ class Feed(Protocol):
 
 def make_feed(model: Any) -> Feed:
     """The way that is best for a model on this device."""
-    recurs = device.describe().kind == "cuda" and all(type(layer) is KVCache for layer in kv.new_cache(model))
+    recurs = device.describe().kind == "cuda" and kv.is_plain(model)
     return PlacedFeed(model) if recurs else PlainFeed(model)
 
 
@@ -187,14 +186,14 @@ class PlacedFeed:
         """A place that its tokens fit in, whatever of it is kept already, and the padding of its last chunk."""
         tokens = len(prompt.tokens)
         # Of a long chunk less than half is padding, or else a shorter one would do.
-        return _span(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2))
+        return span_for(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2), _SHORT)
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""
         together = [1 << power for power in range(_MOST_TOGETHER.bit_length())]
         shapes = [(count, length) for length in _LENGTHS for count in (together if length <= _SHORT else [1])]
         for count, length in shapes:
-            places = ([widened(array, count, _span(length)) for array in arrays] for arrays in self._nothing)
+            places = ([widened(array, count, span_for(length, _SHORT)) for array in arrays] for arrays in self._nothing)
             tokens, offsets = mx.zeros((count, length), dtype=mx.uint32), mx.zeros((count,), dtype=mx.int32)
             mx.eval(self._forward(tokens, offsets, *places))
 
@@ -220,16 +219,10 @@ class PlacedFeed:
 
     def _span(self, prompt: Prompt, length: int) -> int:
         """Length of the place that a prompt needs while a chunk of so many tokens is written."""
-        return _span(max(len(prompt.tokens), prompt.done + length))
+        return span_for(max(len(prompt.tokens), prompt.done + length), _SHORT)
 
 
 def _side_by_side(rows: Sequence[Layers], span: int) -> Layers:
     """Layers of several rows, each [1 or none, heads, tokens, dim], in places of one length."""
     layers = zip(*rows, strict=True)
     return [mx.concatenate([widened(array, 1, span)[:, :, :span] for array in layer]) for layer in layers]
-
-
-def _span(tokens: int) -> int:
-    """Length of a place for so many tokens: one of a few, at most a quarter longer."""
-    step = max(_SHORT, (1 << tokens.bit_length()) // 8)
-    return -(-tokens // step) * step

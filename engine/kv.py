@@ -24,6 +24,11 @@ def new_cache(model: Any) -> Cache:
     return cache
 
 
+def is_plain(model: Any) -> bool:
+    """Whether every layer keeps plain keys and values, which can stand in places (engine/places.py)."""
+    return all(type(layer) is KVCache for layer in new_cache(model))
+
+
 def token_bytes(model: Any) -> int:
     """Bytes that one token's keys and values take, in all layers that keep them. Nothing is computed."""
     cache = new_cache(model)

@@ -66,3 +66,9 @@ def widened(array: mx.array, places: int, span: int) -> mx.array:
     """The array with room for so many places of so many tokens; one that has the room is left as it is."""
     missing = (max(0, places - array.shape[0]), max(0, span - array.shape[2]))
     return mx.pad(array, [(0, missing[0]), (0, 0), (0, missing[1]), (0, 0)]) if any(missing) else array
+
+
+def span_for(tokens: int, least: int) -> int:
+    """Length of a place for so many tokens: one of a few, a multiple of `least`, at most a quarter longer beyond it."""
+    step = max(least, (1 << tokens.bit_length()) // 8)
+    return -(-tokens // step) * step

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from engine import device, kv
-from engine.places import Layers, Place, no_places, widened
+from engine.places import Layers, Place, no_places, span_for, widened
 
 _SPAN_STEP = 256  # tokens by which places grow at first, and a quarter of their length later
 
@@ -47,7 +47,7 @@ class Rows(Protocol):
 
 def make_rows(model: Any) -> Rows:
     """The rows of a model, empty."""
-    if all(type(layer) is KVCache for layer in kv.new_cache(model)):
+    if kv.is_plain(model):
         return PlacedRows(model)
     return MergedRows(model)
 
@@ -59,9 +59,9 @@ class PlacedRows:
         self._model = model
         self._is_padded = not device.is_cpu()  # feed the unused places too
         # Compiled, a step costs no Python; on a CPU each new shape would cost seconds of the C++ compiler.
-        self._step = mx.compile(self._forward) if device.describe().kind == "cuda" else self._forward
-        self._put = mx.compile(_put) if device.describe().kind == "cuda" else _put
-        self._needs_few_shapes = self._put is not _put
+        self._is_compiled = device.describe().kind == "cuda"
+        self._step = mx.compile(self._forward) if self._is_compiled else self._forward
+        self._put = mx.compile(_put) if self._is_compiled else _put
         self._nothing = no_places(model)
         self.clear()
 
@@ -87,7 +87,7 @@ class PlacedRows:
         if not (length := cache[0].offset):
             keys, values = ([widened(array, 1, 1) for array in arrays] for arrays in self._nothing)
             return keys, values
-        end = span if self._needs_few_shapes else length
+        end = span if self._is_compiled else length
         return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
 
     def keep(self, order: Sequence[int]) -> None:
@@ -141,7 +141,7 @@ class PlacedRows:
         """Give back what is longer or more than the present rows need."""
         rows, present = max(1, len(self._lengths)), (int(self._keys[0].shape[0]), int(self._keys[0].shape[2]))
         places = min(1 << (rows - 1).bit_length(), present[0])
-        span = min(_span(max(self._lengths, default=0) + 1), present[1])
+        span = min(span_for(max(self._lengths, default=0) + 1, _SPAN_STEP), present[1])
         if (places, span) == present:
             return
         for arrays in (self._keys, self._values):
@@ -174,7 +174,7 @@ class PlacedRows:
 
     def _span_for(self, length: int) -> int:
         """Length of places to have for a row of so many tokens, without shrinking."""
-        return max(int(self._keys[0].shape[2]), _span(length))
+        return max(int(self._keys[0].shape[2]), span_for(length, _SPAN_STEP))
 
     def _places_for(self, rows: int) -> int:
         """Places to have: the next power of two, without shrinking for a few."""
@@ -184,12 +184,6 @@ class PlacedRows:
     def _set_offsets(self) -> None:
         unused = self._keys[0].shape[0] - len(self._lengths)
         self._offsets = mx.array(self._lengths + [0] * unused, dtype=mx.int32)
-
-
-def _span(length: int) -> int:
-    """Length of places that are made for so many tokens: some more, so that it seldom changes."""
-    step = max(_SPAN_STEP, (1 << length.bit_length()) // 8)
-    return -(-length // step) * step
 
 
 def _put(at: mx.array, keys: Layers, values: Layers, row_keys: Layers, row_values: Layers) -> tuple[Layers, Layers]:
