@@ -2,7 +2,8 @@
 
 Run as a process of its own (python -m benchmarks.raw), so that its memory and its BLAS library are its own.
 
-Rule 1: an engine is driven by the same closed loop as a server, and its figures are computed by the same summary.
+Rule 1: an engine is driven by the same closed loop as a server, with prompts as long as there, and its figures are
+        computed by the same summary.
 Rule 2: a loop is run once, shorter, before it is measured.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from engine import loader  # first: this prepares the process for MLX
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
@@ -28,6 +31,8 @@ from benchmarks.engines import Engine, MlxLmEngine, OurEngine
 from benchmarks.machine import has_gpu
 from benchmarks.settings import GREEDY, SAMPLED, Sizes
 from benchmarks.stats import Record, decode_rate, summarise
+from benchmarks.vocabulary import Prompts
+from engine.config import ModelSpec
 from engine.types import Row, Sampling
 
 BANDWIDTH_BYTES = 1 << 28
@@ -55,11 +60,21 @@ def drive(engine: Engine, rows: Sequence[Row], clients: int) -> list[Record]:
     return records
 
 
-def make_rows(count: int, vocab: int, sizes: Sizes, settings: Callable[[int], Sampling], max_tokens: int) -> list[Row]:
-    """Rows with distinct random prompts; settings gives each row's by its number."""
-    draw = random.Random(count)
-    prompts = [tuple(draw.choices(range(100, vocab), k=sizes.prompt_tokens)) for _ in range(count)]
-    return [Row(number, prompt, settings(number), max_tokens) for number, prompt in enumerate(prompts)]
+class Rows:
+    """Makes rows as a server would: from chats with distinct prompts, in the model's template."""
+
+    def __init__(self, directory: Path, tokenizer: Any, sizes: Sizes) -> None:
+        self._prompts = Prompts(directory)
+        self._tokenizer = tokenizer
+        self._length = sizes.prompt_tokens
+
+    def make(self, count: int, settings: Callable[[int], Sampling], max_tokens: int) -> list[Row]:
+        """So many; settings gives each row's by its number."""
+        return [Row(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
+
+    def _prompt(self) -> tuple[int, ...]:
+        messages = [{"role": "user", "content": self._prompts.make(self._length)}]
+        return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 def distinct_sampling(number: int) -> Sampling:
@@ -74,13 +89,13 @@ def distinct_sampling(number: int) -> Sampling:
 
 
 def measure_engine(
-    make: Callable[[], Engine], vocab: int, sizes: Sizes, settings: Callable[[int], Sampling], clients: int, rounds: int
+    make: Callable[[], Engine], rows: Rows, sizes: Sizes, settings: Callable[[int], Sampling], clients: int, rounds: int
 ) -> dict[str, float]:
     """The figures of one engine in a closed loop, with the rate of its full decode steps."""
     engine = make()
     try:
-        drive(engine, make_rows(clients, vocab, sizes, settings, sizes.warmup_tokens), clients)
-        records = drive(engine, make_rows(clients * rounds, vocab, sizes, settings, sizes.max_tokens), clients)
+        drive(engine, rows.make(clients, settings, sizes.warmup_tokens), clients)
+        records = drive(engine, rows.make(clients * rounds, settings, sizes.max_tokens), clients)
     finally:
         engine.close()
     return {**summarise(records).figures(), "decode_tokens_per_second": decode_rate(records, clients)}
@@ -127,13 +142,14 @@ def weight_bytes(model: Any, tied: bool) -> int:
 
 def measure_ceiling(directory: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     """All figures by name."""
-    model, _, config = load(str(directory), return_config=True)
-    vocab, peak, batch = config["vocab_size"], sizes.peak, sizes.raw_batch
+    model, tokenizer, config = load(str(directory), return_config=True)
+    rows, peak, batch = Rows(directory, tokenizer, sizes), sizes.peak, sizes.raw_batch
+    read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
 
     def figures(
         make: Callable[[], Engine], settings: Callable[[int], Sampling], clients: int, rounds: int = 1
     ) -> dict[str, float]:
-        return measure_engine(make, vocab, sizes, settings, clients, rounds)
+        return measure_engine(make, rows, sizes, settings, clients, rounds)
 
     def greedy(_: int) -> Sampling:
         return Sampling(**GREEDY)
@@ -145,11 +161,13 @@ def measure_ceiling(directory: Path, sizes: Sizes) -> dict[str, dict[str, float]
         "mlx-lm greedy": figures(lambda: MlxLmEngine(model, peak, shared=True), greedy, peak),
         "mlx-lm one sampler": figures(lambda: MlxLmEngine(model, peak, shared=True), sampled, peak),
         "mlx-lm sampler a row": figures(lambda: MlxLmEngine(model, peak, shared=False), sampled, peak),
+    }
+    model = loader.load(ModelSpec("raw", str(directory))).model
+    results |= {
         "ours sampled": figures(lambda: OurEngine(model, peak), sampled, peak, sizes.rounds),
         "ours greedy, full batch": figures(lambda: OurEngine(model, batch), greedy, batch),
         "ours distinct, full batch": figures(lambda: OurEngine(model, batch), distinct_sampling, batch),
     }
-    read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
     bandwidth = measure_bandwidth()
     limit = {"bytes_per_second": bandwidth, "weight_bytes": float(read), "tokens_per_second": peak * bandwidth / read}
     return {**results, "bandwidth": limit}

@@ -61,7 +61,8 @@ def running(name: str, directories: Sequence[Path]) -> Iterator[Server]:
     port = _free_port()
     names, command = (_our_command if name == OURS else _mlx_lm_command)(directories, port)
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=child_environment(), stdout=log, stderr=subprocess.STDOUT)
+        environment = child_environment(preload=name == MLX_LM)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             _wait_until_up(name, process, port, log)
             yield Server(name, port, names, process)
@@ -87,10 +88,10 @@ def _mlx_lm_command(directories: Sequence[Path], port: int) -> tuple[tuple[str, 
     return names, [sys.executable, "-m", "mlx_lm", "server", *flags]
 
 
-def child_environment() -> dict[str, str]:
-    """For a process that uses MLX: no network, and a BLAS library fit for the purpose on a Linux CPU."""
+def child_environment(*, preload: bool = False) -> dict[str, str]:
+    """For a process that uses MLX: no network. preload: on a Linux CPU it gets the BLAS library that ours loads."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if needs_openblas():
+    if preload and needs_openblas():
         environment["LD_PRELOAD"] = OPENBLAS
     return environment
 
