@@ -81,11 +81,13 @@ def start_engine(builder: runtime.Builder, threads: Threads) -> Any:
 async def running_models(settings: Settings, leader: Leader | None = None) -> AsyncIterator[ModelManager]:
     """The manager with its models; all are unloaded at the end, and the ranks that `leader` leads let go."""
     threads = Threads(runtime.thread_stream)
+    seat = shards.Seat(0, leader.size if leader else 1)
     manager = ModelManager(
         settings,
         start_engine(runtime.Builder(settings.stall_target, leader), threads),
         device.process_bytes,
-        lambda spec: shards.share(threads.call(lambda: memory.estimate(spec)), spec, leader.size if leader else 1),
+        lambda spec: threads.call(lambda: shards.share(memory.estimate(spec), spec, seat)),
+        device.active_bytes,
     )
     try:
         yield manager
@@ -131,6 +133,8 @@ async def serve(
         async def reload() -> Reload:
             changed = await asyncio.to_thread(reread)
             logs.configure(changed.log_level, settings.log_format)
+            if leader:
+                leader.step = changed.wedged_after
             return await manager.reload(changed)
 
         server = Server(manager, reload)
@@ -179,8 +183,8 @@ def lead_or_follow(settings: Settings) -> Leader | None:
         return None
     facts = ranks.shared_facts(VERSION, settings)
     if not ranks.is_leader(os.environ):
-        rank_follower.follow(ranks.join(), facts, settings.rank_timeout)
-    leader = Leader(settings.rank_timeout)
+        rank_follower.follow(ranks.join(), facts, settings)
+    leader = Leader(settings.rank_timeout, settings.wedged_after)
     leader.gather(facts, os.environ)
     return leader
 

@@ -44,5 +44,6 @@ def is_live(known: ModelSpec, spec: ModelSpec) -> bool:
 
 def contradicts(asked: ModelSpec, known: ModelSpec) -> bool:
     """Whether two specs can't be one model's. What `asked` leaves open agrees with anything."""
-    stated = ((asked.adapter, known.adapter), (asked.type, known.type), (asked.context_length, known.context_length))
+    names = ("adapter", "type", "context_length", "shard")
+    stated = ((getattr(asked, name), getattr(known, name)) for name in names)
     return asked.source != known.source or any(want is not None and want != has for want, has in stated)

@@ -117,8 +117,7 @@ class ModelInstance(ModelLife):
         ticket = self._enter(keep_alive)
         try:
             engine = await self._engine_for(ticket)
-            await engine.compile(request)
-            return ticket, engine.submit(request)
+            return ticket, engine.submit(await engine.format(request))
         except BaseException:
             self._exit(ticket)
             raise

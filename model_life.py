@@ -78,7 +78,8 @@ class ModelLife:
     @property
     def is_absent(self) -> bool:
         """Whether it is neither there nor on its way."""
-        return self.state in (ModelState.UNLOADED, ModelState.FAILED)
+        is_coming = self._load_task is not None and not self._load_task.done()
+        return self.state in (ModelState.UNLOADED, ModelState.FAILED) and not is_coming
 
     @property
     def waiting_since(self) -> float | None:
@@ -183,15 +184,19 @@ class ModelLife:
     # -- leaving --------------------------------------------------------------------------------------------------
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
-        """Unload the model. drain: after its last request (at most `patience` seconds, then the rest is aborted);
-        abort: now, a load that is under way included; reject: only if it has no request and is not being loaded.
+        """Unload the model. drain: after its last request, and after a load that is under way (at most `patience`
+        seconds, then the rest is aborted); abort: now; reject: only if it has no request and is not being loaded.
 
         Raises:
             ModelBusy: mode is reject and there are requests, or a load.
         """
+        return await asyncio.shield(self.start_unload(mode, patience))
+
+    def start_unload(self, mode: UnloadMode, patience: float | None = None) -> asyncio.Task[UnloadReport]:
+        """As unload(), which goes on by itself. Raises ModelBusy at once."""
         if mode == "reject" and (self._requests or self.state is ModelState.LOADING):
             raise ModelBusy(self.key, len(self._requests))
-        return await asyncio.shield(asyncio.create_task(self._unload(mode, patience)))
+        return asyncio.create_task(self._unload(mode, patience))
 
     async def close(self, patience: float) -> None:
         """Unload for good: a load is called off, running requests get `patience` seconds."""
@@ -203,10 +208,12 @@ class ModelLife:
         self._leave(ModelState.EVICTING, "evict")
 
     async def _unload(self, mode: UnloadMode, patience: float | None) -> UnloadReport:
-        if mode == "abort" or self.is_leaving:
+        started = time.monotonic()
+        is_over = mode == "abort" or self.is_leaving
+        if self.state is ModelState.LOADING and self._load_task and not is_over:
+            is_over = not (await asyncio.wait({self._load_task}, timeout=patience))[0]
+        if is_over:
             await self._abort_load()
-        elif self.state is ModelState.LOADING:
-            await asyncio.gather(self._loaded(), return_exceptions=True)
         if self.state is ModelState.EVICTING:
             self._become(ModelState.DRAINING)
         if self.state is ModelState.READY:
@@ -219,7 +226,8 @@ class ModelLife:
         if mode == "abort":
             self._cut.set()
         elif patience is not None:
-            timer = asyncio.get_running_loop().call_later(patience, self._cut.set)
+            left = max(0.0, started + patience - time.monotonic())
+            timer = asyncio.get_running_loop().call_later(left, self._cut.set)
             self._leave_task.add_done_callback(lambda _: timer.cancel())
         return await asyncio.shield(self._leave_task)
 

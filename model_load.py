@@ -93,7 +93,7 @@ async def abortable(key: str) -> AsyncIterator[None]:
         yield
     except asyncio.CancelledError:
         raise LoadAborted(key) from None
-    except Exception as error:
+    except BaseException as error:
         raise failure(key, error)  # noqa: B904  (it may be the same)
 
 

@@ -1,11 +1,13 @@
-"""The registry of models: which there are, by which names, and what becomes of them.
+"""The models of a server, and what becomes of them: registered, loaded, replaced, changed, unloaded, forgotten.
 
-ModelManager holds one ModelInstance a key (model_instance.py); all of them share one Room (model_room.py).
+ModelManager has one ModelInstance a key (model_instance.py) in its Registry (model_registry.py); all of them share one
+Room (model_room.py).
 
 Rule 1: only registered sources are loaded. A request registers nothing, unless allow_any_model is set; what it
         registered then and could not be loaded is forgotten when the next one comes.
-Rule 2: a model that was replaced or removed is forgotten at once; its last requests end with it.
+Rule 2: a model that was replaced or removed is forgotten at once; its last requests have shutdown_timeout to finish.
 Rule 3: close() finds every model that may have an engine, registered or not.
+Rule 4: what somebody asks for goes on when that caller has left.
 """
 
 from __future__ import annotations
@@ -14,22 +16,25 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from engine import memory, sources
 from engine.config import ModelSpec, Settings
-from engine.errors import EngineError, ModelExists, ModelNotFound, ModelReplaced, NoRoom
+from engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
 from engine.memory import Estimate
-from engine.metrics import Metrics
+from engine.metrics import ModelMetrics
 from engine.placement import Rules
 from engine.ranks import RankReport
 from model_changes import Reload, changes, contradicts, is_live
 from model_instance import ModelInstance
-from model_load import Services, StartEngine
+from model_load import Services, StartEngine, look_at
+from model_registry import Registry
 from model_room import Room
 from model_state import ModelState, Step, UnloadMode, UnloadReport
 
 log = logging.getLogger("models")
+
+T = TypeVar("T")
 
 CLOSE_GRACE = 10.0  # seconds that engines get to end
 
@@ -38,7 +43,8 @@ class ModelManager:
     """All models by key.
 
     `start_engine` makes the engine of a spec (engine/runtime.py in the server, a scripted one in tests);
-    `measure_memory` tells the bytes that this process holds; `estimate` what a model will take.
+    `measure_memory` tells the bytes that this process holds, `measure_arrays` those of them that are models' arrays;
+    `estimate` what a model will take.
     """
 
     def __init__(
@@ -47,17 +53,15 @@ class ModelManager:
         start_engine: StartEngine,
         measure_memory: Callable[[], int],
         estimate: Callable[[ModelSpec], Estimate],
+        measure_arrays: Callable[[], int] = lambda: 0,
     ) -> None:
         self.settings = settings
-        self.metrics = Metrics()
         self.ranks: Callable[[], Sequence[RankReport]] = list  # how those are that share models, if there are several
         self._started = time.monotonic()
-        self.room = Room(self._rules)
+        self.room = Room(self._rules, measure_arrays)
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
-        self._instances: dict[str, ModelInstance] = {}
-        self._departing: set[ModelInstance] = set()  # no longer registered, not yet unloaded
-        self._arriving: dict[str, ModelInstance] = {}  # by the key under which they replace others
-        self._work: set[asyncio.Task[object]] = set()
+        self._registry = Registry()
+        self._work: set[asyncio.Task[Any]] = set()
         for spec in settings.models:
             self.register(spec)
 
@@ -66,18 +70,26 @@ class ModelManager:
     @property
     def keys(self) -> list[str]:
         """Every registered key."""
-        return list(self._instances)
+        return self._registry.keys
 
     @property
     def instances(self) -> list[ModelInstance]:
         """Every registered model."""
-        return list(self._instances.values())
+        return self._registry.instances
+
+    @property
+    def everybody(self) -> list[ModelInstance]:
+        """Every model that may have an engine, registered or not."""
+        return self._registry.everybody
+
+    @property
+    def metrics(self) -> list[ModelMetrics]:
+        """The counters of all of them, one a key."""
+        return self._registry.metrics
 
     def instance(self, key: str) -> ModelInstance:
         """The model of this key or alias. Raises ModelNotFound."""
-        if found := self._instances.get(key) or self._named(key):
-            return found
-        raise ModelNotFound(key, self.keys)
+        return self._registry.find(key)
 
     def wanted(self, key: str) -> ModelInstance:
         """The model of this key or alias, for a request that it is to answer: registered for it if allow_any_model is
@@ -86,7 +98,8 @@ class ModelManager:
         try:
             return self.instance(key)
         except ModelNotFound:
-            if not (self.settings.allow_any_model and sources.is_repository(key)):
+            may_come = self.settings.allow_any_model and self.settings.load_on_demand
+            if not (may_come and sources.is_repository(key)):
                 raise
         self._forget_failures()
         return self.register(ModelSpec(key, key))
@@ -97,9 +110,9 @@ class ModelManager:
         Raises:
             ModelExists: the key has another source, or another adapter, type or context than one that is stated.
         """
-        known = self._instances.get(spec.key)
+        known = self._registry.get(spec.key)
         if known is None:
-            known = self._instances[spec.key] = self._new(spec)
+            self._registry.put(known := self._new(spec))
         elif contradicts(spec, known.spec):
             raise ModelExists(spec.key, known.spec.source, spec.source)
         return known
@@ -127,20 +140,14 @@ class ModelManager:
         Raises:
             ModelExists, ModelReplaced, LoadFailed, LoadAborted, NoRoom, ModelUnloading
         """
-        known = self._instances.get(spec.key)
+        known = self._registry.get(spec.key)
         if known and replaces and contradicts(spec, known.spec):
-            return await self._replace(known, self._new(spec), on_step)
-        if known is None and (other := self._named(spec.key)):
+            work = self._replace(known, self._new(spec), on_step)
+        elif known is None and (other := self._registry.named(spec.key)):
             raise ModelExists(spec.key, other.spec.source, spec.source)
-        instance = self.register(spec)
-        try:
-            with instance.heard_by(on_step):
-                await instance.load()
-        except EngineError:
-            if known is None and instance.is_absent:
-                self._strike(instance)
-            raise
-        return instance
+        else:
+            work = self._introduce(self.register(spec), on_step, is_new=known is None)
+        return await asyncio.shield(self._keep(work))
 
     async def unload(self, key: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
         """Unload a model; it stays registered. Raises ModelNotFound, ModelBusy."""
@@ -148,14 +155,7 @@ class ModelManager:
 
     async def forget(self, key: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
         """Unload a model and remove its key at once. Raises ModelNotFound, ModelBusy."""
-        instance = self.instance(key)
-        unloading = asyncio.ensure_future(instance.unload(mode, patience))
-        await asyncio.sleep(0)  # a refusal comes at once, and leaves the key
-        if not (unloading.done() and unloading.exception()):
-            self._strike(instance)
-            self._departing.add(instance)
-            unloading.add_done_callback(lambda _: self._departing.discard(instance))
-        return await unloading
+        return await asyncio.shield(self._part_with(self.instance(key), mode, patience))
 
     async def preload(self) -> None:
         """Load what is to be there at the start; one that fails is logged and does not stop the others."""
@@ -169,7 +169,7 @@ class ModelManager:
         specs = {spec.key: spec for spec in settings.models}
         self.settings = settings
         for key in new.removed:
-            self._part_with(self._instances[key])
+            self._part_with(self.instance(key), "drain", settings.shutdown_timeout)
         wanted = [self.register(specs[key]) for key in new.added]
         wanted = [instance for instance in wanted if instance.spec.preload]
         wanted += [changed for key in new.changed if (changed := self._change(specs[key]))]
@@ -185,67 +185,69 @@ class ModelManager:
         One that is stuck is left where it is, CLOSE_GRACE seconds later.
         """
         self.room.close()
-        everybody = {*self.instances, *self._departing, *self._arriving.values()}
-        closing = [asyncio.ensure_future(instance.close(patience)) for instance in everybody] + [*self._work]
+        closing = [asyncio.ensure_future(instance.close(patience)) for instance in {*self.everybody}] + [*self._work]
         if not closing:
             return
         done, stuck = await asyncio.wait(closing, timeout=patience + CLOSE_GRACE)
         for outcome in await asyncio.gather(*done, return_exceptions=True):
-            if isinstance(outcome, BaseException):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
                 log.error("The end of a model met what nobody expected", exc_info=outcome)
         if stuck:
             log.error("%d models could not be unloaded", len(stuck))
 
-    def _named(self, alias: str) -> ModelInstance | None:
-        return next((instance for instance in self.instances if alias in instance.spec.aliases), None)
-
     def _new(self, spec: ModelSpec) -> ModelInstance:
-        return ModelInstance(spec, self._services, self.room, self.metrics.of(spec.key))
+        return ModelInstance(spec, self._services, self.room, self._registry.metrics_of(spec.key))
 
     def _rules(self) -> Rules:
         budget = memory.budget(self.settings.memory_limit)
         return Rules(budget, self.settings.min_residency, self.settings.max_wait)
 
+    async def _introduce(
+        self, instance: ModelInstance, on_step: Callable[[Step], None], *, is_new: bool
+    ) -> ModelInstance:
+        """Load a registered model; if that fails, forget it if it is new."""
+        try:
+            with instance.heard_by(on_step):
+                await instance.load()
+        except EngineError:
+            if is_new and instance.is_absent:
+                self._registry.strike(instance)
+            raise
+        return instance
+
     async def _replace(self, old: ModelInstance, new: ModelInstance, on_step: Callable[[Step], None]) -> ModelInstance:
         """Load the new one beside the old one, or else after it; the old one is put back if the new one fails."""
-        if new.key in self._arriving:
-            raise ModelReplaced(new.key)
-        self._arriving[new.key] = new
         was_loaded = old.state is ModelState.READY
-        try:
-            with new.heard_by(on_step):
-                try:
-                    await new.load()
-                    self._put(new)
-                except NoRoom:
-                    if not was_loaded:
-                        raise
-                    await self._load_after(old, new)
-        finally:
-            del self._arriving[new.key]
+        with self._registry.arriving(new), new.heard_by(on_step):
+            try:
+                await new.load()
+                self._put(new)
+            except NoRoom:
+                if not was_loaded:
+                    raise
+                await self._load_after(old, new)
         return new
 
     async def _load_after(self, old: ModelInstance, new: ModelInstance) -> None:
         self._put(new)  # requests from here on wait for it
-        await old.unload("drain")
+        await old.unload("drain", self.settings.shutdown_timeout)
         try:
             await new.load()
         except EngineError:
-            if self._instances.get(new.key) is new:
-                self._instances[new.key], new.is_retired, old.is_retired = old, True, False
+            if self._registry.get(new.key) is new:
+                self._registry.strike(new)
+                self._registry.put(old)
                 self._keep(self._load_all([old]))
             raise
 
     def _put(self, new: ModelInstance) -> None:
         """Register a model in the place of whichever has its key now."""
-        former = self._instances.get(new.key)
-        self._instances[new.key] = new
-        if former:
-            self._part_with(former)
+        if former := self._registry.put(new):
+            self._part_with(former, "drain", self.settings.shutdown_timeout)
 
     def _change(self, spec: ModelSpec) -> ModelInstance | None:
         """Give a model its new section. What has to be loaded for it, if anything."""
-        known = self._instances[spec.key]
+        known = self.instance(spec.key)
         if is_live(known.spec, spec):
             known.spec = spec
             return None
@@ -253,21 +255,13 @@ class ModelManager:
         self._put(new := self._new(spec))
         return new if was_loaded or spec.preload else None
 
-    def _part_with(self, instance: ModelInstance) -> None:
-        """Take a model out of the registry, and unload it after its last request."""
-        self._strike(instance)
-        self._departing.add(instance)
-        self._keep(self._bid_farewell(instance))
-
-    async def _bid_farewell(self, instance: ModelInstance) -> None:
-        await instance.unload("drain")
-        self._departing.discard(instance)
-
-    def _strike(self, instance: ModelInstance) -> None:
-        """Take a model out of the registry, in which its key may be another one's by now."""
-        instance.is_retired = True
-        if self._instances.get(instance.key) is instance:
-            del self._instances[instance.key]
+    def _part_with(
+        self, instance: ModelInstance, mode: UnloadMode, patience: float | None
+    ) -> asyncio.Task[UnloadReport]:
+        """Take a model out of the registry, and unload it. Raises ModelBusy at once."""
+        leaving = instance.start_unload(mode, patience)
+        self._registry.depart(instance, leaving)
+        return leaving
 
     def _forget_failures(self) -> None:
         """Strike the models that a request registered and that were never there."""
@@ -275,13 +269,15 @@ class ModelManager:
         for instance in self.instances:
             was_tried = instance.metrics.loads and not instance.metrics.loads["loaded"]
             if was_tried and instance.is_absent and instance.key not in configured and not instance.requests:
-                self._strike(instance)
+                self._registry.strike(instance)
 
-    def _keep(self, work: Coroutine[Any, Any, object]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Let work go on by itself; close() waits for it."""
         task = asyncio.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
+        task.add_done_callback(look_at)  # whoever asked for it may have left
+        return task
 
     async def _load_all(self, instances: Iterable[ModelInstance]) -> None:
         for outcome in await asyncio.gather(*(instance.load() for instance in instances), return_exceptions=True):

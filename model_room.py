@@ -5,6 +5,8 @@ Rule 1: decided in one plain step, recorded in the same: who was granted room co
 Rule 2: what was granted is used only when those who leave are gone. If it is not there even then, because somebody has
         grown or the limit was lowered meanwhile, it is decided anew.
 Rule 3: nobody polls: every change of a model, and the end of a time limit, leads to another look.
+Rule 4: whether a model's memory is free again is measured: what is in memory beyond all that was granted, as an engine
+        that ended badly may leave it, is not granted to anybody else.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.errors import LoadAborted, NoRoom
@@ -49,10 +51,14 @@ class _Claim:
 
 
 class Room:
-    """The ledger of the memory. Used on one event loop. `rules` are asked for at every look: they may change."""
+    """The ledger of the memory. Used on one event loop. `rules` are asked for at every look: they may change.
 
-    def __init__(self, rules: Callable[[], Rules]) -> None:
+    measure_arrays: bytes of all models' arrays that are in memory.
+    """
+
+    def __init__(self, rules: Callable[[], Rules], measure_arrays: Callable[[], int] = lambda: 0) -> None:
         self._rules = rules
+        self._measure_arrays = measure_arrays
         self._ledger: dict[Tenant, int] = {}  # granted, whether in use or not yet
         self._present: set[Tenant] = set()  # those in use
         self._claims: list[_Claim] = []
@@ -67,8 +73,13 @@ class Room:
 
     @property
     def budget(self) -> int:
-        """Bytes that may be granted."""
+        """Bytes that may be in use."""
         return self._rules().budget
+
+    @property
+    def unaccounted(self) -> int:
+        """Bytes that are in use beyond those that are granted."""
+        return max(0, self._measure_arrays() - self.reserved)
 
     def reserved_by(self, tenant: Tenant) -> int:
         """Bytes that a model was granted."""
@@ -142,7 +153,8 @@ class Room:
         """Decide on a claim and record it. Gives the time to look again, or None if it is settled."""
         occupants = [tenant.occupant(bytes) for tenant, bytes in self._ledger.items() if not tenant.is_leaving]
         now = time.monotonic()
-        match decide(Demand(claim.bytes, claim.tenant.waiting_since), occupants, self._rules(), now):
+        rules = replace(self._rules(), budget=self._grantable)
+        match decide(Demand(claim.bytes, claim.tenant.waiting_since), occupants, rules, now):
             case Granted(victims):
                 self._ledger[claim.tenant] = claim.bytes
                 for victim in victims:
@@ -159,4 +171,8 @@ class Room:
 
     def _is_free(self, bytes: int) -> bool:
         """Whether so much that was granted is there, and nobody sits in it any more."""
-        return sum(self._ledger.get(tenant, 0) for tenant in self._present) + bytes <= self.budget
+        return sum(self._ledger.get(tenant, 0) for tenant in self._present) + bytes <= self._grantable
+
+    @property
+    def _grantable(self) -> int:
+        return self.budget - self.unaccounted

@@ -22,7 +22,7 @@ async def watch(manager: ModelManager) -> None:
     wedged: set[ModelInstance] = set()
     while True:
         await asyncio.sleep(min(LONGEST_INTERVAL, manager.settings.wedged_after / 4))
-        wedged = look(manager.instances, wedged)
+        wedged = look(manager.everybody, wedged)
 
 
 def look(instances: Sequence[ModelInstance], known: Collection[ModelInstance]) -> set[ModelInstance]:

@@ -124,7 +124,7 @@ def compile_all(runtime: ModelRuntime) -> float:
     """Seconds that the first use of all schemas takes."""
     started = time.perf_counter()
     for subject, schema in SCHEMAS.items():
-        runtime.compile(request(subject, 0, schema))
+        runtime.format(request(subject, 0, schema))
     return time.perf_counter() - started
 
 

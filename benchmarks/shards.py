@@ -1,10 +1,12 @@
 """One process against several ranks that share the same model: tokens/s and time to the first token, in one run.
 
-Run: python -m benchmarks.shards --backend nccl [--ranks 2] [--shape 8b] [--dtype bfloat16] [--shard tensor]. All ranks
-are on this machine, started with what mlx.launch gives them; with nccl each has a GPU of its own. Prints a table, and
-writes the figures as JSON.
+Run: python -m benchmarks.shards --backend nccl [--ranks 2] [--shape 8b] [--dtype bfloat16] [--shard tensor]
+[--variables NAME=VALUE[,NAME=VALUE]]... All ranks are on this machine. Each --variables measures the ranks once more,
+with these variables set. Prints a table, and writes the figures as JSON. Exit status 1 if a part failed, 128 and the
+signal's number if it was interrupted, 142 after --limit seconds.
 
-Rule: both are measured by the same load generator, with the same prompts, each load once before it counts.
+Rule 1: all are measured by the same load generator, with the same prompts, each load once before it counts.
+Rule 2: what was measured is kept, even if a later part fails or the run is interrupted. Every part has a time limit.
 """
 
 from __future__ import annotations
@@ -13,166 +15,168 @@ import argparse
 import asyncio
 import json
 import os
-import socket
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from benchmarks.load import HOST, Job, LoadGenerator
+from benchmarks.load import Job, LoadGenerator
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import DTYPES, SHAPES, prepare_pair
-from benchmarks.servers import ROOT, ServerFailed, child_environment
+from benchmarks.ranks import Deployment, running
 from benchmarks.settings import GREEDY
 from benchmarks.stats import summarise
 from benchmarks.vocabulary import Prompts
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = """
-[models.m]
-source = "{directory}"
-preload = true
-prefix_cache_bytes = 0
-"""
 SHOWN = ("tokens_per_second", "ttft_p50", "ttft_p95", "gap_p50")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
+Figures = Mapping[str, float]
 
 
-def rank_environments(backend: str, size: int, directory: Path) -> list[dict[str, str]]:
-    """What mlx.launch sets for each rank; nothing for a process that is alone."""
-    if size == 1:
-        return [{"CUDA_VISIBLE_DEVICES": "0"} if backend == "nccl" else {}]
-    if backend == "nccl":
-        shared = {"NCCL_HOST_IP": HOST, "NCCL_PORT": str(free_port()), "MLX_WORLD_SIZE": str(size)}
-        return [{**shared, "MLX_RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)} for rank in range(size)]
-    hosts = directory / "hosts.json"
-    hosts.write_text(json.dumps([[f"{HOST}:{free_port()}"] for _ in range(size)]), encoding="utf-8")
-    return [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(size)]
+class Run:
+    """What is measured, and the file that keeps it."""
 
+    def __init__(self, arguments: argparse.Namespace, out: Path) -> None:
+        self._arguments = arguments
+        self._out = out
+        self._begun = time.monotonic()
+        self.figures: dict[str, dict[str, Figures]] = {}
+        self.failures: dict[str, str] = {}
 
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.create_server((HOST, 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def running(directory: Path, backend: str, size: int, shard: str) -> Iterator[int]:
-    """A server whose model is loaded, in one process or shared by ranks; its port. Raises ServerFailed."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
-        settings = Path(scratch) / "settings.toml"
-        text = SETTINGS.format(directory=directory) + (f'shard = "{shard}"\n' if size > 1 else "")
-        settings.write_text(text, encoding="utf-8")
-        flags = ["--no-defaults", "--log-level", "warning", "--port", str(port), "--config", str(settings)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "mlx_api_server.py", *flags],
-                cwd=ROOT,
-                env=child_environment() | environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-            for environment in rank_environments(backend, size, Path(scratch))
-        ]
+    def measure(self, directory: Path, deployment: Deployment) -> None:
+        """The figures of one way to serve, at each concurrency. What fails is kept as a failure."""
+        name, limit = deployment.name, self._arguments.start_seconds
         try:
-            await_greeting(processes[0])
-            yield port
-        except Exception as error:
-            log.seek(0)
-            error.add_note(f"The ranks' last words:\n{log.read()[-4000:]}")
-            raise
-        finally:
-            end(processes)
+            with running(directory, deployment, max(self._arguments.concurrency), limit) as port:
+                self.tell(f"{name}: ready")
+                for clients in self._arguments.concurrency:
+                    figures = asyncio.run(self._load(port, Prompts(directory), clients))
+                    self.figures.setdefault(name, {})[str(clients)] = figures
+                    self._keep()
+                    self.tell(f"{name}, c={clients}: {figures['tokens_per_second']:.1f} tokens/s")
+        except BaseException as error:
+            self.failures[name] = f"{type(error).__name__}: {error}"
+            self._keep()
+            self.tell("\n".join([f"{name} failed: {self.failures[name]}", *getattr(error, "__notes__", ())]))
+            if not isinstance(error, Exception):
+                raise
 
+    async def _load(self, port: int, prompts: Prompts, clients: int) -> Figures:
+        """The figures of a load. Raises TimeoutError."""
+        generator = LoadGenerator(port)
+        rounds, tokens, length = self._arguments.rounds, self._arguments.max_tokens, self._arguments.prompt_tokens
 
-def await_greeting(process: subprocess.Popen[str]) -> None:
-    """Wait until the model is loaded."""
-    assert process.stdout
-    if not any(line.startswith("Serving on") for line in process.stdout):
-        raise ServerFailed(f"the server ended with status {process.wait()} at its start")
+        def jobs(count: int) -> list[Job]:
+            texts = [prompts.make(length) for _ in range(count)]
+            return [Job("m", [{"role": "user", "content": text}], tokens, GREEDY) for text in texts]
 
-
-def end(processes: list[subprocess.Popen[str]]) -> None:
-    """Stop the server, and the other ranks with it."""
-    processes[0].terminate()
-    until = time.monotonic() + 30
-    for process in processes:
         try:
-            process.wait(max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            async with asyncio.timeout(self._arguments.load_seconds):
+                await generator.run(jobs(clients), clients)
+                return summarise(await generator.run(jobs(clients * rounds), clients)).figures()
+        except TimeoutError:
+            raise TimeoutError(f"c={clients} took longer than {self._arguments.load_seconds:g} s") from None
+
+    def tell(self, line: str) -> None:
+        """Progress, with the seconds since the beginning."""
+        print(f"{time.monotonic() - self._begun:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    def _keep(self) -> None:
+        settings = {key: value for key, value in vars(self._arguments).items() if not isinstance(value, Path)}
+        content = {"machine": read_machine(), "settings": settings, "results": self.figures, "failures": self.failures}
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-async def measure(port: int, prompts: Prompts, arguments: argparse.Namespace) -> dict[str, Mapping[str, float]]:
-    """The figures at each concurrency."""
-    generator = LoadGenerator(port)
-    figures: dict[str, Mapping[str, float]] = {}
-
-    def jobs(count: int) -> list[Job]:
-        texts = [prompts.make(arguments.prompt_tokens) for _ in range(count)]
-        return [Job("m", [{"role": "user", "content": text}], arguments.max_tokens, GREEDY) for text in texts]
-
-    for clients in arguments.concurrency:
-        await generator.run(jobs(clients), clients)
-        records = await generator.run(jobs(clients * arguments.rounds), clients)
-        figures[str(clients)] = summarise(records).figures()
-    return figures
-
-
-def render(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A table, with the ratio of several ranks to one process."""
-    alone, shared = results.values()
-    names = [*results, "ratio"]
-    lines = [f"{'c':>4}  {'figure':<18}" + "".join(f"{name:>14}" for name in names)]
-    for clients, figures in alone.items():
+def render(results: Mapping[str, Mapping[str, Figures]]) -> str:
+    """A table, with each one's ratio to the first; a blank where something is missing."""
+    first = next(iter(results.values()))
+    width = max(14, *(2 + len(name) for name in results))
+    lines = [f"{'c':>4}  {'figure':<18}" + "".join(f"{name:>{width}}{'ratio':>7}" for name in results)]
+    for clients in first:
         for name in SHOWN:
-            one, several = figures[name], shared[clients][name]
-            lines.append(f"{clients:>4}  {name:<18}{one:>14.4g}{several:>14.4g}{several / one:>14.2f}")
+            measured = [each[clients][name] if clients in each else None for each in results.values()]
+            cells = (_cell(value, measured[0], width) for value in measured)
+            lines.append(f"{clients:>4}  {name:<18}" + "".join(cells))
     return "\n".join(lines)
 
 
-def read_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=("nccl", "ring"), default="nccl" if has_gpu() else "ring")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--shard", choices=("tensor", "pipeline"), default="tensor")
-    parser.add_argument("--shape", choices=SHAPES, default="8b" if has_gpu() else "tiny")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if has_gpu() else "float32")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=4, help="requests of each client")
-    parser.add_argument("--prompt-tokens", type=int, default=250)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "mlx-benchmarks")
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+def _cell(value: float | None, first: float | None, width: int) -> str:
+    return f"{value:>{width}.4g}{value / first:>7.2f}" if value and first else " " * (width + 7)
 
 
-def main() -> None:
+def variables(text: str) -> dict[str, str]:
+    """NAME=VALUE,NAME=VALUE. Raises ValueError."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name and sign for name, sign, _ in pairs):
+        raise ValueError(f"{text!r} is not valid; expected NAME=VALUE[,NAME=VALUE]")
+    return {name: value for name, _, value in pairs}
+
+
+def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
+    """The command line; defaults by device."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shards", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--backend", choices=("nccl", "ring"), default="nccl" if gpu else "ring")
+    add("--ranks", type=int, default=2)
+    add("--shard", choices=("tensor", "pipeline"), default="tensor")
+    add("--variables", type=variables, action="append", default=[], help="measure the ranks with these, too")
+    add("--shape", choices=SHAPES, default="8b" if gpu else "tiny")
+    add("--dtype", choices=DTYPES, default="bfloat16" if gpu else "float32")
+    add("--tokenizer", type=Path, metavar="DIR", help="where random models take their tokenizer from")
+    add("--concurrency", type=int, nargs="+", default=[1, 16])
+    add("--rounds", type=int, default=4, help="requests of each client")
+    add("--prompt-tokens", type=int, default=250)
+    add("--max-tokens", type=int, default=128)
+    add("--start-seconds", type=float, default=150.0, help="until a model must be loaded")
+    add("--load-seconds", type=float, default=90.0, help="for one load, its warm-up included")
+    add("--limit", type=int, default=420, help="seconds for all of it")
+    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "mlx-benchmarks")
+    add("--out", type=Path)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure one process, then the ranks."""
-    arguments = read_arguments()
+    arguments = read_arguments(argv, has_gpu())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    directory, _ = prepare_pair(arguments.shape, arguments.dtype, arguments.work.resolve())
-    results: dict[str, dict[str, Mapping[str, float]]] = {}
-    for size, name in ((1, "one process"), (arguments.ranks, f"{arguments.ranks} ranks")):
-        with running(directory, arguments.backend, size, arguments.shard) as port:
-            results[name] = asyncio.run(measure(port, Prompts(directory), arguments))
-    settings: dict[str, Any] = {key: value for key, value in vars(arguments).items() if key not in ("work", "out")}
-    content = {"machine": read_machine(), "settings": settings, "results": results}
-    name = f"shards-{arguments.shape}-{arguments.backend}-{arguments.ranks}.json"
-    out: Path = arguments.out or RESULTS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(render(results))
-    print(f"kept in {out}", file=sys.stderr)
+    out: Path = arguments.out or RESULTS / f"shards-{arguments.shape}-{arguments.backend}-{arguments.ranks}.json"
+    run = Run(arguments, out)
+    alone = Deployment(arguments.backend, 1, arguments.shard)
+    ways = [
+        Deployment(arguments.backend, arguments.ranks, arguments.shard, more) for more in [{}, *arguments.variables]
+    ]
+    _be_interruptible(run.tell)
+    signal.alarm(arguments.limit)
+    try:
+        directory, _ = prepare_pair(arguments.shape, arguments.dtype, arguments.work.resolve(), arguments.tokenizer)
+        run.tell("the model's files are there")
+        for way in (alone, *ways):
+            run.measure(directory, way)
+    finally:
+        if run.figures:
+            print(render(run.figures))
+            run.tell(f"kept in {out}")
+    return 1 if run.failures else 0
+
+
+def _be_interruptible(tell: Callable[[str], None]) -> None:
+    """End in order at the first signal, and ignore those that come meanwhile."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        tell(f"interrupted by {signal.Signals(number).name}")
+        raise SystemExit(128 + number)
+
+    for each in SIGNALS:
+        signal.signal(each, stop)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

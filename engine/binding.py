@@ -12,9 +12,9 @@ from engine.call_grammars import forced_calls, strict_calls
 from engine.constraints import Every, Restricted, ThinkingControl
 from engine.detokenizer import make_detokenizer
 from engine.grammars import Grammar, Grammars, json_grammar
-from engine.prompts import FormattedPrompt, PromptFormat, thinking_tags
+from engine.prompts import PromptFormat, thinking_tags
 from engine.thinking import ThinkingParser
-from engine.types import ChatPrompt, Constraint, GenerationRequest
+from engine.types import ChatPrompt, Constraint, FormattedPrompt, GenerationRequest
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -107,6 +107,13 @@ class CallScanner:
         self.has_arguments = True
 
 
+def sendable(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that stands alone, as an escape can spell it: UTF-8 has
+    none for it.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _solid() -> Reading[str]:
     """The next character that is no white space."""
     while (char := (yield)).isspace():
@@ -123,7 +130,7 @@ def _string(first: str) -> Reading[str]:
         char = yield
         chars.append(char)
         if char == '"' and not is_escaped:
-            return str(json.loads("".join(chars)))
+            return sendable(json.loads("".join(chars)))
         if char < " ":
             raise ValueError
         is_escaped = char == "\\" and not is_escaped

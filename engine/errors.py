@@ -109,12 +109,13 @@ class LoadAborted(EngineError):
 
 
 class NoRoom(EngineError):
-    """The model does not fit in memory. `projection` has the sizes in bytes that say why."""
+    """The model does not fit in memory. `projection` has the sizes in bytes that say why. where: on another rank."""
 
-    def __init__(self, key: str, projection: Projection) -> None:
+    def __init__(self, key: str, projection: Projection, where: str = "") -> None:
         gib = {name: f"{size / 2**30:.2f} GiB" for name, size in asdict(projection).items()}
+        model = f"On {where}, model" if where else "Model"
         super().__init__(
-            f"Model {key!r} needs {gib['needed']} and {gib['free']} of {gib['budget']} are free; {gib['evictable']} "
+            f"{model} {key!r} needs {gib['needed']} and {gib['free']} of {gib['budget']} are free; {gib['evictable']} "
             f"can be evicted, {gib['busy']} are busy, {gib['pinned']} pinned. Unload a model, or lower cache_tokens."
         )
         self.projection = projection

@@ -1,4 +1,8 @@
-"""Faults on an engine thread: whose they are, and what the one whom they concern is told."""
+"""Faults on an engine thread: whose they are, and what the one whom they concern is told.
+
+Rule: what is done for one request alone may raise any BaseException: tokenizers and grammars are written in Rust, whose
+      panics are no Exceptions. It ends that request.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from engine.types import Constraint
 
 log = logging.getLogger("engine")
 
-E = TypeVar("E", bound=Exception)
+E = TypeVar("E", bound=BaseException)
 
 # What MLX says on Metal (allocator, command buffer), on CUDA (allocator, graphs, cuBLAS) and on a CPU, in lower case.
 _OUT_OF_MEMORY = (
@@ -33,7 +37,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def request_failure(key: str, error: Exception) -> EngineError:
+def request_failure(key: str, error: BaseException) -> EngineError:
     """What the one caller whom an error concerns is told. An unplanned one is logged."""
     if isinstance(error, EngineError):
         return without_frames(error)
@@ -53,7 +57,7 @@ class GuardedConstraint:
     From then on it allows everything; what the row says is not told any more.
     """
 
-    def __init__(self, row_id: int, inner: Constraint, faults: list[tuple[int, Exception]]) -> None:
+    def __init__(self, row_id: int, inner: Constraint, faults: list[tuple[int, BaseException]]) -> None:
         self._row_id = row_id
         self._inner = inner
         self._faults = faults
@@ -65,7 +69,7 @@ class GuardedConstraint:
             return None
         try:
             return self._inner.allowed()
-        except Exception as error:
+        except BaseException as error:
             self._break(error)
             return None
 
@@ -75,9 +79,9 @@ class GuardedConstraint:
             return
         try:
             self._inner.accept(token)
-        except Exception as error:
+        except BaseException as error:
             self._break(error)
 
-    def _break(self, error: Exception) -> None:
+    def _break(self, error: BaseException) -> None:
         self._is_broken = True
         self._faults.append((self._row_id, error))

@@ -16,7 +16,7 @@ from engine.places import Layers, Place, no_places, span_for, widened
 from engine.types import Row
 
 _ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
-# Tokens in a chunk where shapes have to recur. Fewer than the second take no less time.
+# Tokens in a chunk where shapes have to recur. Fewer than the second take no less time, but leave the GPU to others.
 _LENGTHS = (256, 512, 1024, 2048)
 _SHORT = 512  # only prompts this short go together
 _MOST_TOGETHER = 8
@@ -158,7 +158,7 @@ class PlacedFeed:
     def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
         """Short prompts together, as many as the budget holds, a power of two; or a long one alone."""
         first = waiting[0]
-        most = max(_SHORT, budget)
+        most = max(_LENGTHS[0], budget)
         allowed = [length for length in _LENGTHS if length <= most]
         length = next((length for length in allowed if length >= first.remaining), allowed[-1])
         alike = [p for p in waiting if p.remaining <= length and self._span(p, length) == self._span(first, length)]

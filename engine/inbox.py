@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +47,7 @@ Message = Submit | Cancel | Ask | Stop
 
 
 class Inbox:
-    """Messages to one thread, in order. put() and drain() may be called from any other one."""
+    """Messages to one thread, in order. put() may be called from any other one."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -75,11 +74,3 @@ class Inbox:
                 yield self._queue.get_nowait()
         except queue.Empty:
             return
-
-    def drain(self) -> list[Message]:
-        """Take all messages away that the thread does not take itself."""
-        messages = []
-        with suppress(queue.Empty):
-            while True:
-                messages.append(self._queue.get_nowait())
-        return messages

@@ -6,6 +6,7 @@ Rule 2: the request's settings win over the model's defaults, those over Samplin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from engine.binding import Binding
 from engine.errors import ContextExceeded, PromptRejected
 from engine.grammars import Grammars
 from engine.output import OutputStream
-from engine.prompts import FormattedPrompt, PromptFormat
+from engine.prompts import PromptFormat
 from engine.spelling import token_logprob
 from engine.tool_calls import make_tool_parser
 from engine.types import (
@@ -22,14 +23,17 @@ from engine.types import (
     ChatPrompt,
     Detokenize,
     Event,
+    FormattedPrompt,
     GenerationRequest,
     ModelFacts,
+    Prompt,
     Question,
     Row,
     RowToken,
     Sampling,
     SamplingOptions,
     Tokenize,
+    ToolChoice,
 )
 
 if TYPE_CHECKING:
@@ -87,11 +91,16 @@ class Intake:
         self._defaults = defaults
         self._vocab_size = vocab_size
         self._max_rows = max_rows
+        self._lock = threading.Lock()
         self._binding = Binding(tokenizer, prompts, grammars, vocab_size)
 
-    def compile(self, request: GenerationRequest) -> None:
-        """Do beforehand what of prepare() takes long: the grammar. May run on any thread. Raises PromptRejected."""
+    def format(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with what of prepare() takes long done: its prompt formatted, its grammar compiled.
+
+        May run on any thread. Raises PromptRejected.
+        """
         self._binding.compile(request)
+        return replace(request, formatted=self._formatted(request.prompt, request.tool_choice))
 
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> list[tuple[Row, _Reading]]:
         """A row and its output stream for each choice.
@@ -101,7 +110,7 @@ class Intake:
             ContextExceeded: the prompt is longer than the context.
         """
         self._check(request)
-        prompt = self._prompts.format(request.prompt, request.tool_choice)
+        prompt = request.formatted or self._formatted(request.prompt, request.tool_choice)
         self._check_tokens(prompt.tokens, "messages" if isinstance(request.prompt, ChatPrompt) else "prompt")
         room = self._facts.context_length - len(prompt.tokens)
         if room < 1:
@@ -129,9 +138,13 @@ class Intake:
                 self._check_tokens(tokens, "tokens")
                 return str(self._tokenizer.decode(list(tokens)))
             case Tokenize(prompt):
-                return self._prompts.format(prompt).tokens
+                return self._formatted(prompt).tokens
             case ApplyTemplate(prompt):
-                return self._prompts.format(prompt).text
+                return self._formatted(prompt).text
+
+    def _formatted(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
+        with self._lock:  # a tokenizer has modes, which are switched for each prompt
+            return self._prompts.format(prompt, tool_choice)
 
     def _check(self, request: GenerationRequest) -> None:
         if request.n > self._max_rows:

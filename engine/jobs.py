@@ -19,7 +19,8 @@ from engine.metrics import ModelMetrics
 from engine.types import Event, Finish, GenerationRequest, ModelFacts, Question, Row, RowToken, Timings, Usage
 
 # To whom, what, whether that is the last of it, and the error that it ended with, if any.
-Outbox = list[tuple[Generation, list[Event], bool, EngineError | None]]
+Letter = tuple[Generation, list[Event], bool, EngineError | None]
+Outbox = list[Letter]
 
 
 class Output(Protocol):
@@ -49,7 +50,7 @@ class Runtime(Protocol):
         """What is known of it."""
 
     @property
-    def compile(self) -> Callable[[GenerationRequest], None]:
+    def format(self) -> Callable[[GenerationRequest], GenerationRequest]:
         """Does what of prepare() takes long, on any thread; holds nothing of the batch. Raises PromptRejected."""
 
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
@@ -101,12 +102,12 @@ class Job:
 
 
 class Jobs:
-    """All generations of one engine, by row. clear() may be called from any thread, at any moment."""
+    """All generations of one engine, by row."""
 
     def __init__(self, metrics: ModelMetrics) -> None:
         self._metrics = metrics
         self._rows: dict[int, tuple[Job, Output]] = {}
-        self._faults: list[tuple[int, Exception]] = []  # of the rows' constraints
+        self._faults: list[tuple[int, BaseException]] = []  # of the rows' constraints
 
     @property
     def row_ids(self) -> set[int]:
@@ -132,11 +133,6 @@ class Jobs:
         """Those that have a row which is not one of these."""
         return _distinct(job for row_id, (job, _) in self._rows.items() if row_id not in row_ids)
 
-    def clear(self) -> list[Generation]:
-        """Drop everything; the generations that were not done."""
-        rows, self._rows = self._rows, {}  # the thread may be reading the ones that were
-        return [job.generation for job in _distinct(job for job, _ in list(rows.values()))]
-
     def publish(self, tokens: Sequence[RowToken]) -> tuple[Outbox, list[int]]:
         """What one step's tokens mean: events for the event loop, and the rows that have ended."""
         outbox: Outbox = []
@@ -157,7 +153,7 @@ class Jobs:
             self._metrics.inter_token.observe(waited)
         try:
             events = list(output.feed(token))
-        except Exception as error:
+        except BaseException as error:
             self._fail(job, error, outbox, finished)
             return
         is_done = False
@@ -171,7 +167,7 @@ class Jobs:
         if events:
             outbox.append((job.generation, events, is_done, None))
 
-    def _fail(self, job: Job, error: Exception, outbox: Outbox, finished: list[int]) -> None:
+    def _fail(self, job: Job, error: BaseException, outbox: Outbox, finished: list[int]) -> None:
         """End a generation because of its own fault."""
         self._metrics.faults["request"] += 1
         finished += self.forget(job.generation)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import (
     BatchKVCache,
     KVCache,
@@ -65,6 +66,16 @@ def _extract_layer(layer: Any, index: int, length: int | None) -> Any:
         own.keys = layer.keys[index : index + 1, :, end - length : end]
         own.values = layer.values[index : index + 1, :, end - length : end]
     return own
+
+
+def is_finite(cache: Cache) -> mx.array:
+    """Whether what was computed is numbers throughout: an array of one bool, not evaluated.
+
+    What is none in one layer makes all that follows from it none, so that the last layer tells for all of them.
+    """
+    kept = [leaf for _, leaf in tree_flatten(cache[-1].state) if isinstance(leaf, mx.array)]
+    are_finite = [mx.isfinite(array).all() for array in kept if mx.issubdtype(array.dtype, mx.floating)]
+    return mx.all(mx.stack([mx.array(True), *are_finite]))
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -1,4 +1,4 @@
-"""What is counted of each model. Counters only grow, for as long as the process lives.
+"""What is counted of each model. Counters only grow, for as long as the model is known under its key.
 
 Rule 1: each figure has one writer thread at a time, so that none needs a lock: a reader may see it a moment old.
 Rule 2: counting costs less than a microsecond; whoever asks for the figures pays for putting them together.
@@ -77,19 +77,3 @@ class ModelMetrics:
         self.cached_tokens += usage.cached_tokens
         self.completion_tokens += usage.completion_tokens
         self.reasoning_tokens += usage.reasoning_tokens
-
-
-class Metrics:
-    """The counters of every model that there ever was, by key."""
-
-    def __init__(self) -> None:
-        self._models: dict[str, ModelMetrics] = {}
-
-    def of(self, key: str) -> ModelMetrics:
-        """The counters of a model; from zero if they are new."""
-        return self._models.setdefault(key, ModelMetrics(key))
-
-    @property
-    def models(self) -> list[ModelMetrics]:
-        """All of them."""
-        return list(self._models.values())

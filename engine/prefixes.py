@@ -4,6 +4,8 @@ Rule 1: what is kept is bounded in bytes and entries; the least recently used go
 Rule 2: an entry that the beginning of another contains is not kept beside it.
 Rule 3: looking one up costs microseconds an entry, whatever its length: entries are compared as arrays, and only those
         whose first tokens are the same. (A walk through mlx-lm's trie of tokens took 18 ms with a hundred entries.)
+Rule 4: what is no number any more serves nobody: one row's overflow must not reach those who ask alike after it. Ranks
+        that share a model do not look: each would see its own part, and they have to decide alike.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from engine import device
-from engine.kv import Cache, cache_bytes
+from engine.kv import Cache, cache_bytes, is_finite
 
 # A shorter common prefix is not worth a copy of the keys and values.
 _SHORTEST = 16
@@ -36,6 +38,7 @@ class _Entry:
     cache: Cache
     nbytes: int
     is_trimmable: bool
+    is_sound: mx.array  # of bool; computed along with the cache, and read only when it is wanted
 
     def usable(self, tokens: _Tokens) -> int:
         """How many of these tokens it can serve. One is always left to feed."""
@@ -46,7 +49,9 @@ class _Entry:
 
 
 class PrefixCache:
-    """Kept prefixes of one model. Sizes in bytes. token_bytes: what a token counts for, None measures each entry."""
+    """Kept prefixes of one model. Sizes in bytes. token_bytes: what a token counts for, on ranks that share the model;
+    None measures each entry.
+    """
 
     def __init__(self, max_bytes: int, token_bytes: int | None = None) -> None:
         self.nbytes = 0
@@ -63,6 +68,9 @@ class PrefixCache:
             return None, 0
         self._entries.move_to_end(best)
         entry = self._entries[best]
+        if not entry.is_sound:
+            self._drop(best)
+            return self.fetch(tokens)
         cache: Cache = copy.deepcopy(entry.cache)  # shares the arrays
         if surplus := len(entry.tokens) - lengths[best]:
             trim_prompt_cache(cache, surplus)
@@ -73,10 +81,11 @@ class PrefixCache:
         if len(tokens) < _SHORTEST:
             return
         # A GPU copies while the next step is prepared; a CPU has to be done first, or else the step copies everything.
-        (mx.eval if device.is_cpu() else mx.async_eval)([layer.state for layer in cache])
+        is_sound = mx.array(True) if self._token_bytes else is_finite(cache)
+        (mx.eval if device.is_cpu() else mx.async_eval)([layer.state for layer in cache], is_sound)
         kept = np.asarray(tokens, dtype=np.int64)
         nbytes = cache_bytes(cache) if self._token_bytes is None else len(kept) * self._token_bytes
-        entry = _Entry(kept, cache, nbytes, can_trim_prompt_cache(cache))
+        entry = _Entry(kept, cache, nbytes, can_trim_prompt_cache(cache), is_sound)
         if entry.is_trimmable:
             for key, other in self._alike(kept):
                 if np.array_equal(other.tokens, kept[: len(other.tokens)]):

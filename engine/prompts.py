@@ -13,7 +13,7 @@ Rule 6: text and token ids have no conversation in them, so nothing is added but
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.config import ModelType
@@ -22,21 +22,12 @@ from engine.messages import Message, admit, alternate, check_text, continued_fie
 from engine.template import ChatTemplate
 from engine.tool_formats import PLAIN, ToolFormat, native_format
 from engine.tool_prompts import describe, write_plain
-from engine.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
+from engine.types import ChatPrompt, FormattedPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-
-
-@dataclass(frozen=True, slots=True)
-class FormattedPrompt:
-    """A prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
-
-    tokens: tuple[int, ...]
-    text: str
-    opens_thinking: bool = False
 
 
 class PromptFormat:

@@ -103,5 +103,4 @@ class LeadingBatch:
     def _answer(self, row_id: int, accepted: Sequence[int]) -> None:
         """Say what a row may say next."""
         constraint = self._rows.get(row_id)
-        mask = answer(constraint, accepted) if constraint else None
-        self._leader.reply({"kind": "mask", "mask": mask})
+        self._leader.reply({"kind": "mask", "mask": answer(constraint, accepted) if constraint else None})

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import logging
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from engine.rank_link import Link, LinkLost, Message
+from engine.rank_roll import Follower
 from engine.ranks import Meeting, RanksDiffer, compare, leaders_address
 
 log = logging.getLogger("ranks")
 
 GREETING_SECONDS = 120.0  # that all ranks get to come
 _LOOK_AGAIN = 1.0  # seconds between two looks at whether the own process is still there
-
-
-@dataclass(eq=False)
-class Follower:
-    """A computing rank, as the leader knows it. `error` says why it is lost."""
-
-    rank: int
-    address: str
-    link: Link
-    heard: float = field(default_factory=time.monotonic)
-    memory_bytes: int = 0
-    error: str | None = None
 
 
 class Gathering:
@@ -49,13 +38,14 @@ class Gathering:
         with socket.create_server((host, 0), family=family) as listener:
             host, port = listener.getsockname()[:2]
             meeting = Meeting(host, port, secrets.token_hex(16))
-            own = subprocess.Popen(sys.orig_argv, env=meeting.environment(environ), stdin=subprocess.DEVNULL)
-            try:
-                self._await_all(listener, own, meeting.word)
-            except BaseException:
-                own.kill()
-                own.wait()
-                raise
+            with _orderly_end():
+                own = subprocess.Popen(sys.orig_argv, env=meeting.environment(environ), stdin=subprocess.DEVNULL)
+                try:
+                    self._await_all(listener, own, meeting.word)
+                except BaseException:
+                    own.kill()
+                    own.wait()
+                    raise
         log.info("All %d ranks are there.", len(self._followers))
         return sorted(self._followers, key=lambda follower: follower.rank), own
 
@@ -63,21 +53,22 @@ class Gathering:
         listener.settimeout(_LOOK_AGAIN)
         expected, until = 1, time.monotonic() + GREETING_SECONDS
         while len(self._followers) < expected:
-            try:
+            if (status := own.poll()) is not None:
+                raise LinkLost(f"the process that computes for rank 0 ended with status {status}")
+            if time.monotonic() > until:
+                raise LinkLost(f"not all have come within {GREETING_SECONDS:g} s")
+            with suppress(TimeoutError):
                 expected = self._greet(*listener.accept(), word) or expected
-            except TimeoutError:
-                if (status := own.poll()) is not None:
-                    raise LinkLost(f"the process that computes for rank 0 ended with status {status}") from None
-                if time.monotonic() > until:
-                    raise LinkLost(f"not all have come within {GREETING_SECONDS:g} s") from None
 
     def _greet(self, connection: socket.socket, address: tuple[Any, ...], word: str) -> int | None:
         """Take a rank in; how many there are. Somebody else who comes by is sent away."""
         link = Link(connection, self._limit)
         try:
             greeting = link.receive()
-            if not secrets.compare_digest(str(greeting.get("word")), word):
+            if not secrets.compare_digest(str(greeting.get("word")).encode(), word.encode()):
                 raise LinkLost("it does not know the word")
+            if greeting["rank"] in [follower.rank for follower in self._followers]:
+                raise LinkLost(f"rank {greeting['rank']} is there already")
         except LinkLost as error:
             log.warning("A connection from %s is no rank's: %s", address[0], error)
             link.close()
@@ -90,6 +81,21 @@ class Gathering:
                 refuse(follower.link, {"kind": "refused", "reason": str(error)})
             raise
         return int(greeting["size"])
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Within the block a signal raises SystemExit, so that what was started is ended, too."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refuse(link: Link, message: Message) -> None:

@@ -4,6 +4,8 @@ Rule 1: what is told has one order for all models, and all ranks do it in that o
         computations meet.
 Rule 2: once a rank is lost, nothing more is computed together: MLX's group can't be mended. Whoever waits is told at
         once, and the other ranks are let go.
+Rule 3: a rank is lost when its connection ends, when it is silent, when it fails, and when it makes no step. Of several
+        that make none, it is those that have done the least: the others wait for them.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config import ModelSpec
-from engine.errors import LoadFailed, RankLost
-from engine.rank_gathering import Follower, Gathering
+from engine.errors import LoadFailed, NoRoom, Projection, RankLost
+from engine.rank_gathering import Gathering
 from engine.rank_link import LinkLost, Message
+from engine.rank_roll import Follower, loss, stuck
 from engine.ranks import RankReport, shared_spec
 from engine.sources import Progress
 
@@ -29,6 +32,7 @@ log = logging.getLogger("ranks")
 
 _REPORT_EVERY = 0.5  # seconds, of a load
 _LAST_WORDS = 5.0  # seconds that ranks get to end by themselves
+_AFTERMATH = 0.5  # seconds within which the loss of a rank is known that made another one fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,11 @@ class Opened:
 
 
 class Leader:
-    """All ranks. `limit` is how long one may be silent, in seconds."""
+    """All ranks. silence, step: the seconds that one may be silent, and be at one step; `step` may be changed."""
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
+    def __init__(self, silence: float, step: float) -> None:
+        self.step = step
+        self._silence = silence
         self._followers: list[Follower] = []
         self._listening: list[threading.Thread] = []
         self._own: subprocess.Popen[bytes] | None = None  # the process that computes for rank 0
@@ -52,13 +57,12 @@ class Leader:
         self._losing = threading.Lock()
         self._answers: dict[int, queue.SimpleQueue[Message | RankLost]] = {}  # to the models, by number
         self._last_number = 0
-        self._is_closing = False
 
     # -- the beginning and the end --------------------------------------------------------------------------------
 
     def gather(self, facts: Mapping[str, str], environ: Mapping[str, str]) -> None:
         """Wait for all ranks. facts: what must be the same everywhere. Raises RanksDiffer, LinkLost, OSError."""
-        self._followers, self._own = Gathering(facts, self._limit).start(environ)
+        self._followers, self._own = Gathering(facts, self._silence).start(environ)
         for follower in self._followers:
             follower.link.send({"kind": "welcome"})
             follower.link.beat(dict)
@@ -67,8 +71,10 @@ class Leader:
             self._listening.append(listening)
 
     def close(self) -> None:
-        """Let the ranks go."""
-        self._is_closing = True
+        """Let the ranks go. Whoever still waits for them is told."""
+        with self._losing:
+            self._lost = self._lost or RankLost("The server has stopped")
+        self._end_waiting(self._lost)
         self._let_go("the server has stopped")
         until = time.monotonic() + _LAST_WORDS
         for listening in self._listening:
@@ -96,9 +102,13 @@ class Leader:
     def open(self, number: int, key: str, stall_target: float, report: Progress) -> Opened:
         """Wait until all ranks have loaded the model, and make them ready for calls.
 
-        Raises LoadFailed, with the ranks' reasons, RankLost, and what `report` raises.
+        Raises LoadFailed, with the ranks' reasons, NoRoom, RankLost, and what `report` raises.
         """
         answers = [self._loaded(number, report) for _ in self._followers]
+        for told in answers:
+            if "projection" in told:
+                where = f"rank {self._followers[told['rank']].name}"
+                raise NoRoom(key, Projection(**told["projection"]), where)
         if failures := {told["error"]: told["rank"] for told in answers if "error" in told}:
             raise LoadFailed(key, "; ".join(f"on rank {rank}, {error}" for error, rank in failures.items()))
         # What a token counts for must be the same everywhere, for it decides what the prefix caches keep.
@@ -135,7 +145,7 @@ class Leader:
         try:
             self._followers[0].link.send(message)
         except LinkLost as error:
-            self._lose(self._followers[0], str(error))
+            self._lose([self._followers[0]], str(error))
             raise self._lost or RankLost(str(error)) from None
 
     def drop(self, number: int) -> None:
@@ -149,7 +159,7 @@ class Leader:
             try:
                 follower.link.send(message)
             except LinkLost as error:
-                self._lose(follower, str(error))
+                self._lose([follower], str(error))
 
     # -- who is there ---------------------------------------------------------------------------------------------
 
@@ -165,8 +175,7 @@ class Leader:
 
     def report(self) -> list[RankReport]:
         """How every rank is, by number."""
-        now = time.monotonic()
-        return [RankReport(f.rank, f.address, f.error, f.memory_bytes, now - f.heard) for f in self._followers]
+        return [follower.report() for follower in self._followers]
 
     def _listen(self, follower: Follower) -> None:
         """Take what a rank says, as long as it lives."""
@@ -175,30 +184,38 @@ class Leader:
                 message = follower.link.receive()
                 follower.heard = time.monotonic()
                 if message["kind"] == "beat":
-                    follower.memory_bytes = message["memory_bytes"]
+                    follower.note_beat(message)
+                    if standing := stuck(self._followers, self.step):
+                        self._lose(standing, f"no step for {self.step:g} s")
                 elif message["kind"] == "broken":
+                    time.sleep(_AFTERMATH)
                     raise LinkLost(message["reason"])
                 elif answers := self._answers.get(message["number"]):
                     answers.put({"rank": follower.rank, **message})
-        except LinkLost as error:
-            self._lose(follower, str(error))
+        except Exception as error:  # whatever it is, this rank is not heard any more
+            self._lose([follower], str(error))
 
-    def _lose(self, follower: Follower, reason: str) -> None:
+    def _lose(self, lost: Sequence[Follower], reason: str) -> None:
         """Tell everybody, once."""
         with self._losing:
-            if self._lost or self._is_closing:
+            if self._lost:
                 return
-            follower.error = reason
-            self._lost = RankLost(f"Rank {follower.rank} ({follower.address}) is lost: {reason}")
+            for follower in lost:
+                follower.error = reason
+            self._lost = loss(lost, reason)
         log.error("%s", self._lost)
-        for answers in list(self._answers.values()):
-            answers.put(self._lost)
-        self._let_go(str(self._lost))
+        self._end_waiting(self._lost)
         if self._own:
             self._own.kill()  # what it computes may wait for ever, and hold memory as long
+        self._let_go(str(self._lost))
+
+    def _end_waiting(self, lost: RankLost) -> None:
+        for answers in list(self._answers.values()):
+            answers.put(lost)
 
     def _let_go(self, reason: str) -> None:
-        for follower in self._followers:
+        """Make the ranks end; those last that may not listen."""
+        for follower in sorted(self._followers, key=lambda follower: follower.error is not None):
             with suppress(LinkLost):
                 follower.link.send({"kind": "end", "reason": reason})
                 follower.link.finish()

@@ -7,29 +7,31 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
-
-from engine import kv, loader, runtime
+from engine import loader, runtime
 from engine.batcher import Batcher
 from engine.config import ModelSpec
-from engine.errors import LoadFailed
 from engine.prefill import Pace
 from engine.prefixes import PrefixCache
 from engine.rank_link import Message
+from engine.rank_loads import Loads
 from engine.rank_rows import decode_mask, decode_rows, encode_tokens
 from engine.rank_sampling import FollowingSampler, LeadingSampler
 from engine.ranks import Membership
-from engine.shards import divider
 
 
 class Models:
     """Loads, runs and drops them as it is told. `mask` waits for the leader's reply to a question."""
 
     def __init__(
-        self, membership: Membership, send: Callable[[Mapping[str, Any]], None], mask: Callable[[], Message]
+        self,
+        membership: Membership,
+        loads: Loads,
+        send: Callable[[Mapping[str, Any]], None],
+        mask: Callable[[], Message],
     ) -> None:
         self._group = membership.group
         self._leads = membership.rank == 0
+        self._loads = loads
         self._send = send
         self._mask = mask
         self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
@@ -41,7 +43,10 @@ class Models:
         number = message["number"]
         match message["kind"]:
             case "load":
-                self._send({"kind": "loaded", "number": number, **self._load(number, message["spec"])})
+                self._loads.begin(message)
+            case "fetched":
+                if loaded := self._loads.load(message):
+                    self._loaded[number] = loaded
             case "open":
                 self._open(number, message["token_bytes"], message["stall_target"])
             case "calls":
@@ -49,21 +54,6 @@ class Models:
                     self._call(number, name, arguments)
             case "drop":
                 self._drop(number)
-
-    def _load(self, number: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Load this rank's share; what is said of it, or the error."""
-        spec = ModelSpec(**fields)
-        try:
-            loaded = loader.load(spec, divide=divider(spec, self._group))
-        except LoadFailed as error:
-            return {"error": error.cause}
-        self._loaded[number] = spec, loaded
-        logits = loaded.model(mx.zeros((1, 1), dtype=mx.uint32))  # lazy: nothing is computed
-        return {
-            "token_bytes": kv.token_bytes(loaded.model),
-            "weight_bytes": loaded.weight_bytes,
-            "vocab_size": logits.shape[-1],
-        }
 
     def _open(self, number: int, token_bytes: int, stall_target: float) -> None:
         spec, loaded = self._loaded[number]
@@ -123,4 +113,5 @@ class Models:
             batcher.close()
         del batcher
         self._loaded.pop(number, None)
+        self._loads.forget(number)
         runtime.free_memory()

@@ -30,7 +30,7 @@ from engine.rank_link import LinkLost
 SHARED_FIELDS = (
     "key", "source", "adapter", "shard", "context_length", "max_running", "cache_tokens", "prefix_cache_bytes"
 )  # fmt: skip
-_SHARED_SETTINGS = ("memory_limit", "rank_timeout")
+_SHARED_SETTINGS = ("rank_timeout",)
 _MEETING_VARIABLE = "MLX_RANK_MEETING"  # what the leader gives to the process that computes for rank 0
 _MEETING_BYTES = 512
 _ATTEMPTS = 4  # to join
@@ -76,9 +76,12 @@ class RankReport:
 
 
 def is_one_of_several(environ: Mapping[str, str]) -> bool:
-    """Whether this process was started as a rank. mlx.launch gives a single one a file of hosts that is empty."""
+    """Whether this process was started as a rank. mlx.launch gives a single one a file of hosts that is empty, or a
+    world of size 1.
+    """
     hosts = environ.get("MLX_HOSTFILE")
-    return "MLX_RANK" in environ and not (hosts and not Path(hosts).read_text().strip())
+    is_alone = environ.get("MLX_WORLD_SIZE") == "1" or (hosts and not Path(hosts).read_text().strip())
+    return "MLX_RANK" in environ and not is_alone
 
 
 def is_leader(environ: Mapping[str, str]) -> bool:

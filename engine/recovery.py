@@ -20,11 +20,16 @@ MOST_IN_A_ROW = 3  # steps that may fail without one between them that brought a
 
 
 class Recovery:
-    """What becomes of the requests of one engine. `free` gives the memory of what was dropped back."""
+    """What becomes of the requests of one engine. `free` gives the memory of what was dropped back, `tell` takes what
+    those are to be told whom a failure concerns.
+    """
 
-    def __init__(self, jobs: Jobs, free: Callable[[], None], metrics: ModelMetrics) -> None:
+    def __init__(
+        self, jobs: Jobs, free: Callable[[], None], tell: Callable[[Outbox], None], metrics: ModelMetrics
+    ) -> None:
         self._jobs = jobs
         self._free = free
+        self._tell = tell
         self._metrics = metrics
         self._in_a_row = 0
 
@@ -37,8 +42,11 @@ class Recovery:
         """A step has brought tokens."""
         self._in_a_row = 0
 
-    def after(self, cause: Exception, batch: Batch) -> Outbox:
-        """Make the batch fresh after a call of it that failed; what those who waited for it are to be told."""
+    def after(self, cause: Exception, batch: Batch) -> None:
+        """Make the batch fresh after a call of it that failed, and tell those who waited for it.
+
+        If that fails, too, the thread ends, and tells everybody else.
+        """
         waiting = batch.waiting()
         at_work = self._jobs.beyond(waiting)
         if is_out_of_memory(cause):
@@ -51,17 +59,18 @@ class Recovery:
             error = StepFailed(self._metrics.key, f"{type(cause).__name__}: {cause}")
             ending = at_work
         gone = {row_id for job in ending for row_id in job.open_rows}
-        untold = batch.restart(self._jobs.row_ids - gone)  # if this fails, too, the thread ends, and tells everybody
-        outbox = self._end(ending, error)
+        untold = batch.restart(self._jobs.row_ids - gone)
+        self._end(ending, error)
         told, finished = self._jobs.publish(untold)
+        self._tell(told)
         batch.remove(finished)
         self._free()
-        return outbox + told + self._end(self._jobs.beyond(batch.waiting()), error)
+        self._end(self._jobs.beyond(batch.waiting()), error)
 
-    def _end(self, jobs: list[Job], error: EngineError) -> Outbox:
+    def _end(self, jobs: list[Job], error: EngineError) -> None:
         for job in jobs:
             self._jobs.forget(job.generation)
-        return [(job.generation, [], True, error) for job in jobs]
+        self._tell([(job.generation, [], True, error) for job in jobs])
 
 
 def _sacrificed(jobs: list[Job]) -> list[Job]:

@@ -42,9 +42,9 @@ class ModelRuntime:
     intake: Intake
 
     @property
-    def compile(self) -> Callable[[GenerationRequest], None]:
+    def format(self) -> Callable[[GenerationRequest], GenerationRequest]:
         """Does what of a request takes long, on any thread. It holds nothing of the model's memory."""
-        return self.intake.compile
+        return self.intake.format
 
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
         """A row and its output stream for each choice. Raises PromptRejected."""

@@ -6,16 +6,50 @@ layers, one rank after the other. The embeddings and the output layer are whole 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
 
 from engine.config import ModelSpec
+from engine.errors import LoadFailed
 from engine.memory import Estimate
+from engine.sources import outline
 
 Divide = Callable[[nn.Module], None]
+
+_KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")  # as mlx-lm's attentions call their number
+
+
+class Place(Protocol):
+    """A rank's place among the others; MLX's groups are such."""
+
+    def rank(self) -> int:
+        """Its number, from 0."""
+
+    def size(self) -> int:
+        """How many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A place in no group: enough to divide a model of which nothing is computed."""
+
+    number: int
+    ranks: int
+
+    def rank(self) -> int:
+        """Its number, from 0."""
+        return self.number
+
+    def size(self) -> int:
+        """How many there are."""
+        return self.ranks
 
 
 def nothing(model: nn.Module) -> None:
@@ -23,36 +57,70 @@ def nothing(model: nn.Module) -> None:
     model.clear()
 
 
-def divider(spec: ModelSpec, group: Any) -> Divide:
-    """What makes a model this rank's share, before its weights are read. It raises ValueError where that can't be."""
+def divider(spec: ModelSpec, place: Place) -> Divide:
+    """What makes a model a rank's share, before its weights are read. It raises ValueError where that can't be."""
     divide = _by_tensor if spec.shard == "tensor" else _by_layers
-    return lambda model: divide(model, group)
+    return lambda model: divide(model, place)
 
 
-def share(estimate: Estimate, spec: ModelSpec, ranks: int) -> Estimate:
-    """What rank 0's share of a model is expected to take: what is whole everywhere is small beside the rest."""
+def share(estimate: Estimate, spec: ModelSpec, place: Place) -> Estimate:
+    """What a rank's share of a model is expected to take: its architecture is divided, and nothing computed.
+
+    On a thread that has a stream of MLX. Raises LoadFailed where it can't be divided.
+    """
     if not spec.shard:
         return estimate
-    return replace(estimate, weights=estimate.weights // ranks, cache=estimate.cache // ranks)
+    try:
+        config = dict(outline(spec.source).config)
+        model_class, arguments = _get_classes(config)
+        model = model_class(arguments.from_dict(config))
+        weights, cache = _values(model), _cache_width(model)
+        divider(spec, place)(model)
+        part = replace(
+            estimate,
+            weights=estimate.weights * _values(model) // weights,
+            cache=estimate.cache * _cache_width(model) // cache,
+        )
+    except Exception as error:  # what a broken config.json does to an architecture can be anything
+        raise LoadFailed(spec.key, " ".join(str(error).split()) or type(error).__name__) from None
+    finally:
+        mx.random.seed(0)  # or else the weights, which nobody computes, would stay in this thread's random state
+    return part
 
 
-def _by_tensor(model: nn.Module, group: Any) -> None:
+def _values(model: nn.Module) -> int:
+    return sum(array.size for _, array in tree_flatten(model.parameters()))
+
+
+def _cache_width(model: Any) -> int:
+    """What the size of the cache is in proportion to: layers, times their heads of keys where those are divided."""
+    return sum(_key_heads(layer) or 1 for layer in model.layers if layer is not None)
+
+
+def _key_heads(layer: Any) -> int | None:
+    """None where an attention keeps something else than heads of keys, which every rank keeps whole."""
+    attention = getattr(layer, "self_attn", None)
+    return next((int(heads) for name in _KEY_HEADS if (heads := getattr(attention, name, None))), None)
+
+
+def _by_tensor(model: Any, place: Place) -> None:
     if not hasattr(model, "shard"):
         raise ValueError(f"mlx-lm can't divide the layers of a {_type(model)!r}; expected shard = 'pipeline' or none")
     for layer in model.layers:
-        heads = getattr(getattr(layer, "self_attn", None), "n_kv_heads", None)
-        if heads and heads % group.size():
-            raise ValueError(f"its {heads} heads of keys can't be divided by {group.size()} ranks")
-    model.shard(group)
+        if (heads := _key_heads(layer)) and heads % place.size():
+            raise ValueError(f"its {heads} heads of keys can't be divided by {place.size()} ranks")
+    model.shard(place)
 
 
-def _by_layers(model: nn.Module, group: Any) -> None:
+def _by_layers(model: Any, place: Place) -> None:
     inner: Any = getattr(model, "model", None)
     if not hasattr(inner, "pipeline"):
         raise ValueError(f"mlx-lm can't make a pipeline of a {_type(model)!r}; expected shard = 'tensor' or none")
-    if len(model.layers) < group.size():
-        raise ValueError(f"its {len(model.layers)} layers are fewer than the {group.size()} ranks")
-    inner.pipeline(group)
+    if len(model.layers) < place.size():
+        raise ValueError(f"its {len(model.layers)} layers are fewer than the {place.size()} ranks")
+    if "NCCL_HOST_IP" in os.environ:  # as mlx.launch sets it for this backend
+        raise ValueError("MLX's NCCL can't pass values from one rank to the next; expected shard = 'tensor'")
+    inner.pipeline(place)
 
 
 def _type(model: nn.Module) -> str:

@@ -44,11 +44,17 @@ class Threads:
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Shift | None]] = []
         self._threads: list[tuple[threading.Thread, queue.SimpleQueue[Shift | None]]] = []
+        self._is_closed = False
 
     def start(self, work: Callable[[], None], name: str) -> Shift:
-        """Begin a piece of work, on a thread that has none or a new one. The work must not raise."""
+        """Begin a piece of work, on a thread that has none or a new one. The work must not raise.
+
+        Raises RuntimeError once they are closed.
+        """
         shift = Shift(work, name)
         with self._lock:
+            if self._is_closed:  # a load that is still being called off may come this late
+                raise RuntimeError(f"no thread for {name!r}: they are closed")
             inbox = self._idle.pop() if self._idle else self._new_thread()
         inbox.put(shift)
         return shift
@@ -74,6 +80,7 @@ class Threads:
         within `patience` seconds.
         """
         with self._lock:
+            self._is_closed = True
             self._idle.clear()
             threads, self._threads = self._threads, []
         for _, inbox in threads:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tool_parsers import json_tools
 
+from engine.call_scanner import sendable
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -63,7 +65,7 @@ def _check(call: Any) -> ToolCall:
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError(f"{call!r}: expected a name and an object of arguments")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return ToolCall(name, text, own_id if isinstance(own_id, str) and own_id else None)
+    return ToolCall(sendable(name), sendable(text), sendable(own_id) if isinstance(own_id, str) and own_id else None)
 
 
 def _parse_json(body: str, _tools: Any) -> Any:

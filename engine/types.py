@@ -97,11 +97,21 @@ class ToolChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class FormattedPrompt:
+    """A prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
+
+    tokens: tuple[int, ...]
+    text: str
+    opens_thinking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request to one model.
 
     max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
     no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
+    formatted: the prompt in the model's words, once it is known.
     """
 
     prompt: Prompt
@@ -115,11 +125,7 @@ class GenerationRequest:
     format: JsonFormat | None = None
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     thinking_budget: int | None = None
-
-    @property
-    def may_have_grammar(self) -> bool:
-        """Whether its answer may have to keep to a grammar."""
-        return self.format is not None or (isinstance(self.prompt, ChatPrompt) and bool(self.prompt.tools))
+    formatted: FormattedPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True)

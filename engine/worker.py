@@ -25,6 +25,7 @@ from engine.generation import Generation
 from engine.inbox import Ask, Cancel, Inbox, Stop, Submit
 from engine.jobs import Job, Jobs, Outbox, Runtime
 from engine.metrics import ModelMetrics
+from engine.readers import Readers, settle
 from engine.recovery import MOST_IN_A_ROW, Recovery
 from engine.types import Accepted, GenerationRequest, ModelFacts, Question
 
@@ -72,10 +73,11 @@ class Engine:
         self._inbox = Inbox()
         self._started: asyncio.Future[ModelFacts] = self._loop.create_future()
         self._ended = asyncio.Event()
+        self._readers = Readers(key)
         metrics = metrics or ModelMetrics(key)
         self._jobs = Jobs(metrics)
-        self._recovery = Recovery(self._jobs, self._release, metrics)
-        self._compile: Callable[[GenerationRequest], None] = _nothing  # the runtime's, while there is one
+        self._recovery = Recovery(self._jobs, self._release, self._hand_over, metrics)
+        self._format: Callable[[GenerationRequest], GenerationRequest] = _as_it_is  # the runtime's, while there is one
         self._row_ids = count()
         self._is_stopping = False
         self._thread = start(self._run, f"engine-{key}")
@@ -85,31 +87,28 @@ class Engine:
     async def started(self) -> ModelFacts:
         """Wait until the model is loaded. Raises LoadFailed; EngineStopped if it has ended since."""
         facts = await asyncio.shield(self._started)
-        self._refuse_if_ended()
+        self._readers.refuse_if_over()
         return facts
 
-    async def compile(self, request: GenerationRequest) -> None:
+    async def format(self, request: GenerationRequest) -> GenerationRequest:
         """Do what of a request would hold up the streams of others, on another thread. Raises PromptRejected."""
-        if not request.may_have_grammar:
-            return
-        try:
-            await asyncio.to_thread(self._compile, request)
-        except Exception as error:
-            raise request_failure(self._key, error) from None
+        return await asyncio.to_thread(self._format_here, request)
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Hand a request over; its first event tells whether it was accepted."""
         generation = Generation(request, self._cancel)
-        self._inbox.put(Submit(generation))
-        if self._ended.is_set():
-            generation.deliver([], error=EngineStopped(self._key, "it has ended"))
+        try:
+            self._readers.add(generation)
+        except EngineStopped as error:
+            generation.deliver([], error=error)
+        else:
+            self._inbox.put(Submit(generation))
         return generation
 
     async def ask(self, question: Question) -> Any:
         """The answer to a question that needs the model's tokenizer. Raises PromptRejected, EngineStopped."""
-        self._refuse_if_ended()
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        self._inbox.put(Ask(question, partial(_settle, answer)))
+        answer = self._readers.answer()
+        self._inbox.put(Ask(question, partial(settle, answer)))
         return await answer
 
     @property
@@ -126,17 +125,22 @@ class Engine:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), patience)
         if not self._ended.is_set():
-            self._tell_all(EngineStopped(self._key, f"it has made no step for {self.stalled_for:.0f} s"))
-            self._inbox.put(Stop())
+            self._readers.tell_all(EngineStopped(self._key, f"it has made no step for {self.stalled_for:.0f} s"))
             await self._ended.wait()
         self._thread.join()
 
     def _cancel(self, generation: Generation) -> None:
         self._inbox.put(Cancel(generation))
 
-    def _refuse_if_ended(self) -> None:
-        if self._ended.is_set():
-            raise EngineStopped(self._key, "it has ended")
+    def _end(self, error: EngineError) -> None:
+        """The thread's last word: everybody who still waits is told."""
+        self._ended.set()
+        if not self._started.done():
+            self._started.set_exception(error)
+            self._started.exception()  # whoever waits gets it; nobody waiting is no fault
+        self._readers.tell_all(error)
+        if not self._is_stopping:
+            self._on_death(error)
 
     # -- the thread's side ----------------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ class Engine:
 
     def _live(self) -> None:
         runtime = self._load()
-        self._compile = runtime.compile
+        self._format = runtime.format
         self._call_loop(self._started.set_result, runtime.facts)
         batch = runtime.batch
         try:
@@ -165,7 +169,7 @@ class Engine:
                 self._attempt(batch, self._step)
         finally:
             batch.close()
-            self._compile = _nothing  # or the tokenizer would stay as long as somebody has an answer of this engine
+            self._format = _as_it_is  # or the tokenizer would stay as long as somebody has an answer of this engine
 
     def _attempt(self, batch: Batch, work: Callable[[Batch], None]) -> None:
         """Have the batch do something. If that fails, go on with a fresh one, unless that has not helped either."""
@@ -177,7 +181,7 @@ class Engine:
         except Exception as error:
             log.exception("a step of %r failed", self._key)
             cause = without_frames(error)  # they hold what was computed
-        self._hand_over(self._recovery.after(cause, batch))
+        self._recovery.after(cause, batch)
         if self._recovery.is_in_vain:
             raise EngineStopped(
                 self._key, f"{MOST_IN_A_ROW} steps in a row failed, the last with {type(cause).__name__}: {cause}"
@@ -198,14 +202,14 @@ class Engine:
 
     def _hand_over(self, outbox: Outbox) -> None:
         if outbox:
-            self._call_loop(_deliver_all, outbox)
+            self._call_loop(self._readers.deliver_all, outbox)
 
     def _load(self) -> Runtime:
         try:
             return self._build()
         except EngineError:
             raise
-        except Exception as cause:
+        except BaseException as cause:
             log.exception("%r could not be loaded", self._key)
             raise LoadFailed(self._key, f"{type(cause).__name__}: {cause}") from None
 
@@ -225,7 +229,7 @@ class Engine:
                     try:
                         self._forget(runtime.batch, generation)
                     finally:  # the thread may end over it, and it has forgotten whom to tell
-                        self._call_loop(generation.deliver, [], True)
+                        self._call_loop(self._readers.deliver, generation, [], True)
                 case Ask() as ask:
                     self._answer(runtime, ask)
                 case Stop():
@@ -237,20 +241,27 @@ class Engine:
             choices = runtime.prepare(generation.request, self._row_ids)
             job = Job(generation, len(choices[0][0].tokens))
             runtime.batch.insert(self._jobs.add(job, choices))
-        except Exception as error:
+        except BaseException as error:
             failure = request_failure(self._key, error)
             try:
                 self._forget(runtime.batch, generation)
             finally:
-                self._call_loop(generation.deliver, [], True, failure)
+                self._call_loop(self._readers.deliver, generation, [], True, failure)
             return
-        self._call_loop(generation.deliver, [Accepted(job.prompt_tokens)])
+        self._call_loop(self._readers.deliver, generation, [Accepted(job.prompt_tokens)])
 
     def _answer(self, runtime: Runtime, ask: Ask) -> None:
         try:
             self._call_loop(ask.settle, runtime.answer(ask.question), None)
-        except Exception as error:
+        except BaseException as error:
             self._call_loop(ask.settle, None, request_failure(self._key, error))
+
+    def _format_here(self, request: GenerationRequest) -> GenerationRequest:
+        """On any thread."""
+        try:
+            return self._format(request)
+        except BaseException as error:
+            raise request_failure(self._key, error) from None
 
     def _call_loop(self, function: Callable[..., object], *arguments: object) -> None:
         try:
@@ -258,42 +269,7 @@ class Engine:
         except RuntimeError:  # the loop is closed: nobody is left to be told
             log.debug("the event loop closed before the engine of %r", self._key)
 
-    def _end(self, error: EngineError) -> None:
-        """The thread's last word, on the event loop: everybody who still waits is told. An abandoned one has none."""
-        if self._ended.is_set():
-            return
-        self._ended.set()
-        if not self._started.done():
-            self._started.set_exception(error)
-            self._started.exception()  # whoever waits gets it; nobody waiting is no fault
-        self._tell_all(error)
-        if not self._is_stopping:
-            self._on_death(error)
 
-    def _tell_all(self, error: EngineError) -> None:
-        """Tell everybody who waits for the thread; on the event loop. The thread has ended, or is stuck."""
-        for generation in self._jobs.clear():
-            generation.deliver([], error=error)
-        for message in self._inbox.drain():
-            if isinstance(message, Submit):
-                message.generation.deliver([], error=error)
-            elif isinstance(message, Ask):
-                message.settle(None, error)
-
-
-def _nothing(request: GenerationRequest) -> None:
-    """Nothing to compile: there is no model."""
-
-
-def _deliver_all(outbox: Outbox) -> None:
-    for generation, events, is_done, error in outbox:
-        generation.deliver(events, is_done, error)
-
-
-def _settle(answer: asyncio.Future[Any], value: Any, error: EngineError | None) -> None:
-    if answer.done():
-        return
-    if error:
-        answer.set_exception(error)
-    else:
-        answer.set_result(value)
+def _as_it_is(request: GenerationRequest) -> GenerationRequest:
+    """There is no model to format anything for."""
+    return request

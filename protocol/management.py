@@ -50,6 +50,11 @@ class LoadRequest(Request):
     max_running: int | None = Parameter(int, "Requests that decode together.", ge=1)
     max_waiting: int | None = Parameter(int, "Requests that may wait for a place.", ge=0)
     cache_tokens: int | None = Parameter(int, "Tokens whose keys and values all requests together may hold.", ge=16)
+    shard: Literal["tensor", "pipeline"] | None = Parameter(
+        str,
+        "How all ranks share the model: each has a part of every layer, or some layers. By default rank 0 has it.",
+        enum=["tensor", "pipeline"],
+    )
     pin: bool = Parameter(bool, "Never evict the model, nor unload it for being idle.", default=False)
     ttl: float | None = Parameter(
         object,

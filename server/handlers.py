@@ -190,7 +190,7 @@ class Handlers:
         if not ignored:
             return asked, {}
         names = ", ".join(quote(name[:64], safe="", errors="replace") for name in ignored[:SHOWN_IGNORED])
-        log.warning("%s: ignored unknown parameters: %s", request.url.path, names)
+        log.warning("%s: ignored unknown parameters: %s", request.scope["path"], names)
         return asked, {"x-ignored-parameters": names}
 
 

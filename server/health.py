@@ -20,7 +20,7 @@ Body = dict[str, Any]
 
 def life(manager: ModelManager, version: str, *, is_told_all: bool) -> Body:
     """The answer to a /health; without the models for those who may not know of them."""
-    stuck = any(instance.is_wedged for instance in manager.instances)
+    stuck = any(instance.is_wedged for instance in manager.everybody)
     ranks = manager.ranks()
     stuck = stuck or any(rank.error for rank in ranks)
     body: Body = {"status": "degraded" if stuck else "ok"}

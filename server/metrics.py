@@ -60,7 +60,7 @@ class Collector:
 
     def collect(self) -> Iterator[Metric]:
         """Every family of figures."""
-        models = self._manager.metrics.models
+        models = self._manager.metrics
         for name, (meaning, histogram) in HISTOGRAMS.items():
             yield _histograms(PREFIX + name, meaning, {m.key: histogram(m) for m in models})
         for name, (meaning, total) in TOTALS.items():
@@ -86,6 +86,8 @@ class Collector:
         room = self._manager.room
         yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", room.budget)
         yield GaugeMetricFamily(PREFIX + "memory_reserved_bytes", "Memory that is promised to models.", room.reserved)
+        unaccounted = "Memory of live arrays beyond what is promised to models."
+        yield GaugeMetricFamily(PREFIX + "memory_unaccounted_bytes", unaccounted, room.unaccounted)
         yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())
         yield GaugeMetricFamily(PREFIX + "process_bytes", "Resident memory of the process.", device.process_bytes())
 

@@ -240,6 +240,7 @@ def model_spec(request: schemas.LoadRequest) -> ModelSpec:
         adapter=request.adapter,
         context_length=request.context_length,
         cache_tokens=request.cache_tokens,
+        shard=request.shard,
         pin=request.pin,
         ttl=request.ttl,
         defaults=GenerationDefaults(**request.defaults),  # type: ignore[arg-type]

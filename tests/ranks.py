@@ -30,10 +30,11 @@ class Ranks:
 
 
 @contextmanager
-def running_ranks(config, *, size=2, configs=None):
-    """Ranks that are ready; killed at the end. configs: a rank's own file of settings."""
+def running_ranks(config, *, size=2, configs=None, scripts=None, variables=None):
+    """Ranks that are ready; killed at the end. configs, scripts: a rank's own file of settings, and program."""
     with tempfile.TemporaryDirectory() as directory:
-        processes, logs = start_ranks(Path(directory), [(configs or {}).get(rank, config) for rank in range(size)])
+        own_configs = [(configs or {}).get(rank, config) for rank in range(size)]
+        processes, logs = start_ranks(Path(directory), own_configs, scripts, variables)
         hung = threading.Timer(DEADLINE, processes[0].kill)
         hung.start()
         try:
@@ -48,15 +49,24 @@ def running_ranks(config, *, size=2, configs=None):
             end(processes, logs)
 
 
-def start_ranks(directory, configs):
-    """The processes, and the files that take what they say on stderr."""
+def start_ranks(directory, configs, scripts=None, variables=None, wanted=None):
+    """The processes, and the files that take what they say on stderr. wanted: how many of the ranks come."""
+    scripts, variables = scripts or {}, variables or {}
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(configs))]))
     logs = [tempfile.TemporaryFile("w+") for _ in configs]  # noqa: SIM115  (they live as long as the processes)
     processes = []
-    for rank, (config, log) in enumerate(zip(configs, logs, strict=True)):
-        environment = server_environment() | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-        command = [sys.executable, "mlx_api_server.py", "--no-defaults", "--port", "0", "--config", str(config)]
+    for rank, (config, log) in enumerate(list(zip(configs, logs, strict=True))[:wanted]):
+        environment = server_environment() | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} | variables
+        command = [
+            sys.executable,
+            scripts.get(rank, "mlx_api_server.py"),
+            "--no-defaults",
+            "--port",
+            "0",
+            "--config",
+            str(config),
+        ]
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         )

@@ -2,7 +2,7 @@
 
 Each row says 0, 1, 2, ... as its tokens, for ever; each token is published as its number. A message that starts with
 "refuse" is rejected by prepare(), one with "break" makes it fail in an unplanned way; one with "garble" makes its
-output fail at its third token, one with "bind" its constraint.
+output fail at its third token, one with "bind" its constraint. One that ends in "!" fails with a Panic.
 """
 
 import asyncio
@@ -51,10 +51,15 @@ class Death(BaseException):
     """What no engine thread survives."""
 
 
+class Panic(BaseException):
+    """As what tokenizers and grammars raise that are written in Rust: it is no Exception."""
+
+
 class Knot:
     """A constraint that fails at its third token."""
 
-    def __init__(self):
+    def __init__(self, fault):
+        self._fault = fault
         self._accepted = 0
 
     def allowed(self):
@@ -63,14 +68,14 @@ class Knot:
     def accept(self, token):
         self._accepted += 1
         if self._accepted > 2:
-            raise ZeroDivisionError("a knot in the grammar")
+            raise self._fault("a knot in the grammar")
 
 
 class Numbers:
     """An output that says each token's number and finishes at max_tokens."""
 
-    def __init__(self, max_tokens, index, is_garbled=False):
-        self._is_garbled = is_garbled
+    def __init__(self, max_tokens, index, fault=None):
+        self._fault = fault
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self._max_tokens = max_tokens
@@ -78,8 +83,8 @@ class Numbers:
 
     def feed(self, token):
         self.completion_tokens += 1
-        if self._is_garbled and self.completion_tokens > 2:
-            raise ZeroDivisionError("no such token")
+        if self._fault and self.completion_tokens > 2:
+            raise self._fault("no such token")
         yield Delta(str(token.token), index=self._index)
         if self.completion_tokens == self._max_tokens:
             yield Finish("length", self._index)
@@ -154,26 +159,29 @@ class ScriptedBatch:
 
 @dataclass
 class ScriptedRuntime:
-    """While `compiling` is clear compile() waits, as for a large schema; one for "refuse" is rejected."""
+    """While `formatting` is clear format() of a request for JSON waits, as for a large schema; "refuse" is rejected."""
 
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
     facts: ModelFacts = FACTS
-    compiling: threading.Event = field(default_factory=threading.Event)
+    formatting: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self):
-        self.compiling.set()
+        self.formatting.set()
 
-    def compile(self, request):
-        assert self.compiling.wait(DEADLINE)
-        if request.prompt.messages[0]["content"].startswith("refuse"):
-            raise PromptRejected("no such schema", "response_format")
+    def format(self, request):
+        if request.format:
+            assert self.formatting.wait(DEADLINE)
+            if request.prompt.messages[0]["content"].startswith("refuse"):
+                raise PromptRejected("no such schema", "response_format")
+        return request
 
     def prepare(self, request, row_ids):
         text = request.prompt.messages[0]["content"]
         if text.startswith("refuse"):
             raise PromptRejected("refused", "messages[0]")
+        fault = Panic if text.endswith("!") else ZeroDivisionError
         if text.startswith("break"):
-            raise ZeroDivisionError("an unplanned fault")
+            raise fault("an unplanned fault")
         max_tokens = request.max_tokens or ENDLESS
         tokens = tuple(range(len(text)))
         return [
@@ -183,9 +191,9 @@ class ScriptedRuntime:
                     tokens,
                     Sampling(),
                     max_tokens,
-                    constraint=Knot() if text.startswith("bind") else None,
+                    constraint=Knot(fault) if text.startswith("bind") else None,
                 ),
-                Numbers(max_tokens, index, is_garbled=text.startswith("garble")),
+                Numbers(max_tokens, index, fault if text.startswith("garble") else None),
             )
             for index in range(request.n)
         ]

@@ -16,6 +16,7 @@ OURS = {
     "model_manager",
     "model_changes",
     "model_watch",
+    "model_registry",
     "model_instance",
     "model_life",
     "model_load",
@@ -51,7 +52,16 @@ ALLOWED = {
     },
     "model_instance": {"engine", "model_life", "model_load", "model_requests", "model_room", "model_state"},
     "model_watch": {"model_instance", "model_manager"},
-    "model_manager": {"engine", "model_changes", "model_instance", "model_load", "model_room", "model_state"},
+    "model_registry": {"engine", "model_instance", "model_state"},
+    "model_manager": {
+        "engine",
+        "model_changes",
+        "model_instance",
+        "model_load",
+        "model_registry",
+        "model_room",
+        "model_state",
+    },
     "server": {"engine", "model_changes", "model_instance", "model_manager", "model_state", "protocol", "server"},
     "mlx_api_server": {"engine", "model_changes", "model_manager", "model_watch", "server"},
     "simple_client": {"client"},
@@ -82,9 +92,9 @@ def test_imports_point_one_way(path):
     assert not forbidden, f"{path.relative_to(ROOT)} may not import {forbidden}"
 
 
-def test_only_the_worker_and_its_generations_know_asyncio_in_the_engine():
+def test_only_the_worker_and_its_readers_know_asyncio_in_the_engine():
     knowing = {p.name for p in (ROOT / "engine").glob("*.py") if "asyncio" in set(imported(p))}
-    assert knowing == {"worker.py", "generation.py"}
+    assert knowing == {"worker.py", "readers.py", "generation.py"}
 
 
 def test_the_wire_knows_no_mlx():

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.load import Job, LoadGenerator
+from benchmarks.ranks import Deployment
 from benchmarks.report import render
+from benchmarks.shards import render as render_shards
+from benchmarks.shards import variables
 from benchmarks.stats import Record, decode_rate, percentile, summarise
 from benchmarks.vocabulary import END, Prompts, write_endless_tokenizer
 from benchmarks.wire import Segment, read_reply
@@ -196,3 +200,28 @@ def test_the_table_shows_ratios_against_their_targets_and_leaves_out_what_was_no
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert ["sampled c=16, tokens/s", "60.0", "40.0", "1.50", "≥ 1.3", "yes"] in cells
     assert not any("two models" in row[0] for row in cells)
+
+
+def test_ranks_of_a_measurement_get_what_mlx_launch_gives_them(tmp_path):
+    ways = [Deployment("nccl", 2, "tensor", {"A": "1"}), Deployment("ring", 2, "tensor")]
+    nccl, ring = (way.environments(tmp_path) for way in ways)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in nccl] == [each["MLX_RANK"] for each in nccl] == ["0", "1"]
+    assert all(each["MLX_WORLD_SIZE"] == "2" and each["A"] == "1" for each in nccl)
+    assert len({each["NCCL_PORT"] for each in nccl}) == 1
+    assert [len(json.loads(Path(each["MLX_HOSTFILE"]).read_text())) for each in ring] == [2, 2]
+    assert ways[0].name == "2 ranks A=1"
+
+
+def test_a_table_of_ranks_leaves_out_what_was_not_measured():
+    figures = {"tokens_per_second": 10.0, "ttft_p50": 0.5, "ttft_p95": 0.5, "gap_p50": 0.0}
+    faster = figures | {"tokens_per_second": 15.0}
+    table = render_shards({"one process": {"1": figures, "16": figures}, "2 ranks": {"1": faster}}).splitlines()
+    assert len(table) == 1 + 2 * 4
+    assert table[1].split() == ["1", "tokens_per_second", "10", "1.00", "15", "1.50"]
+    assert table[5].split() == ["16", "tokens_per_second", "10", "1.00"]
+
+
+def test_variables_of_ranks_are_pairs():
+    assert variables("A=1,B=") == {"A": "1", "B": ""}
+    with pytest.raises(ValueError, match="expected NAME=VALUE"):
+        variables("A=1,B")

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import engine  # noqa: F401  (first: it prepares the process for MLX)
 
@@ -14,6 +15,7 @@ import pytest
 from engine.call_grammars import strict_calls
 from engine.config import ModelSpec
 from engine.constraints import Every, Restricted, ThinkingControl
+from engine.detokenizer import make_detokenizer
 from engine.errors import PromptRejected
 from engine.metrics import ModelMetrics
 from engine.runtime import Builder
@@ -267,11 +269,23 @@ def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
 def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):
     request = ask(format=JsonFormat(CITY))
     compiled = tiny.intake._binding._grammars._compiled
-    tiny.compile(request)
+    tiny.format(request)
     misses = compiled.cache_info().misses
     tiny.prepare(request, itertools.count())
     tiny.prepare(ask(format=JsonFormat(CITY), n=3), itertools.count())
     assert compiled.cache_info().misses == misses
+
+
+def test_requests_are_formatted_side_by_side_while_tokens_are_read(tiny):
+    words = [f"number {n} <|im_end|> " * 50 for n in range(24)]  # a control token in a message is text
+    expected = [tiny.format(ask(text)).formatted for text in words]
+    detokenizer = make_detokenizer(tiny.intake._tokenizer)
+    with ThreadPoolExecutor(8) as pool:
+        formatting = [pool.submit(tiny.format, ask(text)) for text in words]
+        while not all(future.done() for future in formatting):
+            assert detokenizer.feed(20) is not None
+    assert [future.result().formatted for future in formatting] == expected
+    assert tiny.prepare(formatting[0].result(), itertools.count())[0][0].tokens == expected[0].tokens
 
 
 def test_mixed_requests_run_in_one_batch(tiny_llama_path):

@@ -10,19 +10,17 @@ import pytest
 from engine.config import ModelSpec, Settings
 from engine.errors import EngineError, EngineStopped, LoadFailed, ModelFailed, OutOfMemory, RequestFailed, StepFailed
 from engine.faults import is_out_of_memory
-from engine.generation import Generation
-from engine.inbox import Ask, Inbox, Stop
-from engine.jobs import Job, Jobs
+from engine.inbox import Inbox, Stop
 from engine.memory import Estimate
 from engine.metrics import ModelMetrics
 from engine.threads import Threads
-from engine.types import Detokenize, Row, RowToken, Sampling
+from engine.types import Detokenize
 from engine.worker import Engine
 from model_backoff import LONGEST, Backoff
 from model_manager import ModelManager
 from model_watch import look
 from server.health import life, readiness
-from tests.scripted_engine import Death, Factory, Numbers, read, request, until, within_deadline
+from tests.scripted_engine import DEADLINE, Death, Factory, Panic, read, request, until, within_deadline
 
 OUT_OF_MEMORY = "[malloc] Unable to allocate 68719476736 bytes."
 
@@ -85,14 +83,15 @@ async def failing_step(batch, *generations, fault):
     ("text", "cause"),
     [("garble", "no such token"), ("bind", "a knot in the grammar"), ("break", "an unplanned fault")],
 )
+@pytest.mark.parametrize(("mark", "kind"), [("", "ZeroDivisionError"), ("!", "Panic")])
 @within_deadline
-async def test_a_fault_of_one_request_ends_that_one_alone(text, cause):
+async def test_a_fault_of_one_request_ends_that_one_alone(text, cause, mark, kind):
     async with running_engine() as (engine, batch, _):
         others = [engine.submit(request(max_tokens=30)) for _ in range(2)]
-        failed = engine.submit(request(text, max_tokens=30))
+        failed = engine.submit(request(text + mark, max_tokens=30))
         error = await ended(failed)
         assert isinstance(error, RequestFailed)
-        assert f"'m' could not process this request: ZeroDivisionError: {cause}" in str(error)
+        assert f"'m' could not process this request: {kind}: {cause}" in str(error)
         assert [await ended(other) for other in others] == [32, 32]
         await until(lambda: not batch.rows)
         assert batch.restarts == 0
@@ -106,6 +105,25 @@ async def test_a_fault_of_one_of_several_choices_ends_the_whole_request():
         assert isinstance(await ended(failed), RequestFailed)
         await until(lambda: not batch.rows)
         assert metrics.faults == {"request": 1}
+
+
+@within_deadline
+async def test_a_panic_over_a_question_or_a_prompt_is_told_to_whoever_asked():
+    def panic(asked):
+        raise Panic("index out of bounds")
+
+    async with managed() as (manager, factory):
+        instance = manager.instance("m")
+        await instance.load()
+        factory.runtimes[0].answer = instance._engine._format = panic
+        with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
+            await instance.ask(Detokenize((1,)))
+        with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
+            await instance.generate(request())
+        assert isinstance(await answered(instance), RequestFailed)
+        instance._engine._format = factory.runtimes[0].format
+        assert await answered(instance) == 5
+        assert factory.builds == 1
 
 
 # A step's fault
@@ -194,6 +212,19 @@ async def test_a_batch_that_can_not_be_made_fresh_ends_the_engine_and_everybody_
                 await read(generation)
 
 
+@within_deadline
+async def test_who_was_to_be_told_of_a_failed_step_is_told_even_if_the_fresh_batch_fails_at_once():
+    async with running_engine() as (engine, batch, _):
+        batch.places = 1
+        at_work, waiting = [engine.submit(request()) for _ in range(2)]
+        batch.remove = lambda rows: 1 / 0
+        await failing_step(batch, at_work, waiting, fault=ValueError("a bad shape"))
+        with pytest.raises(StepFailed, match="a bad shape"):
+            await read(at_work)
+        with pytest.raises(EngineStopped, match="division by zero"):
+            await read(waiting)
+
+
 async def leave(generation):
     await generation.accepted()
     generation.close()
@@ -220,20 +251,6 @@ async def test_who_leaves_is_told_even_if_the_engine_ends_over_it(how):
             batch.insert = refuse
         await how(engine.submit(request()))
         await until(lambda: engine._ended.is_set())
-
-
-def test_a_step_goes_on_although_everybody_was_told_meanwhile():
-    jobs = Jobs(ModelMetrics("m"))
-
-    class Cleared(Numbers):
-        def feed(self, token):
-            jobs.clear()
-            return super().feed(token)
-
-    job = Job(Generation(request(), lambda generation: None), 5)
-    jobs.add(job, [(Row(n, (1, 2), Sampling(), 1), Cleared(1, n)) for n in range(2)])
-    outbox, finished = jobs.publish([RowToken(0, 7), RowToken(1, 7)])
-    assert (len(outbox), finished, jobs.row_ids) == (1, [0], set())
 
 
 # Out of memory
@@ -354,15 +371,6 @@ def test_the_first_message_after_a_wait_is_work_too():
     assert inbox._taken is not None
 
 
-def test_messages_that_nobody_took_can_be_taken_away():
-    inbox = Inbox()
-    messages = [Stop(), Ask(Detokenize((1,)), lambda answer, error: None)]
-    for message in messages:
-        inbox.put(message)
-    assert inbox.drain() == messages
-    assert inbox.drain() == []
-
-
 @within_deadline
 async def test_readers_of_a_stuck_engine_are_told_when_it_is_to_stop():
     async with running_engine() as (engine, batch, _):
@@ -371,12 +379,35 @@ async def test_readers_of_a_stuck_engine_are_told_when_it_is_to_stop():
         await at_work.accepted()
         await until(lambda: engine.stalled_for > 0)
         unseen = engine.submit(request())
+        asking = asyncio.create_task(engine.ask(Detokenize((1,))))
+        await asyncio.sleep(0)
         stopping = asyncio.create_task(engine.stop(patience=0.01))
         for generation in (at_work, unseen):
             with pytest.raises(EngineStopped, match="it has made no step for"):
                 await read(generation)
+        with pytest.raises(EngineStopped, match="it has made no step for"):
+            await asking
+        assert isinstance(await ended(engine.submit(request())), EngineStopped)
         assert not stopping.done()
         batch.gate.set()
+        await stopping
+
+
+@within_deadline
+async def test_who_asked_for_what_the_engine_is_stuck_in_is_told_too():
+    async with running_engine() as (engine, batch, _):
+        at_it, go_on = threading.Event(), threading.Event()
+
+        def stick(rows):
+            at_it.set()
+            assert go_on.wait(DEADLINE)
+
+        batch.insert = stick
+        generation = engine.submit(request())
+        await asyncio.to_thread(at_it.wait, DEADLINE)
+        stopping = asyncio.create_task(engine.stop(patience=0.01))
+        assert isinstance(await ended(generation), EngineStopped)
+        go_on.set()
         await stopping
 
 

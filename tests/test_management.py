@@ -244,7 +244,7 @@ def test_a_request_has_one_line_in_the_log_and_an_id(server):
     response.read()
     connection.close()
     assert response.headers["x-request-id"] == "my-id-1"
-    lines = [line for line in eventually(lambda: logged(server)) if line.get("id") == "my-id-1"]
+    lines = eventually(lambda: [line for line in logged(server) if line.get("id") == "my-id-1"])
     assert [(line["message"], line["model"], line["outcome"], line["status"]) for line in lines] == [
         ("request", "a", "stop", 200)
     ]

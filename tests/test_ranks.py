@@ -1,19 +1,26 @@
 """Models that ranks share: what is told, what is answered, and who notices what. Real processes, MLX's ring."""
 
 import json
+import queue
 import re
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import mlx.core as mx
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import loader, memory
 from engine.config import ModelSpec, Settings
 from engine.errors import LoadFailed
 from engine.rank_link import Link, LinkLost
+from engine.rank_loads import Loads
+from engine.rank_roll import Follower, stuck
 from engine.rank_rows import (
     RemoteConstraint,
     answer,
@@ -25,10 +32,12 @@ from engine.rank_rows import (
 )
 from engine.ranks import RanksDiffer, compare, shared_facts
 from engine.runtime import Builder
+from engine.shards import Seat, divider, share
 from engine.types import Logprobs, Row, RowToken, Sampling
+from protocol.schemas import LoadRequest, ValidationFailed, parse
 from tests.models import tiny_llama
 from tests.ranks import end, running_ranks, start_ranks, tiny_qwen
-from tests.running_server import DEADLINE
+from tests.running_server import DEADLINE, eventually
 
 AT_ONCE = 8
 LIKE = {"tensor": "llama", "pipeline": "qwen"}
@@ -48,6 +57,10 @@ def settings(tmp_path_factory):
     }
     text = "".join(f"[models.{key}]\n{section}\n" for key, section in sections.items())
     (directory / "settings.toml").write_text(text)
+    pair = "".join(f"[models.{key}]\n{sections[key]}\n" for key in ("tensor", "llama"))
+    (directory / "silent.toml").write_text(f"rank_timeout = 2\n{pair}")
+    (directory / "watched.toml").write_text(f"wedged_after = 5\nrank_timeout = 4\n{pair}")
+    (directory / "small.toml").write_text(f'memory_limit = "2GB"\nrank_timeout = 4\n{pair}')
     (directory / "other.toml").write_text(text.replace('"tensor"\n', '"tensor"\nmax_running = 3\n'))
     return directory / "settings.toml"
 
@@ -122,6 +135,158 @@ def check_a_lost_rank(ranks):
     health = ranks.server.get("/health").json
     assert (health["status"], health["ranks"][1]["status"]) == ("degraded", "lost")
     assert ranks.server.stop().status == 0
+
+
+def test_a_rank_that_falls_silent_ends_what_it_shared_and_leaves_when_it_wakes(settings):
+    with running_ranks(settings.with_name("silent.toml")) as ranks:
+        with ranks.server.stream("tensor", "Hello", max_tokens=1500, temperature=0) as stream:
+            stream.read(3)
+            ranks.processes[1].send_signal(signal.SIGSTOP)
+            *_, last = stream
+        assert "Rank 1 (127.0.0.1) is lost: not a word for 2 s" in last["error"]["message"]
+        assert ranks.server.chat("llama", "Hello", max_tokens=2).status == 200
+        assert ranks.server.get("/health").json["ranks"][1]["error"] == "not a word for 2 s"
+        ranks.processes[0].kill()
+        ranks.processes[1].send_signal(signal.SIGCONT)
+        ranks.processes[1].wait(DEADLINE)
+
+
+def test_a_rank_that_makes_no_step_is_noticed_and_one_without_room_refuses(settings, tmp_path):
+    """One start of the processes for both. The ranks have different memory limits."""
+    own = {"configs": {1: settings.with_name("small.toml")}, "scripts": {1: "tests/faulty_rank.py"}}
+    with running_ranks(settings.with_name("watched.toml"), **own, variables={"FAULTS": str(tmp_path)}) as ranks:
+        check_loads_of_shared_models(ranks.server, settings.with_name("llama"))
+        with ranks.server.stream("tensor", "Hello", max_tokens=1500, temperature=0) as stream:
+            stream.read(3)
+            (tmp_path / "wedge").touch()
+            *_, last = stream
+        assert re.search(r"1 \(127.0.0.1\) (is|are) lost: no step for 5 s", last["error"]["message"])
+        assert ranks.server.chat("llama", "Hello", max_tokens=2).status == 200
+        statuses = {key: ranks.server.get(f"/v1/models/{key}").json["status"]["value"] for key in ("tensor", "llama")}
+        assert statuses == {"tensor": "failed", "llama": "loaded"}
+        assert ranks.server.get("/health").json["ranks"][1]["error"] == "no step for 5 s"
+        assert ranks.server.stop().status == 0
+        ranks.processes[1].wait(DEADLINE)
+
+
+def check_loads_of_shared_models(server, llama):
+    """POST /v1/models/load takes `shard`, and a rank that has no room for its share says so."""
+    loaded = server.post("/v1/models/load", {"model": str(llama), "key": "later", "shard": "tensor"})
+    assert (loaded.status, loaded.json["status"]) == (200, "loaded")
+    assert said(server, "later", 0) == said(server, "llama", 0)
+    contradicting = server.post("/v1/models/load", {"model": str(llama), "key": "later", "shard": "pipeline"})
+    assert contradicting.error["code"] == "model_exists"
+    large = {"model": str(llama), "key": "large", "shard": "tensor", "cache_tokens": 20_000_000}
+    refused = server.post("/v1/models/load", large)
+    assert (refused.status, refused.json["error"]["code"]) == (507, "insufficient_memory")
+    assert "On rank 1 (127.0.0.1), model 'large' needs" in refused.json["error"]["message"]
+    projection = refused.json["projection"]
+    assert projection["needed"] > projection["free"] < projection["budget"] == 2 * 10**9
+    assert server.chat("tensor", "Hello", max_tokens=2).status == 200
+
+
+def test_a_rank_0_that_waits_for_the_others_ends_with_what_it_has_started(settings, tmp_path):
+    processes, logs = start_ranks(tmp_path, [settings, settings], wanted=1)
+    try:
+        children = Path(f"/proc/{processes[0].pid}/task/{processes[0].pid}/children")
+        if not children.exists():
+            pytest.skip("this system does not tell a process's children")
+        (child,) = children.read_text().split()
+        processes[0].terminate()
+        assert processes[0].wait(DEADLINE) == 128 + signal.SIGTERM
+        assert not Path(f"/proc/{child}").exists()
+    finally:
+        end(processes, logs)
+
+
+@pytest.mark.parametrize("shard", ["tensor", "pipeline"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_share_takes_what_it_was_expected_to(settings, shard, number):
+    directory = settings.with_name({"tensor": "llama", "pipeline": "qwen"}[shard])
+    spec, seat = ModelSpec("a", str(directory), shard=shard), Seat(number, 2)
+    whole = memory.estimate(spec)
+    expected = share(whole, spec, seat)
+    assert loader.load(spec, divide=divider(spec, seat)).weight_bytes == expected.weights < whole.weights
+    parts = {"tensor": (1, 2), "pipeline": ((2, 3), (1, 3))[number]}[shard]
+    assert expected.cache == whole.cache * parts[0] // parts[1]
+
+
+@pytest.mark.parametrize(
+    ("beats", "expected"),
+    [
+        ([(7, 2.0), (7, 4.0)], []),
+        ([(7, 11.0), (7, 0.0)], [0]),
+        ([(8, 11.0), (7, 9.0)], [1]),
+        ([(7, 11.0), (7, 9.0), (9, 8.0)], [0, 1]),
+        ([(7, 11.0), (7, 90.0, True)], []),
+    ],
+    ids=["none", "one", "the one behind", "both that are behind", "one reads a model"],
+)
+def test_of_ranks_that_make_no_step_those_behind_are_at_fault(beats, expected):
+    followers = [Follower(number, "10.0.0.1", None) for number in range(len(beats))]
+    for follower, (done, seconds, *reading) in zip(followers, beats, strict=True):
+        follower.note_beat({"memory_bytes": 0, "done": done, "step_seconds": seconds, "is_reading": bool(reading)})
+    assert [follower.rank for follower in stuck(followers, 10.0)] == expected
+
+
+def test_a_load_names_one_of_the_two_ways_to_share():
+    assert parse(LoadRequest, b'{"model": "org/name", "shard": "pipeline"}').shard == "pipeline"
+    with pytest.raises(ValidationFailed) as refused:
+        parse(LoadRequest, b'{"model": "org/name", "shard": "rows"}')
+    assert refused.value.param == "shard"
+
+
+class Rank:
+    """The loads of the only rank that there is. `meanwhile` is called as often as it may do something else."""
+
+    def __init__(self, memory_limit=0):
+        self.told, self.fetched = [], queue.SimpleQueue()
+        self.meanwhile = lambda: None
+        self.pauses = 0
+        self.loads = Loads(mx.distributed.init(), memory_limit, self.told.append, self.fetched.put, self._pause)
+
+    def _pause(self):
+        self.pauses += 1
+        self.meanwhile()
+
+    def load(self, source):
+        """What begin() and load() tell the leader, and what was loaded."""
+        spec = {"key": "a", "source": str(source), "shard": "tensor", "cache_tokens": 100}
+        self.loads.begin({"kind": "load", "number": 1, "spec": spec})
+        loaded = self.loads.load(self.fetched.get(timeout=DEADLINE))
+        return loaded, self.told
+
+
+def test_a_rank_pauses_while_it_reads_and_tells_what_it_has(settings):
+    rank = Rank()
+    (spec, loaded), (told,) = rank.load(settings.with_name("llama"))
+    assert (told["kind"], told["number"], told["weight_bytes"]) == ("loaded", 1, loaded.weight_bytes)
+    assert rank.pauses > 1
+    assert not rank.loads.is_reading
+
+
+def test_a_load_that_is_forgotten_ends_at_its_next_pause_and_holds_nothing(settings):
+    rank = Rank()
+    rank.meanwhile = lambda: rank.loads.forget(1)
+    assert rank.load(settings.with_name("llama")) == (None, [])
+    rank.meanwhile = lambda: None
+    assert rank.load(settings.with_name("llama"))[0]
+
+
+def test_a_share_without_room_is_refused_with_a_projection(settings):
+    loaded, (told,) = Rank(memory_limit=1_000_000).load(settings.with_name("llama"))
+    assert loaded is None
+    assert told["projection"]["needed"] > told["projection"]["free"] == told["projection"]["budget"] == 1_000_000
+
+
+def test_what_can_not_be_fetched_is_told(settings):
+    told = []
+    loads = Loads(mx.distributed.init(), 0, told.append, None, lambda: None)
+    loads.begin({"kind": "load", "number": 3, "spec": {"key": "a", "source": "/nowhere"}})
+    eventually(lambda: told)
+    assert told == [
+        {"kind": "loaded", "number": 3, "error": "Model source '/nowhere': there is no such file or directory"}
+    ]
 
 
 def test_a_rank_with_other_settings_is_refused_with_both_values(settings, tmp_path):

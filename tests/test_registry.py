@@ -90,10 +90,11 @@ async def test_a_model_that_is_no_longer_registered_is_not_loaded_again():
 
 
 @within_deadline
-async def test_a_model_can_be_forgotten_by_several_at_once():
+async def test_who_forgets_a_model_that_is_being_forgotten_is_told_that_it_does_not_exist():
     async with managed() as (manager, _):
         await answered(manager, "a")
-        await asyncio.gather(manager.forget("a"), manager.forget("a"))
+        first, second = await asyncio.gather(manager.forget("a"), manager.forget("a"), return_exceptions=True)
+        assert (first.aborted, type(second)) == (0, ModelNotFound)
         assert manager.keys == ["b", "c"]
 
 

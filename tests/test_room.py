@@ -7,11 +7,20 @@ from dataclasses import asdict, replace
 import pytest
 
 from engine.config import ModelSpec, Settings
-from engine.errors import LoadAborted, LoadFailed, ModelBusy, ModelExists, ModelNotFound, ModelNotLoaded, NoRoom
+from engine.errors import (
+    EngineStopped,
+    LoadAborted,
+    LoadFailed,
+    ModelBusy,
+    ModelExists,
+    ModelNotFound,
+    ModelNotLoaded,
+    NoRoom,
+)
 from engine.memory import Estimate
 from model_changes import Reload
 from model_manager import ModelManager
-from tests.scripted_engine import FACTS, Factory, read, request, until, within_deadline
+from tests.scripted_engine import FACTS, Death, Factory, read, request, until, within_deadline
 
 ONE = 10**6  # what each model takes
 
@@ -21,12 +30,12 @@ def specs(keys="abc", **fields):
 
 
 @asynccontextmanager
-async def managed(models=None, places=1, **settings):
+async def managed(models=None, places=1, measure_arrays=lambda: 0, **settings):
     """A manager whose memory holds so many of its models."""
     factory = Factory()
     known = Settings(models=specs() if models is None else models, memory_limit=places * ONE, **settings)
     estimate = Estimate(FACTS.weight_bytes, ONE - FACTS.weight_bytes, 0)
-    manager = ModelManager(known, factory.start, lambda: 0, lambda spec: estimate)
+    manager = ModelManager(known, factory.start, lambda: 0, lambda spec: estimate, measure_arrays)
     try:
         yield manager, factory
     finally:
@@ -60,7 +69,7 @@ async def test_the_least_recently_used_model_makes_room():
         for key in "abac":
             await answered(manager, key)
         assert states(manager) == "a:loaded c:loaded"
-        assert manager.metrics.of("b").unloads == {"evict": 1}
+        assert manager.instance("b").metrics.unloads == {"evict": 1}
 
 
 @within_deadline
@@ -117,6 +126,26 @@ async def test_a_model_in_use_keeps_its_place_for_a_time_but_not_for_ever():
 
 
 @within_deadline
+async def test_memory_that_an_engine_left_behind_is_granted_to_nobody_until_it_is_free():
+    left = 0
+    async with managed(places=2, measure_arrays=lambda: left + manager.room.reserved) as (manager, factory):
+        await answered(manager, "a")
+        left = ONE
+        factory.batch.crash = Death("out of luck")
+        with pytest.raises(EngineStopped):
+            await answered(manager, "a")
+        assert (manager.room.reserved, manager.room.unaccounted) == (0, ONE)
+        running = await manager.instance("b").generate(request())
+        with pytest.raises(NoRoom) as refusal:
+            await manager.load(ModelSpec("c", "source-c"))
+        assert (refusal.value.projection.budget, refusal.value.projection.busy) == (ONE, ONE)
+        running.close()
+        left = 0
+        await manager.load(ModelSpec("c", "source-c"))
+        assert states(manager) == "a:failed b:loaded c:loaded"
+
+
+@within_deadline
 async def test_two_loads_at_once_never_take_the_same_room():
     async with managed(specs("abcdef"), places=2, min_residency=0) as (manager, _):
         most = 0
@@ -157,7 +186,7 @@ async def test_an_idle_model_leaves_when_its_time_is_over():
         await answered(manager, "a")
         assert manager.instance("a").expires_in <= 0.05
         await until(status_is(manager, "a", "unloaded"))
-        assert manager.metrics.of("a").unloads == {"idle": 1}
+        assert manager.instance("a").metrics.unloads == {"idle": 1}
 
 
 @within_deadline

@@ -50,6 +50,15 @@ def test_what_work_raises_is_raised_and_the_thread_goes_on(threads, seen):
     assert seen == ["begun"]
 
 
+def test_work_that_comes_too_late_is_refused_and_leaves_no_thread(threads, seen):
+    threads.call(lambda: 5)
+    threads.close()
+    for late in threads.call, lambda work: threads.start(work, "late"):
+        with pytest.raises(RuntimeError, match="they are closed"):
+            late(lambda: 5)
+    assert seen == ["begun", "ended"]
+
+
 def test_closing_waits_for_the_work(threads):
     gate, done = threading.Event(), []
     threads.start(lambda: (gate.wait(), done.append(1)), "work")

@@ -202,6 +202,27 @@ def test_the_id_of_a_family_that_has_one_is_kept():
     assert ToolCallParser(native(kimi_k2)).feed(text) == [ToolCallDelta(0, '{"a": 1}', "functions.add:0", "add")]
 
 
+@pytest.mark.parametrize(
+    ("call", "name", "arguments"),
+    [
+        (r'{"name": "a\ud800b", "arguments": {}}', "a\ufffdb", "{}"),
+        (r'{"name": "\ud83d\ude00", "arguments": "{\"x\": \"\udc00\"}"}', "\U0001f600", '{"x": "\ufffd"}'),
+        (r'{"name": "a", "arguments": {"x": "\ud800"}}', "a", r'{"x": "\ud800"}'),
+    ],
+)
+def test_half_a_character_that_a_model_spells_can_be_sent(call, name, arguments):
+    parser = ToolCallParser(PLAIN)
+    events = [*parser.feed(f"<tool_call>{call}</tool_call>"), *parser.flush(is_cut=False)]
+    assert [(event.name, event.arguments) for event in events] == [(name, arguments)]
+    assert json.loads(events[0].arguments) is not None and arguments.encode()
+
+
+def test_half_a_character_out_of_a_familys_parser_can_be_sent():
+    found = {"name": "a\ud800", "arguments": {"x": "\udc00"}, "id": "\udfff"}
+    call = ToolFormat("<", ">", lambda body, tools: found).parse("x", [])[0]
+    assert (call.name, call.arguments, call.id) == ("a\ufffd", '{"x": "\ufffd"}', "\ufffd")
+
+
 @pytest.mark.parametrize("is_cut", [True, False])
 def test_a_body_without_its_end_tag_is_a_call_only_if_the_model_ended_there(is_cut):
     text = "<|tool_call_start|>[add(a=1)]"

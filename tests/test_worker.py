@@ -56,22 +56,22 @@ async def test_the_facts_of_the_model_are_told_at_the_start():
 
 
 @within_deadline
-async def test_a_grammar_is_compiled_while_the_others_go_on():
+async def test_a_request_is_formatted_while_the_others_go_on():
     async with running_engine() as (engine, factory):
-        factory.runtimes[0].compiling.clear()
-        compiling = asyncio.create_task(engine.compile(replace(request(), format=JsonFormat())))
+        factory.runtimes[0].formatting.clear()
+        formatting = asyncio.create_task(engine.format(replace(request(), format=JsonFormat())))
         assert (await read(engine.submit(request(max_tokens=5))))[-1] == Usage(5, 5)
-        await engine.compile(request("no grammar in it"))
-        assert not compiling.done()
-        factory.runtimes[0].compiling.set()
-        await compiling
+        await engine.format(request("no grammar in it"))
+        assert not formatting.done()
+        factory.runtimes[0].formatting.set()
+        await formatting
 
 
 @within_deadline
 async def test_a_grammar_that_is_refused_is_told_to_whoever_asked():
     async with running_engine() as (engine, _):
         with pytest.raises(PromptRejected, match="no such schema"):
-            await engine.compile(replace(request("refuse"), format=JsonFormat()))
+            await engine.format(replace(request("refuse"), format=JsonFormat()))
 
 
 @within_deadline

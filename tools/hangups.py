@@ -2,8 +2,13 @@
 
 Run: python -m tools.hangups [--hangups 1000] [--seed 0]. Exit status 1 if a promise was broken:
 
-Promise 1: those who stay get every token, in order. How fast is told: the clients compute on the same processors.
+Promise 1: those who stay get every token, in order.
 Promise 2: a second after the last has left, no request is running or waiting, and no connection is left open.
+
+How fast those are who stay is told as a ratio. Visitors of two kinds come in turns, in rounds: at the same times, for
+the same requests, and for as long. One kind asks for as many tokens as are made in its time, and reads them all; the
+other asks for an endless answer, and hangs up when its time is over. Either way the server computes the same tokens, so
+that the ratio of the stayers' tokens/s, hang-ups to readers, is what hanging up itself costs them; 1 is full speed.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from statistics import median
 
 import engine  # noqa: F401  (first: it prepares the process for MLX)
 
@@ -30,10 +36,11 @@ from tools.raw_http import Wire, request
 MODEL = "talker"
 FOREVER = Script(["tick ", "tock "], endless=True)
 CONTEXT = 10**8  # the endless script never comes to its end
-STAYING, LEAVING = 4, 8  # clients at a time
-LONGEST = 0.15  # seconds until a client leaves
-FINISHING = 300  # requests that are read to their end, for comparison
-SHORT = 45  # tokens at most of their answers, which take about as long as those that are left
+STAYING, VISITING = 4, 8  # clients at a time
+LONGEST = 0.15  # seconds that a visit lasts
+PACE = 0.2  # seconds from one visit of a client to its next
+ROUNDS = 10  # of readers and of those that hang up
+HASTY = 0.2  # part of the visitors that leave before they have asked
 CALM = 3.0  # seconds in which those who stay are alone
 WORDS = re.compile(r'"content":"(tick|tock) "')
 
@@ -77,14 +84,18 @@ class HangUps:
         self._random = random.Random(seed)
         self._stayers: list[Stayer] = []
         self._wires: list[Wire] = []
+        self._pace = 0.0  # tokens/s of one stream
 
     async def run(self, hangups: int) -> bool:
         """Come, leave, and tell what was kept. Raises Broken."""
         open_before = self._open_files()
         reading = [await self._stay() for _ in range(STAYING)]
         alone = await self._speed(asyncio.sleep(CALM))
-        company = await self._speed(self._many(FINISHING, self._finish))
-        leaving = await self._speed(self._many(hangups, self._hang_up))
+        self._pace = await self._speed(self._visits(hangups // ROUNDS, self._hang_up)) / STAYING
+        readers, leavers = [], []
+        for _ in range(ROUNDS):
+            readers.append(await self._speed(self._visits(hangups // ROUNDS, self._read)))
+            leavers.append(await self._speed(self._visits(hangups // ROUNDS, self._hang_up)))
         for task in reading:
             if task.done():
                 await task
@@ -93,10 +104,11 @@ class HangUps:
             wire.hang_up()
         seconds = await self._until_idle()
         leaked = await self._leaked(open_before)
-        print(f"{hangups} hang-ups; {STAYING} streams that stayed got {alone:.0f} tokens/s alone,")
-        print(
-            f"{company:.0f} beside {LEAVING} clients that read to the end, {leaving:.0f} beside {LEAVING} that hung up"
-        )
+        ratios = [one / other for one, other in zip(leavers, readers, strict=True)]
+        print(f"{hangups // ROUNDS * (ROUNDS + 1)} hang-ups; {STAYING} streams that stayed got")
+        print(f"{alone:.0f} tokens/s alone, {median(readers):.0f} beside {VISITING} clients at a time that read all,")
+        print(f"{median(leavers):.0f} beside as many that hung up: a ratio of {median(ratios):.3f} in the median round")
+        print(f"(the {ROUNDS} rounds: {', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))})")
         print(f"no request was left after {seconds:.3f} s; connections left open: {leaked}")
         return seconds <= 1.0 and leaked <= 0
 
@@ -117,35 +129,36 @@ class HangUps:
     def _tokens(self) -> int:
         return sum(stayer.tokens for stayer in self._stayers)
 
-    async def _many(self, times: int, deed: Callable[[], Awaitable[None]]) -> None:
-        """Do something so often, by several clients."""
-        turns = iter(range(times))
+    async def _visits(self, count: int, visit: Callable[[float], Awaitable[None]]) -> None:
+        """Let clients come so often, each at its pace, for a part of LONGEST seconds."""
+        started = time.monotonic()
 
-        async def work() -> None:
-            for _ in turns:
-                await deed()
+        async def client(first: int) -> None:
+            for turn in range(first, count, VISITING):
+                await asyncio.sleep(started + turn / VISITING * PACE - time.monotonic())
+                await visit(self._random.uniform(0, LONGEST))
 
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(LEAVING):
-                tasks.create_task(work())
+            for first in range(VISITING):
+                tasks.create_task(client(first))
 
-    async def _finish(self) -> None:
-        """Come, ask, read, and leave."""
+    async def _read(self, seconds: float) -> None:
+        """Come, ask for what is made in so many seconds, read all of it, and leave."""
         wire = await Wire.connect(self._port)
-        tokens = self._random.randint(1, SHORT)
-        await wire.send(chat(self._random.random() < 0.5, max_tokens=tokens))
-        if (answer := await wire.answer()) is None or answer.status != 200:
-            raise Broken(f"a request that was to be read got {answer}")
+        if self._random.random() >= HASTY:
+            await wire.send(chat(self._random.random() < 0.5, max_tokens=max(1, round(seconds * self._pace))))
+            if (answer := await wire.answer()) is None or answer.status != 200:
+                raise Broken(f"a request that was to be read got {answer}")
         wire.hang_up()
 
-    async def _hang_up(self) -> None:
+    async def _hang_up(self, seconds: float) -> None:
         """Come, ask, and leave: mostly while the answer is made, sometimes within the request."""
         wire = await Wire.connect(self._port)
         data = chat(stream=self._random.random() < 0.5)
-        if self._random.random() < 0.2:
+        if self._random.random() < HASTY:
             data = data[: self._random.randrange(len(data))]
         await wire.send(data)
-        await asyncio.sleep(self._random.uniform(0, LONGEST))
+        await asyncio.sleep(seconds)
         wire.hang_up()
 
     async def _until_idle(self) -> float:

@@ -6,8 +6,9 @@ Promise 1: every request that was accepted is answered whole, or with an error o
 Promise 2: no model is stuck: in the end each one is unloaded, without a request.
 Promise 3: the memory returns to where it was, within 5 %.
 
-It prints a line a part: requests answered and refused, the median, the 99th percentile and the longest of an answer's
-times in seconds, and the memory when all models are gone; in the end how every request ended.
+It prints a line a part: requests answered, refused and left by their clients, the median, the 99th percentile and the
+longest of an answer's times in seconds, and the memory when all models are gone; in the end how every request ended.
+Ctrl-C or SIGTERM ends it early: it tells what it has seen until then, and its exit status is 130.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ WORKERS = 12
 PART = 5.0  # minutes after which everything is unloaded and measured; a short run has five parts
 # How a request may end, other than with an answer.
 ERRORS = {409, 429, 503, 507}
+STOPPED = 130  # the exit status of a run that was ended early
 
 
 class Broken(Exception):
@@ -56,8 +59,10 @@ class Tally:
     def __str__(self) -> str:
         ordered = sorted(self.times) or [0.0]
         median, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
-        others = sum(self.outcomes.values()) - len(self.times)
-        return f"{len(self.times)} answers, {others} others, p50 {median:.2f} p99 {p99:.2f} longest {ordered[-1]:.2f}"
+        left = self.outcomes["hang-up"]
+        errors = sum(count for outcome, count in self.outcomes.items() if not outcome.endswith("200")) - left
+        times = f"p50 {median:.2f} p99 {p99:.2f} longest {ordered[-1]:.2f}"
+        return f"{len(self.times)} answers, {errors} errors, {left} hang-ups, {times}"
 
     def add(self, other: Tally) -> None:
         """Count another one's in."""
@@ -176,30 +181,44 @@ class Soak:
 
 
 async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace) -> bool:
-    """Run it and tell what happened. Whether every promise was kept."""
+    """Run it and tell what happened. Whether every promise was kept. Raises CancelledError if it was stopped."""
+    this_task = asyncio.current_task()
+    assert this_task
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(stop, this_task.cancel)
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         clients = Soak(session, url, sources, arguments.seed)
         # What a process keeps of its first steps is not a leak.
         await run(clients, min(60.0, arguments.minutes * 20))
-        before = after = await clients.settle()
+        before = await clients.settle()
         print(f"start: {before / 2**20:.1f} MiB", flush=True)
-        total = Tally()
-        parts = max(5, round(arguments.minutes / PART))
-        for part in range(1, parts + 1):
-            clients.tally = Tally()
-            await run(clients, arguments.minutes * 60 / parts)
-            after = await clients.settle()
-            print(f"part {part}/{parts}: {clients.tally}, {after / 2**20:.1f} MiB", flush=True)
-            total.add(clients.tally)
-        print(f"all: {total}")
-        for outcome, count in sorted(total.outcomes.items()):
-            print(f"{count:>7}  {outcome}")
+        after = await run_parts(clients, arguments.minutes)
         figures = await clients.figures()
         for name in ("loads_total loaded", "loads_total aborted", "unloads_total evict", "completion_tokens_total"):
             print(f"{figures.get(name, 0):>7.0f}  {name}")
         print(f"memory at the start {before / 2**20:.1f} MiB, at the end {after / 2**20:.1f} MiB: {after / before:.3f}")
         return after <= before * float(arguments.growth)
+
+
+async def run_parts(clients: Soak, minutes: float) -> int:
+    """Part after part, each with its line; then all together, however it ends. The memory after the last one."""
+    parts = max(5, round(minutes / PART))
+    total, bytes = Tally(), 0
+    try:
+        for part in range(1, parts + 1):
+            clients.tally = Tally()
+            try:
+                await run(clients, minutes * 60 / parts)
+            finally:
+                total.add(clients.tally)
+            bytes = await clients.settle()
+            print(f"part {part}/{parts}: {clients.tally}, {bytes / 2**20:.1f} MiB", flush=True)
+    finally:
+        print(f"all: {total}")
+        for outcome, count in sorted(total.outcomes.items()):
+            print(f"{count:>7}  {outcome}")
+    return bytes
 
 
 async def run(clients: Soak, seconds: float) -> None:
@@ -232,16 +251,20 @@ def main(argv: list[str] | None = None) -> int:
         sources = {key: str(tiny_llama(Path(directory) / key, seed=n)) for n, key in enumerate(KEYS)}
         config = write_config(Path(directory), sources)
         with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
+            status = 1
             try:
-                is_kept = asyncio.run(soak(server.url, sources, arguments))
+                status = 0 if asyncio.run(soak(server.url, sources, arguments)) else 1
             except* Broken as broken:
                 print(f"broken: {broken.exceptions[0]}")
-                is_kept = False
+            except* asyncio.CancelledError:
+                status = STOPPED
+            if status == STOPPED:
+                return status
             ended = server.stop()
     if "Traceback" in ended.stderr or ended.status:
         print(ended.stderr[-4000:])
         return 1
-    return 0 if is_kept else 1
+    return status
 
 
 if __name__ == "__main__":

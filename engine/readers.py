@@ -1,0 +1,79 @@
+"""Those who wait for an engine's thread. Used on the event loop.
+
+Rule: who was taken in is told how it ended, by the thread or, once that has ended or is stuck, by tell_all(). It does
+      not matter what the thread was at, nor whether it ever began with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from engine.errors import EngineError, EngineStopped
+from engine.generation import Generation
+from engine.jobs import Letter
+from engine.types import Event
+
+
+class Readers:
+    """The generations and questions that one engine has not done with."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._generations: set[Generation] = set()
+        self._answers: set[asyncio.Future[Any]] = set()
+        self._is_over = False
+
+    def refuse_if_over(self) -> None:
+        """Raise EngineStopped once everybody has been told of the end: nobody else would be."""
+        if self._is_over:
+            raise EngineStopped(self._key, "it has ended")
+
+    def add(self, generation: Generation) -> None:
+        """Take in a request. Raises EngineStopped."""
+        self.refuse_if_over()
+        self._generations.add(generation)
+
+    def answer(self) -> asyncio.Future[Any]:
+        """The answer to a question, once settle() is called with it. Raises EngineStopped."""
+        self.refuse_if_over()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
+        return answer
+
+    def deliver(
+        self,
+        generation: Generation,
+        events: Iterable[Event] = (),
+        is_done: bool = False,
+        error: EngineError | None = None,
+    ) -> None:
+        """Give a generation what the thread says to it."""
+        generation.deliver(events, is_done, error)
+        if generation.is_done:
+            self._generations.discard(generation)
+
+    def deliver_all(self, outbox: Iterable[Letter]) -> None:
+        """Give each what the thread says to it."""
+        for letter in outbox:
+            self.deliver(*letter)
+
+    def tell_all(self, error: EngineError) -> None:
+        """Tell everybody that nothing more will come."""
+        self._is_over = True
+        for generation in list(self._generations):
+            self.deliver(generation, error=error)
+        for answer in list(self._answers):
+            settle(answer, None, error)
+
+
+def settle(answer: asyncio.Future[Any], value: Any, error: EngineError | None) -> None:
+    """Give the answer, or the error instead, unless nobody waits for it any more."""
+    if answer.done():
+        return
+    if error:
+        answer.set_exception(error)
+    else:
+        answer.set_result(value)
