@@ -4,7 +4,8 @@ Rule 1: the weights lie below each other in one matrix, so each output is what i
 Rule 2: a model's own code stays: it still calls each projection, and the first call computes all of them.
 
 On an H100 a step of 32 rows is bound by the host, and preparing a product is the most expensive part of it: with 64
-products instead of 112 a step of the 1B shape takes a fifth less. vLLM's merged column-parallel layers do the same.
+products instead of 112, a step of the 1B shape took 6.8 ms where it took 7.3 (medians of 300 steps on one machine). The
+merged column-parallel layers of vLLM do the same.
 """
 
 from __future__ import annotations
