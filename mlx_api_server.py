@@ -81,12 +81,18 @@ def start_engine(builder: runtime.Builder, threads: Threads) -> Any:
 async def running_models(settings: Settings, leader: Leader | None = None) -> AsyncIterator[ModelManager]:
     """The manager with its models; all are unloaded at the end, and the ranks that `leader` leads let go."""
     threads = Threads(runtime.thread_stream)
-    seat = shards.Seat(0, leader.size if leader else 1)
+
+    def estimate(spec: ModelSpec) -> memory.Estimate:
+        if not leader and spec.shard:  # before anybody leaves for it
+            raise shards.alone(spec)
+        place = shards.Seat(0, leader.size if leader else 1)
+        return threads.call(lambda: shards.share(memory.estimate(spec), spec, place))
+
     manager = ModelManager(
         settings,
         start_engine(runtime.Builder(settings.stall_target, leader), threads),
         device.process_bytes,
-        lambda spec: threads.call(lambda: shards.share(memory.estimate(spec), spec, seat)),
+        estimate,
         device.active_bytes,
     )
     try:

@@ -78,8 +78,12 @@ class ModelLife:
     @property
     def is_absent(self) -> bool:
         """Whether it is neither there nor on its way."""
-        is_coming = self._load_task is not None and not self._load_task.done()
-        return self.state in (ModelState.UNLOADED, ModelState.FAILED) and not is_coming
+        return self.state in (ModelState.UNLOADED, ModelState.FAILED) and not self._coming
+
+    @property
+    def _coming(self) -> asyncio.Task[None] | None:
+        """The load that is under way, or about to be."""
+        return None if self._load_task is None or self._load_task.done() else self._load_task
 
     @property
     def waiting_since(self) -> float | None:
@@ -104,8 +108,7 @@ class ModelLife:
     async def load(self) -> None:
         """Load the model unless it is loaded; joins a load that runs already.
 
-        Raises:
-            LoadFailed, LoadAborted, NoRoom, ModelUnloading
+        Raises LoadFailed, LoadAborted, NoRoom, ModelUnloading.
         """
         if self.state is ModelState.DRAINING:
             raise ModelUnloading(self.key)
@@ -122,17 +125,17 @@ class ModelLife:
         return self._steps.heard_by(listener)
 
     async def _loaded(self) -> None:
-        if self._load_task is None or self._load_task.done():
-            if self.is_retired:
-                raise ModelUnloading(self.key)
-            self._load_task = asyncio.create_task(self._load())
-            self._load_task.add_done_callback(look_at)  # those who waited may all have left
-        await asyncio.shield(self._load_task)
+        if not (load := self._coming):
+            load = self._load_task = asyncio.create_task(self._load())
+            load.add_done_callback(look_at)  # those who waited may all have left
+        await asyncio.shield(load)
 
     async def _load(self) -> None:
         async with abortable(self.key), self._lock:
             if self.state is ModelState.READY:
                 return
+            if self.is_retired:
+                raise ModelUnloading(self.key)
             started = time.monotonic()
             self._become(ModelState.LOADING)
             self._steps.tell(Step("waiting"))
@@ -184,17 +187,14 @@ class ModelLife:
     # -- leaving --------------------------------------------------------------------------------------------------
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
-        """Unload the model. drain: after its last request, and after a load that is under way (at most `patience`
-        seconds, then the rest is aborted); abort: now; reject: only if it has no request and is not being loaded.
-
-        Raises:
-            ModelBusy: mode is reject and there are requests, or a load.
+        """Unload the model. drain: after its last request, and a load under way (at most `patience` seconds, then the
+        rest is aborted); abort: now; reject: only without requests and a load, else it raises ModelBusy.
         """
         return await asyncio.shield(self.start_unload(mode, patience))
 
     def start_unload(self, mode: UnloadMode, patience: float | None = None) -> asyncio.Task[UnloadReport]:
         """As unload(), which goes on by itself. Raises ModelBusy at once."""
-        if mode == "reject" and (self._requests or self.state is ModelState.LOADING):
+        if mode == "reject" and (self._requests or self._coming):
             raise ModelBusy(self.key, len(self._requests))
         return asyncio.create_task(self._unload(mode, patience))
 
@@ -210,8 +210,8 @@ class ModelLife:
     async def _unload(self, mode: UnloadMode, patience: float | None) -> UnloadReport:
         started = time.monotonic()
         is_over = mode == "abort" or self.is_leaving
-        if self.state is ModelState.LOADING and self._load_task and not is_over:
-            is_over = not (await asyncio.wait({self._load_task}, timeout=patience))[0]
+        if (load := self._coming) and not is_over:
+            is_over = not (await asyncio.wait({load}, timeout=patience))[0]
         if is_over:
             await self._abort_load()
         if self.state is ModelState.EVICTING:
@@ -264,11 +264,11 @@ class ModelLife:
 
     async def _abort_load(self) -> None:
         """Call a load off and wait until it has ended."""
-        if self._load_task and not self._load_task.done():
+        if load := self._coming:
             await asyncio.sleep(0)  # a task that was never begun could not say why it ended
-            if not self._load_task.cancelling():
-                self._load_task.cancel()
-            await asyncio.gather(asyncio.shield(self._load_task), return_exceptions=True)
+            if not load.cancelling():
+                load.cancel()
+            await asyncio.gather(asyncio.shield(load), return_exceptions=True)
 
     def _lose_engine(self, error: EngineError) -> None:
         """The engine has ended by itself."""

@@ -235,7 +235,7 @@ class ModelManager:
             await new.load()
         except EngineError:
             if self._registry.get(new.key) is new:
-                self._registry.strike(new)
+                self._part_with(new, "abort", None)  # somebody may have asked for it again at once
                 self._registry.put(old)
                 self._keep(self._load_all([old]))
             raise

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from engine.errors import EngineError
 from engine.generation import Generation
-from engine.types import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +28,11 @@ class Cancel:
     generation: Generation
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A question; `settle` takes the answer, or the error instead, on the event loop."""
-
-    question: Question
-    settle: Callable[[Any, EngineError | None], None]
-
-
 class Stop:
     """The thread is to end now."""
 
 
-Message = Submit | Cancel | Ask | Stop
+Message = Submit | Cancel | Stop
 
 
 class Inbox:

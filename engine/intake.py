@@ -6,7 +6,6 @@ Rule 2: the request's settings win over the model's defaults, those over Samplin
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -26,14 +25,12 @@ from engine.types import (
     FormattedPrompt,
     GenerationRequest,
     ModelFacts,
-    Prompt,
     Question,
     Row,
     RowToken,
     Sampling,
     SamplingOptions,
     Tokenize,
-    ToolChoice,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +88,6 @@ class Intake:
         self._defaults = defaults
         self._vocab_size = vocab_size
         self._max_rows = max_rows
-        self._lock = threading.Lock()
         self._binding = Binding(tokenizer, prompts, grammars, vocab_size)
 
     def format(self, request: GenerationRequest) -> GenerationRequest:
@@ -100,7 +96,7 @@ class Intake:
         May run on any thread. Raises PromptRejected.
         """
         self._binding.compile(request)
-        return replace(request, formatted=self._formatted(request.prompt, request.tool_choice))
+        return replace(request, formatted=self._prompts.format(request.prompt, request.tool_choice))
 
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> list[tuple[Row, _Reading]]:
         """A row and its output stream for each choice.
@@ -110,7 +106,7 @@ class Intake:
             ContextExceeded: the prompt is longer than the context.
         """
         self._check(request)
-        prompt = request.formatted or self._formatted(request.prompt, request.tool_choice)
+        prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
         self._check_tokens(prompt.tokens, "messages" if isinstance(request.prompt, ChatPrompt) else "prompt")
         room = self._facts.context_length - len(prompt.tokens)
         if room < 1:
@@ -138,13 +134,9 @@ class Intake:
                 self._check_tokens(tokens, "tokens")
                 return str(self._tokenizer.decode(list(tokens)))
             case Tokenize(prompt):
-                return self._formatted(prompt).tokens
+                return self._prompts.format(prompt).tokens
             case ApplyTemplate(prompt):
-                return self._formatted(prompt).text
-
-    def _formatted(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
-        with self._lock:  # a tokenizer has modes, which are switched for each prompt
-            return self._prompts.format(prompt, tool_choice)
+                return self._prompts.format(prompt).text
 
     def _check(self, request: GenerationRequest) -> None:
         if request.n > self._max_rows:

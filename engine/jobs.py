@@ -56,8 +56,9 @@ class Runtime(Protocol):
     def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
         """A row and its output stream for each choice; all rows share one prompt. Raises PromptRejected."""
 
-    def answer(self, question: Question) -> Any:
-        """What the tokenizer says. Raises PromptRejected."""
+    @property
+    def answer(self) -> Callable[[Question], Any]:
+        """Says what the tokenizer says, on any thread; holds nothing of the batch. Raises PromptRejected."""
 
 
 @dataclass(slots=True)

@@ -17,6 +17,8 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from engine import kv
+
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -68,7 +70,7 @@ def merge_projections(model: nn.Module) -> None:
             merged.append((product, module, names, layers))
             for index, name in enumerate(names):
                 module[name] = _Part(product, index)
-    model(mx.zeros((1, 1), dtype=mx.uint32))
+    model(mx.zeros((1, 1), dtype=mx.uint32), cache=kv.new_cache(model))
     for product, module, names, layers in merged:
         if not product.is_taken:
             for name, layer in zip(names, layers, strict=True):

@@ -107,7 +107,7 @@ class _Work:
                 self._link.send({"kind": "broken", "reason": f"{type(error).__name__}: {error}"})
             os._exit(_LET_GO)
         self._since = outer
-        self._done += 1
+        self._done += message["kind"] != "fetched"  # which the leader has not said
 
 
 class _Inbox:

@@ -102,15 +102,16 @@ class Leader:
     def open(self, number: int, key: str, stall_target: float, report: Progress) -> Opened:
         """Wait until all ranks have loaded the model, and make them ready for calls.
 
-        Raises LoadFailed, with the ranks' reasons, NoRoom, RankLost, and what `report` raises.
+        Raises LoadFailed, with the rank's reason, NoRoom, RankLost, and what `report` raises.
         """
-        answers = [self._loaded(number, report) for _ in self._followers]
-        for told in answers:
+        answers = []
+        for _ in self._followers:  # the first that can't calls the others' loads off
+            answers.append(told := self._loaded(number, report))
             if "projection" in told:
                 where = f"rank {self._followers[told['rank']].name}"
                 raise NoRoom(key, Projection(**told["projection"]), where)
-        if failures := {told["error"]: told["rank"] for told in answers if "error" in told}:
-            raise LoadFailed(key, "; ".join(f"on rank {rank}, {error}" for error, rank in failures.items()))
+            if "error" in told:
+                raise LoadFailed(key, f"on rank {told['rank']}, {told['error']}")
         # What a token counts for must be the same everywhere, for it decides what the prefix caches keep.
         most = max(told["token_bytes"] for told in answers)
         self.tell(number, "open", token_bytes=most, stall_target=stall_target)

@@ -16,7 +16,7 @@ class Follower:
     """A computing rank. `error` says why it is lost; `heard` is when it said something last, by time.monotonic().
 
     Of its last beat: the bytes that it holds, the messages that it has done with, the seconds that it has been at the
-    present one, and whether it is reading a model.
+    present one, whether it is reading a model, when that came, and when the last one that said that it is.
     """
 
     rank: int
@@ -27,6 +27,8 @@ class Follower:
     done: int = 0
     step_seconds: float = 0.0
     is_reading: bool = False
+    beat_at: float = 0.0
+    read_at: float = 0.0
     error: str | None = None
 
     @property
@@ -38,6 +40,9 @@ class Follower:
         """Note how it says that it is."""
         self.memory_bytes, self.done = beat["memory_bytes"], beat["done"]
         self.step_seconds, self.is_reading = beat["step_seconds"], beat["is_reading"]
+        self.beat_at = time.monotonic()
+        if self.is_reading:
+            self.read_at = self.beat_at
 
     def report(self) -> RankReport:
         """How it is now."""
@@ -49,9 +54,13 @@ def stuck(followers: Sequence[Follower], limit: float) -> list[Follower]:
 
     Who has done less than another one waits for nobody. While a rank reads a model, all may have to wait for it.
     """
-    if any(f.is_reading for f in followers) or all(f.step_seconds <= limit for f in followers):
+    if any(f.is_reading for f in followers):
         return []
-    standing = [f for f in followers if f.step_seconds > limit / 2]  # they tell of it one after the other
+    read_at = max(f.read_at for f in followers)  # until then, all may have waited for a rank that was reading
+    seconds = {f: min(f.step_seconds, f.beat_at - read_at) for f in followers}
+    if max(seconds.values()) <= limit:
+        return []
+    standing = [f for f in followers if seconds[f] > limit / 2]  # they tell of it one after the other
     least = min(f.done for f in standing)
     return [f for f in standing if f.done == least]
 

@@ -6,9 +6,7 @@ Rule: who was taken in is told how it ended, by the thread or, once that has end
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
-from typing import Any
 
 from engine.errors import EngineError, EngineStopped
 from engine.generation import Generation
@@ -17,12 +15,11 @@ from engine.types import Event
 
 
 class Readers:
-    """The generations and questions that one engine has not done with."""
+    """The generations that one engine has not done with."""
 
     def __init__(self, key: str) -> None:
         self._key = key
         self._generations: set[Generation] = set()
-        self._answers: set[asyncio.Future[Any]] = set()
         self._is_over = False
 
     def refuse_if_over(self) -> None:
@@ -34,14 +31,6 @@ class Readers:
         """Take in a request. Raises EngineStopped."""
         self.refuse_if_over()
         self._generations.add(generation)
-
-    def answer(self) -> asyncio.Future[Any]:
-        """The answer to a question, once settle() is called with it. Raises EngineStopped."""
-        self.refuse_if_over()
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._answers.add(answer)
-        answer.add_done_callback(self._answers.discard)
-        return answer
 
     def deliver(
         self,
@@ -65,15 +54,3 @@ class Readers:
         self._is_over = True
         for generation in list(self._generations):
             self.deliver(generation, error=error)
-        for answer in list(self._answers):
-            settle(answer, None, error)
-
-
-def settle(answer: asyncio.Future[Any], value: Any, error: EngineError | None) -> None:
-    """Give the answer, or the error instead, unless nobody waits for it any more."""
-    if answer.done():
-        return
-    if error:
-        answer.set_exception(error)
-    else:
-        answer.set_result(value)

@@ -17,7 +17,6 @@ import mlx.core as mx
 from engine import device, loader, shards
 from engine.batcher import Batcher
 from engine.config import ModelSpec
-from engine.errors import LoadFailed
 from engine.grammars import Grammars
 from engine.intake import Intake
 from engine.jobs import Output
@@ -50,9 +49,10 @@ class ModelRuntime:
         """A row and its output stream for each choice. Raises PromptRejected."""
         return self.intake.prepare(request, row_ids)
 
-    def answer(self, question: Question) -> Any:
-        """What the tokenizer says. Raises PromptRejected."""
-        return self.intake.answer(question)
+    @property
+    def answer(self) -> Callable[[Question], Any]:
+        """Says what the tokenizer says, on any thread. It holds nothing of the model's memory, either."""
+        return self.intake.answer
 
 
 class Builder:
@@ -73,7 +73,7 @@ class Builder:
             loaded = loader.load(spec, progress=progress)
             return self._put_together(spec, loaded, self._batcher(spec, loaded, metrics), progress)
         if self._leader is None:
-            raise LoadFailed(spec.key, f"shard = {spec.shard!r} needs several ranks: start them with mlx.launch")
+            raise shards.alone(spec)
         with self._leader.loading(spec) as number:
             loaded = loader.load(spec, progress=progress, divide=shards.nothing)
             opened = self._leader.open(number, spec.key, self._stall_target, progress)

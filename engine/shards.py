@@ -63,6 +63,11 @@ def divider(spec: ModelSpec, place: Place) -> Divide:
     return lambda model: divide(model, place)
 
 
+def alone(spec: ModelSpec) -> LoadFailed:
+    """What becomes of a load that wants several ranks where there is one process."""
+    return LoadFailed(spec.key, f"shard = {spec.shard!r} needs several ranks: start them with mlx.launch")
+
+
 def share(estimate: Estimate, spec: ModelSpec, place: Place) -> Estimate:
     """What a rank's share of a model is expected to take: its architecture is divided, and nothing computed.
 

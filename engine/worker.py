@@ -14,18 +14,18 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
 from engine.batch import Batch
+from engine.clerk import Clerk
 from engine.errors import EngineError, EngineStopped, EngineUnloaded, LoadFailed
 from engine.faults import request_failure, without_frames
 from engine.generation import Generation
-from engine.inbox import Ask, Cancel, Inbox, Stop, Submit
+from engine.inbox import Cancel, Inbox, Stop, Submit
 from engine.jobs import Job, Jobs, Outbox, Runtime
 from engine.metrics import ModelMetrics
-from engine.readers import Readers, settle
+from engine.readers import Readers
 from engine.recovery import MOST_IN_A_ROW, Recovery
 from engine.types import Accepted, GenerationRequest, ModelFacts, Question
 
@@ -77,7 +77,7 @@ class Engine:
         metrics = metrics or ModelMetrics(key)
         self._jobs = Jobs(metrics)
         self._recovery = Recovery(self._jobs, self._release, self._hand_over, metrics)
-        self._format: Callable[[GenerationRequest], GenerationRequest] = _as_it_is  # the runtime's, while there is one
+        self._clerk = Clerk(key)
         self._row_ids = count()
         self._is_stopping = False
         self._thread = start(self._run, f"engine-{key}")
@@ -91,8 +91,8 @@ class Engine:
         return facts
 
     async def format(self, request: GenerationRequest) -> GenerationRequest:
-        """Do what of a request would hold up the streams of others, on another thread. Raises PromptRejected."""
-        return await asyncio.to_thread(self._format_here, request)
+        """Do what of a request would hold up the streams of others. Raises PromptRejected, EngineStopped."""
+        return await self._clerk.format(request)
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Hand a request over; its first event tells whether it was accepted."""
@@ -107,9 +107,7 @@ class Engine:
 
     async def ask(self, question: Question) -> Any:
         """The answer to a question that needs the model's tokenizer. Raises PromptRejected, EngineStopped."""
-        answer = self._readers.answer()
-        self._inbox.put(Ask(question, partial(settle, answer)))
-        return await answer
+        return await self._clerk.answer(question)
 
     @property
     def stalled_for(self) -> float:
@@ -156,12 +154,13 @@ class Engine:
             log.exception("engine of %r died", self._key)
             error = EngineStopped(self._key, f"{type(cause).__name__}: {cause}")
         finally:
+            self._clerk.end()  # or the tokenizer would stay as long as somebody has an answer of this engine
             self._release()
             self._call_loop(self._end, error)
 
     def _live(self) -> None:
         runtime = self._load()
-        self._format = runtime.format
+        self._clerk.begin(runtime.format, runtime.answer)
         self._call_loop(self._started.set_result, runtime.facts)
         batch = runtime.batch
         try:
@@ -169,7 +168,6 @@ class Engine:
                 self._attempt(batch, self._step)
         finally:
             batch.close()
-            self._format = _as_it_is  # or the tokenizer would stay as long as somebody has an answer of this engine
 
     def _attempt(self, batch: Batch, work: Callable[[Batch], None]) -> None:
         """Have the batch do something. If that fails, go on with a fresh one, unless that has not helped either."""
@@ -230,8 +228,6 @@ class Engine:
                         self._forget(runtime.batch, generation)
                     finally:  # the thread may end over it, and it has forgotten whom to tell
                         self._call_loop(self._readers.deliver, generation, [], True)
-                case Ask() as ask:
-                    self._answer(runtime, ask)
                 case Stop():
                     return False
         return True
@@ -250,26 +246,8 @@ class Engine:
             return
         self._call_loop(self._readers.deliver, generation, [Accepted(job.prompt_tokens)])
 
-    def _answer(self, runtime: Runtime, ask: Ask) -> None:
-        try:
-            self._call_loop(ask.settle, runtime.answer(ask.question), None)
-        except BaseException as error:
-            self._call_loop(ask.settle, None, request_failure(self._key, error))
-
-    def _format_here(self, request: GenerationRequest) -> GenerationRequest:
-        """On any thread."""
-        try:
-            return self._format(request)
-        except BaseException as error:
-            raise request_failure(self._key, error) from None
-
     def _call_loop(self, function: Callable[..., object], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop is closed: nobody is left to be told
             log.debug("the event loop closed before the engine of %r", self._key)
-
-
-def _as_it_is(request: GenerationRequest) -> GenerationRequest:
-    """There is no model to format anything for."""
-    return request

@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tokenizers import Regex, pre_tokenizers  # noqa: E402
+
 import mlx_api_server  # noqa: E402
 import model_life  # noqa: E402
 import model_manager  # noqa: E402
@@ -34,6 +36,11 @@ def is_asked_for(fault):
     except FileNotFoundError:
         return False
     return True
+
+
+def panic():
+    """What tokenizers do where a regular expression is too much for them: their Rust code panics, with no Exception."""
+    pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated").pre_tokenize_str("x" * 60)
 
 
 class FaultyBatch:
@@ -85,6 +92,8 @@ def main():
     def faulty_prepare(self, request, row_ids):
         if is_asked_for("tokenizer"):
             raise KeyError("a fault that was asked for")
+        if is_asked_for("panic"):
+            panic()
         choices = prepare(self, request, row_ids)
         return [(row, FaultyOutput(output)) for row, output in choices] if is_asked_for("detokenizer") else choices
 

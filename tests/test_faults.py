@@ -115,13 +115,13 @@ async def test_a_panic_over_a_question_or_a_prompt_is_told_to_whoever_asked():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        factory.runtimes[0].answer = instance._engine._format = panic
+        instance._engine._clerk.begin(panic, panic)
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.ask(Detokenize((1,)))
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.generate(request())
         assert isinstance(await answered(instance), RequestFailed)
-        instance._engine._format = factory.runtimes[0].format
+        instance._engine._clerk.begin(factory.runtimes[0].format, panic)
         assert await answered(instance) == 5
         assert factory.builds == 1
 
@@ -379,18 +379,18 @@ async def test_readers_of_a_stuck_engine_are_told_when_it_is_to_stop():
         await at_work.accepted()
         await until(lambda: engine.stalled_for > 0)
         unseen = engine.submit(request())
-        asking = asyncio.create_task(engine.ask(Detokenize((1,))))
-        await asyncio.sleep(0)
+        assert await engine.ask(Detokenize((1,))) == "answer"  # that needs no step
         stopping = asyncio.create_task(engine.stop(patience=0.01))
         for generation in (at_work, unseen):
             with pytest.raises(EngineStopped, match="it has made no step for"):
                 await read(generation)
-        with pytest.raises(EngineStopped, match="it has made no step for"):
-            await asking
         assert isinstance(await ended(engine.submit(request())), EngineStopped)
         assert not stopping.done()
         batch.gate.set()
         await stopping
+        for asking in (engine.ask(Detokenize((1,))), engine.format(request())):
+            with pytest.raises(EngineStopped, match="it has ended"):
+                await asking
 
 
 @within_deadline

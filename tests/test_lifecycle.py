@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from engine.config import ModelSpec
-from engine.errors import EngineError, LoadAborted, LoadFailed, ModelNotFound
+from engine.errors import EngineError, LoadAborted, LoadFailed, ModelNotFound, ModelUnloading
 from model_state import ModelState
 from model_watch import look
 from server.health import life
@@ -57,6 +57,32 @@ async def test_a_new_key_is_forgotten_after_a_failure_although_its_caller_has_le
         await leave(loading)
         factory.gate.set()
         await until(lambda: "new" not in manager.keys)
+
+
+@within_deadline
+async def test_a_replacement_that_failed_and_is_asked_for_again_at_once_does_not_stay_beside_the_old_one():
+    async with managed() as (manager, factory):
+        old = manager.instance("a")
+        running = await old.generate(request())
+        replacing = asyncio.create_task(manager.load(ModelSpec("a", "other"), replaces=True))
+        await until(lambda: manager.instance("a") is not old)
+        new = manager.instance("a")
+
+        async def insist():
+            with pytest.raises(LoadFailed):
+                await new.load()
+            await new.load()
+
+        insisting = asyncio.create_task(insist())
+        await until(lambda: new.status == "loading")
+        factory.failures.append(LoadFailed("a", "no such file"))
+        running.close()
+        with pytest.raises(LoadFailed):
+            await replacing
+        with pytest.raises((LoadAborted, ModelUnloading)):
+            await insisting
+        await until(lambda: manager.everybody == manager.instances and states(manager) == "a:loaded")
+        assert (manager.instance("a"), new.status) == (old, "unloaded")
 
 
 @within_deadline
@@ -134,6 +160,7 @@ async def test_a_model_that_is_stuck_on_its_way_out_still_shows():
         instance = manager.instance("a")
         await (await instance.generate(request())).accepted()
         factory.batch.gate.clear()
+        await until(lambda: instance.is_wedged)
         forgetting = asyncio.create_task(manager.forget("a", "abort"))
         await until(lambda: look(manager.everybody, set()) == {instance})
         assert life(manager, "1", is_told_all=False)["status"] == "degraded"

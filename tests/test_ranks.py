@@ -229,6 +229,16 @@ def test_of_ranks_that_make_no_step_those_behind_are_at_fault(beats, expected):
     assert [follower.rank for follower in stuck(followers, 10.0)] == expected
 
 
+def test_who_has_waited_for_a_rank_that_was_reading_is_not_at_fault():
+    followers = [Follower(number, "10.0.0.1", None) for number in range(2)]
+    reader, waiter = followers
+    beat = {"memory_bytes": 0, "done": 7, "step_seconds": 0.0}
+    reader.note_beat(beat | {"is_reading": True})
+    reader.note_beat(beat | {"is_reading": False})
+    waiter.note_beat(beat | {"step_seconds": 90.0, "is_reading": False})
+    assert stuck(followers, 10.0) == []
+
+
 def test_a_load_names_one_of_the_two_ways_to_share():
     assert parse(LoadRequest, b'{"model": "org/name", "shard": "pipeline"}').shard == "pipeline"
     with pytest.raises(ValidationFailed) as refused:

@@ -63,10 +63,11 @@ async def test_an_engine_that_does_not_end_well_does_not_keep_its_model():
 
 @within_deadline
 async def test_who_unloads_a_stuck_model_is_told_so_and_the_unload_goes_on():
-    async with managed(specs("a"), wedged_after=0.01) as (manager, factory):
+    async with managed(specs("a"), wedged_after=0.3) as (manager, factory):
         instance = manager.instance("a")
         await (await instance.generate(request())).accepted()
         factory.batch.gate.clear()
+        await until(lambda: instance.is_wedged)
         with pytest.raises(ModelWedged, match="'a' is still being unloaded.*has made no step"):
             await unwedged(instance, manager.unload("a", "abort"))
         assert instance.status == "draining"

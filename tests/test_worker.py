@@ -61,10 +61,20 @@ async def test_a_request_is_formatted_while_the_others_go_on():
         factory.runtimes[0].formatting.clear()
         formatting = asyncio.create_task(engine.format(replace(request(), format=JsonFormat())))
         assert (await read(engine.submit(request(max_tokens=5))))[-1] == Usage(5, 5)
-        await engine.format(request("no grammar in it"))
         assert not formatting.done()
         factory.runtimes[0].formatting.set()
         await formatting
+
+
+@within_deadline
+async def test_the_prompts_of_one_model_hold_up_no_other():
+    async with running_engine() as (busy, factory), running_engine() as (other, _):
+        factory.runtimes[0].formatting.clear()
+        held = [asyncio.create_task(busy.format(replace(request(), format=JsonFormat()))) for _ in range(20)]
+        assert await other.format(request("hello")) == request("hello")
+        held.pop().cancel()
+        factory.runtimes[0].formatting.set()
+        assert len(await asyncio.gather(*held)) == 19
 
 
 @within_deadline

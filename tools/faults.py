@@ -111,6 +111,7 @@ def in_the_engine(directory: Path) -> Iterator[Row]:
     """Faults of requests, steps and threads, one after the other on one server; at last a step that never ends."""
     with bench(directory) as on:
         yield one_request(on, "a tokenizer that fails on a prompt", "tokenizer")
+        yield one_request(on, "a tokenizer whose Rust code panics", "panic")
         yield one_request(on, "a tokenizer that fails within an answer", "detokenizer")
         yield on.row("a step that throws", "step")
         yield on.row("memory runs out in a step", "memory")

@@ -1,0 +1,225 @@
+"""The parsers that meet other people's bytes, each as a function of any bytes, with examples to begin from.
+
+Rule 1: whatever the bytes are, a parser gives what it promises, or the one error that it documents.
+Rule 2: where a parser reads a stream, every cut of it gives the same.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import engine  # noqa: F401  (first: it prepares the process for MLX)
+
+# isort: split
+import orjson
+from mlx_lm import tool_parsers
+
+from client import transcript
+from client.errors import ClientError
+from client.stream import StreamReader
+from engine import config_sources, sources
+from engine.errors import ConfigInvalid, SourceInvalid
+from engine.thinking import ThinkingParser
+from engine.token_text import TokenText
+from engine.tool_calls import ToolCallParser
+from engine.tool_formats import FORCED, PLAIN, ToolFormat
+from engine.types import Delta, ToolCallDelta
+from protocol import schemas
+from server import translation
+from server.chat import ChatForm
+from server.errors import error_body
+
+SCHEMAS = (
+    schemas.ChatCompletionRequest,
+    schemas.CompletionRequest,
+    schemas.TokenizeRequest,
+    schemas.DetokenizeRequest,
+    schemas.ApplyTemplateRequest,
+    schemas.LoadRequest,
+    schemas.UnloadRequest,
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}}]
+FAMILIES = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
+FORMATS = (
+    PLAIN,
+    FORCED,
+    *(ToolFormat("<tool_call>", "</tool_call>", family.parse_tool_call, is_native=True) for family in FAMILIES),
+    ToolFormat("[TOOL_CALLS]", "", tool_parsers.json_tools.parse_tool_call, is_native=True, is_json=True),
+)
+LIMITS = schemas.Limits()
+CHAT = schemas.parse(schemas.ChatCompletionRequest, b'{"model":"m","messages":[{"role":"user","content":"x"}]}')
+
+
+def requests(data: bytes) -> None:
+    """Bodies of requests: an object of plain values that translate, or ValidationFailed."""
+    if not data:
+        return
+    try:
+        _translate(schemas.parse(SCHEMAS[data[0] % len(SCHEMAS)], data[1:], [] if data[0] & 128 else None, LIMITS))
+    except (schemas.ValidationFailed, SourceInvalid) as error:
+        orjson.dumps(error_body(error))
+
+
+def _translate(asked: schemas.Request) -> None:
+    if isinstance(asked, schemas.ChatCompletionRequest):
+        translation.chat_request(asked)
+        ChatForm(asked, "reasoning_content")
+    elif isinstance(asked, schemas.CompletionRequest):
+        translation.completion_requests(asked)
+    elif isinstance(asked, schemas.LoadRequest):
+        sources.check(asked.model)
+        translation.model_spec(asked)
+
+
+def calls(data: bytes) -> None:
+    """Tool calls in a model's text: what is told can go over the wire, and no cut of the text changes it."""
+    if len(data) < 2:
+        return
+    tool_format, text = FORMATS[data[0] % len(FORMATS)], data[2:].decode(errors="replace")
+    whole = _calls(tool_format, [text], is_cut=bool(data[0] & 128))
+    assert whole == _calls(tool_format, _pieces(text, data[1]), is_cut=bool(data[0] & 128)), text
+    form = ChatForm(CHAT, "reasoning_content")
+    for number, (id_and_name, arguments) in enumerate(whole[1]):
+        form.chunk(ToolCallDelta(number, arguments, "call", id_and_name[1]), 0)
+    form.chunk(Delta(whole[0]), 0)
+
+
+def _calls(tool_format: ToolFormat, pieces: Iterable[str], *, is_cut: bool) -> tuple[str, list[tuple[Any, str]]]:
+    """The content, and of each call its number with its name, and its arguments."""
+    parser = ToolCallParser(tool_format, TOOLS)
+    events = [event for piece in pieces for event in parser.feed(piece)] + parser.flush(is_cut=is_cut)
+    content = ""
+    found: dict[int, tuple[Any, str]] = {}
+    for event in events:
+        if isinstance(event, TokenText):
+            content += event.text
+        else:
+            key, arguments = found.get(event.call, ((event.call, event.name), ""))
+            found[event.call] = (key, arguments + event.arguments)
+    return content, list(found.values())
+
+
+def thinking(data: bytes) -> None:
+    """Reasoning and answer: no cut of the text changes which is which."""
+    if len(data) < 2:
+        return
+    text = data[2:].decode(errors="replace")
+    told = [
+        _thoughts(ThinkingParser("<think>", "</think>", bool(data[0] & 1), may_close_twice=bool(data[0] & 2)), pieces)
+        for pieces in ([text], _pieces(text, data[1]))
+    ]
+    assert told[0] == told[1], text
+
+
+def _thoughts(parser: ThinkingParser, pieces: Iterable[str]) -> dict[str, str]:
+    told = {"reasoning": "", "content": ""}
+    for channel, text in [part for piece in pieces for part in parser.feed(piece)] + parser.flush():
+        told[channel] += text.text
+    return told
+
+
+def settings(data: bytes) -> None:
+    """A file of settings, or what variables say: settings, or ConfigInvalid."""
+    try:
+        if data[:1] < b"\x80":
+            with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
+                file.write(data)
+                file.flush()
+                config_sources.read_file(Path(file.name))
+        else:
+            name = [*config_sources.ENVIRONMENT][data[0] % len(config_sources.ENVIRONMENT)]
+            config_sources.read_environment({name: data[1:].decode(errors="replace")})
+    except ConfigInvalid as error:
+        str(error)
+
+
+def events(data: bytes) -> None:
+    """What a server sends to the clients: events, or ClientError; no cut of the bytes changes them."""
+    if not data:
+        return
+    assert _events([data[1:]]) == _events(_pieces(data[1:], data[0])), data
+
+
+def _events(pieces: Iterable[bytes]) -> list[object]:
+    told: list[object] = []
+    reader = StreamReader(lambda step: None)  # steps are told as they are read, also behind what ends the stream
+    try:
+        for piece in pieces:
+            told += reader.feed(piece, 0.0)
+        told += reader.end(0.0)
+    except ClientError as error:
+        told.append(str(error))
+    return told
+
+
+def conversations(data: bytes) -> None:
+    """Files that a person opens in the shell: a conversation, or ValueError."""
+    text = data.decode(errors="replace")
+    for read, write in (
+        (transcript.parse_json, transcript.format_json),
+        (transcript.parse_markdown, transcript.format_markdown),
+    ):
+        try:
+            conversation = read(text)
+        except ValueError:
+            continue
+        assert read(write(conversation)) == conversation, text
+
+
+TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
+    "requests": (
+        requests,
+        (
+            b'\x00{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"x"}]}],"n":2,"stop":["a"]}',
+            b'\x00{"model":"m","messages":[{"role":"assistant","tool_calls":[{"id":"i","type":"function","function":'
+            b'{"name":"f","arguments":"{}"}}]}],"tools":[{"type":"function","function":{"name":"f"}}],'
+            b'"tool_choice":"auto","response_format":{"type":"json_object"},"logit_bias":{"1":2}}',
+            b'\x01{"model":"m","prompt":[[1,2],[3]],"echo":true,"logprobs":1,"max_tokens":5}',
+            b'\x05{"model":"org/m","key":"k","defaults":{"top_p":0.5},"ttl":"5m","replace":true}',
+            b'\x06{"key":"k","mode":"drain","timeout":1.5}',
+        ),
+    ),
+    "calls": (
+        calls,
+        (
+            b'\x00\x03text <tool_call>{"name": "add", "arguments": {"a": "}\\""}}</tool_call> more',
+            b'\x01\x01[{"arguments": "{\\"a\\": 1}", "name": "add"}, {"name": "b"}]',
+            b'\x00\x05<tool_call>{"name": "\\ud800", "arguments": "{\\"a\\": \\"\\udc00\\"}"}</tool_call>',
+            b"\x04\x02<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
+            b"\x06\x02<tool_call><function=add><parameter=a>1</parameter></function></tool_call>",
+        ),
+    ),
+    "thinking": (thinking, (b"\x00\x02 <think> a </think> b", b"\x03\x01a</think></think> b")),
+    "settings": (
+        settings,
+        (b'port = 1\napi_key = ["12345678"]\n[models.m]\nsource = "a/b"\naliases = ["c"]\nttl = 5\n', b"\x8112GB"),
+    ),
+    "events": (
+        events,
+        (
+            b'\x05data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\r\n\r\ndata: [DONE]\n\n',
+            b'\x02: loading {"stage":"reading","done":1,"total":2}\n\ndata: {"error":{"message":"m"}}\n\n',
+        ),
+    ),
+    "conversations": (
+        conversations,
+        (
+            b'[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]',
+            b"## user\n\na\n\n## assistant\n\nb\n\n",
+        ),
+    ),
+}
+
+
+def _pieces(text: Any, step: int) -> Iterator[Any]:
+    """Any cut of it, chosen by a number."""
+    start = 0
+    while start < len(text):
+        length = 1 + (step * (start + 3)) % 7
+        yield text[start : start + length]
+        start += length
