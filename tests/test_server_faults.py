@@ -30,6 +30,7 @@ def test_every_fault_of_the_engine_is_told_and_the_next_request_works(tmp_path):
             "500",
             "answered",
         ),
+        "a tokenizer whose Rust code panics": ("500; others: answered", "500", "answered"),
         "a step that throws": ("error event, step_failed", "500 step_failed", "answered"),
         "memory runs out in a step": ("answered", "answered", "answered"),
         "memory runs out twice": ("error event, out_of_memory", "answered", "answered"),

@@ -5,10 +5,12 @@ Run: python -m tools.hangups [--hangups 1000] [--seed 0]. Exit status 1 if a pro
 Promise 1: those who stay get every token, in order.
 Promise 2: a second after the last has left, no request is running or waiting, and no connection is left open.
 
-How fast those are who stay is told as a ratio. Visitors of two kinds come in turns, in rounds: at the same times, for
-the same requests, and for as long. One kind asks for as many tokens as are made in its time, and reads them all; the
-other asks for an endless answer, and hangs up when its time is over. Either way the server computes the same tokens, so
-that the ratio of the stayers' tokens/s, hang-ups to readers, is what hanging up itself costs them; 1 is full speed.
+How fast those are who stay is told as a ratio. Visitors of two kinds come in turns, in rounds: at the same times, with
+the same requests. One kind hangs up on an endless answer after some time; the other asks for as many tokens as the
+server was seen to compute for the first in that time, and reads them all. So the ratio of the stayers' tokens/s,
+hang-ups to readers, is what hanging up itself costs them: below 1 it costs more than an answer that is read. On a busy
+machine visits take longer, and fewer come in a second; so it is also told (on Linux) what one visit of each kind takes
+of the server's processor time, beyond that which the stayers' tokens take when they are alone.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -47,6 +51,24 @@ WORDS = re.compile(r'"content":"(tick|tock) "')
 
 class Broken(Exception):
     """A promise was not kept."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens that came, and in how many seconds, by the clock and of the server's processors."""
+
+    tokens: int
+    seconds: float
+    processor: float
+
+    @property
+    def by_clock(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+    def beyond(self, alone: Speed) -> float:
+        """Seconds of the processors that so many tokens would not have taken alone."""
+        return self.processor - self.tokens * alone.processor / alone.tokens
 
 
 class Stayer:
@@ -81,17 +103,19 @@ class HangUps:
     def __init__(self, port: int, process_id: int, seed: int) -> None:
         self._port = port
         self._connections = Path(f"/proc/{process_id}/fd")
+        self._stat = Path(f"/proc/{process_id}/stat")
         self._random = random.Random(seed)
         self._stayers: list[Stayer] = []
         self._wires: list[Wire] = []
-        self._pace = 0.0  # tokens/s of one stream
+        self._pace = 0.0  # tokens/s that are computed for one visitor
+        self._visited = 0.0  # seconds that requests had which were hung up on
 
     async def run(self, hangups: int) -> bool:
         """Come, leave, and tell what was kept. Raises Broken."""
         open_before = self._open_files()
         reading = [await self._stay() for _ in range(STAYING)]
         alone = await self._speed(asyncio.sleep(CALM))
-        self._pace = await self._speed(self._visits(hangups // ROUNDS, self._hang_up)) / STAYING
+        await self._calibrate(hangups // ROUNDS)
         readers, leavers = [], []
         for _ in range(ROUNDS):
             readers.append(await self._speed(self._visits(hangups // ROUNDS, self._read)))
@@ -104,13 +128,47 @@ class HangUps:
             wire.hang_up()
         seconds = await self._until_idle()
         leaked = await self._leaked(open_before)
-        ratios = [one / other for one, other in zip(leavers, readers, strict=True)]
-        print(f"{hangups // ROUNDS * (ROUNDS + 1)} hang-ups; {STAYING} streams that stayed got")
-        print(f"{alone:.0f} tokens/s alone, {median(readers):.0f} beside {VISITING} clients at a time that read all,")
-        print(f"{median(leavers):.0f} beside as many that hung up: a ratio of {median(ratios):.3f} in the median round")
-        print(f"(the {ROUNDS} rounds: {', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))})")
+        self._tell(hangups // ROUNDS, alone, readers, leavers)
         print(f"no request was left after {seconds:.3f} s; connections left open: {leaked}")
         return seconds <= 1.0 and leaked <= 0
+
+    @staticmethod
+    def _tell(visits: int, alone: Speed, readers: Sequence[Speed], leavers: Sequence[Speed]) -> None:
+        """Print how fast those were who stayed, and what the visitors cost."""
+        ratios = sorted(one.by_clock / other.by_clock for one, other in zip(leavers, readers, strict=True))
+        print(
+            f"{visits * (ROUNDS + 1)} hang-ups; {STAYING} streams that stayed got {alone.by_clock:.0f} tokens/s alone"
+        )
+        print(f"and, beside {VISITING} clients, {median(speed.by_clock for speed in readers):.0f} while those read all")
+        print(
+            f"and {median(speed.by_clock for speed in leavers):.0f} while they hung up: a ratio of {median(ratios):.2f}"
+        )
+        print(f"in the median of {ROUNDS} rounds ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+        read, hung_up = (median(speed.beyond(alone) / visits for speed in speeds) for speeds in (readers, leavers))
+        if alone.processor:
+            print(
+                f"processor time of the server for a visit: {read * 1000:.1f} ms read, {hung_up * 1000:.1f} ms hung up"
+            )
+
+    async def _calibrate(self, hangups: int) -> None:
+        """See how many tokens the server computes in a second for one who hangs up."""
+        tokens, rows = self._tokens, await self._rows()
+        await self._visits(hangups, self._hang_up)
+        visitors = await self._rows() - rows - (self._tokens - tokens)
+        self._pace = max(0.0, visitors) / self._visited
+
+    async def _rows(self) -> float:
+        """Tokens that the server has computed so far."""
+        wire = await Wire.connect(self._port)
+        await wire.send(request("GET", "/metrics"))
+        answer = await wire.answer()
+        wire.hang_up()
+        found = re.search(
+            rf'mlx_server_batch_rows_sum{{model="{MODEL}"}} (\S+)', answer.body.decode() if answer else ""
+        )
+        if not found:
+            raise Broken("the figures do not tell how many rows were computed")
+        return float(found[1])
 
     async def _stay(self) -> asyncio.Task[None]:
         wire = await Wire.connect(self._port)
@@ -119,11 +177,19 @@ class HangUps:
         self._stayers.append(Stayer(wire))
         return asyncio.create_task(self._stayers[-1].read())
 
-    async def _speed(self, meanwhile: Awaitable[None]) -> float:
-        """Tokens a second of those who stay, while something else goes on."""
-        started, tokens = time.monotonic(), self._tokens
+    async def _speed(self, meanwhile: Awaitable[None]) -> Speed:
+        """How fast those are who stay, while something else goes on."""
+        started, tokens, processor = time.monotonic(), self._tokens, self._processor_seconds()
         await meanwhile
-        return (self._tokens - tokens) / (time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return Speed(self._tokens - tokens, seconds, self._processor_seconds() - processor)
+
+    def _processor_seconds(self) -> float:
+        """What the server has computed so far; 0 where that can't be told."""
+        if not self._stat.exists():
+            return 0.0
+        ticks = self._stat.read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
     @property
     def _tokens(self) -> int:
@@ -157,6 +223,8 @@ class HangUps:
         data = chat(stream=self._random.random() < 0.5)
         if self._random.random() < HASTY:
             data = data[: self._random.randrange(len(data))]
+        else:
+            self._visited += seconds
         await wire.send(data)
         await asyncio.sleep(seconds)
         wire.hang_up()
