@@ -36,6 +36,8 @@ def tiny_tokenizer(tiny_llama_path):
     return load_tokenizer(tiny_llama_path)
 
 
-# Nothing is timed in a test: a machine that is busy for a moment must not fail one.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# Nothing is timed in a test: a machine that is busy for a moment must not fail one. And what passes, passes again: new
+# examples are looked for on purpose, with --hypothesis-profile=search.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=5000)
+settings.load_profile("repeatable")
