@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.load import HOST
-from benchmarks.servers import ROOT, ServerFailed, child_environment
+from benchmarks.servers import ROOT, ServerFailed, child_environment, free_port, tail
 
 SETTINGS = """
 [models.m]
@@ -31,7 +30,7 @@ preload = true
 max_running = {most}
 prefix_cache_bytes = 0
 """
-LAST_WORDS = 6000  # characters
+LAST_WORDS = 6000  # bytes
 STOP_SECONDS = 10.0  # until what has not ended is killed
 _LOOK_AGAIN = 0.2
 
@@ -66,12 +65,6 @@ class Deployment:
         return [{**shared, **self.variables, **own[rank], "MLX_RANK": str(rank)} for rank in range(self.size)]
 
 
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.create_server((HOST, 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
 def running(directory: Path, deployment: Deployment, most: int, start_seconds: float) -> Iterator[int]:
     """A server whose model is loaded; its port. most: rows that decode together.
@@ -79,7 +72,7 @@ def running(directory: Path, deployment: Deployment, most: int, start_seconds: f
     Raises ServerFailed if it ends, or is not there in time. What the processes said goes with every error as a note.
     """
     port = free_port()
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
         settings = Path(scratch) / "settings.toml"
         text = SETTINGS.format(directory=directory, most=most)
         text += f'shard = "{deployment.shard}"\n' if deployment.size > 1 else ""
@@ -91,13 +84,13 @@ def running(directory: Path, deployment: Deployment, most: int, start_seconds: f
             _await_ready(processes, port, start_seconds)
             yield port
         except BaseException as error:
-            error.add_note(f"Last words of {deployment.name}:\n{_tail(log)}")
+            error.add_note(f"Last words of {deployment.name}:\n{tail(log, LAST_WORDS)}")
             raise
         finally:
             end(processes)
 
 
-def _start(settings: Path, port: int, environment: Mapping[str, str], log: IO[str]) -> subprocess.Popen[bytes]:
+def _start(settings: Path, port: int, environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     flags = ["--no-defaults", "--log-level", "warning", "--host", HOST, "--port", str(port), "--config", str(settings)]
     return subprocess.Popen(
         [sys.executable, "mlx_api_server.py", *flags],
@@ -134,8 +127,3 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _tail(log: IO[str]) -> str:
-    log.seek(0)
-    return log.read()[-LAST_WORDS:]

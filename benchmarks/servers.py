@@ -58,7 +58,7 @@ def running(name: str, directories: Sequence[Path]) -> Iterator[Server]:
 
     Raises ServerFailed if it does not come up, or is found dead at the end.
     """
-    port = _free_port()
+    port = free_port()
     names, command = (_our_command if name == OURS else _mlx_lm_command)(directories, port)
     with tempfile.TemporaryFile() as log:
         environment = child_environment(preload=name == MLX_LM)
@@ -67,9 +67,9 @@ def running(name: str, directories: Sequence[Path]) -> Iterator[Server]:
             _wait_until_up(name, process, port, log)
             yield Server(name, port, names, process)
             if process.poll() is not None:
-                raise ServerFailed(f"{name} ended with status {process.returncode}:\n{_tail(log)}")
+                raise ServerFailed(f"{name} ended with status {process.returncode}:\n{tail(log)}")
         except Exception as error:
-            error.add_note(f"Last output of {name}:\n{_tail(log)}")
+            error.add_note(f"Last output of {name}:\n{tail(log)}")
             raise
         finally:
             _stop(process)
@@ -96,7 +96,8 @@ def child_environment(*, preload: bool = False) -> dict[str, str]:
     return environment
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody has now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -116,9 +117,10 @@ def _wait_until_up(name: str, process: subprocess.Popen[bytes], port: int, log: 
     raise ServerFailed(f"{name} did not answer GET /health within {START_TIMEOUT:.0f} s")
 
 
-def _tail(log: IO[bytes]) -> str:
+def tail(log: IO[bytes], most: int = LOG_TAIL) -> str:
+    """The last that was written, so many bytes at the most."""
     end = log.seek(0, os.SEEK_END)
-    log.seek(max(0, end - LOG_TAIL))
+    log.seek(max(0, end - most))
     return log.read().decode(errors="replace")
 
 

@@ -10,14 +10,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from engine.errors import EngineStopped
 from engine.faults import request_failure
 from engine.types import GenerationRequest, Question
 
+T = TypeVar("T")
+
 Format = Callable[[GenerationRequest], GenerationRequest]
 Answer = Callable[[Question], Any]
+
+
+class _Work(NamedTuple):
+    format: Format
+    answer: Answer
 
 
 class Clerk:
@@ -26,11 +33,11 @@ class Clerk:
     def __init__(self, key: str) -> None:
         self._key = key
         self._thread = ThreadPoolExecutor(1, f"clerk-{key}")
-        self._work: tuple[Format, Answer] | None = None
+        self._work: _Work | None = None
 
     def begin(self, format: Format, answer: Answer) -> None:
         """The model is there."""
-        self._work = format, answer
+        self._work = _Work(format, answer)
 
     def end(self) -> None:
         """The model goes; whoever still waits gets EngineStopped."""
@@ -39,24 +46,23 @@ class Clerk:
 
     async def format(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its prompt formatted and its grammar compiled. Raises PromptRejected, EngineStopped."""
-        formatted: GenerationRequest = await self._do(0, request)
-        return formatted
+        return await self._do(lambda work: work.format(request))
 
     async def answer(self, question: Question) -> Any:
         """What the tokenizer says. Raises PromptRejected, EngineStopped."""
-        return await self._do(1, question)
+        return await self._do(lambda work: work.answer(question))
 
-    async def _do(self, which: int, content: Any) -> Any:
+    async def _do(self, task: Callable[[_Work], T]) -> T:
         try:
-            working = asyncio.get_running_loop().run_in_executor(self._thread, self._do_here, which, content)
+            doing = asyncio.get_running_loop().run_in_executor(self._thread, self._do_here, task)
         except RuntimeError:  # the executor takes nothing any more
             raise EngineStopped(self._key, "it has ended") from None
-        return await working
+        return await doing
 
-    def _do_here(self, which: int, content: Any) -> Any:
+    def _do_here(self, task: Callable[[_Work], T]) -> T:
         if (work := self._work) is None:
             raise EngineStopped(self._key, "it has ended")
         try:
-            return work[which](content)
+            return task(work)
         except BaseException as error:
             raise request_failure(self._key, error) from None

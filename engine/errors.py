@@ -34,6 +34,11 @@ from dataclasses import asdict, dataclass
 SHOWN_LENGTH = 100
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """What a load needs and what is there, in bytes. busy, pinned and evictable are held by other models."""

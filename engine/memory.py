@@ -23,7 +23,7 @@ from mlx_lm.utils import _get_classes
 from engine import device, scores
 from engine.config import ModelSpec
 from engine.context import context_length
-from engine.errors import LoadFailed, SourceInvalid
+from engine.errors import LoadFailed, SourceInvalid, one_line
 from engine.sources import outline
 
 # Tokens that a model's cache holds unless it is told otherwise: some conversations of ordinary length at once.
@@ -104,7 +104,7 @@ def estimate(spec: ModelSpec) -> Estimate:
     except SourceInvalid as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # what a broken config.json does to an architecture can be anything
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         raise LoadFailed(spec.key, f"its config.json can't be used: {type(error).__name__}: {text}") from None
     size = 4 if device.is_cpu() else _BYTES.get(str(_stated_type(model.config)), 2)
     limit = limits(spec, context_length(spec.key, model.config))

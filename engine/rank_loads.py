@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from engine import kv, loader, memory, sources
 from engine.config import ModelSpec
-from engine.errors import LoadAborted, LoadFailed, NoRoom, Projection
+from engine.errors import LoadAborted, LoadFailed, NoRoom, Projection, one_line
 from engine.rank_link import Message
 from engine.shards import divider, share
 
@@ -88,7 +88,7 @@ class Loads:
         except LoadAborted:
             return
         except Exception as error:  # the hub, the disk, the converter: whoever waits for the load must hear of it
-            self._tell(number, error=" ".join(str(error).split()) or type(error).__name__)
+            self._tell(number, error=one_line(error))
         else:
             self._later({**message, "kind": "fetched", "path": str(path)})
 

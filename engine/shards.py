@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from engine.config import ModelSpec
-from engine.errors import LoadFailed
+from engine.errors import LoadFailed, one_line
 from engine.memory import Estimate
 from engine.sources import outline
 
@@ -87,7 +87,7 @@ def share(estimate: Estimate, spec: ModelSpec, place: Place) -> Estimate:
             cache=estimate.cache * _cache_width(model) // cache,
         )
     except Exception as error:  # what a broken config.json does to an architecture can be anything
-        raise LoadFailed(spec.key, " ".join(str(error).split()) or type(error).__name__) from None
+        raise LoadFailed(spec.key, one_line(error)) from None
     finally:
         mx.random.seed(0)  # or else the weights, which nobody computes, would stay in this thread's random state
     return part

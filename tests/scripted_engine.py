@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from engine.errors import PromptRejected
+from engine.errors import EngineError, PromptRejected
 from engine.types import ChatPrompt, Delta, Finish, GenerationRequest, ModelFacts, Row, RowToken, Sampling
 from engine.worker import Engine
 
@@ -40,6 +40,15 @@ async def read(generation):
     while arrived := await generation.events():
         events += arrived
     return events
+
+
+async def ended(generation):
+    """How many events came, or the error instead."""
+    try:
+        await generation.accepted()
+        return len(await read(generation))
+    except EngineError as error:
+        return error
 
 
 async def until(condition):

@@ -20,7 +20,7 @@ from model_backoff import LONGEST, Backoff
 from model_manager import ModelManager
 from model_watch import look
 from server.health import life, readiness
-from tests.scripted_engine import DEADLINE, Death, Factory, Panic, read, request, until, within_deadline
+from tests.scripted_engine import DEADLINE, Death, Factory, Panic, ended, read, request, until, within_deadline
 
 OUT_OF_MEMORY = "[malloc] Unable to allocate 68719476736 bytes."
 
@@ -50,15 +50,6 @@ async def managed(*specs, **settings):
         for runtime in factory.runtimes:
             runtime.batch.gate.set()
         await manager.close(0)
-
-
-async def ended(generation):
-    """How many events came, or the error instead."""
-    try:
-        await generation.accepted()
-        return len(await read(generation))
-    except Exception as error:
-        return error
 
 
 async def answered(instance, max_tokens=3):

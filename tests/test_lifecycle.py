@@ -12,7 +12,7 @@ from engine.errors import EngineError, LoadAborted, LoadFailed, ModelNotFound, M
 from model_state import ModelState
 from model_watch import look
 from server.health import life
-from tests.scripted_engine import Death, Panic, read, request, until, within_deadline
+from tests.scripted_engine import Death, Panic, ended, read, request, until, within_deadline
 from tests.test_room import ONE, answered, managed, specs, states
 
 
@@ -20,15 +20,6 @@ async def leave(task):
     """End a caller, not what it asked for."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-async def outcome(generation):
-    """How many events came, or the error instead."""
-    try:
-        await generation.accepted()
-        return len(await read(generation))
-    except EngineError as error:
-        return error
 
 
 # Callers who leave
@@ -95,7 +86,7 @@ async def test_closing_ends_a_model_that_was_being_forgotten_when_its_caller_lef
         await leave(forgetting)
         await manager.close(0)
         assert instance.status == "unloaded"
-        assert isinstance(await outcome(generation), EngineError)
+        assert isinstance(await ended(generation), EngineError)
 
 
 @within_deadline
@@ -129,7 +120,7 @@ async def test_requests_to_a_model_that_was_replaced_have_a_limited_time(places)
     async with managed(places=places, shutdown_timeout=0.01) as (manager, _):
         running = await manager.instance("a").generate(request())
         await manager.load(ModelSpec("a", "other"), replaces=True)
-        assert isinstance(await outcome(running), EngineError)
+        assert isinstance(await ended(running), EngineError)
         assert states(manager) == "a:loaded"
 
 
@@ -138,7 +129,7 @@ async def test_requests_to_a_model_that_new_settings_lack_have_a_limited_time():
     async with managed(shutdown_timeout=0.01) as (manager, _):
         running = await manager.instance("a").generate(request())
         await manager.reload(replace(manager.settings, models=specs("bc")))
-        assert isinstance(await outcome(running), EngineError)
+        assert isinstance(await ended(running), EngineError)
         await until(lambda: not manager.room.reserved)
 
 
