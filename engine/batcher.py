@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from engine import kv
+from engine import cpu_math, kv
 from engine.decoding import Decoding, MakeSampler
 from engine.feeding import Prompt
 from engine.metrics import ModelMetrics
@@ -34,7 +34,8 @@ class Batcher:
     """The batch of one model. All calls on one thread, inside that thread's MLX stream.
 
     stall_target is in seconds. max_tokens_held: most tokens whose keys and values are there at once, None: no limit; a
-    single row may always go on. `others_step` tells a batch how long a step of other streams takes, 0 without any.
+    single row may always go on. `others_step` tells a batch how long a step of other streams takes, 0 without any;
+    `share_cores` is called before every step.
     token_bytes: what a token's keys and values count for, None measures it.
     """
 
@@ -46,6 +47,7 @@ class Batcher:
         stall_target: float = 0.25,
         prefix_cache: PrefixCache | None = None,
         others_step: Callable[[object], float] = lambda asking: 0.0,
+        share_cores: Callable[[], None] = lambda: None,
         max_tokens_held: int | None = None,
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
@@ -55,6 +57,7 @@ class Batcher:
         self._max_running = max_running
         self._prefix_cache = prefix_cache
         self._others_step = others_step
+        self._share_cores = share_cores
         self._max_tokens_held = max_tokens_held or sys.maxsize
         self._token_bytes = token_bytes or kv.token_bytes(model)
         self._metrics = metrics or ModelMetrics("")
@@ -93,12 +96,14 @@ class Batcher:
 
     def decode(self) -> list[RowToken]:
         """Launch one step for every decoding row and return the tokens of the step before."""
+        self._share_cores()
         self._make_room()
         if not self._decoding.rows:
             return []
         self._metrics.batch_rows.observe(len(self._decoding.rows))
         started = time.monotonic()
-        tokens = self._decoding.advance()
+        with cpu_math.layer_by_layer(self._others_step(self) > 0):
+            tokens = self._decoding.advance()
         if not self._prompts:  # a chunk before it has waited for the step already
             self._steps.append(time.monotonic() - started)
             self._step_seconds = median(self._steps)
@@ -153,7 +158,7 @@ class Batcher:
 
     def pace(self) -> Pace:
         """The pace of the next chunk, as measured here."""
-        return self._prefill.pace(self.streaming_step(), self._others_step(self))
+        return self._prefill.pace(self.streaming_step() * self._crowd(), self._others_step(self))
 
     def streaming_step(self) -> float:
         """Seconds that a step takes for those who stream; 0 while nobody does. May be asked from any thread."""
@@ -169,6 +174,15 @@ class Batcher:
         """Give the least recently used prefixes back until at most this many bytes are kept."""
         if self._prefix_cache:
             self._prefix_cache.shrink(max_bytes)
+
+    def _crowd(self) -> float:
+        """How many rows wait for each that streams, one at least.
+
+        With one row streaming and fifteen waiting, chunks of a few of its short steps each would keep the fifteen
+        waiting for long, and are the least efficient.
+        """
+        waiting = sum(len(prompt.rows) for prompt in (*self._prompts, *self._waiting))
+        return max(1.0, waiting / max(1, len(self._decoding.rows)))
 
     # -- coming and going ---------------------------------------------------------------------------------------
 

@@ -52,10 +52,11 @@ def _keep_freed_memory() -> None:
 
 
 def _quicken_the_cpu() -> None:
-    from engine import cpu_math, device
+    from engine import cpu_math, cpu_products, device
 
     if sys.platform == "linux" and device.is_cpu():
         cpu_math.install()
+        cpu_products.install()
 
 
 def _import_mlx_lm() -> None:

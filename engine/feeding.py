@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from engine import device, kv, scores
-from engine.places import Layers, Place, no_places, span_for, widened
+from engine import cpu_math, device, kv, scores
+from engine.places import Layers, Place, Step, no_places, span_for, widened
 from engine.types import Row
 
 _ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
@@ -67,13 +67,18 @@ class Chunk:
 
 
 class Feed(Protocol):
-    """A way to process prompts."""
+    """A way to process prompts. gives_way: other models' steps go on during a chunk, however long it is."""
+
+    gives_way: bool
 
     def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
         """What to process next, for about so many tokens; the first of those that wait is always in it."""
 
-    def run(self, chunk: Chunk) -> int:
-        """Process it and give each prompt its longer cache; the number of tokens computed, padding included."""
+    def run(self, chunk: Chunk, beside_others: bool = False) -> int:
+        """Process it and give each prompt its longer cache; the number of tokens computed, padding included.
+
+        beside_others: other models stream meanwhile.
+        """
 
     def room_for(self, prompt: Prompt) -> int:
         """Tokens that are held for a prompt while it is processed."""
@@ -94,6 +99,7 @@ class PlainFeed:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._heads = scores.heads(vars(model.args)) if hasattr(model, "args") else 0
+        self.gives_way = device.is_cpu()
 
     def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
         """As many prompts as the budget holds, each padded to the longest."""
@@ -110,10 +116,12 @@ class PlainFeed:
             length = longest
         return Chunk(prompts, length)
 
-    def run(self, chunk: Chunk) -> int:
+    def run(self, chunk: Chunk, beside_others: bool = False) -> int:
         """Process the chunk."""
-        if len(chunk.prompts) > 1:
-            return self._run_together(chunk)
+        with cpu_math.layer_by_layer(beside_others):
+            return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
+
+    def _run_alone(self, chunk: Chunk) -> int:
         prompt = chunk.prompts[0]  # in place: a long prompt's cache must not be copied for each of its chunks
         tokens = prompt.next(chunk.length)
         self._model(mx.array([tokens]), cache=prompt.cache)
@@ -150,6 +158,8 @@ class PlainFeed:
 class PlacedFeed:
     """Chunks of few shapes, padded on the right, in places of few lengths (engine/places.py)."""
 
+    gives_way = False
+
     def __init__(self, model: Any) -> None:
         self._model = model
         self._nothing = no_places(model)
@@ -167,7 +177,7 @@ class PlacedFeed:
         together = max(1, min(len(alike), most // length, _MOST_TOGETHER))
         return Chunk(alike[: 1 << (together.bit_length() - 1)], length)
 
-    def run(self, chunk: Chunk) -> int:
+    def run(self, chunk: Chunk, beside_others: bool = False) -> int:
         """Process the chunk."""
         span = max(self._span(prompt, chunk.length) for prompt in chunk.prompts)
         tokens = [prompt.next(chunk.length) for prompt in chunk.prompts]
@@ -200,7 +210,8 @@ class PlacedFeed:
     def _advance(self, tokens: mx.array, offsets: mx.array, keys: Layers, values: Layers) -> tuple[Layers, Layers]:
         """Feed tokens, [places, tokens]; the longer keys and values."""
         places, _, span, _ = keys[0].shape
-        cache = [Place(k, v, offsets, places, span) for k, v in zip(keys, values, strict=True)]
+        step = Step(offsets, places, span)
+        cache = [Place(k, v, step) for k, v in zip(keys, values, strict=True)]
         self._model(tokens, cache=cache)
         return [place.keys for place in cache], [place.values for place in cache]
 

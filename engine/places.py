@@ -16,34 +16,50 @@ from engine import kv
 Layers = list[mx.array]  # one array a layer
 
 
+class Step:
+    """Where a step reads and writes, the same in every layer.
+
+    offsets: [places], tokens that each one holds. rows: how many are fed, the first ones. visible: tokens to look at.
+    """
+
+    def __init__(self, offsets: mx.array, rows: int, visible: int) -> None:
+        self.fed = offsets[:rows]
+        self.rows, self.visible = rows, visible
+        self._offsets = offsets[:, None, None, None]
+        self._written: dict[int, mx.array] = {}
+
+    def written(self, tokens: int) -> mx.array:
+        """Where so many tokens of each place go, [places, 1, tokens, 1]."""
+        if tokens not in self._written:
+            self._written[tokens] = self._offsets + mx.arange(tokens)[:, None] if tokens > 1 else self._offsets
+        return self._written[tokens]
+
+
 class Place:
     """One layer's cache during a forward pass, in the shape that mlx-lm's models use.
 
-    keys, values: [places, heads, span, dim]. offsets: [places], tokens that each one holds. rows: how many are fed, the
-    first ones. visible: tokens to look at.
+    keys, values: [places, heads, span, dim].
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, offsets: mx.array, rows: int, visible: int) -> None:
+    def __init__(self, keys: mx.array, values: mx.array, step: Step) -> None:
         self.keys, self.values = keys, values
-        self.offset = offsets[:rows]
-        self._offsets = offsets
-        self._rows, self._visible = rows, visible
+        self.offset = step.fed
+        self._step = step
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write tokens, [rows, heads, tokens, dim], each row's at its own offset."""
-        unused = [(0, self.keys.shape[0] - self._rows), (0, 0), (0, 0), (0, 0)]
+        rows, visible = self._step.rows, self._step.visible
+        unused = [(0, self.keys.shape[0] - rows), (0, 0), (0, 0), (0, 0)]
         if unused[0][1]:
             keys, values = mx.pad(keys, unused), mx.pad(values, unused)
-        at = self._offsets[:, None, None, None]
-        if keys.shape[2] > 1:
-            at = at + mx.arange(keys.shape[2])[:, None]
+        at = self._step.written(keys.shape[2])
         self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(at, keys.shape), keys, axis=2)
         self.values = mx.put_along_axis(self.values, mx.broadcast_to(at, values.shape), values, axis=2)
-        return self.keys[: self._rows, :, : self._visible], self.values[: self._rows, :, : self._visible]
+        return self.keys[:rows, :, :visible], self.values[:rows, :, :visible]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """What each row's tokens may look at: those before them and themselves, [rows, 1, N, visible]."""
-        position, own = mx.arange(self._visible), self.offset[:, None, None] + mx.arange(N)[:, None]
+        position, own = mx.arange(self._step.visible), self.offset[:, None, None] + mx.arange(N)[:, None]
         mask = position <= own
         if window_size is not None:
             mask = mask & (position > own - window_size)

@@ -1,7 +1,7 @@
 """Prompts become keys and values, in chunks between the decode steps.
 
-Rule 1: while anybody streams, a chunk takes about as long as a few steps, and never longer than the stall target.
-        Its size in tokens follows the measured speed.
+Rule 1: while anybody streams, a chunk takes about as long as a few steps, longer where many wait and few stream, and
+        never longer than the stall target. Its size in tokens follows the measured speed.
 Rule 2: the prompt served first is the one that would be done first had it started at its arrival. Short prompts pass
         a long one, and the long one still ends.
 """
@@ -28,13 +28,14 @@ _SPEED_WEIGHT = 0.3  # of a new measurement in the running average
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What the clock says of the next chunk: the time by time.monotonic(), the seconds that the chunk may take, and
-    the speed, in prompt tokens a second.
+    """What the clock says of the next chunk: the time by time.monotonic(), the seconds that the chunk may take, the
+    speed, in prompt tokens a second, and whether other models stream meanwhile.
     """
 
     now: float
     seconds: float
     speed: float
+    beside_others: bool
 
 
 class Prefill:
@@ -52,9 +53,10 @@ class Prefill:
         nobody does.
         """
         if not (own_step or others_step):
-            return Pace(time.monotonic(), _IDLE_STALL_FACTOR * self._stall_target, self.speed)
-        wanted = (_OWN_STEPS * own_step, _OTHERS_STEPS * others_step, self._stall_target)
-        return Pace(time.monotonic(), min(seconds for seconds in wanted if seconds), self.speed)
+            return Pace(time.monotonic(), _IDLE_STALL_FACTOR * self._stall_target, self.speed, False)
+        others_part = 0.0 if self._feed.gives_way else _OTHERS_STEPS * others_step
+        wanted = (_OWN_STEPS * own_step, others_part, self._stall_target)
+        return Pace(time.monotonic(), min(seconds for seconds in wanted if seconds), self.speed, others_step > 0)
 
     def advance(self, prompts: Sequence[Prompt], *, pace: Pace, running: mx.array) -> None:
         """Process one chunk of these prompts. running: the step under way, if any."""
@@ -67,7 +69,7 @@ class Prefill:
         chunk = self._feed.choose(waiting, budget)
         mx.eval(running)  # it must not count as the chunk's time
         started = time.monotonic()
-        self._measure(self._feed.run(chunk), time.monotonic() - started)
+        self._measure(self._feed.run(chunk, pace.beside_others), time.monotonic() - started)
 
     def room_for(self, prompt: Prompt) -> int:
         """Tokens that are held for a prompt while it is processed."""

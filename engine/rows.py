@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from engine import device, kv
-from engine.places import Layers, Place, no_places, span_for, widened
+from engine.places import Layers, Place, Step, no_places, span_for, widened
 
 _SPAN_STEP = 256  # tokens by which places grow at first, and a quarter of their length later
 
@@ -155,7 +155,8 @@ class PlacedRows:
     ) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array]]:
         # A CPU's time grows with every row fed and token looked at; a GPU is better off with shapes that stay.
         visible = keys[0].shape[2] if self._is_padded else max(self._lengths) + 1
-        cache = [Place(k, v, offsets, inputs.shape[0], visible) for k, v in zip(keys, values, strict=True)]
+        step = Step(offsets, inputs.shape[0], visible)
+        cache = [Place(k, v, step) for k, v in zip(keys, values, strict=True)]
         logits = self._model(inputs[:, None], cache=cache)[:, -1, :]
         return logits, offsets + 1, [place.keys for place in cache], [place.values for place in cache]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from engine import device, loader, shards
+from engine import blas, device, loader, shards
 from engine.batcher import Batcher
 from engine.config import ModelSpec
 from engine.grammars import Grammars
@@ -64,6 +64,7 @@ class Builder:
     def __init__(self, stall_target: float, leader: Leader | None = None) -> None:
         self._stall_target = stall_target
         self._leader = leader
+        self._cores = blas.threads()
         self._batches: list[weakref.ref[Batcher | LeadingBatch]] = []  # weak: an unloaded model's memory must go
         self._lock = threading.Lock()  # models are built on threads of their own
 
@@ -87,6 +88,7 @@ class Builder:
             stall_target=self._stall_target,
             prefix_cache=PrefixCache(spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
             others_step=self._others_step,
+            share_cores=self._share_cores,
             max_tokens_held=loaded.limits.cache_tokens,
             metrics=metrics,
         )
@@ -120,6 +122,11 @@ class Builder:
         others = (batch for known in self._batches if (batch := known()) and batch is not asking)
         steps = (batch.streaming_step() for batch in others)
         return min(filter(None, steps), default=0.0)
+
+    def _share_cores(self) -> None:
+        """Give every model that works as many of OpenBLAS's threads: two that take turns with all of them lose time."""
+        working = sum(not batch.is_empty() for known in self._batches if (batch := known()))
+        blas.use_threads(max(1, self._cores // max(1, working)))
 
 
 def warm_up(batch: Batcher | LeadingBatch, max_rows: int) -> None:

@@ -327,3 +327,33 @@ def test_a_random_traffic_of_joins_and_leaves_changes_no_answer(model):
     driver.finish()
     for n, said in driver.tokens.items():
         assert said == alone(model, driver.rows[n])[: len(said)]
+
+
+def test_a_chunk_is_longer_where_many_wait_and_few_stream(model):
+    batch = Batcher(model, stall_target=1e6)
+    batch.insert([row(1, prompt(4), max_tokens=50)])
+    batch.prefill()
+    for _ in range(20):  # until it knows how long a step takes
+        batch.decode()
+    alone = batch.pace().seconds
+    batch.insert([row(2, prompt(40))])
+    assert batch.pace().seconds == alone
+    for id in range(3, 7):
+        batch.insert([row(id, prompt(40))])
+    assert batch.pace().seconds == pytest.approx(5 * alone)
+    batch.close()
+
+
+def test_beside_other_models_a_batch_says_the_same(model):
+    def said(**options):
+        batch, tokens = Batcher(model, **options), {1: [], 2: []}
+        for id, sampling in ((1, GREEDY), (2, SEEDED)):
+            batch.insert([row(id, prompt(30, id), sampling, 9)])
+        while any(len(ids) < 9 for ids in tokens.values()):
+            for token in batch.decode():
+                tokens[token.row_id].append(token.token)
+            batch.prefill()
+        batch.close()
+        return tokens
+
+    assert said(others_step=lambda asking: 0.01) == said()

@@ -3,11 +3,15 @@
 import engine  # noqa: F401  (first: it prepares the process for MLX)
 
 # isort: split
+
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine import cpu_math, device
+from engine import cpu_math, device, loader
+from engine.config import ModelSpec
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="they are for CPUs")
 
@@ -65,3 +69,73 @@ def test_a_loaded_model_uses_them():
     assert llama.swiglu is cpu_math.swiglu
     assert mx.fast.scaled_dot_product_attention is cpu_math.attention
     assert mx.softmax is cpu_math.softmax
+
+
+def test_layer_by_layer_a_model_says_the_same(tiny_llama_path):
+    model, tokens = loader.load(ModelSpec("tiny", str(tiny_llama_path))).model, mx.array([[1, 2, 3, 4, 5]])
+    expected = model(tokens)
+    with cpu_math.layer_by_layer(True):
+        assert mx.array_equal(model(tokens), expected)
+    assert not cpu_math._thread.is_stepwise
+
+
+def test_layer_by_layer_ends_with_an_error():
+    with pytest.raises(RuntimeError), cpu_math.layer_by_layer(True):
+        raise RuntimeError
+    assert not cpu_math._thread.is_stepwise
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 7, 64), (2, 5, 4, 96)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_rms_norm_is_that_of_mlx(shape, scale):
+    x, weight = mx.random.normal(shape) * scale, mx.random.normal(shape[-1:])
+    for eps in (1e-5, 1e-6):
+        assert close(cpu_math.rms_norm(x, weight, eps), cpu_math._mx_rms_norm(x, weight, eps))
+
+
+def test_rms_norm_without_weight_or_of_other_types_is_left_to_mlx():
+    ones = mx.ones((2, 8))
+    assert close(cpu_math.rms_norm(ones, None, 1e-5), cpu_math._mx_rms_norm(ones, None, 1e-5))
+    assert cpu_math.rms_norm(mx.ones((2, 8), mx.float16), mx.ones(8, mx.float16), 1e-5).dtype == mx.float16
+
+
+@pytest.mark.parametrize("traditional", [True, False])
+@pytest.mark.parametrize("offset", [0, 1000, mx.array(3), mx.array([7, 0, 4000])])
+@pytest.mark.parametrize("length", [1, 6])
+def test_rope_is_that_of_mlx(traditional, offset, length):
+    a = mx.random.normal((3, length, 4, 32)).transpose(0, 2, 1, 3)
+    freqs = 10000.0 ** (mx.arange(16) / 16)
+    for kind in ({"base": 10000.0}, {"base": 500.0, "scale": 0.25}, {"base": None, "freqs": freqs}):
+        options = {"traditional": traditional, "offset": offset, "scale": 1.0, **kind}
+        ours, theirs = cpu_math.rope(a, 32, **options), cpu_math._mx_rope(a, 32, **options)
+        assert ours.shape == theirs.shape
+        # float32 has an angle of some thousands to 2e-4, and which way it is rounded depends on how it was computed.
+        assert np.allclose(np.array(ours), np.array(theirs), atol=2e-3 if np.max(np.array(offset)) > 999 else 1e-5)
+
+
+def test_rope_of_some_dimensions_is_left_to_mlx():
+    a = mx.random.normal((1, 2, 3, 32))
+    options = {"traditional": False, "base": 10000.0, "scale": 1.0, "offset": 5}
+    assert close(cpu_math.rope(a, 16, **options), cpu_math._mx_rope(a, 16, **options))
+
+
+def test_a_new_position_is_not_taken_for_the_last_one():
+    a = mx.ones((1, 1, 1, 8))
+    options = {"traditional": False, "base": 10000.0, "scale": 1.0}
+    for offset in (1, 2, mx.array([1]), mx.array([2]), 1):
+        assert close(cpu_math.rope(a, 8, offset=offset, **options), cpu_math._mx_rope(a, 8, offset=offset, **options))
+
+
+def test_threads_remember_their_own_positions():
+    options = {"traditional": False, "base": 10000.0, "scale": 1.0}
+    a = mx.ones((1, 1, 1, 8))
+    mx.eval(a)
+
+    def turned(offset):
+        with mx.stream(mx.new_thread_local_stream(mx.cpu)):
+            return [np.array(cpu_math.rope(a, 8, offset=offset, **options)) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for offset, results in enumerate(pool.map(turned, range(4))):
+            expected = np.array(cpu_math._mx_rope(a, 8, offset=offset, **options))
+            assert all(np.allclose(result, expected, atol=1e-6) for result in results)

@@ -31,14 +31,22 @@ def test_openblas_is_in_the_process_before_mlx_where_it_is_installed():
 def test_a_missing_openblas_is_logged_once_with_what_to_install(monkeypatch, caplog):
     monkeypatch.setattr(blas, "LIBRARY", "libmissing.so.0")
     monkeypatch.setattr(blas, "_is_wanted", lambda: True)
-    for cached in (blas.preload, blas.warn_if_missing):
+    for cached in (blas._library, blas.warn_if_missing):
         cached.cache_clear()
     blas.warn_if_missing()
     blas.warn_if_missing()
-    for cached in (blas.preload, blas.warn_if_missing):
+    for cached in (blas._library, blas.warn_if_missing):
         cached.cache_clear()
     assert [record.name for record in caplog.records] == ["engine"]
     assert "apt-get install libopenblas0-pthread" in caplog.text
+
+
+def test_openblas_uses_as_many_threads_as_it_is_told():
+    library, most = blas._library(), blas.threads()
+    for count in (1, most):
+        blas.use_threads(count)
+        assert library is None or library.openblas_get_num_threads() == count
+    assert blas.threads() == most
 
 
 def test_the_device_is_described():

@@ -69,7 +69,8 @@ def test_nothing_is_computed_by_merging():
     mx.eval(mx.zeros(1))
     before = mx.get_active_memory()
     merge_projections(model)
-    assert mx.get_active_memory() == before
+    assert abs(mx.get_active_memory() - before) < 4096  # no weights, only the angles of a position (engine/cpu_math.py)
+    assert parameter_bytes(model) > 10 * 4096
 
 
 def test_quantized_layers_stay():
