@@ -35,8 +35,7 @@ class Batcher:
 
     stall_target is in seconds. max_tokens_held: most tokens whose keys and values are there at once, None: no limit; a
     single row may always go on. `others_step` tells a batch how long a step of other streams takes, 0 without any;
-    `share_cores` is called before every step.
-    token_bytes: what a token's keys and values count for, None measures it.
+    `share_cores` is called before every step. token_bytes: what a token's keys and values count for, None measures it.
     """
 
     def __init__(

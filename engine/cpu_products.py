@@ -59,7 +59,7 @@ def _in_pieces(x: mx.array, weight: mx.array) -> mx.array | None:
     """x [..., in] times weight [out, in], transposed; None where one product is better."""
     outputs, inputs = weight.shape
     rows = x.size // inputs
-    if rows > MOST_ROWS or not x.dtype == weight.dtype == mx.float32:
+    if not 0 < rows <= MOST_ROWS or not x.dtype == weight.dtype == mx.float32:
         return None
     size = piece(rows, outputs, inputs)
     if size is None:

@@ -20,7 +20,7 @@ def close(ours, theirs):
     return np.allclose(np.array(ours), np.array(theirs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1), (3, 2), (8, 1), (9, 1), (2, 40)])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (1, 1), (2, 1), (3, 2), (8, 1), (9, 1), (2, 40)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_is_that_of_mlx(shape, bias):
     layer = nn.Linear(576, 1536, bias=bias)
