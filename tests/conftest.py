@@ -3,6 +3,8 @@
 import engine  # noqa: F401  (first: it prepares the process for MLX)
 
 # isort: split
+import signal
+
 import pytest
 from hypothesis import settings
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -35,6 +37,9 @@ def scripted_path(tmp_path_factory):
 def tiny_tokenizer(tiny_llama_path):
     return load_tokenizer(tiny_llama_path)
 
+
+# A shell's background jobs ignore Ctrl-C, and so would the programs that are started here to be stopped by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing is timed in a test: a machine that is busy for a moment must not fail one. And what passes, passes again: new
 # examples are looked for on purpose, with --hypothesis-profile=search.
