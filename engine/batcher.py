@@ -67,6 +67,8 @@ class Batcher:
         self._decoding = Decoding(model, self.vocab_size, make_sampler)
         self._steps = deque([stall_target], maxlen=_STEPS_MEASURED)
         self._step_seconds = stall_target
+        self._step_began: float | None = None  # of the step under way; by time.monotonic()
+        self._step_ended = 0.0  # of the last one
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
@@ -98,24 +100,27 @@ class Batcher:
         self._share_cores()
         self._make_room()
         if not self._decoding.rows:
+            self._step_began = None
             return []
         self._metrics.batch_rows.observe(len(self._decoding.rows))
-        started = time.monotonic()
+        launched = time.monotonic()
         with cpu_math.layer_by_layer(self._others_step(self) > 0):
             tokens = self._decoding.advance()
-        if not self._prompts:  # a chunk before it has waited for the step already
-            self._steps.append(time.monotonic() - started)
-            self._step_seconds = median(self._steps)
+        self._note_step_end()
+        self._step_began = max(launched, self._step_ended)
         return tokens
 
     def prefill(self, pace: Pace | None = None) -> None:
         """Process one chunk of the waiting prompts and let those that are ready join the batch."""
         pace = pace or self.pace()
         self._admit(pace.now)
-        self._prefill.advance(self._prompts, pace=pace, running=self._decoding.running)
+        if self._prompts:
+            mx.eval(self._decoding.running)  # the step's time is not the chunk's
+            self._note_step_end()
+        self._prefill.advance(self._prompts, pace)
         if ready := [prompt for prompt in self._prompts if not prompt.remaining]:
-            self._decoding.join(ready)
             self._prompts = [prompt for prompt in self._prompts if prompt.remaining]
+            self._decoding.join(ready, coming=sum(len(prompt.rows) for prompt in self._prompts))
 
     def decoding(self) -> int:
         """How many rows generate."""
@@ -157,7 +162,7 @@ class Batcher:
 
     def pace(self) -> Pace:
         """The pace of the next chunk, as measured here."""
-        return self._prefill.pace(self.streaming_step() * self._crowd(), self._others_step(self))
+        return self._prefill.pace(self.streaming_step(), self._others_step(self), self._crowd())
 
     def streaming_step(self) -> float:
         """Seconds that a step takes for those who stream; 0 while nobody does. May be asked from any thread."""
@@ -182,6 +187,14 @@ class Batcher:
         """
         waiting = sum(len(prompt.rows) for prompt in (*self._prompts, *self._waiting))
         return max(1.0, waiting / max(1, len(self._decoding.rows)))
+
+    def _note_step_end(self) -> None:
+        """The tokens of the last step are there, now or since this was told."""
+        if self._step_began is not None:
+            self._step_ended = time.monotonic()
+            self._steps.append(self._step_ended - self._step_began)
+            self._step_seconds = median(self._steps)
+            self._step_began = None
 
     # -- coming and going ---------------------------------------------------------------------------------------
 

@@ -81,12 +81,12 @@ class Decoding:
         self._measured = MeasuredLogprobs()
         self._untold: list[RowToken] = []
 
-    def join(self, prompts: Sequence[Prompt]) -> None:
-        """Take prompts that are done, each as many times as it has rows."""
+    def join(self, prompts: Sequence[Prompt], coming: int = 0) -> None:
+        """Take prompts that are done, each as many times as it has rows. coming: rows that are soon to join, too."""
         joining = [(row, prompt) for prompt in prompts for row in prompt.rows]
-        self.places.join([prompt.cache for _, prompt in joining])
+        self.places.join([prompt.cache for _, prompt in joining], coming)
         last_tokens = mx.array([row.tokens[-1] for row, _ in joining], dtype=mx.uint32)
-        self.running = mx.concatenate([self.running, last_tokens])
+        self._feed_next(mx.concatenate([self.running, last_tokens]))
         self._sampler.extend([row for row, _ in joining])
         self.rows += [DecodingRow(row, prompt.cached_tokens, prompt.started) for row, prompt in joining]
 
@@ -98,7 +98,7 @@ class Decoding:
         keep = _closed_up(len(self.rows), leaving)
         self.rows = [self.rows[index] for index in keep]
         self.places.keep(keep)
-        self.running = self.running[mx.array(keep, dtype=mx.uint32)]
+        self._feed_next(self.running[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
 
     def advance(self) -> list[RowToken]:
@@ -107,19 +107,27 @@ class Decoding:
         if not any(row.launched < row.row.max_tokens for row in self.rows):
             return self._read(inputs, measured, is_fed=False)
         logits = self.places.advance(inputs)
-        if any(row.row.constraint for row in self.rows):
+        is_bound = any(row.row.constraint for row in self.rows)
+        if is_bound:
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
-            self._untold = self._read(inputs, measured, is_fed=True)
+        # While nobody streams yet, what counts is the first token.
+        reads_first = is_bound or all(row.launched == 1 for row in self.rows)
+        if not reads_first:
             self._sample(logits)
-        else:
+        self._untold = self._read(inputs, measured, is_fed=True)
+        if reads_first:
             self._sample(logits)
-            self._untold = self._read(inputs, measured, is_fed=True)
         return self.take()
 
     def take(self) -> list[RowToken]:
         """The tokens that were read and not given yet: there are some after a step that failed."""
         untold, self._untold = self._untold, []
         return untold
+
+    def _feed_next(self, inputs: mx.array) -> None:
+        """Let the next step feed these. Computed along with that step, they would be read only when it is done."""
+        mx.async_eval(inputs)  # type: ignore[no-untyped-call]
+        self.running = inputs
 
     def _sample(self, logits: mx.array) -> None:
         """Choose the next inputs from the logits of the step, [rows, vocab], and start computing them."""

@@ -16,10 +16,11 @@ from engine.places import Layers, Place, Step, no_places, span_for, widened
 from engine.types import Row
 
 _ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
-# Tokens in a chunk where shapes have to recur. Fewer than the second take no less time, but leave the GPU to others.
-_LENGTHS = (256, 512, 1024, 2048)
+# Tokens in a chunk where shapes have to recur. Fewer than 512 take little less time, but leave the GPU to others.
+_LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048)
 _SHORT = 512  # only prompts this short go together
 _MOST_TOGETHER = 8
+_SLACK = 1.25  # how much longer than wanted a chunk may be, lest a prompt's end be left over
 
 
 @dataclass
@@ -102,15 +103,15 @@ class PlainFeed:
         self.gives_way = device.is_cpu()
 
     def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
-        """As many prompts as the budget holds, each padded to the longest."""
+        """As many prompts as the budget holds, each padded to the longest; a little more than that, if it ends them."""
         if not device.is_cpu():
             budget = 1 << (budget.bit_length() - 1)  # a GPU is better off with few sizes
-        budget = scores.fitting(self._heads, budget, max(prompt.done for prompt in waiting))
-        length = min(waiting[0].remaining, budget)
-        prompts = [waiting[0]]
-        for prompt in waiting[1:]:
-            longest = max(length, min(prompt.remaining, budget))
-            if longest * (len(prompts) + 1) > budget:
+        most = scores.fitting(self._heads, int(_SLACK * budget), max(prompt.done for prompt in waiting))
+        prompts: list[Prompt] = []
+        length = 0
+        for prompt in waiting:
+            longest = max(length, prompt.remaining if prompt.remaining <= most else min(budget, most))
+            if prompts and longest * (len(prompts) + 1) > most:
                 break
             prompts.append(prompt)
             length = longest
@@ -152,7 +153,7 @@ class PlainFeed:
         for index, (prompt, length) in enumerate(zip(chunk.prompts, lengths, strict=True)):
             prompt.done += length
             prompt.cache = kv.extract(cache, index, prompt.done)
-        return sum(lengths)
+        return longest * len(lengths)
 
 
 class PlacedFeed:

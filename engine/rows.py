@@ -23,8 +23,8 @@ _SPAN_STEP = 256  # tokens by which places grow at first, and a quarter of their
 class Rows(Protocol):
     """What the batcher needs of the decoding rows."""
 
-    def join(self, caches: Sequence[kv.Cache]) -> None:
-        """Add rows, each with its own cache, behind the present ones."""
+    def join(self, caches: Sequence[kv.Cache], coming: int = 0) -> None:
+        """Add rows, each with its own cache, behind the present ones. coming: how many more are soon to join."""
 
     def keep(self, order: Sequence[int]) -> None:
         """Keep only the rows at these indices, in this order; at least one. A row may only move towards the front."""
@@ -71,11 +71,12 @@ class PlacedRows:
         self._lengths: list[int] = []
         self._offsets = mx.zeros((0,), dtype=mx.int32)
 
-    def join(self, caches: Sequence[kv.Cache]) -> None:
-        """Add rows behind the present ones."""
+    def join(self, caches: Sequence[kv.Cache], coming: int = 0) -> None:
+        """Add rows behind the present ones; places are made for those who come, too."""
         first = len(self._lengths)
         self._lengths += [cache[0].offset for cache in caches]
-        self._fit()
+        self._stretch(max(self._lengths) + 1)
+        self._widen(self._places_for(len(self._lengths) + coming), 0)
         span = int(self._keys[0].shape[2])
         for place, cache in enumerate(caches, first):
             at = mx.array([place], dtype=mx.int32)
@@ -160,11 +161,6 @@ class PlacedRows:
         logits = self._model(inputs[:, None], cache=cache)[:, -1, :]
         return logits, offsets + 1, [place.keys for place in cache], [place.values for place in cache]
 
-    def _fit(self) -> None:
-        """Make places for all rows."""
-        self._stretch(max(self._lengths) + 1)
-        self._widen(self._places_for(len(self._lengths)), 0)
-
     def _stretch(self, length: int) -> None:
         """Make places at least `length` tokens long."""
         self._widen(0, self._span_for(length))
@@ -200,8 +196,10 @@ def _placed(array: mx.array, row: mx.array, at: mx.array) -> mx.array:
 
     What is there gets a weight of 0, and 0 times what an overflow left would be no number.
     """
-    nothing = mx.broadcast_to(mx.zeros((), dtype=array.dtype), (1, *array.shape[1:]))
-    return mx.slice_update(mx.slice_update(array, nothing, at, [0]), row, at, [0])
+    if row.shape[2] < array.shape[2]:
+        nothing = mx.broadcast_to(mx.zeros((), dtype=array.dtype), (1, *array.shape[1:]))
+        array = mx.slice_update(array, nothing, at, [0])
+    return mx.slice_update(array, row, at, [0])
 
 
 class MergedRows:
@@ -215,7 +213,7 @@ class MergedRows:
         """Drop all rows."""
         self._cache: kv.Cache = []
 
-    def join(self, caches: Sequence[kv.Cache]) -> None:
+    def join(self, caches: Sequence[kv.Cache], coming: int = 0) -> None:
         """Add rows behind the present ones."""
         joining = kv.merge(caches)
         if not self._cache:

@@ -9,6 +9,7 @@ import pytest
 from mlx_lm import load
 
 from engine.batcher import Batcher
+from engine.prefill import Pace
 from engine.prefixes import PrefixCache
 from engine.types import Row, Sampling
 
@@ -138,7 +139,7 @@ def test_rows_leave_a_running_batch_and_disturb_nobody(model):
 
 def test_a_row_may_leave_before_its_prompt_is_done_or_even_begun(model):
     batcher = Batcher(model, max_running=2, stall_target=0.001, prefix_cache=cache())
-    batcher._prefill.speed = 16.0
+    batcher._prefill.times.each = 0.1
     driver = Driver(batcher, row(1, prompt(500, seed=1)), row(2, prompt(400, seed=2)), row(3, prompt(9, seed=3)))
     driver.step()
     batcher.remove([3, 1])
@@ -164,7 +165,7 @@ def test_a_batch_that_emptied_takes_rows_again(model):
 
 def test_short_prompts_pass_a_long_one_which_still_ends(model):
     batcher = Batcher(model, stall_target=0.001)
-    batcher._prefill.speed = 16.0  # tokens a second, so that chunks are of the smallest size
+    batcher._prefill.times.each = 0.1  # seconds a token, so that chunks are of the smallest size
     driver = Driver(batcher, row(1, prompt(1500, seed=1), GREEDY, 3))
     driver.step()
     driver.add(*(row(n, prompt(10, seed=n), GREEDY, 3) for n in (2, 3, 4)))
@@ -180,6 +181,19 @@ def test_a_stream_goes_on_while_a_long_prompt_is_processed(model):
     driver.add(row(2, prompt(1800, seed=2), GREEDY, 1))
     driver.until_said(2)
     assert len(driver.tokens[1]) > 5
+
+
+def test_a_step_is_measured_while_prompts_are_processed_too(model):
+    batcher = Batcher(model, stall_target=30.0)  # what a step is said to take before there was any
+    batcher.insert([row(1, prompt(10, seed=1), GREEDY, 100)])
+    batcher.prefill()
+    batcher.insert([row(2, prompt(1800, seed=2), GREEDY, 1)])
+    for _ in range(30):
+        batcher.decode()
+        batcher.prefill(Pace(0.0, 16, 0.1, False))
+    assert batcher.has_prompts()
+    assert batcher.streaming_step() < 30
+    batcher.close()
 
 
 def test_no_more_rows_run_than_may(model):
@@ -335,12 +349,13 @@ def test_a_chunk_is_longer_where_many_wait_and_few_stream(model):
     batch.prefill()
     for _ in range(20):  # until it knows how long a step takes
         batch.decode()
-    alone = batch.pace().seconds
+    batch._prefill.times.each = batch.streaming_step() / 100
+    alone = batch.pace().tokens
     batch.insert([row(2, prompt(40))])
-    assert batch.pace().seconds == alone
+    assert batch.pace().tokens == alone
     for id in range(3, 7):
         batch.insert([row(id, prompt(40))])
-    assert batch.pace().seconds == pytest.approx(5 * alone)
+    assert batch.pace().tokens == pytest.approx(5 * alone, rel=0.01)
     batch.close()
 
 

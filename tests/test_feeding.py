@@ -78,6 +78,12 @@ def test_a_prompt_goes_on_behind_a_kept_prefix(model, make):
         check(model, each)
 
 
+def test_a_prompt_s_end_is_not_left_over(model):
+    assert feed_all(PlainFeed(model), [prompt(model, 76)], 64) == [(1, 75)]
+    assert feed_all(PlainFeed(model), [prompt(model, 41), prompt(model, 39, seed=1)], 64) == [(2, 40)]
+    assert feed_all(PlainFeed(model), [prompt(model, 86)], 64) == [(1, 64), (1, 21)]
+
+
 def test_placed_chunks_have_few_shapes(model):
     prompts = [prompt(model, 240 + n, seed=n) for n in range(15)]
     chunks = feed_all(placed(model), prompts, 4096)

@@ -143,3 +143,12 @@ def test_rows_that_have_to_grow_can_still_give_places_back(model):
 
 def test_plain_caches_have_places(model):
     assert isinstance(make_rows(model), PlacedRows)
+
+
+def test_places_are_made_at_once_for_those_who_are_soon_to_join(model):
+    rows = PlacedRows(model)
+    rows.join([filled(model, [1, 2, 3])], coming=6)
+    held = rows.room_for(7, 4)
+    for _ in range(6):
+        rows.join([filled(model, [4, 5])])
+    assert rows.room_for(7, 4) == held == rows._keys[0].shape[0] * rows._keys[0].shape[2]
