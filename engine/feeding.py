@@ -19,7 +19,7 @@ _ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it 
 # Tokens in a chunk where shapes have to recur. Fewer than 512 take little less time, but leave the GPU to others.
 _LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048)
 _SHORT = 512  # only prompts this short go together
-_MOST_TOGETHER = 8
+_MOST_TOGETHER = 4  # what joins together holds a step up, too
 _SLACK = 1.25  # how much longer than wanted a chunk may be, lest a prompt's end be left over
 
 

@@ -8,7 +8,8 @@ Rule 3: models with other caches (sliding windows, recurrent states) use mlx-lm'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -73,22 +74,31 @@ class PlacedRows:
 
     def join(self, caches: Sequence[kv.Cache], coming: int = 0) -> None:
         """Add rows behind the present ones; places are made for those who come, too."""
-        first = len(self._lengths)
+        place = len(self._lengths)
         self._lengths += [cache[0].offset for cache in caches]
         self._stretch(max(self._lengths) + 1)
         self._widen(self._places_for(len(self._lengths) + coming), 0)
-        span = int(self._keys[0].shape[2])
-        for place, cache in enumerate(caches, first):
+        for rows in self._groups(caches):
             at = mx.array([place], dtype=mx.int32)
-            self._keys, self._values = self._put(at, self._keys, self._values, *self._own(cache, span))
+            self._keys, self._values = self._put(at, self._keys, self._values, *zip(*rows, strict=True))
+            place += len(rows)
         self._set_offsets()
 
-    def _own(self, cache: kv.Cache, span: int) -> tuple[Layers, Layers]:
+    def _groups(self, caches: Sequence[kv.Cache]) -> Iterator[list[tuple[Layers, Layers]]]:
+        """The rows' keys and values. Those of one length together, if that saves a GPU work; a few numbers recur."""
+        for _, alike in groupby(map(self._own, caches), lambda own: own[0][0].shape[2]):
+            rows = list(alike)
+            while rows:
+                count = 1 << (len(rows).bit_length() - 1) if self._is_compiled else 1
+                yield rows[:count]
+                rows = rows[count:]
+
+    def _own(self, cache: kv.Cache) -> tuple[Layers, Layers]:
         """A row's keys and values, of one token at least, and no longer than a place."""
         if not (length := cache[0].offset):
             keys, values = ([widened(array, 1, 1) for array in arrays] for arrays in self._nothing)
             return keys, values
-        end = span if self._is_compiled else length
+        end = int(self._keys[0].shape[2]) if self._is_compiled else length
         return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
 
     def keep(self, order: Sequence[int]) -> None:
@@ -183,23 +193,25 @@ class PlacedRows:
         self._offsets = mx.array(self._lengths + [0] * unused, dtype=mx.int32)
 
 
-def _put(at: mx.array, keys: Layers, values: Layers, row_keys: Layers, row_values: Layers) -> tuple[Layers, Layers]:
-    """Keys and values with a row's own, [1, heads, tokens, dim], at the place [1] that it gets."""
+def _put(
+    at: mx.array, keys: Layers, values: Layers, row_keys: Sequence[Layers], row_values: Sequence[Layers]
+) -> tuple[Layers, Layers]:
+    """Keys and values with those of rows, [1, heads, tokens, dim] a layer, at the places from [1] on."""
     return (
-        [_placed(array, row, at) for array, row in zip(keys, row_keys, strict=True)],
-        [_placed(array, row, at) for array, row in zip(values, row_values, strict=True)],
+        [_placed(array, mx.concatenate(rows), at) for array, *rows in zip(keys, *row_keys, strict=True)],
+        [_placed(array, mx.concatenate(rows), at) for array, *rows in zip(values, *row_values, strict=True)],
     )
 
 
-def _placed(array: mx.array, row: mx.array, at: mx.array) -> mx.array:
-    """The array with the row at its place, and zeros behind it.
+def _placed(array: mx.array, rows: mx.array, at: mx.array) -> mx.array:
+    """The array with rows at their places, and zeros behind them.
 
     What is there gets a weight of 0, and 0 times what an overflow left would be no number.
     """
-    if row.shape[2] < array.shape[2]:
-        nothing = mx.broadcast_to(mx.zeros((), dtype=array.dtype), (1, *array.shape[1:]))
+    if rows.shape[2] < array.shape[2]:
+        nothing = mx.broadcast_to(mx.zeros((), dtype=array.dtype), (rows.shape[0], *array.shape[1:]))
         array = mx.slice_update(array, nothing, at, [0])
-    return mx.slice_update(array, row, at, [0])
+    return mx.slice_update(array, rows, at, [0])
 
 
 class MergedRows:

@@ -87,7 +87,7 @@ def test_a_prompt_s_end_is_not_left_over(model):
 def test_placed_chunks_have_few_shapes(model):
     prompts = [prompt(model, 240 + n, seed=n) for n in range(15)]
     chunks = feed_all(placed(model), prompts, 4096)
-    assert chunks == [(8, 256), (4, 256), (2, 256), (1, 256)]
+    assert chunks == [(4, 256)] * 3 + [(2, 256), (1, 256)]
     assert feed_all(placed(model), [prompt(model, 3000)], 1100) == [(1, 1024), (1, 1024), (1, 1024)]
 
 

@@ -17,9 +17,9 @@ def model(tiny_llama_path):
 
 
 def padded(model):
-    """Placed rows as a GPU has them: places in powers of two, and a shape that stays."""
+    """Placed rows as a GPU has them: places in powers of two, shapes that stay, and rows that are placed together."""
     rows = PlacedRows(model)
-    rows._is_padded = True
+    rows._is_padded = rows._is_compiled = True
     return rows
 
 
