@@ -73,7 +73,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def summarise(records: Sequence[Record]) -> Summary:
-    """The figures of a load. Requests that failed count as errors and in nothing else."""
+    """The figures of a load. Requests that failed count as errors and in nothing else; those without any text, as when
+    a random model says parts of characters only, count for nothing but requests.
+    """
     good = [record for record in records if record.error is None and record.arrivals]
     if not good:
         raise ValueError(f"All {len(records)} requests failed; the first: {records[0].error or 'no text came'}")
@@ -85,7 +87,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     tokens = sum(record.tokens for record in good)
     return Summary(
         requests=len(records),
-        errors=len(records) - len(good),
+        errors=sum(record.error is not None for record in records),
         tokens=tokens,
         seconds=end - begin,
         tokens_per_second=steady_tokens / (steady_end - begin),

@@ -107,16 +107,13 @@ class Decoding:
         if not any(row.launched < row.row.max_tokens for row in self.rows):
             return self._read(inputs, measured, is_fed=False)
         logits = self.places.advance(inputs)
-        is_bound = any(row.row.constraint for row in self.rows)
-        if is_bound:
+        if any(row.row.constraint for row in self.rows):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
-        # While nobody streams yet, what counts is the first token.
-        reads_first = is_bound or all(row.launched == 1 for row in self.rows)
-        if not reads_first:
+            self._untold = self._read(inputs, measured, is_fed=True)
             self._sample(logits)
-        self._untold = self._read(inputs, measured, is_fed=True)
-        if reads_first:
+        else:
             self._sample(logits)
+            self._untold = self._read(inputs, measured, is_fed=True)
         return self.take()
 
     def take(self) -> list[RowToken]:

@@ -1,7 +1,7 @@
 """Prompts become keys and values, in chunks between the decode steps.
 
 Rule 1: while anybody streams, a chunk takes about as long as a few steps, longer where many wait and few stream. With
-        the step behind it, it takes no longer than the stall target. Its size in tokens follows the measured times.
+        the step behind it, it takes about the stall target at most. Its size in tokens follows the measured times.
 Rule 2: the prompt served first is the one that would be done first had it started at its arrival. Short prompts pass
         a long one, and the long one still ends.
 """

@@ -131,11 +131,12 @@ def test_the_summary_counts_tokens_while_all_clients_run():
         Record(0.0, 4.0, (1.0, 4.0), 2),
         Record(2.0, 6.0, (3.0, 4.0, 5.0, 6.0), 4),
         Record(2.0, 3.0, (), 0, error="status 500"),
+        Record(2.0, 3.0, (), 9),  # parts of characters
     ]
     summary = summarise(records)
     assert summary.tokens_per_second == pytest.approx(6 / 4)
     assert summary.overall_tokens_per_second == pytest.approx(8 / 6)
-    assert (summary.requests, summary.errors, summary.ttft_p50) == (4, 1, 1.0)
+    assert (summary.requests, summary.errors, summary.ttft_p50) == (5, 1, 1.0)
 
 
 def test_a_load_without_any_success_says_why():
