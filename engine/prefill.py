@@ -21,6 +21,7 @@ from engine.scores import LARGEST_CHUNK, SMALLEST_CHUNK
 
 # Steps that a chunk may take the time of: streams slow down, and none stands still.
 _OWN_STEPS, _OTHERS_STEPS = 3.0, 1.0
+_BASES = 2.0  # and how often it takes at least what every chunk takes: of a shorter one, most would be lost
 # With nobody streaming there is nothing to stall; only cancels and newcomers wait.
 _IDLE_STALL_FACTOR = 4
 _ASSUMED_TOKEN_SECONDS = 0.001  # until measured
@@ -87,7 +88,8 @@ class Prefill:
         seconds = _IDLE_STALL_FACTOR * self._stall_target
         if own_step or others_step:
             # A stream waits for the chunk and for the step behind it.
-            wanted = (_OWN_STEPS * own_step * crowd, 0.0 if self._feed.gives_way else _OTHERS_STEPS * others_step)
+            own_part = max(_OWN_STEPS * own_step * crowd, _BASES * self.times.base) if own_step else 0.0
+            wanted = (own_part, 0.0 if self._feed.gives_way else _OTHERS_STEPS * others_step)
             longest = max(self._stall_target - own_step, own_step)
             seconds = min([*filter(None, wanted), longest])
         tokens = min(max(int(self.times.tokens_in(seconds)), SMALLEST_CHUNK), LARGEST_CHUNK)

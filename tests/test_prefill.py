@@ -73,6 +73,14 @@ def test_a_chunk_with_the_step_behind_it_keeps_the_stall_target(prefill, own_ste
     assert prefill.pace(own_step, 0.0, crowd).tokens == tokens
 
 
+def test_a_chunk_is_worth_what_every_chunk_takes(prefill):
+    prefill.times.base = 0.05
+    assert prefill.pace(0.01, 0.0).tokens == pytest.approx(50, abs=1)
+    assert prefill.pace(0.04, 0.0).tokens == pytest.approx(70, abs=1)
+    assert prefill.pace(0.0, 0.07).tokens == pytest.approx(200 if prefill._feed.gives_way else 20, abs=1)
+    prefill.times.base = 0.0
+
+
 def test_a_chunk_is_never_longer_than_fits_a_device(prefill):
     prefill.times.each = 1e-6
     assert prefill.pace(0.0, 0.0).tokens == LARGEST_CHUNK
