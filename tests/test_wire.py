@@ -247,7 +247,7 @@ def test_images_are_refused_by_their_place(server):
 @pytest.mark.parametrize("prompt", ["The quick", [[3, 4], [5]], ["a", "b"], [7, 8, 9]])
 def test_bare_prompts_are_text_or_tokens(server, prompt):
     count = 2 if isinstance(prompt[0], (list, str)) and not isinstance(prompt, str) else 1
-    answer = complete(server, prompt, max_tokens=3, n=2)
+    answer = complete(server, prompt, max_tokens=3, n=2, ignore_eos=True)
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * count))
     assert answer["usage"]["completion_tokens"] == 3 * 2 * count
 
