@@ -76,8 +76,7 @@ class PlacedRows:
         """Add rows behind the present ones; places are made for those who come, too."""
         place = len(self._lengths)
         self._lengths += [cache[0].offset for cache in caches]
-        self._stretch(max(self._lengths) + 1)
-        self._widen(self._places_for(len(self._lengths) + coming), 0)
+        self._widen(self._places_for(len(self._lengths) + coming), self._span_for(max(self._lengths) + 1))
         for rows in self._groups(caches):
             at = mx.array([place], dtype=mx.int32)
             self._keys, self._values = self._put(at, self._keys, self._values, *zip(*rows, strict=True))
