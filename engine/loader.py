@@ -29,7 +29,7 @@ from engine.context import context_length
 from engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from engine.merged import merge_projections
 from engine.shards import Divide
-from engine.sources import Progress, resolve, silent
+from engine.sources import Progress, recommended_sampling, resolve, silent
 
 log = logging.getLogger("engine")
 
@@ -125,8 +125,9 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedMod
 def _prepared(model: nn.Module, report: Progress, divide: Divide | None) -> nn.Module:
     """The model as this device runs it fastest, evaluated. What is read is reported in bytes as they are held."""
     if device.is_cpu():  # float16 and quantized layers are some thirty times slower there
+        model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
         model = dequantize_model(model)
-        model.set_dtype(mx.float32)
+        model.set_dtype(mx.float32)  # and what came out of formats whose scales are no floats (mxfp4)
     fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
     if fused:
         model.update_modules(tree_unflatten(fused))

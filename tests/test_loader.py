@@ -130,6 +130,11 @@ def test_an_adapter_is_fused_into_the_weights_and_changes_the_model(tiny, tmp_pa
     assert not mx.allclose(logits(adapted.model), logits(plain.model), atol=0.1)
 
 
+def test_an_embedded_model_gets_its_makers_sampling():
+    """At temperature 1 the small model rambles until its context is full."""
+    assert load(ModelSpec("small", "embedded:smollm2")).generation_defaults == {"temperature": 0.2, "top_p": 0.9}
+
+
 def test_a_model_loads_on_a_thread_of_its_own(tiny):
     outcome = []
 
