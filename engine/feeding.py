@@ -95,22 +95,33 @@ def make_feed(model: Any) -> Feed:
 
 
 class PlainFeed:
-    """Chunks of any shape, in mlx-lm's own caches."""
+    """Chunks of any shape, in mlx-lm's own caches.
+
+    Where a layer keeps a state, no chunk has padding: of mlx-lm's models, some let it change the state (nemotron_h,
+    mamba, jamba, rwkv7 and others).
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._heads = scores.heads(vars(model.args)) if hasattr(model, "args") else 0
+        self._may_pad = not kv.keeps_state(model)
         self.gives_way = device.is_cpu()
 
     def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
-        """As many prompts as the budget holds, each padded to the longest; a little more than that, if it ends them."""
+        """As many prompts as the budget holds, each padded to the longest; a little more than that, if it ends them.
+
+        Without padding, only prompts that give the chunk as many tokens as the first one.
+        """
         if not device.is_cpu():
             budget = 1 << (budget.bit_length() - 1)  # a GPU is better off with few sizes
         most = scores.fitting(self._heads, int(_SLACK * budget), max(prompt.done for prompt in waiting))
         prompts: list[Prompt] = []
         length = 0
         for prompt in waiting:
-            longest = max(length, prompt.remaining if prompt.remaining <= most else min(budget, most))
+            own = prompt.remaining if prompt.remaining <= most else min(budget, most)
+            if not self._may_pad and prompts and own != length:
+                continue
+            longest = max(length, own)
             if prompts and longest * (len(prompts) + 1) > most:
                 break
             prompts.append(prompt)

@@ -5,12 +5,13 @@ A row's cache is a list with one mlx-lm cache a layer. mlx-lm's caches know how 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import (
+    ArraysCache,
     BatchKVCache,
     KVCache,
     make_prompt_cache,
@@ -28,6 +29,17 @@ def new_cache(model: Any) -> Cache:
 def is_plain(model: Any) -> bool:
     """Whether every layer keeps plain keys and values, which can stand in places (engine/places.py)."""
     return all(type(layer) is KVCache for layer in new_cache(model))
+
+
+def keeps_state(model: Any) -> bool:
+    """Whether a layer keeps a state (recurrence, convolution), which every token fed changes, padding included."""
+    return any(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
+
+
+def flat(cache: Sequence[Any]) -> Iterator[Any]:
+    """The caches of all layers, those of layers that have several one by one."""
+    for layer in cache:
+        yield from flat(layer.caches) if hasattr(layer, "caches") else (layer,)
 
 
 def token_bytes(model: Any) -> int:

@@ -10,7 +10,7 @@ lazy forward step tells the shapes of its cache. So every architecture that can 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from engine import device, scores
+from engine import device, kv, scores
 from engine.config import ModelSpec
 from engine.context import context_length
 from engine.errors import LoadFailed, SourceInvalid, one_line
@@ -127,7 +127,7 @@ def dissect(config: Mapping[str, Any]) -> Anatomy:
     vocab = int(logits.shape[-1])
     outputs = sum(array.shape[-2] for array in parameters if array.ndim >= 2 and array.shape[-2] != vocab)
     layers, row_values = [], 0
-    for layer in _flat(cache):
+    for layer in kv.flat(cache):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, mx.array) and isinstance(values, mx.array):
             a_token = keys.size // keys.shape[2] + values.size // values.shape[2]
@@ -136,12 +136,6 @@ def dissect(config: Mapping[str, Any]) -> Anatomy:
             row_values += sum(array.size for _, array in tree_flatten(layer.state) if isinstance(array, mx.array))
     mx.random.seed(0)  # or else the weights, which nobody computes, would stay in this thread's random state
     return Anatomy(sum(array.size for array in parameters), tuple(layers), row_values, outputs // len(cache), vocab)
-
-
-def _flat(cache: Sequence[Any]) -> Iterator[Any]:
-    """The caches of all layers, those of layers that have several one by one."""
-    for layer in cache:
-        yield from _flat(layer.caches) if hasattr(layer, "caches") else (layer,)
 
 
 def _chunk_bytes(width: int, heads: int, context: int) -> int:

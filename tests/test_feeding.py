@@ -12,6 +12,7 @@ from mlx_lm import load
 from engine import kv
 from engine.feeding import PlacedFeed, PlainFeed, Prompt
 from engine.types import Row, Sampling
+from tests.architectures import CONFIGS, random_model
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +119,23 @@ def test_what_is_held_for_a_prompt_is_told(model):
         fed = prompt(model, length)
         feed_all(feed, [fed], 700)
         assert fed.cache[0].keys.shape[2] <= feed.room_for(fed)
+
+
+STATEFUL = ["mamba", "nemotron_h", "jamba", "rwkv7", "olmo_hybrid", "baichuan_m1"]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_prompts_read_together_say_what_they_say_alone_where_layers_keep_a_state(name):
+    """These models of mlx-lm let a chunk's padding into their states."""
+    model = random_model(name)
+    prompts = [prompt(model, length, seed=n) for n, length in enumerate((7, 45, 7, 100, 45))]
+    chunks = feed_all(PlainFeed(model), prompts, 4096)
+    assert chunks == [(2, 6), (2, 44), (1, 99)]
+    for each in prompts:
+        logits = model(mx.array([each.tokens[-1:]]), cache=each.cache)[0, -1]
+        alone = model(mx.array([each.tokens]), cache=kv.new_cache(model))[0, -1]
+        assert mx.allclose(logits, alone, atol=1e-3), float(mx.abs(logits - alone).max())
+
+
+def test_whether_a_model_keeps_a_state_is_known_from_its_cache():
+    assert {name for name in CONFIGS if kv.keeps_state(random_model(name))} == set(STATEFUL)
