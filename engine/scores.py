@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine import device
+from engine.context import text_configs
 
 # MLX's CPU backend runs up to two hundred operations ahead, some four layers. Their results are all there at once.
 LAYERS_AHEAD = 4
@@ -21,8 +22,9 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 4096
 
 
 def heads(config: Mapping[str, Any]) -> int:
-    """Attention heads of the architecture that a config.json describes; 0 if it does not say."""
-    return int(config.get("num_attention_heads") or (config.get("text_config") or {}).get("num_attention_heads") or 0)
+    """Attention heads of the architecture that a config.json, or mlx-lm's arguments, describe; 0 if they do not say."""
+    stated = (part.get("num_attention_heads") for part in text_configs(config))
+    return next((int(number) for number in stated if number), 0)
 
 
 def score_bytes(heads: int, chunk: int, length: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm import load
 
-from engine import kv
+from engine import kv, scores
 from engine.feeding import PlacedFeed, PlainFeed, Prompt
 from engine.types import Row, Sampling
 from tests.architectures import CONFIGS, random_model
@@ -139,3 +139,10 @@ def test_prompts_read_together_say_what_they_say_alone_where_layers_keep_a_state
 
 def test_whether_a_model_keeps_a_state_is_known_from_its_cache():
     assert {name for name in CONFIGS if kv.keeps_state(random_model(name))} == set(STATEFUL)
+
+
+@pytest.mark.parametrize("name", ["llama", "kimi_k25", "llama4"])
+def test_attention_heads_are_found_in_nested_arguments(name):
+    model = random_model(name)
+    assert scores.heads(vars(model.args)) == 4
+    assert PlainFeed(model).choose([prompt(model, 20)], 64).length == 19
