@@ -117,7 +117,7 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedMod
         config=config,
         path=path,
         limits=memory.limits(spec, context_length(spec.key, config)),
-        generation_defaults=generation_defaults(path),
+        generation_defaults={**recommended_sampling(spec.source), **generation_defaults(path)},
         weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
     )
 

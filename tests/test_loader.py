@@ -130,6 +130,26 @@ def test_an_adapter_is_fused_into_the_weights_and_changes_the_model(tiny, tmp_pa
     assert not mx.allclose(logits(adapted.model), logits(plain.model), atol=0.1)
 
 
+@pytest.mark.skipif(not device.is_cpu(), reason="a GPU keeps the weights as they are")
+@pytest.mark.parametrize(("mode", "group_size"), [("affine", 32), ("mxfp4", 32)])
+def test_on_a_cpu_quantized_weights_are_not_rounded_again(tiny, mode, group_size):
+    """Scales of 16 bits are made float32 before the weights are computed from them, not after."""
+    model, config = load_model(tiny)
+    model.set_dtype(mx.bfloat16)
+    model, config = quantize_model(model, config, group_size=group_size, bits=4, mode=mode)
+    for file in tiny.glob("model*"):
+        file.unlink()
+    save_model(tiny, model, donate_model=False)
+    (tiny / "config.json").write_text(json.dumps(config))
+    layer = model.layers[0].mlp.gate_proj
+    scales, biases = (None if array is None else array.astype(mx.float32) for array in (layer.scales, layer.biases))
+    exact = mx.dequantize(
+        layer.weight, layer.scales if mode == "mxfp4" else scales, biases, group_size, 4, mode, dtype=mx.float32
+    )
+    loaded = load(ModelSpec("tiny", str(tiny))).model
+    assert mx.array_equal(loaded.layers[0].mlp.gate_proj.weight, exact)
+
+
 def test_an_embedded_model_gets_its_makers_sampling():
     """At temperature 1 the small model rambles until its context is full."""
     assert load(ModelSpec("small", "embedded:smollm2")).generation_defaults == {"temperature": 0.2, "top_p": 0.9}
