@@ -16,14 +16,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from client import transcript, views
-from client.api import DEFAULT_BASE_URL, ChatClient
-from client.bench.command import benchmark, interference
-from client.bench.options import add_options
-from client.choice import choose_model
-from client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
-from client.compare import compare
-from client.compare_views import (
+from mlxserver.client import transcript, views
+from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient
+from mlxserver.client.bench.command import benchmark, interference
+from mlxserver.client.bench.options import add_options
+from mlxserver.client.choice import choose_model
+from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
+from mlxserver.client.compare import compare
+from mlxserver.client.compare_views import (
     format_answer,
     format_figures,
     format_markdown,
@@ -31,20 +31,20 @@ from client.compare_views import (
     format_side_by_side,
     live_replies,
 )
-from client.conversation import Conversation
-from client.errors import ClientError, SettingInvalid
-from client.events import Event, Reasoning
-from client.files import quote_file
-from client.live import LiveAnswer
-from client.load_view import load_with_bar
-from client.progress import Progress
-from client.prompts import read_prompt
-from client.reply import Reply, ask
-from client.shell.loop import run_shell
-from client.shell.measuring import split_keys
-from client.shell.session import Session
-from client.shell.settings import VIEWS, read_parameter
-from client.status import format_status
+from mlxserver.client.conversation import Conversation
+from mlxserver.client.errors import ClientError, SettingInvalid
+from mlxserver.client.events import Event, Reasoning
+from mlxserver.client.files import quote_file
+from mlxserver.client.live import LiveAnswer
+from mlxserver.client.load_view import load_with_bar
+from mlxserver.client.progress import Progress
+from mlxserver.client.prompts import read_prompt
+from mlxserver.client.reply import Reply, ask
+from mlxserver.client.shell.loop import run_shell
+from mlxserver.client.shell.measuring import split_keys
+from mlxserver.client.shell.session import Session
+from mlxserver.client.shell.settings import VIEWS, read_parameter
+from mlxserver.client.status import format_status
 
 DESCRIPTION = """Talk with models, compare them, measure them.
 

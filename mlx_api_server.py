@@ -24,23 +24,29 @@ from typing import Any
 
 import uvloop
 
-from engine import config_sources, device, memory, rank_follower, ranks, runtime, shards, sources
-from engine.config import ModelSpec, Settings
-from engine.config_http import is_loopback
-from engine.errors import ConfigInvalid, SourceInvalid
-from engine.loading import Loading
-from engine.metrics import ModelMetrics
-from engine.rank_leader import Leader
-from engine.rank_link import LinkLost
-from engine.ranks import RanksDiffer
-from engine.threads import Threads
-from engine.worker import Engine
-from model_changes import Reload
+from mlxserver.config import load
+from mlxserver.config.errors import ConfigInvalid
+from mlxserver.config.http import is_loopback
+from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.engine.distributed import follower, launch
+from mlxserver.engine.distributed.launch import RanksDiffer
+from mlxserver.engine.distributed.leader import Leader
+from mlxserver.engine.distributed.link import LinkLost
+from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.loading import sharding, sources
+from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.progress import Loading
+from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.platform import device, streams
+from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.worker.engine import Engine
+from mlxserver.engine.worker.thread_pool import Threads
+from mlxserver.manager.reload import Reload
+from mlxserver.manager.watchdog import watch
+from mlxserver.server import logs
+from mlxserver.server.app import Server
+from mlxserver.server.handlers import VERSION
 from model_manager import ModelManager
-from model_watch import watch
-from server import logs
-from server.handlers import VERSION
-from server.http import Server
 
 log = logging.getLogger("server")
 
@@ -61,15 +67,15 @@ DEFAULT_MODELS = (
 THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 
 
-def start_engine(builder: runtime.Builder, threads: Threads) -> Any:
+def start_engine(builder: Builder, threads: Threads) -> Any:
     """How a model's engine is started: its thread loads the model and runs it."""
 
     def start(spec: ModelSpec, on_death: Any, loading: Loading, metrics: ModelMetrics) -> Engine:
         return Engine(
             spec.key,
             lambda: builder.build(spec, loading, metrics),
-            free=runtime.free_memory,
-            stream=runtime.finished_work,
+            free=streams.free_memory,
+            stream=streams.finished_work,
             on_death=on_death,
             metrics=metrics,
             start=threads.start,
@@ -81,19 +87,19 @@ def start_engine(builder: runtime.Builder, threads: Threads) -> Any:
 @asynccontextmanager
 async def running_models(settings: Settings, leader: Leader | None = None) -> AsyncIterator[ModelManager]:
     """The manager with its models; all are unloaded at the end, and the ranks that `leader` leads let go."""
-    threads = Threads(runtime.thread_stream)
+    threads = Threads(streams.thread_stream)
 
-    def estimate(spec: ModelSpec) -> memory.Estimate:
+    def estimate_share(spec: ModelSpec) -> Estimate:
         if not leader and spec.shard:  # before anybody leaves for it
-            raise shards.alone(spec)
-        place = shards.Seat(0, leader.size if leader else 1)
-        return threads.call(lambda: shards.share(memory.estimate(spec), spec, place))
+            raise sharding.alone(spec)
+        place = sharding.Seat(0, leader.size if leader else 1)
+        return threads.call(lambda: sharding.share(estimate(spec), spec, place))
 
     manager = ModelManager(
         settings,
-        start_engine(runtime.Builder(settings.stall_target, leader), threads),
+        start_engine(Builder(settings.stall_target, leader), threads),
         device.process_bytes,
-        estimate,
+        estimate_share,
         device.active_bytes,
     )
     try:
@@ -147,7 +153,7 @@ async def serve(
         server = Server(manager, reload)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = asyncio.create_task(manager.preload())
-        watching = asyncio.create_task(watch(manager))
+        watching = asyncio.create_task(watch(lambda: manager.everybody, lambda: manager.settings.wedged_after))
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and not serving.done():
             print(greeting(url, manager), flush=True)
@@ -157,7 +163,7 @@ async def serve(
 
 def read_settings(arguments: list[str]) -> Settings:
     """The settings, their sources checked as far as that goes without the network. Raises ConfigInvalid."""
-    settings = config_sources.build(arguments, os.environ, Settings(models=DEFAULT_MODELS))
+    settings = load.build(arguments, os.environ, Settings(models=DEFAULT_MODELS))
     for spec in settings.models:
         try:
             sources.check(spec.source)
@@ -169,7 +175,7 @@ def read_settings(arguments: list[str]) -> Settings:
 def run(arguments: list[str]) -> None:
     """Read the settings, bind the address and serve. Raises ConfigInvalid, OSError."""
     settings = read_settings(arguments)
-    if config_sources.only_checks(arguments):
+    if load.only_checks(arguments):
         print(f"The settings are right. Models: {', '.join(spec.key for spec in settings.models) or 'none'}.")
         return
     logs.configure(settings.log_level, settings.log_format)
@@ -189,11 +195,11 @@ def lead_or_follow(settings: Settings) -> Leader | None:
 
     A rank that computes stays in here until it ends. Raises RanksDiffer, LinkLost, OSError.
     """
-    if not ranks.is_one_of_several(os.environ):
+    if not launch.is_one_of_several(os.environ):
         return None
-    facts = ranks.shared_facts(VERSION, settings)
-    if not ranks.is_leader(os.environ):
-        rank_follower.follow(ranks.join(), facts, settings)
+    facts = launch.shared_facts(VERSION, settings)
+    if not launch.is_leader(os.environ):
+        follower.follow(launch.join(), facts, settings)
     leader = Leader(settings.rank_timeout, settings.wedged_after)
     leader.gather(facts, os.environ)
     return leader

@@ -1,7 +1,7 @@
 """The models of a server, and what becomes of them: registered, loaded, replaced, changed, unloaded, forgotten.
 
-ModelManager has one ModelInstance a key (model_instance.py) in its Registry (model_registry.py); all of them share one
-Room (model_room.py).
+ModelManager has one ModelInstance a key (manager/instance.py) in its Registry (manager/registry.py); all of them
+share one Room (manager/memory_budget.py).
 
 Rule 1: only registered sources are loaded. A request registers nothing, unless allow_any_model is set; what it
         registered then and could not be loaded is forgotten when the next one comes.
@@ -18,19 +18,18 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from engine import memory, sources
-from engine.config import ModelSpec, Settings
-from engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
-from engine.memory import Estimate
-from engine.metrics import ModelMetrics
-from engine.placement import Rules
-from engine.ranks import RankReport
-from model_changes import Reload, changes, contradicts, is_live
-from model_instance import ModelInstance
-from model_load import Services, StartEngine, look_at
-from model_registry import Registry
-from model_room import Room
-from model_state import ModelState, Step, UnloadMode, UnloadReport
+from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
+from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.estimate import Estimate, budget
+from mlxserver.engine.metrics import ModelMetrics, RankReport
+from mlxserver.manager.eviction import Rules
+from mlxserver.manager.instance import ModelInstance
+from mlxserver.manager.loading import Services, StartEngine, look_at
+from mlxserver.manager.memory_budget import Room
+from mlxserver.manager.registry import Registry
+from mlxserver.manager.reload import Reload, changes, contradicts, is_live
+from mlxserver.manager.states import ModelState, Step, UnloadMode, UnloadReport
 
 log = logging.getLogger("models")
 
@@ -42,7 +41,7 @@ CLOSE_GRACE = 10.0  # seconds that engines get to end
 class ModelManager:
     """All models by key.
 
-    `start_engine` makes the engine of a spec (engine/runtime.py in the server, a scripted one in tests);
+    `start_engine` makes the engine of a spec (runners/builder.py in the server, a scripted one in tests);
     `measure_memory` tells the bytes that this process holds, `measure_arrays` those of them that are models' arrays;
     `estimate` what a model will take.
     """
@@ -199,8 +198,7 @@ class ModelManager:
         return ModelInstance(spec, self._services, self.room, self._registry.metrics_of(spec.key))
 
     def _rules(self) -> Rules:
-        budget = memory.budget(self.settings.memory_limit)
-        return Rules(budget, self.settings.min_residency, self.settings.max_wait)
+        return Rules(budget(self.settings.memory_limit), self.settings.min_residency, self.settings.max_wait)
 
     async def _introduce(
         self, instance: ModelInstance, on_step: Callable[[Step], None], *, is_new: bool

@@ -15,12 +15,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
-from client import views
-from client.api import DEFAULT_BASE_URL, ChatClient, Message
-from client.choice import choose_model
-from client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
-from client.errors import ClientError
-from client.prompts import read_prompt, typed_lines
+from mlxserver.client import views
+from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient, Message
+from mlxserver.client.choice import choose_model
+from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
+from mlxserver.client.errors import ClientError
+from mlxserver.client.prompts import read_prompt, typed_lines
 
 Result = TypeVar("Result")
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import jsonschema
 
-from engine.config import ModelSpec
-from engine.jobs import Output
-from engine.runtime import Builder, ModelRuntime
-from engine.types import ChatPrompt, Delta, Finish, GenerationRequest, JsonFormat, SamplingOptions
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.events import Delta, Finish
+from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat, SamplingOptions
+from mlxserver.engine.runners.builder import Builder, ModelRuntime
+from mlxserver.engine.worker.tracker import Output
 
 ROUNDS, SEEDS = 5, 2  # every schema once a seed, in every round
 MAX_TOKENS = 1000

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
+
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from engine.batcher import Batcher
-from engine.types import Row, Sampling
+from mlxserver.engine.requests import Sampling
+from mlxserver.engine.scheduler.scheduler import Batcher
+from mlxserver.engine.sequence import Row
 
 
 class Engine(Protocol):
@@ -61,7 +64,7 @@ class MlxLmEngine:
 
 
 class OurEngine:
-    """engine/batcher.py, driven as the engine thread drives it."""
+    """scheduler/scheduler.py, driven as the engine thread drives it."""
 
     def __init__(self, model: Any, rows: int) -> None:
         self._batch = Batcher(model, max_running=rows)

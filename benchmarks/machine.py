@@ -15,7 +15,7 @@ OPENBLAS = "libopenblas.so.0"
 
 def has_gpu() -> bool:
     """Whether MLX computes on a GPU here."""
-    import mlx.core as mx
+    from mlxserver.engine.mlx import mx
 
     return bool(mx.default_device() == mx.Device(mx.gpu, 0))
 

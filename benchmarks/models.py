@@ -134,7 +134,8 @@ def _write_endless_copy(source: Path, target: Path) -> None:
 
 
 def _write_random(shape: Shape, dtype: str, tokenizer: Path, target: Path) -> None:
-    import mlx.core as mx
+    from mlxserver.engine.mlx import mx
+
     from mlx_lm.models.llama import Model, ModelArgs
     from mlx_lm.utils import quantize_model, save_config, save_model
 

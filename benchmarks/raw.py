@@ -19,10 +19,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from engine import loader  # first: this prepares the process for MLX
+from mlxserver.engine.loading import loader  # first: this prepares the process for MLX
 
 # isort: split
-import mlx.core as mx
+from mlxserver.engine.mlx import mx
+
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm import load
@@ -32,8 +33,9 @@ from benchmarks.machine import has_gpu
 from benchmarks.settings import GREEDY, SAMPLED, Sizes
 from benchmarks.stats import Record, decode_rate, summarise
 from benchmarks.vocabulary import Prompts
-from engine.config import ModelSpec
-from engine.types import Row, Sampling
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.requests import Sampling
+from mlxserver.engine.sequence import Row
 
 BANDWIDTH_BYTES = 1 << 28
 BANDWIDTH_ROW = 8192

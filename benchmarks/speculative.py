@@ -18,10 +18,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
+from mlxserver.engine.mlx import mx
 
-# isort: split
-import mlx.core as mx
 from mlx_lm import load
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache

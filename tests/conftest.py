@@ -1,24 +1,15 @@
-"""Small real models, made once a run (tests/models.py)."""
+"""Small real models, made once a run (tools/harness/models.py)."""
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
-
-# isort: split
 import signal
+
+import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
 
 import pytest
 from hypothesis import settings
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from tests.models import scripted_model, tiny_llama
-from tests.scripts import Script
-
-SCRIPTS = {
-    "hello": "Hello there, and hello there again.",
-    "think": "<think>\nTwo and two are four.\n</think>\n\nIt is four.",
-    "emoji": Script(["Family: ", b"\xf0\x9f", b"\x91\xa8", b"\xe2\x80", b"\x8d\xf0\x9f\x91\xa9", " end"]),
-    "tool": '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>',
-    "forever": Script(["tick ", "tock "], endless=True),
-}
+from tests.support.scripts import SCRIPTS
+from tools.harness.models import scripted_model, tiny_llama
 
 
 @pytest.fixture(scope="session")

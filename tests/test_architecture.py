@@ -1,7 +1,4 @@
-"""Imports point one way: clients -> client -> protocol; mlx_api_server -> server -> model_manager -> engine.
-
-server is where protocol and engine meet.
-"""
+"""The layers of docs/architecture.md: who may import whom, as a table of packages."""
 
 import ast
 from pathlib import Path
@@ -9,95 +6,108 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {
-    "engine",
-    "protocol",
-    "client",
-    "model_manager",
-    "model_changes",
-    "model_watch",
-    "model_registry",
-    "model_instance",
-    "model_life",
-    "model_load",
-    "model_requests",
-    "model_expiry",
-    "model_backoff",
-    "model_state",
-    "model_room",
-    "server",
-    "mlx_api_server",
-    "simple_client",
-    "advanced_client",
-}
+# Each package, and the packages that it may import besides itself. "engine" is its vocabulary: the modules beside its
+# packages (requests, events, sequence, errors, metrics) and the one door to MLX.
+ENGINE = "config engine"
 ALLOWED = {
-    "protocol": {"protocol"},
-    "engine": {"engine"},
-    "client": {"client", "protocol"},
-    "model_state": set(),
-    "model_changes": {"engine"},
-    "model_room": {"engine"},
-    "model_requests": set(),
-    "model_expiry": set(),
-    "model_backoff": set(),
-    "model_load": {"engine", "model_state"},
-    "model_life": {
-        "engine",
-        "model_backoff",
-        "model_expiry",
-        "model_load",
-        "model_requests",
-        "model_room",
-        "model_state",
-    },
-    "model_instance": {"engine", "model_life", "model_load", "model_requests", "model_room", "model_state"},
-    "model_watch": {"model_instance", "model_manager"},
-    "model_registry": {"engine", "model_instance", "model_state"},
-    "model_manager": {
-        "engine",
-        "model_changes",
-        "model_instance",
-        "model_load",
-        "model_registry",
-        "model_room",
-        "model_state",
-    },
-    "server": {"engine", "model_changes", "model_instance", "model_manager", "model_state", "protocol", "server"},
-    "mlx_api_server": {"engine", "model_changes", "model_manager", "model_watch", "server"},
-    "simple_client": {"client"},
-    "advanced_client": {"client"},
+    "config": "",
+    "engine": "config engine.platform",
+    "engine.platform": "engine",
+    "engine.kv_cache": "engine engine.platform",
+    "engine.output": "engine",
+    "engine.prompt": "config engine engine.output",
+    "engine.sampling": "engine engine.output",
+    "engine.worker": "engine",
+    "engine.loading": "config engine engine.platform engine.kv_cache",
+    "engine.scheduler": "engine engine.platform engine.kv_cache engine.loading engine.sampling",
+    "engine.distributed": "config engine engine.platform engine.kv_cache engine.loading engine.sampling "
+    "engine.scheduler",
+    "engine.runners": "config engine engine.platform engine.kv_cache engine.loading engine.output engine.prompt "
+    "engine.sampling engine.worker engine.scheduler engine.distributed",
+    "api": "config engine",
+    "manager": "config engine engine.loading engine.worker",
+    "model_manager": "config engine engine.loading manager",
+    "server": "config engine engine.loading engine.platform engine.worker api manager model_manager",
+    "mlx_api_server": "config engine engine.distributed engine.loading engine.platform engine.runners engine.worker "
+    "manager model_manager server",
+    "client": "api",
+    "simple_client": "client",
+    "advanced_client": "client",
 }
+FILES = [*(ROOT / "mlxserver").rglob("*.py"), *ROOT.glob("*.py")]
 
 
-def modules():
-    for name in ALLOWED:
-        package = ROOT / name
-        yield from (package.glob("*.py") if package.is_dir() else [ROOT / f"{name}.py"])
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def package_of(module):
+    """The row of the table that a module belongs to."""
+    name = module.removeprefix("mlxserver.")
+    return max((row for row in ALLOWED if f"{name}.".startswith(f"{row}.")), key=len, default=None)
 
 
 def imported(path):
-    """Top-level names of all that a file imports, wherever in it."""
+    """Every module that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import"
-            yield node.module.split(".")[0]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module for name in names)
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if p.exists()], ids=lambda p: str(p.relative_to(ROOT)))
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_the_root_has_the_four_rooms_and_no_other_python():
+    rooms = {"mlx_api_server.py", "model_manager.py", "simple_client.py", "advanced_client.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == rooms
+
+
+def test_every_module_belongs_to_a_package_of_the_table():
+    assert {module for module in MODULES if package_of(module) is None} == {"mlxserver"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
 def test_imports_point_one_way(path):
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    forbidden = (set(imported(path)) & OURS) - ALLOWED[room]
-    assert not forbidden, f"{path.relative_to(ROOT)} may not import {forbidden}"
+    package = package_of(module_of(path))
+    wanted = {package_of(module) for module in imported(path) if module in MODULES} - {None}
+    forbidden = wanted - {package, *ALLOWED.get(package, "").split()}
+    assert not forbidden, f"{named(path)} may not import {forbidden}"
+
+
+def is_mlx(module):
+    return module.split(".")[0] in ("mlx", "mlx_lm")
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_what_imports_mlx_comes_through_the_one_door(path):
+    tree = ast.parse(path.read_text())
+    lines = [
+        (node.lineno, [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    mlx = [line for line, modules in lines if any(map(is_mlx, modules))]
+    door = [line for line, modules in lines if "mlxserver.engine.mlx" in modules]
+    if mlx and path.name != "mlx.py":
+        assert door, f"{named(path)} imports MLX past the door"
+        assert min(door) < min(mlx)
 
 
 def test_only_what_the_event_loop_calls_knows_asyncio_in_the_engine():
-    knowing = {p.name for p in (ROOT / "engine").glob("*.py") if "asyncio" in set(imported(p))}
-    assert knowing == {"worker.py", "clerk.py", "generation.py"}
+    engine = ROOT / "mlxserver" / "engine"
+    knowing = {str(path.relative_to(engine)) for path in engine.rglob("*.py") if "asyncio" in set(imported(path))}
+    assert knowing == {"worker/engine.py", "worker/generation.py", "worker/tokenizer_worker.py"}
 
 
-def test_the_wire_knows_no_mlx():
-    for package in ("protocol", "client"):
-        for path in (ROOT / package).glob("*.py"):
-            assert not {n for n in imported(path) if n.startswith("mlx")}, path
+@pytest.mark.parametrize("package", ["api", "client", "config"])
+def test_the_wire_and_the_settings_know_no_mlx(package):
+    for path in (ROOT / "mlxserver" / package).rglob("*.py"):
+        assert not [module for module in imported(path) if is_mlx(module)], path

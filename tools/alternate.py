@@ -17,13 +17,10 @@ from pathlib import Path
 
 import aiohttp
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
-
-# isort: split
-from engine import memory
-from engine.config import ModelSpec
-from tests.models import tiny_llama
-from tests.running_server import running_server
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.loading import estimate
+from tools.harness.models import tiny_llama
+from tools.harness.running_server import running_server
 
 KEYS = ("a", "b")
 
@@ -66,7 +63,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         made = {key: tiny_llama(Path(directory) / key, hidden=256, layers=4, seed=n) for n, key in enumerate(KEYS)}
-        limit = int(memory.estimate(ModelSpec("a", str(made["a"]))).total * 1.5)
+        limit = int(estimate.estimate(ModelSpec("a", str(made["a"]))).total * 1.5)
         models = [flag for key, path in made.items() for flag in ("--model", f"{key}={path}")]
         for is_mixed in (True, False):
             for name, rules in {"without": ("0", "0"), "with": ("10", "30")}.items():

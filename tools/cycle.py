@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.running_server import RunningServer, running_server
+from tools.harness.running_server import RunningServer, running_server
 
 SETTLED = 10  # cycles after which the memory is the measure
 ALLOWED_GROWTH = 1.05

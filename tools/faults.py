@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
-
-# isort: split
-from tests.models import scripted_model
-from tests.running_server import RunningServer, eventually, running_server
-from tests.scripts import Script
-from tests.tiny_gguf import write_tiny_gguf
+from tools.harness.models import scripted_model
+from tools.harness.running_server import RunningServer, eventually, running_server
+from tools.harness.scripts import Script
+from tools.harness.tiny_gguf import write_tiny_gguf
 
 ANSWER = "Hello there, and hello there again."
 SCRIPTS: dict[str, Script | str] = {"hello": ANSWER, "forever": Script(["tick ", "tock "], endless=True)}
@@ -100,7 +97,7 @@ def bench(directory: Path) -> Iterator[Bench]:
     model = scripted_model(directory / "scripted", SCRIPTS)
     with running_server(
         *("--no-defaults", "--model", f"m={model}", "--shutdown-timeout", "0.5", "--wedged-after", "1"),
-        script="tests/faulty_server.py",
+        script="tests/support/faulty_server.py",
         variables={"FAULTS": str(faults)},
     ) as server:
         server.chat("m", "hello")

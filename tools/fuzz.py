@@ -18,11 +18,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
-
-# isort: split
-from tests.models import tiny_llama
-from tests.running_server import running_server
+from tools.harness.models import tiny_llama
+from tools.harness.running_server import running_server
 from tools.hostile import MODEL, Case, Hostile
 from tools.raw_http import Answer, Malformed, Wire, request
 

@@ -13,26 +13,27 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
+import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
 
-# isort: split
 import orjson
 from mlx_lm import tool_parsers
 
-from client import transcript
-from client.errors import ClientError
-from client.stream import StreamReader
-from engine import config_sources, sources
-from engine.errors import ConfigInvalid, SourceInvalid
-from engine.thinking import ThinkingParser
-from engine.token_text import TokenText
-from engine.tool_calls import ToolCallParser
-from engine.tool_formats import FORCED, PLAIN, ToolFormat
-from engine.types import Delta, ToolCallDelta
-from protocol import schemas
-from server import translation
-from server.chat import ChatForm
-from server.errors import error_body
+from mlxserver.api import schemas
+from mlxserver.client import transcript
+from mlxserver.client.errors import ClientError
+from mlxserver.client.stream import StreamReader
+from mlxserver.config import load
+from mlxserver.config.errors import ConfigInvalid
+from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.events import Delta, ToolCallDelta
+from mlxserver.engine.loading import sources
+from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.thinking import ThinkingParser
+from mlxserver.engine.output.tool_calls import ToolCallParser
+from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
+from mlxserver.server import translation
+from mlxserver.server.chat import ChatForm
+from mlxserver.server.errors import error_body
 
 SCHEMAS = (
     schemas.ChatCompletionRequest,
@@ -130,10 +131,10 @@ def settings(data: bytes) -> None:
             with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
                 file.write(data)
                 file.flush()
-                config_sources.read_file(Path(file.name))
+                load.read_file(Path(file.name))
         else:
-            name = [*config_sources.ENVIRONMENT][data[0] % len(config_sources.ENVIRONMENT)]
-            config_sources.read_environment({name: data[1:].decode(errors="replace")})
+            name = [*load.ENVIRONMENT][data[0] % len(load.ENVIRONMENT)]
+            load.read_environment({name: data[1:].decode(errors="replace")})
     except ConfigInvalid as error:
         str(error)
 

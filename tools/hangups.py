@@ -29,12 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
-
-# isort: split
-from tests.models import scripted_model
-from tests.running_server import running_server
-from tests.scripts import Script
+from tools.harness.models import scripted_model
+from tools.harness.running_server import running_server
+from tools.harness.scripts import Script
 from tools.raw_http import Wire, request
 
 MODEL = "talker"

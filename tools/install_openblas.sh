@@ -1,5 +1,5 @@
 #!/bin/sh
-# MLX's CPU wheel brings reference BLAS only; with OpenBLAS in the process (engine/device.py) matrix products
+# MLX's CPU wheel brings reference BLAS only; with OpenBLAS in the process (mlxserver/engine/platform/openblas.py) matrix products
 # are some seventy times faster. Installs it on a Debian-like Linux as root, otherwise says what to type.
 [ "$(uname -s)" = Linux ] || exit 0
 ldconfig -p 2>/dev/null | grep -q 'libopenblas\.so\.0' && exit 0

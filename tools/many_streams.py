@@ -18,11 +18,8 @@ from pathlib import Path
 
 import aiohttp
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
-
-# isort: split
-from tests.models import tiny_llama
-from tests.running_server import running_server
+from tools.harness.models import tiny_llama
+from tools.harness.running_server import running_server
 
 MODEL = "tiny"
 TOKENS = 24

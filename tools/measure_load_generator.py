@@ -21,9 +21,9 @@ from statistics import median
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from client.api import ChatClient  # noqa: E402
-from client.bench.load import Run, run_level  # noqa: E402
-from client.bench.plan import Level, Plan, user  # noqa: E402
+from mlxserver.client.api import ChatClient  # noqa: E402
+from mlxserver.client.bench.load import Run, run_level  # noqa: E402
+from mlxserver.client.bench.plan import Level, Plan, user  # noqa: E402
 
 
 async def measure(url: str, streams: int, tokens: int) -> Run:

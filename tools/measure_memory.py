@@ -16,16 +16,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
+from mlxserver.engine.mlx import mx
 
-# isort: split
-import mlx.core as mx
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import save_model
 
-from engine import device, memory, runtime, sources
-from engine.config import ModelSpec
-from engine.types import Row, Sampling
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.estimate import estimate
+from mlxserver.engine.platform import device, streams
+from mlxserver.engine.requests import Sampling
+from mlxserver.engine.runners import builder
+from mlxserver.engine.sequence import Row
 
 # hidden size, layers, heads, heads of keys and values, width of the feed-forward part, vocabulary
 SHAPES = {
@@ -68,19 +70,19 @@ def write_shape(path: Path, shape: tuple[int, ...]) -> Path:
 def measure(source: str) -> dict[str, float]:
     """Load the model, let requests take all that they may, and tell the sizes in MiB."""
     spec = ModelSpec("model", source, type="instruction", cache_tokens=CACHE_TOKENS, max_running=ROWS)
-    estimate = memory.estimate(spec)
+    expected = estimate(spec)
     rss, active = device.process_bytes(), device.active_bytes()
-    with runtime.thread_stream():
+    with streams.thread_stream():
         # A target that no chunk reaches: chunks are as long as they may ever be, however slow the machine.
-        batch: Any = runtime.Builder(stall_target=60.0).build(spec).batch
+        batch: Any = builder.Builder(stall_target=60.0).build(spec).batch
         loaded = device.active_bytes() - active
         mx.reset_peak_memory()
         answer(batch, rows=ROWS, prompt=CACHE_TOKENS // ROWS - ANSWER - 2)
         answer(batch, rows=1, prompt=CONTEXT - ANSWER - 2)
         mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
         batch.close()
-    is_off = estimate.total / (process if device.is_cpu() else mlx) - 1
-    sizes = {"weights": estimate.weights, "loaded": loaded, "total": estimate.total, "mlx": mlx, "rss": process}
+    is_off = expected.total / (process if device.is_cpu() else mlx) - 1
+    sizes = {"weights": expected.weights, "loaded": loaded, "total": expected.total, "mlx": mlx, "rss": process}
     return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
 
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.models import SENTENCES, tiny_llama
-from tests.running_server import RunningServer, eventually, running_server
+from tools.harness.models import SENTENCES, tiny_llama
+from tools.harness.running_server import RunningServer, eventually, running_server
 
 DEPLOY = Path(__file__).parent.parent / "deploy" / "nginx"
 MODULES = "/etc/nginx/modules-enabled/*.conf"

@@ -21,8 +21,8 @@ from rich.text import Text
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests import terminal as terminals  # noqa: E402
-from tests.running_server import running_server  # noqa: E402
+from tools.harness import terminal as terminals  # noqa: E402
+from tools.harness.running_server import running_server  # noqa: E402
 
 GREY = (38, 5, 244)
 PATIENCE = 300.0

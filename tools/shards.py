@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.models import SENTENCES, tiny_llama
-from tests.ranks import Ranks, running_ranks, tiny_qwen
-from tests.running_server import RunningServer, eventually
+from tools.harness.models import SENTENCES, tiny_llama
+from tools.harness.ranks import Ranks, running_ranks, tiny_qwen
+from tools.harness.running_server import RunningServer, eventually
 
 AT_ONCE = 8
 ANSWER = 24  # tokens

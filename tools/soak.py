@@ -28,13 +28,10 @@ from typing import Any
 
 import aiohttp
 
-import engine  # noqa: F401  (first: it prepares the process for MLX)
-
-# isort: split
-from engine import memory
-from engine.config import ModelSpec
-from tests.models import tiny_llama
-from tests.running_server import running_server
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.loading import estimate
+from tools.harness.models import tiny_llama
+from tools.harness.running_server import running_server
 
 KEYS = ("a", "b", "c", "d", "e")
 TOKENS = 2048  # of each model's cache
@@ -231,7 +228,7 @@ async def run(clients: Soak, seconds: float) -> None:
 
 def write_config(directory: Path, sources: dict[str, str]) -> Path:
     """Settings under which two of the models fit, and switches are frequent."""
-    each = memory.estimate(ModelSpec("a", sources["a"], cache_tokens=TOKENS)).total
+    each = estimate.estimate(ModelSpec("a", sources["a"], cache_tokens=TOKENS)).total
     lines = [f"memory_limit = {int(each * 2.5)}", "min_residency = 0.5", "max_wait = 2"]
     for key, source in sources.items():
         lines += [f"[models.{key}]", f'source = "{source}"', f"cache_tokens = {TOKENS}", "max_waiting = 8"]

@@ -13,18 +13,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import engine  # noqa: F401  (before mlx.core: engine/blas.py)
+from mlxserver.engine.mlx import mx
 
-# isort: split
-import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from engine.config import ModelSpec
-from engine.loader import LoadedModel, load
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.loading.loader import LoadedModel, load
 from tools.think_examples import conversations
 
 SEED = 17

@@ -1,0 +1,1 @@
+"""Multi-Model MLX Server: one process that serves several local models. Importing it changes nothing in the process."""

@@ -1,0 +1,1 @@
+"""Wire dialects: what requests and responses look like. Pure: no HTTP, no MLX."""

@@ -1,0 +1,1 @@
+"""Endpoints of this server's own: load, unload, reload, tokenize, templates."""

@@ -1,0 +1,101 @@
+"""Requests about models themselves: load and unload."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import orjson
+
+from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest
+from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
+from mlxserver.api.schema.validators import check_keep_alive, check_key, check_place
+
+DAY = 86_400
+DEFAULTS = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"
+)  # fmt: skip
+
+
+def check_defaults(value: Any, param: str) -> dict[str, float]:
+    """Sampling parameters by name, each as a request would give it."""
+    if not isinstance(value, dict):
+        raise invalid(param, value, "an object")
+    for name in value:
+        if name not in DEFAULTS:
+            raise ValidationFailed(
+                f"Unknown default {abbreviate(name)}. Expected some of {', '.join(DEFAULTS)}.", f"{param}.{name[:64]}"
+            )
+    try:
+        asked = parse(SamplingRequest, orjson.dumps({"model": "", **value}))
+    except ValidationFailed as error:
+        raise ValidationFailed(error.message, f"{param}.{error.param}") from None
+    return {name: getattr(asked, name) for name in value if getattr(asked, name) is not None}
+
+
+class LoadRequest(Request):
+    """POST /v1/models/load."""
+
+    model: str = Parameter(
+        str, "Source: Hugging Face id, MLX directory, .gguf file or embedded:NAME.", required=True, check=check_place
+    )
+    key: str | None = Parameter(str, "Name of the model in requests; by default made from the source.", check=check_key)
+    type: Literal["thinking", "instruction"] | None = Parameter(
+        str, "How the model is prompted; by default found out.", enum=["thinking", "instruction"]
+    )
+    adapter: str | None = Parameter(str, "Directory of a LoRA adapter.", check=check_place)
+    context_length: int | None = Parameter(
+        int, "Longest context in tokens; by default the model's own, as far as cache_tokens go.", ge=1
+    )
+    max_running: int | None = Parameter(int, "Requests that decode together.", ge=1)
+    max_waiting: int | None = Parameter(int, "Requests that may wait for a place.", ge=0)
+    cache_tokens: int | None = Parameter(int, "Tokens whose keys and values all requests together may hold.", ge=16)
+    shard: Literal["tensor", "pipeline"] | None = Parameter(
+        str,
+        "How all ranks share the model: each has a part of every layer, or some layers. By default rank 0 has it.",
+        enum=["tensor", "pipeline"],
+    )
+    pin: bool = Parameter(bool, "Never evict the model, nor unload it for being idle.", default=False)
+    ttl: float | None = Parameter(
+        object,
+        "How long the model stays without a request: seconds or a duration such as '5m'; below zero is for ever.",
+        check=check_keep_alive,
+        shape=KEEP_ALIVE,
+    )
+    defaults: dict[str, float] = Parameter(
+        object,
+        "Sampling parameters for requests that do not give them.",
+        default={},
+        check=check_defaults,
+        shape={"type": "object", "additionalProperties": {"type": "number"}},
+    )
+    replace: bool = Parameter(
+        bool, "Take the place of another source under this key, which is put back if this one fails.", default=False
+    )
+    stream: bool = Parameter(bool, "Tell the progress as server-sent events.", default=False)
+
+
+class UnloadRequest(Request):
+    """POST /v1/models/unload."""
+
+    key: str = Parameter(str, "Key of the model.", required=True)
+    mode: Literal["drain", "abort", "reject"] = Parameter(
+        str,
+        "drain lets running requests finish, abort ends them, reject refuses to unload while there are any.",
+        default="drain",
+        enum=["drain", "abort", "reject"],
+    )
+    timeout: float | None = Parameter(float, "Seconds that a drain may take.", gt=0, le=DAY)
+    forget: bool = Parameter(bool, "Remove the key as well.", default=False)
+
+
+def derive_key(source: str) -> str:
+    """The key of a source that was given none: its last part, "org/Name-4bit" -> "name-4bit".
+
+    Raises ValidationFailed where nothing is left of it.
+    """
+    name = re.split(r"[/\\:]", source.strip().rstrip("/\\"))[-1].lower().removesuffix(".gguf")
+    key = re.sub(r"[^a-z0-9._-]+", "-", name).strip("-.")[:128]
+    if not key:
+        raise ValidationFailed(f"No key can be made from the source {abbreviate(source)}. Give one as 'key'.", "key")
+    return key

@@ -1,0 +1,203 @@
+"""The JSON schema of everything that the server answers, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxserver.api.model_responses import CAPABILITIES
+
+Shape = dict[str, Any]
+
+TEXT: Shape = {"type": "string"}
+COUNT: Shape = {"type": "integer", "minimum": 0}
+NUMBER: Shape = {"type": "number"}
+BYTES: Shape = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}}
+
+
+def exactly(**fields: Shape) -> Shape:
+    """An object with these fields, and no others. A name that ends in _ may be left out."""
+    return {
+        "type": "object",
+        "properties": {name.removesuffix("_"): shape for name, shape in fields.items()},
+        "required": [name for name in fields if not name.endswith("_")],
+        "additionalProperties": False,
+    }
+
+
+def each(shape: Shape) -> Shape:
+    """A list."""
+    return {"type": "array", "items": shape}
+
+
+def by_key(shape: Shape) -> Shape:
+    """An object of these, by any names."""
+    return {"type": "object", "additionalProperties": shape}
+
+
+def maybe(shape: Shape) -> Shape:
+    """It, or null."""
+    return {"anyOf": [shape, {"type": "null"}]}
+
+
+def named(name: str) -> Shape:
+    """The schema of this name."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _one_of(*values: str) -> Shape:
+    return {"type": "string", "enum": list(values)}
+
+
+STATE = _one_of("unloaded", "loading", "loaded", "draining", "failed")
+FINISH = _one_of("stop", "length", "tool_calls")
+CALL = exactly(id=TEXT, type=_one_of("function"), function=exactly(name=TEXT, arguments=TEXT))
+CALL_PIECE = exactly(index=COUNT, id_=TEXT, type_=_one_of("function"), function=exactly(name_=TEXT, arguments=TEXT))
+LOGPROBS = exactly(content=each(named("TokenLogprob")), refusal={"type": "null"})
+REASONING = {"reasoning_content_": TEXT, "reasoning_": TEXT}
+HEAD = {"id": TEXT, "created": COUNT, "model": TEXT, "system_fingerprint": TEXT}
+COUNTS = {"usage": named("Usage"), "timings": named("Timings")}
+
+ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
+
+ANSWER_SHAPES: dict[str, Shape] = {
+    "Error": exactly(
+        error=exactly(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT)), projection_=named("Projection")
+    ),
+    "Projection": exactly(needed=COUNT, free=COUNT, evictable=COUNT, pinned=COUNT, busy=COUNT, budget=COUNT),
+    "Usage": exactly(
+        prompt_tokens=COUNT,
+        completion_tokens=COUNT,
+        total_tokens=COUNT,
+        prompt_tokens_details=exactly(cached_tokens=COUNT),
+        completion_tokens_details=exactly(reasoning_tokens=COUNT),
+    ),
+    "Timings": exactly(
+        queue_ms=NUMBER,
+        cache_n=COUNT,
+        prompt_n=COUNT,
+        prompt_ms=NUMBER,
+        prompt_per_token_ms=NUMBER,
+        prompt_per_second=NUMBER,
+        predicted_n=COUNT,
+        predicted_ms=NUMBER,
+        predicted_per_token_ms=NUMBER,
+        predicted_per_second=NUMBER,
+    ),
+    "TokenLogprob": exactly(
+        token=TEXT,
+        bytes=BYTES,
+        logprob=NUMBER,
+        top_logprobs=each(exactly(token=TEXT, bytes=BYTES, logprob=NUMBER)),
+    ),
+    "ChatCompletion": exactly(
+        object=_one_of("chat.completion"),
+        choices=each(
+            exactly(
+                index=COUNT,
+                message=exactly(
+                    role=_one_of("assistant"),
+                    content=maybe(TEXT),
+                    refusal={"type": "null"},
+                    tool_calls_=each(CALL),
+                    **REASONING,
+                ),
+                logprobs=maybe(LOGPROBS),
+                finish_reason=FINISH,
+            )
+        ),
+        **HEAD,
+        **COUNTS,
+    ),
+    "ChatCompletionChunk": exactly(
+        object=_one_of("chat.completion.chunk"),
+        choices=each(
+            exactly(
+                index=COUNT,
+                delta=exactly(role_=TEXT, content_=TEXT, tool_calls_=each(CALL_PIECE), **REASONING),
+                logprobs_=LOGPROBS,
+                finish_reason=maybe(FINISH),
+            )
+        ),
+        **HEAD,
+        **{f"{name}_": shape for name, shape in COUNTS.items()},
+    ),
+    "Completion": exactly(
+        object=_one_of("text_completion"),
+        choices=each(exactly(index=COUNT, text=TEXT, logprobs=maybe(named("TextLogprobs")), finish_reason=FINISH)),
+        **HEAD,
+        **COUNTS,
+    ),
+    "CompletionChunk": exactly(
+        object=_one_of("text_completion"),
+        choices=each(
+            exactly(index=COUNT, text=TEXT, logprobs=maybe(named("TextLogprobs")), finish_reason=maybe(FINISH))
+        ),
+        **HEAD,
+        **{f"{name}_": shape for name, shape in COUNTS.items()},
+    ),
+    "TextLogprobs": exactly(
+        tokens=each(TEXT),
+        token_logprobs=each(NUMBER),
+        top_logprobs=each({"type": "object", "additionalProperties": NUMBER}),
+        text_offset=each(COUNT),
+    ),
+    "Model": exactly(
+        id=TEXT,
+        object=_one_of("model"),
+        created=COUNT,
+        owned_by=TEXT,
+        status=exactly(value=STATE, error_=TEXT),
+        type=maybe(_one_of("thinking", "instruction")),
+        source=TEXT,
+        context_length=maybe(COUNT),
+        capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
+        memory_bytes=COUNT,
+        reserved_bytes=COUNT,
+        estimate=maybe(ESTIMATE),
+        running_requests=COUNT,
+        queued_requests=COUNT,
+        aliases=each(TEXT),
+        pinned={"type": "boolean"},
+        expires_in_seconds=maybe(NUMBER),
+        loading=maybe(exactly(stage=TEXT, done=COUNT, total=COUNT)),
+    ),
+    "ModelList": exactly(object=_one_of("list"), data=each(named("Model"))),
+    "Loaded": exactly(
+        event=_one_of("loaded"),
+        key=TEXT,
+        status=_one_of("loaded"),
+        load_time_seconds=NUMBER,
+        memory_bytes=COUNT,
+        reserved_bytes=COUNT,
+        estimate=maybe(ESTIMATE),
+    ),
+    "LoadProgress": exactly(event=_one_of("progress"), stage=TEXT, done=COUNT, total=COUNT),
+    "Reloaded": exactly(added=each(TEXT), removed=each(TEXT), changed=each(TEXT), restart_needed=each(TEXT)),
+    "Unloaded": exactly(
+        key=TEXT,
+        status=_one_of("unloaded"),
+        completed_requests=COUNT,
+        aborted_requests=COUNT,
+        freed_bytes=COUNT,
+    ),
+    "Tokens": exactly(count=COUNT, tokens=each(COUNT), max_model_len=maybe(COUNT)),
+    "Prompt": exactly(prompt=TEXT),
+    "Health": exactly(
+        status=_one_of("ok", "degraded"),
+        version_=TEXT,
+        uptime_seconds_=NUMBER,
+        models_=by_key(named("ModelHealth")),
+        ranks_=each(named("RankHealth")),
+    ),
+    "RankHealth": exactly(rank=COUNT, status=_one_of("ok", "lost"), memory_bytes=COUNT, error_=TEXT),
+    "Ready": exactly(status=_one_of("ready"), models=by_key(named("ModelHealth"))),
+    "ModelHealth": exactly(
+        status=STATE,
+        wedged={"type": "boolean"},
+        preload={"type": "boolean"},
+        running_requests=COUNT,
+        queued_requests=COUNT,
+        error_=TEXT,
+    ),
+    "OpenAPI": {"type": "object"},
+}

@@ -1,0 +1,1 @@
+"""How requests are declared, validated and bounded."""

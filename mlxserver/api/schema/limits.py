@@ -1,0 +1,94 @@
+"""How much one request may ask for.
+
+Rule 1: limits are checked on the JSON as it came, before anything is made from it; how many values there are, before it
+        is read: sixteen megabytes of empty lists keep the event loop busy for seconds.
+Rule 2: a refusal names the parameter, what was found in it, and the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxserver.api.schema.parameters import ValidationFailed
+
+PROMPT_FIELDS = ("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format")
+TOKEN_BYTES = 4  # of a token id in a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Most of each. values: what a body has of commas and opening brackets, those in its text included.
+
+    depth: lists and objects inside each other. prompt_bytes: UTF-8 of all that a prompt is made from. stops: stop
+    strings. biases: tokens in logit_bias. choices: n.
+    """
+
+    values: int = 500_000
+    depth: int = 64
+    messages: int = 4096
+    prompt_bytes: int = 2 << 20
+    stops: int = 16
+    biases: int = 1024
+    choices: int = 16
+
+    def check_body(self, body: bytes) -> None:
+        """Check a request that has not been read. Raises ValidationFailed."""
+        values = sum(body.count(mark) for mark in b",[{")
+        if values > self.values:
+            found = f"has {values} commas and opening brackets"
+            raise ValidationFailed(f"The body {found}. Expected at most {self.values}, the limit of this server.")
+
+    def check(self, document: Mapping[str, Any], body_bytes: int) -> None:
+        """Check a request, which was read from so many bytes. Raises ValidationFailed."""
+        self._check_depth(document)
+        for param, limit, things in (
+            ("messages", self.messages, "messages"),
+            ("stop", self.stops, "strings"),
+            ("logit_bias", self.biases, "tokens"),
+        ):
+            value = document.get(param)
+            if isinstance(value, list | dict) and len(value) > limit:
+                raise _over(param, f"has {len(value)} {things}", limit)
+        for param in ("n", "best_of"):
+            value = document.get(param)
+            if isinstance(value, int | float) and value > self.choices:
+                raise _over(param, f"is {value}", self.choices)
+        if body_bytes > self.prompt_bytes:  # no prompt is longer than its JSON
+            self._check_prompt(document)
+
+    def _check_depth(self, document: Mapping[str, Any]) -> None:
+        level: list[Any] = [document]
+        for _ in range(self.depth):
+            level = [item for value in level for item in _items(value) if isinstance(item, list | dict)]
+            if not level:
+                return
+        raise ValidationFailed(
+            f"The body has more than {self.depth} lists and objects inside each other, the limit of this server."
+        )
+
+    def _check_prompt(self, document: Mapping[str, Any]) -> None:
+        sizes = {param: _text_bytes(document[param]) for param in PROMPT_FIELDS if param in document}
+        if sum(sizes.values()) > self.prompt_bytes:
+            param = max(sizes, key=lambda name: sizes[name])
+            raise _over(param, f"makes the prompt {sum(sizes.values())} bytes long", self.prompt_bytes)
+
+
+def _over(param: str, found: str, limit: int) -> ValidationFailed:
+    return ValidationFailed(f"'{param}' {found}. Expected at most {limit}, the limit of this server.", param)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _text_bytes(value: Any) -> int:
+    """UTF-8 of all text in a value, which is not deep, and what its numbers stand for as tokens."""
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, dict):
+        return sum(_text_bytes(key) + _text_bytes(item) for key, item in value.items())
+    if isinstance(value, list):
+        return sum(_text_bytes(item) for item in value)
+    return TOKEN_BYTES

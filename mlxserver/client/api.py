@@ -1,0 +1,181 @@
+"""ChatClient: the API of this server, and of any other that speaks OpenAI's.
+
+Rule 1: answers come as typed events (client/events.py), failures as typed errors (client/errors.py), never as JSON.
+Rule 2: a stream that ends has ended well. Anything else raises StreamBroken, whatever was already given out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from time import perf_counter
+from typing import Any, Self
+from urllib.parse import quote
+
+from aiohttp import ClientResponse
+
+from mlxserver.client.errors import ApiError, NotSupported, StreamBroken
+from mlxserver.client.events import Answer, Event, Finished, read_answer
+from mlxserver.client.models import Loaded, ModelCard, Unloaded, read_card, read_loaded, read_unloaded
+from mlxserver.client.progress import LoadReader, Progress
+from mlxserver.client.recorder import Recording
+from mlxserver.client.stream import StreamReader
+from mlxserver.client.transport import Transport, read_object
+from mlxserver.client.wire import mappings
+
+DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
+
+Message = Mapping[str, Any]
+
+
+class ChatClient:
+    """One server. Use it as an async context manager.
+
+    base_url: with or without /v1; None takes OPENAI_BASE_URL, else DEFAULT_BASE_URL. api_key: None takes
+    OPENAI_API_KEY, which may be missing. connect_timeout and read_timeout are in seconds, None waits for ever;
+    read_timeout is how long an open connection may be silent. Raises SettingInvalid.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        connect_timeout: float | None = 10.0,
+        read_timeout: float | None = 600.0,
+    ) -> None:
+        self._transport = Transport(
+            base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL,
+            api_key or os.environ.get("OPENAI_API_KEY") or "",
+            connect_timeout,
+        )
+        self._read_timeout = read_timeout
+
+    @property
+    def base_url(self) -> str:
+        """The URL that every path is appended to."""
+        return self._transport.url
+
+    async def __aenter__(self) -> Self:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._transport.__aexit__(*error)
+
+    async def stream(
+        self,
+        messages: Sequence[Message],
+        model: str,
+        *,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        **params: Any,
+    ) -> AsyncGenerator[Event, None]:
+        """The events of one answer as they arrive, Finished at the end.
+
+        params are OpenAI's; those that are None are left out. Close the generator (contextlib.aclosing) to stop an
+        answer: that closes the connection, which is how the server knows. on_progress is told how far the load of
+        the model is while the answer waits for it. Raises ServerUnreachable, ApiError (before the first event) and
+        StreamBroken (at any point).
+        """
+        body, reader = _streamed(messages, model, params), StreamReader(on_progress)
+        async with self._transport.open("POST", "/chat/completions", body, self._read_timeout) as response:
+            if response.content_type != "text/event-stream":
+                raise StreamBroken(f"the server sent {response.content_type} where text/event-stream was expected.")
+            async for received in response.content.iter_any():
+                for event in reader.feed(received, perf_counter()):
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+        for event in reader.end(perf_counter()):
+            yield event
+
+    async def record(self, messages: Sequence[Message], model: str, **params: Any) -> Recording:
+        """One streamed answer as its bytes came, for measuring many at once. Raises ServerUnreachable.
+
+        The answer is not read: Recording.events() does that, and raises what stream() would.
+        """
+        body = _streamed(messages, model, params)
+        return await self._transport.record("/chat/completions", body, self._read_timeout)
+
+    async def complete(self, messages: Sequence[Message], model: str, **params: Any) -> Answer:
+        """One whole answer. Raises as stream() does."""
+        answer = await self._json("POST", "/chat/completions", _chat(messages, model, params))
+        return read_answer(answer, perf_counter())
+
+    async def models(self) -> list[ModelCard]:
+        """Every model that the server offers, in its order."""
+        answer = await self._json("GET", "/models")
+        return [read_card(model) for model in mappings(answer.get("data")) if model.get("id")]
+
+    async def model(self, key: str) -> ModelCard:
+        """One model. Raises ApiError with status 404 when there is no such key."""
+        return read_card(await self._json("GET", f"/models/{quote(key, safe='')}"))
+
+    async def load(self, source: str, key: str | None = None, **options: Any) -> Loaded:
+        """Load a model and wait until it is ready, however long that takes. Raises NotSupported, ApiError."""
+        body = _given({"model": source, "key": key, **options})
+        async with self._extension("/models/load", body) as response:
+            return read_loaded(await read_object(response), key or source)
+
+    async def load_stepwise(
+        self, source: str, key: str | None = None, **options: Any
+    ) -> AsyncGenerator[Progress | Loaded, None]:
+        """Load a model and tell how far it is, Loaded as the last event. A server that can't tell gives only that.
+
+        Raises as load() does, LoadFailed when the load fails on the way, and StreamBroken.
+        """
+        body = _given({"model": source, "key": key, **options, "stream": True})
+        reader = LoadReader(key or source)
+        try:
+            async with self._extension("/models/load", body) as response:
+                if response.content_type != "text/event-stream":
+                    yield read_loaded(await read_object(response), key or source)
+                    return
+                async for received in response.content.iter_any():
+                    for event in reader.feed(received):
+                        yield event
+                        if isinstance(event, Loaded):
+                            return
+            raise StreamBroken("the load ended without a word on how.")
+        except ApiError as error:
+            if error.param != "stream":
+                raise
+        yield await self.load(source, key, **options)
+
+    async def unload(self, key: str, mode: str = "drain", **options: Any) -> Unloaded:
+        """Unload a model: mode is drain | abort | reject, options are the server's (timeout, in seconds).
+
+        Raises NotSupported, and ApiError with status 404 when there is no such key.
+        """
+        body = _given({"key": key, "mode": mode, **options})
+        async with self._extension("/models/unload", body) as response:
+            return read_unloaded(await read_object(response), key)
+
+    async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return await self._transport.json(method, path, body, self._read_timeout)
+
+    @asynccontextmanager
+    async def _extension(self, path: str, body: dict[str, Any]) -> AsyncIterator[ClientResponse]:
+        """A response of an endpoint that OpenAI's API does not have. It may take long, so silence is no failure."""
+        try:
+            async with self._transport.open("POST", path, body, read_timeout=None) as response:
+                yield response
+        except ApiError as error:
+            # A server that has the endpoint says which model or field it misses.
+            if error.status == 405 or (error.status == 404 and not error.param and error.code != "model_not_found"):
+                raise NotSupported(self.base_url, path, error.status) from error
+            raise
+
+
+def _streamed(messages: Sequence[Message], model: str, params: dict[str, Any]) -> dict[str, Any]:
+    return _chat(messages, model, {"stream_options": {"include_usage": True}, **params, "stream": True})
+
+
+def _chat(messages: Sequence[Message], model: str, params: dict[str, Any]) -> dict[str, Any]:
+    return _given({"model": model, "messages": list(messages), **params})
+
+
+def _given(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}

@@ -1,0 +1,116 @@
+"""What can go wrong between a client and a server, named for what happened.
+
+ClientError
+├── SettingInvalid     the base URL or the key can't be used; nothing was sent
+├── ServerUnreachable  no connection, or no answer on it
+├── ApiError           the server answered with an error
+│   └── NotSupported   the server does not know this endpoint
+├── LoadFailed         a model's load began and failed
+├── FileUnusable       a file of ours can't be read or written
+└── StreamBroken       an answer began and stopped before its end
+
+Rule: whatever a server sends, a caller meets one of these and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from mlxserver.client.wire import mapping, parse, text
+
+QUOTED_CHARACTERS = 200
+KEY_HINT = "Give the server's key with --api-key, or in OPENAI_API_KEY."
+
+
+class ClientError(Exception):
+    """Base of all that callers of the client may meet."""
+
+
+class SettingInvalid(ClientError):
+    """A setting of the client can't be used."""
+
+    def __init__(self, name: str, value: str, expected: str) -> None:
+        super().__init__(f"{name}: {value!r} is not valid; expected {expected}.")
+
+
+class ServerUnreachable(ClientError):
+    """There is no server at `url`, or it does not answer. `cause` says which in words."""
+
+    def __init__(self, url: str, cause: str) -> None:
+        super().__init__(f"No answer from a server at {url}: {cause}.")
+        self.url = url
+        self.cause = cause
+
+
+class ApiError(ClientError):
+    """The server answered with an error: its own message, and OpenAI's fields where it sent them."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code
+
+
+class NotSupported(ApiError):
+    """The server has no such endpoint: it speaks OpenAI's API without this extension of it."""
+
+    def __init__(self, url: str, path: str, status: int) -> None:
+        super().__init__(f"The server at {url} does not support {path} (HTTP {status}).", status)
+
+
+class LoadFailed(ClientError):
+    """A load that the server had begun failed; the message is the server's."""
+
+
+class FileUnusable(ClientError):
+    """A file can't be read or written, or does not hold what was expected. `cause` says which in words."""
+
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(f"{path}: {cause}.")
+
+
+class StreamBroken(ClientError):
+    """The answer stopped before its end: the connection was lost, or the server sent an error in the middle."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"The answer broke off: {cause}")
+
+
+def api_error(status: int, body: str) -> ApiError:
+    """The error in a body of any kind: OpenAI's error object, another JSON object, or plain text."""
+    answer = mapping(parse(body))
+    fields = mapping(answer.get("error"))
+    message = text(fields.get("message")) or text(answer.get("error")) or _described(status, body)
+    if status == HTTPStatus.UNAUTHORIZED:
+        message = f"{message} {KEY_HINT}"
+    return ApiError(message, status, _named(fields, "type"), _named(fields, "param"), _named(fields, "code"))
+
+
+def stream_error(error: Any) -> StreamBroken:
+    """The error event of a stream: OpenAI's error object, or whatever came in its place."""
+    return StreamBroken(text(mapping(error).get("message")) or text(error) or json.dumps(error)[:QUOTED_CHARACTERS])
+
+
+def _described(status: int, body: str) -> str:
+    phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown status"
+    quoted = " ".join(body.split())[:QUOTED_CHARACTERS]
+    if status < HTTPStatus.BAD_REQUEST:
+        return f"The server's answer is not what this path should give (HTTP {status}): {quoted or 'nothing'}"
+    return f"HTTP {status} ({phrase}): {quoted}" if quoted else f"HTTP {status} ({phrase})."
+
+
+def _named(fields: dict[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return None if value is None else str(value)

@@ -1,0 +1,113 @@
+"""HTTP to one server: connects, judges the status, and turns every failure into a ClientError.
+
+Rule 1: what fails before a good status is ServerUnreachable or ApiError; what fails after it is StreamBroken.
+Rule 2: no request has a time limit of its own; connecting has one, and so has an open connection's silence.
+Rule 3: the key appears in the Authorization header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Self
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from mlxserver.client.errors import ServerUnreachable, SettingInvalid, StreamBroken, api_error
+from mlxserver.client.recorder import Recording, record
+from mlxserver.client.wire import parse
+
+
+class Transport:
+    """The connections to one server. Use it as an async context manager. Raises SettingInvalid."""
+
+    def __init__(self, base_url: str, api_key: str, connect_timeout: float | None) -> None:
+        self.url = normalise_url(base_url)
+        self._headers = _authorization(api_key.strip())
+        self._connect_timeout = connect_timeout
+
+    async def __aenter__(self) -> Self:
+        # No limit of connections: a load generator opens as many as it was told to.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self._headers)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._session.close()
+
+    @asynccontextmanager
+    async def open(
+        self, method: str, path: str, body: Any, read_timeout: float | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A response with a good status. read_timeout: seconds that the connection may be silent, None for ever."""
+        url = URL(self.url + path, encoded=True)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout, sock_read=read_timeout)
+        try:
+            response = await self._session.request(method, url, json=body, timeout=timeout)
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerUnreachable(self.url, _cause(error)) from error
+        try:
+            async with response:
+                if response.status >= 400:
+                    raise api_error(response.status, await response.text(errors="replace"))
+                yield response
+        except (aiohttp.ClientError, OSError) as error:
+            raise StreamBroken(f"the connection was lost ({_cause(error)}).") from error
+
+    async def json(self, method: str, path: str, body: Any, read_timeout: float | None) -> dict[str, Any]:
+        """The JSON object of an answer. What is none, or holds an error, raises ApiError."""
+        async with self.open(method, path, body, read_timeout) as response:
+            return await read_object(response)
+
+    async def record(self, path: str, body: Any, read_timeout: float | None) -> Recording:
+        """The raw answer to a POST, on a connection of its own (client/recorder.py). Raises ServerUnreachable."""
+        url = URL(self.url + path, encoded=True)
+        try:
+            return await record(
+                url, self._headers, json.dumps(body).encode(), connect=self._connect_timeout, read=read_timeout
+            )
+        except OSError as error:
+            raise ServerUnreachable(self.url, _cause(error)) from error
+
+
+async def read_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    """The JSON object that a response holds. What is none, or holds an error, raises ApiError."""
+    received = await response.text(errors="replace")
+    answer = parse(received)
+    if not isinstance(answer, dict) or answer.get("error"):
+        raise api_error(response.status, received)
+    return answer
+
+
+def normalise_url(value: str) -> str:
+    """A URL without a path gets /v1; one with a path is taken as it is. Raises SettingInvalid."""
+    expected = "a URL such as http://127.0.0.1:8000/v1"
+    try:
+        parts = urlsplit(value.strip())
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise SettingInvalid("base_url", value, expected) from error
+    if not is_usable or parts.query or parts.fragment:
+        raise SettingInvalid("base_url", value, expected)
+    path = parts.path.rstrip("/") or "/v1"
+    return f"{parts.scheme}://{parts.netloc}{quote(path, safe='/%:@')}"
+
+
+def _authorization(key: str) -> dict[str, str]:
+    if not (key.isascii() and key.isprintable()):
+        raise SettingInvalid("api_key", "(not shown)", "printable ASCII characters on one line")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _cause(error: BaseException) -> str:
+    """A failure of the network in words, without the addresses and codes around it."""
+    system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(system, socket.gaierror):
+        return system.strerror or "the name is not known"
+    if isinstance(system, OSError) and system.errno:
+        return os.strerror(system.errno)
+    return str(system) or type(system).__name__

@@ -1,0 +1,60 @@
+"""Settings of who may come in, and of how much one client may ask for."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from mlxserver.config.fields import Range, Several, Size
+
+KEYS = Several(r"[\x21-\x2b\x2d-\x7e]{8,512}", "keys of 8 to 512 visible ASCII characters without commas", secret=True)
+FILES = Several(r"(?s:[^,]+)", "names of files")
+HOSTS = Several(r"[A-Za-z0-9_.:-]{1,253}", "names or addresses of hosts, without a port")
+ORIGINS = Several(r"\*|null|[a-z][a-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]+", "origins such as https://example.org, or *")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    """Who may come in, and how much one client may ask for. Times are in seconds, sizes in bytes.
+
+    api_key, admin_key: with any, every request but /health needs one; none lets everybody in. The files hold more of
+    them, one a line; config/load.py reads them, so that these fields have all.
+    """
+
+    api_key: Annotated[tuple[str, ...], KEYS, "key of clients that may generate"] = field(default=(), repr=False)
+    admin_key: Annotated[tuple[str, ...], KEYS, "key of clients that may do everything"] = field(default=(), repr=False)
+    api_key_file: Annotated[tuple[str, ...], FILES, "file with such keys, one a line"] = ()
+    admin_key_file: Annotated[tuple[str, ...], FILES, "file with such keys, one a line"] = ()
+    allow_host: Annotated[tuple[str, ...], HOSTS, "another name that the server is asked by (the Host header)"] = ()
+    allow_origin: Annotated[tuple[str, ...], ORIGINS, "origin whose pages may use the server (CORS)"] = ()
+
+    max_connections: Annotated[int, Range(1, 60_000), "connections at once; over it: 503"] = 1024
+    header_timeout: Annotated[float, Range(0.1, 3600), "seconds until a request's head is there"] = 10.0
+    body_timeout: Annotated[float, Range(0.1, 86_400), "seconds until a request's body is there"] = 60.0
+    send_timeout: Annotated[float, Range(0.1, 86_400), "seconds that a client may leave its answer unread"] = 60.0
+    max_unread_events: Annotated[int, Range(1), "events of a stream that may wait for a slow reader"] = 16_384
+
+    max_body_bytes: Annotated[int, Range(1), Size(), "longest request body"] = 16 << 20
+    max_json_values: Annotated[int, Range(1000), "commas and opening brackets in a body, those in text included"] = (
+        500_000
+    )
+    max_json_depth: Annotated[int, Range(8, 256), "lists and objects inside each other"] = 64
+    max_messages: Annotated[int, Range(1), "messages in a conversation"] = 4096
+    max_prompt_bytes: Annotated[int, Range(1), Size(), "longest prompt, before it is made tokens"] = 2 << 20
+    max_stop_strings: Annotated[int, Range(1, 1024), "stop strings of a request"] = 16
+    max_logit_bias: Annotated[int, Range(1), "tokens in a request's logit_bias"] = 1024
+    max_choices: Annotated[int, Range(1, 128), "answers to one request (n)"] = 16
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether one must have a key."""
+        return bool(self.api_key or self.admin_key)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine reaches this address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"

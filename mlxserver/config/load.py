@@ -1,0 +1,191 @@
+"""Where settings come from: a TOML file, environment variables, and flags. A later one wins.
+
+Rule 1: each source is read to plain checked values by field name; build() lays them over the defaults.
+Rule 2: nothing unknown is accepted, and a wrong value names its place: "--port", "MLX_SERVER_PORT",
+        "models.toml: models.foo.type".
+Rule 3: models are put together by key. A model that is named again replaces the one that was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlxserver.config.errors import ConfigInvalid
+from mlxserver.config.fields import Setting, settings_of
+from mlxserver.config.key_files import KEY_FILES, with_key_files
+from mlxserver.config.settings import GenerationDefaults, ModelSpec, Settings
+
+SCALARS = settings_of(Settings)
+MODEL_FIELDS = {name: setting for name, setting in settings_of(ModelSpec).items() if name != "key"}
+DEFAULTS = settings_of(GenerationDefaults)
+SECTION = [*MODEL_FIELDS, "aliases", "defaults"]
+ENVIRONMENT = {f"MLX_SERVER_{name.upper()}": name for name in SCALARS}
+FLAGS = {f"--{name.replace('_', '-')}": name for name in SCALARS}
+CACHE_VARIABLE = "MLX_SERVER_CACHE"  # where conversions are kept: no setting, loading/gguf.py reads it
+MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+CHECK = "--check-config"
+KEY_EXPECTED = "a model key: 1 to 128 letters, digits or any of . _ : / -"
+
+
+def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -> Settings:
+    """The settings from the command line, without the program's name, over environ, over the file, over defaults.
+
+    Raises ConfigInvalid. -h prints the help and exits.
+    """
+    arguments = vars(_parser(defaults).parse_args(list(argv)))
+    file: dict[str, Any] = {} if arguments["config"] is None else read_file(Path(arguments["config"]))
+    said = {flag: arguments[name] for flag, name in FLAGS.items() if arguments[name] is not None}
+    flags = {FLAGS[flag]: SCALARS[FLAGS[flag]].read(flag, text) for flag, text in said.items()}
+    models = [
+        *(() if arguments["no_defaults"] else defaults.models),
+        *file.pop("models", ()),
+        *map(_named_model, arguments["model"]),
+    ]
+    unique = tuple({spec.key: spec for spec in models}.values())
+    _check_aliases(unique)
+    return with_key_files(replace(defaults, **{**file, **read_environment(environ), **flags, "models": unique}))
+
+
+def only_checks(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for no more than a check of the settings. For one that build() has taken."""
+    return CHECK in argv
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Settings by field name. Raises ConfigInvalid, for an unknown MLX_SERVER_ name too."""
+    given = {name: text for name, text in environ.items() if name.startswith("MLX_SERVER_") and name != CACHE_VARIABLE}
+    for name in given:
+        if name not in ENVIRONMENT:
+            raise ConfigInvalid("environment", name, f"one of {', '.join(ENVIRONMENT)}")
+    return {ENVIRONMENT[name]: SCALARS[ENVIRONMENT[name]].read(name, text) for name, text in given.items()}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Settings by field name, models as ModelSpecs. Raises ConfigInvalid."""
+    document = _document(path)
+    sections = document.pop("models", {})
+    if not isinstance(sections, dict):
+        raise ConfigInvalid(f"{path}: models", sections, "sections named [models.KEY]")
+    for name in document:
+        if name not in SCALARS:
+            raise ConfigInvalid(str(path), name, f"one of {', '.join(SCALARS)}, or [models.KEY]")
+    scalars = {name: SCALARS[name].check(f"{path}: {name}", value) for name, value in document.items()}
+    for name in scalars.keys() & KEY_FILES.keys():
+        scalars[name] = tuple(str(path.parent / Path(written).expanduser()) for written in scalars[name])
+    return {**scalars, "models": [_section(path, key, section) for key, section in sections.items()]}
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigInvalid("--config", str(path), f"a TOML file ({error})") from None
+
+
+def _section(path: Path, key: str, section: object) -> ModelSpec:
+    place = f"{path}: models.{key}"
+    if not MODEL_KEY.fullmatch(key):
+        raise ConfigInvalid(f"{path}: models", key, KEY_EXPECTED)
+    if not isinstance(section, dict):
+        raise ConfigInvalid(place, section, f"a section [models.{key}]")
+    if "source" not in section:
+        raise ConfigInvalid(f"{place}.source", None, MODEL_FIELDS["source"].expected)
+    fields = _checked(place, section, MODEL_FIELDS, SECTION)
+    aliases = _aliases(f"{place}.aliases", section.get("aliases", []))
+    defaults = section.get("defaults", {})
+    if not isinstance(defaults, dict):
+        raise ConfigInvalid(f"{place}.defaults", defaults, f"a section [models.{key}.defaults]")
+    generation = GenerationDefaults(**_checked(f"{place}.defaults", defaults, DEFAULTS, [*DEFAULTS]))
+    return ModelSpec(key, **fields | dict(_located(fields, path.parent)), aliases=aliases, defaults=generation)
+
+
+def _checked(
+    place: str, section: Mapping[str, Any], settings: Mapping[str, Setting], known: Sequence[str]
+) -> dict[str, Any]:
+    """The values of a section that are in `settings`; anything that is not known is refused."""
+    for name in section:
+        if name not in known:
+            raise ConfigInvalid(place, name, f"one of {', '.join(known)}")
+    return {name: settings[name].check(f"{place}.{name}", section[name]) for name in section if name in settings}
+
+
+def _aliases(place: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and MODEL_KEY.fullmatch(name) for name in value):
+        raise ConfigInvalid(place, value, f"a list of names, each like {KEY_EXPECTED}")
+    return tuple(value)
+
+
+def _check_aliases(models: Sequence[ModelSpec]) -> None:
+    """Refuse two meanings of one name."""
+    owners = {spec.key: spec.key for spec in models}
+    for spec in models:
+        for alias in spec.aliases:
+            if owners.setdefault(alias, spec.key) != spec.key:
+                raise ConfigInvalid(f"models.{spec.key}.aliases", alias, f"a name that {owners[alias]!r} has not taken")
+
+
+def _located(fields: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, str]]:
+    """The paths among a model's fields, relative to the file's directory. A Hugging Face id is no path."""
+    for name in fields.keys() & {"source", "adapter"}:
+        written, path = fields[name], directory / fields[name]
+        is_path = name == "adapter" or written.startswith(("./", "../")) or written.endswith(".gguf") or _exists(path)
+        if is_path and not written.startswith("~"):
+            yield name, str(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long to be a file's name, or in a directory that can't be read
+        return False
+
+
+def _named_model(text: str) -> ModelSpec:
+    key, equals, source = text.partition("=")
+    if not equals or not source.strip() or not MODEL_KEY.fullmatch(key):
+        raise ConfigInvalid("--model", text, f"KEY=SOURCE, where KEY is {KEY_EXPECTED}")
+    return ModelSpec(key, source)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ConfigInvalid."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigInvalid("command line", message, "flags as --help shows them")
+
+
+class _Append(argparse.Action):
+    """A flag that may be repeated: its texts with commas between them, as a variable has them."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
+    ) -> None:
+        """Add one text."""
+        said = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if said is None else f"{said},{values}")
+
+
+def _parser(defaults: Settings) -> _Parser:
+    """Values stay text here, so that one place checks them whatever their source."""
+    parser = _Parser(description="Serve local models through an OpenAI-compatible API.", allow_abbrev=False)
+    parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE", help="add a model (repeatable)")
+    parser.add_argument("--no-defaults", action="store_true", help="leave the default models out")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings")
+    parser.add_argument(CHECK, action="store_true", help="say whether the settings are right, and end")
+    for flag, name in FLAGS.items():
+        setting, default = SCALARS[name], getattr(defaults, name)
+        if setting.several:
+            parser.add_argument(flag, action=_Append, help=f"{setting.meaning} (repeatable; {setting.expected})")
+            continue
+        metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper()
+        bare: dict[str, str] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
+        text = f"{setting.meaning} (default {default}; {setting.expected})"
+        parser.add_argument(flag, metavar=metavar, help=text, **bare)  # type: ignore[arg-type]
+    return parser

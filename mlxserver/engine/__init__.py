@@ -1,0 +1,1 @@
+"""Runs models. Knows no HTTP and no dialect."""

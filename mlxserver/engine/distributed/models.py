@@ -1,0 +1,118 @@
+"""The models of a computing rank, by the numbers that the leader gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.distributed.codec import decode_mask, decode_rows, encode_tokens
+from mlxserver.engine.distributed.launch import Membership
+from mlxserver.engine.distributed.link import Message
+from mlxserver.engine.distributed.loads import Loads
+from mlxserver.engine.distributed.sampler import FollowingSampler, LeadingSampler
+from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.loading import loader
+from mlxserver.engine.platform import streams
+from mlxserver.engine.scheduler.prefill import Pace
+from mlxserver.engine.scheduler.scheduler import Batcher
+
+
+class Models:
+    """Loads, runs and drops them as it is told. `mask` waits for the leader's reply to a question."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        loads: Loads,
+        send: Callable[[Mapping[str, Any]], None],
+        mask: Callable[[], Message],
+    ) -> None:
+        self._group = membership.group
+        self._leads = membership.rank == 0
+        self._loads = loads
+        self._send = send
+        self._mask = mask
+        self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
+        self._batchers: dict[int, Batcher] = {}
+        self._others_step = 0.0
+
+    def act(self, message: Message) -> None:
+        """Do what is said of a model. What it raises can't be mended."""
+        number = message["number"]
+        match message["kind"]:
+            case "load":
+                self._loads.begin(message)
+            case "fetched":
+                if loaded := self._loads.load(message):
+                    self._loaded[number] = loaded
+            case "open":
+                self._open(number, message["token_bytes"], message["stall_target"])
+            case "calls":
+                for name, *arguments in message["calls"]:
+                    self._call(number, name, arguments)
+            case "drop":
+                self._drop(number)
+
+    def _open(self, number: int, token_bytes: int, stall_target: float) -> None:
+        spec, loaded = self._loaded[number]
+        self._batchers[number] = Batcher(
+            loaded.model,
+            max_running=spec.max_running,
+            stall_target=stall_target,
+            prefix_cache=PrefixCache(spec.prefix_cache_bytes, token_bytes) if spec.prefix_cache_bytes else None,
+            others_step=lambda asking: self._others_step,
+            max_tokens_held=loaded.limits.cache_tokens,
+            make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
+            token_bytes=token_bytes,
+        )
+
+    def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
+        """Make a call as it is told."""
+        batcher = self._batchers[number]
+        match name, arguments:
+            case "insert", (rows, now):
+                batcher.insert(decode_rows(rows, partial(self._ask, number) if self._leads else None), now)
+            case "remove", (row_ids,):
+                batcher.remove(row_ids)
+            case "decode", (others_step,):
+                self._others_step = others_step
+                self._decode(number, batcher)
+            case "prefill", (pace,):
+                batcher.prefill(Pace(**pace))
+            case "warm_up", ():
+                batcher.warm_up()
+            case "shrink_prefixes", (max_bytes,):
+                batcher.shrink_prefixes(max_bytes)
+            case _:
+                raise ValueError(f"call {name!r}; expected one of a batch's")
+
+    def _decode(self, number: int, batcher: Batcher) -> None:
+        tokens = batcher.decode()
+        if self._leads:
+            self._send(
+                {
+                    "kind": "tokens",
+                    "number": number,
+                    "tokens": encode_tokens(tokens),
+                    "rows": batcher.decoding(),
+                    "has_prompts": batcher.has_prompts(),
+                    "step": batcher.streaming_step(),
+                    "pace": asdict(batcher.pace()),
+                }
+            )
+
+    def _ask(self, number: int, row_id: int, accepted: Sequence[int]) -> bytes | None:
+        """Ask the leader what a row may say."""
+        self._send({"kind": "question", "number": number, "row": row_id, "accepted": accepted})
+        return decode_mask(self._mask()["mask"])
+
+    def _drop(self, number: int) -> None:
+        if batcher := self._batchers.pop(number, None):
+            batcher.close()
+        del batcher
+        self._loaded.pop(number, None)
+        self._loads.forget(number)
+        streams.free_memory()

@@ -1,0 +1,107 @@
+"""How the leader comes to its ranks: it starts the one that computes here, waits for all, and compares them."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+from mlxserver.engine.distributed.launch import Meeting, RanksDiffer, compare, leaders_address
+from mlxserver.engine.distributed.link import Link, LinkLost, Message
+from mlxserver.engine.distributed.membership import Follower
+
+log = logging.getLogger("ranks")
+
+GREETING_SECONDS = 120.0  # that all ranks get to come
+_LOOK_AGAIN = 1.0  # seconds between two looks at whether the own process is still there
+
+
+class Gathering:
+    """Waits for the ranks. `facts` are what must be the same everywhere; `limit` is that of the links, in seconds."""
+
+    def __init__(self, facts: Mapping[str, str], limit: float) -> None:
+        self._facts = facts
+        self._limit = limit
+        self._followers: list[Follower] = []
+
+    def start(self, environ: Mapping[str, str]) -> tuple[list[Follower], subprocess.Popen[bytes]]:
+        """All ranks, in order, and the process that computes for rank 0. Raises RanksDiffer, LinkLost, OSError."""
+        host = leaders_address(environ)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as listener:
+            host, port = listener.getsockname()[:2]
+            meeting = Meeting(host, port, secrets.token_hex(16))
+            with _orderly_end():
+                own = subprocess.Popen(sys.orig_argv, env=meeting.environment(environ), stdin=subprocess.DEVNULL)
+                try:
+                    self._await_all(listener, own, meeting.word)
+                except BaseException:
+                    own.kill()
+                    own.wait()
+                    raise
+        log.info("All %d ranks are there.", len(self._followers))
+        return sorted(self._followers, key=lambda follower: follower.rank), own
+
+    def _await_all(self, listener: socket.socket, own: subprocess.Popen[bytes], word: str) -> None:
+        listener.settimeout(_LOOK_AGAIN)
+        expected, until = 1, time.monotonic() + GREETING_SECONDS
+        while len(self._followers) < expected:
+            if (status := own.poll()) is not None:
+                raise LinkLost(f"the process that computes for rank 0 ended with status {status}")
+            if time.monotonic() > until:
+                raise LinkLost(f"not all have come within {GREETING_SECONDS:g} s")
+            with suppress(TimeoutError):
+                expected = self._greet(*listener.accept(), word) or expected
+
+    def _greet(self, connection: socket.socket, address: tuple[Any, ...], word: str) -> int | None:
+        """Take a rank in; how many there are. Somebody else who comes by is sent away."""
+        link = Link(connection, self._limit)
+        try:
+            greeting = link.receive()
+            if not secrets.compare_digest(str(greeting.get("word")).encode(), word.encode()):
+                raise LinkLost("it does not know the word")
+            if greeting["rank"] in [follower.rank for follower in self._followers]:
+                raise LinkLost(f"rank {greeting['rank']} is there already")
+        except LinkLost as error:
+            log.warning("A connection from %s is no rank's: %s", address[0], error)
+            link.close()
+            return None
+        self._followers.append(Follower(greeting["rank"], str(address[0]), link))
+        try:
+            compare(greeting["rank"], greeting["facts"], self._facts)
+        except RanksDiffer as error:
+            for follower in self._followers:
+                refuse(follower.link, {"kind": "refused", "reason": str(error)})
+            raise
+        return int(greeting["size"])
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Within the block a signal raises SystemExit, so that what was started is ended, too."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def refuse(link: Link, message: Message) -> None:
+    """Say it, and wait until it was heard: the other side then ends the connection."""
+    with suppress(LinkLost):
+        link.send(message)
+        link.finish()
+        while True:
+            link.receive()

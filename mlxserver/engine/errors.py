@@ -1,0 +1,238 @@
+"""What can go wrong in the engine and the manager, named for what happened. Nothing here knows HTTP.
+
+EngineError
+├── ModelNotFound        no such key is registered
+├── ModelExists          the key is registered with another source
+├── ModelReplaced        the key is being given to another source already
+├── ModelNotLoaded       the model is registered, but requests do not load models here
+├── LoadFailed           the model could not be loaded; the cause is in the message
+├── LoadAborted          the load was called off before it was done
+├── NoRoom               the model does not fit in memory; with a projection of what is there
+├── PromptRejected       the prompt can't be given to this model; names the field
+│   └── ContextExceeded  it is longer than the context
+├── QueueFull            as many requests wait as may; try again later
+├── ModelUnloading       the model is leaving; try again later
+├── RequestFailed        an unexpected fault met this request alone
+├── StepFailed           a step of the engine failed, and with it the requests that were at work
+├── OutOfMemory          there was no memory for this request, not even with everything kept given back
+├── ModelFailed          the model has failed several times, and is not loaded again before some time
+├── ModelBusy            the model has requests, and the caller asked not to wait for them
+├── ModelWedged          the model can't be unloaded: its engine is stuck in a step
+├── EngineStopped        the engine ended before the answer was complete
+│   └── EngineUnloaded   because the model was unloaded, or the server stops
+├── RankLost             a rank is gone that computed the model together with others
+├── ReaderTooSlow        more of a stream waits for its reader than may
+└── SourceInvalid        a model source that can't be understood or does not exist
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from mlxserver.config.errors import abbreviate
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What a load needs and what is there, in bytes. busy, pinned and evictable are held by other models."""
+
+    needed: int
+    free: int
+    evictable: int
+    pinned: int
+    busy: int
+    budget: int
+
+
+class EngineError(Exception):
+    """Base of all that callers of the engine may meet."""
+
+
+class ModelNotFound(EngineError):
+    """No model is registered under this key. `param` names the field that has it."""
+
+    def __init__(self, model: str, known: Sequence[str]) -> None:
+        names = ", ".join(known) if known else "none"
+        super().__init__(f"Model {abbreviate(model)} does not exist. Known models: {names}.")
+        self.param = "model"
+
+
+class ModelExists(EngineError):
+    """The key is taken by another source."""
+
+    def __init__(self, key: str, source: str, wanted: str) -> None:
+        super().__init__(
+            f"Model {key!r} is already registered with source {source!r}, not {wanted!r}. "
+            "Unload it first, or choose another key."
+        )
+
+
+class ModelReplaced(EngineError):
+    """The key is being given to another source already."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"Model {key!r} is being replaced already. Wait until that is done.")
+
+
+class LoadFailed(EngineError):
+    """The model could not be loaded. `cause` says why."""
+
+    def __init__(self, key: str, cause: str) -> None:
+        super().__init__(f"Model {key!r} could not be loaded: {cause}")
+        self.cause = cause
+
+
+class ModelNotLoaded(EngineError):
+    """The model is registered and not loaded, and this server loads none for a request."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"Model {key!r} is not loaded, and requests do not load models here (load_on_demand is off). "
+            "Load it with POST /v1/models/load."
+        )
+
+
+class LoadAborted(EngineError):
+    """The load was called off: the model was unloaded, or the server stops. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(f"Loading model {key!r} was called off. Try again later.")
+        self.retry_after = retry_after
+
+
+class NoRoom(EngineError):
+    """The model does not fit in memory. `projection` has the sizes in bytes that say why. where: on another rank."""
+
+    def __init__(self, key: str, projection: Projection, where: str = "") -> None:
+        gib = {name: f"{size / 2**30:.2f} GiB" for name, size in asdict(projection).items()}
+        model = f"On {where}, model" if where else "Model"
+        super().__init__(
+            f"{model} {key!r} needs {gib['needed']} and {gib['free']} of {gib['budget']} are free; {gib['evictable']} "
+            f"can be evicted, {gib['busy']} are busy, {gib['pinned']} pinned. Unload a model, or lower cache_tokens."
+        )
+        self.projection = projection
+
+
+class PromptRejected(EngineError):
+    """The prompt can't be given to this model. `param` names the field, as in "messages[2].role"."""
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextExceeded(PromptRejected):
+    """The prompt is longer than the model's context, counts in tokens."""
+
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens, which leaves no room to answer in this model's context of "
+            f"{context_length} tokens. Shorten the messages."
+        )
+
+
+class QueueFull(EngineError):
+    """As many requests wait for this model as may. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, waiting: int, retry_after: float = 1.0) -> None:
+        super().__init__(f"Model {key!r} has {waiting} requests waiting, its limit. Try again later.")
+        self.retry_after = retry_after
+
+
+class ModelUnloading(EngineError):
+    """The model is being unloaded. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(f"Model {key!r} is being unloaded. Try again later.")
+        self.retry_after = retry_after
+
+
+class RequestFailed(EngineError):
+    """An unexpected fault met this request alone; the log has the details."""
+
+    def __init__(self, key: str, cause: str) -> None:
+        super().__init__(f"Model {key!r} could not process this request: {cause}")
+
+
+class StepFailed(EngineError):
+    """A step of the engine failed, and with it the requests that were at work; the log has the details."""
+
+    def __init__(self, key: str, cause: str) -> None:
+        super().__init__(f"Model {key!r} failed while it generated this answer: {cause}")
+
+
+class OutOfMemory(EngineError):
+    """Memory ran out in a step, twice, and this request was the youngest at work. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(
+            f"Memory ran out while model {key!r} worked on this request. Try again later, with a shorter prompt or "
+            "fewer requests at once, or lower the model's cache_tokens."
+        )
+        self.retry_after = retry_after
+
+
+class ModelFailed(EngineError):
+    """The model failed several times in a row, and is not loaded again for a request before `retry_after` seconds."""
+
+    def __init__(self, key: str, cause: str, retry_after: float) -> None:
+        super().__init__(f"Model {key!r} failed, and is not loaded again at once. Try again later. {cause}")
+        self.retry_after = retry_after
+
+
+class ModelBusy(EngineError):
+    """The model has requests, and the caller asked not to wait for them."""
+
+    def __init__(self, key: str, requests: int) -> None:
+        super().__init__(f"Model {key!r} has {requests} requests in progress. Unload it with mode 'drain' or 'abort'.")
+
+
+class ModelWedged(EngineError):
+    """The model can't be unloaded yet: its engine is stuck in a step. `trouble` says for how long."""
+
+    def __init__(self, key: str, trouble: str) -> None:
+        super().__init__(f"Model {key!r} is still being unloaded. {trouble}")
+
+
+class EngineStopped(EngineError):
+    """The engine ended before the answer was complete. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, cause: str, retry_after: float = 1.0) -> None:
+        super().__init__(f"The engine of model {key!r} stopped: {cause}")
+        self.retry_after = retry_after
+
+
+class EngineUnloaded(EngineStopped):
+    """The model was unloaded, or the server stopped, before the answer was complete. `retry_after` is in seconds."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(key, "the model was unloaded")
+        self.retry_after = retry_after
+
+
+class RankLost(EngineError):
+    """A rank is gone, and with it the models that it had a share of. `retry_after` is in seconds."""
+
+    def __init__(self, cause: str, retry_after: float = 10.0) -> None:
+        super().__init__(f"{cause}. Models that several ranks share can't be used until all ranks are started again.")
+        self.retry_after = retry_after
+
+
+class ReaderTooSlow(EngineError):
+    """More events of a stream wait for its reader than may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The stream was ended: more than {most} of its events waited to be read.")
+
+
+class SourceInvalid(EngineError):
+    """A model source that can't be understood or does not exist."""
+
+    def __init__(self, source: str, expected: str) -> None:
+        super().__init__(f"Model source {abbreviate(source)}: {expected}")

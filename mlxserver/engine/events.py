@@ -1,0 +1,86 @@
+"""What an engine emits for a request. Plain frozen data, safe to share between threads.
+
+Rule: a generation is Accepted, then any number of Deltas, one Finish per choice, and Usage at the very end; or, at any
+      point, one EngineError and nothing after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+Channel = Literal["content", "reasoning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The engine has formatted the prompt and will answer. No HTTP header leaves before this."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its log-probability under the model (before temperature and filters), and the likeliest ones."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of text of one choice, on its channel. Tags and stop strings are never part of it.
+
+    logprobs: those of the tokens that brought the text, where the request asked for them.
+    """
+
+    text: str
+    channel: Channel = "content"
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call. `call` counts the calls of one choice; the first piece of each has id and name."""
+
+    call: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """One choice has ended."""
+
+    reason: FinishReason
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a generation's time went, in seconds: until a place was free, until the first token, from there on."""
+
+    queue: float
+    prompt: float
+    generation: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of a whole generation; the last event of it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
+    timings: Timings = field(default_factory=lambda: Timings(0.0, 0.0, 0.0), compare=False)
+
+
+Event = Accepted | Delta | ToolCallDelta | Finish | Usage

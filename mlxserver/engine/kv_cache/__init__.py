@@ -1,0 +1,1 @@
+"""KV cache: slots of running sequences, and the prefix cache."""

@@ -1,0 +1,96 @@
+"""Keys and values of rows: one by one and batched.
+
+A row's cache is a list with one mlx-lm cache a layer. mlx-lm's caches know how to merge into a batch and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mlxserver.engine.mlx import mx
+
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    KVCache,
+    make_prompt_cache,
+)
+
+Cache = list[Any]
+
+
+def new_cache(model: Any) -> Cache:
+    """An empty cache for one row."""
+    cache: Cache = make_prompt_cache(model)
+    return cache
+
+
+def is_plain(model: Any) -> bool:
+    """Whether every layer keeps plain keys and values, which can stand in places (kv_cache/slots.py)."""
+    return all(type(layer) is KVCache for layer in new_cache(model))
+
+
+def keeps_state(model: Any) -> bool:
+    """Whether a layer keeps a state (recurrence, convolution), which every token fed changes, padding included."""
+    return any(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
+
+
+def flat(cache: Sequence[Any]) -> Iterator[Any]:
+    """The caches of all layers, those of layers that have several one by one."""
+    for layer in cache:
+        yield from flat(layer.caches) if hasattr(layer, "caches") else (layer,)
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes that one token's keys and values take, in all layers that keep them. Nothing is computed."""
+    cache = new_cache(model)
+    model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
+    arrays = [array for layer in cache for array in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(array.nbytes // array.shape[2] for array in arrays if isinstance(array, mx.array))
+
+
+def merge(caches: Sequence[Cache]) -> Cache:
+    """One cache for several rows out of the rows' own.
+
+    Raises:
+        NotImplementedError: a kind of cache that mlx-lm can't batch.
+    """
+    layers = zip(*caches, strict=True)
+    try:
+        return [layer[0].merge(list(layer)) for layer in layers]
+    except AttributeError as error:
+        raise NotImplementedError(f"this model's cache can't be batched: {error}") from error
+
+
+def extract(batched: Cache, index: int, length: int | None = None) -> Cache:
+    """One row's own cache out of a batched one. With its length in tokens known, nothing is waited for."""
+    return [_extract_layer(layer, index, length) for layer in batched]
+
+
+def _extract_layer(layer: Any, index: int, length: int | None) -> Any:
+    if type(layer) is not BatchKVCache or length is None:
+        return layer.extract(index)
+    own = KVCache()
+    own.offset = length
+    if length:
+        end = layer.size()
+        own.keys = layer.keys[index : index + 1, :, end - length : end]
+        own.values = layer.values[index : index + 1, :, end - length : end]
+    return own
+
+
+def is_finite(cache: Cache) -> mx.array:
+    """Whether what was computed is numbers throughout: an array of one bool, not evaluated.
+
+    What is none in one layer makes all that follows from it none, so that the last layer tells for all of them.
+    """
+    kept = [leaf for _, leaf in tree_flatten(cache[-1].state) if isinstance(leaf, mx.array)]
+    are_finite = [mx.isfinite(array).all() for array in kept if mx.issubdtype(array.dtype, mx.floating)]
+    return mx.all(mx.stack([mx.array(True), *are_finite]))
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of keys and values held."""
+    return sum(layer.nbytes for layer in cache)

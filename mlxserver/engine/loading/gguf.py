@@ -1,0 +1,167 @@
+"""GGUF files as MLX directories: converted once, kept in the user's cache directory.
+
+Rule 1: a directory NAME in the cache is complete; it appears by one rename.
+Rule 2: who converts works in NAME.partial and holds the lock on NAME.lock, and so does the converter process: if we
+        are killed, nobody touches its files before it has ended.
+Rule 3: NAME changes with the file (path, size, time of change), the converter's version and the wanted format.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.loading.metadata import CheckpointMetadata
+from mlxserver.engine.platform import device
+
+CPU_FORMATS = (("--dtype", "float32"),)
+GPU_FORMATS = (("--dtype", "float16", "--quant-source", "preserve"), ("--dtype", "float16"))
+KEPT_BLOCKS = {"Q4_0": 20, "Q4_1": 20, "Q8_0": 36}  # bytes of 32 weights, with scale and bias
+TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $MLX_SERVER_CACHE, or the platform's place for caches."""
+    if chosen := os.environ.get("MLX_SERVER_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        caches = Path.home() / "Library" / "Caches"
+    else:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "multi-model-mlx-server"
+
+
+def destination(gguf: Path) -> Path:
+    """The directory that a GGUF file is, or will be, converted to. Raises OSError."""
+    return cache_directory() / _name(gguf, _formats())
+
+
+def checkpoint_metadata(source: str, gguf: Path) -> CheckpointMetadata:
+    """What a GGUF file's header says of the model. Raises SourceInvalid."""
+    from gguf import GGUFReader  # here, because most starts need neither of the two
+    from gguf2mlx.gguf2mlx import build_config, detect_architecture
+
+    try:
+        reader = GGUFReader(gguf)
+        config = build_config(reader, detect_architecture(reader))
+    except Exception as error:  # a damaged header can make the reader raise anything
+        raise SourceInvalid(source, f"its header can't be read: {type(error).__name__}: {error}") from None
+    stored = sum(_converted_bytes(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in reader.tensors)
+    return CheckpointMetadata(config, stored)
+
+
+def converted(source: str, gguf: Path, progress: Callable[[str, int, int], None]) -> Path:
+    """The MLX directory of a GGUF file, converted now if it never was. Raises SourceInvalid.
+
+    The first of the device's formats that the converter supports for this model is taken.
+    """
+    try:
+        target = destination(gguf)
+        if target.is_dir():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(_beside(target, ".lock")) as lock:
+            if not target.is_dir():
+                _remove_leftovers(target.parent)
+                _convert(gguf, target, _formats(), lock, progress)
+    except (OSError, _ConverterFailed) as error:
+        raise SourceInvalid(source, f"it could not be converted: {error}") from None
+    return target
+
+
+def _formats() -> tuple[tuple[str, ...], ...]:
+    return CPU_FORMATS if device.is_cpu() else GPU_FORMATS
+
+
+def _converted_bytes(format: str, elements: int) -> int:
+    """Bytes of a tensor after the conversion: quantized blocks that MLX knows stay, the rest becomes float16."""
+    return elements * KEPT_BLOCKS[format] // 32 if format in KEPT_BLOCKS else elements * 2
+
+
+class _ConverterFailed(Exception):
+    """The converter's own words for it."""
+
+
+def _name(gguf: Path, formats: tuple[tuple[str, ...], ...]) -> str:
+    status = gguf.stat()
+    identity = (str(gguf), status.st_size, status.st_mtime_ns, metadata.version("gguf2mlx"), formats)
+    return f"{gguf.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(target.name + suffix)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[int]:
+    """Hold the file's lock; gives its descriptor. Raises BlockingIOError if it is taken and wait is False."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file.fileno()
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Delete the unfinished work of those who died; the lock of the living is taken."""
+    for partial in cache.glob("*.partial"):
+        with contextlib.suppress(BlockingIOError), _locked(partial.with_suffix(".lock"), wait=False):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _convert(
+    gguf: Path, target: Path, formats: tuple[tuple[str, ...], ...], lock: int, progress: Callable[[str, int, int], None]
+) -> None:
+    partial = _beside(target, ".partial")
+    try:
+        for format in formats:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            failure = _run_converter(gguf, partial / "model", format, lock, progress)
+            if failure is None:
+                (partial / "model").rename(target)
+                return
+        raise _ConverterFailed(failure)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _run_converter(
+    gguf: Path, output: Path, format: tuple[str, ...], lock: int, progress: Callable[[str, int, int], None]
+) -> str | None:
+    """Convert in a process of its own, which keeps its memory and prints out of ours. Gives what failed, or None."""
+    command = [sys.executable, "-m", "gguf2mlx", "--input", str(gguf), "--output", str(output), "--offline", *format]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    last_lines: collections.deque[str] = collections.deque(maxlen=3)
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        pass_fds=[lock],
+    ) as converter:
+        assert converter.stdout is not None
+        try:
+            for line in converter.stdout:  # a progress bar's carriage returns end lines, too
+                if tensors := TENSORS_DONE.search(line):
+                    progress("converting", int(tensors[1]), int(tensors[2]))
+                elif line.strip():
+                    last_lines.append(line.strip().removeprefix("❌ "))
+        except BaseException:  # the work was called off
+            converter.kill()
+            raise
+    if converter.returncode == 0 and (output / "config.json").is_file():
+        return None
+    return " / ".join(last_lines) or f"the converter ended with status {converter.returncode}"

@@ -1,0 +1,100 @@
+"""Models from the Hugging Face hub, kept where huggingface_hub keeps them.
+
+Rule 1: a complete snapshot on this machine is used when the hub can't be reached.
+Rule 2: nothing is printed; progress is reported in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
+
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+from tqdm.auto import tqdm
+
+from mlxserver.engine.errors import LoadAborted, SourceInvalid
+from mlxserver.engine.loading.metadata import CheckpointMetadata
+
+FILES = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]  # remote code is never run
+WEIGHTS = "model*.safetensors"
+NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
+REACH = "could not be fetched from the Hugging Face hub"
+
+
+def snapshot(source: str, repository: str, revision: str | None, progress: Callable[[str, int, int], None]) -> Path:
+    """The local directory of a repository's model files, downloaded if needed. Raises SourceInvalid."""
+    try:
+        directory = snapshot_download(
+            repository, revision=revision, allow_patterns=FILES, tqdm_class=_byte_reporter(progress)
+        )
+    except LoadAborted:
+        raise
+    except Exception as error:
+        raise SourceInvalid(source, _explain(error, revision)) from None
+    if not Path(directory, "config.json").is_file():
+        raise SourceInvalid(source, NO_CONFIG)
+    return Path(directory)
+
+
+def checkpoint_metadata(source: str, repository: str, revision: str | None) -> CheckpointMetadata:
+    """What a repository's config.json and list of files say; no weights are downloaded. Raises SourceInvalid."""
+    try:
+        file = Path(hf_hub_download(repository, "config.json", revision=revision))
+        config = json.loads(file.read_text())
+    except errors.EntryNotFoundError as error:
+        is_missing = not isinstance(error, errors.LocalEntryNotFoundError)
+        raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
+    except Exception as error:
+        raise SourceInvalid(source, _explain(error, revision)) from None
+    if not isinstance(config, dict):
+        raise SourceInvalid(source, "its config.json has no object in it")
+    return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent))
+
+
+def _stored_bytes(repository: str, revision: str | None, snapshot: Path) -> int:
+    """The size of the weights as the hub has them, or else of those that are here."""
+    try:
+        siblings = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or ()
+    except Exception:  # no network, or the hub is down: what is not here can't be loaded then
+        return sum(weights.stat().st_size for weights in snapshot.glob(WEIGHTS))
+    return sum(file.size or 0 for file in siblings if fnmatch(file.rfilename, WEIGHTS))
+
+
+def _explain(error: Exception, revision: str | None) -> str:
+    """What went wrong with the hub, and what would help."""
+    match error:
+        case errors.GatedRepoError():
+            return "access is restricted: accept its terms on the hub and set HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return f"the repository has no revision {revision!r}"
+        case errors.RepositoryNotFoundError():
+            return "no such repository on the hub (or a private one: set HF_TOKEN)"
+        case errors.LocalEntryNotFoundError():
+            return f"{REACH}; expected a network connection, or a copy downloaded before"
+        case _:  # the hub's and the transport's errors are of many kinds
+            return f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _byte_reporter(progress: Callable[[str, int, int], None]) -> type[Any]:
+    """A progress bar that draws nothing and reports the bytes written to disk."""
+
+    class ByteReporter(tqdm):  # type: ignore[misc,type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            with Path(os.devnull).open("w") as nowhere:
+                super().__init__(*args, **{**options, "file": nowhere, "leave": False})
+
+        def display(self, *args: Any, **options: Any) -> None:
+            if self.unit == "B" and str(self.desc).startswith("Reconstruct"):
+                progress("downloading", int(self.n), int(self.total or 0))
+
+        def close(self) -> None:
+            self.disable = True
+
+    return ByteReporter

@@ -1,0 +1,190 @@
+"""Weights, tokenizer and facts of one model, read into memory.
+
+Rule 1: load() runs on the thread that will use the model.
+Rule 2: it gives a whole model or raises LoadFailed with one line that says what to do about; nothing stays in memory.
+Rule 3: code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxserver.engine.mlx import mx
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model, load_adapters, load_model, load_tokenizer
+from tokenizers.models import BPE
+
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
+from mlxserver.engine.loading import estimate
+from mlxserver.engine.loading.fused_projections import merge_projections
+from mlxserver.engine.loading.metadata import context_length
+from mlxserver.engine.loading.sharding import Divide
+from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
+from mlxserver.engine.platform import device, openblas
+
+log = logging.getLogger("engine")
+
+READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; a load that was called off ends at the next one
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    config: config.json as mlx-lm reads it. path: the local MLX directory. limits: of what requests may take.
+    generation_defaults: those of GENERATION_KEYS that the model's makers recommend. weight_bytes: in memory.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: Mapping[str, Any]
+    path: Path
+    limits: estimate.Limits
+    generation_defaults: Mapping[str, float]
+    weight_bytes: int
+
+    @property
+    def context_length(self) -> int:
+        """The longest context that is served, in tokens."""
+        return self.limits.context
+
+
+def load(spec: ModelSpec, *, progress: Progress | None = None, divide: Divide | None = None) -> LoadedModel:
+    """Fetch, read and prepare a model. Blocks for as long as that takes. Raises LoadFailed.
+
+    progress hears of "downloading", "converting" and "reading" (bytes of weights). divide makes a model a rank's share.
+    """
+    openblas.warn_if_missing()
+    device.set_wired_limit_once()
+    failure: EngineError
+    try:
+        loaded = _load(spec, progress or silent, divide)
+        forget_draws()
+        return loaded
+    except LoadAborted:
+        failure = LoadAborted(spec.key)
+    except Exception as error:  # a broken model can raise anything from any of the libraries
+        log.debug("Loading %s failed", spec.key, exc_info=True)
+        failure = LoadFailed(spec.key, _one_line(error))
+    # Out here, because an error raised above would carry the failed load's frames, and with them its weights.
+    forget_draws()
+    gc.collect()
+    device.clear_cache()
+    raise failure
+
+
+def forget_draws() -> None:
+    """Drop what a model's initial weights, which nobody has ever computed, left in this thread's random state."""
+    mx.random.seed(0)
+
+
+def keep_no_words(tokenizer: TokenizerWrapper) -> None:
+    """Have a tokenizer forget how it has split a word: 400,000 tokens a second on a CPU core instead of 550,000."""
+    # It would keep some ten thousand, for each thread that uses it, and for as long as that thread lives: unlike the
+    # tokenizer, a thread stays (worker/thread_pool.py), and every load would add megabytes to it.
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None and isinstance(core.model, BPE):
+        core.model._resize_cache(0)
+
+
+def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedModel:
+    path = resolve(spec.source, progress=report)
+    report("reading", 0, 0)
+    with _naming(f"the model in {path} can't be read"):
+        model, config = load_model(path, lazy=True, trust_remote_code=False)
+    if spec.adapter is not None:
+        with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
+            model = load_adapters(model, str(Path(spec.adapter).expanduser()))
+    with _naming(f"the weights in {path} can't be used"):
+        model = _prepared(model, report, divide)
+    with _naming(f"the tokenizer in {path} can't be read"):
+        options = {"trust_remote_code": False}
+        tokenizer = load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id"))
+        keep_no_words(tokenizer)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        path=path,
+        limits=estimate.limits(spec, context_length(spec.key, config)),
+        generation_defaults={**recommended_sampling(spec.source), **generation_defaults(path)},
+        weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+    )
+
+
+def _prepared(model: nn.Module, report: Progress, divide: Divide | None) -> nn.Module:
+    """The model as this device runs it fastest, evaluated. What is read is reported in bytes as they are held."""
+    if device.is_cpu():  # float16 and quantized layers are some thirty times slower there
+        model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
+        model = dequantize_model(model)
+        model.set_dtype(mx.float32)  # and what came out of formats whose scales are no floats (mxfp4)
+    fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+    if divide:
+        divide(model)
+    elif device.describe().kind == "cuda":
+        merge_projections(model)
+    model.eval()
+    parameters = [array for _, array in tree_flatten(model.parameters())]
+    total, done, pending = sum(array.nbytes for array in parameters), 0, 0
+    for n, array in enumerate(parameters):
+        pending += array.nbytes
+        if pending >= READ_AT_ONCE or n == len(parameters) - 1:
+            mx.eval(parameters[: n + 1])
+            done, pending = done + pending, 0
+            report("reading", done, total)
+    return model
+
+
+def _is_fusable(layer: nn.Module) -> bool:
+    """Whether the adapter can go into the layer's weight. A quantized weight would lose it to rounding."""
+    if not hasattr(layer, "fuse"):
+        return False
+    wrapped = getattr(layer, "linear", None) or getattr(layer, "embedding", None)
+    return wrapped is not None and not hasattr(wrapped, "bits")
+
+
+def generation_defaults(path: Path) -> dict[str, float]:
+    """Sampling values that the model's generation_config.json recommends; empty if there is none to read."""
+    try:
+        stated = json.loads((path / "generation_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(stated, dict):
+        return {}
+    return {key: stated[key] for key in GENERATION_KEYS if type(stated.get(key)) in (int, float)}
+
+
+class _Unusable(Exception):
+    """A part of the model that failed, in words."""
+
+
+@contextlib.contextmanager
+def _naming(problem: str) -> Iterator[None]:
+    """Put a name to whatever goes wrong inside."""
+    try:
+        yield
+    except LoadAborted:
+        raise
+    except Exception as error:
+        raise _Unusable(f"{problem}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if not isinstance(error, (SourceInvalid, _Unusable, ValueError, RuntimeError, OSError)) or not text:
+        text = f"{type(error).__name__} {text}".rstrip()
+    return text if len(text) <= 400 else text[:400] + " ..."

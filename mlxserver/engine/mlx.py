@@ -1,0 +1,15 @@
+"""The one door to MLX: prepares the process, then imports MLX. What computes takes `mx` and `nn` from here.
+
+Rule: nothing imports mlx or mlx_lm before this module; ruff sorts its import first, a test checks it.
+"""
+
+from mlxserver.engine.platform import environment
+
+environment.prepare()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+
+environment.quicken_the_cpu()
+
+__all__ = ["mx", "nn"]

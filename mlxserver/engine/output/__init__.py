@@ -1,0 +1,1 @@
+"""From token ids to events: text, reasoning, stop strings, tool calls."""

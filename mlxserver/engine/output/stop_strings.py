@@ -1,0 +1,52 @@
+"""Finding strings in text that arrives in pieces.
+
+Rule 1: text is held back only while it may still be the beginning of what is looked for.
+Rule 2: the match that is complete first wins, and of those the one that began first, so that any cut of the same text
+        finds the same match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlxserver.engine.output.marked_text import TokenText
+
+
+def overlap(text: str, wanted: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `wanted`, but not all of it."""
+    start = text.find(wanted[:1], max(0, len(text) - len(wanted) + 1))
+    while start >= 0:
+        if wanted.startswith(text[start:]):
+            return len(text) - start
+        start = text.find(wanted[0], start + 1)
+    return 0
+
+
+class StopStrings:
+    """Passes text on up to the first stop string. Empty stop strings are ignored."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = TokenText()
+
+    def feed(self, text: TokenText | str) -> tuple[TokenText, bool]:
+        """The text that can be passed on, and whether a stop string was found; nothing may be fed after one."""
+        known = self._held + text
+        if not self._stops:
+            return known, False
+        if cut := self._first_match(known.text):
+            self._held = TokenText()
+            return known.cut(cut[1])[0], True
+        held = max((overlap(known.text, stop) for stop in self._stops), default=0)
+        passed, self._held = known.cut(len(known) - held)
+        return passed, False
+
+    def flush(self) -> TokenText:
+        """What is held back, now that no more text comes."""
+        text, self._held = self._held, TokenText()
+        return text
+
+    def _first_match(self, text: str) -> tuple[int, int] | None:
+        """End and start of the match that counts."""
+        found = ((start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0)
+        return min(found, default=None)

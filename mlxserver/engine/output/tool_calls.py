@@ -1,0 +1,204 @@
+"""The content of one choice -> its text and its tool calls.
+
+Rule 1: text between the tags of a call is no content, nor is the white space beside a call; all other text is.
+Rule 2: calls in JSON are told while they are made; other formats are parsed when their end tag has come.
+Rule 3: what looked like a call and is none comes out as content, unchanged.
+Rule 4: any cut of the same text gives the same content and calls.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from mlxserver.engine.events import ToolCallDelta
+from mlxserver.engine.output.json_calls import CallScanner, ScanState
+from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.stop_strings import overlap
+from mlxserver.engine.output.tool_formats import FORCED, ToolFormat
+from mlxserver.engine.requests import ChatPrompt, GenerationRequest
+
+JSON_BEGINNING = re.compile(r"\s*(?:\[\s*)?(\{)?")
+BETWEEN_CALLS = " \t\r\n,]"
+
+
+class Place(Enum):
+    """What the text that comes next is taken for."""
+
+    CONTENT = "content, or a start tag"
+    OPENED = "the beginning of calls, in JSON or not"
+    CALL = "a call in JSON"
+    NEXT = "another call in JSON, or the end of them"
+    BODY = "calls in another format"
+    TAIL = "what is left up to the end tag"
+
+
+class ToolCallParser:
+    """Reads the content of one choice. `completed` counts the calls that are whole.
+
+    tools: those that may be called. Without `parallel` nothing is told after the first call. index: of the choice.
+    """
+
+    def __init__(
+        self, tool_format: ToolFormat, tools: Sequence[Mapping[str, Any]] = (), *, parallel: bool = True, index: int = 0
+    ) -> None:
+        self.completed = 0
+        self._format = tool_format
+        self._tools = tools
+        self._parallel = parallel
+        self._index = index
+        self._place = Place.CONTENT if tool_format.start else Place.OPENED
+        self._held = TokenText()
+        self._read = 0  # how many characters of what is held have been understood
+        self._trims_left = False
+        self._begun = 0
+        self._scanner = CallScanner()
+        self._is_told = False  # the call that is being read; what is told is no longer held
+        self._tail = re.compile(f"{re.escape(tool_format.end)}|(?={re.escape(tool_format.start)})")
+        self._events: list[TokenText | ToolCallDelta] = []
+        self._readers = {
+            Place.CONTENT: self._read_content,
+            Place.OPENED: self._read_opening,
+            Place.CALL: self._read_call,
+            Place.NEXT: self._read_next,
+            Place.BODY: self._read_body,
+            Place.TAIL: self._read_tail,
+        }
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will be told."""
+        return self.completed > 0 and not self._parallel
+
+    def feed(self, text: TokenText | str) -> list[TokenText | ToolCallDelta]:
+        """The content and the pieces of calls that `text` decides, in order."""
+        self._held += text
+        while not self.is_done and (place := self._readers[self._place]()):
+            self._place = place
+        return self._take_events()
+
+    def flush(self, *, is_cut: bool) -> list[TokenText | ToolCallDelta]:
+        """What is held back, now that no more text comes. is_cut: the model has not ended by itself."""
+        if self._place is Place.BODY and not (is_cut and self._format.end):
+            self._parse_body(len(self._held), len(self._held))
+        elif self._place is Place.CALL and self._is_told:
+            self.completed += self._scanner.has_arguments
+            self._drop(len(self._held))
+        elif self._place is Place.TAIL or self.is_done:
+            self._drop(len(self._held))
+        self._tell(len(self._held))
+        return self._take_events()
+
+    def _read_content(self) -> Place | None:
+        """Tell what stands before a start tag."""
+        text, tag = self._held.text, self._format.start
+        start = text.find(tag) if tag else -1
+        if start < 0:
+            self._tell(len(text[: len(text) - overlap(text, tag)].rstrip()))
+            return None
+        length = len(text[:start].rstrip())
+        self._tell(length)
+        self._read = start - length + len(tag)
+        return Place.OPENED
+
+    def _read_opening(self) -> Place | None:
+        beginning = JSON_BEGINNING.match(self._held.text, self._read)
+        assert beginning  # it matches the empty text, too
+        if beginning[1]:
+            return self._enter_call(beginning.end())
+        return None if beginning.end() == len(self._held) else Place.BODY
+
+    def _enter_call(self, read: int) -> Place:
+        self._read = read
+        self._scanner = CallScanner()
+        self._is_told = False
+        return Place.CALL
+
+    def _read_call(self) -> Place | None:
+        """Tell the arguments as they come. Until then the call is held back, since it may be none."""
+        self._read += self._scanner.feed(self._held.text[self._read :])
+        if arguments := self._scanner.take_arguments():
+            if self._is_told:
+                self._events.append(ToolCallDelta(self._begun - 1, arguments, index=self._index))
+            else:
+                self._begin_call(self._scanner.name, arguments)
+            self._is_told = True
+        if self._scanner.state is ScanState.MALFORMED:
+            self._tell(self._read)
+            return Place.CONTENT
+        if self._is_told:
+            self._drop(self._read)
+        if self._scanner.state is ScanState.READING:
+            return None
+        self.completed += 1
+        return Place.NEXT
+
+    def _read_next(self) -> Place | None:
+        self._drop(len(self._held) - len(self._held.text.lstrip(BETWEEN_CALLS)))
+        if not self._held:
+            return None
+        return self._enter_call(1) if self._held.text[0] == "{" else Place.TAIL
+
+    def _read_body(self) -> Place | None:
+        end = self._held.text.find(self._format.end, self._read) if self._format.end else -1
+        return None if end < 0 else self._parse_body(end, end + len(self._format.end))
+
+    def _parse_body(self, end: int, behind: int) -> Place:
+        """Tell the calls that end at `end`, or if there are none all text up to `behind` as content."""
+        try:
+            calls = self._format.parse(self._held.text[self._read : end], self._tools)
+        except ValueError:
+            self._tell(behind)
+            return Place.CONTENT
+        self._drop(behind)
+        for call in calls if self._parallel else calls[:1]:
+            self._begin_call(call.name, call.arguments, call.id)
+            self.completed += 1
+        self._trims_left = True
+        return Place.CONTENT
+
+    def _read_tail(self) -> Place | None:
+        """Drop everything up to the end tag. A start tag does as well, for a model that forgets the other."""
+        text = self._held.text
+        tag = self._tail.search(text)
+        if tag is None:
+            self._drop(len(text) - max(overlap(text, self._format.end), overlap(text, self._format.start)))
+            return None
+        self._drop(tag.end())
+        self._trims_left = True
+        return Place.CONTENT
+
+    def _begin_call(self, name: str, arguments: str, own_id: str | None = None) -> None:
+        call_id = own_id or f"call_{secrets.token_hex(12)}"
+        self._events.append(ToolCallDelta(self._begun, arguments, call_id, name, self._index))
+        self._begun += 1
+
+    def _tell(self, length: int) -> None:
+        """Send the first `length` characters that are held as content, less the white space behind a call."""
+        text, self._held = self._held.cut(length)
+        self._read = 0
+        if self._trims_left:
+            text = text.drop(length - len(text.text.lstrip()))
+            self._trims_left = not text
+        if text:
+            self._events.append(text)
+
+    def _drop(self, length: int) -> None:
+        self._held = self._held.drop(length)
+        self._read = 0
+
+    def _take_events(self) -> list[TokenText | ToolCallDelta]:
+        events, self._events = self._events, []
+        return events
+
+
+def make_tool_parser(tool_format: ToolFormat, request: GenerationRequest, index: int = 0) -> ToolCallParser | None:
+    """What reads the calls of one choice; None for a request without tools, or whose tools may not be called."""
+    choice = request.tool_choice
+    if not isinstance(request.prompt, ChatPrompt) or not request.prompt.tools or choice.mode == "none":
+        return None
+    called = tool_format if choice.mode == "auto" else FORCED
+    return ToolCallParser(called, request.prompt.tools, parallel=choice.parallel, index=index)

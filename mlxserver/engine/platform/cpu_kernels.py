@@ -1,0 +1,246 @@
+"""Functions of MLX's, made fit for a Linux CPU.
+
+MLX computes exponentials there one element at a time, so that softmax, attention and SwiGLU took four fifths of a
+prompt's time. Here exp is made of additions, multiplications and one change of type, which vectorise: the method of the
+Cephes library (Moshier 1984-1992), exact to 1e-7.
+
+And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
+thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
+that was half. Here what depends on positions alone is computed once a step.
+
+Rule 1: install() puts these in the place of MLX's and mlx-lm's functions before a model module is imported, on a CPU.
+Rule 2: whatever is not plain float32 is left to the functions that were there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mlxserver.engine.mlx import mx
+
+from mlx_lm.models import activations
+
+_COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_HIDDEN = -1e30  # the score of what a mask hides
+_FEW = 2048  # elements whose exponentials MLX has computed before several operations have begun
+
+_mx_softmax = mx.softmax
+_mx_attention = mx.fast.scaled_dot_product_attention
+_mx_rms_norm = mx.fast.rms_norm
+_mx_rope = mx.fast.rope
+_mlx_lm_swiglu = activations.swiglu
+
+
+def install() -> None:
+    """Use these functions in this process."""
+    mx.softmax = softmax
+    mx.fast.scaled_dot_product_attention = attention
+    mx.fast.rms_norm = rms_norm
+    mx.fast.rope = rope
+    activations.swiglu = swiglu
+
+
+class _Thread(threading.local):
+    is_stepwise = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def layer_by_layer(beside_others: bool) -> Iterator[None]:
+    """On this thread, compute each layer of a model before the next one is prepared, if other models are at work.
+
+    MLX lets all threads together have some ten tasks under way. One that hands in a whole forward pass keeps them
+    taken, and each operation of another model's step waits for one of its: beside chunks of 256 tokens a step took 325
+    ms that took 54 beside the same chunks layer by layer; alone, a pass takes a tenth longer so. Where a GPU computes,
+    its attention never asks, and nothing changes.
+    """
+    _thread.is_stepwise = beside_others
+    try:
+        yield
+    finally:
+        _thread.is_stepwise = False
+
+
+def softmax(a: mx.array, axis: Any = None, *, precise: bool = False, stream: Any = None) -> mx.array:
+    """As mx.softmax."""
+    if a.dtype != mx.float32 or axis not in (-1, a.ndim - 1) or a.size <= _FEW:
+        plain: mx.array = _mx_softmax(a, axis, precise=precise, stream=stream)
+        return plain
+    weights = _exp_of_difference(a, mx.max(a, axis=-1, keepdims=True))
+    return weights / mx.sum(weights, axis=-1, keepdims=True)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x, as mlx_lm.models.activations.swiglu."""
+    if gate.dtype != mx.float32 or gate.size <= _FEW:
+        plain: mx.array = _mlx_lm_swiglu(gate, x)
+        return plain
+    mantissa, exponent = _compiled_parts(-gate)
+    gated: mx.array = _gate(mantissa, exponent.view(mx.float32), gate, x)
+    return gated
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any
+) -> mx.array:
+    """As mx.fast.scaled_dot_product_attention: q [B, heads, L, dim], k and v [B, kv heads, T, dim]."""
+    if q.dtype != mx.float32 or sinks is not None or options:
+        return _mx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+    batch, heads, length, dim = q.shape
+    groups = k.shape[1]
+    if _thread.is_stepwise:
+        mx.eval(q, k, v)
+    # All query heads of one key head in one product.
+    scores = (q.reshape(batch, groups, heads // groups * length, dim) * scale) @ k.swapaxes(-1, -2)
+    if mask is not None:
+        hidden = (_additive_of_step if length == 1 else _additive)(mask, length, k.shape[2])
+        if length == 1 and (hidden.ndim < 4 or hidden.shape[1] == 1):
+            scores = scores + hidden
+        else:
+            scores = (scores.reshape(batch, heads, length, -1) + hidden).reshape(scores.shape)
+    if scores.size <= _FEW:
+        weighted = _mx_softmax(scores, axis=-1) @ v
+    else:
+        weights = _exp_of_difference(scores, mx.max(scores, axis=-1, keepdims=True))
+        weighted = (weights @ v) / mx.sum(weights, axis=-1, keepdims=True)
+    return weighted.reshape(batch, heads, length, v.shape[3])
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
+    """As mx.fast.rms_norm: x [..., dim], weight [dim]."""
+    if weight is None or not x.dtype == weight.dtype == mx.float32:
+        return _mx_rms_norm(x, weight, eps, stream=stream)
+    normed: mx.array = _norm(x.shape[-1], eps)(x, weight)
+    return normed
+
+
+def rope(
+    a: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int | mx.array,
+    freqs: mx.array | None = None,
+    stream: Any = None,
+) -> mx.array:
+    """As mx.fast.rope: a [B, heads, L, dims], offset one for all or [B]."""
+    if a.dtype != mx.float32 or a.ndim != 4 or a.shape[-1] != dims:
+        options: dict[str, Any] = {
+            "traditional": traditional,
+            "base": base,
+            "scale": scale,
+            "offset": offset,
+            "freqs": freqs,
+        }
+        return _mx_rope(a, dims, **options, stream=stream)
+    cosines, sines = _turns(offset, a.shape[2], dims, traditional, base, scale, freqs)
+    if traditional:
+        pairs = a.reshape(*a.shape[:-1], dims // 2, 2)
+        turned = _turned(pairs, pairs[..., ::-1], cosines, sines)
+    else:
+        pairs = a.reshape(*a.shape[:-1], 2, dims // 2)
+        turned = _turned(pairs, pairs[..., ::-1, :], cosines, sines)
+    rotated: mx.array = turned.reshape(a.shape)
+    return rotated
+
+
+class _Last(threading.local):
+    """What a function was last asked on this thread, and what it gave: all layers of a step ask the same."""
+
+    asked: tuple[Any, ...] = ()
+    given: Any = None
+
+
+def _once_a_step(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember the last call. Arrays are the same if they are one object."""
+    last = _Last()
+
+    def remembered(*asked: Any) -> Any:
+        if len(asked) != len(last.asked) or not all(map(_is_same, asked, last.asked)):
+            given = function(*asked)
+            if not any(isinstance(value, mx.array) for value in asked):
+                mx.eval(given)  # it may be asked again when the stream that would compute it is gone
+            last.asked, last.given = asked, given
+        return last.given
+
+    return remembered
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, int | float | str) and type(one) is type(other) and one == other)
+
+
+def _additive(mask: Any, length: int, total: int) -> mx.array:
+    """What a mask adds to scores."""
+    if isinstance(mask, str):  # "causal"
+        mask = mx.arange(total - length, total)[:, None] >= mx.arange(total)[None]
+    return mx.where(mask, 0.0, _HIDDEN) if mask.dtype == mx.bool_ else mask
+
+
+_additive_of_step = _once_a_step(_additive)
+
+
+@_once_a_step
+def _turns(
+    offset: int | mx.array,
+    length: int,
+    dims: int,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    freqs: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """Cosines and signed sines of the angles by which pairs of dimensions are turned at each position.
+
+    They fit [B, heads, L, 2, dims / 2], or [B, heads, L, dims / 2, 2] in the traditional order.
+    """
+    if freqs is None:
+        assert base is not None
+        speeds = mx.exp(mx.arange(dims // 2) * (-2 * math.log(base) / dims))
+    else:
+        speeds = 1 / freqs
+    offsets = offset.reshape(-1, 1) if isinstance(offset, mx.array) else mx.array([[offset]])
+    positions = (offsets + mx.arange(length)) * scale
+    angles = mx.expand_dims(positions[:, None, :, None] * speeds, -1 if traditional else -2)
+    sines = mx.sin(angles)
+    return mx.cos(angles), mx.concatenate([-sines, sines], axis=-1 if traditional else -2)
+
+
+@functools.cache
+def _norm(width: int, eps: float) -> Any:
+    def norm(x: mx.array, weight: mx.array) -> mx.array:
+        mean = mx.sum(x * x, axis=-1, keepdims=True) * (1 / width)
+        return x * mx.rsqrt(mean + eps) * weight
+
+    return mx.compile(norm, shapeless=True)
+
+
+def _parts(x: mx.array) -> tuple[mx.array, mx.array]:
+    """exp(x) as a float32 near 1 and the bits of a power of two; their product is exp(x)."""
+    x = mx.minimum(mx.maximum(x, -87.0), 88.0)
+    power = (x * 1.44269504088896341 + 12582912.0) - 12582912.0  # rounds, as floats of that size are integers
+    rest = x - power * 0.693359375 + power * 2.12194440e-4
+    polynomial = mx.array(1.9875691500e-4)
+    for coefficient in _COEFFICIENTS:
+        polynomial = polynomial * rest + coefficient
+    return polynomial * (rest * rest) + rest + 1.0, (power.astype(mx.int32) + 127) << 23
+
+
+_compiled_parts = mx.compile(_parts, shapeless=True)
+_compiled_difference = mx.compile(lambda a, b: _parts(a - b), shapeless=True)
+_turned = mx.compile(lambda pairs, swapped, cosines, sines: pairs * cosines + swapped * sines, shapeless=True)
+_gate = mx.compile(lambda mantissa, power, gate, x: gate / (1.0 + mantissa * power) * x, shapeless=True)
+
+
+def _exp_of_difference(a: mx.array, b: mx.array) -> mx.array:
+    mantissa, exponent = _compiled_difference(a, b)
+    return mantissa * exponent.view(mx.float32)

@@ -1,0 +1,157 @@
+"""What a request asks of an engine. Plain frozen data, safe to share between threads; knows neither MLX nor HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature 0 is greedy. Filters apply to the temperature-scaled distribution: top_k (0: off), top_p (1: off),
+    min_p (0: off). frequency_penalty and presence_penalty count generated tokens; repetition_penalty (1: off)
+    counts the prompt's too. logit_bias maps token ids to an addend. A seed makes the draw reproducible.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """What a request says of its sampling; None leaves it to the model's defaults, then to Sampling's."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """OpenAI messages, each with a string content (or None beside tool calls), to be set in the model's template.
+
+    continues_answer: the last message is the assistant's, and the answer goes on from its text.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    continues_answer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text to go on from as it is, without a chat template; special tokens in it count."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids to go on from."""
+
+    tokens: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class JsonFormat:
+    """The answer is JSON. `schema` is a JSON schema; None allows any object."""
+
+    schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which of the prompt's tools may be called. "function" forces the one of that name; parallel: several calls."""
+
+    mode: Literal["none", "auto", "required", "function"] = "auto"
+    name: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class FormattedPrompt:
+    """A prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
+
+    tokens: tuple[int, ...]
+    text: str
+    opens_thinking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request to one model.
+
+    max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
+    no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
+    formatted: the prompt in the model's words, once it is known.
+    """
+
+    prompt: Prompt
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    format: JsonFormat | None = None
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    thinking_budget: int | None = None
+    formatted: FormattedPrompt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """Asks for the token ids of a prompt: answered with a tuple of ints."""
+
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """Asks for the text of token ids: answered with a string."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyTemplate:
+    """Asks for the text that the chat template makes of messages: answered with a string."""
+
+    prompt: ChatPrompt
+
+
+Question = Tokenize | Detokenize | ApplyTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model once it is loaded. Context in tokens, weights in bytes as they are held.
+
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking".
+    """
+
+    type: str
+    context_length: int
+    weight_bytes: int
+    capabilities: frozenset[str] = frozenset()

@@ -1,0 +1,1 @@
+"""Choosing the next token: samplers, log-probabilities, constraints, grammars."""

@@ -1,0 +1,1 @@
+"""One thread per model, and everything that crosses between it and the event loop."""

@@ -1,0 +1,87 @@
+"""A request's events as the event loop reads them.
+
+Rule: what the engine sends is delivered on the event loop, in order, once; after the last of it on_done is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterable
+
+from mlxserver.engine.errors import EngineError, ReaderTooSlow
+from mlxserver.engine.events import Accepted, Event, Finish, Usage
+from mlxserver.engine.requests import GenerationRequest
+
+
+class Generation:
+    """One request's events, read on the event loop. close() it, however reading ended.
+
+    `on_done` is called once, on the event loop, when the engine has no more work for it.
+    """
+
+    def __init__(self, request: GenerationRequest, cancel: Callable[[Generation], None]) -> None:
+        self.request = request
+        self.is_done = False
+        self.outcome = "cancelled"  # how it ended: a finish reason or an error's name, once it is done
+        self.usage: Usage | None = None  # of a whole answer, once it is done
+        self.on_done: Callable[[], None] = lambda: None
+        self.most_unread = sys.maxsize  # events that may wait to be read; over it, it ends with ReaderTooSlow
+        self._cancel = cancel
+        self._events: list[Event] = []
+        self._error: EngineError | None = None
+        self._wake: asyncio.Future[None] | None = None
+
+    async def accepted(self) -> Accepted:
+        """Wait for the engine's first word. Raises the EngineError that it may be."""
+        while not (self._events or self._error):
+            await self._arrival()
+        if not self._events and self._error:
+            raise self._error
+        first = self._events.pop(0)
+        assert isinstance(first, Accepted)
+        return first
+
+    async def events(self) -> list[Event]:
+        """Wait for all events that have arrived since the last call; empty at the end. Raises EngineError."""
+        while not self._events:
+            if self._error:
+                raise self._error
+            if self.is_done:
+                return []
+            await self._arrival()
+        arrived, self._events = self._events, []
+        return arrived
+
+    def close(self) -> None:
+        """Tell the engine that nobody reads on. Idempotent."""
+        if not self.is_done:
+            self._cancel(self)
+
+    def deliver(self, events: Iterable[Event], is_done: bool = False, error: EngineError | None = None) -> None:
+        """Take what the engine sends; called on the event loop."""
+        if self.is_done:
+            return
+        self._events.extend(events)
+        self._error = self._error or error
+        if is_done or error:
+            self.is_done = True
+            self._conclude()
+            self.on_done()
+        elif len(self._events) > self.most_unread and not self._error:
+            self._error = ReaderTooSlow(self.most_unread)
+            self.close()
+        if self._wake and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _conclude(self) -> None:
+        """Note how it ended."""
+        if self._error:
+            self.outcome = type(self._error).__name__
+        elif self._events and isinstance(self._events[-1], Usage):
+            self.usage = self._events[-1]
+            self.outcome = next(event.reason for event in reversed(self._events) if isinstance(event, Finish))
+
+    async def _arrival(self) -> None:
+        self._wake = asyncio.get_running_loop().create_future()
+        await self._wake

@@ -1,0 +1,1 @@
+"""The machinery of model_manager.py: registry, lifecycle, memory budget, eviction."""

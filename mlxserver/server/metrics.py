@@ -1,0 +1,121 @@
+"""The figures of all models in Prometheus' text format.
+
+Rule: names and labels are an interface, which dashboards hold on to: they stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from mlxserver.engine.metrics import Histogram, ModelMetrics, RankReport
+from mlxserver.engine.platform import device
+from mlxserver.manager.instance import ModelInstance
+from mlxserver.manager.states import ModelState
+from model_manager import ModelManager
+
+EXPOSITION_TYPE = CONTENT_TYPE_LATEST
+PREFIX = "mlx_server_"
+
+HISTOGRAMS: Mapping[str, tuple[str, Callable[[ModelMetrics], Histogram]]] = {
+    "time_to_first_token_seconds": ("From the request's arrival at the engine to its first token.", lambda m: m.ttft),
+    "inter_token_seconds": ("Between two steps of one answer.", lambda m: m.inter_token),
+    "queue_seconds": ("From the arrival at the engine to a place in the batch.", lambda m: m.queue),
+    "load_seconds": ("Of loads that succeeded.", lambda m: m.load),
+    "batch_rows": ("Rows that were decoded together, counted at every step.", lambda m: m.batch_rows),
+}
+TOTALS: Mapping[str, tuple[str, Callable[[ModelMetrics], int]]] = {
+    "prompt_tokens": ("Tokens of prompts, cached ones included.", lambda m: m.prompt_tokens),
+    "cached_tokens": ("Tokens of prompts that the prefix cache had.", lambda m: m.cached_tokens),
+    "completion_tokens": ("Tokens generated, reasoning included.", lambda m: m.completion_tokens),
+    "reasoning_tokens": ("Tokens of reasoning.", lambda m: m.reasoning_tokens),
+}
+KINDS: Mapping[str, tuple[str, str, Callable[[ModelMetrics], Mapping[str, int]]]] = {
+    "requests": ("outcome", "Requests that have ended.", lambda m: m.requests),
+    "loads": ("outcome", "Loads that have ended.", lambda m: m.loads),
+    "unloads": ("reason", "Models that left, by what made them.", lambda m: m.unloads),
+    "faults": ("kind", "Faults in the engine, by what they met.", lambda m: m.faults),
+}
+GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
+    "running_requests": ("Requests with a place in the batch.", lambda i: i.running),
+    "waiting_requests": ("Requests that wait for a place, or for the model.", lambda i: i.waiting),
+    "weights_bytes": ("Weights in memory.", lambda i: i.facts.weight_bytes if i.facts else 0),
+    "reserved_bytes": ("Memory that the model may take.", lambda i: i.reserved_bytes),
+    "estimated_bytes": ("What the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
+    "failed": ("Whether the model's last load failed, or its engine ended.", lambda i: int(i.status == "failed")),
+    "wedged": ("Whether the engine is stuck in a step.", lambda i: int(i.is_wedged)),
+    "loaded": ("Whether the model can answer at once.", lambda i: int(i.state is ModelState.READY)),
+}
+
+
+class Collector:
+    """All figures, put together when they are asked for."""
+
+    def __init__(self, manager: ModelManager) -> None:
+        self._manager = manager
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family of figures."""
+        models = self._manager.metrics
+        for name, (meaning, histogram) in HISTOGRAMS.items():
+            yield _histograms(PREFIX + name, meaning, {m.key: histogram(m) for m in models})
+        for name, (meaning, total) in TOTALS.items():
+            counter = CounterMetricFamily(PREFIX + name, meaning, labels=["model"])
+            for model in models:
+                counter.add_metric([model.key], total(model))
+            yield counter
+        for name, (label, meaning, counts) in KINDS.items():
+            counter = CounterMetricFamily(PREFIX + name, meaning, labels=["model", label])
+            for model in models:
+                for kind, count in list(counts(model).items()):
+                    counter.add_metric([model.key, kind], count)
+            yield counter
+        for name, (meaning, value) in GAUGES.items():
+            gauge = GaugeMetricFamily(PREFIX + name, meaning, labels=["model"])
+            for instance in self._manager.instances:
+                gauge.add_metric([instance.key], value(instance))
+            yield gauge
+        yield from self._memory()
+        yield from self._ranks()
+
+    def _memory(self) -> Iterator[Metric]:
+        room = self._manager.room
+        yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", room.budget)
+        yield GaugeMetricFamily(PREFIX + "memory_reserved_bytes", "Memory that is promised to models.", room.reserved)
+        unaccounted = "Memory of live arrays beyond what is promised to models."
+        yield GaugeMetricFamily(PREFIX + "memory_unaccounted_bytes", unaccounted, room.unaccounted)
+        yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())
+        yield GaugeMetricFamily(PREFIX + "process_bytes", "Resident memory of the process.", device.process_bytes())
+
+    def _ranks(self) -> Iterator[Metric]:
+        """How the ranks are that share models; nothing of a server that is alone."""
+        reports = self._manager.ranks()
+        figures: dict[str, tuple[str, Callable[[RankReport], float]]] = {
+            "rank_up": ("Whether a rank is there.", lambda rank: rank.error is None),
+            "rank_silent_seconds": ("Time since a rank was heard.", lambda rank: rank.silent_seconds),
+            "rank_memory_active_bytes": ("Memory of live arrays on a rank.", lambda rank: rank.memory_bytes),
+        }
+        for name, (meaning, value) in figures.items() if reports else ():
+            gauge = GaugeMetricFamily(PREFIX + name, meaning, labels=["rank"])
+            for report in reports:
+                gauge.add_metric([str(report.rank)], value(report))
+            yield gauge
+
+
+def exposition(manager: ModelManager) -> bytes:
+    """Everything, as Prometheus reads it."""
+    registry = CollectorRegistry()
+    registry.register(Collector(manager))
+    return generate_latest(registry)
+
+
+def _histograms(name: str, meaning: str, histograms: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, meaning, labels=["model"])
+    for key, histogram in histograms.items():
+        counts = histogram.cumulative
+        bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+        family.add_metric([key], list(zip(bounds, counts, strict=True)), histogram.sum)
+    return family

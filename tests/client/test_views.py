@@ -1,0 +1,137 @@
+"""What is made for people to see, and what is written where."""
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from mlxserver.client import views
+from mlxserver.client.events import Content, Finished, Reasoning
+from mlxserver.client.models import Loaded, ModelCard, Unloaded
+
+CARDS = [
+    ModelCard("smollm2", "loaded", "instruction", "embedded:smollm2", 8192, 540_000_000, 1, 2),
+    ModelCard("[bold]qwq", "unloaded", "thinking", "org/QwQ"),
+    ModelCard("gpt"),
+]
+
+
+def drawn(renderable):
+    page = io.StringIO()
+    Console(file=page, width=200, color_system=None).print(renderable)
+    return page.getvalue()
+
+
+def test_the_table_of_models_shows_what_is_known_and_a_dash_for_the_rest():
+    header, *rows = [line.split() for line in drawn(views.format_models(CARDS)).splitlines()]
+    assert header == ["key", "state", "type", "memory", "requests", "context", "source"]
+    assert rows[0] == [
+        "smollm2",
+        "loaded",
+        "instruction",
+        "540.0",
+        "MB",
+        "1",
+        "+",
+        "2",
+        "waiting",
+        "8192",
+        "embedded:smollm2",
+    ]
+    assert rows[1] == ["[bold]qwq", "unloaded", "thinking", "-", "-", "-", "org/QwQ"]
+    assert rows[2] == ["gpt", "-", "-", "-", "-", "-", "-"]
+
+
+def test_the_lines_of_models_have_their_cells_between_tabs():
+    assert (
+        views.format_model_lines(CARDS[1:])
+        == "[bold]qwq\tunloaded\tthinking\t-\t-\t-\torg/QwQ\ngpt\t-\t-\t-\t-\t-\t-\n"
+    )
+
+
+def test_loading_and_unloading_are_one_line_each():
+    assert views.format_loaded(Loaded("a", 1.26)) == "Loaded a in 1.3 s."
+    assert views.format_loaded(Loaded("a")) == "Loaded a."
+    assert views.format_unloaded(Unloaded("a", 3, 1, 540_000_000)) == (
+        "Unloaded a: 3 requests completed, 1 aborted, 540.0 MB freed."
+    )
+
+
+def test_a_list_that_is_piped_is_lines_without_escape_sequences(capsys):
+    views.print_models(CARDS)
+    assert capsys.readouterr().out == views.format_model_lines(CARDS)
+
+
+def test_the_answer_goes_to_stdout_and_the_thinking_to_stderr(capsys):
+    printer = views.AnswerPrinter()
+    for event in (Reasoning("17 +"), Reasoning(" 25\n"), Content("4"), Content("2\n\n"), Finished("stop")):
+        printer.write(event)
+    printer.end()
+    assert capsys.readouterr() == ("42\n", "17 + 25\n")
+    assert printer.content == "42\n\n"
+
+
+def test_an_answer_that_stops_halfway_ends_its_line(capsys):
+    printer = views.AnswerPrinter()
+    printer.write(Content("The cap"))
+    printer.end()
+    assert capsys.readouterr() == ("The cap\n", "")
+
+
+def test_an_answer_cut_at_the_limit_says_so_on_stderr(capsys):
+    printer = views.AnswerPrinter()
+    printer.write(Content("So"))
+    printer.write(Finished("length"))
+    assert capsys.readouterr() == ("So\n", "(the answer reached its limit of tokens)\n")
+
+
+def test_an_answer_of_nothing_writes_nothing(capsys):
+    printer = views.AnswerPrinter()
+    printer.write(Finished("stop"))
+    printer.end()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_markup_and_escapes_of_an_answer_are_left_as_they_are(capsys):
+    printer = views.AnswerPrinter()
+    printer.write(Reasoning("[red]x[/red] :smile: 123"))
+    printer.write(Content("[bold]\ty"))
+    printer.end()
+    assert capsys.readouterr() == ("[bold]\ty\n", "[red]x[/red] :smile: 123\n")
+
+
+def test_an_error_is_one_line_on_stderr(capsys):
+    views.print_error(ValueError("a\n  b\n"))
+    assert capsys.readouterr() == ("", "error: a b\n")
+
+
+@pytest.mark.parametrize(("no_color", "is_styled"), [(None, True), ("1", False)])
+def test_no_color_means_no_escape_sequences_on_a_terminal(monkeypatch, no_color, is_styled):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    views.print_status("thinking")
+    assert ("\x1b[2m" in terminal.getvalue()) is is_styled
+    assert ("\x1b" in terminal.getvalue()) is is_styled
+
+
+@given(st.text(alphabet="a\n", max_size=12), st.data())
+def test_any_cut_of_a_text_is_written_the_same_with_one_newline_at_its_end(text, data):
+    cut = data.draw(st.integers(0, len(text)))
+    written = []
+    paragraph = views.Paragraph(written.append)
+    for piece in (text[:cut], text[cut:]):
+        paragraph.add(piece)
+    paragraph.end()
+    assert "".join(written) == (text.rstrip("\n") + "\n" if text.strip("\n") else "")

@@ -1,0 +1,378 @@
+"""Grammars and limits, on real rows: what a constraint allows is all that a model says, whatever its neighbours do."""
+
+import copy
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import jsonschema
+import numpy as np
+import pytest
+
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.events import Delta, Finish, ToolCallDelta
+from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.output.detokenizer import make_detokenizer
+from mlxserver.engine.output.thinking import ThinkingParser
+from mlxserver.engine.output.tool_formats import ToolFormat
+from mlxserver.engine.requests import (
+    ChatPrompt,
+    GenerationRequest,
+    JsonFormat,
+    SamplingOptions,
+    TokenPrompt,
+    ToolChoice,
+)
+from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
+from mlxserver.engine.sampling.tool_grammars import strict_calls
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "maximum": 10**7}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {**CITY, "properties": {**CITY["properties"]}}}}
+    for name in ("weather", "clock")
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama_path):
+    runtime = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), type="instruction", context_length=2048))
+    yield runtime
+    runtime.batch.close()
+
+
+def ask(text="hello there", tools=(), **options):
+    options.setdefault("max_tokens", 300)
+    options.setdefault("sampling", SamplingOptions(temperature=1.0, seed=5))
+    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}], tools=tools), **options)
+
+
+def generate(runtime, *requests):
+    """The events of every choice of every request, all in one batch."""
+    ids, outputs = itertools.count(), {}
+    for request in requests:
+        choices = runtime.prepare(request, ids)
+        runtime.batch.insert([row for row, _ in choices])
+        outputs |= {row.id: (output, []) for row, output in choices}
+    while not runtime.batch.is_empty():
+        finished = []
+        for token in runtime.batch.decode():
+            output, events = outputs[token.row_id]
+            events += output.feed(token)
+            if isinstance(events[-1] if events else None, Finish):
+                finished.append(token.row_id)
+        runtime.batch.remove(finished)
+        runtime.batch.prefill()
+    return [events for _, events in outputs.values()]
+
+
+def content(events, channel="content"):
+    return "".join(event.text for event in events if isinstance(event, Delta) and event.channel == channel)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_schema_is_kept_by_a_model_of_random_weights_at_any_seed(tiny, seed):
+    sampling = SamplingOptions(temperature=1.0, seed=seed)
+    (events,) = generate(tiny, ask(format=JsonFormat(CITY), sampling=sampling))
+    assert events[-1] == Finish("stop")
+    jsonschema.validate(json.loads(content(events)), CITY)
+
+
+def test_json_object_gives_an_object(tiny):
+    (events,) = generate(tiny, ask(format=JsonFormat(), sampling=SamplingOptions(temperature=1.0, seed=3)))
+    if events[-1] == Finish("stop"):
+        assert isinstance(json.loads(content(events)), dict)
+    assert content(events).startswith("{")
+
+
+def test_bound_and_free_rows_share_a_batch_and_say_what_they_say_alone(tiny):
+    free, bound = ask(max_tokens=20), ask(format=JsonFormat(CITY))
+    alone = [generate(tiny, request)[0] for request in (free, bound, free)]
+    assert generate(tiny, free, bound, free) == alone
+
+
+def test_a_constraint_that_is_cut_by_max_tokens_finishes_with_length(tiny):
+    (events,) = generate(tiny, ask(format=JsonFormat(CITY), max_tokens=4))
+    assert events[-1] == Finish("length")
+
+
+def test_an_impossible_schema_is_refused_with_the_reason(tiny):
+    with pytest.raises(PromptRejected, match="JSON schema") as refusal:
+        tiny.prepare(ask(format=JsonFormat({"type": "nonsense"})), itertools.count())
+    assert refusal.value.param == "response_format"
+
+
+def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
+    ((row, _),) = tiny.prepare(ask(format=JsonFormat(CITY)), itertools.count())
+    (token,) = tiny.intake._tokenizer.encode("x", add_special_tokens=False)
+    row.constraint.accept(token)
+    with pytest.raises(PromptRejected, match="JSON schema"):
+        row.constraint.allowed()
+
+
+@pytest.mark.parametrize(("choice", "most"), [(ToolChoice("required"), 2), (ToolChoice("required", parallel=False), 1)])
+def test_required_makes_calls_of_the_tools_given(tiny, choice, most):
+    (events,) = generate(tiny, ask(tools=TOOLS, tool_choice=choice))
+    assert events[-1] == Finish("tool_calls")
+    pieces = [event for event in events if isinstance(event, ToolCallDelta)]
+    calls = {piece.call for piece in pieces}
+    assert 1 <= len(calls) <= most
+    for call in calls:
+        arguments = "".join(piece.arguments for piece in pieces if piece.call == call)
+        jsonschema.validate(json.loads(arguments), CITY)
+        assert {piece.name for piece in pieces if piece.call == call and piece.name} <= {"weather", "clock"}
+    assert content(events) == ""
+
+
+NODE = {
+    "$defs": {
+        "node": {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+    },
+    "type": "object",
+    "properties": {"first": {"$ref": "#/$defs/node"}},
+    "required": ["first"],
+    "additionalProperties": False,
+}
+
+
+def test_parameters_may_refer_to_their_own_definitions(tiny):
+    tools = [*TOOLS, {"type": "function", "function": {"name": "link", "parameters": NODE}}]
+    said = '[{"name":"link","arguments":{"first":{"next":{"next":null}}}}]'
+    assert taken(tiny, ask(tools=tools, tool_choice=ToolChoice("required")), said) == said
+
+
+STRICT = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+
+
+def taken(runtime, request, said):
+    """The beginning of `said` that the constraint of a request lets pass, token by token."""
+    ((row, _),) = runtime.prepare(request, itertools.count())
+    passed = []
+    for token in runtime.intake._tokenizer.encode(said, add_special_tokens=False):
+        if not bits(row.constraint.allowed())[token]:
+            break
+        row.constraint.accept(token)
+        passed.append(token)
+    return runtime.intake._tokenizer.decode(passed)
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ("Just words, and <b>tags</b>.", "Just words, and <b>tags</b>."),
+        ('So: <tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "people": 3}}\n</tool_call>\nand', None),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"city": 1',
+            '<tool_call>{"name": "weather", "arguments": {"city": ',
+        ),
+        ('<tool_call>{"name": "clock", "arguments": {"any": [1]}}</tool_call>', None),
+        ('<tool_call>{"name": "x', '<tool_call>{"name": "'),
+        ("<tool_call>no", "<tool_call>"),
+    ],
+)
+def test_a_strict_tool_binds_what_stands_between_the_tags_of_a_call_and_nothing_else(tiny, said, passes):
+    assert taken(tiny, ask(tools=STRICT), said) == (passes or said)
+
+
+def test_tools_without_a_strict_one_leave_the_answer_free(tiny):
+    ((row, _),) = tiny.prepare(ask(tools=TOOLS), itertools.count())
+    assert row.constraint is None
+
+
+def test_strict_is_refused_where_calls_are_not_written_as_json():
+    with pytest.raises(PromptRejected, match="format of its own") as refusal:
+        strict_calls(STRICT, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
+    assert refusal.value.param == "tools[0].function.strict"
+
+
+def test_thinking_can_not_be_limited_where_there_is_none(tiny):
+    with pytest.raises(PromptRejected) as refusal:
+        tiny.prepare(ask(thinking_budget=5), itertools.count())
+    assert refusal.value.param == "thinking_budget"
+    assert tiny.prepare(ask(thinking_budget=0), itertools.count())
+
+
+class Follower:
+    """A ThinkingControl with a budget, and what it forces, piece by piece; a token is the number of a piece."""
+
+    PIECES = ("<think>", "a", "</", "think>", "b", "\n</think>\n\n")
+
+    def __init__(self, budget):
+        parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+        self.control = ThinkingControl(
+            parser, self.PIECES.__getitem__, start=[0], end=[5], vocab_size=len(self.PIECES), budget=budget
+        )
+
+    def follow(self, *pieces):
+        """What is forced behind each piece; None where anything goes."""
+        forced = []
+        for piece in pieces:
+            self.control.accept(self.PIECES.index(piece))
+            mask = self.control.allowed()
+            forced.append(mask and "".join(self.PIECES[n] for n in np.flatnonzero(bits(mask))))
+        return forced
+
+
+def test_a_budget_that_is_spent_closes_the_reasoning():
+    end = "\n</think>\n\n"
+    assert Follower(2).follow("<think>", "a", "a", end, "b") == [None, None, end, None, None]
+    assert Follower(0).follow("<think>", end, "b") == [end, None, None]
+    assert Follower(2).follow("b", "b", "b") == [None] * 3
+
+
+def test_a_closing_tag_that_the_model_has_begun_is_not_interrupted_by_another():
+    end = "\n</think>\n\n"
+    assert Follower(2).follow("<think>", "a", "</", "think>", "b") == [None] * 5
+    assert Follower(2).follow("<think>", "a", "</", "b") == [None, None, None, end]
+
+
+def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
+    heard = []
+
+    class Hearing:
+        accept = staticmethod(heard.append)
+
+        def allowed(self):
+            return None
+
+    pieces = ("<think>", "a", "\n", "</think>", "\n\n", "b")
+    parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+    control = ThinkingControl(
+        parser, pieces.__getitem__, start=[0], end=[2, 3, 4], vocab_size=len(pieces), budget=1, inner=Hearing()
+    )
+    for token, forced in enumerate([[], [2], [3], [4], [], []]):
+        control.accept(token)
+        assert [int(n) for n in np.flatnonzero(bits(control.allowed() or b""))] == forced
+    assert heard == [pieces.index("b")]
+
+
+def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
+    intake = copy.copy(tiny.intake)
+    intake._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
+    for prompt, param in ((ask("hello there").prompt, "messages"), (TokenPrompt((1, 10)), "prompt")):
+        with pytest.raises(PromptRejected, match="no token") as refusal:
+            intake.prepare(GenerationRequest(prompt), itertools.count())
+        assert refusal.value.param == param
+
+
+def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):
+    request = ask(format=JsonFormat(CITY))
+    compiled = tiny.intake._binding._grammars._compiled
+    tiny.format(request)
+    misses = compiled.cache_info().misses
+    tiny.prepare(request, itertools.count())
+    tiny.prepare(ask(format=JsonFormat(CITY), n=3), itertools.count())
+    assert compiled.cache_info().misses == misses
+
+
+def test_requests_are_formatted_side_by_side_while_tokens_are_read(tiny):
+    words = [f"number {n} <|im_end|> " * 50 for n in range(24)]  # a control token in a message is text
+    expected = [tiny.format(ask(text)).formatted for text in words]
+    detokenizer = make_detokenizer(tiny.intake._tokenizer)
+    with ThreadPoolExecutor(8) as pool:
+        formatting = [pool.submit(tiny.format, ask(text)) for text in words]
+        while not all(future.done() for future in formatting):
+            assert detokenizer.feed(20) is not None
+    assert [future.result().formatted for future in formatting] == expected
+    assert tiny.prepare(formatting[0].result(), itertools.count())[0][0].tokens == expected[0].tokens
+
+
+def test_mixed_requests_run_in_one_batch(tiny_llama_path):
+    """Several choices, log-probabilities, a seed, a schema, a bias, penalties: one step advances all eleven rows."""
+    metrics = ModelMetrics("tiny")
+    runtime = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), context_length=2048), metrics=metrics)
+    before = metrics.batch_rows.cumulative
+    long, endless = {"max_tokens": 40}, {"max_tokens": 40, "ignore_eos": True}
+    requests = [
+        ask("a", n=4, **endless),
+        ask("b", top_logprobs=5, **endless),
+        ask("c", sampling=SamplingOptions(temperature=1.0, seed=7), **endless),
+        ask("d", format=JsonFormat(), **long),
+        ask("e", sampling=SamplingOptions(logit_bias={5: 2.0}), **endless),
+        ask("f", sampling=SamplingOptions(temperature=0.0), **endless),
+        ask("g", sampling=SamplingOptions(frequency_penalty=1.0, repetition_penalty=1.1, top_k=9), **endless),
+        ask("h", min_tokens=20, **endless),
+    ]
+    assert len(generate(runtime, *requests)) == 11
+    runtime.batch.close()
+    steps = [now - then for now, then in zip(metrics.batch_rows.cumulative, before, strict=True)]
+    up_to_8, of_all = steps[metrics.batch_rows.bounds.index(8.0)], steps[-1]
+    assert of_all < 2 * 40  # one after the other they would take 8 * 40
+    assert of_all - up_to_8 > 30  # more than eight rows in a step: those of nearly all requests
+
+
+def test_a_named_function_is_called_once(tiny):
+    (events,) = generate(tiny, ask(tools=TOOLS, tool_choice=ToolChoice("function", "clock")))
+    assert [e.name for e in events if isinstance(e, ToolCallDelta) and e.name] == ["clock"]
+    assert events[-1] == Finish("tool_calls")
+
+
+def test_n_choices_come_from_one_prompt_and_differ_by_their_seeds(tiny):
+    request = ask(n=3, max_tokens=12)
+    choices = generate(tiny, request)
+    assert [events[-1].index for events in choices] == [0, 1, 2]
+    assert len({content(events) for events in choices}) == 3
+    assert generate(tiny, ask(max_tokens=12))[0] == choices[0]
+
+
+def test_more_choices_than_rows_are_refused(tiny):
+    with pytest.raises(PromptRejected) as refusal:
+        tiny.prepare(ask(n=33), itertools.count())
+    assert refusal.value.param == "n"
+
+
+@pytest.mark.parametrize("top", [0, 1, 20])
+def test_log_probabilities_go_with_their_tokens_and_are_those_of_the_model(tiny, top):
+    """At temperature 0 the chosen token is the likeliest, so that its value heads the list."""
+    (events,) = generate(tiny, ask(top_logprobs=top, max_tokens=8, sampling=SamplingOptions(temperature=0)))
+    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    assert len(entries) == 8
+    for entry in entries:
+        assert entry.logprob <= 0
+        assert len(entry.top) == top
+        values = [other.logprob for other in entry.top]
+        assert values == sorted(values, reverse=True)
+        if top:
+            assert entry.top[0].logprob == pytest.approx(entry.logprob)
+    text = b"".join(entry.bytes for entry in entries).decode(errors="replace")
+    assert text in (content(events), content(events) + "\ufffd")  # what max_tokens cut in two is no content
+
+
+def test_log_probabilities_do_not_change_what_is_said(tiny):
+    plain, measured = ask(max_tokens=15), ask(max_tokens=15, top_logprobs=5)
+    together = generate(tiny, plain, measured, plain)
+    assert {content(events) for events in together} == {content(generate(tiny, plain)[0])}
+
+
+def test_min_tokens_keeps_an_answer_from_ending(tiny):
+    """A bias makes the end of the sequence the likeliest token everywhere."""
+    (eos,) = tiny.intake._tokenizer.eos_token_ids
+    eager = SamplingOptions(temperature=0, logit_bias={eos: 100.0})
+    at_once, later = generate(
+        tiny, ask(sampling=eager, top_logprobs=0), ask(sampling=eager, top_logprobs=0, min_tokens=10)
+    )
+    lengths = [sum(len(e.logprobs) for e in events if isinstance(e, Delta)) for events in (at_once, later)]
+    assert (lengths, at_once[-1], later[-1]) == ([0, 10], Finish("stop"), Finish("stop"))
+
+
+def bits(mask):
+    return np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+
+
+def test_a_restriction_forbids_its_tokens_for_so_many_tokens():
+    restricted = Restricted([3, 9], tokens=2, vocab_size=16)
+    assert [int(n) for n in np.flatnonzero(bits(restricted.allowed()) == 0)] == [3, 9]
+    restricted.accept(1)
+    restricted.accept(1)
+    assert restricted.allowed() is None
+
+
+def test_constraints_together_allow_what_all_of_them_allow():
+    every = Every([Restricted([1], 9, 16), Restricted([2], 9, 16)])
+    assert [int(n) for n in np.flatnonzero(bits(every.allowed()) == 0)] == [1, 2]

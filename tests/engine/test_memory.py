@@ -1,0 +1,139 @@
+"""Estimates made before a load, beside what the load really took."""
+
+import gc
+import json
+
+from mlxserver.engine.mlx import mx
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.errors import LoadFailed
+from mlxserver.engine.kv_cache.caches import token_bytes
+from mlxserver.engine.loading import estimate as estimate_module
+from mlxserver.engine.loading import loader
+from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Anatomy, Limits, budget, estimate
+from mlxserver.engine.platform import attention_memory, device
+from mlxserver.engine.requests import Sampling
+from mlxserver.engine.runners import builder
+from mlxserver.engine.sequence import Row
+from tools.harness.models import tiny_llama
+from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
+
+SHAPES = [(64, 2), (256, 8), (512, 3)]
+
+
+def measured_load(spec):
+    """The model, and the bytes that live arrays took more after its load."""
+    gc.collect()
+    before = device.active_bytes()
+    loaded = loader.load(spec)
+    return loaded, device.active_bytes() - before
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="the figures are those of float32")
+@pytest.mark.parametrize(("hidden", "layers"), SHAPES)
+def test_the_weights_are_estimated_within_15_percent(tmp_path, hidden, layers):
+    spec = ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=hidden, layers=layers)))
+    expected = estimate(spec)
+    loaded, taken = measured_load(spec)
+    assert expected.weights == loaded.weight_bytes
+    assert abs(expected.weights - taken) <= 0.15 * taken
+    assert expected.cache == loaded.limits.cache_tokens * token_bytes(loaded.model)
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="the figures are those of float32")
+def test_the_embedded_model_is_estimated_within_15_percent():
+    spec = ModelSpec("m", "embedded:smollm2")
+    expected = estimate(spec)
+    loaded, taken = measured_load(spec)
+    assert abs(expected.weights - taken) <= 0.15 * taken
+    assert expected.cache == loaded.limits.cache_tokens * token_bytes(loaded.model)
+
+
+def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(tmp_path / "cache"))
+    spec = ModelSpec("m", str(write_tiny_gguf(tmp_path / "tiny.gguf")))
+    before = estimate(spec)
+    assert not (tmp_path / "cache").exists()
+    loaded = loader.load(spec)
+    assert estimate(spec) == before
+    assert loaded.context_length == CONTEXT
+    if device.is_cpu():
+        assert before.weights == loaded.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "own", "limits"),
+    [
+        ({}, 2048, Limits(2048, DEFAULT_CACHE_TOKENS)),
+        ({"max_running": 4}, 2048, Limits(2048, 8192)),
+        ({}, 131_072, Limits(DEFAULT_CACHE_TOKENS, DEFAULT_CACHE_TOKENS)),
+        ({"context_length": 131_072}, 131_072, Limits(131_072, 131_072)),
+        ({"context_length": 512, "max_running": 2}, 2048, Limits(512, 1024)),
+        ({"cache_tokens": 1000}, 2048, Limits(1000, 1000)),
+    ],
+)
+def test_the_cache_has_an_ordinary_size_unless_it_is_told_another(fields, own, limits):
+    assert estimate_module.limits(ModelSpec("m", "x", **fields), own) == limits
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({}, "its config.json can't be used: KeyError"),
+        ({"model_type": "martian"}, "Model type martian not supported"),
+        ({"model_type": "llama"}, "its config.json can't be used: TypeError"),
+        ([], "has no object in it"),
+    ],
+)
+def test_a_model_that_can_not_be_understood_is_refused_before_anything_is_read(tmp_path, config, complaint):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadFailed, match=complaint):
+        estimate(ModelSpec("m", str(tmp_path)))
+
+
+def test_layers_with_a_window_keep_no_more_than_that():
+    anatomy = Anatomy(weights=0, layers=((10, 0), (10, 100)), row_values=7, width=0, vocab=0)
+    assert anatomy.cache_values(tokens=1000, rows=2) == 10 * 1000 + 10 * 200 + 2 * 7
+
+
+def test_the_budget_is_the_limit_or_a_share_of_the_device():
+    assert budget(123) == 123
+    assert 0 < budget(0) < device.describe().memory_bytes
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")
+@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), done=st.integers(0, 200_000))
+def test_a_chunk_is_as_long_as_its_scores_allow(heads, wanted, done):
+    chunk = attention_memory.fitting(heads, wanted, done)
+    assert 16 <= chunk <= wanted
+    assert chunk == 16 or attention_memory.score_bytes(heads, chunk, done + chunk) <= 128 << 20
+    assert chunk == wanted or attention_memory.score_bytes(heads, chunk + 1, done + chunk + 1) > 128 << 20
+
+
+@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), data=st.data())
+def test_no_chunk_takes_more_than_was_counted(heads, wanted, data):
+    context = data.draw(st.integers(1, 200_000))
+    done = data.draw(st.integers(0, context - 1))
+    chunk = min(attention_memory.fitting(heads, wanted, done), context - done)
+    assert chunk <= attention_memory.fitting(heads, attention_memory.LARGEST_CHUNK, 0)
+    assert attention_memory.score_bytes(heads, chunk, done + chunk) <= attention_memory.most_bytes(heads, context)
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")
+def test_a_prompt_as_long_as_the_context_takes_no_more_than_was_estimated(tmp_path):
+    spec = ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=256, layers=4)), cache_tokens=1024, max_running=2)
+    expected = estimate(spec)
+    gc.collect()
+    before = device.active_bytes()
+    batch = builder.Builder(stall_target=10.0).build(spec).batch
+    mx.reset_peak_memory()
+    batch.insert([Row(1, tuple(n % 300 for n in range(1000)), Sampling(temperature=0.0), 4)])
+    while not batch.decode():
+        batch.prefill()
+    taken = mx.get_peak_memory() - before
+    batch.close()
+    assert expected.weights < taken <= expected.total

@@ -1,0 +1,257 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxserver.config.errors import abbreviate
+from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.loading import gguf, sources
+from mlxserver.engine.loading.sources import GgufFile, MlxDirectory, Repository
+from tools.harness.tiny_gguf import write_tiny_gguf
+
+RESOLVE = """
+import sys
+from mlxserver.engine.loading import sources
+print(sources.resolve(sys.argv[1], progress=lambda *p: print(p)))
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory, for this process and those it starts."""
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory):
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def resolve_elsewhere(source):
+    """Another process that resolves the source."""
+    return subprocess.Popen([sys.executable, "-c", RESOLVE, str(source)], stdout=subprocess.PIPE, text=True)
+
+
+def unfinished(cache):
+    return list(cache.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("org/name", Repository("org/name")),
+        ("mlx-community/QwQ-32B-4bit", Repository("mlx-community/QwQ-32B-4bit")),
+        ("org/name@refs/pr/1", Repository("org/name", "refs/pr/1")),
+    ],
+)
+def test_an_org_and_a_name_are_a_hub_repository(source, expected):
+    assert sources.parse(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("", "expected embedded:NAME"),
+        ("gpt2", "expected embedded:NAME"),
+        ("org/name@", "expected embedded:NAME"),
+        ("org/na--me", "expected embedded:NAME"),
+        ("a/b/c", "expected embedded:NAME"),
+        ("embedded:nothing", "expected one of embedded:smollm2"),
+        ("/nowhere/at/all", "no such file or directory"),
+        ("missing.gguf", "No such file or directory"),
+        ("x\0y", "null"),
+        ("x" * 5000, "too long"),
+        (__file__, "no model"),
+        (str(Path(__file__).parent), "no config.json"),
+    ],
+)
+def test_a_source_that_cannot_be_right_is_refused_with_what_was_expected(source, complaint):
+    with pytest.raises(SourceInvalid, match=complaint) as caught:
+        sources.check(source)
+    assert abbreviate(source) in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@given(st.text() | st.from_regex(r"(embedded:|~|\.|/)?[\w./@~-]*(\.gguf)?"))
+def test_any_text_is_a_source_or_is_refused(text):
+    try:
+        source = sources.parse(text)
+    except SourceInvalid as error:
+        assert abbreviate(text) in str(error)
+    else:
+        assert isinstance(source, GgufFile | MlxDirectory | Repository)
+
+
+def test_a_directory_with_a_config_is_a_model_and_wins_over_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "org" / "name"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    assert sources.parse("org/name") == MlxDirectory(model)
+    assert sources.resolve("org/name") == model
+
+
+def test_a_file_that_only_claims_to_be_gguf_is_refused_early(tmp_path):
+    fake = tmp_path / "fake.gguf"
+    fake.write_text("hello")
+    with pytest.raises(SourceInvalid, match="is not a GGUF file"):
+        sources.check(str(fake))
+
+
+def test_the_embedded_model_becomes_an_mlx_directory():
+    directory = sources.resolve("embedded:smollm2")
+    assert json.loads((directory / "config.json").read_text())["model_type"] == "llama"
+    assert list(directory.glob("model*.safetensors"))
+
+
+def test_a_gguf_file_is_converted_once(tiny_gguf, cache):
+    reports = []
+    first = sources.resolve(str(tiny_gguf), progress=lambda *report: reports.append(report))
+    converted_at = first.stat().st_mtime_ns
+    assert first.parent == cache
+    assert reports[-1][0] == "converting"
+    assert reports[-1][1] == reports[-1][2] > 0
+    reports.clear()
+    assert sources.resolve(str(tiny_gguf), progress=lambda *report: reports.append(report)) == first
+    assert (reports, first.stat().st_mtime_ns) == ([], converted_at)
+    assert not unfinished(cache)
+
+
+def test_a_changed_gguf_file_is_converted_anew(tmp_path, cache):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    first = sources.resolve(str(path))
+    write_tiny_gguf(path, seed=1)
+    assert sources.resolve(str(path)) != first
+
+
+def test_two_processes_at_once_convert_once(tiny_gguf, cache):
+    processes = [resolve_elsewhere(tiny_gguf) for _ in range(2)]
+    outputs = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert sorted(len(lines) > 1 for lines in outputs) == [False, True], "only one of them converted"
+
+
+def test_a_conversion_whose_process_was_killed_is_done_anew(tiny_gguf, cache):
+    process = resolve_elsewhere(tiny_gguf)
+    deadline = time.monotonic() + 60
+    while not unfinished(cache):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert unfinished(cache)
+    directory = sources.resolve(str(tiny_gguf))
+    assert (directory / "config.json").is_file()
+    assert not unfinished(cache)
+
+
+def test_leftovers_of_other_files_are_removed_unless_their_owner_lives(tiny_gguf, cache):
+    for name in ("dead", "alive"):
+        (cache / f"{name}.partial" / "model").mkdir(parents=True)
+    with gguf._locked(cache / "alive.lock"):
+        sources.resolve(str(tiny_gguf))
+    assert [path.name for path in unfinished(cache)] == ["alive.partial"]
+
+
+def test_a_truncated_gguf_file_is_refused_in_the_converters_words(tiny_gguf, tmp_path, cache):
+    half = tmp_path / "half.gguf"
+    half.write_bytes(tiny_gguf.read_bytes()[: tiny_gguf.stat().st_size // 2])
+    with pytest.raises(SourceInvalid, match="could not be converted: .*cannot reshape|could not be converted: .*GGUF"):
+        sources.resolve(str(half))
+    assert not unfinished(cache)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tiny_gguf, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SourceInvalid, match="Not a directory|File exists"):
+        sources.resolve(str(tiny_gguf))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as one repository needs."""
+
+    COMMIT = "c" * 40
+    FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w" * 300_000, "run.py": b"print()"}
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/org/tiny/revision/main") or path == "/api/models/org/tiny":
+            siblings = [{"rfilename": name} for name in self.FILES]
+            self.reply(json.dumps({"id": "org/tiny", "sha": self.COMMIT, "siblings": siblings}).encode())
+        elif path.startswith("/api/models/org/tiny/tree/"):
+            tree = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in self.FILES.items()]
+            self.reply(json.dumps(tree).encode())
+        elif path.startswith("/org/tiny/resolve/"):
+            self.reply(self.FILES[path.rsplit("/", 1)[1]])
+        else:
+            self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def reply(self, body, status=200, headers=()):
+        self.send_response(status)
+        length = {"Content-Length": len(body), "ETag": f'"{len(body)}"', "X-Repo-Commit": self.COMMIT}
+        for name, value in {**length, **dict(headers)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of our own with the repository org/tiny, and an empty download cache."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    constants = huggingface_hub.constants
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_repository_is_downloaded_with_progress_in_bytes_and_without_its_code(hub, capfd):
+    reports = []
+    directory = sources.resolve("org/tiny", progress=lambda *report: reports.append(report))
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+    total = sum(len(Hub.FILES[name]) for name in ("config.json", "model.safetensors"))
+    assert reports[-1] == ("downloading", total, total)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_downloaded_repository_is_there_without_the_network(hub):
+    directory = sources.resolve("org/tiny")
+    hub.shutdown()
+    hub.server_close()
+    assert sources.resolve("org/tiny") == directory
+
+
+def test_an_unknown_repository_is_named(hub):
+    with pytest.raises(SourceInvalid, match="'org/missing': no such repository"):
+        sources.resolve("org/missing")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(hub):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(SourceInvalid, match="expected a network connection"):
+        sources.resolve("org/other")

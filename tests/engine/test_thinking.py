@@ -1,0 +1,89 @@
+"""Reasoning and answer are told apart, however the text is cut."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.thinking import ThinkingParser
+
+
+def parse(pieces, starts_inside=False, may_close_twice=False):
+    """The whole reasoning and the whole content."""
+    parser = ThinkingParser("<think>", "</think>", starts_inside, may_close_twice=may_close_twice)
+    told = [part for piece in pieces for part in parser.feed(piece)] + parser.flush()
+    assert all(text for _, text in told)
+    return tuple("".join(text.text for channel, text in told if channel == c) for c in ("reasoning", "content"))
+
+
+@pytest.mark.parametrize(
+    ("text", "starts_inside", "reasoning", "content"),
+    [
+        ("<think>a</think>b", False, "a", "b"),
+        ("\n <think>\n a b \n</think>\n\n b c ", False, "a b", "b c "),
+        ("a </think>\n b", True, "a", "b"),
+        ("<think>\na</think>b", True, "a", "b"),
+        ("<think>never closed ", False, "never closed ", ""),
+        ("never closed", True, "never closed", ""),
+        ("<think></think>b", False, "", "b"),
+        (" just an answer", False, "", " just an answer"),
+        ("write <think>x</think> so", False, "", "write <think>x</think> so"),
+        ("<think>a</think>b <think>c</think>", False, "a", "b <think>c</think>"),
+        ("a < b </thin> c</think>d", True, "a < b </thin> c", "d"),
+        ("<thin", False, "", "<thin"),
+        ("<think>a</thi", False, "a</thi", ""),
+        ("  ", False, "", "  "),
+        ("", False, "", ""),
+    ],
+)
+def test_text_is_split_at_the_tags(text, starts_inside, reasoning, content):
+    assert parse([text], starts_inside) == (reasoning, content)
+    assert parse(text, starts_inside) == (reasoning, content)
+
+
+FRAGMENTS = st.sampled_from(["<think>", "</think>", "<", "</", "think", ">", " ", "\n", "a", "b c", "é"])
+
+
+@given(st.lists(FRAGMENTS, max_size=12), st.lists(st.integers(0, 80)), st.booleans(), st.booleans())
+def test_any_cut_gives_the_same_channels(fragments, cuts, starts_inside, may_close_twice):
+    text = "".join(fragments)
+    borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(borders)]
+    assert parse(pieces, starts_inside, may_close_twice) == parse([text], starts_inside, may_close_twice)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("<think>a</think>\n</think>b", "b"),
+        ("<think>a</think>b\n</think>\n\nc", "b\nc"),
+        ("<think>a</think>b</think>c</think>d", "bc</think>d"),
+        ("<think>a</think>b</thi", "b</thi"),
+    ],
+)
+def test_where_the_reasoning_may_have_been_closed_for_the_model_its_own_closing_tag_is_dropped(text, content):
+    assert parse([text], may_close_twice=True) == ("a", content)
+    assert parse(text, may_close_twice=True) == ("a", content)
+
+
+def test_only_what_may_be_a_tag_is_held_back():
+    parser = ThinkingParser("<think>", "</think>", False)
+    pieces = ("<think>", "\nfirst", " second <", "b", "</think>", "answer <think")
+    assert [parser.feed(piece) for piece in pieces] == [
+        [],
+        [("reasoning", TokenText("first"))],
+        [("reasoning", TokenText(" second"))],
+        [("reasoning", TokenText(" <b"))],
+        [],
+        [("content", TokenText("answer <think"))],
+    ]
+    assert parser.flush() == []
+
+
+def test_it_knows_whether_the_output_is_inside_the_reasoning():
+    assert ThinkingParser("<think>", "</think>", True).is_thinking
+    parser = ThinkingParser("<think>", "</think>", False)
+    states = [(parser.feed(piece), parser.is_thinking)[1] for piece in ("<thi", "nk>", "a", "</think>", "b")]
+    assert states == [False, True, True, False, False]

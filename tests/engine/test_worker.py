@@ -1,0 +1,392 @@
+"""The engine thread at the Batch seam: what readers are told, in what order, and however it ends."""
+
+import asyncio
+import threading
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+
+import pytest
+
+from mlxserver.engine.errors import EngineStopped, LoadFailed, PromptRejected, RequestFailed
+from mlxserver.engine.events import Accepted, Delta, Finish, Usage
+from mlxserver.engine.requests import JsonFormat
+from mlxserver.engine.worker.engine import Engine
+from tests.support.scripted_engine import DEADLINE, Death, Factory, read, request, until, within_deadline
+
+
+@asynccontextmanager
+async def running_engine(factory=None, **options):
+    """An engine and the factory of its batch; loaded, and stopped at the end."""
+    factory = factory or Factory()
+    engine = Engine("key", factory.build, **options)
+    try:
+        await engine.started()
+        yield engine, factory
+    finally:
+        if factory.runtimes:
+            factory.batch.gate.set()
+        await engine.stop()
+
+
+async def until_said(generation, count):
+    """Read until so many deltas have come."""
+    said = []
+    while len(said) < count:
+        said += await generation.events()
+    return said
+
+
+def engine_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("engine-")]
+
+
+@within_deadline
+async def test_a_generation_is_told_as_accepted_deltas_finish_and_usage():
+    async with running_engine() as (engine, _):
+        generation = engine.submit(request("hello", max_tokens=3))
+        assert await generation.accepted() == Accepted(5)
+        assert await read(generation) == [Delta("0"), Delta("1"), Delta("2"), Finish("length"), Usage(5, 3)]
+        assert generation.is_done
+        assert await generation.events() == []
+
+
+@within_deadline
+async def test_the_facts_of_the_model_are_told_at_the_start():
+    async with running_engine() as (engine, factory):
+        assert await engine.started() == factory.runtimes[0].facts
+
+
+@within_deadline
+async def test_a_request_is_formatted_while_the_others_go_on():
+    async with running_engine() as (engine, factory):
+        factory.runtimes[0].formatting.clear()
+        formatting = asyncio.create_task(engine.format(replace(request(), format=JsonFormat())))
+        assert (await read(engine.submit(request(max_tokens=5))))[-1] == Usage(5, 5)
+        assert not formatting.done()
+        factory.runtimes[0].formatting.set()
+        await formatting
+
+
+@within_deadline
+async def test_the_prompts_of_one_model_hold_up_no_other():
+    async with running_engine() as (busy, factory), running_engine() as (other, _):
+        factory.runtimes[0].formatting.clear()
+        held = [asyncio.create_task(busy.format(replace(request(), format=JsonFormat()))) for _ in range(20)]
+        assert await other.format(request("hello")) == request("hello")
+        held.pop().cancel()
+        factory.runtimes[0].formatting.set()
+        assert len(await asyncio.gather(*held)) == 19
+
+
+@within_deadline
+async def test_a_grammar_that_is_refused_is_told_to_whoever_asked():
+    async with running_engine() as (engine, _):
+        with pytest.raises(PromptRejected, match="no such schema"):
+            await engine.format(replace(request("refuse"), format=JsonFormat()))
+
+
+@within_deadline
+async def test_many_generations_run_side_by_side():
+    async with running_engine() as (engine, factory):
+        generations = [engine.submit(request(max_tokens=n)) for n in range(1, 20)]
+        for n, generation in enumerate(generations, 1):
+            await generation.accepted()
+            assert len(await read(generation)) == n + 2
+        await until(lambda: factory.batch.rows == {})
+
+
+@within_deadline
+async def test_one_step_of_the_batch_is_one_hand_over():
+    """Where one reader finds the events of a step, the others' are there as well."""
+    async with running_engine() as (engine, factory):
+        factory.batch.gate.clear()
+        generations = [engine.submit(request(max_tokens=1)) for _ in range(5)]
+        for generation in generations:
+            await generation.accepted()
+        await until(lambda: len(factory.batch.rows) == 5)
+        factory.batch.gate.set()
+        await generations[0].events()
+        for generation in generations[1:]:
+            with pytest.raises(StopIteration):  # it returns without waiting
+                generation.events().send(None)
+
+
+@within_deadline
+async def test_closing_frees_the_row_and_nobody_elses():
+    async with running_engine() as (engine, factory):
+        leaving, staying = engine.submit(request()), engine.submit(request())
+        done = asyncio.Event()
+        leaving.on_done = done.set
+        await leaving.accepted()
+        await until_said(leaving, 1)
+        leaving.close()
+        leaving.close()
+        await done.wait()
+        assert leaving.is_done
+        assert len(factory.batch.rows) == 1
+        await staying.accepted()
+        await until_said(staying, 5)
+        staying.close()
+
+
+@within_deadline
+async def test_closing_before_the_row_was_even_taken_frees_it():
+    async with running_engine() as (engine, factory):
+        factory.batch.gate.clear()
+        first = engine.submit(request())
+        await first.accepted()
+        await until(lambda: factory.batch.thread)
+        second = engine.submit(request())
+        done = asyncio.Event()
+        second.on_done = done.set
+        second.close()
+        factory.batch.gate.set()
+        await done.wait()
+        assert len(factory.batch.rows) == 1
+        first.close()
+
+
+@within_deadline
+async def test_on_done_is_called_once_in_every_ending():
+    async with running_engine() as (engine, _):
+        counts = []
+        for text, max_tokens in (("hello", 2), ("hello", None), ("refuse", 2), ("break", 2)):
+            calls = []
+            generation = engine.submit(request(text, max_tokens))
+            generation.on_done = lambda calls=calls: calls.append(1)
+            if max_tokens is None:
+                generation.close()
+            await until(lambda generation=generation: generation.is_done)
+            generation.close()
+            counts.append(calls)
+        await engine.submit(request(max_tokens=1)).accepted()
+        assert counts == [[1]] * 4
+
+
+@within_deadline
+async def test_a_place_is_free_before_anybody_has_read():
+    """A reader that never reads holds neither its own place nor the others up."""
+    async with running_engine() as (engine, factory):
+        never_read = engine.submit(request(max_tokens=50))
+        for _ in range(3):
+            generation = engine.submit(request(max_tokens=50))
+            await generation.accepted()
+            assert len(await read(generation)) == 52
+        await until(lambda: never_read.is_done and factory.batch.rows == {})
+        await never_read.accepted()
+        assert len(await read(never_read)) == 52
+
+
+@within_deadline
+async def test_a_rejected_prompt_is_told_and_disturbs_nobody():
+    async with running_engine() as (engine, _):
+        other = engine.submit(request(max_tokens=20))
+        with pytest.raises(PromptRejected, match="refused") as caught:
+            await engine.submit(request("refuse")).accepted()
+        assert caught.value.param == "messages[0]"
+        await other.accepted()
+        assert len(await read(other)) == 22
+
+
+@within_deadline
+async def test_an_unplanned_fault_of_one_request_fails_that_one_alone():
+    async with running_engine() as (engine, _):
+        other = engine.submit(request(max_tokens=20))
+        with pytest.raises(RequestFailed, match="'key' could not process this request: ZeroDivisionError"):
+            await engine.submit(request("break")).accepted()
+        await other.accepted()
+        assert len(await read(other)) == 22
+
+
+@within_deadline
+async def test_a_crash_is_told_to_every_reader_and_to_whoever_comes_later():
+    deaths = []
+    async with running_engine(on_death=deaths.append) as (engine, factory):
+        running = [engine.submit(request()) for _ in range(3)]
+        for generation in running:
+            await generation.accepted()
+        factory.batch.gate.clear()
+        unseen = engine.submit(request())
+        factory.batch.crash = Death("out of luck")
+        factory.batch.gate.set()
+        for generation in running:
+            with pytest.raises(EngineStopped, match="'key' stopped: Death: out of luck"):
+                await read(generation)
+        with pytest.raises(EngineStopped):
+            await unseen.accepted()
+            await read(unseen)
+        with pytest.raises(EngineStopped, match="it has ended"):
+            await engine.submit(request()).accepted()
+        assert [str(error) for error in deaths] == ["The engine of model 'key' stopped: Death: out of luck"]
+        assert factory.batch.is_closed
+
+
+@within_deadline
+async def test_what_was_said_before_a_crash_still_arrives():
+    async with running_engine() as (engine, factory):
+        generation = engine.submit(request())
+        await generation.accepted()
+        await until(lambda: factory.batch.rows and max(factory.batch.rows.values()) > 3)
+        factory.batch.crash = Death("out of luck")
+        said = []
+        with pytest.raises(EngineStopped):
+            while True:
+                said += await generation.events()
+        assert [delta.text for delta in said] == [str(n) for n in range(len(said))]
+        assert len(said) > 3
+
+
+@within_deadline
+async def test_a_failed_load_is_told_to_all_who_wait():
+    factory, deaths, freed = Factory(failures=[LoadFailed("key", "no such file")]), [], []
+    factory.gate.clear()
+    engine = Engine("key", factory.build, free=lambda: freed.append(1), on_death=deaths.append)
+    early = engine.submit(request())
+    waiting = asyncio.gather(engine.started(), engine.started(), early.accepted(), return_exceptions=True)
+    factory.gate.set()
+    assert [str(error) for error in await waiting] == ["Model 'key' could not be loaded: no such file"] * 3
+    with pytest.raises(LoadFailed):
+        await engine.started()
+    await engine.stop()
+    assert freed == [1]
+
+
+@within_deadline
+async def test_an_unplanned_fault_of_a_load_is_a_failed_load():
+    engine = Engine("key", Factory(failures=[ZeroDivisionError("a bug")]).build)
+    with pytest.raises(LoadFailed, match="'key' could not be loaded: ZeroDivisionError: a bug"):
+        await engine.started()
+    await engine.stop()
+
+
+@within_deadline
+async def test_a_model_that_dies_as_soon_as_it_is_loaded_never_counts_as_started():
+    factory = Factory()
+
+    def build():
+        runtime = factory.build()
+        runtime.batch.is_empty = lambda: 1 / 0
+        return runtime
+
+    engine = Engine("key", build)
+    engine._thread.join(DEADLINE)
+    with pytest.raises(EngineStopped):
+        await engine.started()
+    await engine.stop()
+
+
+@within_deadline
+async def test_requests_that_come_while_the_model_loads_are_answered_after_it():
+    factory = Factory()
+    factory.gate.clear()
+    engine = Engine("key", factory.build)
+    generation = engine.submit(request(max_tokens=2))
+    factory.gate.set()
+    assert await generation.accepted() == Accepted(5)
+    assert len(await read(generation)) == 4
+    await engine.stop()
+
+
+@within_deadline
+async def test_stopping_tells_all_who_still_wait():
+    deaths, freed = [], []
+    async with running_engine(on_death=deaths.append, free=lambda: freed.append(1)) as (engine, factory):
+        generations = [engine.submit(request()) for _ in range(3)]
+        for generation in generations:
+            await generation.accepted()
+        stopping = asyncio.create_task(engine.stop())
+        for generation in generations:
+            with pytest.raises(EngineStopped, match="the model was unloaded"):
+                await read(generation)
+        await stopping
+        late = engine.submit(request())
+        with pytest.raises(EngineStopped):
+            await late.accepted()
+        assert (deaths, freed, factory.batch.is_closed) == ([], [1], True)
+
+
+@within_deadline
+async def test_stopping_ends_and_joins_the_thread():
+    async with running_engine() as (engine, _):
+        assert len(engine_threads()) == 1
+        await engine.stop()
+        assert engine_threads() == []
+        await engine.stop()
+
+
+@within_deadline
+async def test_stopping_while_the_model_loads_waits_for_the_load():
+    factory = Factory()
+    factory.gate.clear()
+    engine = Engine("key", factory.build)
+    stopping = asyncio.create_task(engine.stop())
+    await asyncio.sleep(0)
+    factory.gate.set()
+    await stopping
+    assert engine_threads() == []
+    assert factory.batch.is_closed
+
+
+@within_deadline
+async def test_everything_of_the_model_happens_on_one_thread():
+    factory, threads = Factory(), []
+
+    def note(name):
+        threads.append((name, threading.current_thread()))
+
+    @contextmanager
+    def stream():
+        note("enter")
+        yield
+        note("exit")
+
+    def build():
+        note("build")
+        return factory.build()
+
+    engine = Engine("key", build, stream=stream, free=lambda: note("free"))
+    await engine.started()
+    generation = engine.submit(request(max_tokens=1))
+    await generation.accepted()
+    await read(generation)
+    await engine.stop()
+    assert [name for name, _ in threads] == ["enter", "build", "exit", "free"]
+    assert {thread for _, thread in threads} == {factory.batch.thread}
+    assert factory.batch.thread is not threading.current_thread()
+
+
+@within_deadline
+async def test_even_a_failing_release_leaves_nobody_waiting():
+    def free():
+        raise OSError("the release failed")
+
+    engine = Engine("key", Factory().build, free=free)
+    generation = engine.submit(request())
+    await generation.accepted()
+    stopping = asyncio.create_task(engine.stop())
+    with pytest.raises(EngineStopped):
+        await read(generation)
+    await stopping
+
+
+@within_deadline
+async def test_an_error_keeps_nothing_of_the_engine_alive():
+    """Its traceback would hold the frames, and with them the model's memory."""
+    async with running_engine() as (engine, _):
+        generation = engine.submit(request("refuse"))
+        await until(lambda: generation.is_done)
+        assert (generation._error.__traceback__, generation._error.__cause__) == (None, None)
+
+
+def test_a_loop_that_closes_first_does_not_keep_the_thread():
+    factory = Factory(failures=[LoadFailed("key", "no such file")])
+
+    async def leave():
+        factory.gate.clear()
+        return Engine("key", factory.build)
+
+    asyncio.run(leave())
+    factory.gate.set()
+    for thread in engine_threads():
+        thread.join(DEADLINE)
+    assert engine_threads() == []

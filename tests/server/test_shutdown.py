@@ -1,0 +1,91 @@
+"""How a server ends: what runs finishes, what is new is refused, a second signal ends it at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.support.requests import send_plain
+from tools.harness.running_server import DEADLINE, ROOT, eventually, running_server, server_environment
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, scripted_path):
+    path = tmp_path_factory.mktemp("config") / "models.toml"
+    section = f'[models.talker]\nsource = "{scripted_path}"\ncontext_length = 100000000\n'
+    path.write_text(f'memory_limit = "100TB"\n{section}')
+    return ("--no-defaults", "--config", str(path), "--log-level", "warning")
+
+
+def is_refusing(server):
+    answer = server.get("/v1/models")
+    return answer.status == 503 and answer
+
+
+def test_while_it_drains_new_requests_are_refused_and_running_ones_go_on(flags):
+    with running_server(*flags) as server:
+        with server.stream("talker", "forever") as stream:
+            stream.read(3)
+            server.process.send_signal(signal.SIGTERM)
+            answer = eventually(lambda: is_refusing(server))
+            assert (answer.error["code"], answer.headers["connection"]) == ("stopping", "close")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert server.get("/health").status == 200
+            assert len(stream.read(20)) == 20
+        assert server.process.wait(DEADLINE) == 0  # the last request has gone
+
+
+def test_what_does_not_finish_in_time_is_told_that_the_server_stops(flags):
+    with running_server(*flags, "--shutdown-timeout", "0.2") as server, server.stream("talker", "forever") as stream:
+        stream.read(3)
+        plain = send_plain(server, "talker", "forever")
+        eventually(lambda: server.model("talker")["running_requests"] == 2)
+        ended = []
+        ending = threading.Thread(target=lambda: ended.append(server.stop()))
+        ending.start()
+        *_, last = stream
+        answer = plain.getresponse()
+        body = answer.read().decode()
+        plain.close()
+        ending.join(DEADLINE)
+    assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "model_unloading")
+    assert (answer.status, "unloaded" in body, bool(answer.headers["retry-after"])) == (503, True, True)
+    assert (ended[0].status, ended[0].stderr) == (0, "")
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once(flags, second):
+    with running_server(*flags) as server, server.stream("talker", "forever") as stream:
+        stream.read(3)
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: is_refusing(server))
+        server.process.send_signal(second)
+        assert server.process.wait(DEADLINE) == -second
+
+
+@pytest.mark.parametrize("module", ["uvloop", "mlx_lm"])
+def test_an_interruption_while_it_starts_has_no_traceback(module):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "mlx_api_server.py", "--no-defaults", "--port", "0"],
+        cwd=ROOT,
+        env=server_environment() | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if line.rstrip().endswith(f"| {module}") or f" {module}" in line.rsplit("|", 1)[-1]:
+                os.kill(process.pid, signal.SIGINT)
+                break
+        said += process.stderr.read()
+        assert process.wait(DEADLINE) == -signal.SIGINT
+        assert "Traceback" not in said
+    finally:
+        process.kill()
+        process.stderr.close()

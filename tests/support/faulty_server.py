@@ -1,0 +1,108 @@
+"""The server with faults that files ask for: real models, batches and threads, which fail when told to.
+
+A file in the directory $FAULTS, named after a fault, makes it happen once, and is removed by that; "wedge" holds a step
+up until the file is removed by somebody else.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tokenizers import Regex, pre_tokenizers  # noqa: E402
+
+import mlx_api_server  # noqa: E402
+import model_manager  # noqa: E402
+from mlxserver.engine.runners import builder  # noqa: E402
+from mlxserver.manager import lifecycle  # noqa: E402
+
+FAULTS = Path(os.environ["FAULTS"])
+RAISED = {
+    "step": ValueError("a fault that was asked for"),
+    "step again": ValueError("a fault that was asked for"),
+    "step a third time": ValueError("a fault that was asked for"),
+    "memory": RuntimeError("[malloc] Unable to allocate 68719476736 bytes."),
+    "memory again": RuntimeError("[malloc] Unable to allocate 68719476736 bytes."),
+    "death": SystemExit("a fault that was asked for"),
+}
+
+
+def is_asked_for(fault):
+    try:
+        (FAULTS / fault).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def panic():
+    """What tokenizers do where a regular expression is too much for them: their Rust code panics, with no Exception."""
+    pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated").pre_tokenize_str("x" * 60)
+
+
+class FaultyBatch:
+    """A real batch whose steps may fail, while somebody is at work."""
+
+    def __init__(self, batch):
+        self._batch = batch
+
+    def __getattr__(self, name):
+        return getattr(self._batch, name)
+
+    def decode(self):
+        while (FAULTS / "wedge").exists() and not self._batch.is_empty():
+            time.sleep(0.01)
+        tokens = self._batch.decode()
+        fault = next((fault for fault in RAISED if tokens and is_asked_for(fault)), None)
+        if fault:
+            raise RAISED[fault]
+        return tokens
+
+    def prefill(self):
+        self._batch.prefill()
+
+
+class FaultyOutput:
+    """A real output that can't make text of its second token."""
+
+    def __init__(self, output):
+        self._output = output
+
+    def __getattr__(self, name):
+        return getattr(self._output, name)
+
+    def feed(self, token):
+        if self.completion_tokens:
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a fault that was asked for")
+        return self._output.feed(token)
+
+
+def main():
+    build = builder.Builder.build
+    prepare = builder.ModelRuntime.prepare
+
+    def faulty_build(self, *args, **kwargs):
+        built = build(self, *args, **kwargs)
+        built.batch = FaultyBatch(built.batch)
+        return built
+
+    def faulty_prepare(self, request, row_ids):
+        if is_asked_for("tokenizer"):
+            raise KeyError("a fault that was asked for")
+        if is_asked_for("panic"):
+            panic()
+        choices = prepare(self, request, row_ids)
+        return [(row, FaultyOutput(output)) for row, output in choices] if is_asked_for("detokenizer") else choices
+
+    builder.Builder.build = faulty_build
+    builder.ModelRuntime.prepare = faulty_prepare
+    lifecycle.STOP_PATIENCE = 0.2
+    model_manager.CLOSE_GRACE = mlx_api_server.THREADS_PATIENCE = 0.5
+    return mlx_api_server.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""A scripted batch at the Batch seam, for what a real model can't show on demand: a gate, a crash, a lasting load.
+
+Each row says 0, 1, 2, ... as its tokens, for ever; each token is published as its number. A message that starts with
+"refuse" is rejected by prepare(), one with "break" makes it fail in an unplanned way; one with "garble" makes its
+output fail at its third token, one with "bind" its constraint. One that ends in "!" fails with a Panic.
+"""
+
+import asyncio
+import functools
+import threading
+import time
+from dataclasses import dataclass, field
+
+from mlxserver.engine.errors import EngineError, PromptRejected
+from mlxserver.engine.events import Delta, Finish
+from mlxserver.engine.requests import ChatPrompt, GenerationRequest, ModelFacts, Sampling
+from mlxserver.engine.sequence import Row, RowToken
+from mlxserver.engine.worker.engine import Engine
+
+DEADLINE = 30.0
+ENDLESS = 10**9
+FACTS = ModelFacts("instruction", 1000, 12345)
+
+
+def within_deadline(test):
+    """Run an async test; whatever hangs fails."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        return asyncio.run(asyncio.wait_for(test(*args, **kwargs), DEADLINE))
+
+    return run
+
+
+def request(text="hello", max_tokens=None):
+    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}]), max_tokens=max_tokens)
+
+
+async def read(generation):
+    """Everything that is told after Accepted."""
+    events = []
+    while arrived := await generation.events():
+        events += arrived
+    return events
+
+
+async def ended(generation):
+    """How many events came, or the error instead."""
+    try:
+        await generation.accepted()
+        return len(await read(generation))
+    except EngineError as error:
+        return error
+
+
+async def until(condition):
+    while not condition():  # noqa: ASYNC110  (it may come true on another thread)
+        await asyncio.sleep(0.001)
+
+
+class Death(BaseException):
+    """What no engine thread survives."""
+
+
+class Panic(BaseException):
+    """As what tokenizers and grammars raise that are written in Rust: it is no Exception."""
+
+
+class Knot:
+    """A constraint that fails at its third token."""
+
+    def __init__(self, fault):
+        self._fault = fault
+        self._accepted = 0
+
+    def allowed(self):
+        return None
+
+    def accept(self, token):
+        self._accepted += 1
+        if self._accepted > 2:
+            raise self._fault("a knot in the grammar")
+
+
+class Numbers:
+    """An output that says each token's number and finishes at max_tokens."""
+
+    def __init__(self, max_tokens, index, fault=None):
+        self._fault = fault
+        self.completion_tokens = 0
+        self.reasoning_tokens = 0
+        self._max_tokens = max_tokens
+        self._index = index
+
+    def feed(self, token):
+        self.completion_tokens += 1
+        if self._fault and self.completion_tokens > 2:
+            raise self._fault("no such token")
+        yield Delta(str(token.token), index=self._index)
+        if self.completion_tokens == self._max_tokens:
+            yield Finish("length", self._index)
+
+
+@dataclass
+class ScriptedBatch:
+    """Rows that count once they are placed, `places` at most.
+
+    While `gate` is closed, decode() waits at it, as in a long step. It raises the next of `faults`, if any, and `crash`
+    each time.
+    """
+
+    rows: dict = field(default_factory=dict)
+    placed: set = field(default_factory=set)
+    constraints: dict = field(default_factory=dict)
+    places: int = 10**6
+    gate: threading.Event = field(default_factory=threading.Event)
+    faults: list = field(default_factory=list)
+    crash: BaseException | None = None
+    restarts: int = 0
+    is_closed: bool = False
+    thread: threading.Thread | None = None
+
+    def __post_init__(self):
+        self.gate.set()
+
+    def insert(self, rows):
+        self.rows |= {row.id: 0 for row in rows}
+        self.constraints |= {row.id: row.constraint for row in rows if row.constraint}
+
+    def remove(self, row_ids):
+        for row_id in row_ids:
+            self.rows.pop(row_id, None)
+            self.placed.discard(row_id)
+
+    def decode(self):
+        self.thread = threading.current_thread()
+        if self.rows:
+            time.sleep(0.0005)  # a step takes a while; without it an endless row floods the event loop
+            assert self.gate.wait(DEADLINE)
+        if self.placed and self.faults:
+            raise self.faults.pop(0)
+        if self.placed and self.crash:
+            raise self.crash
+        tokens = [RowToken(row_id, number) for row_id, number in self.rows.items() if row_id in self.placed]
+        for token in tokens:
+            self.rows[token.row_id] += 1
+            if token.row_id in self.constraints:
+                self.constraints[token.row_id].accept(token.token)
+        return tokens
+
+    def waiting(self):
+        return self.rows.keys() - self.placed
+
+    def restart(self, staying):
+        self.restarts += 1
+        self.placed.clear()
+        self.rows = {row_id: number for row_id, number in self.rows.items() if row_id in staying}
+        return []
+
+    def prefill(self):
+        waiting = [row_id for row_id in self.rows if row_id not in self.placed]
+        self.placed |= set(waiting[: self.places - len(self.placed)])
+
+    def is_empty(self):
+        return not self.rows
+
+    def close(self):
+        self.is_closed = True
+
+
+@dataclass
+class ScriptedRuntime:
+    """While `formatting` is clear format() of a request for JSON waits, as for a large schema; "refuse" is rejected."""
+
+    batch: ScriptedBatch = field(default_factory=ScriptedBatch)
+    facts: ModelFacts = FACTS
+    formatting: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self):
+        self.formatting.set()
+
+    def format(self, request):
+        if request.format:
+            assert self.formatting.wait(DEADLINE)
+            if request.prompt.messages[0]["content"].startswith("refuse"):
+                raise PromptRejected("no such schema", "response_format")
+        return request
+
+    def prepare(self, request, row_ids):
+        text = request.prompt.messages[0]["content"]
+        if text.startswith("refuse"):
+            raise PromptRejected("refused", "messages[0]")
+        fault = Panic if text.endswith("!") else ZeroDivisionError
+        if text.startswith("break"):
+            raise fault("an unplanned fault")
+        max_tokens = request.max_tokens or ENDLESS
+        tokens = tuple(range(len(text)))
+        return [
+            (
+                Row(
+                    next(row_ids),
+                    tokens,
+                    Sampling(),
+                    max_tokens,
+                    constraint=Knot(fault) if text.startswith("bind") else None,
+                ),
+                Numbers(max_tokens, index, fault if text.startswith("garble") else None),
+            )
+            for index in range(request.n)
+        ]
+
+    def answer(self, question):
+        return "answer"
+
+
+@dataclass
+class Factory:
+    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    failures: list = field(default_factory=list)
+    runtimes: list = field(default_factory=list)
+    builds: int = 0
+
+    def __post_init__(self):
+        self.gate.set()
+
+    @property
+    def batch(self):
+        """The batch of the engine that was loaded last."""
+        return self.runtimes[-1].batch
+
+    def build(self, loading=None):
+        self.builds += 1
+        while not self.gate.wait(0.005):  # a load can be called off, at its next report
+            if loading:
+                loading("reading", 1, 2)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.runtimes.append(ScriptedRuntime())
+        return self.runtimes[-1]
+
+    def start(self, spec, on_death, loading, metrics):
+        return Engine(spec.key, lambda: self.build(loading), on_death=on_death, metrics=metrics)

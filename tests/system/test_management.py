@@ -1,0 +1,294 @@
+"""Models come and go over HTTP; what happened is in the answers, the figures and the log."""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from mlx_api_server import DEFAULT_MODELS
+from mlxserver.config.fields import settings_of
+from mlxserver.config.load import DEFAULTS, MODEL_FIELDS, build
+from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.engine.loading import estimate
+from tests.support.scripts import SCRIPTS
+from tools.harness.running_server import ROOT, eventually, run_server, running_server
+
+HELLO = SCRIPTS["hello"]
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(scripted_path):
+    """What one scripted model is expected to take."""
+    return estimate.estimate(ModelSpec("a", str(scripted_path))).total
+
+
+@pytest.fixture(scope="module")
+def server(scripted_path, one, tmp_path_factory):
+    """A server whose memory holds two of its models, and whose log is JSON."""
+    lines = [f"memory_limit = {int(one * 2.5)}", 'log_format = "json"', "min_residency = 0.0"]
+    for key in "abc":
+        lines += [f"[models.{key}]", f'source = "{scripted_path}"', f'aliases = ["{key * 2}"]']
+    path = written(tmp_path_factory.mktemp("config") / "models.toml", "\n".join(lines))
+    with running_server("--no-defaults", "--config", str(path)) as server:
+        server.config = path
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(request):
+    yield
+    if "server" in request.fixturenames:
+        server = request.getfixturevalue("server")
+        for model in server.get("/v1/models").json["data"]:
+            server.post("/v1/models/unload", {"key": model["id"], "mode": "abort"})
+
+
+def events(answer):
+    return [json.loads(line[6:]) for line in answer.body.decode().splitlines() if line.startswith("data: ")]
+
+
+def figures(server):
+    families = text_string_to_metric_families(server.get("/metrics").body.decode())
+    return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+
+
+def logged(server):
+    server.stderr.seek(0)
+    whole, _, _ = server.stderr.read().rpartition("\n")  # the last one may be on its way
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def test_a_load_can_be_told_as_it_goes(server, scripted_path):
+    answer = server.post("/v1/models/load", {"model": str(scripted_path), "key": "a", "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *steps, last = events(answer)
+    assert {step["event"] for step in steps} == {"progress"}
+    assert (last["event"], last["key"], last["status"]) == ("loaded", "a", "loaded")
+    assert last["memory_bytes"] == last["estimate"]["weights"] > 0
+
+
+def test_a_told_load_that_can_not_even_begin_has_its_status(server):
+    answer = server.post("/v1/models/load", {"model": "/nowhere", "key": "a", "stream": True})
+    assert (answer.status, answer.error["code"]) == (400, "invalid_source")
+
+
+def test_what_does_not_fit_is_507_with_a_projection(server, scripted_path, one):
+    with server.stream("a", "forever") as first, server.stream("b", "forever") as second:
+        first.read(2), second.read(2)
+        answer = server.post("/v1/models/load", {"model": str(scripted_path), "key": "c"})
+    assert (answer.status, answer.json["error"]["code"]) == (507, "insufficient_memory")
+    projection = answer.json["projection"]
+    assert (projection["needed"], projection["busy"], projection["pinned"]) == (one, 2 * one, 0)
+    assert projection["free"] == projection["budget"] - 2 * one
+
+
+def test_requests_for_three_models_on_room_for_two_are_all_answered(server):
+    with ThreadPoolExecutor(9) as pool:
+        answers = list(pool.map(lambda key: server.chat(key, "hello"), "abc" * 6))
+    assert [answer.message["content"] for answer in answers] == [HELLO] * 18
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault_of_the_server(server):
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: left\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + b"{")
+    line = eventually(lambda: next((line for line in logged(server) if line.get("id") == "left"), None))
+    assert line.get("status") is None
+
+
+def test_an_alias_answers_as_its_model(server):
+    assert server.chat("aa", "hello").message["content"] == HELLO
+    assert server.model("a")["aliases"] == ["aa"]
+
+
+def test_keep_alive_zero_unloads_the_model_after_the_answer(server):
+    assert server.chat("a", "hello", keep_alive=0).status == 200
+    eventually(lambda: server.status("a") == "unloaded")
+
+
+def test_a_load_says_all_of_a_model(server, scripted_path):
+    body = {"model": str(scripted_path), "key": "new", "pin": True, "ttl": "5m", "max_running": 1, "max_waiting": 0}
+    body |= {"cache_tokens": 512, "defaults": {"temperature": 0.5}}
+    assert server.post("/v1/models/load", body).status == 200
+    model = server.model("new")
+    assert (model["pinned"], model["expires_in_seconds"], model["context_length"]) == (True, None, 512)
+    with server.stream("new", "forever") as stream:
+        stream.read(2)
+        assert server.chat("new", "hello").status == 429
+    assert server.post("/v1/models/load", body | {"model": "org/other"}).status == 409
+    assert server.post("/v1/models/unload", {"key": "new", "forget": True}).status == 200
+    assert server.get("/v1/models/new").status == 404
+
+
+@pytest.mark.parametrize(
+    ("defaults", "param"),
+    [({"temperature": 3}, "defaults.temperature"), ({"seed": 1}, "defaults.seed"), ([], "defaults")],
+)
+def test_wrong_defaults_are_refused_by_name(server, defaults, param):
+    answer = server.post("/v1/models/load", {"model": "org/name", "defaults": defaults})
+    assert (answer.status, answer.error["param"]) == (400, param)
+
+
+def test_a_drain_under_eight_streams_lets_all_eight_complete(server):
+    ends = []
+
+    def read_all(n):
+        with server.stream("a", "forever", max_tokens=300) as stream:
+            stream.read(2)
+            begun.wait()
+            ends.append(list(stream)[-2:])
+
+    begun = threading.Barrier(9)
+    with ThreadPoolExecutor(8) as pool:
+        for n in range(8):
+            pool.submit(read_all, n)
+        begun.wait()
+        report = server.post("/v1/models/unload", {"key": "a", "mode": "drain"}).json
+    assert (report["completed_requests"], report["aborted_requests"]) == (8, 0)
+    assert [(end[0]["choices"][0]["finish_reason"], end[1]) for end in ends] == [("length", "[DONE]")] * 8
+
+
+def broken_models(scripted_path, directory):
+    """Sources whose load fails, each in its own way, and a part of what is said of it."""
+
+    def copy(name):
+        return shutil.copytree(scripted_path, directory / name)
+
+    (copy("missing") / "model.safetensors").unlink()
+    truncated = copy("truncated") / "model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:3000])
+    config = copy("martian") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "martian"}))
+    yield {"model": str(directory / "missing")}, "No safetensors found"
+    yield {"model": str(directory / "truncated")}, "can't be read"
+    yield {"model": str(directory / "martian")}, "martian not supported"
+    yield {"model": str(scripted_path), "adapter": str(directory)}, "can't be used with this model"
+    yield {"model": "org/name"}, "Hugging Face hub"
+
+
+def test_loads_that_fail_tell_why_and_leave_the_others_serving(server, scripted_path, tmp_path):
+    with server.stream("a", "forever") as stream:
+        stream.read(2)
+        for body, cause in broken_models(scripted_path, tmp_path):
+            answer = server.post("/v1/models/load", {**body, "key": "broken"})
+            assert (answer.status, answer.error["code"]) == (503, "load_failed"), answer.body
+            assert cause in answer.error["message"]
+            assert server.get("/v1/models/broken").status == 404
+        assert server.chat("b", "hello").message["content"] == HELLO
+        stream.read(10)
+
+
+def test_everybody_who_waits_for_a_load_that_fails_is_told_why(scripted_path, tmp_path):
+    (broken := shutil.copytree(scripted_path, tmp_path / "broken")) and (broken / "tokenizer.json").unlink()
+    with running_server("--no-defaults", "--model", f"x={broken}") as server, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.chat("x", "hello"), range(4)))
+        assert {answer.status for answer in answers} == {503}
+        assert all("the tokenizer in" in answer.error["message"] for answer in answers)
+
+
+def test_new_settings_are_read_again_on_demand_and_by_a_signal(server):
+    before = server.config.read_text()
+    try:
+        written(server.config, before + '\n[models.d]\nsource = "org/d"\n')
+        assert server.post("/v1/models/reload", {}).json == {
+            "added": ["d"], "removed": [], "changed": [], "restart_needed": [],
+        }  # fmt: skip
+        written(server.config, "port = 'x'")
+        answer = server.post("/v1/models/reload", {})
+        assert (answer.status, answer.error["code"]) == (400, "invalid_settings")
+    finally:
+        written(server.config, before)
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: server.get("/v1/models/d").status == 404)
+
+
+def test_figures_are_what_prometheus_reads(server):
+    before = figures(server)
+    server.chat("a", "hello")
+    after = figures(server)
+
+    def grown(*name):
+        return after[name] - before.get(name, 0)
+
+    assert grown("mlx_server_requests_total", "a", "stop") == 1
+    assert grown("mlx_server_loads_total", "a", "loaded") == 1
+    assert grown("mlx_server_completion_tokens_total", "a") > 3
+    assert grown("mlx_server_time_to_first_token_seconds_count", "a") == 1
+    assert after["mlx_server_loaded", "a"] == 1
+    assert after["mlx_server_memory_reserved_bytes",] == after["mlx_server_reserved_bytes", "a"] > 0
+
+
+def test_the_dashboard_asks_for_figures_that_there_are(server):
+    server.chat("a", "hello")
+    known = {name for name, *_ in figures(server)}
+    asked = set(re.findall(r"mlx_server_\w+", (ROOT / "deploy" / "grafana-dashboard.json").read_text()))
+    assert asked - known == {"mlx_server_unloads_total"} - known
+
+
+def test_a_request_has_one_line_in_the_log_and_an_id(server):
+    connection = server.connect()
+    body = json.dumps({"model": "a", "messages": [{"role": "user", "content": "hello"}]})
+    connection.request("POST", "/v1/chat/completions", body, {"X-Request-Id": "my-id-1"})
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    assert response.headers["x-request-id"] == "my-id-1"
+    lines = eventually(lambda: [line for line in logged(server) if line.get("id") == "my-id-1"])
+    assert [(line["message"], line["model"], line["outcome"], line["status"]) for line in lines] == [
+        ("request", "a", "stop", 200)
+    ]
+    assert lines[0]["completion_tokens"] > 3
+    assert any(line["message"] == "transition" and line["to"] == "loaded" for line in logged(server))
+
+
+def test_an_id_that_would_forge_a_header_is_replaced(server):
+    connection = server.connect()
+    connection.request("GET", "/health", headers={"X-Request-Id": "x" * 500})
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+def test_the_settings_can_be_checked_alone(tmp_path):
+    good = written(tmp_path / "good.toml", '[models.a]\nsource = "org/a"')
+    wrong = written(tmp_path / "wrong.toml", "port = -1")
+    assert run_server("--check-config", "--config", str(good)).status == 0
+    ended = run_server("--check-config", "--config", str(wrong))
+    assert (ended.status, "port: -1 is not valid" in ended.stderr) == (2, True)
+
+
+def test_the_example_file_names_every_setting_with_its_default():
+    text = (ROOT / "models.example.toml").read_text()
+    for name in [*settings_of(Settings), *MODEL_FIELDS, *DEFAULTS, "aliases"]:
+        assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), name
+    scalars = text.partition("[models.small]")[0]
+    said = re.sub(r"^# (\w+ = )", r"\1", scalars, flags=re.MULTILINE)
+    path = Path(ROOT / "models.example.toml")
+    assert build(["--config", str(path)], {}, Settings()).models[0].key == "small"
+    import tomllib
+
+    stated = tomllib.loads(said)
+    defaults = Settings()
+    sizes = {"max_body_bytes", "max_prompt_bytes"}
+    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
+    assert {name: value for name, value in listed.items() if name not in sizes} == {
+        name: getattr(defaults, name) for name in stated if name not in sizes
+    }
+
+
+def test_the_default_models_can_be_estimated_without_loading_them():
+    embedded = [spec for spec in DEFAULT_MODELS if spec.source.startswith("embedded:")]
+    assert all(estimate.estimate(spec).total > 500 << 20 for spec in embedded)

@@ -1,0 +1,112 @@
+"""Several ranks on this machine, started with what mlx.launch gives them: a rank's number and the file of hosts."""
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+from tools.harness.models import tiny_llama
+from tools.harness.running_server import DEADLINE, GREETING, ROOT, RunningServer, eventually, server_environment
+
+
+@dataclass
+class Ranks:
+    """The server (rank 0) and the processes and logs of all ranks."""
+
+    server: RunningServer
+    processes: list[subprocess.Popen]
+    logs: list = field(default_factory=list)
+
+    def log(self, rank):
+        self.logs[rank].seek(0)
+        return self.logs[rank].read()
+
+
+@contextmanager
+def running_ranks(config, *, size=2, configs=None, scripts=None, variables=None):
+    """Ranks that are ready; killed at the end. configs, scripts: a rank's own file of settings, and program."""
+    with tempfile.TemporaryDirectory() as directory:
+        own_configs = [(configs or {}).get(rank, config) for rank in range(size)]
+        processes, logs = start_ranks(Path(directory), own_configs, scripts, variables)
+        hung = threading.Timer(DEADLINE, processes[0].kill)
+        hung.start()
+        try:
+            line = next((line for line in processes[0].stdout if line.startswith(GREETING)), None)
+            hung.cancel()
+            ranks = Ranks(None, processes, logs)
+            assert line, "\n".join(ranks.log(rank) for rank in range(size))
+            ranks.server = RunningServer(processes[0], logs[0], line.removeprefix("Serving on ").strip())
+            yield ranks
+        finally:
+            hung.cancel()
+            end(processes, logs)
+
+
+def start_ranks(directory, configs, scripts=None, variables=None, wanted=None):
+    """The processes, and the files that take what they say on stderr. wanted: how many of the ranks come."""
+    scripts, variables = scripts or {}, variables or {}
+    hosts = directory / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(configs))]))
+    logs = [tempfile.TemporaryFile("w+") for _ in configs]  # noqa: SIM115  (they live as long as the processes)
+    processes = []
+    for rank, (config, log) in enumerate(list(zip(configs, logs, strict=True))[:wanted]):
+        environment = server_environment() | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} | variables
+        command = [
+            sys.executable,
+            scripts.get(rank, "mlx_api_server.py"),
+            "--no-defaults",
+            "--port",
+            "0",
+            "--config",
+            str(config),
+        ]
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        )
+        eventually(lambda: computes(processes[0]))  # a rank that comes much before it waits 1, 2, 4, 8 s to try again
+    return processes, logs
+
+
+def computes(leader):
+    """Whether rank 0 has started the process that computes for it, as far as this system tells."""
+    children = Path(f"/proc/{leader.pid}/task/{leader.pid}/children")
+    return not children.exists() or children.read_text() or leader.poll() is not None
+
+
+def end(processes, logs):
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    for log in logs:
+        log.close()
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return ports
+
+
+def tiny_qwen(path, **options):
+    """A tiny llama as a qwen2, which mlx-lm can make a pipeline of: the same with biases, which are not zero."""
+    tiny_llama(path, **options)
+    config = json.loads((path / "config.json").read_text())
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
+    weights = load_file(path / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        for name in heads:
+            weight = weights[f"model.layers.{layer}.self_attn.{name}.weight"]
+            weights[f"model.layers.{layer}.self_attn.{name}.bias"] = weight[:, 0].copy()
+    save_file(weights, path / "model.safetensors", metadata={"format": "mlx"})
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    return path

@@ -1,0 +1,197 @@
+"""The server as a person starts it: a process of its own on a free port, spoken to over real sockets."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+GREETING = "Serving on http://"
+DEADLINE = 60.0  # seconds that anything may take before it counts as hung
+
+
+def eventually(condition, deadline=DEADLINE):
+    """Wait until condition() is true and return what it said."""
+    end = time.monotonic() + deadline
+    while not (outcome := condition()):
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+    return outcome
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    status: int
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole HTTP answer."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        """What is in the error envelope, which has exactly OpenAI's four fields."""
+        assert self.json.keys() == {"error"}
+        assert self.json["error"].keys() == {"message", "type", "param", "code"}
+        return self.json["error"]
+
+    @property
+    def message(self):
+        return self.json["choices"][0]["message"]
+
+
+def server_environment():
+    """This process's, without settings of the server, and with the allocator that `make serve` chooses."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
+    return {"PYTHONMALLOC": "malloc"} | kept
+
+
+def start_server(*flags, script="mlx_api_server.py", variables=None, **options):
+    """The process and the file that takes its stderr. Further options are those of Popen."""
+    stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
+    process = subprocess.Popen(
+        [sys.executable, script, *flags],
+        cwd=ROOT,
+        env=server_environment() | (variables or {}),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        **options,
+    )
+    return process, stderr
+
+
+def run_server(*flags):
+    """The end of a server that does not come up."""
+    process, stderr = start_server(*flags)
+    return _ended(process, stderr)
+
+
+@contextmanager
+def running_server(*flags, **options):
+    """A server that is ready; killed at the end if it was not stopped. Options: those of start_server()."""
+    process, stderr = start_server("--port", "0", *flags, **options)
+    hung = threading.Timer(DEADLINE, process.kill)
+    hung.start()
+    try:
+        line = next((line for line in process.stdout if line.startswith(GREETING)), None)
+        hung.cancel()
+        assert line, f"the server did not come up:\n{_ended(process, stderr).stderr}"
+        yield RunningServer(process, stderr, line.removeprefix("Serving on ").strip())
+    finally:
+        hung.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        stderr.close()
+
+
+@dataclass
+class RunningServer:
+    process: subprocess.Popen
+    stderr: Any
+    url: str
+
+    @property
+    def port(self):
+        return int(self.url.rpartition(":")[2])
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
+
+    def ask(self, method, path, body=None, headers=None):
+        """One request on a connection of its own. A body that is an iterator is sent in chunks."""
+        connection = self.connect()
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path):
+        return self.ask("GET", path)
+
+    def post(self, path, body):
+        return self.ask("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    def chat(self, model, text, **parameters):
+        return self.post("/v1/chat/completions", chat_body(model, text, **parameters))
+
+    def stream(self, model, text, **parameters):
+        return ChatStream(self.connect(), chat_body(model, text, stream=True, **parameters))
+
+    def model(self, key):
+        """What GET /v1/models/{key} says."""
+        return self.get(f"/v1/models/{key}").json
+
+    def status(self, key):
+        return self.model(key)["status"]["value"]
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return _ended(self.process, self.stderr)
+
+
+def _ended(process, stderr):
+    try:
+        status = process.wait(DEADLINE)
+    finally:
+        process.kill()
+    stderr.seek(0)
+    return Ended(status, stderr.read())
+
+
+def chat_body(model, text, **parameters):
+    return {"model": model, "messages": [{"role": "user", "content": text}], **parameters}
+
+
+@dataclass
+class ChatStream:
+    """A streamed answer, read event by event. Leaving its `with` block hangs up."""
+
+    connection: http.client.HTTPConnection
+    body: dict
+    payloads: list = field(default_factory=list)
+
+    def __enter__(self):
+        self.connection.request("POST", "/v1/chat/completions", json.dumps(self.body))
+        self.response = self.connection.getresponse()
+        assert self.response.status == 200, self.response.read()
+        assert self.response.headers["content-type"].startswith("text/event-stream")
+        return self
+
+    def __exit__(self, *_):
+        self.response.close()
+        self.connection.close()
+
+    def __iter__(self):
+        """The events' payloads: chunks as dicts, and "[DONE]"."""
+        while line := self.response.readline():
+            if line.startswith(b"data: "):
+                payload = line.removeprefix(b"data: ").strip().decode()
+                yield payload if payload == "[DONE]" else json.loads(payload)
+
+    def read(self, count):
+        """The next `count` payloads."""
+        return [payload for payload, _ in zip(self, range(count), strict=False)]

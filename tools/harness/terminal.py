@@ -1,0 +1,97 @@
+"""A program in a pseudo-terminal, and what a person would see there: a real terminal's screen and its scrollback."""
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+
+import pexpect
+import pyte
+
+ROOT = Path(__file__).parent.parent.parent
+COLUMNS, ROWS = 100, 40
+PATIENCE = 100.0  # seconds that a busy machine may take for anything
+CTRL_C, CTRL_D, ENTER, ALT_ENTER, TAB, UP = "\x03", "\x04", "\r", "\x1b\r", "\t", "\x1b[A"
+SETTINGS = ("NO_COLOR", "FORCE_COLOR", "OPENAI_BASE_URL", "OPENAI_API_KEY")
+
+
+class Screen(pyte.HistoryScreen):
+    """Answers what programs ask a terminal, such as where the cursor is."""
+
+    def __init__(self, answer):
+        super().__init__(COLUMNS, ROWS, history=5000)
+        self.write_process_input = answer
+
+
+class Terminal:
+    """One running program. Waiting is for what is shown, never for time."""
+
+    def __init__(self, command, environment, screen):
+        self.child = pexpect.spawn(
+            command[0],
+            command[1:],
+            env=environment,
+            dimensions=(ROWS, COLUMNS),
+            encoding="utf-8",
+            codec_errors="replace",
+            echo=False,
+            timeout=PATIENCE,
+        )
+        self.screen = screen(self.child.send)
+        self._stream = pyte.Stream(self.screen)
+
+    @property
+    def shown(self):
+        """All lines so far, those that were scrolled away first."""
+        gone = ["".join(line[column].data for column in range(COLUMNS)) for line in self.screen.history.top]
+        return "\n".join(line.rstrip() for line in [*gone, *self.screen.display])
+
+    def type(self, text):
+        self.child.send(text)
+
+    def enter(self, line):
+        self.child.send(line + ENTER)
+
+    def expect(self, *texts, within=PATIENCE):
+        """Read until all of the texts are shown, in this order."""
+        deadline = monotonic() + within
+        while not self._shows(texts):
+            assert monotonic() < deadline, f"{texts} not in:\n{self.shown}"
+            try:
+                self._stream.feed(self.child.read_nonblocking(65536, timeout=0.2))
+            except pexpect.TIMEOUT:
+                continue
+            except pexpect.EOF:
+                assert self._shows(texts), f"the program ended, and {texts} not in:\n{self.shown}"
+
+    def exit_status(self):
+        """Read to the program's end."""
+        while True:
+            try:
+                self._stream.feed(self.child.read_nonblocking(65536, timeout=PATIENCE))
+            except pexpect.EOF:
+                self.child.wait()
+                return self.child.exitstatus
+
+    def _shows(self, texts):
+        rest = self.shown
+        for text in texts:
+            _, found, rest = rest.partition(text)
+            if not found:
+                return False
+        return True
+
+
+@contextmanager
+def terminal(*arguments, home, screen=Screen, **environment):
+    """advanced_client.py on a terminal of its own, with `home` for its files."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    own = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "XDG_STATE_HOME": str(home), "HOME": str(home)}
+    shown = Terminal(
+        [sys.executable, str(ROOT / "advanced_client.py"), *arguments], inherited | own | environment, screen
+    )
+    try:
+        yield shown
+    finally:
+        shown.child.close(force=True)
