@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from mlxserver.engine.conversation import Message, Tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,14 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """OpenAI messages, each with a string content (or None beside tool calls), to be set in the model's template.
+    """Conversation to be set in the model's chat template.
 
-    continues_answer: the last message is the assistant's, and the answer goes on from its text.
+    template_kwargs: variables of the template. continues_answer: the last message is the assistant's, and the answer
+    goes on from its text.
     """
 
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] = ()
+    conversation: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues_answer: bool = False
 

@@ -11,6 +11,7 @@ from typing import Any
 from mlxserver.api import model_responses, responses, schemas
 from mlxserver.config.http import HttpSettings
 from mlxserver.config.settings import GenerationDefaults, ModelSpec
+from mlxserver.engine.conversation import Message
 from mlxserver.engine.events import Timings, TokenLogprob, Usage
 from mlxserver.engine.requests import (
     ChatPrompt,
@@ -64,7 +65,7 @@ def completion_requests(request: schemas.CompletionRequest) -> list[GenerationRe
     ]
 
 
-def chat_prompt(request: schemas.PromptRequest, messages: Sequence[dict[str, Any]]) -> ChatPrompt:
+def chat_prompt(request: schemas.PromptRequest, messages: tuple[Message, ...]) -> ChatPrompt:
     """Messages with all that is said of how to set them. The effort "none" is what templates call enable_thinking."""
     effort = request.reasoning_effort
     thinking = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort} if effort else {}

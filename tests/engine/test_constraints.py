@@ -17,7 +17,6 @@ from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import (
-    ChatPrompt,
     GenerationRequest,
     JsonFormat,
     SamplingOptions,
@@ -27,6 +26,7 @@ from mlxserver.engine.requests import (
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
 from mlxserver.engine.sampling.tool_grammars import strict_calls
+from tests.support.conversations import question
 
 CITY = {
     "type": "object",
@@ -50,7 +50,7 @@ def tiny(tiny_llama_path):
 def ask(text="hello there", tools=(), **options):
     options.setdefault("max_tokens", 300)
     options.setdefault("sampling", SamplingOptions(temperature=1.0, seed=5))
-    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}], tools=tools), **options)
+    return GenerationRequest(question(text, tools), **options)
 
 
 def generate(runtime, *requests):
@@ -105,7 +105,7 @@ def test_a_constraint_that_is_cut_by_max_tokens_finishes_with_length(tiny):
 def test_an_impossible_schema_is_refused_with_the_reason(tiny):
     with pytest.raises(PromptRejected, match="JSON schema") as refusal:
         tiny.prepare(ask(format=JsonFormat({"type": "nonsense"})), itertools.count())
-    assert refusal.value.param == "response_format"
+    assert refusal.value.param == "format"
 
 
 def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
@@ -187,7 +187,7 @@ def test_tools_without_a_strict_one_leave_the_answer_free(tiny):
 
 def test_strict_is_refused_where_calls_are_not_written_as_json():
     with pytest.raises(PromptRejected, match="format of its own") as refusal:
-        strict_calls(STRICT, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
+        strict_calls(question("a", STRICT).tools, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
     assert refusal.value.param == "tools[0].function.strict"
 
 
@@ -255,7 +255,7 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
 def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
     preparation = copy.copy(tiny.preparation)
     preparation._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
-    for prompt, param in ((ask("hello there").prompt, "messages"), (TokenPrompt((1, 10)), "prompt")):
+    for prompt, param in ((ask("hello there").prompt, "conversation"), (TokenPrompt((1, 10)), "prompt")):
         with pytest.raises(PromptRejected, match="no token") as refusal:
             preparation.prepare(GenerationRequest(prompt), itertools.count())
         assert refusal.value.param == param

@@ -8,7 +8,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.prompt.formats import FORMATS, find_type, thinking_tags
-from mlxserver.engine.requests import ChatPrompt
+from tests.support.conversations import question
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.scripts import Script
 
@@ -16,7 +16,7 @@ from tools.harness.scripts import Script
 def say(path, message, *, temperature=0.0, max_tokens=40):
     """What the model in `path` answers, end-of-sequence included as text."""
     model, tokenizer, config = load(str(path), return_config=True)
-    prompt = FORMATS[find_type(tokenizer)](tokenizer, config).format(ChatPrompt([{"role": "user", "content": message}]))
+    prompt = FORMATS[find_type(tokenizer)](tokenizer, config).format(question(message))
     sampler = make_sampler(temperature)
     tokens = [r.token for r in stream_generate(model, tokenizer, list(prompt.tokens), max_tokens, sampler=sampler)]
     detokenizer = make_detokenizer(tokenizer)
@@ -51,7 +51,7 @@ def test_a_scripted_model_can_have_its_thinking_opened_by_the_template(tmp_path)
     path = scripted_model(tmp_path, {"x": "a</think>b"}, generation_prompt="<think>\n", tokens=("<think>", "</think>"))
     _, tokenizer, config = load(str(path), return_config=True)
     assert (find_type(tokenizer), thinking_tags(tokenizer)) == ("thinking", ("<think>", "</think>"))
-    prompt = FORMATS["thinking"](tokenizer, config).format(ChatPrompt([{"role": "user", "content": "x"}]))
+    prompt = FORMATS["thinking"](tokenizer, config).format(question("x"))
     assert prompt.opens_thinking
     assert say(path, "x")[0] == "a</think>b<|im_end|>"
 

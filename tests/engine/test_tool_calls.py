@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import gemma4, glm47, json_tools, kimi_k2, minicpm5, mistral, pythonic, qwen3_coder
 
+from mlxserver.engine.conversation import Message, Text, Tool
 from mlxserver.engine.events import ToolCallDelta
 from mlxserver.engine.output.json_calls import CallScanner, ScanState
 from mlxserver.engine.output.marked_text import TokenText
@@ -16,7 +17,7 @@ from mlxserver.engine.output.tool_calls import ToolCallParser, make_tool_parser
 from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, TextPrompt, ToolChoice
 
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = (Tool("add", parameters={"type": "object", "properties": {}}),)
 
 
 def native(module):
@@ -241,11 +242,9 @@ def test_whatever_a_familys_parser_says_is_checked(found):
 
 def test_parsers_find_parameters_in_every_tool():
     seen = []
-    parser = ToolCallParser(
-        ToolFormat("<x>", "</x>", lambda body, tools: seen.append(tools)), [{"function": {"name": "f"}}]
-    )
+    parser = ToolCallParser(ToolFormat("<x>", "</x>", lambda body, tools: seen.append(tools)), [Tool("f")])
     parser.feed("<x>body</x>")
-    assert seen == [[{"function": {"name": "f", "parameters": {}}}]]
+    assert seen == [[{"type": "function", "function": {"name": "f", "parameters": {}}}]]
 
 
 @pytest.mark.parametrize(
@@ -256,11 +255,11 @@ def test_parsers_find_parameters_in_every_tool():
         ("required", TOOLS, '[{"name": "f"}]', 1),
         ("function", TOOLS, '[{"name": "f"}]', 1),
         ("none", TOOLS, ADD, None),
-        ("auto", [], ADD, None),
+        ("auto", (), ADD, None),
     ],
 )
 def test_the_choice_decides_what_is_read_as_a_call(mode, tools, text, calls):
-    prompt = ChatPrompt([{"role": "user", "content": "a"}], tools=tools)
+    prompt = ChatPrompt((Message("user", (Text("a"),)),), tools)
     parser = make_tool_parser(PLAIN, GenerationRequest(prompt, tool_choice=ToolChoice(mode)))
     assert (parser and (parser.feed(text), parser.completed)[1]) == calls
     assert make_tool_parser(PLAIN, GenerationRequest(TextPrompt("a"))) is None

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from mlxserver.engine.errors import EngineError, PromptRejected
 from mlxserver.engine.events import Delta, Finish
-from mlxserver.engine.requests import ChatPrompt, GenerationRequest, ModelFacts, Sampling
+from mlxserver.engine.requests import GenerationRequest, ModelFacts, Sampling
 from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.engine import Engine
+from tests.support.conversations import question
 
 DEADLINE = 30.0
 ENDLESS = 10**9
@@ -33,7 +34,7 @@ def within_deadline(test):
 
 
 def request(text="hello", max_tokens=None):
-    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}]), max_tokens=max_tokens)
+    return GenerationRequest(question(text), max_tokens=max_tokens)
 
 
 async def read(generation):
@@ -184,12 +185,12 @@ class ScriptedRuntime:
     def preprocess(self, request):
         if request.format:
             assert self.formatting.wait(DEADLINE)
-            if request.prompt.messages[0]["content"].startswith("refuse"):
-                raise PromptRejected("no such schema", "response_format")
+            if request.prompt.conversation[0].text.startswith("refuse"):
+                raise PromptRejected("no such schema", "format")
         return request
 
     def prepare(self, request, sequence_ids):
-        text = request.prompt.messages[0]["content"]
+        text = request.prompt.conversation[0].text
         if text.startswith("refuse"):
             raise PromptRejected("refused", "messages[0]")
         fault = Panic if text.endswith("!") else ZeroDivisionError

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any
 
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.events import ToolCallDelta
 from mlxserver.engine.output.json_calls import CallScanner, ScanState
 from mlxserver.engine.output.marked_text import TokenText
@@ -43,7 +43,7 @@ class ToolCallParser:
     """
 
     def __init__(
-        self, tool_format: ToolFormat, tools: Sequence[Mapping[str, Any]] = (), *, parallel: bool = True, index: int = 0
+        self, tool_format: ToolFormat, tools: Sequence[Tool] = (), *, parallel: bool = True, index: int = 0
     ) -> None:
         self.completed = 0
         self._format = tool_format

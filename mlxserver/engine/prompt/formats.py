@@ -17,19 +17,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxserver.config.settings import ModelType
+from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.tool_text import describe, write_plain
-from mlxserver.engine.prompt.turns import (
-    Message,
-    admit,
-    alternate,
-    check_text,
-    continued_field,
-    fold_system,
-    name_developer_system,
-)
+from mlxserver.engine.prompt.turns import admit, alternate, check_text, fold_system, name_developer_system
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
 
 if TYPE_CHECKING:
@@ -54,7 +47,7 @@ class PromptFormat:
         return native_format(self._tokenizer) if self._template.call_style else PLAIN
 
     def format(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
-        """The prompt in the model's own words. Tools that may not be called are not shown. Raises PromptRejected."""
+        """The prompt as the model reads it. Tools that may not be called are not shown. Raises PromptRejected."""
         match prompt:
             case TextPrompt(text):
                 return format_text(self._tokenizer, text)
@@ -62,62 +55,63 @@ class PromptFormat:
                 return format_tokens(self._tokenizer, tokens)
         if tool_choice and tool_choice.mode == "none":
             prompt = replace(prompt, tools=())
-        turns = self._arrange(admit(prompt), prompt)
-        if style := self._template.call_style:
-            turns = style.apply(turns)
-        else:
-            turns = write_plain(describe(turns, prompt.tools) if prompt.tools else turns)
-            prompt = replace(prompt, tools=())
-        if not self._template.has_system:
-            turns = fold_system(turns)
-        self._check(prompt.template_kwargs)
-        switched = {"enable_thinking": self.thinks, **prompt.template_kwargs}
-        return self._set(turns, replace(prompt, template_kwargs=switched))
+        arranged = self._arrange(prompt)
+        self._check_variables(prompt.template_kwargs)
+        return self._render(
+            replace(arranged, template_kwargs={"enable_thinking": self.thinks, **prompt.template_kwargs})
+        )
 
     def must_not_think(self, prompt: Prompt) -> bool:
         """Whether the prompt switches the reasoning off, and the template knows no such switch."""
         is_off = isinstance(prompt, ChatPrompt) and prompt.template_kwargs.get("enable_thinking") is False
         return is_off and self.thinks and not self._template.has_variable("enable_thinking")
 
-    def _check(self, variables: Mapping[str, Any]) -> None:
+    def _arrange(self, prompt: ChatPrompt) -> ChatPrompt:
+        """The prompt with nothing in it that the template has no place for. Raises PromptRejected."""
+        turns, tools = self._order(admit(prompt), prompt), prompt.tools
+        if not self._template.call_style:
+            turns, tools = write_plain(describe(turns, tools) if tools else turns), ()
+        if not self._template.has_system:
+            turns = fold_system(turns)
+        return replace(prompt, conversation=tuple(turns), tools=tools)
+
+    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
+        """The messages in the order in which the template gets them. Raises PromptRejected."""
+        raise NotImplementedError
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
         """Refuse what would have no effect."""
         if variables.get("enable_thinking") and not self.thinks:
-            raise PromptRejected(
-                "This model answers without thinking: it can't be switched on.", "chat_template_kwargs"
-            )
+            raise PromptRejected("This model answers without thinking: it can't be switched on.", "template_kwargs")
         for name in variables:
             if name != "enable_thinking" and not self._template.has_variable(name):
                 is_effort = name == "reasoning_effort"
                 hint = " Use thinking_budget." if is_effort and self.thinks else ""
-                param = name if is_effort else "chat_template_kwargs"
+                param = f"template_kwargs.{name}" if is_effort else "template_kwargs"
                 raise PromptRejected(f"The chat template of this model has no {name}.{hint}", param)
 
-    def _arrange(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        """The messages in the order in which the template gets them."""
-        raise NotImplementedError
-
-    def _set(self, turns: list[Message], prompt: ChatPrompt) -> FormattedPrompt:
-        text = self._template.render(turns, prompt)
+    def _render(self, prompt: ChatPrompt) -> FormattedPrompt:
+        text = self._template.render(prompt)
         if prompt.continues_answer:
-            opens_thinking = self._is_reasoning(turns[-1])
+            opens_thinking = self._is_reasoning(prompt.conversation[-1])
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):
-            appended = text.removeprefix(self._template.render(turns, prompt, opens_answer=False))
+            appended = text.removeprefix(self._template.render(prompt, opens_answer=False))
             opens_thinking = appended.rstrip().endswith(self._tags[0])
-        return FormattedPrompt(self._template.encode(turns, prompt), text, opens_thinking)
+        return FormattedPrompt(self._template.encode(prompt), text, opens_thinking)
 
     def _is_reasoning(self, answer: Message) -> bool:
-        """Whether the text that is to go on stops inside the reasoning."""
+        """Whether an answer that is to go on stops inside its reasoning."""
         start, end = self._tags
-        text = answer["content"]
-        return continued_field(answer) != "content" or (text.lstrip().startswith(start) and end not in text)
+        text = answer.text
+        return not text or (text.lstrip().startswith(start) and end not in text)
 
 
 class ThinkingFormat(PromptFormat):
-    """Models that reason before they answer. The template is told enable_thinking unless the prompt says otherwise."""
+    """Models that reason before they answer. enable_thinking is set unless the prompt sets it otherwise."""
 
     thinks = True
 
-    def _arrange(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
+    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
         """The messages as they are; "developer" is "system" where the template does not know it."""
         return messages if "developer" in self._template.source else name_developer_system(messages)
 
@@ -127,7 +121,7 @@ class InstructionFormat(PromptFormat):
 
     thinks = False
 
-    def _arrange(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
+    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
         return alternate(messages, continues_answer=prompt.continues_answer)
 
 

@@ -106,10 +106,11 @@ class RequestPreparation:
         """
         self._check(request)
         prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
-        self._check_tokens(prompt.tokens, "messages" if isinstance(request.prompt, ChatPrompt) else "prompt")
+        param = "conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
+        self._check_tokens(prompt.tokens, param)
         room = self._facts.context_length - len(prompt.tokens)
         if room < 1:
-            raise ContextExceeded(len(prompt.tokens), self._facts.context_length)
+            raise ContextExceeded(len(prompt.tokens), self._facts.context_length, param)
         max_tokens = min(request.max_tokens or room, room)
         sampling = resolve(request.sampling, self._defaults)
         grammar = self._binding.grammar(request)
@@ -140,7 +141,7 @@ class RequestPreparation:
     def _check(self, request: GenerationRequest) -> None:
         if request.n > self._max_rows:
             raise PromptRejected(f"n is {request.n}, but this model decodes at most {self._max_rows} rows.", "n")
-        self._check_tokens(request.sampling.logit_bias or (), "logit_bias")
+        self._check_tokens(request.sampling.logit_bias or (), "sampling.logit_bias")
         if request.thinking_budget and not self._prompts.thinks:
             raise PromptRejected(
                 f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
