@@ -25,12 +25,18 @@ UNITS = {unit + i: base**power for power, unit in enumerate("kmgt", 1) for i, ba
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Bounds of a number, both included."""
+    """Bounds of a number, both included; is_open: without the minimum."""
 
     minimum: float
     maximum: float = math.inf
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.minimum <= value <= self.maximum and not (self.is_open and value == self.minimum)
 
     def __str__(self) -> str:
+        if self.is_open:
+            return f"more than {self.minimum}" + ("" if self.maximum == math.inf else f" and at most {self.maximum}")
         if self.maximum == math.inf:
             return f"at least {self.minimum}"
         return f"from {self.minimum} to {self.maximum}"
@@ -109,7 +115,7 @@ class Setting:
     def _is_allowed(self, value: Any) -> bool:
         if self.type is str:
             return value in self.choices if self.choices else bool(value.strip())
-        return self.range is None or self.range.minimum <= value <= self.range.maximum
+        return self.range is None or value in self.range
 
 
 def settings_of(schema: type) -> Mapping[str, Setting]:

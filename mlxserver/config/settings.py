@@ -7,7 +7,8 @@ Rule: a setting is one line here. Its annotation says what it accepts, and makes
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mlxserver.config.fields import Range, Size
@@ -22,23 +23,6 @@ LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """How a model generates where a request does not say. None leaves it to the model's own generation_config.json."""
-
-    temperature: Annotated[float | None, Range(0, 2)] = None
-    top_p: Annotated[float | None, Range(0.000001, 1)] = None
-    top_k: Annotated[int | None, Range(0)] = None
-    min_p: Annotated[float | None, Range(0, 1)] = None
-    frequency_penalty: Annotated[float | None, Range(-2, 2)] = None
-    presence_penalty: Annotated[float | None, Range(-2, 2)] = None
-    repetition_penalty: Annotated[float | None, Range(0.01, 100)] = None
-
-    def stated(self) -> dict[str, float]:
-        """Those that are not None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One registered model.
 
@@ -48,8 +32,8 @@ class ModelSpec:
     decoding together, and waiting for a place. prefix_cache_bytes: what finished prompts may keep, within the cache.
     cache_tokens: tokens whose keys and values all requests together may hold, None is loading/estimate.py's choice.
     aliases: more names in requests. pin: never evicted. ttl: seconds without a request until it is unloaded, None
-    takes the server's. defaults: how it generates. shard: how several ranks share it (loading/sharding.py), None:
-    rank 0 has it alone.
+    takes the server's. defaults: sampling parameters where a request states none (config/sampling_params.py). shard:
+    how several ranks share it (loading/sharding.py), None: rank 0 has it alone.
     """
 
     key: str
@@ -65,7 +49,7 @@ class ModelSpec:
     aliases: tuple[str, ...] = ()
     pin: bool = False
     ttl: Annotated[float | None, Range(0)] = None
-    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    defaults: Mapping[str, float] = field(default_factory=dict)
     shard: Shard | None = None
 
 

@@ -10,41 +10,6 @@ from mlxserver.engine.conversation import Message, Tool
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen.
-
-    temperature 0 is greedy. Filters apply to the temperature-scaled distribution: top_k (0: off), top_p (1: off),
-    min_p (0: off). frequency_penalty and presence_penalty count generated tokens; repetition_penalty (1: off)
-    counts the prompt's too. logit_bias maps token ids to an addend. A seed makes the draw reproducible.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """What a request says of its sampling; None leaves it to the model's defaults, then to Sampling's."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Mapping[int, float] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """Conversation to be set in the model's chat template.
 
@@ -104,13 +69,14 @@ class FormattedPrompt:
 class GenerationRequest:
     """One request to one model.
 
+    sampling: the parameters that the request states, by their names in SamplingParams; the model's defaults fill in.
     max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
     no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
     formatted: the prompt in the model's words, once it is known.
     """
 
     prompt: Prompt
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     n: int = 1

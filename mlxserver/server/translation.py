@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxserver.api import model_responses, responses, schemas
 from mlxserver.config.http import HttpSettings
-from mlxserver.config.settings import GenerationDefaults, ModelSpec
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.conversation import Message
 from mlxserver.engine.events import Timings, TokenLogprob, Usage
 from mlxserver.engine.requests import (
@@ -18,7 +18,6 @@ from mlxserver.engine.requests import (
     GenerationRequest,
     JsonFormat,
     Prompt,
-    SamplingOptions,
     TextPrompt,
     TokenPrompt,
     ToolChoice,
@@ -35,7 +34,7 @@ def chat_request(request: schemas.ChatCompletionRequest) -> GenerationRequest:
     mode, name = request.tool_choice
     return GenerationRequest(
         chat_prompt(request, request.messages),
-        sampling(request),
+        request.sampling,
         request.token_limit,
         request.stop,
         n=request.n,
@@ -53,7 +52,7 @@ def completion_requests(request: schemas.CompletionRequest) -> list[GenerationRe
     return [
         GenerationRequest(
             bare_prompt(prompt),
-            sampling(request),
+            request.sampling,
             request.token_limit,
             request.stop,
             n=request.n,
@@ -77,21 +76,6 @@ def chat_prompt(request: schemas.PromptRequest, messages: tuple[Message, ...]) -
 def bare_prompt(prompt: str | tuple[int, ...]) -> Prompt:
     """Text or tokens to go on from."""
     return TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt)
-
-
-def sampling(request: schemas.GeneratingRequest) -> SamplingOptions:
-    """What a request says of its sampling."""
-    return SamplingOptions(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        seed=request.seed,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias,
-    )
 
 
 def total(usages: Sequence[Usage]) -> Usage:
@@ -242,6 +226,6 @@ def model_spec(request: schemas.LoadRequest) -> ModelSpec:
         shard=request.shard,
         pin=request.pin,
         ttl=request.ttl,
-        defaults=GenerationDefaults(**request.defaults),  # type: ignore[arg-type]
+        defaults=request.defaults,
         **said,
     )

@@ -18,6 +18,7 @@ from mlxserver.api.schemas import (
     json_schema,
     parse,
 )
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.conversation import Message, Reasoning, Text, ToolCall, ToolResult
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -117,7 +118,7 @@ def test_what_is_required_is_missed(name):
         ("max_completion_tokens", [0, -5]),
         ("frequency_penalty", [-2.1, 2.1]),
         ("presence_penalty", [-2.1, 2.1]),
-        ("repetition_penalty", [0, -1]),
+        ("repetition_penalty", [0, -1, 101, 1e300]),
         ("logit_bias", [[], "x", {"a": 1}, {"-1": 1}, {"٥": 1}, {"": 1}, {"9" * 5000: 1}]),
         ("logit_bias.7", [{"7": 101}, {"7": "1"}, {"7": True}, {"7": None}]),
         ("stop", ["", 5, {}, ["a"] * 1025]),
@@ -178,7 +179,7 @@ def test_stream_options_need_a_stream():
 
 @pytest.mark.parametrize("top_k", [-1, 0])
 def test_top_k_is_off_at_both_of_its_zeros(top_k):
-    assert chat(top_k=top_k).top_k == 0
+    assert SamplingParams(**chat(top_k=top_k).sampling).top_k == 0
 
 
 @pytest.mark.parametrize("parts", [[], ["Hel", "lo"], ["Hello"]])

@@ -5,8 +5,8 @@ import random
 import pytest
 from mlx_lm import load
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.scheduler.prefill import ChunkBudget
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, row
@@ -35,9 +35,9 @@ MIXED = [
     row(1, prompt(1, seed=1)),
     row(2, prompt(2, seed=2), SEEDED),
     row(3, prompt(40, seed=3), GREEDY, 20),
-    row(4, prompt(300, seed=4), Sampling(temperature=1.3, top_k=20, seed=5), 15),
-    row(5, prompt(17, seed=5), Sampling(temperature=0.0, frequency_penalty=1.0, repetition_penalty=1.2), 12),
-    row(6, prompt(5, seed=6), Sampling(seed=-3, min_p=0.1, logit_bias={9: 2.0}), 1),
+    row(4, prompt(300, seed=4), SamplingParams(temperature=1.3, top_k=20, seed=5), 15),
+    row(5, prompt(17, seed=5), SamplingParams(temperature=0.0, frequency_penalty=1.0, repetition_penalty=1.2), 12),
+    row(6, prompt(5, seed=6), SamplingParams(seed=-3, min_p=0.1, logit_bias={9: 2.0}), 1),
 ]
 
 
@@ -277,7 +277,7 @@ def test_a_random_traffic_of_joins_and_leaves_changes_no_answer(model):
     driver = Driver(Scheduler(model, max_running=4, stall_target=0.002, prefix_cache=cache()))
     for n in range(25):
         start = prompt(chance.choice([1, 20, 90]), seed=chance.randrange(3))
-        sampling = chance.choice([GREEDY, SEEDED, Sampling(temperature=0.0, presence_penalty=0.5)])
+        sampling = chance.choice([GREEDY, SEEDED, SamplingParams(temperature=0.0, presence_penalty=0.5)])
         driver.add(row(n, (*start, *prompt(chance.randrange(5), seed=n)), sampling, chance.randrange(1, 12)))
         for _ in range(chance.randrange(4)):
             driver.step()

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from mlx_lm import load
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, row
 
@@ -78,7 +78,7 @@ def test_a_single_row_may_always_go_on(model):
 def test_choices_that_do_not_fit_together_come_one_by_one(model):
     batcher = Scheduler(model, max_kv_tokens=700)
     driver = Driver(batcher)
-    choices = [row(n, prompt(200), Sampling(temperature=1.0, seed=n), max_tokens=5) for n in range(4)]
+    choices = [row(n, prompt(200), SamplingParams(temperature=1.0, seed=n), max_tokens=5) for n in range(4)]
     driver.rows = {choice.id: choice for choice in choices}
     driver.tokens = {choice.id: [] for choice in choices}
     batcher.insert(choices)

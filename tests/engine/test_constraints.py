@@ -19,7 +19,6 @@ from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import (
     GenerationRequest,
     JsonFormat,
-    SamplingOptions,
     TokenPrompt,
     ToolChoice,
 )
@@ -49,7 +48,7 @@ def tiny(tiny_llama_path):
 
 def ask(text="hello there", tools=(), **options):
     options.setdefault("max_tokens", 300)
-    options.setdefault("sampling", SamplingOptions(temperature=1.0, seed=5))
+    options.setdefault("sampling", {"temperature": 1.0, "seed": 5})
     return GenerationRequest(question(text, tools), **options)
 
 
@@ -78,14 +77,14 @@ def content(events, channel="content"):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_schema_is_kept_by_a_model_of_random_weights_at_any_seed(tiny, seed):
-    sampling = SamplingOptions(temperature=1.0, seed=seed)
+    sampling = {"temperature": 1.0, "seed": seed}
     (events,) = generate(tiny, ask(format=JsonFormat(CITY), sampling=sampling))
     assert events[-1] == Finish("stop")
     jsonschema.validate(json.loads(content(events)), CITY)
 
 
 def test_json_object_gives_an_object(tiny):
-    (events,) = generate(tiny, ask(format=JsonFormat(), sampling=SamplingOptions(temperature=1.0, seed=3)))
+    (events,) = generate(tiny, ask(format=JsonFormat(), sampling={"temperature": 1.0, "seed": 3}))
     if events[-1] == Finish("stop"):
         assert isinstance(json.loads(content(events)), dict)
     assert content(events).startswith("{")
@@ -292,11 +291,11 @@ def test_mixed_requests_run_in_one_batch(tiny_llama_path):
     requests = [
         ask("a", n=4, **endless),
         ask("b", top_logprobs=5, **endless),
-        ask("c", sampling=SamplingOptions(temperature=1.0, seed=7), **endless),
+        ask("c", sampling={"temperature": 1.0, "seed": 7}, **endless),
         ask("d", format=JsonFormat(), **long),
-        ask("e", sampling=SamplingOptions(logit_bias={5: 2.0}), **endless),
-        ask("f", sampling=SamplingOptions(temperature=0.0), **endless),
-        ask("g", sampling=SamplingOptions(frequency_penalty=1.0, repetition_penalty=1.1, top_k=9), **endless),
+        ask("e", sampling={"logit_bias": {5: 2.0}}, **endless),
+        ask("f", sampling={"temperature": 0.0}, **endless),
+        ask("g", sampling={"frequency_penalty": 1.0, "repetition_penalty": 1.1, "top_k": 9}, **endless),
         ask("h", min_tokens=20, **endless),
     ]
     assert len(generate(runtime, *requests)) == 11
@@ -330,7 +329,7 @@ def test_more_choices_than_rows_are_refused(tiny):
 @pytest.mark.parametrize("top", [0, 1, 20])
 def test_log_probabilities_go_with_their_tokens_and_are_those_of_the_model(tiny, top):
     """At temperature 0 the chosen token is the likeliest, so that its value heads the list."""
-    (events,) = generate(tiny, ask(top_logprobs=top, max_tokens=8, sampling=SamplingOptions(temperature=0)))
+    (events,) = generate(tiny, ask(top_logprobs=top, max_tokens=8, sampling={"temperature": 0}))
     entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
     assert len(entries) == 8
     for entry in entries:
@@ -353,7 +352,7 @@ def test_log_probabilities_do_not_change_what_is_said(tiny):
 def test_min_tokens_keeps_an_answer_from_ending(tiny):
     """A bias makes the end of the sequence the likeliest token everywhere."""
     (eos,) = tiny.preparation._tokenizer.eos_token_ids
-    eager = SamplingOptions(temperature=0, logit_bias={eos: 100.0})
+    eager = {"temperature": 0, "logit_bias": {eos: 100.0}}
     at_once, later = generate(
         tiny, ask(sampling=eager, top_logprobs=0), ask(sampling=eager, top_logprobs=0, min_tokens=10)
     )

@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm import load
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import attention_heads
 from mlxserver.engine.platform.policy import CUDA
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.scheduler.chunks import BucketedPrefill, PendingPrompt, PlainPrefill
 from mlxserver.engine.sequence import Sequence
 from tests.support.architectures import CONFIGS, random_model
@@ -38,7 +38,7 @@ FEEDS = pytest.mark.parametrize("make", [PlainPrefill, placed], ids=["plain", "p
 
 def prompt(model, length, seed=0, done=0):
     tokens = tuple((seed + 7 * n) % 300 for n in range(length))
-    made = PendingPrompt([Sequence(seed, tokens, Sampling(), 10)], 0.0, cache=caches.new_cache(model), done=done)
+    made = PendingPrompt([Sequence(seed, tokens, SamplingParams(), 10)], 0.0, cache=caches.new_cache(model), done=done)
     if done:
         model(mx.array([tokens[:done]]), cache=made.cache)
     return made
@@ -110,7 +110,9 @@ def test_a_chunk_finds_the_places_held_by_nobody_else(model):
 @given(length=st.integers(2, 20_000), remaining=st.integers(1, 4096), budget=st.integers(16, 4096))
 @example(length=4600, remaining=1025, budget=4096)
 def test_no_chunk_needs_a_longer_place_than_is_held(feed, length, remaining, budget):
-    fed = PendingPrompt([Sequence(0, tuple(range(length)), Sampling(), 10)], 0.0, done=max(0, length - 1 - remaining))
+    fed = PendingPrompt(
+        [Sequence(0, tuple(range(length)), SamplingParams(), 10)], 0.0, done=max(0, length - 1 - remaining)
+    )
     assert feed._span(fed, feed.choose([fed], budget).length) <= feed.tokens_for(fed)
 
 

@@ -11,9 +11,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.errors import EngineError, PromptRejected
 from mlxserver.engine.events import Delta, Finish
-from mlxserver.engine.requests import GenerationRequest, ModelFacts, Sampling
+from mlxserver.engine.requests import GenerationRequest, ModelFacts
 from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.engine import Engine
 from tests.support.conversations import question
@@ -203,7 +204,7 @@ class ScriptedRuntime:
                 Sequence(
                     next(sequence_ids),
                     tokens,
-                    Sampling(),
+                    SamplingParams(),
                     max_tokens,
                     constraint=Knot(fault) if text.startswith("bind") else None,
                 ),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
@@ -19,7 +20,7 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import openblas
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.prompt.formats import FORMATS, find_type
-from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question, Sampling
+from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question
 from mlxserver.engine.runners.text import RequestPreparation
 from mlxserver.engine.sampling.grammars import Grammars
 from mlxserver.engine.scheduler.scheduler import Scheduler
@@ -113,7 +114,7 @@ class Builder:
             prompts,
             facts,
             grammars,
-            defaults={**loaded.generation_defaults, **spec.defaults.stated()},
+            defaults={**loaded.generation_defaults, **spec.defaults},
             vocab_size=batch.vocab_size,
             max_rows=spec.max_running,
         )
@@ -137,7 +138,7 @@ def warm_up(batch: Scheduler | LeadingBatch, max_rows: int, policy: ExecutionPol
     widths = [width for power in range(most.bit_length()) if (width := 1 << power) <= most]
     batch.warm_up()
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
-    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9)):
+    for sampling in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)):
         for width in widths:
             rows = [Sequence(-1 - n, tokens, sampling, 3) for n in range(width)]
             batch.insert(rows)

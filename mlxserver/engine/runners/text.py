@@ -1,15 +1,16 @@
 """A request becomes rows for the batch, and for each row what reads its tokens and what binds them.
 
 Rule 1: everything that can be wrong with a request for this model is found here, before a row exists.
-Rule 2: the request's settings win over the model's defaults, those over Sampling's.
+Rule 2: the request's settings win over the model's defaults, those over SamplingParams'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Event
 from mlxserver.engine.output.stream import OutputStream
@@ -24,8 +25,6 @@ from mlxserver.engine.requests import (
     GenerationRequest,
     ModelFacts,
     Question,
-    Sampling,
-    SamplingOptions,
     Tokenize,
 )
 from mlxserver.engine.runners.request_constraints import RequestConstraints
@@ -34,12 +33,6 @@ from mlxserver.engine.sequence import SampledToken, Sequence
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-
-def resolve(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sampling:
-    """The request's sampling over the model's defaults."""
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    return Sampling(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +105,7 @@ class RequestPreparation:
         if room < 1:
             raise ContextExceeded(len(prompt.tokens), self._facts.context_length, param)
         max_tokens = min(request.max_tokens or room, room)
-        sampling = resolve(request.sampling, self._defaults)
+        sampling = SamplingParams(**{**self._defaults, **request.sampling})
         grammar = self._binding.grammar(request)
         choices = []
         for index in range(request.n):
@@ -141,7 +134,7 @@ class RequestPreparation:
     def _check(self, request: GenerationRequest) -> None:
         if request.n > self._max_rows:
             raise PromptRejected(f"n is {request.n}, but this model decodes at most {self._max_rows} rows.", "n")
-        self._check_tokens(request.sampling.logit_bias or (), "sampling.logit_bias")
+        self._check_tokens(request.sampling.get("logit_bias", ()), "sampling.logit_bias")
         if request.thinking_budget and not self._prompts.thinks:
             raise PromptRejected(
                 f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
