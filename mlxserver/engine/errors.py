@@ -34,7 +34,7 @@ from mlxserver.config.errors import abbreviate
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of somebody else's says, in one line; its kind if it says nothing."""
+    """The message of a foreign error in one line; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

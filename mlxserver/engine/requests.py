@@ -1,4 +1,4 @@
-"""What a request asks of an engine. Plain frozen data, safe to share between threads; knows neither MLX nor HTTP."""
+"""Engine requests. Plain frozen data, safe to share between threads; knows neither MLX nor HTTP."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """The answer is JSON. `schema` is a JSON schema; None allows any object."""
+    """Answer in JSON. `schema` is a JSON schema; None allows any object."""
 
     schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Which of the prompt's tools may be called. "function" forces the one of that name; parallel: several calls."""
+    """Choice among the prompt's tools. "function" forces the one of that name; parallel: several calls are allowed."""
 
     mode: Literal["none", "auto", "required", "function"] = "auto"
     name: str | None = None
@@ -58,7 +58,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class FormattedPrompt:
-    """A prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
+    """Prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
 
     tokens: tuple[int, ...]
     text: str
@@ -72,7 +72,7 @@ class GenerationRequest:
     sampling: the parameters that the request states, by their names in SamplingParams; the model's defaults fill in.
     max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
     no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
-    formatted: the prompt in the model's words, once it is known.
+    formatted: the prompt as the model reads it, once it is known.
     """
 
     prompt: Prompt
@@ -91,21 +91,21 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Tokenize:
-    """Asks for the token ids of a prompt: answered with a tuple of ints."""
+    """Question for the token ids of a prompt: answered with a tuple of ints."""
 
     prompt: Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Detokenize:
-    """Asks for the text of token ids: answered with a string."""
+    """Question for the text of token ids: answered with a string."""
 
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ApplyTemplate:
-    """Asks for the text that the chat template makes of messages: answered with a string."""
+    """Question for the text that the chat template makes of a conversation: answered with a string."""
 
     prompt: ChatPrompt
 
@@ -115,7 +115,7 @@ Question = Tokenize | Detokenize | ApplyTemplate
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model once it is loaded. Context in tokens, weights in bytes as they are held.
+    """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
     capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking".
     """

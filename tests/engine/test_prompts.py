@@ -39,7 +39,7 @@ NATIVE_TEXT = HERMES.replace("ARGUMENTS", "tool_call.arguments")
 NINE_LETTERS = NATIVE.replace(
     "{% set tool", "{% if tool_call.id | length != 9 %}{{ raise_exception('nine!') }}{% endif %}{% set tool"
 )
-DEAF = "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
 OPENING = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
 SWITCHED = CHATML.replace("assistant\n' }}", "assistant\n' }}{{ enable_thinking }}")
 
@@ -104,23 +104,24 @@ def test_reasoning_in_the_history_reaches_the_template(tokenizer_with):
 
 
 @pytest.mark.parametrize("kind", ["thinking", "instruction"])
-def test_the_developer_speaks_as_the_system(tiny_tokenizer, kind):
+def test_a_developers_message_is_a_system_message(tiny_tokenizer, kind):
     prompt = FORMATS[kind](tiny_tokenizer, {}).format(chat(("developer", "a"), ("user", "b")))
     assert prompt.text == chatml(("system", "a"), ("user", "b"))
 
 
 def test_the_type_sets_the_switch_for_thinking_and_the_prompt_may_change_it(tokenizer_with):
     tokenizer = tokenizer_with(SWITCHED)
-    told = [FORMATS[kind](tokenizer, {}).format(chat(("user", "a"))).text[-5:] for kind in ("thinking", "instruction")]
-    assert told == ["\nTrue", "False"]
+    for kind, switch in (("thinking", "True"), ("instruction", "False")):
+        assert FORMATS[kind](tokenizer, {}).format(chat(("user", "a"))).text.endswith(f"assistant\n{switch}")
     asked = chat(("user", "a"), template_kwargs={"enable_thinking": False})
     assert FORMATS["thinking"](tokenizer, {}).format(asked).text.endswith("False")
 
 
-def test_a_switch_that_the_template_does_not_have_is_told_from_one_that_it_has(tokenizer_with):
+def test_a_switch_that_the_template_lacks_is_not_taken_for_one_that_it_has(tokenizer_with):
     off, free = chat(("user", "a"), template_kwargs={"enable_thinking": False}), chat(("user", "a"))
-    deaf, switched = (FORMATS["thinking"](tokenizer_with(template), {}) for template in (OPENING, SWITCHED))
-    assert [deaf.must_not_think(off), deaf.must_not_think(free), switched.must_not_think(off)] == [True, False, False]
+    without, switched = (FORMATS["thinking"](tokenizer_with(template), {}) for template in (OPENING, SWITCHED))
+    assert (without.must_not_think(off), without.must_not_think(free)) == (True, False)
+    assert not switched.must_not_think(off)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,8 @@ def test_the_system_message_begins_the_first_user_message_where_it_has_no_role(t
     folded = FORMATS["instruction"](tokenizer_with(NO_SYSTEM), {}).format(chat(*turns))
     assert folded.text == chatml(("user", "a\n\nb"), ("assistant", "c"), ("user", "d"))
     assert (
-        FORMATS["instruction"](tokenizer_with(DEAF), {}).format(chat(*turns)).text == "user:a\n\nb;assistant:c;user:d;"
+        FORMATS["instruction"](tokenizer_with(WITHOUT_SYSTEM), {}).format(chat(*turns)).text
+        == "user:a\n\nb;assistant:c;user:d;"
     )
 
 
@@ -240,7 +242,7 @@ def test_messages_that_are_joined_lose_neither_reasoning_nor_calls(tokenizer_wit
 @pytest.mark.parametrize("kind", ["thinking", "instruction"])
 @pytest.mark.parametrize("template", [NATIVE, NATIVE_TEXT, NINE_LETTERS])
 def test_a_template_with_a_place_for_tools_gets_them(tokenizer_with, kind, template):
-    """And the calls of the history as it wants them: arguments as an object or as text, ids of nine letters."""
+    """And past calls in the form that it expects: arguments as an object or as text, ids of nine letters."""
     format_ = FORMATS[kind](tokenizer_with(template), {})
     prompt = format_.format(chat_prompt([USER, CALL, RESULT], tools=[TOOL]))
     called = '<tool_call>add{"a": 1}</tool_call>'
@@ -265,13 +267,13 @@ def test_a_tools_message_has_the_name_of_the_function(tokenizer_with):
 
 @pytest.mark.parametrize("kind", ["thinking", "instruction"])
 @pytest.mark.parametrize("system", [[], [{"role": "developer", "content": "Be brief."}]])
-def test_any_other_model_is_told_of_tools_in_the_system_message(tiny_tokenizer, kind, system):
+def test_any_other_model_gets_the_tools_described_in_the_system_message(tiny_tokenizer, kind, system):
     format_ = FORMATS[kind](tiny_tokenizer, {})
     text = format_.format(chat_prompt([*system, USER], tools=[TOOL])).text
-    told = text.removeprefix("<|im_start|>system\n").removesuffix(chatml(("user", "a")))
-    assert told.startswith("Be brief.\n\nYou can" if system else "You can")
-    assert f"\n{json.dumps(TOOL['function'])}\n" in told
-    assert '<tool_call>\n{"name": "function_name", "arguments": {"argument": "value"}}\n</tool_call>' in told
+    described = text.removeprefix("<|im_start|>system\n").removesuffix(chatml(("user", "a")))
+    assert described.startswith("Be brief.\n\nYou can" if system else "You can")
+    assert f"\n{json.dumps(TOOL['function'])}\n" in described
+    assert '<tool_call>\n{"name": "function_name", "arguments": {"argument": "value"}}\n</tool_call>' in described
     assert format_.tool_format == PLAIN
 
 
@@ -287,7 +289,7 @@ def test_calls_and_results_are_text_where_the_template_has_no_place_for_them(tin
 
 
 def test_tools_are_described_in_the_first_user_message_where_there_is_no_system_role(tokenizer_with):
-    for kind, template in (("instruction", NO_SYSTEM), ("thinking", DEAF)):
+    for kind, template in (("instruction", NO_SYSTEM), ("thinking", WITHOUT_SYSTEM)):
         text = FORMATS[kind](tokenizer_with(template), {}).format(chat_prompt([USER], tools=[TOOL])).text
         assert "user" in text.split("You can call")[0]
         assert "Adds." in text
@@ -399,7 +401,7 @@ def test_a_prompt_that_is_empty_or_unknown_to_the_vocabulary_is_refused(tiny_tok
         ("{% if %}", "xpected"),
     ],
 )
-def test_what_a_template_raises_is_a_refusal_in_its_own_words(tokenizer_with, template, words):
+def test_what_a_template_raises_is_a_refusal_with_its_message(tokenizer_with, template, words):
     for kind in FORMATS.values():
         assert words in str(rejection(kind(tokenizer_with(template), {}), chat(("user", "a"))))
 

@@ -1,4 +1,4 @@
-"""What every request that generates text may say: which model, how the next token is chosen, when to stop, how to send.
+"""Parameters of every request that generates text: model, sampling, stops, and how the answer is sent.
 
 Rule: a default of None leaves the matter to the model's own defaults.
 """

@@ -1,8 +1,8 @@
-"""How models write their tool calls.
+"""Tool formats: how models write their tool calls.
 
 Rule 1: a model whose template has tools keeps its own format, with mlx-lm's parser of that family.
-Rule 2: every other one is told the plain format in its prompt (prompt/tool_text.py).
-Rule 3: a call that must come is a bare JSON array, which a grammar enforces whatever the model's own format is.
+Rule 2: the prompt of every other model describes the plain format (prompt/tool_text.py).
+Rule 3: a forced call is a bare JSON array, which a grammar enforces whatever the model's own format is.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class ParsedCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The tags round tool calls, and the parser of what stands between them.
+    """Tags around tool calls, and the parser of the text between them.
 
-    start "": all of the content is calls. end "": they go on to the end of the answer. is_native: the model's own.
-    is_json: each call is one JSON object of a name and arguments.
+    start "": all of the content is calls. end "": they go on to the end of the answer. is_native: the model's own
+    format. is_json: each call is one JSON object of a name and arguments.
     """
 
     start: str
@@ -51,7 +51,7 @@ class ToolFormat:
         try:
             found = self.parser(body.strip(), [_for_parser(tool) for tool in tools])
             calls = [_check(call) for call in (found if isinstance(found, list) else [found])]
-        except Exception as error:  # mlx-lm's parsers raise whatever a model's text makes them meet
+        except Exception as error:  # mlx-lm's parsers let any error through
             raise ValueError(f"{body!r} is no tool call: {error}") from error
         if not calls:
             raise ValueError(f"{body!r} has no tool call")

@@ -2,8 +2,8 @@
 
 Rule 1: the template is the model's own. Without one, a Mistral gets the [INST] format, and any other model a template
         that refuses every conversation.
-Rule 2: whatever a template raises is a PromptRejected with the template's own words.
-Rule 3: control tokens come from the template alone. What looks like one in the messages is encoded as plain text.
+Rule 2: whatever a template raises is a PromptRejected with the template's message.
+Rule 3: control tokens come from the template alone. Their text in a message is encoded as plain text.
 Rule 4: what a template can do is found out by trying.
 Rule 5: a tokenizer belongs to one thread at a time; so does a template.
 """
@@ -57,7 +57,7 @@ INST = """\
 
 @dataclass(frozen=True, slots=True)
 class CallStyle:
-    """What a template expects of the calls in a history: arguments as JSON text, ids of nine letters and digits."""
+    """Form of past calls that a template expects: arguments as JSON text, ids of nine letters and digits."""
 
     has_text_arguments: bool = False
     has_short_ids: bool = False
@@ -104,7 +104,7 @@ CALL_PROBE = ChatPrompt(
 
 
 class ChatTemplate:
-    """Sets a conversation in a model's template. `config` is the model's config.json."""
+    """Chat template of one model. `config` is the model's config.json."""
 
     def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
@@ -122,7 +122,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def has_system(self) -> bool:
-        """Whether a system message is understood."""
+        """Whether the template renders a system message."""
         return self._shows([SYSTEM_WORD], SYSTEM_PROBE, CallStyle())
 
     @functools.cached_property
@@ -186,7 +186,7 @@ def _is_mistral(tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> bool:
 
 
 def _inst_format(vocab: Mapping[str, int]) -> str:
-    """Mistral's [INST] format. Where its words are plain text they stand apart; a tekken vocabulary has no gaps."""
+    """Mistral's [INST] format. Spaces surround its tags where they are plain text; a tekken vocabulary has no gaps."""
     spread = "" if "[INST]" in vocab else " "
     gap = " " if "\u2581" in vocab else ""
     return INST.replace("SPREAD", spread).replace("GAP", gap)

@@ -1,12 +1,12 @@
-"""Messages, text or token ids -> prompt, by the type of the model.
+"""Prompt formats: a conversation, text or token ids -> the prompt of a model, by its type.
 
 Rule 1: a thinking model's chat template is used as it is.
 Rule 2: an instruction model gets strict turns (prompt/turns.py), whatever its template would let pass.
 Rule 3: whether the prompt leaves the reasoning open is read from what the template appends for the answer, never from
-        what the messages say; only an answer that goes on says it itself.
+        the text of the messages; only an answer that is continued shows it by itself.
 Rule 4: a template without a place for tools, or for a system message, loses neither: the tools are described in the
         system message (prompt/tool_text.py), and that becomes the beginning of the user's.
-Rule 5: a variable of the template that it does not have is refused, but for one that changes nothing.
+Rule 5: a variable that the template does not have is refused, except one that changes nothing.
 Rule 6: text and token ids have no conversation in them, so nothing is added but the beginning of a sequence.
 """
 
@@ -32,7 +32,7 @@ THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
 class PromptFormat:
-    """How one type of model is spoken to. `config` is the model's config.json."""
+    """Prompt format of one type of model. `config` is the model's config.json."""
 
     thinks: ClassVar[bool]
 
@@ -43,7 +43,7 @@ class PromptFormat:
 
     @property
     def tool_format(self) -> ToolFormat:
-        """How the model, so prompted, writes tool calls."""
+        """The format in which the model writes tool calls for these prompts."""
         return native_format(self._tokenizer) if self._template.call_style else PLAIN
 
     def format(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
@@ -62,7 +62,7 @@ class PromptFormat:
         )
 
     def must_not_think(self, prompt: Prompt) -> bool:
-        """Whether the prompt switches the reasoning off, and the template knows no such switch."""
+        """Whether the prompt switches the reasoning off, and the template has no such switch."""
         is_off = isinstance(prompt, ChatPrompt) and prompt.template_kwargs.get("enable_thinking") is False
         return is_off and self.thinks and not self._template.has_variable("enable_thinking")
 
@@ -107,17 +107,17 @@ class PromptFormat:
 
 
 class ThinkingFormat(PromptFormat):
-    """Models that reason before they answer. enable_thinking is set unless the prompt sets it otherwise."""
+    """Format of models that reason before they answer. enable_thinking is true unless the prompt sets it."""
 
     thinks = True
 
     def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        """The messages as they are; "developer" is "system" where the template does not know it."""
+        """The messages as they are; "developer" is "system" where the template does not have that role."""
         return messages if "developer" in self._template.source else name_developer_system(messages)
 
 
 class InstructionFormat(PromptFormat):
-    """Models that answer at once. Thinking is off where the template has that switch."""
+    """Format of models that answer at once. Thinking is off where the template has that switch."""
 
     thinks = False
 
@@ -129,12 +129,12 @@ FORMATS: dict[ModelType, type[PromptFormat]] = {"thinking": ThinkingFormat, "ins
 
 
 def find_type(tokenizer: TokenizerWrapper) -> ModelType:
-    """Thinking if the tokenizer or its chat template knows thinking tags."""
+    """The type of a model: thinking if its tokenizer or chat template has thinking tags."""
     return "thinking" if _find_tags(tokenizer) else "instruction"
 
 
 def thinking_tags(tokenizer: TokenizerWrapper) -> tuple[str, str]:
-    """The tags round a model's reasoning; <think> and </think> for a model that names none."""
+    """The tags around a model's reasoning; <think> and </think> for a model that names none."""
     return _find_tags(tokenizer) or THINKING_TAGS[0]
 
 
@@ -146,7 +146,7 @@ def _find_tags(tokenizer: TokenizerWrapper) -> tuple[str, str] | None:
 
 
 def format_text(tokenizer: TokenizerWrapper, text: str) -> FormattedPrompt:
-    """Text as it is, its special tokens too, behind the beginning of a sequence where the tokenizer sets one.
+    """Prompt of text as it is, with its special tokens, behind a beginning of sequence where the tokenizer sets one.
 
     Raises PromptRejected.
     """
@@ -161,7 +161,7 @@ def format_text(tokenizer: TokenizerWrapper, text: str) -> FormattedPrompt:
 
 
 def format_tokens(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> FormattedPrompt:
-    """Token ids as they are. Raises PromptRejected."""
+    """Prompt of token ids as they are. Raises PromptRejected."""
     last = len(tokenizer) - 1
     for token in tokens:
         if not 0 <= token <= last:
