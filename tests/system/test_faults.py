@@ -1,4 +1,4 @@
-"""Faults at the Batch seam: whom they concern, what those are told, and that everybody else goes on."""
+"""Faults at the Batch seam: whom they concern, what those are told, and that all_instances else goes on."""
 
 import asyncio
 import math
@@ -22,9 +22,9 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.requests import Detokenize
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.faults import is_out_of_memory
-from mlxserver.engine.worker.mailbox import Inbox, Stop
-from mlxserver.engine.worker.thread_pool import Threads
-from mlxserver.manager.backoff import LONGEST, Backoff
+from mlxserver.engine.worker.mailbox import Mailbox, Stop
+from mlxserver.engine.worker.thread_pool import ThreadPool
+from mlxserver.manager.timers import LONGEST_BACKOFF, Backoff
 from mlxserver.manager.watchdog import look
 from mlxserver.server.health import life, readiness
 from model_manager import ModelManager
@@ -114,13 +114,13 @@ async def test_a_panic_over_a_question_or_a_prompt_is_told_to_whoever_asked():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        instance._engine._clerk.begin(panic, panic)
+        instance._engine._tokenizer_worker.begin(panic, panic)
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.ask(Detokenize((1,)))
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.generate(request())
         assert isinstance(await answered(instance), RequestFailed)
-        instance._engine._clerk.begin(factory.runtimes[0].format, panic)
+        instance._engine._tokenizer_worker.begin(factory.runtimes[0].preprocess, panic)
         assert await answered(instance) == 5
         assert factory.builds == 1
 
@@ -178,10 +178,10 @@ async def test_three_failed_steps_in_a_row_end_the_engine_and_the_next_request_l
         assert [type(error) for error in errors] == [StepFailed] * 3
         await until(lambda: instance.status == "failed")
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        assert "3 steps in a row failed, the last with ValueError: a broken weight" in instance.trouble
-        assert (manager.room.reserved, instance.facts) == (0, None)
+        assert "3 steps in a row failed, the last with ValueError: a broken weight" in instance.failure_reason
+        assert (manager.memory.reserved, instance.facts) == (0, None)
         assert await answered(instance) == 5
-        assert (factory.builds, instance.status, instance.trouble) == (2, "loaded", None)
+        assert (factory.builds, instance.status, instance.failure_reason) == (2, "loaded", None)
 
 
 @within_deadline
@@ -336,8 +336,8 @@ async def test_a_stuck_engine_shows_until_it_goes_on(caplog):
         generation = await instance.generate(request(max_tokens=5))
         factory.batch.gate.clear()
         generation = await instance.generate(request(max_tokens=5))
-        await until(lambda: instance.is_wedged)
-        assert "The engine of model 'm' has made no step for 0 s." in instance.trouble
+        await until(lambda: instance.is_stalled)
+        assert "The engine of model 'm' has made no step for 0 s." in instance.failure_reason
         assert instance.status == "loaded"
         assert life(manager, "1", is_told_all=True)["models"]["m"]["wedged"]
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "degraded"}, 503)
@@ -346,7 +346,7 @@ async def test_a_stuck_engine_shows_until_it_goes_on(caplog):
         assert look(manager.instances, wedged) == wedged
         factory.batch.gate.set()
         assert await ended(generation) == 7
-        await until(lambda: not instance.is_wedged)
+        await until(lambda: not instance.is_stalled)
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "ok"}, 200)
         assert look(manager.instances, wedged) == set()
         assert [record.message for record in caplog.records] == ["wedged", "no longer wedged"]
@@ -362,12 +362,12 @@ async def test_an_engine_without_work_is_not_stuck():
 
 
 def test_the_first_message_after_a_wait_is_work_too():
-    inbox = Inbox()
-    inbox.put(Stop())
-    taken = inbox.take(wait=True)
-    assert inbox._taken is None
+    mailbox = Mailbox()
+    mailbox.put(Stop())
+    taken = mailbox.take(wait=True)
+    assert mailbox._taken is None
     next(taken)
-    assert inbox._taken is not None
+    assert mailbox._taken is not None
 
 
 @within_deadline
@@ -387,7 +387,7 @@ async def test_readers_of_a_stuck_engine_are_told_when_it_is_to_stop():
         assert not stopping.done()
         batch.gate.set()
         await stopping
-        for asking in (engine.ask(Detokenize((1,))), engine.format(request())):
+        for asking in (engine.ask(Detokenize((1,))), engine.preprocess(request())):
             with pytest.raises(EngineStopped, match="it has ended"):
                 await asking
 
@@ -427,7 +427,7 @@ async def test_a_stuck_engine_does_not_hold_up_the_end(monkeypatch):
 
 
 def test_threads_that_do_not_end_are_named():
-    threads = Threads(lambda: threading.Lock())
+    threads = ThreadPool(lambda: threading.Lock())
     gate = threading.Event()
     threads.start(gate.wait, "engine-stuck")
     threads.call(lambda: None)
@@ -460,7 +460,7 @@ async def test_a_model_that_keeps_failing_is_tried_less_and_less_often():
         with pytest.raises(LoadFailed):
             await instance.load()  # whoever asks for the load itself need not wait
         await manager.unload("m")
-        assert (instance.status, instance.trouble) == ("unloaded", None)
+        assert (instance.status, instance.failure_reason) == ("unloaded", None)
         assert await answered(instance) == 5
 
 
@@ -470,7 +470,7 @@ def test_the_time_until_the_next_attempt_doubles_up_to_a_minute():
     for _ in range(10):
         backoff.note_failure()
         waits.append(math.ceil(backoff.remaining))
-    assert waits == [0, 1, 2, 4, 8, 16, 32, LONGEST, LONGEST, LONGEST]
+    assert waits == [0, 1, 2, 4, 8, 16, 32, LONGEST_BACKOFF, LONGEST_BACKOFF, LONGEST_BACKOFF]
     backoff.forget()
     assert backoff.remaining == 0
 
