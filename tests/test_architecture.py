@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each package, and the packages that it may import besides itself. "engine" is its vocabulary: the modules beside its
-# packages (requests, events, sequence, errors, metrics) and the one door to MLX.
+# packages (requests, conversation, events, sequence, errors, metrics) and the one door to MLX.
 ENGINE = "config engine"
 ALLOWED = {
     "config": "",

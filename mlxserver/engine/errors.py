@@ -122,7 +122,7 @@ class NoRoom(EngineError):
 class PromptRejected(EngineError):
     """The prompt can't be given to this model.
 
-    `param` names the field of the engine's own request, "sampling.logit_bias"; of a message or a tool it is the place
+    `param` is the path of a field from GenerationRequest, "sampling.logit_bias"; in a message or a tool it is the place
     where the client wrote it, "messages[2].role".
     """
 

@@ -239,8 +239,8 @@ def test_stream_options_of_others_are_understood():
 @pytest.mark.parametrize(
     ("field", "param"),
     [
-        ("conversation", "messages"),
-        ("template_kwargs.reasoning_effort", "reasoning_effort"),
+        ("prompt.conversation", "messages"),
+        ("prompt.template_kwargs.reasoning_effort", "reasoning_effort"),
         ("sampling.logit_bias", "logit_bias"),
         ("messages[2].role", "messages[2].role"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Delta, Finish, ToolCallDelta
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.output.detokenizer import make_detokenizer
@@ -104,7 +104,7 @@ def test_a_constraint_that_is_cut_by_max_tokens_finishes_with_length(tiny):
 def test_an_impossible_schema_is_refused_with_the_reason(tiny):
     with pytest.raises(PromptRejected, match="JSON schema") as refusal:
         tiny.prepare(ask(format=JsonFormat({"type": "nonsense"})), itertools.count())
-    assert refusal.value.param == "format"
+    assert refusal.value.param == "format.schema"
 
 
 def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
@@ -254,9 +254,17 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
 def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
     preparation = copy.copy(tiny.preparation)
     preparation._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
-    for prompt, param in ((ask("hello there").prompt, "conversation"), (TokenPrompt((1, 10)), "prompt")):
+    for prompt, param in ((ask("hello there").prompt, "prompt.conversation"), (TokenPrompt((1, 10)), "prompt")):
         with pytest.raises(PromptRejected, match="no token") as refusal:
             preparation.prepare(GenerationRequest(prompt), itertools.count())
+        assert refusal.value.param == param
+
+
+def test_a_prompt_longer_than_the_context_is_named_by_its_kind(tiny):
+    prompts = ((question("word " * 3000), "prompt.conversation"), (TokenPrompt((5,) * 3000), "prompt"))
+    for prompt, param in prompts:
+        with pytest.raises(ContextExceeded) as refusal:
+            tiny.prepare(GenerationRequest(prompt), itertools.count())
         assert refusal.value.param == param
 
 

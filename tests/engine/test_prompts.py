@@ -127,10 +127,10 @@ def test_a_switch_that_the_template_lacks_is_not_taken_for_one_that_it_has(token
 @pytest.mark.parametrize(
     ("kind", "name", "value", "param"),
     [
-        ("instruction", "enable_thinking", True, "template_kwargs"),
-        ("instruction", "reasoning_effort", "high", "template_kwargs.reasoning_effort"),
-        ("thinking", "reasoning_effort", "low", "template_kwargs.reasoning_effort"),
-        ("thinking", "no_such_variable", 1, "template_kwargs"),
+        ("instruction", "enable_thinking", True, "prompt.template_kwargs"),
+        ("instruction", "reasoning_effort", "high", "prompt.template_kwargs.reasoning_effort"),
+        ("thinking", "reasoning_effort", "low", "prompt.template_kwargs.reasoning_effort"),
+        ("thinking", "no_such_variable", 1, "prompt.template_kwargs"),
     ],
 )
 def test_a_variable_that_would_change_nothing_is_refused(tiny_tokenizer, kind, name, value, param):
@@ -227,7 +227,7 @@ def test_what_cant_be_put_right_is_refused_by_its_own_index(tokenizer_with, mess
 
 @pytest.mark.parametrize("kind", ["thinking", "instruction"])
 def test_a_conversation_has_messages(tiny_tokenizer, kind):
-    assert rejection(FORMATS[kind](tiny_tokenizer, {}), ChatPrompt(())).param == "conversation"
+    assert rejection(FORMATS[kind](tiny_tokenizer, {}), ChatPrompt(())).param == "prompt.conversation"
 
 
 def test_messages_that_are_joined_lose_neither_reasoning_nor_calls(tokenizer_with):
@@ -413,7 +413,7 @@ def test_text_that_is_no_unicode_is_refused(tiny_tokenizer):
 
 def test_template_arguments_cant_replace_the_template(tiny_tokenizer):
     prompt = chat(("user", "a"), template_kwargs={"chat_template": "mine"})
-    assert rejection(FORMATS["instruction"](tiny_tokenizer, {}), prompt).param == "template_kwargs"
+    assert rejection(FORMATS["instruction"](tiny_tokenizer, {}), prompt).param == "prompt.template_kwargs"
 
 
 def test_a_model_without_a_template_that_is_no_mistral_refuses_clearly(tokenizer_with):

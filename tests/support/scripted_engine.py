@@ -187,7 +187,7 @@ class ScriptedRuntime:
         if request.format:
             assert self.formatting.wait(DEADLINE)
             if request.prompt.conversation[0].text.startswith("refuse"):
-                raise PromptRejected("no such schema", "format")
+                raise PromptRejected("no such schema", "format.schema")
         return request
 
     def prepare(self, request, sequence_ids):

@@ -153,7 +153,7 @@ class ChatTemplate:
     def _apply(self, prompt: ChatPrompt, style: CallStyle, *, opens_answer: bool = True, **options: Any) -> Any:
         if reserved := RESERVED.intersection(prompt.template_kwargs):
             names = ", ".join(sorted(reserved))
-            raise PromptRejected(f"The variables of the chat template can't set {names}.", "template_kwargs")
+            raise PromptRejected(f"The variables of the chat template can't set {names}.", "prompt.template_kwargs")
         if prompt.continues_answer:
             options["continue_final_message"] = "content" if prompt.conversation[-1].text else "reasoning_content"
         else:
@@ -167,7 +167,7 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(messages, **options, **prompt.template_kwargs)
         except RENDERING_FAILURES as error:
             raise PromptRejected(
-                f"The chat template of this model refuses the messages: {error}", "conversation"
+                f"The chat template of this model refuses the messages: {error}", "prompt.conversation"
             ) from error
 
 

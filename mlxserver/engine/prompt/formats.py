@@ -82,12 +82,14 @@ class PromptFormat:
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
         """Refuse what would have no effect."""
         if variables.get("enable_thinking") and not self.thinks:
-            raise PromptRejected("This model answers without thinking: it can't be switched on.", "template_kwargs")
+            raise PromptRejected(
+                "This model answers without thinking: it can't be switched on.", "prompt.template_kwargs"
+            )
         for name in variables:
             if name != "enable_thinking" and not self._template.has_variable(name):
                 is_effort = name == "reasoning_effort"
                 hint = " Use thinking_budget." if is_effort and self.thinks else ""
-                param = f"template_kwargs.{name}" if is_effort else "template_kwargs"
+                param = "prompt.template_kwargs" + (f".{name}" if is_effort else "")
                 raise PromptRejected(f"The chat template of this model has no {name}.{hint}", param)
 
     def _render(self, prompt: ChatPrompt) -> FormattedPrompt:

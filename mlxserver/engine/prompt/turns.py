@@ -31,7 +31,7 @@ def admit(prompt: ChatPrompt) -> list[Message]:
     Raises PromptRejected.
     """
     if not prompt.conversation:
-        raise PromptRejected("There are no messages; expected at least one.", "conversation")
+        raise PromptRejected("There are no messages; expected at least one.", "prompt.conversation")
     for message in prompt.conversation:
         check_text(message.text, f"{message.origin}.content")
     if prompt.continues_answer:

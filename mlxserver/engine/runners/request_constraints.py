@@ -42,7 +42,7 @@ class RequestConstraints:
         if tools and request.tool_choice.mode in ("required", "function"):
             return forced_calls(tools, request.tool_choice)
         if request.format:
-            return json_grammar(request.format.schema, "format")
+            return json_grammar(request.format.schema, "format.schema")
         if request.tool_choice.mode == "none":
             return None
         return strict_calls(tools, self._tool_format, self._grammars.is_special)

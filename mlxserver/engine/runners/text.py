@@ -99,7 +99,7 @@ class RequestPreparation:
         """
         self._check(request)
         prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
-        param = "conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
+        param = "prompt.conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
         self._check_tokens(prompt.tokens, param)
         room = self._facts.context_length - len(prompt.tokens)
         if room < 1:
