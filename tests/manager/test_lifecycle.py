@@ -10,7 +10,7 @@ import pytest
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, ModelNotFound, ModelUnloading
 from mlxserver.manager.states import ModelState
-from mlxserver.manager.watchdog import look
+from mlxserver.manager.watchdog import check
 from mlxserver.server.health import life
 from tests.support.managed import ONE, answered, managed, specs, states
 from tests.support.scripted_engine import Death, Panic, ended, read, request, until, within_deadline
@@ -153,7 +153,7 @@ async def test_a_model_that_is_stuck_on_its_way_out_still_shows():
         factory.batch.gate.clear()
         await until(lambda: instance.is_stalled)
         forgetting = asyncio.create_task(manager.forget("a", "abort"))
-        await until(lambda: look(manager.all_instances, set()) == {instance})
+        await until(lambda: check(manager.all_instances, set()) == {instance})
         assert life(manager, "1", is_told_all=False)["status"] == "degraded"
         factory.batch.gate.set()
         await forgetting
@@ -199,9 +199,8 @@ async def test_a_panic_over_an_estimate_is_a_load_that_failed():
     def panic(spec):
         raise Panic("index out of bounds")
 
-    async with managed() as (manager, _):
+    async with managed(estimate=panic) as (manager, _):
         instance = manager.instance("a")
-        instance._services = replace(instance._services, estimate=panic)
         with pytest.raises(LoadFailed, match="Panic: index out of bounds"):
             await instance.load()
         assert instance.status == "failed"

@@ -25,7 +25,7 @@ from mlxserver.engine.worker.faults import is_out_of_memory
 from mlxserver.engine.worker.mailbox import Mailbox, Stop
 from mlxserver.engine.worker.thread_pool import ThreadPool
 from mlxserver.manager.timers import LONGEST_BACKOFF, Backoff
-from mlxserver.manager.watchdog import look
+from mlxserver.manager.watchdog import check
 from mlxserver.server.health import life, readiness
 from model_manager import ModelManager
 from tests.support.scripted_engine import DEADLINE, Death, Factory, Panic, ended, read, request, until, within_deadline
@@ -114,13 +114,13 @@ async def test_a_panic_over_a_question_or_a_prompt_is_told_to_whoever_asked():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        instance._engine._tokenizer_worker.begin(panic, panic)
+        instance._lifecycle.engine._tokenizer_worker.begin(panic, panic)
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.ask(Detokenize((1,)))
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.generate(request())
         assert isinstance(await answered(instance), RequestFailed)
-        instance._engine._tokenizer_worker.begin(factory.runtimes[0].preprocess, panic)
+        instance._lifecycle.engine._tokenizer_worker.begin(factory.runtimes[0].preprocess, panic)
         assert await answered(instance) == 5
         assert factory.builds == 1
 
@@ -341,15 +341,15 @@ async def test_a_stuck_engine_shows_until_it_goes_on(caplog):
         assert instance.status == "loaded"
         assert life(manager, "1", is_told_all=True)["models"]["m"]["wedged"]
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "degraded"}, 503)
-        wedged = look(manager.instances, set())
+        wedged = check(manager.instances, set())
         assert wedged == {instance}
-        assert look(manager.instances, wedged) == wedged
+        assert check(manager.instances, wedged) == wedged
         factory.batch.gate.set()
         assert await ended(generation) == 7
         await until(lambda: not instance.is_stalled)
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "ok"}, 200)
-        assert look(manager.instances, wedged) == set()
-        assert [record.message for record in caplog.records] == ["wedged", "no longer wedged"]
+        assert check(manager.instances, wedged) == set()
+        assert [record.message for record in caplog.records] == ["stalled", "no longer stalled"]
 
 
 @within_deadline
@@ -420,7 +420,8 @@ async def test_a_stuck_engine_does_not_hold_up_the_end(monkeypatch):
         stuck.gate.clear()
         generation = await manager.instance("m").generate(request())
         await manager.close(0)
-        assert manager.instance("n").status == "unloaded"
+        await until(lambda: manager.instance("n").status == "unloaded")
+        assert manager.instance("m").status == "draining"
         stuck.gate.set()
         assert isinstance(await ended(generation), EngineStopped)
         await until(lambda: manager.instance("m").status == "unloaded")
@@ -471,7 +472,7 @@ def test_the_time_until_the_next_attempt_doubles_up_to_a_minute():
         backoff.note_failure()
         waits.append(math.ceil(backoff.remaining))
     assert waits == [0, 1, 2, 4, 8, 16, 32, LONGEST_BACKOFF, LONGEST_BACKOFF, LONGEST_BACKOFF]
-    backoff.forget()
+    backoff.reset()
     assert backoff.remaining == 0
 
 

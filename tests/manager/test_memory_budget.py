@@ -113,7 +113,7 @@ async def test_two_loads_at_once_never_take_the_same_room():
         async def watch():
             nonlocal most
             while True:
-                most = max(most, sum(i._engine is not None for i in manager.instances))
+                most = max(most, sum(i.facts is not None for i in manager.instances))
                 await asyncio.sleep(0)
 
         watching = asyncio.create_task(watch())
@@ -152,11 +152,11 @@ async def test_an_idle_model_leaves_when_its_time_is_over():
 @within_deadline
 async def test_keep_alive_wins_over_the_models_time():
     async with managed(specs("a", ttl=3600)) as (manager, _):
-        await answered(manager, "a", keep_alive=float("inf"))
+        await answered(manager, "a", idle_timeout=float("inf"))
         assert manager.instance("a").expires_in is None
         await answered(manager, "a")
         assert 3500 < manager.instance("a").expires_in <= 3600
-        await answered(manager, "a", keep_alive=0)
+        await answered(manager, "a", idle_timeout=0)
         await until(status_is(manager, "a", "unloaded"))
 
 

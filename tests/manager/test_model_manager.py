@@ -25,7 +25,7 @@ from tests.support.scripted_engine import request, until, within_deadline
 @within_deadline
 async def test_a_keep_alive_ends_with_the_life_that_it_was_asked_for():
     async with managed(specs("a", ttl=3600)) as (manager, _):
-        await answered(manager, "a", keep_alive=0)
+        await answered(manager, "a", idle_timeout=0)
         await until(status_is(manager, "a", "unloaded"))
         instance = await manager.load(ModelSpec("a", "source-a"))
         assert 3500 < instance.expires_in <= 3600
@@ -46,17 +46,16 @@ async def test_new_settings_reach_the_time_of_a_model_that_is_idle():
 
 @within_deadline
 async def test_an_engine_that_does_not_end_well_does_not_keep_its_model():
-    async with managed(specs("a")) as (manager, _):
+    async with managed(specs("a"), measure_memory=lambda: 1 // 0) as (manager, factory):
         await answered(manager, "a")
-        instance = manager.instance("a")
-        stop = instance._engine.stop
+        instance, (engine,) = manager.instance("a"), factory.engines
+        stop = engine.stop
 
         async def stop_badly(patience):
             await stop(patience)
             raise ZeroDivisionError
 
-        instance._engine.stop = stop_badly
-        instance._services = replace(instance._services, measure_memory=lambda: 1 // 0)
+        engine.stop = stop_badly
         assert (await instance.unload("drain")).freed_bytes == 0
         assert (instance.status, manager.memory.reserved) == ("unloaded", 0)
 

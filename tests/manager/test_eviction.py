@@ -59,7 +59,7 @@ def test_an_idle_model_leaves_at_once_for_a_request_however_short_it_was_there()
 
 
 def test_a_model_that_is_being_loaded_is_waited_for():
-    residents = [busy("a", 80, is_movable=False)]
+    residents = [busy("a", 80, is_evictable=False)]
     assert decide(MemoryRequest(50, waiting_since=4), residents, RULES, now=500) == Postponed(until=math.inf)
 
 
@@ -79,7 +79,7 @@ occupants_ = st.lists(
         bytes=st.integers(0, 60),
         is_pinned=st.booleans(),
         is_busy=st.booleans(),
-        is_movable=st.booleans(),
+        is_evictable=st.booleans(),
         last_used=st.integers(0, 50),
         resident_since=st.integers(0, 50),
     ),
@@ -93,13 +93,13 @@ def test_every_decision_keeps_the_rules(bytes, waiting_since, residents):
     now = 50
     known = {o.holder: o for o in residents}
     free = RULES.budget - sum(o.bytes for o in residents)
-    idle = [o for o in residents if o.is_movable and not o.is_busy and not o.is_pinned]
-    movable = [o for o in residents if not o.is_pinned and (o.is_busy or o.is_movable)]
+    idle = [o for o in residents if o.is_evictable and not o.is_busy and not o.is_pinned]
+    movable = [o for o in residents if not o.is_pinned and (o.is_busy or o.is_evictable)]
     match decide(MemoryRequest(bytes, waiting_since), residents, RULES, now):
         case Granted(victims):
             leaving = [known[victim] for victim in victims]
             assert free + sum(o.bytes for o in leaving) >= bytes
-            assert all(o.is_movable and not o.is_pinned for o in leaving)
+            assert all(o.is_evictable and not o.is_pinned for o in leaving)
             for needless in leaving:
                 assert free + sum(o.bytes for o in leaving) - needless.bytes < bytes
             for o in leaving:
@@ -120,7 +120,7 @@ def test_every_decision_keeps_the_rules(bytes, waiting_since, residents):
 @given(st.integers(0, 100), occupants_)
 def test_a_request_for_what_can_fit_gets_its_turn_in_the_end(bytes, residents):
     """Once nothing is being loaded and the longest wait is over, only pinned models stand in the way."""
-    settled = [replace(o, is_movable=True) for o in residents]
+    settled = [replace(o, is_evictable=True) for o in residents]
     pinned = sum(o.bytes for o in settled if o.is_pinned)
     decision = decide(MemoryRequest(bytes, waiting_since=0), settled, RULES, now=RULES.max_wait)
     assert isinstance(decision, Granted) == (bytes <= RULES.budget - pinned)

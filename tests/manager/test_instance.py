@@ -91,8 +91,8 @@ def test_every_state_can_be_left_and_reached():
 @within_deadline
 async def test_a_transition_that_is_not_in_the_table_is_a_bug():
     async with managed() as (manager, _):
-        with pytest.raises(AssertionError, match="m: UNLOADED can't become READY"):
-            manager.instance("m")._become(ModelState.READY)
+        with pytest.raises(AssertionError, match="m: UNLOADED can't become EVICTING"):
+            manager.instance("m").evict()
 
 
 # Loading
@@ -157,24 +157,19 @@ async def test_a_failed_load_is_told_to_all_and_the_next_request_tries_again():
         errors = await asyncio.gather(*asking, return_exceptions=True)
         assert [str(error) for error in errors] == ["Model 'm' could not be loaded: disk on fire"] * 3
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        assert (instance.status, str(instance.error)) == ("failed", "Model 'm' could not be loaded: disk on fire")
+        assert (instance.status, instance.failure_reason) == ("failed", "Model 'm' could not be loaded: disk on fire")
         assert len(await answered(instance)) == 5
-        assert (instance.status, instance.error, factory.builds) == ("loaded", None, 2)
+        assert (instance.status, instance.failure_reason, factory.builds) == ("loaded", None, 2)
 
 
 @within_deadline
 async def test_an_engine_that_can_not_even_be_started_is_a_failed_model_too():
     async with managed() as (manager, factory):
-        instance, services = manager.instance("m"), manager.instance("m")._services
-
-        def refuse(spec, on_death, loading, metrics):
-            raise RuntimeError("can't start new thread")
-
-        instance._services = replace(services, start_engine=refuse)
+        instance = manager.instance("m")
+        factory.start_failures.append(RuntimeError("can't start new thread"))
         with pytest.raises(LoadFailed, match="RuntimeError: can't start new thread"):
             await answered(instance)
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        instance._services = services
         assert len(await answered(instance)) == 5
 
 
@@ -406,12 +401,12 @@ async def test_a_dead_engine_is_a_failed_model_which_the_next_request_loads_agai
             await generation.accepted()
             await read(generation)
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        assert (instance.status, str(instance.error)) == (
+        assert (instance.status, instance.failure_reason) == (
             "failed",
             "The engine of model 'm' stopped: Death: out of luck",
         )
         assert len(await answered(instance)) == 5
-        assert (instance.status, instance.error) == ("loaded", None)
+        assert (instance.status, instance.failure_reason) == ("loaded", None)
 
 
 @within_deadline
