@@ -81,6 +81,7 @@ class Engine:
         self._tokenizer_worker = TokenizerWorker(key)
         self._sequence_ids = count()
         self._is_stopping = False
+        self._num_running = 0  # written by the thread
         self._thread = start(self._run, f"engine-{key}")
 
     # -- the event loop's side ------------------------------------------------------------------------------------
@@ -114,6 +115,11 @@ class Engine:
     def stalled_for(self) -> float:
         """Seconds that the step under way has taken; 0 while there is nothing to do, and while the model loads."""
         return self._mailbox.busy_for
+
+    @property
+    def num_running(self) -> int:
+        """Number of requests that hold at least one slot, as of the last step."""
+        return self._num_running
 
     async def stop(self, patience: float | None = None) -> None:
         """End the thread and wait for it. Generations that still run get EngineStopped, after `patience` seconds even
@@ -194,6 +200,7 @@ class Engine:
         if finished:
             batch.remove(finished)
         batch.prefill()
+        self._num_running = len(self._tracker.not_among(batch.waiting()))
 
     def _forget(self, batch: Batch, generation: Generation) -> None:
         if rows := self._tracker.forget(generation):
