@@ -109,8 +109,8 @@ class ModelInstance:
 
     @property
     def running(self) -> int:
-        """Number of requests that hold a slot."""
-        return min(self._queue.num_admitted, self.spec.max_running)
+        """Number of requests that hold a slot. The engine may count one that has just ended, and is none any more."""
+        return min(self._engine.num_running, self._queue.num_admitted) if self._engine else 0
 
     @property
     def waiting(self) -> int:
@@ -189,10 +189,10 @@ class ModelInstance:
 
     def _finish(self, lease: Lease, generation: Generation) -> None:
         """The engine is done with a request."""
-        self._queue.note_answer(lease)
-        self._exit(lease)
-        if generation.usage:
+        if generation.usage:  # a complete answer
+            self._queue.note_answer(lease)
             self._lifecycle.backoff.reset()
+        self._exit(lease)
         self.metrics.note(generation.outcome, generation.usage)
 
     def _exit(self, lease: Lease) -> None:

@@ -22,7 +22,7 @@ from mlxserver.engine.errors import (
 from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.manager.states import TRANSITIONS, ModelState
 from model_manager import ModelManager
-from tests.support.scripted_engine import Death, Factory, read, request, until, within_deadline
+from tests.support.scripted_engine import Death, Factory, ended, read, request, until, within_deadline
 
 
 @asynccontextmanager
@@ -241,10 +241,12 @@ async def test_who_leaves_while_the_model_loads_no_longer_counts():
 
 @within_deadline
 async def test_more_requests_than_may_run_and_wait_are_refused():
-    async with managed(max_running=2, max_waiting=1) as (manager, _):
+    async with managed(max_running=2, max_waiting=1) as (manager, factory):
         instance = manager.instance("m")
+        await instance.load()
+        factory.batch.places = 2
         held = [await instance.generate(request()) for _ in range(3)]
-        assert (instance.running, instance.waiting) == (2, 1)
+        await until(lambda: (instance.running, instance.waiting) == (2, 1))
         with pytest.raises(QueueFull, match="'m' has 1 requests waiting") as caught:
             await instance.generate(request())
         assert caught.value.retry_after > 0
@@ -253,6 +255,42 @@ async def test_more_requests_than_may_run_and_wait_are_refused():
         held.pop().close()
         await until(lambda: instance.requests == 2)
         held.append(await instance.generate(request()))
+
+
+@within_deadline
+async def test_a_request_runs_while_it_holds_a_slot_however_many_choices_it_has():
+    async with managed() as (manager, factory):
+        instance = manager.instance("m")
+        await instance.load()
+        factory.batch.places = 4
+        held = [await instance.generate(replace(request(), n=3)) for _ in range(3)]
+        await until(lambda: (instance.running, instance.waiting) == (2, 1))
+        for generation in held:
+            generation.close()
+        await until(lambda: (instance.running, instance.waiting) == (0, 0))
+
+
+@within_deadline
+async def test_a_request_that_waits_for_the_model_does_not_run():
+    async with managed() as (manager, factory):
+        instance = manager.instance("m")
+        factory.gate.clear()
+        asking = await started(answered(instance))
+        assert (instance.running, instance.waiting) == (0, 1)
+        factory.gate.set()
+        await asking
+
+
+@within_deadline
+async def test_only_complete_answers_are_measured_for_the_time_until_a_retry():
+    async with managed() as (manager, _):
+        instance = manager.instance("m")
+        (await instance.generate(request())).close()
+        await until(lambda: instance.requests == 0)
+        assert isinstance(await ended(await instance.generate(request("garble"))), RequestFailed)
+        assert instance.pace == 0
+        await answered(instance)
+        assert instance.pace > 0
 
 
 @within_deadline
