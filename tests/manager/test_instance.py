@@ -1,4 +1,4 @@
-"""The life of the models in the registry, with scripted engines: who waits for what, and what is counted."""
+"""States, loads, unloads and requests of one model, with scripted engines."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -121,7 +121,7 @@ async def test_a_loaded_model_is_not_loaded_again():
 
 
 @within_deadline
-async def test_whoever_leaves_does_not_cancel_the_load_of_the_others():
+async def test_a_caller_that_leaves_does_not_cancel_the_load_of_the_others():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -135,7 +135,7 @@ async def test_whoever_leaves_does_not_cancel_the_load_of_the_others():
 
 
 @within_deadline
-async def test_a_load_goes_on_when_all_have_left():
+async def test_a_load_goes_on_when_all_callers_have_left():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -147,7 +147,7 @@ async def test_a_load_goes_on_when_all_have_left():
 
 
 @within_deadline
-async def test_a_failed_load_is_told_to_all_and_the_next_request_tries_again():
+async def test_a_failed_load_fails_every_request_that_waited_and_the_next_one_tries_again():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -228,7 +228,7 @@ async def test_a_request_counts_until_the_engine_is_done_not_until_it_is_read():
 
 
 @within_deadline
-async def test_who_leaves_while_the_model_loads_no_longer_counts():
+async def test_a_request_cancelled_while_the_model_loads_no_longer_counts():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -326,7 +326,7 @@ async def test_a_drain_lets_running_requests_finish_and_takes_no_new_ones():
 
 
 @within_deadline
-async def test_a_drain_ends_when_its_patience_does():
+async def test_a_drain_ends_at_its_deadline():
     async with managed() as (manager, _):
         instance = manager.instance("m")
         generation = await instance.generate(request())
@@ -402,7 +402,7 @@ async def test_an_unload_during_a_load_comes_after_it():
 
 
 @within_deadline
-async def test_an_abort_during_a_load_tells_those_who_waited_for_it():
+async def test_an_abort_during_a_load_fails_the_requests_that_wait_for_it():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()

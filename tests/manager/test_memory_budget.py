@@ -1,4 +1,4 @@
-"""Several models and not enough memory: who is loaded, who leaves, who waits and who is refused."""
+"""Several models and not enough memory: loads, evictions, waits and refusals."""
 
 import asyncio
 from dataclasses import asdict, replace
@@ -9,23 +9,15 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import (
     EngineStopped,
     LoadAborted,
-    LoadFailed,
-    ModelBusy,
-    ModelExists,
-    ModelNotFound,
-    ModelNotLoaded,
     NoRoom,
 )
-from mlxserver.manager.reload import Reload
 from tests.support.managed import ONE, answered, managed, specs, states, status_is
 from tests.support.scripted_engine import Death, request, until, within_deadline
 
-# Eviction
-
 
 @within_deadline
-async def test_the_least_recently_used_model_makes_room():
-    async with managed(places=2) as (manager, _):
+async def test_the_least_recently_used_model_is_evicted():
+    async with managed(capacity=2) as (manager, _):
         for key in "abac":
             await answered(manager, key)
         assert states(manager) == "a:loaded c:loaded"
@@ -33,7 +25,7 @@ async def test_the_least_recently_used_model_makes_room():
 
 
 @within_deadline
-async def test_a_pinned_model_stays_and_the_refusal_says_so():
+async def test_a_pinned_model_stays_and_counts_as_pinned_in_the_refusal():
     models = (ModelSpec("a", "x", pin=True), ModelSpec("b", "y"))
     async with managed(models) as (manager, _):
         await answered(manager, "a")
@@ -47,7 +39,7 @@ async def test_a_pinned_model_stays_and_the_refusal_says_so():
 
 
 @within_deadline
-async def test_a_load_that_nobody_waits_for_is_refused_at_once_while_others_are_in_use():
+async def test_a_load_without_a_request_is_refused_at_once_while_the_others_are_in_use():
     async with managed() as (manager, _):
         generation = await manager.instance("a").generate(request())
         with pytest.raises(NoRoom) as caught:
@@ -60,7 +52,7 @@ async def test_a_load_that_nobody_waits_for_is_refused_at_once_while_others_are_
 
 
 @within_deadline
-async def test_what_a_model_in_use_has_begun_is_finished_before_it_leaves():
+async def test_an_evicted_model_finishes_its_running_requests():
     async with managed(min_residency=0) as (manager, factory):
         await manager.instance("a").load()
         factory.batch.gate.clear()
@@ -74,7 +66,7 @@ async def test_what_a_model_in_use_has_begun_is_finished_before_it_leaves():
 
 
 @within_deadline
-async def test_a_model_in_use_keeps_its_place_for_a_time_but_not_for_ever():
+async def test_a_model_in_use_stays_for_min_residency_but_no_longer_than_max_wait():
     async with managed(min_residency=3600, max_wait=0.2) as (manager, _):
         running = await manager.instance("a").generate(request())
         waiting = asyncio.create_task(answered(manager, "b"))
@@ -86,9 +78,9 @@ async def test_a_model_in_use_keeps_its_place_for_a_time_but_not_for_ever():
 
 
 @within_deadline
-async def test_memory_that_an_engine_left_behind_is_granted_to_nobody_until_it_is_free():
+async def test_memory_that_an_engine_left_behind_is_not_granted_until_it_is_free():
     left = 0
-    async with managed(places=2, measure_arrays=lambda: left + manager.memory.reserved) as (manager, factory):
+    async with managed(capacity=2, measure_arrays=lambda: left + manager.memory.reserved) as (manager, factory):
         await answered(manager, "a")
         left = ONE
         factory.batch.crash = Death("out of luck")
@@ -106,8 +98,8 @@ async def test_memory_that_an_engine_left_behind_is_granted_to_nobody_until_it_i
 
 
 @within_deadline
-async def test_two_loads_at_once_never_take_the_same_room():
-    async with managed(specs("abcdef"), places=2, min_residency=0) as (manager, _):
+async def test_two_loads_at_once_never_take_the_same_memory():
+    async with managed(specs("abcdef"), capacity=2, min_residency=0) as (manager, _):
         most = 0
 
         async def watch():
@@ -124,7 +116,7 @@ async def test_two_loads_at_once_never_take_the_same_room():
 
 
 @within_deadline
-async def test_who_leaves_while_waiting_for_room_leaves_nothing_behind():
+async def test_a_load_aborted_while_it_waits_for_memory_leaves_nothing_behind():
     async with managed() as (manager, _):
         running = await manager.instance("a").generate(request())
         waiting = asyncio.create_task(answered(manager, "b"))
@@ -137,154 +129,15 @@ async def test_who_leaves_while_waiting_for_room_leaves_nothing_behind():
         running.close()
 
 
-# Time
-
-
 @within_deadline
-async def test_an_idle_model_leaves_when_its_time_is_over():
-    async with managed(specs("a", ttl=0.05)) as (manager, _):
-        await answered(manager, "a")
-        assert manager.instance("a").expires_in <= 0.05
-        await until(status_is(manager, "a", "unloaded"))
-        assert manager.instance("a").metrics.unloads == {"idle": 1}
-
-
-@within_deadline
-async def test_keep_alive_wins_over_the_models_time():
-    async with managed(specs("a", ttl=3600)) as (manager, _):
-        await answered(manager, "a", idle_timeout=float("inf"))
-        assert manager.instance("a").expires_in is None
-        await answered(manager, "a")
-        assert 3500 < manager.instance("a").expires_in <= 3600
-        await answered(manager, "a", idle_timeout=0)
-        await until(status_is(manager, "a", "unloaded"))
-
-
-@within_deadline
-async def test_a_model_in_use_does_not_expire():
-    async with managed(specs("a", ttl=0)) as (manager, _):
-        generation = await manager.instance("a").generate(request())
-        assert manager.instance("a").expires_in is None
-        generation.close()
-        await until(status_is(manager, "a", "unloaded"))
-
-
-# Loads and unloads
-
-
-@within_deadline
-async def test_without_loads_on_demand_the_answer_says_how_to_load():
-    async with managed(load_on_demand=False) as (manager, _):
-        with pytest.raises(ModelNotLoaded, match="POST /v1/models/load"):
-            await answered(manager, "a")
-        await manager.load(ModelSpec("a", "source-a"))
-        assert len(await answered(manager, "a")) == 5
-
-
-@within_deadline
-async def test_only_registered_models_are_loaded_unless_any_is_allowed():
-    async with managed() as (manager, _):
-        with pytest.raises(ModelNotFound):
-            await answered(manager, "org/name")
-        manager.settings = replace(manager.settings, allow_any_model=True)
-        assert len(await answered(manager, "org/name")) == 5
-        assert manager.instance("org/name").spec.source == "org/name"
-        with pytest.raises(ModelNotFound):
-            await answered(manager, "/etc")
-
-
-@within_deadline
-async def test_an_alias_is_another_name():
-    async with managed((ModelSpec("a", "x", aliases=("gpt-4", "b")),)) as (manager, _):
-        assert manager.instance("gpt-4") is manager.instance("b") is manager.instance("a")
-
-
-@within_deadline
-async def test_a_source_is_replaced_side_by_side_where_both_fit():
-    async with managed(places=2) as (manager, _):
-        await answered(manager, "a")
-        old = manager.instance("a")
-        running = await old.generate(request())
-        with pytest.raises(ModelExists):
-            await manager.load(ModelSpec("a", "other"))
-        new = await manager.load(ModelSpec("a", "other"), replaces=True)
-        assert manager.instance("a") is new
-        assert new.status == "loaded"
-        await until(lambda: old.status == "draining")
-        running.close()
-        await until(lambda: old.status == "unloaded")
-
-
-@pytest.mark.parametrize("places", [1, 2])
-@within_deadline
-async def test_a_replacement_that_fails_leaves_the_old_model_serving(places):
-    async with managed(places=places) as (manager, factory):
-        await answered(manager, "a")
-        factory.failures.append(LoadFailed("a", "no such file"))
-        with pytest.raises(LoadFailed):
-            await manager.load(ModelSpec("a", "other"), replaces=True)
-        assert manager.instance("a").spec.source == "source-a"
-        assert len(await answered(manager, "a")) == 5
-
-
-@within_deadline
-async def test_a_forgotten_model_is_gone_and_a_busy_one_that_may_not_wait_stays():
-    async with managed() as (manager, _):
-        running = await manager.instance("a").generate(request())
-        with pytest.raises(ModelBusy):
-            await manager.forget("a", "reject")
-        assert "a" in manager.keys
-        report = await manager.forget("a", "abort")
-        assert (report.aborted, manager.keys) == (1, ["b", "c"])
-        running.close()
-
-
-@within_deadline
-async def test_an_abort_cuts_a_drain_short():
-    async with managed() as (manager, _):
-        await manager.instance("a").generate(request())
-        draining = asyncio.create_task(manager.unload("a", "drain"))
+async def test_memory_that_was_granted_and_lost_to_a_lower_limit_is_granted_anew():
+    async with managed(capacity=2, min_residency=0) as (manager, _):
+        running = [await manager.instance(key).generate(request()) for key in "ab"]
+        waiting = asyncio.create_task(answered(manager, "c"))
         await until(status_is(manager, "a", "draining"))
-        reports = [await manager.unload("a", "abort"), await draining]
-        assert [report.aborted for report in reports] == [1, 1]
-
-
-@within_deadline
-async def test_closing_calls_a_load_off():
-    async with managed() as (manager, factory):
-        factory.gate.clear()
-        waiting = asyncio.create_task(answered(manager, "a"))
-        await until(lambda: factory.builds)
-        await manager.close(patience=3600)
-        with pytest.raises(LoadAborted):
-            await waiting
-        with pytest.raises(LoadAborted):
-            await answered(manager, "b")
-
-
-# New settings
-
-
-@within_deadline
-async def test_new_settings_touch_only_the_models_that_changed():
-    async with managed(places=3) as (manager, factory):
-        for key in "abc":
-            await answered(manager, key)
-        kept = manager.instance("a")
-        a, _, c = manager.settings.models
-        models = (replace(a, ttl=5.0), replace(c, source="other"), ModelSpec("d", "source-d"))
-        reload = await manager.reload(replace(manager.settings, models=models, port=1))
-        assert reload == Reload(added=("d",), removed=("b",), changed=("a", "c"), restart_needed=("port",))
-        assert (manager.instance("a"), kept.spec.ttl, kept.status) == (kept, 5.0, "loaded")
-        await until(status_is(manager, "c", "loaded"))
-        assert manager.instance("c").spec.source == "other"
-        assert sorted(manager.keys) == ["a", "c", "d"]
-        assert factory.builds == 4
-
-
-@within_deadline
-async def test_models_loaded_at_run_time_survive_new_settings():
-    async with managed(places=2) as (manager, _):
-        await manager.load(ModelSpec("mine", "source"))
-        assert await manager.reload(manager.settings) == Reload()
-        assert manager.instance("mine").status == "loaded"
+        assert states(manager) == "a:draining b:loaded c:loading"
+        await manager.reload(replace(manager.settings, memory_limit=ONE))
+        running[0].close()
+        await until(status_is(manager, "b", "draining"))
+        running[1].close()
+        assert len(await waiting) == 5

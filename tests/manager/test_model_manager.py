@@ -1,4 +1,4 @@
-"""Models that come, go and take each other's place while others ask for them."""
+"""Models that are registered, replaced, removed and reloaded while requests use them."""
 
 import asyncio
 from dataclasses import replace
@@ -9,39 +9,125 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import (
     LoadAborted,
     LoadFailed,
+    ModelBusy,
     ModelExists,
     ModelNotFound,
+    ModelNotLoaded,
     ModelReplaced,
     ModelStalled,
     ModelUnloading,
 )
+from mlxserver.manager.reload import Reload
 from mlxserver.server.handlers import unless_stalled
-from tests.support.managed import ONE, answered, managed, specs, states, status_is
+from tests.support.managed import answered, managed, specs, status_is
 from tests.support.scripted_engine import request, until, within_deadline
 
-# One life and the next
+# Registered or not
 
 
 @within_deadline
-async def test_a_keep_alive_ends_with_the_life_that_it_was_asked_for():
-    async with managed(specs("a", ttl=3600)) as (manager, _):
-        await answered(manager, "a", idle_timeout=0)
-        await until(status_is(manager, "a", "unloaded"))
-        instance = await manager.load(ModelSpec("a", "source-a"))
-        assert 3500 < instance.expires_in <= 3600
+async def test_a_model_that_is_no_longer_registered_is_not_loaded_again():
+    async with managed(capacity=2) as (manager, factory):
+        forgotten, replaced = manager.instance("a"), manager.instance("b")
+        await manager.forget("a")
+        await manager.load(ModelSpec("b", "other"), replaces=True)
+        for instance in forgotten, replaced:
+            with pytest.raises(ModelUnloading):
+                await instance.generate(request())
+        assert factory.builds == 1
 
 
 @within_deadline
-async def test_new_settings_reach_the_time_of_a_model_that_is_idle():
-    async with managed(specs("a", ttl=3600)) as (manager, _):
+async def test_a_model_that_is_being_forgotten_does_not_exist():
+    async with managed() as (manager, _):
         await answered(manager, "a")
-        for spec in specs("a", ttl=3600, pin=True), specs("a"):
-            await manager.reload(replace(manager.settings, models=spec, ttl=float("inf")))
-            assert manager.instance("a").expires_in is None
-        await manager.reload(replace(manager.settings, ttl=100.0))
-        assert 0 < manager.instance("a").expires_in <= 100
-        await manager.reload(replace(manager.settings, ttl=0.0))
-        await until(status_is(manager, "a", "unloaded"))
+        first, second = await asyncio.gather(manager.forget("a"), manager.forget("a"), return_exceptions=True)
+        assert (first.aborted, type(second)) == (0, ModelNotFound)
+        assert manager.keys == ["b", "c"]
+
+
+@within_deadline
+async def test_any_model_is_registered_only_for_a_request_that_it_is_to_serve():
+    async with managed(allow_any_model=True) as (manager, factory):
+        with pytest.raises(ModelNotFound):
+            manager.instance("org/first")
+        factory.failures.append(LoadFailed("org/first", "no such repository"))
+        with pytest.raises(LoadFailed):
+            await answered(manager, "org/first")
+        assert len(await answered(manager, "org/second")) == 5
+        assert manager.keys == ["a", "b", "c", "org/second"]
+
+
+@within_deadline
+async def test_an_alias_of_one_model_is_no_key_for_another():
+    async with managed((ModelSpec("a", "x", aliases=("b",)),)) as (manager, _):
+        with pytest.raises(ModelExists, match="'b' is already registered with source 'x', not 'y'"):
+            await manager.load(ModelSpec("b", "y"))
+
+
+@within_deadline
+async def test_only_registered_models_are_loaded_unless_any_is_allowed():
+    async with managed() as (manager, _):
+        with pytest.raises(ModelNotFound):
+            await answered(manager, "org/name")
+        manager.settings = replace(manager.settings, allow_any_model=True)
+        assert len(await answered(manager, "org/name")) == 5
+        assert manager.instance("org/name").spec.source == "org/name"
+        with pytest.raises(ModelNotFound):
+            await answered(manager, "/etc")
+
+
+@within_deadline
+async def test_an_alias_is_another_name():
+    async with managed((ModelSpec("a", "x", aliases=("gpt-4", "b")),)) as (manager, _):
+        assert manager.instance("gpt-4") is manager.instance("b") is manager.instance("a")
+
+
+# Loads and unloads
+
+
+@within_deadline
+async def test_without_loads_on_demand_the_error_says_how_to_load():
+    async with managed(load_on_demand=False) as (manager, _):
+        with pytest.raises(ModelNotLoaded, match="POST /v1/models/load"):
+            await answered(manager, "a")
+        await manager.load(ModelSpec("a", "source-a"))
+        assert len(await answered(manager, "a")) == 5
+
+
+@within_deadline
+async def test_a_forgotten_model_is_gone_and_a_busy_one_that_may_not_wait_stays():
+    async with managed() as (manager, _):
+        running = await manager.instance("a").generate(request())
+        with pytest.raises(ModelBusy):
+            await manager.forget("a", "reject")
+        assert "a" in manager.keys
+        report = await manager.forget("a", "abort")
+        assert (report.aborted, manager.keys) == (1, ["b", "c"])
+        running.close()
+
+
+@within_deadline
+async def test_an_abort_ends_a_drain_at_once():
+    async with managed() as (manager, _):
+        await manager.instance("a").generate(request())
+        draining = asyncio.create_task(manager.unload("a", "drain"))
+        await until(status_is(manager, "a", "draining"))
+        reports = [await manager.unload("a", "abort"), await draining]
+        assert [report.aborted for report in reports] == [1, 1]
+
+
+@within_deadline
+async def test_closing_aborts_a_load():
+    async with managed() as (manager, factory):
+        factory.gate.clear()
+        waiting = asyncio.create_task(answered(manager, "a"))
+        await until(lambda: factory.builds)
+        await manager.close(patience=3600)
+        with pytest.raises(LoadAborted):
+            await waiting
+        with pytest.raises(LoadAborted):
+            await answered(manager, "b")
 
 
 @within_deadline
@@ -61,7 +147,7 @@ async def test_an_engine_that_does_not_end_well_does_not_keep_its_model():
 
 
 @within_deadline
-async def test_who_unloads_a_stuck_model_is_told_so_and_the_unload_goes_on():
+async def test_unloading_a_stalled_model_is_an_error_and_goes_on():
     async with managed(specs("a"), wedged_after=0.3) as (manager, factory):
         instance = manager.instance("a")
         await (await instance.generate(request())).accepted()
@@ -74,55 +160,40 @@ async def test_who_unloads_a_stuck_model_is_told_so_and_the_unload_goes_on():
         await until(lambda: instance.status == "unloaded")
 
 
-# Registered or not
-
-
-@within_deadline
-async def test_a_model_that_is_no_longer_registered_is_not_loaded_again():
-    async with managed(places=2) as (manager, factory):
-        forgotten, replaced = manager.instance("a"), manager.instance("b")
-        await manager.forget("a")
-        await manager.load(ModelSpec("b", "other"), replaces=True)
-        for instance in forgotten, replaced:
-            with pytest.raises(ModelUnloading):
-                await instance.generate(request())
-        assert factory.builds == 1
-
-
-@within_deadline
-async def test_who_forgets_a_model_that_is_being_forgotten_is_told_that_it_does_not_exist():
-    async with managed() as (manager, _):
-        await answered(manager, "a")
-        first, second = await asyncio.gather(manager.forget("a"), manager.forget("a"), return_exceptions=True)
-        assert (first.aborted, type(second)) == (0, ModelNotFound)
-        assert manager.keys == ["b", "c"]
-
-
-@within_deadline
-async def test_asking_for_any_model_registers_only_what_is_to_answer():
-    async with managed(allow_any_model=True) as (manager, factory):
-        with pytest.raises(ModelNotFound):
-            manager.instance("org/first")
-        factory.failures.append(LoadFailed("org/first", "no such repository"))
-        with pytest.raises(LoadFailed):
-            await answered(manager, "org/first")
-        assert len(await answered(manager, "org/second")) == 5
-        assert manager.keys == ["a", "b", "c", "org/second"]
-
-
-@within_deadline
-async def test_an_alias_of_one_model_is_no_key_for_another():
-    async with managed((ModelSpec("a", "x", aliases=("b",)),)) as (manager, _):
-        with pytest.raises(ModelExists, match="'b' is already registered with source 'x', not 'y'"):
-            await manager.load(ModelSpec("b", "y"))
-
-
 # Replacing
 
 
 @within_deadline
+async def test_a_source_is_replaced_side_by_side_where_both_fit():
+    async with managed(capacity=2) as (manager, _):
+        await answered(manager, "a")
+        old = manager.instance("a")
+        running = await old.generate(request())
+        with pytest.raises(ModelExists):
+            await manager.load(ModelSpec("a", "other"))
+        new = await manager.load(ModelSpec("a", "other"), replaces=True)
+        assert manager.instance("a") is new
+        assert new.status == "loaded"
+        await until(lambda: old.status == "draining")
+        running.close()
+        await until(lambda: old.status == "unloaded")
+
+
+@pytest.mark.parametrize("capacity", [1, 2])
+@within_deadline
+async def test_a_replacement_that_fails_leaves_the_old_model_serving(capacity):
+    async with managed(capacity=capacity) as (manager, factory):
+        await answered(manager, "a")
+        factory.failures.append(LoadFailed("a", "no such file"))
+        with pytest.raises(LoadFailed):
+            await manager.load(ModelSpec("a", "other"), replaces=True)
+        assert manager.instance("a").spec.source == "source-a"
+        assert len(await answered(manager, "a")) == 5
+
+
+@within_deadline
 async def test_a_key_is_given_to_one_other_source_at_a_time():
-    async with managed(places=2) as (manager, factory):
+    async with managed(capacity=2) as (manager, factory):
         await answered(manager, "a")
         factory.gate.clear()
         replacing = asyncio.create_task(manager.load(ModelSpec("a", "other"), replaces=True))
@@ -134,8 +205,8 @@ async def test_a_key_is_given_to_one_other_source_at_a_time():
 
 
 @within_deadline
-async def test_closing_calls_a_replacement_off():
-    async with managed(places=2) as (manager, factory):
+async def test_closing_aborts_a_replacement():
+    async with managed(capacity=2) as (manager, factory):
         await answered(manager, "a")
         factory.gate.clear()
         replacing = asyncio.create_task(manager.load(ModelSpec("a", "other"), replaces=True))
@@ -145,15 +216,29 @@ async def test_closing_calls_a_replacement_off():
             await replacing
 
 
+# New settings
+
+
 @within_deadline
-async def test_room_that_was_granted_and_lost_to_a_lower_limit_is_made_again():
-    async with managed(places=2, min_residency=0) as (manager, _):
-        running = [await manager.instance(key).generate(request()) for key in "ab"]
-        waiting = asyncio.create_task(answered(manager, "c"))
-        await until(status_is(manager, "a", "draining"))
-        assert states(manager) == "a:draining b:loaded c:loading"
-        await manager.reload(replace(manager.settings, memory_limit=ONE))
-        running[0].close()
-        await until(status_is(manager, "b", "draining"))
-        running[1].close()
-        assert len(await waiting) == 5
+async def test_new_settings_touch_only_the_models_that_changed():
+    async with managed(capacity=3) as (manager, factory):
+        for key in "abc":
+            await answered(manager, key)
+        kept = manager.instance("a")
+        a, _, c = manager.settings.models
+        models = (replace(a, ttl=5.0), replace(c, source="other"), ModelSpec("d", "source-d"))
+        reload = await manager.reload(replace(manager.settings, models=models, port=1))
+        assert reload == Reload(added=("d",), removed=("b",), changed=("a", "c"), restart_needed=("port",))
+        assert (manager.instance("a"), kept.spec.ttl, kept.status) == (kept, 5.0, "loaded")
+        await until(status_is(manager, "c", "loaded"))
+        assert manager.instance("c").spec.source == "other"
+        assert sorted(manager.keys) == ["a", "c", "d"]
+        assert factory.builds == 4
+
+
+@within_deadline
+async def test_models_loaded_at_run_time_survive_new_settings():
+    async with managed(capacity=2) as (manager, _):
+        await manager.load(ModelSpec("mine", "source"))
+        assert await manager.reload(manager.settings) == Reload()
+        assert manager.instance("mine").status == "loaded"

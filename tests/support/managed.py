@@ -1,4 +1,4 @@
-"""A model manager over scripted engines, with memory for `places` models."""
+"""A model manager over scripted engines, with memory for `capacity` models."""
 
 from contextlib import asynccontextmanager
 
@@ -18,15 +18,15 @@ def specs(keys="abc", **fields):
 @asynccontextmanager
 async def managed(
     models=None,
-    places=1,
+    capacity=1,
     measure_arrays=lambda: 0,
     measure_memory=lambda: 0,
     estimate=lambda spec: ESTIMATE,
     **settings,
 ):
-    """A manager whose memory holds `places` of its models, and the factory of their engines."""
+    """A manager whose memory holds `capacity` of its models, and the factory of their engines."""
     factory = Factory()
-    known = Settings(models=specs() if models is None else models, memory_limit=places * ONE, **settings)
+    known = Settings(models=specs() if models is None else models, memory_limit=capacity * ONE, **settings)
     manager = ModelManager(known, factory.start, measure_memory, estimate, measure_arrays)
     try:
         yield manager, factory
