@@ -4,7 +4,7 @@ Invariants
 1. A decision and its record are one plain step: a granted reservation counts at once, its victims no more. Two loads
    never take the same memory (manager/eviction.py decides).
 2. A grant is used only once its victims have left. If the memory is not there even then, because a model grew or the
-   limit was lowered meanwhile, it is decided anew.
+   limit was lowered meanwhile, the claim is decided anew.
 3. No polling: every change of a model, and the end of a time limit, calls reconsider().
 4. Freed memory is measured: bytes in use beyond all reservations, as an engine that ended badly may leave, are not
    granted.
@@ -65,14 +65,7 @@ class Reservation:
             LoadAborted: the server stops.
         """
         try:
-            await self._budget.grant(self, bytes)
-            while not self._budget.is_free(self):
-                if self._budget.has_departures:
-                    await self._budget.change()
-                else:
-                    self.bytes = 0
-                    await self._budget.grant(self, bytes)
-            self.is_in_use = True
+            await self._budget.claim(self, bytes)
         except BaseException:
             self.release()
             raise
@@ -91,11 +84,11 @@ class Reservation:
 
 @dataclass(eq=False, slots=True)
 class _Claim:
-    """A reservation that waits for its grant."""
+    """Bytes that a reservation waits for. outcome: done when they can be used, or are refused."""
 
     reservation: Reservation
     bytes: int
-    granted: asyncio.Future[None]
+    outcome: asyncio.Future[None]
 
     @property
     def order(self) -> float:
@@ -110,13 +103,12 @@ class MemoryBudget:
     """
 
     def __init__(self, rules: Callable[[], Rules], measure_arrays: Callable[[], int] = lambda: 0) -> None:
+        self.is_closed = False
         self._rules = rules
         self._measure_arrays = measure_arrays
         self._granted: dict[Reservation, None] = {}
         self._claims: list[_Claim] = []
-        self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self.is_closed = False
 
     @property
     def reserved(self) -> int:
@@ -133,38 +125,22 @@ class MemoryBudget:
         """Bytes in use beyond all reservations."""
         return max(0, self._measure_arrays() - self.reserved)
 
-    @property
-    def has_departures(self) -> bool:
-        """Whether a model with memory is being unloaded."""
-        return any(reservation.is_in_use and reservation.holder.is_leaving for reservation in self._granted)
-
-    def is_free(self, granted: Reservation) -> bool:
-        """Whether the memory of a grant is there, its victims having left."""
-        in_use = sum(reservation.bytes for reservation in self._granted if reservation.is_in_use)
-        return in_use + granted.bytes <= self._grantable
-
-    async def grant(self, reservation: Reservation, bytes: int) -> None:
-        """Wait until this much is granted. Raises NoRoom, LoadAborted."""
-        if self.is_closed:
-            raise LoadAborted(reservation.holder.key)
+    def claim(self, reservation: Reservation, bytes: int) -> asyncio.Future[None]:
+        """Claim memory. The future is done when it can be used; its exception is NoRoom or LoadAborted."""
         claim = _Claim(reservation, bytes, asyncio.get_running_loop().create_future())
+        if self.is_closed:
+            claim.outcome.set_exception(LoadAborted(reservation.holder.key))
         self._claims.append(claim)
         self.reconsider()
-        await claim.granted
-
-    async def change(self) -> None:
-        """Wait for the next change of any model."""
-        self._changed.clear()
-        await self._changed.wait()
+        return claim.outcome
 
     def reconsider(self) -> None:
         """Decide on every claim anew: something has changed."""
-        self._changed.set()
         if self._timer:
             self._timer.cancel()
             self._timer = None
         self._granted = {reservation: None for reservation in self._granted if reservation.bytes}
-        self._claims = [claim for claim in self._claims if not claim.granted.done()]  # one may have been cancelled
+        self._claims = [claim for claim in self._claims if not claim.outcome.done()]
         times = [self._settle(claim) for claim in sorted(self._claims, key=lambda claim: claim.order)]
         if (soonest := min(times, default=math.inf)) < math.inf:
             delay = max(0.0, soonest - time.monotonic())
@@ -174,25 +150,33 @@ class MemoryBudget:
         """Refuse every claim from now on."""
         self.is_closed = True
         for claim in self._claims:
-            if not claim.granted.done():
-                claim.granted.set_exception(LoadAborted(claim.reservation.holder.key))
+            if not claim.outcome.done():
+                claim.outcome.set_exception(LoadAborted(claim.reservation.holder.key))
 
     def _settle(self, claim: _Claim) -> float:
         """Decide on a claim and record it. Time at which to decide again; inf: no earlier than at the next change."""
-        holder = claim.reservation.holder
-        residents = [each.holder.resident(each.bytes) for each in self._granted if not each.holder.is_leaving]
-        rules = replace(self._rules(), budget=self._grantable)
-        match decide(MemoryRequest(claim.bytes, holder.waiting_since), residents, rules, time.monotonic()):
-            case Postponed(until):
-                return until
-            case Refused(projection):
-                claim.granted.set_exception(NoRoom(holder.key, projection))
-            case Granted(victims):
-                claim.reservation.bytes = claim.bytes
-                self._granted[claim.reservation] = None
-                for victim in victims:
-                    victim.evict()
-                claim.granted.set_result(None)
+        reservation, holder = claim.reservation, claim.reservation.holder
+        if not reservation.bytes:
+            residents = [each.holder.resident(each.bytes) for each in self._granted if not each.holder.is_leaving]
+            rules = replace(self._rules(), budget=self._grantable)
+            match decide(MemoryRequest(claim.bytes, holder.waiting_since), residents, rules, time.monotonic()):
+                case Postponed(until):
+                    return until
+                case Refused(projection):
+                    claim.outcome.set_exception(NoRoom(holder.key, projection))
+                    return math.inf
+                case Granted(victims):
+                    reservation.bytes = claim.bytes
+                    self._granted[reservation] = None
+                    for victim in victims:
+                        victim.evict()
+        in_use = [each for each in self._granted if each.is_in_use]
+        if sum(each.bytes for each in in_use) + claim.bytes <= self._grantable:
+            reservation.is_in_use = True
+            claim.outcome.set_result(None)
+        elif not any(each.holder.is_leaving for each in in_use):
+            reservation.bytes = 0  # its victims have left, and the memory is not there
+            return self._settle(claim)
         return math.inf
 
     @property

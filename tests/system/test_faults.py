@@ -419,6 +419,7 @@ async def test_a_stalled_engine_does_not_hold_up_close(monkeypatch):
         assert await answered(manager.instance("n")) == 5
         stalled.gate.clear()
         generation = await manager.instance("m").generate(request())
+        await until(lambda: stalled.thread)
         await manager.close(0)
         await until(lambda: manager.instance("n").status == "unloaded")
         assert manager.instance("m").status == "draining"
