@@ -36,7 +36,7 @@ async def managed(*specs, **fields):
         yield manager, factory
     finally:
         factory.gate.set()
-        for runtime in factory.runtimes:
+        for runtime in factory.runners:
             runtime.batch.gate.set()
         await manager.close(0)
 
@@ -70,7 +70,7 @@ async def test_a_model_goes_through_its_states_and_back():
         factory.gate.set()
         await loading
         assert repr(instance) == "<ModelInstance m READY requests=0>"
-        assert (instance.status, instance.facts) == ("loaded", factory.runtimes[0].facts)
+        assert (instance.status, instance.facts) == ("loaded", factory.runners[0].facts)
         generation = await instance.generate(request())
         unloading = await started(instance.unload("drain"))
         assert repr(instance) == "<ModelInstance m DRAINING requests=1>"
@@ -497,4 +497,4 @@ async def test_closing_ends_every_model():
         await answered(manager.instance("b"))
         await manager.close(patience=0.01)
         assert [instance.status for instance in manager.instances] == ["unloaded", "unloaded"]
-        assert all(runtime.batch.is_closed for runtime in factory.runtimes)
+        assert all(runtime.batch.is_closed for runtime in factory.runners)

@@ -27,9 +27,9 @@ _SLACK = 1.25  # how much longer than wanted a chunk may be, lest a prompt's end
 
 @dataclass
 class PendingPrompt:
-    """A prompt that is not yet processed, and the rows that share it. `done` counts its tokens in the cache."""
+    """A prompt that is not yet processed, and the sequences that share it. `done` counts its tokens in the cache."""
 
-    rows: list[Sequence]
+    sequences: list[Sequence]
     arrived: float
     started: float = 0.0
     cache: caches.Cache = field(default_factory=list)
@@ -39,7 +39,7 @@ class PendingPrompt:
     @property
     def tokens(self) -> tuple[int, ...]:
         """All of it."""
-        return self.rows[0].tokens
+        return self.sequences[0].tokens
 
     @property
     def remaining(self) -> int:
@@ -49,12 +49,12 @@ class PendingPrompt:
     @property
     def length(self) -> int:
         """Tokens that it needs room for: its own, and the beginning of an answer."""
-        return len(self.tokens) + min(_ANSWER_ROOM, self.rows[0].max_tokens)
+        return len(self.tokens) + min(_ANSWER_ROOM, self.sequences[0].max_tokens)
 
     def drop(self, sequence_ids: set[int]) -> bool:
-        """Drop rows; whether none is left."""
-        self.rows = [row for row in self.rows if row.id not in sequence_ids]
-        return not self.rows
+        """Remove sequences; returns whether none is left."""
+        self.sequences = [sequence for sequence in self.sequences if sequence.id not in sequence_ids]
+        return not self.sequences
 
     def next(self, most: int) -> list[int]:
         """Its next tokens, so many at the most."""
