@@ -12,7 +12,7 @@ from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.loading import loader, sharding
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners.text import ModelBatch, TextRunner
 from mlxserver.engine.scheduler.peers import ProcessPeers
@@ -31,7 +31,10 @@ class Builder:
     stall_target: seconds that prefill may delay running streams. leader: leads the ranks that share models, if any.
     """
 
-    def __init__(self, stall_target: float, leader: Leader | None = None) -> None:
+    def __init__(
+        self, stall_target: float, leader: Leader | None = None, policy: ExecutionPolicy | None = None
+    ) -> None:
+        self._policy = policy or current()
         self._stall_target = stall_target
         self._leader = leader
         self._peers = ProcessPeers()
@@ -39,12 +42,12 @@ class Builder:
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> Runner:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
         if spec.shard is None:
-            loaded = loader.load(spec, progress=progress)
+            loaded = loader.load(spec, progress=progress, policy=self._policy)
             return self._finish(spec, loaded, self._scheduler(spec, loaded, metrics), progress)
         if self._leader is None:
             raise sharding.alone(spec)
         with self._leader.loading(spec) as number:
-            loaded = loader.load(spec, progress=progress, divide=sharding.nothing)
+            loaded = loader.load(spec, progress=progress, divide=sharding.nothing, policy=self._policy)
             opened = self._leader.open(number, spec.key, self._stall_target, progress)
             batch = LeadingBatch(self._leader, number, opened, self._peers, metrics)
             return self._finish(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
@@ -54,25 +57,25 @@ class Builder:
             loaded.model,
             max_running=spec.max_running,
             stall_target=self._stall_target,
-            prefix_cache=PrefixCache(spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
+            prefix_cache=PrefixCache(spec.prefix_cache_bytes, policy=self._policy) if spec.prefix_cache_bytes else None,
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             metrics=metrics,
+            policy=self._policy,
         )
 
     def _finish(
         self, spec: ModelSpec, loaded: loader.LoadedModel, batch: Scheduler | LeadingBatch, progress: Progress
     ) -> Runner:
         progress("warming up", 0, 0)
-        warm_up(batch, spec.max_running)
+        warm_up(batch, spec.max_running, self._policy)
         self._peers.add(batch.load)
         return RUNNERS["text"](spec, loaded, batch)
 
 
-def warm_up(batch: Scheduler | LeadingBatch, max_running: int) -> None:
+def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: ExecutionPolicy) -> None:
     """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
-    # A GPU compiles for every number of slots; on a CPU what is compiled serves all of them.
-    most = 2 if device.is_cpu() else max_running
+    most = max_running if policy.warm_up_all_batch_sizes else 2
     sizes = [size for power in range(most.bit_length()) if (size := 1 << power) <= most]
     batch.warm_up()
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))

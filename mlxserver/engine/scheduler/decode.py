@@ -18,6 +18,7 @@ from mlxserver.engine.mlx import mx
 import numpy as np
 
 from mlxserver.engine.kv_cache.batched import make_batch_cache
+from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.logprobs import MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.chunks import PendingPrompt
@@ -79,10 +80,16 @@ class RunningSequence:
 class DecodeBatch:
     """Running sequences of one model. `sampled`: token ids of the step under way, [batch], inputs of the next one."""
 
-    def __init__(self, model: Any, vocab_size: int, make_sampler: MakeSampler = BatchSampler) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int,
+        make_sampler: MakeSampler = BatchSampler,
+        policy: ExecutionPolicy | None = None,
+    ) -> None:
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
-        self.cache = make_batch_cache(model)
+        self.cache = make_batch_cache(model, policy)
         self.clear()
 
     def clear(self) -> None:

@@ -21,6 +21,7 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.chunks import PendingPrompt
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
@@ -51,6 +52,7 @@ class Scheduler:
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
         bytes_per_token: int | None = None,
+        policy: ExecutionPolicy | None = None,
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._model = model
@@ -60,8 +62,8 @@ class Scheduler:
         self._metrics = metrics or ModelMetrics("")
         self._waiting: list[PendingPrompt] = []
         self._prefilling: list[PendingPrompt] = []
-        self._running = DecodeBatch(model, self.vocab_size, make_sampler)
-        self._prefill = Prefill(model, stall_target)
+        self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy)
+        self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
         bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
         self._budget = KVBudget(self._running, self._prefill, prefix_cache, max_kv_tokens, bytes_per_token)
