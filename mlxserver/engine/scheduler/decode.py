@@ -21,7 +21,7 @@ from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.logprobs import MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.chunks import PendingPrompt
+from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import SampledToken, Sequence
 
 

@@ -7,9 +7,9 @@ from collections import abc
 
 from mlxserver.engine.kv_cache.caches import Cache
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
-from mlxserver.engine.scheduler.chunks import PendingPrompt
 from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.prefill import Prefill
+from mlxserver.engine.scheduler.prompts import PendingPrompt
 
 Prompts = abc.Sequence[PendingPrompt]
 

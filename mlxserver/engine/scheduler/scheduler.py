@@ -19,16 +19,16 @@ from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
-from mlxserver.engine.metrics import EngineLoad, ModelMetrics
+from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.chunks import PendingPrompt
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import FixedPeers, Peers
 from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill, waiting_ratio
+from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import SampledToken, Sequence
 
 
@@ -65,13 +65,9 @@ class Scheduler:
         self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy)
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
+        self.load = self._meter.load
         bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
         self._budget = KVBudget(self._running, self._prefill, prefix_cache, max_kv_tokens, bytes_per_token)
-
-    @property
-    def load(self) -> EngineLoad:
-        """What other threads may read of the batch."""
-        return self._meter.load
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
@@ -150,7 +146,7 @@ class Scheduler:
             if not prompt.drop(gone):
                 again.append(prompt)
                 gone |= {sequence.id for sequence in prompt.sequences}  # a call that failed halfway may have it twice
-        self._drop_all()
+        self.close()
         self._waiting = again
         self._meter.remove(gone - set(staying))
         self._note_load()
@@ -158,7 +154,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Free what the batch holds."""
-        self._drop_all()
+        self._waiting, self._prefilling = [], []
+        self._running.clear()
+        self.shrink_prefixes(0)
         self._note_load()
 
     # -- for builder and ranks ----------------------------------------------------------------------------------
@@ -223,11 +221,6 @@ class Scheduler:
     def _store_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
         self._budget.store_prefix(tokens, cache)
         self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling))
-
-    def _drop_all(self) -> None:
-        self._waiting, self._prefilling = [], []
-        self._running.clear()
-        self.shrink_prefixes(0)
 
     def _note_load(self) -> None:
         decoding = [running.sequence.id for running in self._running.sequences]
