@@ -11,16 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, get_type_hints
+from typing import Annotated
 
-from mlxserver.config.fields import Range, Setting, settings_of
+from mlxserver.config.fields import PerRequest, Range, Setting, marked, settings_of
 
 BIAS_RANGE = Range(-100, 100)
-
-
-@dataclass(frozen=True, slots=True)
-class PerRequest:
-    """Marks a parameter of single requests, which has no default of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +43,7 @@ class SamplingParams:
         object.__setattr__(self, "top_k", max(self.top_k, 0))
 
 
-def _is_per_request(name: str) -> bool:
-    return PerRequest() in get_type_hints(SamplingParams, include_extras=True)[name].__metadata__
-
-
 NUMBERS: Mapping[str, Setting] = settings_of(SamplingParams)  # all but logit_bias
-MODEL_DEFAULTS: Mapping[str, Setting] = {name: NUMBERS[name] for name in NUMBERS if not _is_per_request(name)}
+MODEL_DEFAULTS: Mapping[str, Setting] = {
+    name: setting for name, setting in NUMBERS.items() if name not in marked(SamplingParams, PerRequest)
+}
