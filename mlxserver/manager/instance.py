@@ -39,7 +39,7 @@ class ModelInstance:
         self._settings = services.settings
         self._memory = memory
         self._queue = RequestQueue()
-        self._idle_timer = IdleTimer(lambda: self._lifecycle.evict("idle"))
+        self._idle_timer = IdleTimer(lambda: self._lifecycle.start_drain(ModelState.EVICTING, "idle"))
         self._reservation = Reservation(self, memory)
         self._loader = Loader(services, self._reservation, metrics)
         self._lifecycle = Lifecycle(
@@ -265,4 +265,4 @@ class ModelInstance:
 
     def evict(self) -> None:
         """Unload the model after its running requests; those that arrive from now on wait until it is loaded again."""
-        self._lifecycle.evict()
+        self._lifecycle.start_drain(ModelState.EVICTING, "evict")

@@ -141,9 +141,15 @@ class Lifecycle:
 
     # -- unload ---------------------------------------------------------------------------------------------------
 
-    def evict(self, reason: str = "evict") -> None:
-        """Unload the model after its running requests; those that arrive from now on wait until it is loaded again."""
-        self._start_draining(ModelState.EVICTING, reason)
+    def start_drain(self, state: ModelState, reason: str) -> None:
+        """Unload the model after its running requests.
+
+        EVICTING: requests that arrive from now on wait until it is loaded again. DRAINING: they are refused.
+        """
+        self._metrics.unloads[reason] += 1
+        self._become(state)
+        self._deadline = asyncio.Event()
+        self._drain_task = asyncio.create_task(self._drain())
 
     def unload(self, mode: UnloadMode, patience: float | None) -> asyncio.Task[UnloadReport]:
         """Start to unload the model; the task ends when that is done. Raises ModelBusy.
@@ -170,7 +176,7 @@ class Lifecycle:
         if self.state is ModelState.EVICTING:
             self._become(ModelState.DRAINING)
         if self.state is ModelState.READY:
-            self._start_draining(ModelState.DRAINING, mode)
+            self.start_drain(ModelState.DRAINING, mode)
         if self.state is ModelState.FAILED:
             self.backoff.reset()
             self._become(ModelState.UNLOADED)
@@ -183,12 +189,6 @@ class Lifecycle:
             timer = asyncio.get_running_loop().call_later(left, self._deadline.set)
             self._drain_task.add_done_callback(lambda _: timer.cancel())
         return await asyncio.shield(self._drain_task)
-
-    def _start_draining(self, state: ModelState, reason: str) -> None:
-        self._metrics.unloads[reason] += 1
-        self._become(state)
-        self._deadline = asyncio.Event()
-        self._drain_task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> UnloadReport:
         """Wait for the running requests until the deadline, then stop the engine and release its memory."""
