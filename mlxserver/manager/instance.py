@@ -10,7 +10,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from mlxserver.config.settings import ModelSpec
@@ -93,7 +92,7 @@ class ModelInstance:
     @property
     def failure_reason(self) -> str | None:
         """Why the model failed, or for how long its engine has been stalled; None without a fault."""
-        if self.is_stalled and self._engine:
+        if self._engine and self.is_stalled:
             return f"The engine of model {self.key!r} has made no step for {self._engine.stalled_for:.0f} s."
         return str(self._lifecycle.error) if self._lifecycle.error else None
 
@@ -200,13 +199,10 @@ class ModelInstance:
             self.restart_idle_timer()
             self._memory.reconsider()
 
-    async def load(self) -> None:
+    async def load(self, on_progress: Callable[[LoadProgress], None] = lambda progress: None) -> None:
         """Load the model, as Lifecycle.load(). Raises LoadFailed, LoadAborted, NoRoom, ModelUnloading."""
-        await self._lifecycle.load(self.spec)
-
-    def reporting_to(self, listener: Callable[[LoadProgress], None]) -> AbstractContextManager[None]:
-        """Call the listener with the progress of loads."""
-        return self._loader.reporting_to(listener)
+        with self._loader.reporting_to(on_progress):
+            await self._lifecycle.load(self.spec)
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
         """Unload the model, as Lifecycle.unload(). Goes on if the caller leaves. Raises ModelBusy."""
