@@ -36,8 +36,8 @@ async def managed(*specs, **fields):
         yield manager, factory
     finally:
         factory.gate.set()
-        for runtime in factory.runtimes:
-            runtime.batch.gate.set()
+        for runner in factory.runners:
+            runner.batch.gate.set()
         await manager.close(0)
 
 
@@ -70,7 +70,7 @@ async def test_a_model_goes_through_its_states_and_back():
         factory.gate.set()
         await loading
         assert repr(instance) == "<ModelInstance m READY requests=0>"
-        assert (instance.status, instance.facts) == ("loaded", factory.runtimes[0].facts)
+        assert (instance.status, instance.facts) == ("loaded", factory.runners[0].facts)
         generation = await instance.generate(request())
         unloading = await started(instance.unload("drain"))
         assert repr(instance) == "<ModelInstance m DRAINING requests=1>"
@@ -244,7 +244,7 @@ async def test_more_requests_than_may_run_and_wait_are_refused():
     async with managed(max_running=2, max_waiting=1) as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        factory.batch.places = 2
+        factory.batch.slots = 2
         held = [await instance.generate(request()) for _ in range(3)]
         await until(lambda: (instance.running, instance.waiting) == (2, 1))
         with pytest.raises(QueueFull, match="'m' has 1 requests waiting") as caught:
@@ -262,7 +262,7 @@ async def test_a_request_runs_while_it_holds_a_slot_however_many_choices_it_has(
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        factory.batch.places = 4
+        factory.batch.slots = 4
         held = [await instance.generate(replace(request(), n=3)) for _ in range(3)]
         await until(lambda: (instance.running, instance.waiting) == (2, 1))
         for generation in held:
@@ -530,4 +530,4 @@ async def test_closing_ends_every_model():
         await answered(manager.instance("b"))
         await manager.close(patience=0.01)
         assert [instance.status for instance in manager.instances] == ["unloaded", "unloaded"]
-        assert all(runtime.batch.is_closed for runtime in factory.runtimes)
+        assert all(runner.batch.is_closed for runner in factory.runners)

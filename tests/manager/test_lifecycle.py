@@ -271,8 +271,8 @@ class Chaos:
 
     async def harm(self, key):
         fault = self.random.choice([Death("out of luck"), RuntimeError("a bad shape")])
-        if self.factory.runtimes and self.random.random() < 0.5:
-            self.random.choice(self.factory.runtimes).batch.crash = fault
+        if self.factory.runners and self.random.random() < 0.5:
+            self.random.choice(self.factory.runners).batch.crash = fault
         else:
             self.factory.failures.append(fault)
 

@@ -32,8 +32,8 @@ async def managed(
         yield manager, factory
     finally:
         factory.gate.set()
-        for runtime in factory.runtimes:
-            runtime.batch.gate.set()
+        for runner in factory.runners:
+            runner.batch.gate.set()
         await manager.close(0)
         assert manager.memory.reserved == 0
 

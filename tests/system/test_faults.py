@@ -55,8 +55,8 @@ async def managed(*specs, **settings):
     try:
         yield manager, factory
     finally:
-        for runtime in factory.runtimes:
-            runtime.batch.gate.set()
+        for runner in factory.runners:
+            runner.batch.gate.set()
         await manager.close(0)
 
 
@@ -92,7 +92,7 @@ async def test_a_fault_of_one_request_ends_that_one_alone(text, cause, mark, kin
         assert isinstance(error, RequestFailed)
         assert f"'m' could not process this request: {kind}: {cause}" in str(error)
         assert [await ended(other) for other in others] == [32, 32]
-        await until(lambda: not batch.rows)
+        await until(lambda: not batch.sequences)
         assert batch.restarts == 0
 
 
@@ -102,7 +102,7 @@ async def test_a_fault_of_one_of_several_choices_ends_the_whole_request():
         garbled = request("garble", max_tokens=30)
         failed = engine.submit(type(garbled)(garbled.prompt, max_tokens=30, n=3))
         assert isinstance(await ended(failed), RequestFailed)
-        await until(lambda: not batch.rows)
+        await until(lambda: not batch.sequences)
         assert metrics.faults == {"request": 1}
 
 
@@ -120,7 +120,7 @@ async def test_a_panic_over_a_question_or_a_prompt_fails_that_request():
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.generate(request())
         assert isinstance(await answered(instance), RequestFailed)
-        instance._lifecycle.engine._tokenizer_worker.begin(factory.runtimes[0].preprocess, panic)
+        instance._lifecycle.engine._tokenizer_worker.begin(factory.runners[0].preprocess, panic)
         assert await answered(instance) == 5
         assert factory.builds == 1
 
@@ -131,7 +131,7 @@ async def test_a_panic_over_a_question_or_a_prompt_fails_that_request():
 @within_deadline
 async def test_a_step_that_fails_ends_the_running_requests_alone():
     async with running_engine() as (engine, batch, metrics):
-        batch.places = 2
+        batch.slots = 2
         at_work = [engine.submit(request(max_tokens=10**6)) for _ in range(2)]
         waiting = [engine.submit(request(max_tokens=5)) for _ in range(3)]
         await failing_step(batch, *at_work, fault=ValueError("a bad shape"))
@@ -187,7 +187,7 @@ async def test_three_failed_steps_in_a_row_end_the_engine_and_the_next_request_l
 @within_deadline
 async def test_requests_that_wait_when_the_engine_ends_fail():
     async with running_engine() as (engine, batch, _):
-        batch.places = 1
+        batch.slots = 1
         batch.crash = ValueError("a broken weight")
         batch.gate.clear()
         generations = [engine.submit(request()) for _ in range(5)]
@@ -202,7 +202,7 @@ async def test_requests_that_wait_when_the_engine_ends_fail():
 @within_deadline
 async def test_a_batch_that_can_not_restart_ends_the_engine_and_every_request():
     async with running_engine() as (engine, batch, _):
-        batch.places = 1
+        batch.slots = 1
         batch.restart = lambda staying: 1 / 0
         generations = [engine.submit(request()) for _ in range(2)]
         await failing_step(batch, *generations, fault=ValueError("a bad shape"))
@@ -214,7 +214,7 @@ async def test_a_batch_that_can_not_restart_ends_the_engine_and_every_request():
 @within_deadline
 async def test_requests_of_a_failed_step_fail_even_if_the_fresh_batch_fails_at_once():
     async with running_engine() as (engine, batch, _):
-        batch.places = 1
+        batch.slots = 1
         at_work, waiting = [engine.submit(request()) for _ in range(2)]
         batch.remove = lambda rows: 1 / 0
         await failing_step(batch, at_work, waiting, fault=ValueError("a bad shape"))
@@ -294,7 +294,7 @@ async def test_memory_that_runs_out_once_ends_no_request():
 @within_deadline
 async def test_memory_that_runs_out_again_ends_the_youngest_running_request():
     async with running_engine() as (engine, batch, _):
-        batch.places = 2
+        batch.slots = 2
         batch.gate.clear()
         generations = [engine.submit(request(max_tokens=20)) for _ in range(3)]
         await generations[-1].accepted()
