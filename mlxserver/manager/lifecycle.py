@@ -1,8 +1,7 @@
 """Lifecycle of one model: its state, its engine, and the tasks that load and unload it.
 
 Invariants
-1. One table of transitions (manager/states.py) and one writer, _become(). No flag beside it says in which state a model
-   is.
+1. One table of transitions (manager/states.py) and one writer, _become(). No other flag holds a part of the state.
 2. A load or an unload belongs to its own task. A caller that leaves does not end it.
 3. The lock covers load and unload of one model. It is never held while generating.
 4. A model that is evicted finishes its running requests; those that arrive meanwhile wait until it is loaded again. A
