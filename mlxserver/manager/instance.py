@@ -177,7 +177,7 @@ class ModelInstance:
             raise QueueFull(self.key, self.spec.max_waiting, max(1.0, self.pace))
         if self.state is ModelState.READY:
             self._queue.admit(lease)
-            self._idle_timer.stop()
+            self.restart_idle_timer()
         else:
             self._queue.add(lease)
             self._memory.reconsider()  # a load that was explicit now has a request that waits
@@ -221,20 +221,18 @@ class ModelInstance:
         self._lifecycle.is_retired = is_retired
 
     def restart_idle_timer(self) -> None:
-        """(Re)arm the idle timer of an idle model: it has become idle, or its settings have changed."""
-        if self.state is not ModelState.READY or self._queue.num_admitted:
-            return
+        """Arm the timer of an idle model, disarm that of any other: its state, requests or settings have changed."""
         usual = self._settings().ttl if self.spec.ttl is None else self.spec.ttl
         timeout = usual if self._queue.idle_timeout is None else self._queue.idle_timeout
-        idle_for = time.monotonic() - self._queue.last_used
-        self._idle_timer.start(math.inf if self.spec.pin else max(0.0, timeout - idle_for))
+        if self.spec.pin or self.state is not ModelState.READY or self._queue.num_admitted:
+            timeout = math.inf
+        self._idle_timer.start(max(0.0, timeout - (time.monotonic() - self._queue.last_used)))
 
     def _follow_transition(self) -> None:
         """Update the other parts after a change of the state."""
-        self._idle_timer.stop()
         if self.state is ModelState.READY:
             self._queue.admit_waiting()
-            self.restart_idle_timer()
+        self.restart_idle_timer()
 
     @property
     def is_leaving(self) -> bool:
