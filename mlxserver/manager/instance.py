@@ -60,9 +60,8 @@ class ModelInstance:
 
     @property
     def status(self) -> str:
-        """Public name of the state."""
-        state = ModelState.DRAINING if self.state is ModelState.EVICTING else self.state
-        return str(state.value)
+        """Name of the state on the wire."""
+        return self.state.public_name
 
     @property
     def is_absent(self) -> bool:
@@ -233,11 +232,6 @@ class ModelInstance:
         if self.state is ModelState.READY:
             self._queue.admit_waiting()
         self.restart_idle_timer()
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether the model is being unloaded."""
-        return self._lifecycle.is_leaving
 
     @property
     def waiting_since(self) -> float | None:

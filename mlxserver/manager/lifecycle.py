@@ -71,11 +71,6 @@ class Lifecycle:
         self._deadline = asyncio.Event()  # of the drain under way: its requests are not waited for any longer
 
     @property
-    def is_leaving(self) -> bool:
-        """Whether the model is being unloaded."""
-        return self.state in (ModelState.EVICTING, ModelState.DRAINING)
-
-    @property
     def is_absent(self) -> bool:
         """Whether the model is neither in memory nor about to be loaded."""
         return self.state in (ModelState.UNLOADED, ModelState.FAILED) and not self._pending_load
@@ -167,7 +162,7 @@ class Lifecycle:
 
     async def _unload(self, mode: UnloadMode, patience: float | None) -> UnloadReport:
         started = time.monotonic()
-        is_over = mode == "abort" or self.is_leaving
+        is_over = mode == "abort" or self.state.is_leaving
         if (load := self._pending_load) and not is_over:
             is_over = not (await asyncio.wait({load}, timeout=patience))[0]
         if is_over:

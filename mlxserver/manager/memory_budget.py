@@ -21,6 +21,7 @@ from typing import Protocol
 
 from mlxserver.engine.errors import LoadAborted, NoRoom
 from mlxserver.manager.eviction import Granted, MemoryRequest, Postponed, Refused, Resident, Rules, decide
+from mlxserver.manager.states import ModelState
 
 
 class MemoryHolder(Protocol):
@@ -31,8 +32,8 @@ class MemoryHolder(Protocol):
         """Name of the model."""
 
     @property
-    def is_leaving(self) -> bool:
-        """Whether it is being unloaded, and its memory with it."""
+    def state(self) -> ModelState:
+        """State of its lifecycle."""
 
     @property
     def waiting_since(self) -> float | None:
@@ -151,7 +152,7 @@ class MemoryBudget:
         assert pending.outcome is not None
         if not pending.bytes:
             request = MemoryRequest(pending.wanted, pending.holder.waiting_since)
-            granted = [each for each in self.reservations if each.bytes and not each.holder.is_leaving]
+            granted = [each for each in self.reservations if each.bytes and not each.holder.state.is_leaving]
             residents = [each.holder.resident(each.bytes) for each in granted]
             match decide(request, residents, replace(self._rules(), budget=self._grantable), time.monotonic()):
                 case Postponed(until):
@@ -167,7 +168,7 @@ class MemoryBudget:
         if sum(each.bytes for each in in_use) + pending.bytes <= self._grantable:
             pending.is_in_use = True
             pending.outcome.set_result(None)
-        elif not any(each.holder.is_leaving for each in in_use):
+        elif not any(each.holder.state.is_leaving for each in in_use):
             pending.bytes = 0  # its victims have left, and the memory is not there
             return self._settle(pending)
         return math.inf
