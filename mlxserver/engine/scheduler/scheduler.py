@@ -18,7 +18,7 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.policy import ExecutionPolicy
@@ -46,7 +46,7 @@ class Scheduler:
         *,
         max_running: int = 32,
         stall_target: float = 0.25,
-        prefix_cache: PrefixCache | None = None,
+        prefixes: ModelPrefixes | None = None,
         peers: Peers | None = None,
         max_kv_tokens: int | None = None,
         metrics: ModelMetrics | None = None,
@@ -67,7 +67,7 @@ class Scheduler:
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
         bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
-        self._budget = KVBudget(self._running, self._prefill, prefix_cache, max_kv_tokens, bytes_per_token)
+        self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, bytes_per_token)
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Scheduler:
             if not prompt.drop(gone):
                 again.append(prompt)
                 gone |= {sequence.id for sequence in prompt.sequences}  # a call that failed halfway may have it twice
-        self.close()
+        self._drop_all()
         self._waiting = again
         self._meter.remove(gone - set(staying))
         self._note_load()
@@ -154,9 +154,8 @@ class Scheduler:
 
     def close(self) -> None:
         """Free what the batch holds."""
-        self._waiting, self._prefilling = [], []
-        self._running.clear()
-        self.shrink_prefixes(0)
+        self._budget.close()
+        self._drop_all()
         self._note_load()
 
     # -- for builder and ranks ----------------------------------------------------------------------------------
@@ -221,6 +220,11 @@ class Scheduler:
     def _store_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
         self._budget.store_prefix(tokens, cache)
         self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling))
+
+    def _drop_all(self) -> None:
+        self._waiting, self._prefilling = [], []
+        self._running.clear()
+        self.shrink_prefixes(0)
 
     def _note_load(self) -> None:
         decoding = [running.sequence.id for running in self._running.sequences]
