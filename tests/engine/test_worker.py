@@ -374,6 +374,19 @@ async def test_everything_of_the_model_happens_on_one_thread():
 
 
 @within_deadline
+async def test_a_request_is_running_while_it_holds_a_slot():
+    async with running_engine() as (engine, factory):
+        factory.batch.slots = 3
+        generations = [engine.submit(replace(request(), n=2)) for _ in range(3)]
+        await until(lambda: engine.num_running == 2)  # one of them with one slot of two
+        generations[0].close()
+        generations[1].close()
+        await until(lambda: engine.num_running == 1)
+        generations[2].close()
+        await until(lambda: engine.num_running == 0)
+
+
+@within_deadline
 async def test_even_a_failing_release_leaves_no_waiter():
     def free():
         raise OSError("the release failed")

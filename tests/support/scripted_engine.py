@@ -231,11 +231,16 @@ class ScriptedRunner:
 
 @dataclass
 class Factory:
-    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any."""
+    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any.
+
+    Starting an engine raises the next of `start_failures`, if any.
+    """
 
     gate: threading.Event = field(default_factory=threading.Event)
     failures: list = field(default_factory=list)
+    start_failures: list = field(default_factory=list)
     runners: list = field(default_factory=list)
+    engines: list = field(default_factory=list)
     builds: int = 0
 
     def __post_init__(self):
@@ -257,4 +262,7 @@ class Factory:
         return self.runners[-1]
 
     def start(self, spec, on_death, loading, metrics):
-        return Engine(spec.key, lambda: self.build(loading), on_death=on_death, metrics=metrics)
+        if self.start_failures:
+            raise self.start_failures.pop(0)
+        self.engines.append(Engine(spec.key, lambda: self.build(loading), on_death=on_death, metrics=metrics))
+        return self.engines[-1]
