@@ -1,4 +1,4 @@
-"""The makers of test models keep their word: real mlx-lm loads them, and a script is what is said."""
+"""Test models: real mlx-lm loads them, and a scripted one generates its script."""
 
 import json
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Collection
 from typing import Any
 
 from mlxserver.engine.mlx import mx
@@ -117,6 +116,7 @@ class Scheduler:
         self._admit(budget.now)
         if not self._prefilling:
             return
+        self._note_load()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
         self._meter.end_step()
         self._prefill.advance(self._prefilling, budget)
@@ -133,7 +133,7 @@ class Scheduler:
         """Ids of the sequences without a slot."""
         return {sequence.id for prompt in self._waiting for sequence in prompt.sequences}
 
-    def restart(self, staying: Collection[int]) -> list[SampledToken]:
+    def restart(self, staying: abc.Collection[int]) -> list[SampledToken]:
         """Drop all KV cache, after a call that failed. The sequences that stay wait again and resume where they were;
         the others are removed. Returns the tokens that were read and not returned before.
         """
@@ -146,17 +146,17 @@ class Scheduler:
             if not prompt.drop(gone):
                 again.append(prompt)
                 gone |= {sequence.id for sequence in prompt.sequences}  # a call that failed halfway may have it twice
-        self._drop_all()
-        self._waiting = again
+        self._waiting, self._prefilling = again, []
+        self._running.clear()
+        self.shrink_prefixes(0)
         self._meter.remove(gone - set(staying))
         self._note_load()
         return unpublished
 
     def close(self) -> None:
         """Free what the batch holds."""
+        self.restart(())
         self._budget.close()
-        self._drop_all()
-        self._note_load()
 
     # -- for builder and ranks ----------------------------------------------------------------------------------
 
@@ -175,8 +175,7 @@ class Scheduler:
 
     def chunk_budget(self) -> ChunkBudget:
         """Budget of the next chunk, as measured here."""
-        waiting = _count(self._prefilling) + _count(self._waiting)
-        ratio = waiting_ratio(waiting, len(self._running.sequences))
+        ratio = waiting_ratio(_count([*self._prefilling, *self._waiting]), len(self._running.sequences))
         return self._prefill.budget(self.load.step_seconds, self._peer_step_seconds, ratio)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
@@ -187,11 +186,8 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Give waiting prompts slots, in order of arrival, as long as they fit."""
-        was_waiting = len(self._waiting)
         while self._waiting and self._try_admit(self._waiting[0], now):
             self._prefilling.append(self._waiting.pop(0))
-        if len(self._waiting) < was_waiting:
-            self._note_load()
 
     def _try_admit(self, prompt: PendingPrompt, now: float) -> bool:
         """Start a prompt if there are slots and KV cache for all its sequences. The first of all always fits."""
@@ -220,11 +216,6 @@ class Scheduler:
     def _store_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
         self._budget.store_prefix(tokens, cache)
         self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling))
-
-    def _drop_all(self) -> None:
-        self._waiting, self._prefilling = [], []
-        self._running.clear()
-        self.shrink_prefixes(0)
 
     def _note_load(self) -> None:
         decoding = [running.sequence.id for running in self._running.sequences]
@@ -256,5 +247,4 @@ class Scheduler:
 
 
 def _count(prompts: abc.Iterable[PendingPrompt]) -> int:
-    """Number of the prompts' sequences."""
     return sum(len(prompt.sequences) for prompt in prompts)
