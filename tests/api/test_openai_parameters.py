@@ -11,16 +11,12 @@ from hypothesis import strategies as st
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from mlxserver.api.schemas import (
-    ApplyTemplateRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    ValidationFailed,
-    json_schema,
-    parse,
-)
+from mlxserver.api.native.apply_template import ApplyTemplateRequest
+from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
+from mlxserver.api.openai.chat import ChatCompletionRequest
+from mlxserver.api.openai.completions import CompletionRequest
+from mlxserver.api.schema.limits import Limits
+from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -111,12 +107,12 @@ def test_what_is_refused_may_be_null_and_says_what_to_do(name):
 
 
 def test_unknown_parameters_are_noted_where_the_caller_wants_that():
-    ignored = []
     body = orjson.dumps(MINIMAL[ChatCompletionRequest] | {"foo": 1, "audio": {}, "prediction": None, "temperature": 1})
-    assert parse(ChatCompletionRequest, body, ignored).temperature == 1.0
-    assert ignored == ["foo", "audio"]
+    request = parse(ChatCompletionRequest, body, Limits(ignores_unknown=True))
+    assert (request.temperature, request.ignored) == (1.0, ("foo", "audio"))
+    assert chat().ignored == ()
     with pytest.raises(ValidationFailed):
-        parse(ChatCompletionRequest, orjson.dumps({"model": "m", "foo": 1}), [])
+        parse(ChatCompletionRequest, orjson.dumps({"model": "m", "foo": 1}), Limits(ignores_unknown=True))
 
 
 # Chat

@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxserver.api.schemas import (
-    ChatCompletionRequest,
-    LoadRequest,
-    UnloadRequest,
-    ValidationFailed,
-    derive_key,
-    json_schema,
-    parse,
-)
+from mlxserver.api.native.load import LoadRequest, derive_key
+from mlxserver.api.native.unload import UnloadRequest
+from mlxserver.api.openai.chat import ChatCompletionRequest
+from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -15,7 +15,7 @@ from mlxserver.engine.errors import (
     ModelStalled,
     ModelUnloading,
 )
-from mlxserver.server.handlers import unless_stalled
+from mlxserver.server.models import unless_stalled
 from tests.support.managed import ONE, answered, managed, specs, states, status_is
 from tests.support.scripted_engine import request, until, within_deadline
 

@@ -6,7 +6,7 @@ import pytest
 
 from mlxserver.config.settings import Settings
 from mlxserver.server.auth import hostname
-from mlxserver.server.keys import Keys, Right
+from mlxserver.server.keys import Keys, Permission
 from tools.harness.running_server import chat_body, running_server
 
 USER, ADMIN = "sk-user-0123456789", "sk-admin-0123456789"
@@ -196,15 +196,15 @@ def test_the_name_in_a_host_header(header, name):
 
 
 def test_without_keys_this_machine_may_name_files_and_others_may_not():
-    assert Keys(Settings(), "127.0.0.1").right(b"") is Right.NAME_FILES
-    assert Keys(Settings(), "localhost").right(b"Bearer x") is Right.NAME_FILES
-    assert Keys(Settings(), "0.0.0.0").right(b"") is Right.MANAGE
+    assert Keys(Settings(), "127.0.0.1").permission(b"") is Permission.NAME_FILES
+    assert Keys(Settings(), "localhost").permission(b"Bearer x") is Permission.NAME_FILES
+    assert Keys(Settings(), "0.0.0.0").permission(b"") is Permission.MANAGE
 
 
 def test_with_an_admin_key_alone_nobody_generates_without_it():
     keys = Keys(Settings(admin_key=(ADMIN,)), "127.0.0.1")
-    assert keys.right(b"") is None
-    assert keys.right(f"Bearer {ADMIN}".encode()) is Right.NAME_FILES
+    assert keys.permission(b"") is None
+    assert keys.permission(f"Bearer {ADMIN}".encode()) is Permission.NAME_FILES
 
 
 def test_an_address_that_others_reach_gives_a_warning_without_keys(scripted_path):
