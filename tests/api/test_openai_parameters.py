@@ -93,20 +93,20 @@ def test_every_parameter_of_the_sdk_is_declared_or_refused(params, schema, value
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
-def test_what_has_no_effect_says_so(name):
+def test_what_has_no_effect_is_described_as_such(name):
     for schema in (ChatCompletionRequest, CompletionRequest):
         assert "without effect" in schema.__fields__[name].description
 
 
 @pytest.mark.parametrize("name", ["audio", "functions", "function_call", "prediction"])
-def test_what_is_refused_may_be_null_and_says_what_to_do(name):
+def test_what_is_refused_may_be_null_and_the_error_has_a_remedy(name):
     assert chat(**{name: None}).messages == HELLO
     with pytest.raises(ValidationFailed, match=f"'{name}' is not supported. .+"):
         chat(**{name: "x"})
     assert json_schema(ChatCompletionRequest)["properties"][name]["type"] == "null"
 
 
-def test_unknown_parameters_are_noted_where_the_caller_wants_that():
+def test_unknown_parameters_are_ignored_and_noted_where_the_limits_have_that():
     body = orjson.dumps(MINIMAL[ChatCompletionRequest] | {"foo": 1, "audio": {}, "prediction": None, "temperature": 1})
     request = parse(ChatCompletionRequest, body, Limits(ignores_unknown=True))
     assert (request.temperature, request.ignored) == (1.0, ("foo", "audio"))
@@ -301,5 +301,5 @@ def test_any_value_is_taken_by_the_published_schema_or_refused(field, value):
     except ValidationFailed as error:
         assert error.message
         return
-    body = {given_: said for given_, said in (MINIMAL[schema] | {name: value}).items() if said is not None}
+    body = {given_: sent for given_, sent in (MINIMAL[schema] | {name: value}).items() if sent is not None}
     jsonschema.validate(body, json_schema(schema), jsonschema.Draft202012Validator)

@@ -304,7 +304,7 @@ def test_the_published_schema_is_one(schema):
     assert all(described["description"] for described in published["properties"].values())
 
 
-def test_the_published_schema_says_bounds_and_defaults():
+def test_the_published_schema_has_bounds_and_defaults():
     properties = json_schema(ChatCompletionRequest)["properties"]
     assert properties["top_p"] == {
         "description": "Keep the likeliest tokens up to this probability.",
@@ -320,7 +320,7 @@ def test_a_load_needs_only_a_source():
     )  # fmt: skip
 
 
-def test_a_load_says_all():
+def test_a_load_request_has_every_field():
     body = {"model": "x.gguf", "key": "a/b:c", "type": "thinking", "adapter": "d", "context_length": 512}
     request = parse(LoadRequest, orjson.dumps(body))
     assert {name: getattr(request, name) for name in body} == body

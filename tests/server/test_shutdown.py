@@ -38,7 +38,7 @@ def test_while_it_drains_new_requests_are_refused_and_running_ones_go_on(flags):
         assert server.process.wait(DEADLINE) == 0  # the last request has gone
 
 
-def test_what_does_not_finish_in_time_is_told_that_the_server_stops(flags):
+def test_what_does_not_finish_in_time_gets_the_error_that_the_server_stops(flags):
     with running_server(*flags, "--shutdown-timeout", "0.2") as server, server.stream("talker", "forever") as stream:
         stream.read(3)
         plain = send_plain(server, "talker", "forever")
@@ -77,15 +77,15 @@ def test_an_interruption_while_it_starts_has_no_traceback(module):
         text=True,
     )
     try:
-        said = ""
+        output = ""
         for line in process.stderr:
-            said += line
+            output += line
             if line.rstrip().endswith(f"| {module}") or f" {module}" in line.rsplit("|", 1)[-1]:
                 os.kill(process.pid, signal.SIGINT)
                 break
-        said += process.stderr.read()
+        output += process.stderr.read()
         assert process.wait(DEADLINE) == -signal.SIGINT
-        assert "Traceback" not in said
+        assert "Traceback" not in output
     finally:
         process.kill()
         process.stderr.close()

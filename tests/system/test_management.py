@@ -70,7 +70,7 @@ def logged(server):
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def test_a_load_can_be_told_as_it_goes(server, scripted_path):
+def test_a_load_can_stream_its_progress(server, scripted_path):
     answer = server.post("/v1/models/load", {"model": str(scripted_path), "key": "a", "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     *steps, last = events(answer)
@@ -79,7 +79,7 @@ def test_a_load_can_be_told_as_it_goes(server, scripted_path):
     assert last["memory_bytes"] == last["estimate"]["weights"] > 0
 
 
-def test_a_told_load_that_can_not_even_begin_has_its_status(server):
+def test_a_streamed_load_that_can_not_even_begin_has_its_status(server):
     answer = server.post("/v1/models/load", {"model": "/nowhere", "key": "a", "stream": True})
     assert (answer.status, answer.error["code"]) == (400, "invalid_source")
 
@@ -118,7 +118,7 @@ def test_keep_alive_zero_unloads_the_model_after_the_answer(server):
     eventually(lambda: server.status("a") == "unloaded")
 
 
-def test_a_load_says_all_of_a_model(server, scripted_path):
+def test_a_load_request_sets_every_field_of_a_model(server, scripted_path):
     body = {"model": str(scripted_path), "key": "new", "pin": True, "ttl": "5m", "max_running": 1, "max_waiting": 0}
     body |= {"cache_tokens": 512, "defaults": {"temperature": 0.5}}
     assert server.post("/v1/models/load", body).status == 200
@@ -161,7 +161,7 @@ def test_a_drain_under_eight_streams_lets_all_eight_complete(server):
 
 
 def broken_models(scripted_path, directory):
-    """Sources whose load fails, each in its own way, and a part of what is said of it."""
+    """Sources whose load fails, each in its own way, and a part of the error."""
 
     def copy(name):
         return shutil.copytree(scripted_path, directory / name)
@@ -178,7 +178,7 @@ def broken_models(scripted_path, directory):
     yield {"model": "org/name"}, "Hugging Face hub"
 
 
-def test_loads_that_fail_tell_why_and_leave_the_others_serving(server, scripted_path, tmp_path):
+def test_loads_that_fail_give_the_reason_and_leave_the_others_serving(server, scripted_path, tmp_path):
     with server.stream("a", "forever") as stream:
         stream.read(2)
         for body, cause in broken_models(scripted_path, tmp_path):
@@ -190,7 +190,7 @@ def test_loads_that_fail_tell_why_and_leave_the_others_serving(server, scripted_
         stream.read(10)
 
 
-def test_everybody_who_waits_for_a_load_that_fails_is_told_why(scripted_path, tmp_path):
+def test_all_requests_that_wait_for_a_load_that_fails_get_the_reason(scripted_path, tmp_path):
     (broken := shutil.copytree(scripted_path, tmp_path / "broken")) and (broken / "tokenizer.json").unlink()
     with running_server("--no-defaults", "--model", f"x={broken}") as server, ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: server.chat("x", "hello"), range(4)))
@@ -275,12 +275,12 @@ def test_the_example_file_names_every_setting_with_its_default():
     for name in [*settings_of(Settings), *MODEL_FIELDS, *DEFAULTS, "aliases"]:
         assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), name
     scalars = text.partition("[models.small]")[0]
-    said = re.sub(r"^# (\w+ = )", r"\1", scalars, flags=re.MULTILINE)
+    uncommented = re.sub(r"^# (\w+ = )", r"\1", scalars, flags=re.MULTILINE)
     path = Path(ROOT / "models.example.toml")
     assert build(["--config", str(path)], {}, Settings()).models[0].key == "small"
     import tomllib
 
-    stated = tomllib.loads(said)
+    stated = tomllib.loads(uncommented)
     defaults = Settings()
     sizes = {"max_body_bytes", "max_prompt_bytes"}
     listed = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}

@@ -23,7 +23,7 @@ from mlxserver.api.model_status import Progress
 from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import GeneratingRequest
 from mlxserver.api.openai.logprobs import chat_logprobs, text_logprobs
-from mlxserver.api.openai.usage import timings_object, usage_object
+from mlxserver.api.openai.usage import counts_object, timings_object, usage_object
 from mlxserver.config.settings import ReasoningFormat
 from mlxserver.engine.events import Delta, Event, Finish, ToolCallDelta, Usage
 
@@ -108,8 +108,8 @@ class OpenAIEncoder(ABC):
 
     def _update_usage(self) -> None:
         """Put token counts into every chunk from here on; each delta counts as a token."""
-        counts = usage_object(Usage(self._prompt_tokens, self._num_deltas))
-        self._chunk_end = b'],"usage":%b}\n\n' % orjson.dumps(counts)
+        counts = orjson.dumps(counts_object(self._prompt_tokens, self._num_deltas))
+        self._chunk_end = b'],"usage":%b}\n\n' % counts
 
 
 class ChatEncoder(OpenAIEncoder):

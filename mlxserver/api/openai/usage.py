@@ -8,13 +8,20 @@ from mlxserver.engine.events import Usage
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
+    """Token counts of an answer."""
+    return counts_object(
+        usage.prompt_tokens, usage.completion_tokens, reasoning=usage.reasoning_tokens, cached=usage.cached_tokens
+    )
+
+
+def counts_object(prompt: int, completion: int, *, reasoning: int = 0, cached: int = 0) -> dict[str, Any]:
     """Token counts. Reasoning tokens are among the completion's, cached ones among the prompt's."""
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
 
 
