@@ -17,7 +17,7 @@ from mlxserver.api.endpoints import encode_failure
 from mlxserver.api.native.load import load_progress, loaded
 from mlxserver.engine.errors import EngineError
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.states import Step
+from mlxserver.manager.states import LoadProgress
 from mlxserver.server.errors import failure_of
 from mlxserver.server.model_status import model_status, progress
 from mlxserver.server.streaming import body_part
@@ -29,9 +29,9 @@ MIN_INTERVAL = 0.1  # seconds between two events
 class LoadResponse:
     """The response to one load. `load` runs it and calls its argument at every step."""
 
-    def __init__(self, load: Callable[[Callable[[Step], None]], Awaitable[ModelInstance]]) -> None:
+    def __init__(self, load: Callable[[Callable[[LoadProgress], None]], Awaitable[ModelInstance]]) -> None:
         self._load = load
-        self._latest: Step | None = None
+        self._latest: LoadProgress | None = None
         self._stepped = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +54,7 @@ class LoadResponse:
             last = sse.encode(encode_failure(scope["path"], failure_of(error)[1]))
         await send(body_part(last, is_last=True))
 
-    def _note(self, step: Step) -> None:
+    def _note(self, step: LoadProgress) -> None:
         self._latest = step
         self._stepped.set()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxserver.api.model_status import MemoryEstimate, ModelStatus, Progress
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.states import Step
+from mlxserver.manager.states import LoadProgress
 
 
 def model_status(instance: ModelInstance) -> ModelStatus:
@@ -26,12 +26,12 @@ def model_status(instance: ModelInstance) -> ModelStatus:
         aliases=spec.aliases,
         is_pinned=spec.pin,
         expires_in=instance.expires_in,
-        progress=progress(instance.step) if instance.status == "loading" else None,
+        progress=progress(instance.load_progress) if instance.status == "loading" else None,
         failure=instance.failure_reason,
         load_seconds=instance.load_seconds,
     )
 
 
-def progress(step: Step) -> Progress:
+def progress(load: LoadProgress) -> Progress:
     """Progress of a load."""
-    return Progress(step.stage, step.done, step.total)
+    return Progress(load.stage, load.done, load.total)

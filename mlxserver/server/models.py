@@ -61,7 +61,7 @@ class ModelHandlers:
         sources.check(asked.model)
         spec = asked.spec
         if asked.stream:
-            return LoadResponse(lambda on_step: self._manager.load(spec, replaces=asked.replace, on_step=on_step))
+            return LoadResponse(lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report))
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)
 

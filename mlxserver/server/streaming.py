@@ -95,7 +95,7 @@ class GenerationResponse:
             if not is_started:
                 await self._send_headers(send)
                 is_started = True
-            await send(body_part(self._encoder.heartbeat(progress(self._instance.step))))
+            await send(body_part(self._encoder.heartbeat(progress(self._instance.load_progress))))
         return is_started
 
     async def _send_headers(self, send: Send) -> None:
