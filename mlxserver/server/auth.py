@@ -37,7 +37,7 @@ class Auth:
         self._app = app
         self._manager = manager
         self._host = manager.settings.host
-        self._keys_of: tuple[Settings, Keys] | None = None
+        self._cached_keys: tuple[Settings, Keys] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
@@ -80,9 +80,9 @@ class Auth:
         return None
 
     def _keys(self, settings: Settings) -> Keys:
-        if self._keys_of is None or self._keys_of[0] is not settings:
-            self._keys_of = settings, Keys(settings, self._host)
-        return self._keys_of[1]
+        if self._cached_keys is None or self._cached_keys[0] is not settings:
+            self._cached_keys = settings, Keys(settings, self._host)
+        return self._cached_keys[1]
 
 
 def hostname(host: str) -> str:
