@@ -72,15 +72,15 @@ class Lookup:
 class Call:
     """What one body asks for: engine requests to one model, and how they are answered.
 
-    requests: all with the same n. keep_alive: seconds that the model stays afterwards, None leaves it to the model's
-    idle timeout. ignored: names of unknown parameters.
+    requests: all with the same n. idle_timeout: seconds that the model stays loaded afterwards, None leaves it to the
+    model's own. ignored: names of unknown parameters.
     """
 
     model: str
     requests: Sequence[GenerationRequest]
     encoder: Encoder
     streams: bool = False
-    keep_alive: float | None = None
+    idle_timeout: float | None = None
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
 

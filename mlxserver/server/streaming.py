@@ -77,7 +77,7 @@ class GenerationResponse:
             lookup.receive(await self._instance.ask(lookup.question))
         generations = []
         for request in self._call.requests:
-            generations.append(await self._instance.generate(request, self._call.keep_alive))
+            generations.append(await self._instance.generate(request, self._call.idle_timeout))
             note_generation(self._instance.key, generations[-1])
             if self._call.streams:
                 generations[-1].most_unread = self._max_unread

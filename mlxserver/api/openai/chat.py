@@ -154,7 +154,7 @@ class ChatDialect:
             [_generation_request(request)],
             ChatEncoder(request, reasoning_format, has_logprobs=request.logprobs),
             streams=request.stream,
-            keep_alive=request.keep_alive,
+            idle_timeout=request.keep_alive,
             ignored=request.ignored,
         )
 

@@ -110,7 +110,7 @@ class CompletionDialect:
             [_generation_request(request, prompt) for prompt in request.prompt],
             encoder,
             streams=request.stream,
-            keep_alive=request.keep_alive,
+            idle_timeout=request.keep_alive,
             ignored=request.ignored,
             lookups=list(_echoes(request, encoder)) if request.echo else (),
         )

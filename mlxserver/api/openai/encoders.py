@@ -23,6 +23,7 @@ from mlxserver.api.model_status import Progress
 from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import GeneratingRequest
 from mlxserver.api.openai.logprobs import chat_logprobs, text_logprobs
+from mlxserver.api.openai.tool_calls import tool_call_delta, tool_calls
 from mlxserver.api.openai.usage import counts_object, timings_object, usage_object
 from mlxserver.config.settings import ReasoningFormat
 from mlxserver.engine.events import Delta, Event, Finish, ToolCallDelta, Usage
@@ -137,7 +138,7 @@ class ChatEncoder(OpenAIEncoder):
                 logprobs = b',"logprobs":' + orjson.dumps(chat_logprobs(tokens))
                 return self._delta(b'"content":' + orjson.dumps(text), choice, logprobs)
             case ToolCallDelta():
-                return self._delta(b'"tool_calls":' + orjson.dumps([_call_delta(event)]), choice)
+                return self._delta(b'"tool_calls":' + orjson.dumps([tool_call_delta(event)]), choice)
             case Finish(reason):
                 return self._delta(b"", choice, reason=orjson.dumps(reason))
         return b""
@@ -147,7 +148,7 @@ class ChatEncoder(OpenAIEncoder):
         return b'%b{"index":%d,"delta":{%b}%b,"finish_reason":%b}%b' % members
 
     def _choice(self, events: Sequence[Event], index: int) -> dict[str, Any]:
-        content, reasoning, calls = text_of(events), text_of(events, "reasoning"), _tool_calls(events)
+        content, reasoning, calls = text_of(events), text_of(events, "reasoning"), tool_calls(events)
         message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
         message["refusal"] = None
         if reasoning:
@@ -232,23 +233,3 @@ def text_of(events: Sequence[Event], channel: str = "content") -> str:
 def finish_reason(events: Sequence[Event]) -> str:
     """How a choice ended."""
     return next(event.reason for event in events if isinstance(event, Finish))
-
-
-def _call_delta(event: ToolCallDelta) -> dict[str, Any]:
-    if event.id is None:
-        return {"index": event.call, "function": {"arguments": event.arguments}}
-    return {"index": event.call, **_tool_call(event.id, event.name, event.arguments)}
-
-
-def _tool_call(id: str, name: str | None, arguments: str) -> dict[str, Any]:
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _tool_calls(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """The calls of a choice, put together from their deltas."""
-    calls: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if isinstance(event, ToolCallDelta):
-            call = calls.setdefault(event.call, _tool_call(event.id or "", event.name or "", ""))
-            call["function"]["arguments"] += event.arguments
-    return list(calls.values())
