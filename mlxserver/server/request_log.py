@@ -64,6 +64,12 @@ def note_generation(model: str, generation: Generation) -> None:
         record.generations.append(generation)
 
 
+def has_response() -> bool:
+    """Whether the head of the response to the current request has been sent."""
+    record = _current.get()
+    return record is not None and record.status is not None
+
+
 class RequestLog:
     """ASGI middleware that writes the log."""
 

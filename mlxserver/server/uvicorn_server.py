@@ -1,6 +1,6 @@
 """The application on uvicorn: its middleware, its connections, and its shutdown.
 
-Rule 1: from outside to inside: request log (request_log.py), auth (auth.py), application (app.py).
+Rule 1: from outside to inside: request log (request_log.py), Interruptible, auth (auth.py), application (app.py).
 Rule 2: the first signal drains. New requests get 503; running ones have `shutdown_timeout` to finish, then they are
         ended with an error; then all is released.
 Rule 3: from then on signals have their usual effect: another one ends the process at once.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlxserver.api.dialect import Failure
 from mlxserver.manager.reload import Reload
@@ -25,7 +25,7 @@ from mlxserver.server.app import ReloadSettings, make_app
 from mlxserver.server.auth import Auth
 from mlxserver.server.connection import Connection
 from mlxserver.server.errors import failure_response
-from mlxserver.server.request_log import RequestLog
+from mlxserver.server.request_log import RequestLog, has_response
 from model_manager import ModelManager
 
 log = logging.getLogger("server")
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         settings = manager.settings
         super().__init__(
             uvicorn.Config(
-                Interruptible(RequestLog(Auth(make_app(manager, reload), manager))),
+                RequestLog(Interruptible(Auth(make_app(manager, reload), manager))),
                 http=partial(Connection, settings),  # type: ignore[arg-type]
                 ws="none",
                 log_config=None,
@@ -92,17 +92,10 @@ class Interruptible:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
-        is_started = False
-
-        async def note_and_send(message: Message) -> None:
-            nonlocal is_started
-            is_started = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, note_and_send)
+            await self._app(scope, receive, send)
         except asyncio.CancelledError:
-            if not is_started:
+            if not has_response():
                 failure = Failure("The server has stopped.", "server", code="stopping")
                 await failure_response(scope["path"], 503, failure)(scope, receive, send)
 
