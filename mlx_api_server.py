@@ -1,6 +1,6 @@
 """The server's process: default models, settings, wiring, start and end. Reads from main() downwards.
 
-Requests are answered in server/, which alone translates between the wire's vocabulary (api/) and the engine's.
+The dialects of api/ translate between the wire and the engine; server/ is HTTP.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import uvloop
 
+from mlxserver import __version__
 from mlxserver.config import load
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.http import is_loopback
@@ -43,8 +44,7 @@ from mlxserver.manager.loading import StartEngine
 from mlxserver.manager.reload import Reload
 from mlxserver.manager.watchdog import watch
 from mlxserver.server import logs
-from mlxserver.server.app import Server
-from mlxserver.server.handlers import VERSION
+from mlxserver.server.uvicorn_server import Server
 from model_manager import ModelManager
 
 log = logging.getLogger("server")
@@ -118,7 +118,7 @@ def lead_or_follow(settings: Settings) -> Leader | None:
     """
     if not launch.is_one_of_several(os.environ):
         return None
-    facts = launch.shared_facts(VERSION, settings)
+    facts = launch.shared_facts(__version__, settings)
     if not launch.is_leader(os.environ):
         follower.follow(launch.join(), facts, settings)
     leader = Leader(settings.rank_timeout, settings.wedged_after)

@@ -15,15 +15,19 @@ from typing import Any
 
 import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
 
-import orjson
 from mlx_lm import tool_parsers
 
-from mlxserver.api import schemas
+from mlxserver.api.endpoints import ENDPOINTS, encode_failure
+from mlxserver.api.native.load import LoadRequest
+from mlxserver.api.openai.chat import ChatDialect
+from mlxserver.api.schema.limits import Limits
+from mlxserver.api.schema.parameters import ValidationFailed, parse
 from mlxserver.client import transcript
 from mlxserver.client.errors import ClientError
 from mlxserver.client.stream import StreamReader
 from mlxserver.config import load
 from mlxserver.config.errors import ConfigInvalid
+from mlxserver.config.settings import Settings
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.events import Delta, ToolCallDelta
@@ -32,19 +36,10 @@ from mlxserver.engine.output.marked_text import TokenText
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_calls import ToolCallParser
 from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
-from mlxserver.server import translation
-from mlxserver.server.chat import ChatForm
-from mlxserver.server.errors import error_body
+from mlxserver.server.errors import failure_of
 
-SCHEMAS = (
-    schemas.ChatCompletionRequest,
-    schemas.CompletionRequest,
-    schemas.TokenizeRequest,
-    schemas.DetokenizeRequest,
-    schemas.ApplyTemplateRequest,
-    schemas.LoadRequest,
-    schemas.UnloadRequest,
-)
+BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
+READING = ("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model")
 TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
 FAMILIES = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
 FORMATS = (
@@ -53,42 +48,38 @@ FORMATS = (
     *(ToolFormat("<tool_call>", "</tool_call>", family.parse_tool_call, is_native=True) for family in FAMILIES),
     ToolFormat("[TOOL_CALLS]", "", tool_parsers.json_tools.parse_tool_call, is_native=True, is_json=True),
 )
-LIMITS = schemas.Limits()
-CHAT = schemas.parse(schemas.ChatCompletionRequest, b'{"model":"m","messages":[{"role":"user","content":"x"}]}')
+CHAT = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
 
 
 def requests(data: bytes) -> None:
-    """Bodies of requests: an object of plain values that translate, or ValidationFailed."""
+    """Bodies of requests: a call or a request, or ValidationFailed."""
     if not data:
         return
+    endpoint = BY_NAME[READING[data[0] % len(READING)]]
+    settings = Settings(unknown_parameters="ignore" if data[0] & 128 else "refuse")
     try:
-        _translate(schemas.parse(SCHEMAS[data[0] % len(SCHEMAS)], data[1:], [] if data[0] & 128 else None, LIMITS))
-    except (schemas.ValidationFailed, SourceInvalid) as error:
-        orjson.dumps(error_body(error))
-
-
-def _translate(asked: schemas.Request) -> None:
-    if isinstance(asked, schemas.ChatCompletionRequest):
-        translation.chat_request(asked)
-        ChatForm(asked, "reasoning_content")
-    elif isinstance(asked, schemas.CompletionRequest):
-        translation.completion_requests(asked)
-    elif isinstance(asked, schemas.LoadRequest):
-        sources.check(asked.model)
-        translation.model_spec(asked)
+        if endpoint.dialect:
+            endpoint.dialect(settings).parse(data[1:])
+        elif endpoint.request:
+            asked = parse(endpoint.request, data[1:], Limits.of(settings))
+            if isinstance(asked, LoadRequest):
+                sources.check(asked.model)
+                asked.spec  # noqa: B018  (derives a key)
+    except (ValidationFailed, SourceInvalid) as error:
+        encode_failure(endpoint.path, failure_of(error)[1])
 
 
 def calls(data: bytes) -> None:
-    """Tool calls in a model's text: what is told can go over the wire, and no cut of the text changes it."""
+    """Tool calls in a model's text: events that can be encoded, and no cut of the text changes them."""
     if len(data) < 2:
         return
     tool_format, text = FORMATS[data[0] % len(FORMATS)], data[2:].decode(errors="replace")
     whole = _calls(tool_format, [text], is_cut=bool(data[0] & 128))
     assert whole == _calls(tool_format, _pieces(text, data[1]), is_cut=bool(data[0] & 128)), text
-    form = ChatForm(CHAT, "reasoning_content")
+    encoder = ChatDialect(Settings()).parse(CHAT).encoder
     for number, (id_and_name, arguments) in enumerate(whole[1]):
-        form.chunk(ToolCallDelta(number, arguments, "call", id_and_name[1]), 0)
-    form.chunk(Delta(whole[0]), 0)
+        encoder.event(ToolCallDelta(number, arguments, "call", id_and_name[1]), 0)
+    encoder.event(Delta(whole[0]), 0)
 
 
 def _calls(tool_format: ToolFormat, pieces: Iterable[str], *, is_cut: bool) -> tuple[str, list[tuple[Any, str]]]:

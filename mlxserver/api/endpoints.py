@@ -1,37 +1,38 @@
-"""What the server answers: each endpoint declared once. Routes and the OpenAPI document come from here."""
+"""Endpoints of the server, each declared once: routes, dialects and the OpenAPI document come from here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mlxserver.api.schemas import (
-    ApplyTemplateRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    LoadRequest,
-    Request,
-    TokenizeRequest,
-    UnloadRequest,
-)
+from mlxserver.api.dialect import Dialect, Failure
+from mlxserver.api.native.apply_template import ApplyTemplateRequest
+from mlxserver.api.native.load import LoadRequest
+from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
+from mlxserver.api.native.unload import UnloadRequest
+from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
+from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
+from mlxserver.api.openai.errors import envelope
+from mlxserver.api.schema.parameters import Request
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """name: the handler's. request: the body it takes. answer: its shape's name, None for text of type `media`.
+    """One endpoint. name: its operation, and its handler unless it has a dialect.
 
-    chunk: the shape of a stream's chunks, where the request can ask for a stream. manages: whether it takes an admin
-    key, where there are keys.
+    response: name of the JSON schema of its answer, None for text of type `media`. request: the body it takes.
+    chunk: name of the schema of a stream's chunks, where the request can ask for a stream. dialect: of an endpoint that
+    generates. manages: whether it takes an admin key, where there are keys.
     """
 
     name: str
     method: Literal["GET", "POST"]
     path: str
     summary: str
-    answer: str | None
+    response: str | None
     request: type[Request] | None = None
     chunk: str | None = None
+    dialect: type[Dialect] | None = None
     media: str = "text/html"
     manages: bool = False
 
@@ -45,6 +46,7 @@ ENDPOINTS = (
         "ChatCompletion",
         ChatCompletionRequest,
         "ChatCompletionChunk",
+        ChatDialect,
     ),
     Endpoint(
         "completions",
@@ -54,6 +56,7 @@ ENDPOINTS = (
         "Completion",
         CompletionRequest,
         "CompletionChunk",
+        CompletionDialect,
     ),
     Endpoint("list_models", "GET", "/v1/models", "Every registered model, loaded or not.", "ModelList"),
     Endpoint(
@@ -80,3 +83,10 @@ ENDPOINTS = (
     Endpoint("openapi", "GET", "/openapi.json", "This description.", "OpenAPI"),
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),
 )
+
+ENVELOPES = {endpoint.path: endpoint.dialect.error for endpoint in ENDPOINTS if endpoint.dialect}
+
+
+def encode_failure(path: str, failure: Failure) -> bytes:
+    """The failure as JSON, in the envelope of the dialect at this path; OpenAI's where there is none."""
+    return ENVELOPES.get(path, envelope)(failure)

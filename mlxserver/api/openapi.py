@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made from the declarations that validate, and the page that shows it."""
+"""OpenAPI 3.1 document, made from the declarations that validate, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from mlxserver.api.endpoints import Endpoint
-from mlxserver.api.response_schemas import ANSWER_SHAPES, named
-from mlxserver.api.schemas import json_schema
+from mlxserver.api.response_schemas import RESPONSE_SCHEMAS, named
+from mlxserver.api.schema.parameters import json_schema
 
 FAILURES = {
     "400": "The request can't be understood or honoured; param names what is wrong.",
@@ -19,8 +19,6 @@ FAILURES = {
     "507": "The model does not fit in memory; the projection says why.",
     "default": "The request failed.",
 }
-
-LAST = {"LoadProgress": "a Loaded"}  # what ends a stream instead of [DONE]
 
 
 def document(endpoints: Sequence[Endpoint], title: str, version: str) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def document(endpoints: Sequence[Endpoint], title: str, version: str) -> dict[st
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},
         "paths": paths,
-        "components": {"schemas": {**requests, **ANSWER_SHAPES}},
+        "components": {"schemas": {**requests, **RESPONSE_SCHEMAS}},
     }
 
 
@@ -67,19 +65,19 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _content(endpoint: Endpoint) -> dict[str, Any]:
-    if endpoint.answer is None:
+    if endpoint.response is None:
         return {endpoint.media: {"schema": {"type": "string"}}}
-    content: dict[str, Any] = {"application/json": {"schema": named(endpoint.answer)}}
+    content: dict[str, Any] = {"application/json": {"schema": named(endpoint.response)}}
     if endpoint.chunk:
         content["text/event-stream"] = {"schema": _event(endpoint.chunk)}
     return content
 
 
 def _event(chunk: str) -> dict[str, Any]:
-    """The shape of one server-sent event: a chunk, or an error that ends the stream; and the last one."""
+    """The schema of one server-sent event: a chunk, an error that ends the stream, or [DONE]."""
     content = {"anyOf": [named(chunk), named("Error")]}
-    told = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
-    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, told]}}, "required": ["data"]}
+    payload = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, payload]}}, "required": ["data"]}
 
 
 def _sections(document: dict[str, Any]) -> Iterator[str]:

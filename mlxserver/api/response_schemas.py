@@ -1,57 +1,57 @@
-"""The JSON schema of everything that the server answers, by name."""
+"""JSON schemas of all answers, by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mlxserver.api.model_responses import CAPABILITIES
+from mlxserver.api.openai.models import CAPABILITIES
 
-Shape = dict[str, Any]
+Schema = dict[str, Any]
 
-TEXT: Shape = {"type": "string"}
-COUNT: Shape = {"type": "integer", "minimum": 0}
-NUMBER: Shape = {"type": "number"}
-BYTES: Shape = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}}
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+NUMBER: Schema = {"type": "number"}
+BYTES: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}}
 
 
-def exactly(**fields: Shape) -> Shape:
+def exactly(**fields: Schema) -> Schema:
     """An object with these fields, and no others. A name that ends in _ may be left out."""
     return {
         "type": "object",
-        "properties": {name.removesuffix("_"): shape for name, shape in fields.items()},
+        "properties": {name.removesuffix("_"): schema for name, schema in fields.items()},
         "required": [name for name in fields if not name.endswith("_")],
         "additionalProperties": False,
     }
 
 
-def each(shape: Shape) -> Shape:
+def each(schema: Schema) -> Schema:
     """A list."""
-    return {"type": "array", "items": shape}
+    return {"type": "array", "items": schema}
 
 
-def by_key(shape: Shape) -> Shape:
-    """An object of these, by any names."""
-    return {"type": "object", "additionalProperties": shape}
+def by_key(schema: Schema) -> Schema:
+    """An object whose values are these, under any names."""
+    return {"type": "object", "additionalProperties": schema}
 
 
-def maybe(shape: Shape) -> Shape:
-    """It, or null."""
-    return {"anyOf": [shape, {"type": "null"}]}
+def maybe(schema: Schema) -> Schema:
+    """The same, or null."""
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
-def named(name: str) -> Shape:
+def named(name: str) -> Schema:
     """The schema of this name."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _one_of(*values: str) -> Shape:
+def _one_of(*values: str) -> Schema:
     return {"type": "string", "enum": list(values)}
 
 
 STATE = _one_of("unloaded", "loading", "loaded", "draining", "failed")
 FINISH = _one_of("stop", "length", "tool_calls")
 CALL = exactly(id=TEXT, type=_one_of("function"), function=exactly(name=TEXT, arguments=TEXT))
-CALL_PIECE = exactly(index=COUNT, id_=TEXT, type_=_one_of("function"), function=exactly(name_=TEXT, arguments=TEXT))
+CALL_DELTA = exactly(index=COUNT, id_=TEXT, type_=_one_of("function"), function=exactly(name_=TEXT, arguments=TEXT))
 LOGPROBS = exactly(content=each(named("TokenLogprob")), refusal={"type": "null"})
 REASONING = {"reasoning_content_": TEXT, "reasoning_": TEXT}
 HEAD = {"id": TEXT, "created": COUNT, "model": TEXT, "system_fingerprint": TEXT}
@@ -59,7 +59,7 @@ COUNTS = {"usage": named("Usage"), "timings": named("Timings")}
 
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 
-ANSWER_SHAPES: dict[str, Shape] = {
+RESPONSE_SCHEMAS: dict[str, Schema] = {
     "Error": exactly(
         error=exactly(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT)), projection_=named("Projection")
     ),
@@ -113,13 +113,13 @@ ANSWER_SHAPES: dict[str, Shape] = {
         choices=each(
             exactly(
                 index=COUNT,
-                delta=exactly(role_=TEXT, content_=TEXT, tool_calls_=each(CALL_PIECE), **REASONING),
+                delta=exactly(role_=TEXT, content_=TEXT, tool_calls_=each(CALL_DELTA), **REASONING),
                 logprobs_=LOGPROBS,
                 finish_reason=maybe(FINISH),
             )
         ),
         **HEAD,
-        **{f"{name}_": shape for name, shape in COUNTS.items()},
+        **{f"{name}_": schema for name, schema in COUNTS.items()},
     ),
     "Completion": exactly(
         object=_one_of("text_completion"),
@@ -133,7 +133,7 @@ ANSWER_SHAPES: dict[str, Shape] = {
             exactly(index=COUNT, text=TEXT, logprobs=maybe(named("TextLogprobs")), finish_reason=maybe(FINISH))
         ),
         **HEAD,
-        **{f"{name}_": shape for name, shape in COUNTS.items()},
+        **{f"{name}_": schema for name, schema in COUNTS.items()},
     ),
     "TextLogprobs": exactly(
         tokens=each(TEXT),

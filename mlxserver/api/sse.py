@@ -1,9 +1,9 @@
-"""Server-sent events: the framing of a stream, both ways.
+"""Server-sent events: encoder and decoder of the framing (WHATWG HTML, section 9.2).
 
-Rule 1: only the data of an event matters to us, and comments to those who ask; event names, ids and retry times are
-        read over.
+Rule 1: of an event only the data is read, and comments where a callback takes them; event names, ids and retry times
+        are skipped.
 Rule 2: any cut of the bytes gives the same payloads.
-Rule 3: an event that the stream ended in the middle of is no event.
+Rule 3: an incomplete event at the end of a stream is dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def encode(payload: bytes) -> bytes:
 
 
 def comment(text: str) -> bytes:
-    """A line that readers skip, to keep a connection alive or to tell a person something."""
+    """A comment, which event readers skip: keeps a connection alive, or carries text for a person."""
     return b"".join(b": %b\n" % line for line in LINE_BREAK.split(text.encode())) + b"\n"
 
 
@@ -29,7 +29,7 @@ DONE = encode(b"[DONE]")
 
 
 class SSEDecoder:
-    """Bytes of a stream in, payloads of complete events out. on_comment: called with the text of each comment line."""
+    """Decoder of a stream: bytes in, payloads of complete events out. on_comment is called with each comment line."""
 
     def __init__(self, on_comment: Callable[[str], None] = lambda _: None) -> None:
         self._on_comment = on_comment
@@ -39,7 +39,7 @@ class SSEDecoder:
         self._after_return = False
 
     def feed(self, chunk: bytes) -> list[str]:
-        """The payloads of the events that this chunk completes; the closing "[DONE]" is one of them."""
+        """Payloads of the events that this chunk completes; the final "[DONE]" is one of them."""
         if not chunk:
             return []
         if self._after_return:
@@ -49,7 +49,7 @@ class SSEDecoder:
         return [payload for line in lines if (payload := self._take(line)) is not None]
 
     def _take(self, line: bytes) -> str | None:
-        """Read one line; the payload if it is the blank one that ends an event with data."""
+        """Take one line; returns the payload at the blank line that ends an event with data."""
         line = line.removeprefix(self._skipped_start)
         self._skipped_start = b""
         if line:

@@ -1,47 +1,31 @@
-"""The application on uvicorn: what surrounds it, how it is stopped, and what its connections may do.
-
-Rule 1: from outside to inside: the request's line in the log (access.py), who is let in (gate.py), what is answered.
-Rule 2: the first signal drains. New requests get 503; those that run have `shutdown_timeout` to finish, then they are
-        ended and told so; then all is released.
-Rule 3: from then on signals have their usual effect: another one ends the process at once.
-"""
+"""The application: a route for every endpoint of the API."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import signal
-import socket
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import Request
+from starlette.routing import Route
 from turboapi import TurboAPI
 
-from mlxserver.api import responses
+from mlxserver.api.endpoints import ENDPOINTS, Endpoint
 from mlxserver.manager.reload import Reload
-from mlxserver.server.auth import Gate
-from mlxserver.server.connection import Connection
-from mlxserver.server.errors import exception_handlers, json_response
-from mlxserver.server.handlers import TITLE, Handlers
-from mlxserver.server.request_log import Access
+from mlxserver.server.errors import exception_handlers
+from mlxserver.server.generate import Handler, generate
+from mlxserver.server.keys import Permission, require
+from mlxserver.server.models import ModelHandlers
+from mlxserver.server.ops import TITLE, OpsHandlers
 from model_manager import ModelManager
 
-log = logging.getLogger("server")
-
-LAST_WORDS = 2  # seconds that answers get to leave once their generations are ended at the shutdown
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-Reloading = Callable[[], Awaitable[Reload]]
+ReloadSettings = Callable[[], Awaitable[Reload]]
 
 
-def make_app(manager: ModelManager, reload: Reloading) -> TurboAPI:
-    """What answers requests that were let in."""
+def make_app(manager: ModelManager, reload: ReloadSettings) -> TurboAPI:
+    """The application behind auth."""
     app = TurboAPI(
         title=TITLE,
-        routes=Handlers(manager, reload).routes(),
+        routes=routes(manager, reload),
         openapi_url=None,  # the route that turboapi 0.2.8 would add does not work; ours is one of the handlers
         exception_handlers=exception_handlers(),
     )
@@ -49,79 +33,26 @@ def make_app(manager: ModelManager, reload: Reloading) -> TurboAPI:
     return app
 
 
-class Server(uvicorn.Server):
-    """uvicorn, with an orderly end: a signal stops it, and the process then ends with status 0."""
+def routes(manager: ModelManager, reload: ReloadSettings) -> list[Route]:
+    """A route for every endpoint; its handler has the endpoint's name, or is made from its dialect."""
+    models, ops = ModelHandlers(manager, reload), OpsHandlers(manager)
 
-    def __init__(self, manager: ModelManager, reload: Reloading) -> None:
-        settings = manager.settings
-        super().__init__(
-            uvicorn.Config(
-                Interruptible(Access(Gate(make_app(manager, reload), manager))),
-                http=partial(Connection, settings),  # type: ignore[arg-type]
-                ws="none",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=LAST_WORDS,
-            )
-        )
-        self._manager = manager
-        self._reload = reload
-        self._reloading: asyncio.Future[Reload] | None = None
+    def handler_of(endpoint: Endpoint) -> Handler:
+        if endpoint.dialect:
+            return generate(endpoint.dialect(manager.settings), manager)
+        handler: Handler = getattr(models, endpoint.name, None) or getattr(ops, endpoint.name)
+        return managing(handler) if endpoint.manages else handler
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse what is new, end what is old, then stop listening and wait for the last answers to leave."""
-        await self._manager.close(self._manager.settings.shutdown_timeout)
-        await super().shutdown(sockets)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Take signals while serving, without raising them again afterwards."""
-        loop = asyncio.get_running_loop()
-        for number in STOPPING:
-            loop.add_signal_handler(number, self._handle_stop)
-        loop.add_signal_handler(signal.SIGHUP, self._handle_reload)
-        yield
-
-    def _handle_stop(self) -> None:
-        self.should_exit = True
-        for number in STOPPING:
-            asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-
-    def _handle_reload(self) -> None:
-        """Read the settings again, because of a signal. Wrong ones change nothing."""
-        self._reloading = asyncio.ensure_future(self._reload())
-        self._reloading.add_done_callback(_log_failure)
+    return [
+        Route(each.path.replace("{key}", "{key:path}"), handler_of(each), methods=[each.method]) for each in ENDPOINTS
+    ]
 
 
-class Interruptible:
-    """An ASGI application around another one: an answer that uvicorn cancels at last deserves no traceback in the log;
-    who waits for it is told.
-    """
+def managing(handler: Handler) -> Handler:
+    """The handler, for clients that may manage models."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    async def guarded(request: Request) -> Any:
+        require(request, Permission.MANAGE)
+        return await handler(request)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        is_begun = False
-
-        async def noting(message: Message) -> None:
-            nonlocal is_begun
-            is_begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noting)
-        except asyncio.CancelledError:
-            if not is_begun:
-                body = responses.error("The server has stopped.", "server_error", code="stopping")
-                await json_response(body, 503)(scope, receive, send)
-
-
-def _log_failure(reloading: asyncio.Future[Reload]) -> None:
-    if not reloading.cancelled() and (error := reloading.exception()):
-        log.error("The settings were not reloaded: %s", error)
+    return guarded

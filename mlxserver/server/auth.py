@@ -1,9 +1,10 @@
-"""Who is let in: an ASGI application around the one that answers.
+"""Authentication and authorization, as ASGI middleware: host names, origins, keys.
 
 Rule 1: a request is refused for the name it calls the server by, then for the page it comes from, then for its key, and
-        then because the server stops. Nothing of it is read before, and no refusal depends on the path.
-Rule 2: /health is for all_instances who calls the server by its name.
-Rule 3: what a request that was let in may do is in its state, `right` (server/keys.py).
+        then because the server stops. Nothing of its body is read before, and no refusal depends on the path; only the
+        envelope does, which is that of the path's dialect.
+Rule 2: /health needs no key, only a right host name.
+Rule 3: what an authenticated request may do is in its state, `permission` (server/keys.py).
 """
 
 from __future__ import annotations
@@ -14,73 +15,74 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlxserver.api import responses
+from mlxserver.api.dialect import Failure
 from mlxserver.config.http import is_loopback
 from mlxserver.config.settings import Settings
-from mlxserver.server.errors import json_response
-from mlxserver.server.keys import Keys, Right
+from mlxserver.server.errors import failure_response
+from mlxserver.server.keys import Keys, Permission
 from model_manager import ModelManager
 
 OPEN_PATHS = {"/health"}
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 METHODS = "GET, POST, OPTIONS"
-DAY = "86400"  # seconds that a browser may keep the answer to its preflight
+PREFLIGHT_MAX_AGE = "86400"  # seconds that a browser may cache the response to a preflight
 RETRY_AFTER = "5"  # seconds: another server takes over, or this one is started again
-EXPOSED = "X-Request-Id, Retry-After, X-Ignored-Parameters"
+EXPOSED_HEADERS = "X-Request-Id, Retry-After, X-Ignored-Parameters"
 
 
-class Gate:
-    """The manager has the settings, which may change, and tells when the server stops."""
+class Auth:
+    """Middleware. Settings are read from the manager at every request: a reload may change them."""
 
     def __init__(self, app: ASGIApp, manager: ModelManager) -> None:
         self._app = app
         self._manager = manager
         self._host = manager.settings.host
-        self._known: tuple[Settings, Keys] | None = None
+        self._cached_keys: tuple[Settings, Keys] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request in, or answer it."""
+        """Pass the request on, or refuse it."""
         headers, settings = Headers(scope=scope), self._manager.settings
         origin = headers.get("origin")
         if origin is not None and _is_allowed(origin, settings):
             send = _readable_by(origin, send)
-        answer = self._check_names(headers, settings) or _preflight(scope, headers, settings)
-        await (answer or self._check_key(scope, headers, settings) or self._app)(scope, receive, send)
+        response = self._check_names(scope, headers, settings) or _preflight(scope, headers, settings)
+        await (response or self._check_key(scope, headers, settings) or self._app)(scope, receive, send)
 
-    def _check_names(self, headers: Headers, settings: Settings) -> Response | None:
-        """A page of another site must not reach the server: neither by its own name for it, nor across origins."""
+    def _check_names(self, scope: Scope, headers: Headers, settings: Settings) -> Response | None:
+        """Refuse pages of other sites: neither DNS rebinding nor another origin reaches the server."""
         host, origin = headers.get("host"), headers.get("origin")
         if host is not None and not self._is_ours(host, settings):
-            return _refused(403, f"This server is not known as {host[:100]!r}; see --allow-host.", "host_not_allowed")
-        if origin is not None and not _is_allowed(origin, settings) and _place(origin) != host:
+            message = f"This server is not known as {host[:100]!r}; see --allow-host."
+            return _forbidden(scope, message, "host_not_allowed")
+        if origin is not None and not _is_allowed(origin, settings) and _netloc(origin) != host:
             message = f"Pages of {origin[:100]!r} may not use this server; see --allow-origin."
-            return _refused(403, message, "origin_not_allowed")
+            return _forbidden(scope, message, "origin_not_allowed")
         return None
 
     def _is_ours(self, host: str, settings: Settings) -> bool:
-        """Whether the name is one of this server's. On an address that others reach, any is, unless some are listed."""
+        """Whether the name is one of this server's: beyond loopback any is, unless some are listed."""
         if not settings.allow_host and not is_loopback(self._host):
             return True
         name = hostname(host)
         return name in LOOPBACK_NAMES or name in {hostname(each) for each in (self._host, *settings.allow_host)}
 
     def _check_key(self, scope: Scope, headers: Headers, settings: Settings) -> Response | None:
-        is_open = scope["path"] in OPEN_PATHS
-        right = self._keys(settings).right(headers.get("authorization", "").encode("latin-1"))
-        if right is None and not is_open:
+        path = scope["path"]
+        permission = self._keys(settings).permission(headers.get("authorization", "").encode("latin-1"))
+        if permission is None and path not in OPEN_PATHS:
             message = "A valid API key is needed: Authorization: Bearer KEY."
-            body = responses.error(message, "authentication_error", code="invalid_api_key")
-            return json_response(body, 401, {"WWW-Authenticate": "Bearer"})
-        scope.setdefault("state", {})["right"] = Right.LOOK if right is None else right
-        if self._manager.is_closing and not is_open:
-            body = responses.error("The server is stopping. Try again later.", "server_error", code="stopping")
-            return json_response(body, 503, {"Retry-After": RETRY_AFTER, "Connection": "close"})
+            failure = Failure(message, "authentication", code="invalid_api_key")
+            return failure_response(path, 401, failure, {"WWW-Authenticate": "Bearer"})
+        scope.setdefault("state", {})["permission"] = Permission.LOOK if permission is None else permission
+        if self._manager.is_closing and path not in OPEN_PATHS:
+            failure = Failure("The server is stopping. Try again later.", "server", code="stopping")
+            return failure_response(path, 503, failure, {"Retry-After": RETRY_AFTER, "Connection": "close"})
         return None
 
     def _keys(self, settings: Settings) -> Keys:
-        if self._known is None or self._known[0] is not settings:
-            self._known = settings, Keys(settings, self._host)
-        return self._known[1]
+        if self._cached_keys is None or self._cached_keys[0] is not settings:
+            self._cached_keys = settings, Keys(settings, self._host)
+        return self._cached_keys[1]
 
 
 def hostname(host: str) -> str:
@@ -91,7 +93,7 @@ def hostname(host: str) -> str:
     return name.lower().rstrip(".")
 
 
-def _place(origin: str) -> str:
+def _netloc(origin: str) -> str:
     """Host and port of an origin; empty where there is none."""
     try:
         return urlsplit(origin).netloc
@@ -104,7 +106,7 @@ def _is_allowed(origin: str, settings: Settings) -> bool:
 
 
 def _preflight(scope: Scope, headers: Headers, settings: Settings) -> Response | None:
-    """What a browser wants to hear before it lets a request of an allowed page go. None: it asks for something else."""
+    """The response to a CORS preflight of an allowed page; None for any other request."""
     if scope["method"] != "OPTIONS" or "access-control-request-method" not in headers:
         return None
     if not _is_allowed(headers.get("origin", ""), settings):
@@ -114,24 +116,24 @@ def _preflight(scope: Scope, headers: Headers, settings: Settings) -> Response |
         headers={
             "Access-Control-Allow-Methods": METHODS,
             "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "*"),
-            "Access-Control-Max-Age": DAY,
+            "Access-Control-Max-Age": PREFLIGHT_MAX_AGE,
         },
     )
 
 
 def _readable_by(origin: str, send: Send) -> Send:
-    """Let pages of this origin read the answer."""
+    """Let pages of this origin read the response."""
 
-    async def sending(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = EXPOSED
+            headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
             headers.add_vary_header("Origin")
         await send(message)
 
-    return sending
+    return send_with_headers
 
 
-def _refused(status: int, message: str, code: str) -> Response:
-    return json_response(responses.error(message, "permission_error", code=code), status)
+def _forbidden(scope: Scope, message: str, code: str) -> Response:
+    return failure_response(scope["path"], 403, Failure(message, "permission", code=code))

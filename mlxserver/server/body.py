@@ -1,13 +1,20 @@
-"""A request's body, within its limits of size and time."""
+"""Body of a request: read within its limits of size and time."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Sequence
+from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from mlxserver.config.http import HttpSettings
+
+log = logging.getLogger("server")
+
+MAX_IGNORED = 32  # names in one header
 
 
 async def read_body(request: Request, settings: HttpSettings) -> bytes:
@@ -19,6 +26,15 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
         seconds = f"{settings.body_timeout:g} seconds"
         message = f"The body took longer than {seconds}, the limit of this server."
         raise HTTPException(408, message, {"Connection": "close"}) from None
+
+
+def ignored_headers(request: Request, ignored: Sequence[str]) -> dict[str, str]:
+    """Response header that names the ignored parameters, if any; the log names them, too."""
+    if not ignored:
+        return {}
+    names = ", ".join(quote(name[:64], safe="", errors="replace") for name in ignored[:MAX_IGNORED])
+    log.warning("%s: ignored unknown parameters: %s", request.scope["path"], names)
+    return {"x-ignored-parameters": names}
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -1,9 +1,8 @@
-"""The one table from errors to statuses, and how an error is answered."""
+"""The one table from errors to statuses, and the responses to errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -11,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mlxserver.api import responses, schemas
-from mlxserver.api.openai.field_names import wire_param
-from mlxserver.api.schema.parameters import abbreviate
+from mlxserver.api.dialect import Failure, FailureKind
+from mlxserver.api.endpoints import encode_failure
+from mlxserver.api.schema.parameters import ValidationFailed, abbreviate
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.engine.errors import (
     ContextExceeded,
@@ -41,61 +40,64 @@ from mlxserver.engine.errors import (
 )
 from mlxserver.server.keys import Forbidden
 
-# The first row that fits: exception, status, OpenAI's error type, code.
-ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
-    (ModelNotFound, 404, "not_found_error", "model_not_found"),
-    (ModelNotLoaded, 404, "not_found_error", "model_not_loaded"),
-    (ContextExceeded, 400, "invalid_request_error", "context_length_exceeded"),
-    (PromptRejected, 400, "invalid_request_error", None),
-    (SourceInvalid, 400, "invalid_request_error", "invalid_source"),
-    (ConfigInvalid, 400, "invalid_request_error", "invalid_settings"),
-    (schemas.ValidationFailed, 400, "invalid_request_error", None),
-    (Forbidden, 403, "permission_error", "admin_key_needed"),
-    (ReaderTooSlow, 408, "invalid_request_error", "reader_too_slow"),
-    (ModelExists, 409, "invalid_request_error", "model_exists"),
-    (ModelReplaced, 409, "invalid_request_error", "model_replaced"),
-    (ModelBusy, 409, "invalid_request_error", "model_busy"),
-    (QueueFull, 429, "rate_limit_error", "queue_full"),
-    (ModelUnloading, 503, "server_error", "model_unloading"),
-    (ModelStalled, 503, "server_error", "model_wedged"),
-    (LoadFailed, 503, "server_error", "load_failed"),
-    (LoadAborted, 503, "server_error", "load_aborted"),
-    (NoRoom, 507, "server_error", "insufficient_memory"),
-    (OutOfMemory, 507, "server_error", "out_of_memory"),
-    (ModelFailed, 503, "server_error", "model_failed"),
-    (EngineUnloaded, 503, "server_error", "model_unloading"),
-    (EngineStopped, 503, "server_error", "engine_stopped"),
-    (RankLost, 503, "server_error", "rank_lost"),
-    (StepFailed, 500, "server_error", "step_failed"),
-    (EngineError, 500, "server_error", None),
+# The first row that fits: exception, status, kind, code.
+ERRORS: tuple[tuple[type[Exception], int, FailureKind, str | None], ...] = (
+    (ModelNotFound, 404, "not_found", "model_not_found"),
+    (ModelNotLoaded, 404, "not_found", "model_not_loaded"),
+    (ContextExceeded, 400, "invalid_request", "context_length_exceeded"),
+    (PromptRejected, 400, "invalid_request", None),
+    (SourceInvalid, 400, "invalid_request", "invalid_source"),
+    (ConfigInvalid, 400, "invalid_request", "invalid_settings"),
+    (ValidationFailed, 400, "invalid_request", None),
+    (Forbidden, 403, "permission", "admin_key_needed"),
+    (ReaderTooSlow, 408, "invalid_request", "reader_too_slow"),
+    (ModelExists, 409, "invalid_request", "model_exists"),
+    (ModelReplaced, 409, "invalid_request", "model_replaced"),
+    (ModelBusy, 409, "invalid_request", "model_busy"),
+    (QueueFull, 429, "rate_limit", "queue_full"),
+    (ModelUnloading, 503, "server", "model_unloading"),
+    (ModelStalled, 503, "server", "model_wedged"),
+    (LoadFailed, 503, "server", "load_failed"),
+    (LoadAborted, 503, "server", "load_aborted"),
+    (NoRoom, 507, "server", "insufficient_memory"),
+    (OutOfMemory, 507, "server", "out_of_memory"),
+    (ModelFailed, 503, "server", "model_failed"),
+    (EngineUnloaded, 503, "server", "model_unloading"),
+    (EngineStopped, 503, "server", "engine_stopped"),
+    (RankLost, 503, "server", "rank_lost"),
+    (StepFailed, 500, "server", "step_failed"),
+    (EngineError, 500, "server", None),
 )
 
 
-def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Status and envelope of an error that a caller may meet."""
+def failure_of(error: Exception) -> tuple[int, Failure]:
+    """Status and failure of an error of the table."""
     status, kind, code = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
-    default_param = "model" if isinstance(error, SourceInvalid) else None
-    param = wire_param(getattr(error, "param", default_param))
-    body = responses.error(str(error), kind, param=param, code=getattr(error, "code", None) or code)
-    if isinstance(error, NoRoom):
-        body["projection"] = asdict(error.projection)
-    return status, body
+    param = getattr(error, "param", "model" if isinstance(error, SourceInvalid) else None)
+    projection = error.projection if isinstance(error, NoRoom) else None
+    return status, Failure(str(error), kind, param, getattr(error, "code", None) or code, projection)
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer."""
+    """A response of JSON."""
     return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
+def failure_response(path: str, status: int, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
+    """The response to a request for this path that failed."""
+    return Response(encode_failure(path, failure), status, headers, media_type="application/json")
+
+
 async def on_known_error(request: Request, error: Exception) -> Response:
-    """Answer an error of the table."""
-    status, body = error_body(error)
+    """Respond to an error of the table."""
+    status, failure = failure_of(error)
     retry_after = getattr(error, "retry_after", None)
-    return json_response(body, status, {"Retry-After": str(max(1, round(retry_after)))} if retry_after else None)
+    headers = {"Retry-After": str(max(1, round(retry_after)))} if retry_after else None
+    return failure_response(request.scope["path"], status, failure, headers)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Answer what the router refuses: unknown path, wrong method, body too large."""
+    """Respond to what the router refuses: unknown path, wrong method, body too large."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405 and request.method == "OPTIONS":
         return Response(status_code=204, headers=dict(error.headers or {}))
@@ -104,20 +106,21 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         404: f"Unknown path: {request.method} {path}.",
         405: f"{path} does not take {request.method}.",
     }.get(error.status_code, error.detail)
-    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    return json_response(responses.error(message, kind), error.status_code, dict(error.headers or {}))
+    failure = Failure(message, "not_found" if error.status_code == 404 else "invalid_request")
+    return failure_response(request.scope["path"], error.status_code, failure, dict(error.headers or {}))
 
 
-async def on_departure(request: Request, error: Exception) -> None:
-    """Say nothing to a client that left within its body."""
+async def on_disconnect(request: Request, error: Exception) -> None:
+    """Send nothing to a client that disconnected while its body was read."""
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    """Answer what nobody expected; the log has the traceback."""
-    return json_response(responses.error("The server failed to process the request.", "server_error"), 500)
+    """Respond to any other exception; the log has the traceback."""
+    failure = Failure("The server failed to process the request.", "server")
+    return failure_response(request.scope["path"], 500, failure)
 
 
 def exception_handlers() -> dict[Any, Any]:
-    """What the application is to do with each exception."""
+    """Handlers by exception, as the application takes them."""
     known: dict[Any, Any] = {row[0]: on_known_error for row in ERRORS}
-    return {**known, HTTPException: on_http_error, ClientDisconnect: on_departure, Exception: on_unexpected_error}
+    return {**known, HTTPException: on_http_error, ClientDisconnect: on_disconnect, Exception: on_unexpected_error}

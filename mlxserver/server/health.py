@@ -1,8 +1,8 @@
-"""What the server says of its own state: that it lives, and whether it is ready.
+"""Liveness and readiness of the server.
 
-Rule 1: it lives while it answers at all: 200, whatever state the models are in.
-Rule 2: it is ready once every model that was to be there at the start has been loaded, while none of them has failed or
-        is wedged, and until it stops. A model that left since, for being idle or for another one, comes back by itself.
+Rule 1: the server is live while it responds at all: 200, whatever state the models are in.
+Rule 2: it is ready once every model to preload has been loaded, while none of them has failed or is stalled, and until
+        it stops. A model that was unloaded since, for being idle or for another one, is loaded again on demand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlxserver.api import responses
+from mlxserver.api.dialect import Failure
+from mlxserver.api.openai.errors import error_object
 from mlxserver.engine.metrics import RankReport
 from mlxserver.manager.instance import ModelInstance
 from model_manager import ModelManager
@@ -18,28 +19,27 @@ from model_manager import ModelManager
 Body = dict[str, Any]
 
 
-def life(manager: ModelManager, version: str, *, is_told_all: bool) -> Body:
-    """The answer to a /health; without the models for those who may not know of them."""
-    stuck = any(instance.is_stalled for instance in manager.all_instances)
+def liveness(manager: ModelManager, version: str, *, shows_models: bool) -> Body:
+    """Body of GET /health. shows_models: False for clients that may not know of them."""
     ranks = manager.ranks()
-    stuck = stuck or any(rank.error for rank in ranks)
-    body: Body = {"status": "degraded" if stuck else "ok"}
+    is_degraded = any(instance.is_stalled for instance in manager.all_instances) or any(rank.error for rank in ranks)
+    body: Body = {"status": "degraded" if is_degraded else "ok"}
     if ranks:
         body["ranks"] = [_rank(rank) for rank in ranks]
-    if is_told_all:
+    if shows_models:
         body |= {"version": version, "uptime_seconds": round(manager.uptime, 3), "models": _models(manager.instances)}
     return body
 
 
 def readiness(manager: ModelManager, key: str | None) -> tuple[int, Body]:
-    """Status and answer to a /health/ready, of all models or of one. Raises ModelNotFound."""
+    """Status and body of GET /health/ready, of all models or of one. Raises ModelNotFound."""
     if key is None:
-        asked = manager.instances
-        missing = [instance.key for instance in asked if instance.spec.preload and not _is_serving(instance)]
+        shown = manager.instances
+        missing = [instance.key for instance in shown if instance.spec.preload and not _is_serving(instance)]
     else:
-        asked = [manager.instance(key)]
-        missing = [instance.key for instance in asked if instance.status != "loaded" or instance.is_stalled]
-    models = {"models": _models(asked)}
+        shown = [manager.instance(key)]
+        missing = [instance.key for instance in shown if instance.status != "loaded" or instance.is_stalled]
+    models = {"models": _models(shown)}
     if manager.is_closing:
         return 503, _unready("The server is stopping.") | models
     if missing:
@@ -48,7 +48,7 @@ def readiness(manager: ModelManager, key: str | None) -> tuple[int, Body]:
 
 
 def _rank(report: RankReport) -> Body:
-    """How a rank is; without its address for those who may not know."""
+    """State of a rank; never its address."""
     lost = {"error": report.error} if report.error else {}
     return {"rank": report.rank, "status": "lost" if lost else "ok", "memory_bytes": report.memory_bytes, **lost}
 
@@ -58,7 +58,7 @@ def _is_serving(instance: ModelInstance) -> bool:
 
 
 def _unready(message: str) -> Body:
-    return {"status": "unready", **responses.error(message, "server_error", code="not_ready")}
+    return {"status": "unready", **error_object(Failure(message, "server", code="not_ready"))}
 
 
 def _models(instances: Sequence[ModelInstance]) -> Body:

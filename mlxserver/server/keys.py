@@ -1,6 +1,6 @@
-"""Who a key makes its bearer.
+"""API keys and the permissions that they grant.
 
-Rule: keys are compared by their digests, each with every known one, so that time tells nothing of them.
+Rule: keys are compared by their digests, each with every known one, so that the time taken reveals nothing of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mlxserver.config.http import HttpSettings, is_loopback
 SCHEME = b"bearer "
 
 
-class Right(IntEnum):
-    """What a client may do; each may do what comes before it, too.
+class Permission(IntEnum):
+    """What a client may do; each includes those before it.
 
-    LOOK: see that the server lives. MANAGE: load and unload, and see the metrics. NAME_FILES: say which files of this
-    machine to load.
+    LOOK: read /health. MANAGE: load and unload models, and read the metrics. NAME_FILES: load models from files of the
+    server's machine.
     """
 
     LOOK = 0
@@ -31,40 +31,40 @@ class Right(IntEnum):
 
 
 class Keys:
-    """The keys of a server. Without any, all_instances on its machine may do everything; others may name no files."""
+    """The keys of a server. Without any, clients on its machine may do everything; others may name no files."""
 
     def __init__(self, settings: HttpSettings, host: str) -> None:
         self._known = [
-            *_digests(settings.api_key, Right.GENERATE),
-            *_digests(settings.admin_key, Right.NAME_FILES),
+            *_digests(settings.api_key, Permission.GENERATE),
+            *_digests(settings.admin_key, Permission.NAME_FILES),
         ]
-        self._without = None
+        self._without_key = None
         if not settings.has_keys:
-            self._without = Right.NAME_FILES if is_loopback(host) else Right.MANAGE
+            self._without_key = Permission.NAME_FILES if is_loopback(host) else Permission.MANAGE
 
-    def right(self, authorization: bytes) -> Right | None:
-        """What the value of an Authorization header entitles to; None: to nothing."""
-        if self._without:
-            return self._without
+    def permission(self, authorization: bytes) -> Permission | None:
+        """What the value of an Authorization header grants; None: nothing."""
+        if self._without_key:
+            return self._without_key
         is_bearer = authorization[: len(SCHEME)].lower() == SCHEME
         given = hashlib.sha256(authorization[len(SCHEME) :].strip()).digest()
-        matches = [right for digest, right in self._known if hmac.compare_digest(digest, given)]
+        matches = [permission for digest, permission in self._known if hmac.compare_digest(digest, given)]
         return max(matches) if matches and is_bearer else None
 
 
 class Forbidden(Exception):
     """The client may not do this."""
 
-    def __init__(self, right: Right) -> None:
-        what = "name files of the server's machine" if right is Right.NAME_FILES else "do this"
+    def __init__(self, permission: Permission) -> None:
+        what = "name files of the server's machine" if permission is Permission.NAME_FILES else "do this"
         super().__init__(f"You may not {what} here without an admin key (see --admin-key).")
 
 
-def demand(request: Request, right: Right) -> None:
-    """Let a request that the gate let in go on if it has this right. Raises Forbidden."""
-    if request.state.right < right:
-        raise Forbidden(right)
+def require(request: Request, permission: Permission) -> None:
+    """Require a permission of an authenticated request. Raises Forbidden."""
+    if request.state.permission < permission:
+        raise Forbidden(permission)
 
 
-def _digests(keys: Iterable[str], right: Right) -> list[tuple[bytes, Right]]:
-    return [(hashlib.sha256(key.encode()).digest(), right) for key in keys]
+def _digests(keys: Iterable[str], permission: Permission) -> list[tuple[bytes, Permission]]:
+    return [(hashlib.sha256(key.encode()).digest(), permission) for key in keys]

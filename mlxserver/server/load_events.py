@@ -1,7 +1,7 @@
-"""A load that is told as it goes, as server-sent events.
+"""Response to a streamed load: its progress as server-sent events.
 
 Rule 1: what fails before the first step has its status; what fails later is the last event.
-Rule 2: a client that leaves does not end the load.
+Rule 2: a disconnect of the client does not end the load.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from mlxserver.api import sse
+from mlxserver.api.endpoints import encode_failure
+from mlxserver.api.native.load import load_progress, loaded
 from mlxserver.engine.errors import EngineError
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.states import LoadProgress
-from mlxserver.server import translation
-from mlxserver.server.errors import error_body
+from mlxserver.server.errors import failure_of
+from mlxserver.server.model_status import model_status, progress
+from mlxserver.server.streaming import body_part
 
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-LEAST_INTERVAL = 0.1  # seconds between two events of one stage
+MIN_INTERVAL = 0.1  # seconds between two events
 
 
-class LoadStream:
-    """The response to a load that streams. `load` starts it, given what hears of its steps."""
+class LoadResponse:
+    """The response to one load. `load` runs it and calls its argument at every step."""
 
     def __init__(self, load: Callable[[Callable[[LoadProgress], None]], Awaitable[ModelInstance]]) -> None:
         self._load = load
@@ -32,7 +35,7 @@ class LoadStream:
         self._stepped = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Tell the steps, then how it ended."""
+        """Send the steps, then the outcome."""
         loading = asyncio.ensure_future(self._load(self._note))
         loading.add_done_callback(lambda _: self._stepped.set())
         await self._stepped.wait()
@@ -42,19 +45,19 @@ class LoadStream:
         while not loading.done():
             self._stepped.clear()
             if self._latest:
-                await send(_event({"event": "progress", **translation.progress(self._latest)}))
+                await send(body_part(_event(load_progress(progress(self._latest)))))
             await self._stepped.wait()
-            await asyncio.wait({loading}, timeout=LEAST_INTERVAL)
+            await asyncio.wait({loading}, timeout=MIN_INTERVAL)
         try:
-            last = translation.loaded(await loading)
+            last = _event(loaded(model_status(await loading)))
         except EngineError as error:
-            last = error_body(error)[1]
-        await send({**_event(last), "more_body": False})
+            last = sse.encode(encode_failure(scope["path"], failure_of(error)[1]))
+        await send(body_part(last, is_last=True))
 
     def _note(self, step: LoadProgress) -> None:
         self._latest = step
         self._stepped.set()
 
 
-def _event(content: object) -> dict[str, object]:
-    return {"type": "http.response.body", "body": sse.encode(orjson.dumps(content)), "more_body": True}
+def _event(content: object) -> bytes:
+    return sse.encode(orjson.dumps(content))

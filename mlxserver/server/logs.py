@@ -1,4 +1,4 @@
-"""How events are logged: a line for people, or a JSON object a line.
+"""Formatters of the log: a line of text, or a line of JSON, per event.
 
 An event is a name and fields: log.info("request", extra={"fields": {...}}).
 """
@@ -21,10 +21,10 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, and the traceback if there is one."""
         fields: dict[str, Any] = getattr(record, "fields", {})
-        said = " ".join(f"{name}={_value(value)}" for name, value in fields.items() if value is not None)
+        pairs = " ".join(f"{name}={_value(value)}" for name, value in fields.items() if value is not None)
         line = super().format(record)
         first, newline, rest = line.partition("\n")
-        return f"{first} {said}{newline}{rest}" if said else line
+        return f"{first} {pairs}{newline}{rest}" if pairs else line
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,14 +49,14 @@ def configure(level: str, format: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter(FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of what any client may send, line by line
-    for library in ("huggingface_hub", "transformers"):  # they bring a handler of their own
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of what any client may send
+    for library in ("huggingface_hub", "transformers"):  # they install a handler of their own
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True
 
 
 def _value(value: object) -> str:
-    """A field as it is told: quoted where it has spaces, escaped where a terminal would take it for a command."""
+    """A field's value: quoted where it has spaces, escaped where it holds control characters of a terminal."""
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     if not text.isprintable():
         return json.dumps(text)

@@ -1,6 +1,6 @@
-"""The figures of all models in Prometheus' text format.
+"""Metrics of all models in Prometheus' text format.
 
-Rule: names and labels are an interface, which dashboards hold on to: they stay as they are.
+Rule: names and labels are an interface, which dashboards depend on: they stay as they are.
 """
 
 from __future__ import annotations
@@ -21,44 +21,47 @@ EXPOSITION_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "mlx_server_"
 
 HISTOGRAMS: Mapping[str, tuple[str, Callable[[ModelMetrics], Histogram]]] = {
-    "time_to_first_token_seconds": ("From the request's arrival at the engine to its first token.", lambda m: m.ttft),
-    "inter_token_seconds": ("Between two steps of one answer.", lambda m: m.inter_token),
-    "queue_seconds": ("From the arrival at the engine to a place in the batch.", lambda m: m.queue),
-    "load_seconds": ("Of loads that succeeded.", lambda m: m.load),
-    "batch_rows": ("Rows that were decoded together, counted at every step.", lambda m: m.batch_size),
+    "time_to_first_token_seconds": (
+        "Time from a request's arrival at the engine to its first token.",
+        lambda m: m.ttft,
+    ),
+    "inter_token_seconds": ("Time between two decode steps of one request.", lambda m: m.inter_token),
+    "queue_seconds": ("Time from a request's arrival at the engine to its slot.", lambda m: m.queue),
+    "load_seconds": ("Duration of loads that succeeded.", lambda m: m.load),
+    "batch_rows": ("Sequences decoded together, observed at every step.", lambda m: m.batch_size),
 }
 TOTALS: Mapping[str, tuple[str, Callable[[ModelMetrics], int]]] = {
-    "prompt_tokens": ("Tokens of prompts, cached ones included.", lambda m: m.prompt_tokens),
-    "cached_tokens": ("Tokens of prompts that the prefix cache had.", lambda m: m.cached_tokens),
+    "prompt_tokens": ("Prompt tokens, cached ones included.", lambda m: m.prompt_tokens),
+    "cached_tokens": ("Prompt tokens found in the prefix cache.", lambda m: m.cached_tokens),
     "completion_tokens": ("Tokens generated, reasoning included.", lambda m: m.completion_tokens),
     "reasoning_tokens": ("Tokens of reasoning.", lambda m: m.reasoning_tokens),
 }
 KINDS: Mapping[str, tuple[str, str, Callable[[ModelMetrics], Mapping[str, int]]]] = {
-    "requests": ("outcome", "RequestQueue that have ended.", lambda m: m.requests),
+    "requests": ("outcome", "Requests that have ended.", lambda m: m.requests),
     "loads": ("outcome", "Loads that have ended.", lambda m: m.loads),
-    "unloads": ("reason", "Models that left, by what made them.", lambda m: m.unloads),
-    "faults": ("kind", "Faults in the engine, by what they met.", lambda m: m.faults),
+    "unloads": ("reason", "Unloads, by their reason.", lambda m: m.unloads),
+    "faults": ("kind", "Faults in the engine, by their kind.", lambda m: m.faults),
 }
 GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
-    "running_requests": ("RequestQueue with a place in the batch.", lambda i: i.running),
-    "waiting_requests": ("RequestQueue that wait for a place, or for the model.", lambda i: i.waiting),
-    "weights_bytes": ("Weights in memory.", lambda i: i.facts.weight_bytes if i.facts else 0),
+    "running_requests": ("Requests that have a slot.", lambda i: i.running),
+    "waiting_requests": ("Requests that wait for a slot, or for the model.", lambda i: i.waiting),
+    "weights_bytes": ("Memory of the weights.", lambda i: i.facts.weight_bytes if i.facts else 0),
     "reserved_bytes": ("Memory that the model may take.", lambda i: i.reserved_bytes),
-    "estimated_bytes": ("What the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
+    "estimated_bytes": ("Memory that the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
     "failed": ("Whether the model's last load failed, or its engine ended.", lambda i: int(i.status == "failed")),
-    "wedged": ("Whether the engine is stuck in a step.", lambda i: int(i.is_stalled)),
-    "loaded": ("Whether the model can answer at once.", lambda i: int(i.state is ModelState.READY)),
+    "wedged": ("Whether the engine is stalled in a step.", lambda i: int(i.is_stalled)),
+    "loaded": ("Whether the model is loaded.", lambda i: int(i.state is ModelState.READY)),
 }
 
 
 class Collector:
-    """All figures, put together when they are asked for."""
+    """Collector of all metrics, built at each scrape."""
 
     def __init__(self, manager: ModelManager) -> None:
         self._manager = manager
 
     def collect(self) -> Iterator[Metric]:
-        """Every family of figures."""
+        """Every metric family."""
         models = self._manager.metrics
         for name, (meaning, histogram) in HISTOGRAMS.items():
             yield _histograms(PREFIX + name, meaning, {m.key: histogram(m) for m in models})
@@ -84,18 +87,20 @@ class Collector:
     def _memory(self) -> Iterator[Metric]:
         memory = self._manager.memory
         yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", memory.budget)
-        yield GaugeMetricFamily(PREFIX + "memory_reserved_bytes", "Memory that is promised to models.", memory.reserved)
-        unaccounted = "Memory of live arrays beyond what is promised to models."
+        yield GaugeMetricFamily(
+            PREFIX + "memory_reserved_bytes", "Memory that is reserved for models.", memory.reserved
+        )
+        unaccounted = "Memory of live arrays beyond what is reserved for models."
         yield GaugeMetricFamily(PREFIX + "memory_unaccounted_bytes", unaccounted, memory.unaccounted)
         yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())
         yield GaugeMetricFamily(PREFIX + "process_bytes", "Resident memory of the process.", device.process_bytes())
 
     def _ranks(self) -> Iterator[Metric]:
-        """How the ranks are that share models; nothing of a server that is alone."""
+        """State of the ranks that share models; none of a single process."""
         reports = self._manager.ranks()
         figures: dict[str, tuple[str, Callable[[RankReport], float]]] = {
-            "rank_up": ("Whether a rank is there.", lambda rank: rank.error is None),
-            "rank_silent_seconds": ("Time since a rank was heard.", lambda rank: rank.silent_seconds),
+            "rank_up": ("Whether a rank is up.", lambda rank: rank.error is None),
+            "rank_silent_seconds": ("Time since a rank's last message.", lambda rank: rank.silent_seconds),
             "rank_memory_active_bytes": ("Memory of live arrays on a rank.", lambda rank: rank.memory_bytes),
         }
         for name, (meaning, value) in figures.items() if reports else ():
@@ -106,7 +111,7 @@ class Collector:
 
 
 def exposition(manager: ModelManager) -> bytes:
-    """Everything, as Prometheus reads it."""
+    """All metrics in the text format."""
     registry = CollectorRegistry()
     registry.register(Collector(manager))
     return generate_latest(registry)

@@ -1,7 +1,7 @@
-"""One line in the log for each request, and the id that it is known by.
+"""Request log: one line per request, and the id that it is known by.
 
-Rule 1: the id comes from the client (X-Request-Id) or is made here; it goes back in the answer's header.
-Rule 2: the line is written when the answer has ended, however it ended.
+Rule 1: the id comes from the client (X-Request-Id) or is made here; the response has it in a header.
+Rule 2: the line is written when the response has ended, however it ended.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mlxserver.engine.worker.generation import Generation
 log = logging.getLogger("requests")
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-SHOWN_PATH = 200  # characters
-QUIET = {"/health", "/health/ready", "/metrics"}  # asked all the time; logged at the level debug
+MAX_PATH = 200  # characters of a path in the log
+QUIET_PATHS = {"/health", "/health/ready", "/metrics"}  # polled; logged at the level debug
 
 
 @dataclass(slots=True)
-class Story:
-    """What there is to tell of one request. Times in seconds, by time.monotonic()."""
+class RequestRecord:
+    """Record of one request. Times in seconds, by time.monotonic()."""
 
     id: str
     method: str
@@ -39,8 +39,8 @@ class Story:
     generations: list[Generation] = field(default_factory=list)
 
     def fields(self) -> Iterator[tuple[str, Any]]:
-        """What the line says."""
-        yield from (("id", self.id), ("method", self.method), ("path", self.path[:SHOWN_PATH]), ("status", self.status))
+        """Fields of the log line."""
+        yield from (("id", self.id), ("method", self.method), ("path", self.path[:MAX_PATH]), ("status", self.status))
         yield "seconds", round(time.monotonic() - self.started, 4)
         if not self.generations:
             return
@@ -54,40 +54,46 @@ class Story:
             yield "ttft_seconds", round(max(usage.timings.queue + usage.timings.prompt for usage in usages), 4)
 
 
-_current: ContextVar[Story | None] = ContextVar("story", default=None)
+_current: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
 
 
 def note_generation(model: str, generation: Generation) -> None:
-    """Tell which model answers the current request, and with what."""
-    if story := _current.get():
-        story.model = model
-        story.generations.append(generation)
+    """Add a generation, and the model that runs it, to the record of the current request."""
+    if record := _current.get():
+        record.model = model
+        record.generations.append(generation)
 
 
-class Access:
-    """An ASGI application around another one."""
+def has_response() -> bool:
+    """Whether the head of the response to the current request has been sent."""
+    record = _current.get()
+    return record is not None and record.status is not None
+
+
+class RequestLog:
+    """ASGI middleware that writes the log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and write its line."""
+        """Pass the request on, then write its line."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        story = Story(_request_id(scope), scope["method"], scope["path"])
-        _current.set(story)
+        record = RequestRecord(_request_id(scope), scope["method"], scope["path"])
+        _current.set(record)
 
-        async def noting(message: Message) -> None:
+        async def note_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                story.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", story.id.encode())]}
+                record.status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", record.id.encode())]}
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, note_and_send)
         finally:
-            level = logging.DEBUG if story.path in QUIET else logging.INFO
-            log.log(level, "request", extra={"fields": dict(story.fields())})
+            level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
+            log.log(level, "request", extra={"fields": dict(record.fields())})
         return None
 
 

@@ -1,9 +1,10 @@
-"""The response that asks the model, and streams or collects what it says.
+"""Response to a request that generates: runs a call on its model, and streams or collects the events.
 
-Rule 1: an answer owns its generations. However the answer ends, they are closed.
-Rule 2: no header leaves before the engine has accepted all of the request, so that an error still has its status;
-        except in a stream that waits for its model, which is told how the load goes.
-Rule 3: a client that leaves cancels its answer at any point: while the model loads, in the queue, or between tokens.
+Rule 1: a response owns its generations. However it ends, they are closed.
+Rule 2: no header leaves before the engine has accepted all requests of the call, so that an error still has its status;
+        except in a stream that waits for its model, which gets heartbeats with the load's progress.
+Rule 3: a disconnect of the client cancels the response at any point: while the model loads, in the queue, or between
+        tokens.
 """
 
 from __future__ import annotations
@@ -12,153 +13,138 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 
-import orjson
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from mlxserver.api import sse
+from mlxserver.api.dialect import Call
 from mlxserver.engine.errors import EngineError
-from mlxserver.engine.events import Accepted, Event, Usage
-from mlxserver.engine.requests import GenerationRequest
+from mlxserver.engine.events import Accepted, Event, Timings, Usage
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.states import LoadProgress
-from mlxserver.server import translation
-from mlxserver.server.errors import error_body, json_response
-from mlxserver.server.forms import Form
+from mlxserver.server.errors import failure_of
+from mlxserver.server.model_status import progress
 from mlxserver.server.request_log import note_generation
 
-TELLING_INTERVAL = 1.0  # seconds between two words on how far a load is
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats while the model loads
 
 
-class Answer:
-    """The response to a request that generates; one generation a prompt. keep_alive: seconds that the model stays.
+class GenerationResponse:
+    """The response to one call. max_unread: events of a stream that may wait for a slow reader."""
 
-    most_unread: events of a stream that may wait for its reader.
-    """
-
-    def __init__(
-        self,
-        instance: ModelInstance,
-        requests: Sequence[GenerationRequest],
-        form: Form,
-        *,
-        streams: bool,
-        keep_alive: float | None,
-        headers: Mapping[str, str],
-        most_unread: int,
-    ) -> None:
+    def __init__(self, instance: ModelInstance, call: Call, headers: Mapping[str, str], *, max_unread: int) -> None:
         self._instance = instance
-        self._requests = requests
-        self._form = form
-        self._streams = streams
-        self._keep_alive = keep_alive
+        self._call = call
+        self._encoder = call.encoder
         self._headers = headers
-        self._most_unread = most_unread
+        self._max_unread = max_unread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless the client leaves first."""
-        answer = asyncio.create_task(self._answer(scope, receive, send))
-        departure = asyncio.create_task(wait_for_departure(receive))
+        """Respond, unless the client disconnects first."""
+        response = asyncio.create_task(self._respond(scope, receive, send))
+        disconnect = asyncio.create_task(wait_for_disconnect(receive))
         try:
-            await asyncio.wait({answer, departure}, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                await answer
+            await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if response.done():
+                await response
         finally:
-            departure.cancel()
-            answer.cancel()
-            await asyncio.gather(answer, departure, return_exceptions=True)
+            disconnect.cancel()
+            response.cancel()
+            await asyncio.gather(response, disconnect, return_exceptions=True)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as stack:
-            opening = asyncio.create_task(self._open(stack))
-            stack.callback(opening.cancel)
-            is_begun = self._streams and await self._tell_loading(opening, send)
+            submission = asyncio.create_task(self._submit(stack))
+            stack.callback(submission.cancel)
+            is_started = self._call.streams and await self._send_heartbeats(submission, send)
             try:
-                generations, prompt_tokens = await opening
+                generations, prompt_tokens = await submission
             except EngineError as error:
-                if not is_begun:
+                if not is_started:
                     raise
-                await send(piece(sse.encode(orjson.dumps(error_body(error)[1])), is_last=True))
+                await send(body_part(self._encoder.failed(failure_of(error)[1]), is_last=True))
                 return
-            if self._streams:
-                if not is_begun:
-                    await self._begin(send)
+            if self._call.streams:
+                if not is_started:
+                    await self._send_headers(send)
                 await self._stream(generations, prompt_tokens, send)
             else:
-                content = await self._whole(generations)
-                await json_response(content, headers=self._headers)(scope, receive, send)
+                body = await self._collect(generations)
+                await Response(body, headers=self._headers, media_type="application/json")(scope, receive, send)
 
-    async def _open(self, stack: ExitStack) -> tuple[list[Generation], int]:
-        """The generations, once the engine has accepted all of them, and the tokens of their prompts."""
+    async def _submit(self, stack: ExitStack) -> tuple[list[Generation], int]:
+        """The generations, once the engine has accepted all of them, and the number of their prompts' tokens."""
+        for lookup in self._call.lookups:
+            lookup.receive(await self._instance.ask(lookup.question))
         generations = []
-        for request in self._requests:
-            generations.append(await self._instance.generate(request, self._keep_alive))
+        for request in self._call.requests:
+            generations.append(await self._instance.generate(request, self._call.idle_timeout))
             note_generation(self._instance.key, generations[-1])
-            if self._streams:
-                generations[-1].most_unread = self._most_unread
+            if self._call.streams:
+                generations[-1].most_unread = self._max_unread
             stack.callback(generations[-1].close)
         return generations, sum([(await generation.accepted()).prompt_tokens for generation in generations])
 
-    async def _tell_loading(self, opening: asyncio.Task[object], send: Send) -> bool:
-        """Tell a client who waits for its model how far the load is, as comments. Whether the stream has begun by that:
-        only after a while, so that what fails at once still has its status.
+    async def _send_heartbeats(self, submission: asyncio.Task[object], send: Send) -> bool:
+        """Send heartbeats while the model loads. Whether that started the stream: only after an interval, so that a
+        call that fails at once still has its status.
         """
-        told: LoadProgress | None = None
-        while not (await asyncio.wait({opening}, timeout=TELLING_INTERVAL))[0]:
+        is_started = False
+        while not (await asyncio.wait({submission}, timeout=HEARTBEAT_INTERVAL))[0]:
             if self._instance.status == "loaded":
                 continue
-            if told is None:
-                await self._begin(send)
-            told = self._instance.load_progress
-            await send(piece(sse.comment("loading " + orjson.dumps(translation.progress(told)).decode())))
-        return told is not None
+            if not is_started:
+                await self._send_headers(send)
+                is_started = True
+            await send(body_part(self._encoder.heartbeat(progress(self._instance.load_progress))))
+        return is_started
 
-    async def _begin(self, send: Send) -> None:
-        headers = [(name.encode(), value.encode()) for name, value in {**STREAM_HEADERS, **self._headers}.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _send_headers(self, send: Send) -> None:
+        headers = {"content-type": self._encoder.content_type, "cache-control": "no-cache", **self._headers}
+        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": encoded})
 
     async def _stream(self, generations: Sequence[Generation], prompt_tokens: int, send: Send) -> None:
-        pending = self._form.opening(prompt_tokens)
+        encoder = self._encoder
+        pending = encoder.start(prompt_tokens)
         usages: list[Usage] = []
         try:
-            async with aclosing(arrivals(generations)) as arriving:
-                async for first_choice, events in arriving:
+            async with aclosing(merged_events(generations)) as batches:
+                async for first_choice, events in batches:
                     for event in events:
                         if isinstance(event, Usage):
                             usages.append(event)
                         elif not isinstance(event, Accepted):
-                            pending += self._form.chunk(event, first_choice + event.index)
+                            pending += encoder.event(event, first_choice + event.index)
                     if pending:
-                        await send(piece(pending))
+                        await send(body_part(pending))
                         pending = b""
-            pending += self._form.closing(translation.total(usages)) + sse.DONE
+            pending += encoder.end(total(usages))
         except EngineError as error:
-            pending += sse.encode(orjson.dumps(error_body(error)[1]))
-        await send(piece(pending, is_last=True))
+            pending += encoder.failed(failure_of(error)[1])
+        await send(body_part(pending, is_last=True))
 
-    async def _whole(self, generations: Sequence[Generation]) -> object:
+    async def _collect(self, generations: Sequence[Generation]) -> bytes:
         choices: list[list[Event]] = [[] for generation in generations for _ in range(generation.request.n)]
         usages: list[Usage] = []
-        async with aclosing(arrivals(generations)) as arriving:
-            async for first_choice, events in arriving:
+        async with aclosing(merged_events(generations)) as batches:
+            async for first_choice, events in batches:
                 for event in events:
                     if isinstance(event, Usage):
                         usages.append(event)
                     elif not isinstance(event, Accepted):
                         choices[first_choice + event.index].append(event)
-        return self._form.whole(choices, translation.total(usages))
+        return self._encoder.complete(choices, total(usages))
 
 
-def piece(body: bytes, is_last: bool = False) -> Message:
-    """A part of a body, as ASGI wants it."""
+def body_part(body: bytes, is_last: bool = False) -> Message:
+    """ASGI message with a part of a body."""
     return {"type": "http.response.body", "body": body, "more_body": not is_last}
 
 
-async def arrivals(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, list[Event]], None]:
-    """The events of all, as they come, each lot with the number of its generation's first choice. Raises EngineError.
+async def merged_events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, list[Event]], None]:
+    """The events of all generations as they arrive, in batches, each with the number of its generation's first choice.
 
-    Close it when reading ends early.
+    Close it when reading ends early. Raises EngineError.
     """
     if len(generations) == 1:
         while events := await generations[0].events():
@@ -179,7 +165,21 @@ async def arrivals(generations: Sequence[Generation]) -> AsyncGenerator[tuple[in
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def wait_for_departure(receive: Receive) -> None:
-    """Return when the client has left."""
+def total(usages: Sequence[Usage]) -> Usage:
+    """Usage of a whole call: its generations ran side by side, so counts are added up and times are the longest."""
+    if len(usages) == 1:
+        return usages[0]
+    times = [usage.timings for usage in usages]
+    return Usage(
+        sum(usage.prompt_tokens for usage in usages),
+        sum(usage.completion_tokens for usage in usages),
+        sum(usage.reasoning_tokens for usage in usages),
+        sum(usage.cached_tokens for usage in usages),
+        Timings(max(t.queue for t in times), max(t.prompt for t in times), max(t.generation for t in times)),
+    )
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxserver.api.openai.chat import ChatCompletionRequest
 from mlxserver.api.schema.limits import Limits
-from mlxserver.api.schemas import ChatCompletionRequest, ValidationFailed, parse
+from mlxserver.api.schema.parameters import ValidationFailed, parse
 from mlxserver.config.errors import ABBREVIATED_LENGTH
 from mlxserver.engine.errors import ModelNotFound, ReaderTooSlow, SourceInvalid
 from mlxserver.engine.events import Accepted, Delta
@@ -21,7 +22,7 @@ HELLO = [{"role": "user", "content": "hi"}]
 
 def refused(document, limits=SMALL):
     with pytest.raises(ValidationFailed) as caught:
-        parse(ChatCompletionRequest, json.dumps({"model": "m", "messages": HELLO, **document}).encode(), None, limits)
+        parse(ChatCompletionRequest, json.dumps({"model": "m", "messages": HELLO, **document}).encode(), limits)
     return caught.value
 
 
@@ -47,7 +48,7 @@ def test_too_much_is_refused_with_what_was_found_and_the_limit(document, param, 
 def test_as_much_as_allowed_is_taken():
     messages = [{"role": "user", "content": "0123456789"}, {"role": "assistant", "content": "x"}]
     document = {"model": "m", "messages": messages, "stop": ["a", "b"], "logit_bias": {"1": 1, "2": 1}, "n": 2}
-    assert parse(ChatCompletionRequest, json.dumps(document).encode(), None, SMALL).n == 2
+    assert parse(ChatCompletionRequest, json.dumps(document).encode(), SMALL).n == 2
 
 
 def nesting(value):
@@ -72,16 +73,16 @@ def test_depth_is_counted_whatever_it_is_made_of(depth):
 @pytest.mark.parametrize("piece", ["[],", "{},", '"a",', "7,", "[[],"])
 def test_a_body_of_too_many_values_is_refused_before_it_is_read(piece):
     with pytest.raises(ValidationFailed, match="commas and opening brackets. Expected at most 500000"):
-        parse(ChatCompletionRequest, b'{"model": "m", "messages": [' + piece.encode() * 500_000, None, Limits())
+        parse(ChatCompletionRequest, b'{"model": "m", "messages": [' + piece.encode() * 500_000, Limits())
 
 
 def test_a_document_at_the_bound_of_the_reader_is_refused_too():
     for body in (b"[" * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900):
         with pytest.raises(ValidationFailed):
-            parse(ChatCompletionRequest, body, None, Limits())
+            parse(ChatCompletionRequest, body, Limits())
 
 
-def test_a_stream_that_nobody_reads_ends_and_gives_its_place_up():
+def test_a_stream_that_is_not_read_ends_and_frees_its_slot():
     cancelled = []
     generation = Generation(request(), cancelled.append)
     generation.most_unread = 3

@@ -11,17 +11,13 @@ from hypothesis import strategies as st
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from mlxserver.api.native.apply_template import ApplyTemplateRequest
+from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
+from mlxserver.api.openai.chat import ChatCompletionRequest
+from mlxserver.api.openai.completions import CompletionRequest
 from mlxserver.api.openai.field_names import wire_param
-from mlxserver.api.schemas import (
-    ApplyTemplateRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    ValidationFailed,
-    json_schema,
-    parse,
-)
+from mlxserver.api.schema.limits import Limits
+from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 from mlxserver.engine.conversation import Message, Text, Tool
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -99,26 +95,26 @@ def test_every_parameter_of_the_sdk_is_declared_or_refused(params, schema, value
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
-def test_what_has_no_effect_says_so(name):
+def test_what_has_no_effect_is_described_as_such(name):
     for schema in (ChatCompletionRequest, CompletionRequest):
         assert "without effect" in schema.__fields__[name].description
 
 
 @pytest.mark.parametrize("name", ["audio", "functions", "function_call", "prediction"])
-def test_what_is_refused_may_be_null_and_says_what_to_do(name):
+def test_what_is_refused_may_be_null_and_the_error_has_a_remedy(name):
     assert chat(**{name: None}).messages == chat().messages
     with pytest.raises(ValidationFailed, match=f"'{name}' is not supported. .+"):
         chat(**{name: "x"})
     assert json_schema(ChatCompletionRequest)["properties"][name]["type"] == "null"
 
 
-def test_unknown_parameters_are_noted_where_the_caller_wants_that():
-    ignored = []
+def test_unknown_parameters_are_ignored_and_noted_where_the_limits_have_that():
     body = orjson.dumps(MINIMAL[ChatCompletionRequest] | {"foo": 1, "audio": {}, "prediction": None, "temperature": 1})
-    assert parse(ChatCompletionRequest, body, ignored).temperature == 1.0
-    assert ignored == ["foo", "audio"]
+    request = parse(ChatCompletionRequest, body, Limits(ignores_unknown=True))
+    assert (request.temperature, request.ignored) == (1.0, ("foo", "audio"))
+    assert chat().ignored == ()
     with pytest.raises(ValidationFailed):
-        parse(ChatCompletionRequest, orjson.dumps({"model": "m", "foo": 1}), [])
+        parse(ChatCompletionRequest, orjson.dumps({"model": "m", "foo": 1}), Limits(ignores_unknown=True))
 
 
 # Chat
@@ -321,5 +317,5 @@ def test_any_value_is_taken_by_the_published_schema_or_refused(field, value):
     except ValidationFailed as error:
         assert error.message
         return
-    body = {given_: said for given_, said in (MINIMAL[schema] | {name: value}).items() if said is not None}
+    body = {given_: sent for given_, sent in (MINIMAL[schema] | {name: value}).items() if sent is not None}
     jsonschema.validate(body, json_schema(schema), jsonschema.Draft202012Validator)

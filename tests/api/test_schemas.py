@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxserver.api.schemas import (
-    ChatCompletionRequest,
-    LoadRequest,
-    UnloadRequest,
-    ValidationFailed,
-    derive_key,
-    json_schema,
-    parse,
-)
+from mlxserver.api.native.load import LoadRequest, derive_key
+from mlxserver.api.native.unload import UnloadRequest
+from mlxserver.api.openai.chat import ChatCompletionRequest
+from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.conversation import Message, Reasoning, Text, ToolCall, ToolResult
 
@@ -342,7 +337,7 @@ def test_the_published_schema_is_one(schema):
     assert all(described["description"] for described in published["properties"].values())
 
 
-def test_the_published_schema_says_bounds_and_defaults():
+def test_the_published_schema_has_bounds_and_defaults():
     properties = json_schema(ChatCompletionRequest)["properties"]
     assert properties["top_p"] == {
         "description": "Keep the likeliest tokens up to this probability.",
@@ -358,7 +353,7 @@ def test_a_load_needs_only_a_source():
     )  # fmt: skip
 
 
-def test_a_load_says_all():
+def test_a_load_request_has_every_field():
     body = {"model": "x.gguf", "key": "a/b:c", "type": "thinking", "adapter": "d", "context_length": 512}
     request = parse(LoadRequest, orjson.dumps(body))
     assert {name: getattr(request, name) for name in body} == body

@@ -20,7 +20,7 @@ def decode(*chunks):
 
 
 def reference(stream):
-    """What the standard says of a whole stream, said plainly."""
+    """The payloads of a whole stream, by the letter of the standard."""
     lines = stream.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode().split("\n")
     events, pending = [], []
     for line in lines[:-1]:
@@ -34,7 +34,7 @@ def reference(stream):
 
 
 @given(STREAMS, st.data())
-def test_any_cut_gives_what_the_standard_says(stream, data):
+def test_any_cut_gives_the_payloads_of_the_standard(stream, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
     chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     assert decode(*chunks) == reference(stream)
@@ -61,16 +61,16 @@ def test_a_comment_is_no_event(text):
 
 
 @given(STREAMS, st.data())
-def test_any_cut_tells_the_same_comments(stream, data):
+def test_any_cut_gives_the_same_comments(stream, data):
     cut = data.draw(st.integers(0, len(stream)))
-    told = []
-    decoder = SSEDecoder(told.append)
+    comments = []
+    decoder = SSEDecoder(comments.append)
     assert [*decoder.feed(stream[:cut]), *decoder.feed(stream[cut:])] == reference(stream)
     lines = stream.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode().split("\n")
-    assert told == [line[1:].removeprefix(" ") for line in lines[:-1] if line.startswith(":")]
+    assert comments == [line[1:].removeprefix(" ") for line in lines[:-1] if line.startswith(":")]
 
 
-def test_an_event_is_told_with_its_last_byte():
+def test_an_event_is_complete_with_its_last_byte():
     assert decode(b"data: x\r\n\r") == ["x"]
 
 

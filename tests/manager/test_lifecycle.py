@@ -11,7 +11,7 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, ModelNotFound, ModelUnloading
 from mlxserver.manager.states import ModelState
 from mlxserver.manager.watchdog import check
-from mlxserver.server.health import life
+from mlxserver.server.health import liveness
 from tests.support.managed import ONE, answered, managed, specs, states
 from tests.support.scripted_engine import Death, Panic, ended, read, request, until, within_deadline
 
@@ -154,7 +154,7 @@ async def test_a_model_that_is_stalled_while_it_is_unloaded_still_shows():
         await until(lambda: instance.is_stalled)
         forgetting = asyncio.create_task(manager.forget("a", "abort"))
         await until(lambda: check(manager.all_instances, set()) == {instance})
-        assert life(manager, "1", is_told_all=False)["status"] == "degraded"
+        assert liveness(manager, "1", shows_models=False)["status"] == "degraded"
         factory.batch.gate.set()
         await forgetting
 

@@ -18,7 +18,7 @@ from mlxserver.engine.errors import (
     ModelUnloading,
 )
 from mlxserver.manager.reload import Reload
-from mlxserver.server.handlers import unless_stalled
+from mlxserver.server.models import unless_stalled
 from tests.support.managed import answered, managed, specs, status_is
 from tests.support.scripted_engine import request, until, within_deadline
 

@@ -39,7 +39,7 @@ def connected(server):
 
 
 def answer_on(connection):
-    """What the server says on a socket; None if it hangs up."""
+    """What the server sends on a socket; None if it hangs up."""
     response = http.client.HTTPResponse(connection)
     try:
         response.begin()
@@ -66,7 +66,7 @@ def assert_well(server):
         b"\x16\x03\x01\x02\x00",
     ],
 )
-def test_what_is_no_http_is_told_so_in_an_error_object(server, garbage):
+def test_what_is_no_http_gets_an_error_object(server, garbage):
     with connected(server) as connection:
         connection.sendall(garbage)
         answer = answer_on(connection)
@@ -87,7 +87,7 @@ def test_a_log_has_no_commands_for_terminals():
     assert TextFormatter("%(message)s").format(record) == r'request path="/\u001b[2J\u007f\u009b" model="a b" id=x'
 
 
-def test_head_and_options_tell_what_a_path_takes(server):
+def test_head_and_options_show_what_a_path_takes(server):
     head = server.ask("HEAD", "/health")
     assert (head.status, head.body) == (200, b"")
     options = server.ask("OPTIONS", "/v1/chat/completions")
@@ -140,7 +140,7 @@ def test_an_answer_does_not_wait_for_a_body_that_is_too_long(server):
         assert connection.recv(1) == b""  # and after a moment the server hangs up
 
 
-def test_connections_over_the_limit_are_told_so_and_the_others_are_served(server):
+def test_connections_over_the_limit_get_503_and_the_others_are_served(server):
     with ExitStack() as stack:
         stream = stack.enter_context(server.stream("talker", "forever"))
         stream.read(1)
@@ -212,7 +212,7 @@ def test_a_trailer_without_an_end_is_431(server):
     assert answer is None or answer.status == 431
 
 
-def test_some_hostile_requests_hurt_nobody(tiny_llama_path):
+def test_some_hostile_requests_hurt_no_other_client(tiny_llama_path):
     hasty = ("--header-timeout", "0.3", "--body-timeout", "0.3")
     with running_server(*FLAGS, *hasty, "--model", f"{MODEL}={tiny_llama_path}") as server:
         outcomes, sizes = asyncio.run(fuzz(server.port, 120))

@@ -1,4 +1,4 @@
-"""Faults of a real server process, as its clients see them; and what it says of its own state."""
+"""Faults of a real server process as its clients see them, and its health."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ from tools.harness.running_server import eventually, running_server
 from tools.harness.tiny_gguf import write_tiny_gguf
 
 
-def test_every_fault_of_the_engine_is_told_and_the_next_request_works(tmp_path):
+def test_every_fault_of_the_engine_is_reported_and_the_next_request_works(tmp_path):
     seen = {row.fault: (row.stream, row.plain, row.next) for row in faults.in_the_engine(tmp_path)}
     assert seen == {
         "a tokenizer that fails on a prompt": ("500; others: answered", "500", "answered"),
@@ -72,7 +72,7 @@ def test_a_download_that_was_cut_off_is_not_taken_for_a_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, scripted_path):
-    """A model that is there at the start, one that can't be, and one that nobody has asked for."""
+    """A model that is there at the start, one that can't be, and one without any request."""
     directory = tmp_path_factory.mktemp("health")
     (directory / "broken").mkdir()
     (directory / "broken" / "config.json").write_text('{"model_type": "llama"}')
@@ -84,7 +84,7 @@ def server(tmp_path_factory, scripted_path):
         yield server
 
 
-def test_health_tells_the_state_of_every_model(server):
+def test_health_shows_the_state_of_every_model(server):
     answer = server.get("/health")
     body = check(answer.json, "Health")
     assert (answer.status, body["status"]) == (200, "ok")
@@ -111,7 +111,7 @@ def test_readiness_can_be_asked_of_one_model(server):
     assert server.get("/health/ready?model=good").status == 200
     answer = server.get("/health/ready?model=idle")
     assert (answer.status, answer.json["models"]["idle"]["status"]) == (503, "unloaded")
-    assert server.get("/health/ready?model=nobody").status == 404
+    assert server.get("/health/ready?model=missing").status == 404
 
 
 def test_health_and_metrics_show_what_is_wrong(server):
@@ -120,7 +120,7 @@ def test_health_and_metrics_show_what_is_wrong(server):
     assert 'mlx_server_failed{model="good"} 0.0' in text
 
 
-def test_who_is_aborted_by_an_unload_gets_503(server):
+def test_a_request_aborted_by_an_unload_gets_503(server):
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(server.chat, "idle", "forever", max_tokens=4000)
         eventually(lambda: server.model("idle")["running_requests"])

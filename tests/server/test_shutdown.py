@@ -1,5 +1,7 @@
 """How a server ends: what runs finishes, what is new is refused, a second signal ends it at once."""
 
+import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +10,10 @@ import threading
 
 import pytest
 
+from mlxserver.server.request_log import RequestLog
+from mlxserver.server.uvicorn_server import Interruptible
 from tests.support.requests import send_plain
+from tests.support.scripted_engine import within_deadline
 from tools.harness.running_server import DEADLINE, ROOT, eventually, running_server, server_environment
 
 
@@ -38,7 +43,7 @@ def test_while_it_drains_new_requests_are_refused_and_running_ones_go_on(flags):
         assert server.process.wait(DEADLINE) == 0  # the last request has gone
 
 
-def test_what_does_not_finish_in_time_is_told_that_the_server_stops(flags):
+def test_what_does_not_finish_in_time_gets_the_error_that_the_server_stops(flags):
     with running_server(*flags, "--shutdown-timeout", "0.2") as server, server.stream("talker", "forever") as stream:
         stream.read(3)
         plain = send_plain(server, "talker", "forever")
@@ -54,6 +59,34 @@ def test_what_does_not_finish_in_time_is_told_that_the_server_stops(flags):
     assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "model_unloading")
     assert (answer.status, "unloaded" in body, bool(answer.headers["retry-after"])) == (503, True, True)
     assert (ended[0].status, ended[0].stderr) == (0, "")
+
+
+@pytest.mark.parametrize("has_headers", [False, True])
+@within_deadline
+async def test_a_request_that_is_cancelled_at_last_gets_503_unless_its_response_has_begun(has_headers, caplog):
+    sent, begun = [], asyncio.Event()
+
+    async def endless(scope, receive, send):
+        if has_headers:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/slow", "headers": []}
+    caplog.set_level("INFO", "requests")
+    serving = asyncio.create_task(RequestLog(Interruptible(endless))(scope, None, send))
+    await begun.wait()
+    serving.cancel()
+    await serving
+    status = 200 if has_headers else 503
+    assert [message["status"] for message in sent if message["type"] == "http.response.start"] == [status]
+    assert [record.fields["status"] for record in caplog.records] == [status]
+    assert [json.loads(m["body"])["error"]["code"] for m in sent if "body" in m] == (
+        [] if has_headers else ["stopping"]
+    )
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
@@ -77,15 +110,15 @@ def test_an_interruption_while_it_starts_has_no_traceback(module):
         text=True,
     )
     try:
-        said = ""
+        output = ""
         for line in process.stderr:
-            said += line
+            output += line
             if line.rstrip().endswith(f"| {module}") or f" {module}" in line.rsplit("|", 1)[-1]:
                 os.kill(process.pid, signal.SIGINT)
                 break
-        said += process.stderr.read()
+        output += process.stderr.read()
         assert process.wait(DEADLINE) == -signal.SIGINT
-        assert "Traceback" not in said
+        assert "Traceback" not in output
     finally:
         process.kill()
         process.stderr.close()

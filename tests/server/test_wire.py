@@ -40,7 +40,7 @@ def server(flags):
         yield server
 
 
-def said(server, text="hello", model="talker", **parameters):
+def completed(server, text="hello", model="talker", **parameters):
     answer = server.chat(model, text, **parameters)
     assert answer.status == 200, answer.body
     return check(answer.json, "ChatCompletion")
@@ -66,13 +66,15 @@ def refused(server, path="/v1/chat/completions", **body):
 
 
 def test_n_answers_come_from_one_prompt(server):
-    answer = said(server, "hello", "tiny", n=3, max_tokens=6, temperature=1, seed=1)
+    answer = completed(server, "hello", "tiny", n=3, max_tokens=6, temperature=1, seed=1)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     assert answer["usage"]["completion_tokens"] == 18
-    assert answer["usage"]["prompt_tokens"] == said(server, "hello", "tiny", max_tokens=1)["usage"]["prompt_tokens"]
+    assert (
+        answer["usage"]["prompt_tokens"] == completed(server, "hello", "tiny", max_tokens=1)["usage"]["prompt_tokens"]
+    )
 
 
-def test_n_choices_of_a_stream_are_told_apart(server):
+def test_n_choices_of_a_stream_are_kept_apart(server):
     with server.stream("talker", "hello", n=2, stream_options={"include_usage": True}) as stream:
         *payloads, last, _ = [check(p, "ChatCompletionChunk") if p != "[DONE]" else p for p in stream]
     for index in (0, 1):
@@ -116,25 +118,25 @@ def test_a_seed_repeats_and_no_seed_does_not(server):
 
 
 def test_ignoring_the_end_goes_on_to_the_limit(server):
-    answer = said(server, "hello", ignore_eos=True, max_tokens=20)
+    answer = completed(server, "hello", ignore_eos=True, max_tokens=20)
     assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (20, "length")
     assert "<|im_end|>" not in texts(answer)[0]
 
 
 def test_min_tokens_keeps_the_end_away(server):
-    answer = said(server, "hello", min_tokens=12, max_tokens=30)
+    answer = completed(server, "hello", min_tokens=12, max_tokens=30)
     assert answer["usage"]["completion_tokens"] >= 12
 
 
 def test_a_stop_string_is_found_across_tokens(server):
-    assert texts(said(server, "hello", stop=["re, a"])) == ["Hello the"]
+    assert texts(completed(server, "hello", stop=["re, a"])) == ["Hello the"]
 
 
 # Log-probabilities
 
 
 def test_logprobs_are_of_every_content_token(server):
-    answer = said(server, "hello", logprobs=True, top_logprobs=2)
+    answer = completed(server, "hello", logprobs=True, top_logprobs=2)
     content = answer["choices"][0]["logprobs"]["content"]
     assert "".join(bytes(token["bytes"]).decode() for token in content) == HELLO
     assert all(len(token["top_logprobs"]) == 2 and token["logprob"] <= 0 for token in content)
@@ -153,10 +155,10 @@ def test_logprobs_come_with_their_text_in_a_stream(server):
 # Reasoning
 
 
-def test_reasoning_goes_where_the_request_says(server):
-    apart = said(server, "think", "thinker", reasoning_format="reasoning")["choices"][0]["message"]
+def test_reasoning_goes_where_the_request_asks(server):
+    apart = completed(server, "think", "thinker", reasoning_format="reasoning")["choices"][0]["message"]
     assert (apart["reasoning"], apart["content"]) == ("Two and two are four.", "It is four.")
-    inline = said(server, "think", "thinker", reasoning_format="inline")["choices"][0]["message"]
+    inline = completed(server, "think", "thinker", reasoning_format="inline")["choices"][0]["message"]
     assert inline["content"] == "<think>\nTwo and two are four.\n</think>\n\nIt is four."
     assert inline.keys() == {"role", "content", "refusal"}
 
@@ -165,7 +167,7 @@ def test_reasoning_goes_where_the_request_says(server):
 
 
 def test_a_call_that_the_model_makes_is_a_tool_call(server):
-    choice = said(server, "tool", tools=[ADD])["choices"][0]
+    choice = completed(server, "tool", tools=[ADD])["choices"][0]
     (call,) = choice["message"]["tool_calls"]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
     assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("add", {"a": 1, "b": 2})
@@ -174,19 +176,19 @@ def test_a_call_that_the_model_makes_is_a_tool_call(server):
 def test_a_streamed_call_is_the_whole_one(server):
     with server.stream("talker", "tool", tools=[ADD]) as stream:
         deltas = [p["choices"][0]["delta"] for p in stream if p != "[DONE]"]
-    pieces = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
-    assert (pieces[0]["id"][:5], pieces[0]["function"]["name"]) == ("call_", "add")
-    assert json.loads("".join(piece["function"]["arguments"] for piece in pieces)) == {"a": 1, "b": 2}
+    deltas = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert (deltas[0]["id"][:5], deltas[0]["function"]["name"]) == ("call_", "add")
+    assert json.loads("".join(delta["function"]["arguments"] for delta in deltas)) == {"a": 1, "b": 2}
 
 
 def test_no_tools_are_called_where_none_may_be(server):
-    message = said(server, "tool", tools=[ADD], tool_choice="none")["choices"][0]["message"]
+    message = completed(server, "tool", tools=[ADD], tool_choice="none")["choices"][0]["message"]
     assert "tool_calls" not in message
 
 
 def test_a_forced_call_is_made_even_by_a_model_that_knows_no_tools(server):
     for choice in ("required", {"type": "function", "function": {"name": "add"}}):
-        answer = said(server, "hello", "tiny", tools=[ADD], tool_choice=choice, max_tokens=300, seed=1)
+        answer = completed(server, "hello", "tiny", tools=[ADD], tool_choice=choice, max_tokens=300, seed=1)
         if answer["choices"][0]["finish_reason"] == "tool_calls":
             (call, *_) = answer["choices"][0]["message"]["tool_calls"]
             assert call["function"]["name"] == "add"
@@ -216,11 +218,11 @@ def test_a_schema_is_enforced(server):
         "additionalProperties": False,
     }
     asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    (text,) = texts(said(server, "hello", "tiny", response_format=asked, max_tokens=60, seed=1))
+    (text,) = texts(completed(server, "hello", "tiny", response_format=asked, max_tokens=60, seed=1))
     assert set(json.loads(text)) == {"ok"}
 
 
-def test_a_schema_that_can_not_be_enforced_is_refused_and_says_why(server):
+def test_a_schema_that_can_not_be_enforced_is_refused_with_the_reason(server):
     schema = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
     assert refused(server, messages=[{"role": "user", "content": "x"}], response_format=asked) == "response_format"
@@ -269,10 +271,10 @@ def test_echo_gives_the_prompt_back(server):
 
 def test_bare_logprobs_have_the_older_shape(server):
     choice = complete(server, "The", max_tokens=4, logprobs=2, temperature=0)["choices"][0]
-    told = choice["logprobs"]
-    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["text_offset"]) == 4
-    assert all(2 <= len(top) <= 3 for top in told["top_logprobs"])
-    assert told["text_offset"][0] == 0
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 4
+    assert all(2 <= len(top) <= 3 for top in logprobs["top_logprobs"])
+    assert logprobs["text_offset"][0] == 0
 
 
 def test_several_prompts_stream_side_by_side(server):
@@ -327,7 +329,7 @@ def test_what_get_answers_is_of_its_published_shape(server):
     check(server.get("/v1/models").json, "ModelList")
     check(server.model("tiny"), "Model")
     check(server.get("/health").json, "Health")
-    check(server.chat("nobody", "x").json, "Error")
+    check(server.chat("missing", "x").json, "Error")
 
 
 # Settings

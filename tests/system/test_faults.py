@@ -26,7 +26,7 @@ from mlxserver.engine.worker.mailbox import Mailbox, Stop
 from mlxserver.engine.worker.thread_pool import ThreadPool
 from mlxserver.manager.timers import LONGEST_BACKOFF, Backoff
 from mlxserver.manager.watchdog import check
-from mlxserver.server.health import life, readiness
+from mlxserver.server.health import liveness, readiness
 from model_manager import ModelManager
 from tests.support.scripted_engine import DEADLINE, Death, Factory, Panic, ended, read, request, until, within_deadline
 
@@ -336,15 +336,15 @@ async def test_a_stalled_engine_shows_until_it_goes_on(caplog):
         await until(lambda: instance.is_stalled)
         assert "The engine of model 'm' has made no step for 0 s." in instance.failure_reason
         assert instance.status == "loaded"
-        assert life(manager, "1", is_told_all=True)["models"]["m"]["wedged"]
-        assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "degraded"}, 503)
+        assert liveness(manager, "1", shows_models=True)["models"]["m"]["wedged"]
+        assert (liveness(manager, "1", shows_models=False), readiness(manager, "m")[0]) == ({"status": "degraded"}, 503)
         stalled = check(manager.instances, set())
         assert stalled == {instance}
         assert check(manager.instances, stalled) == stalled
         factory.batch.gate.set()
         assert await ended(generation) == 7
         await until(lambda: not instance.is_stalled)
-        assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "ok"}, 200)
+        assert (liveness(manager, "1", shows_models=False), readiness(manager, "m")[0]) == ({"status": "ok"}, 200)
         assert check(manager.instances, stalled) == set()
         assert [record.message for record in caplog.records] == ["stalled", "no longer stalled"]
 

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxserver.api.schemas import LoadRequest, ValidationFailed, parse
+from mlxserver.api.native.load import LoadRequest
+from mlxserver.api.schema.parameters import ValidationFailed, parse
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.distributed.codec import (

@@ -157,7 +157,7 @@ def test_the_same_request_has_the_same_answer_alone_and_in_company(server, setti
         assert all(answer.result() for answer in company)
 
 
-def test_a_growing_conversation_is_told_what_was_cached(server):
+def test_a_growing_conversation_has_its_cached_tokens_in_usage(server):
     messages = [{"role": "user", "content": "The quick brown fox jumps over the lazy dog. " * 5}]
     first = server.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "max_tokens": 5})
     messages += [{"role": "assistant", "content": first.message["content"]}, {"role": "user", "content": "And then?"}]
@@ -194,7 +194,7 @@ def test_a_stream_has_usage_only_where_it_is_asked_for(server, options):
     assert not any("usage" in payload for payload in payloads)
 
 
-def test_a_stream_says_what_a_whole_answer_says(server):
+def test_a_stream_carries_the_text_of_a_whole_answer(server):
     for model, text, parameters in (
         ("talker", "emoji", {}),
         ("talker", "hello", {"stop": "hello"}),
@@ -214,9 +214,9 @@ def test_a_stream_says_what_a_whole_answer_says(server):
 
 def test_a_character_of_several_tokens_comes_whole(server):
     with server.stream("talker", "emoji") as stream:
-        pieces = contents(list(stream))
-    assert "".join(pieces) == "Family: 👨\u200d👩 end"
-    assert not any("\ufffd" in piece for piece in pieces)
+        texts = contents(list(stream))
+    assert "".join(texts) == "Family: 👨\u200d👩 end"
+    assert not any("\ufffd" in text for text in texts)
 
 
 def test_two_models_interleave_their_tokens(server):
@@ -226,7 +226,7 @@ def test_two_models_interleave_their_tokens(server):
             assert len(one.read(10)) == len(other.read(10)) == 10
 
 
-def test_one_reader_that_never_reads_holds_nobody_up(server):
+def test_one_reader_that_never_reads_holds_no_other_up(server):
     with server.stream("talker", "forever") as stalled:
         eventually(lambda: requests_of(server, "talker") == (1, 0))
         for _ in range(5):
@@ -432,27 +432,27 @@ def test_a_bad_chat_request_is_400_and_names_its_parameter(server, body, param):
     ],
     ids=str,
 )
-def test_extreme_settings_are_answered_or_refused_and_hurt_nobody(server, settings):
+def test_extreme_settings_are_answered_or_refused_and_hurt_no_other_request(server, settings):
     answer = server.chat("tiny", "hello", max_tokens=5, **settings)
     assert answer.status in (200, 400), answer.body
     assert_answers(server)
 
 
 def test_a_bad_request_that_wants_a_stream_has_its_status_too(server):
-    for body, status in (({**GOOD, "temperature": 3}, 400), ({**GOOD, "model": "nobody"}, 404)):
+    for body, status in (({**GOOD, "temperature": 3}, 400), ({**GOOD, "model": "missing"}, 404)):
         assert server.post("/v1/chat/completions", {**body, "stream": True}).status == status
 
 
 def test_an_unknown_model_is_404_and_the_known_ones_are_named(server):
     unknown = [
-        (server.chat("nobody", "hello"), "model"),
-        (server.get("/v1/models/nobody"), "model"),
-        (server.post("/v1/models/unload", {"key": "nobody"}), "key"),
+        (server.chat("missing", "hello"), "model"),
+        (server.get("/v1/models/missing"), "model"),
+        (server.post("/v1/models/unload", {"key": "missing"}), "key"),
     ]
     for answer, param in unknown:
         assert (answer.status, answer.error["type"]) == (404, "not_found_error")
         assert (answer.error["code"], answer.error["param"]) == ("model_not_found", param)
-        assert "'nobody'" in answer.error["message"]
+        assert "'missing'" in answer.error["message"]
         assert "talker, thinker" in answer.error["message"]
 
 
@@ -501,7 +501,7 @@ def test_a_body_that_is_too_large_is_413(server):
     assert_answers(server)
 
 
-def test_what_is_no_http_disturbs_nobody(server):
+def test_what_is_no_http_disturbs_no_other_client(server):
     for garbage in (
         b"\x00\x01\x02\r\n\r\n",
         b"GET\r\n\r\n",
@@ -512,7 +512,7 @@ def test_what_is_no_http_disturbs_nobody(server):
     assert_answers(server)
 
 
-def test_a_body_that_is_cut_short_disturbs_nobody(server):
+def test_a_body_that_is_cut_short_disturbs_no_other_client(server):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{"model"')
     assert_answers(server)
@@ -530,7 +530,7 @@ BAD_LOADS = {
 
 
 @pytest.mark.parametrize(("body", "status", "code"), BAD_LOADS.values(), ids=BAD_LOADS)
-def test_a_bad_load_request_says_what_is_wrong(server, body, status, code):
+def test_a_bad_load_request_gets_the_reason(server, body, status, code):
     known = [model["id"] for model in server.get("/v1/models").json["data"]]
     answer = server.post("/v1/models/load", body)
     assert (answer.status, answer.error["code"]) == (status, code)
@@ -579,7 +579,7 @@ def test_bad_requests_leave_running_streams_alone(server):
         stream.read(3)
         for body, _ in list(BAD_BODIES.values())[:8]:
             server.post("/v1/chat/completions", body)
-        server.chat("nobody", "hello")
+        server.chat("missing", "hello")
         assert set(contents(stream.read(30))) == {"tick ", "tock "}
 
 
@@ -607,9 +607,9 @@ def test_a_signal_ends_a_server_with_running_streams_cleanly(flags, number):
         eventually(lambda: requests_of(server, "talker") == (4, 0))
         assert_clean(server.stop(number))
         for stream in streams:
-            said = list(stream)
-            assert "[DONE]" not in said
-            assert not any(p["choices"][0]["finish_reason"] for p in said if "choices" in p)
+            payloads = list(stream)
+            assert "[DONE]" not in payloads
+            assert not any(p["choices"][0]["finish_reason"] for p in payloads if "choices" in p)
         plain.close()
 
 

@@ -1,18 +1,20 @@
-"""Requests about models themselves: load and unload."""
+"""POST /v1/models/load: the request and its answers."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any, Literal
 
 import orjson
 
+from mlxserver.api.model_status import ModelStatus, Progress
 from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest
+from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
-from mlxserver.api.schema.validators import check_keep_alive, check_key, check_place
+from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-
-DAY = 86_400
+from mlxserver.config.settings import ModelSpec
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -36,13 +38,13 @@ class LoadRequest(Request):
     """POST /v1/models/load."""
 
     model: str = Parameter(
-        str, "Source: Hugging Face id, MLX directory, .gguf file or embedded:NAME.", required=True, check=check_place
+        str, "Source: Hugging Face id, MLX directory, .gguf file or embedded:NAME.", required=True, check=check_path
     )
     key: str | None = Parameter(str, "Name of the model in requests; by default made from the source.", check=check_key)
     type: Literal["thinking", "instruction"] | None = Parameter(
         str, "How the model is prompted; by default found out.", enum=["thinking", "instruction"]
     )
-    adapter: str | None = Parameter(str, "Directory of a LoRA adapter.", check=check_place)
+    adapter: str | None = Parameter(str, "Directory of a LoRA adapter.", check=check_path)
     context_length: int | None = Parameter(
         int, "Longest context in tokens; by default the model's own, as far as cache_tokens go.", ge=1
     )
@@ -73,19 +75,41 @@ class LoadRequest(Request):
     )
     stream: bool = Parameter(bool, "Tell the progress as server-sent events.", default=False)
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The model to load; what is not stated is as ModelSpec has it. Raises ValidationFailed without any key."""
+        limits: dict[str, Any] = {"max_running": self.max_running, "max_waiting": self.max_waiting}
+        return ModelSpec(
+            self.key or derive_key(self.model),
+            self.model,
+            type=self.type,
+            adapter=self.adapter,
+            context_length=self.context_length,
+            cache_tokens=self.cache_tokens,
+            shard=self.shard,
+            pin=self.pin,
+            ttl=self.ttl,
+            defaults=self.defaults,
+            **{name: value for name, value in limits.items() if value is not None},
+        )
 
-class UnloadRequest(Request):
-    """POST /v1/models/unload."""
 
-    key: str = Parameter(str, "Key of the model.", required=True)
-    mode: Literal["drain", "abort", "reject"] = Parameter(
-        str,
-        "drain lets running requests finish, abort ends them, reject refuses to unload while there are any.",
-        default="drain",
-        enum=["drain", "abort", "reject"],
-    )
-    timeout: float | None = Parameter(float, "Seconds that a drain may take.", gt=0, le=DAY)
-    forget: bool = Parameter(bool, "Remove the key as well.", default=False)
+def loaded(model: ModelStatus) -> dict[str, Any]:
+    """Answer to a load; of a streamed one the last event."""
+    return {
+        "event": "loaded",
+        "key": model.key,
+        "status": "loaded",
+        "load_time_seconds": round(model.load_seconds, 3),
+        "memory_bytes": model.memory_bytes,
+        "reserved_bytes": model.reserved_bytes,
+        "estimate": estimate_object(model.estimate),
+    }
+
+
+def load_progress(progress: Progress) -> dict[str, Any]:
+    """Event of a streamed load."""
+    return {"event": "progress", **asdict(progress)}
 
 
 def derive_key(source: str) -> str:

@@ -1,22 +1,26 @@
-"""Requests with messages: a chat completion, and the prompt that it is made from."""
+"""Chat completions: the request, the prompt that its messages become, and the dialect."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+from mlxserver.api.dialect import Call, Failure
+from mlxserver.api.openai.encoders import ChatEncoder
+from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import GeneratingRequest, ModelRequest
 from mlxserver.api.openai.messages import SHAPE as MESSAGES
 from mlxserver.api.openai.messages import check_messages
 from mlxserver.api.openai.response_format import FORMAT, check_response_format
 from mlxserver.api.openai.tools import CHOICE, TOOLS, check_tool_choice, check_tools
-from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid
+from mlxserver.api.schema.limits import Limits
+from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
 from mlxserver.api.schema.validators import check_modalities
+from mlxserver.config.settings import ReasoningFormat, Settings
 from mlxserver.engine.conversation import Message, Tool
+from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat, ToolChoice
 
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 MAX_TOP_LOGPROBS = 20
-
-ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
 
 
 class PromptRequest(ModelRequest):
@@ -35,6 +39,13 @@ class PromptRequest(ModelRequest):
         bool, "Go on with the last message, which is the assistant's, instead of answering it.", default=False
     )
 
+    def chat_prompt(self, messages: tuple[Message, ...]) -> ChatPrompt:
+        """The prompt of these messages. Chat templates have the effort "none" as enable_thinking."""
+        effort = self.reasoning_effort
+        thinking = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort} if effort else {}
+        template_kwargs = {**thinking, **self.chat_template_kwargs}
+        return ChatPrompt(messages, self.tools, template_kwargs, self.continue_final_message)
+
     def check_prefill(self, messages: tuple[Message, ...] | None) -> None:
         """Refuse to continue what is no answer. Raises ValidationFailed."""
         if self.continue_final_message and (not messages or messages[-1].role != "assistant"):
@@ -52,25 +63,6 @@ class ChatPromptRequest(PromptRequest):
     def check_together(self) -> None:
         """Refuse to continue what is no answer."""
         super().check_together()
-        self.check_prefill(self.messages)
-
-
-class ApplyTemplateRequest(ChatPromptRequest):
-    """POST /apply-template."""
-
-
-class TokenizeRequest(PromptRequest):
-    """POST /tokenize."""
-
-    prompt: str | None = Parameter(str, "Text; special tokens in it count. Either this or messages.")
-    messages: tuple[Message, ...] | None = Parameter(
-        object, "A conversation, set in the model's chat template.", check=check_messages, shape=MESSAGES
-    )
-
-    def check_together(self) -> None:
-        """Refuse both of prompt and messages, and neither."""
-        if (self.prompt is None) == (self.messages is None):
-            raise ValidationFailed("Expected one of 'prompt' and 'messages'.", "prompt")
         self.check_prefill(self.messages)
 
 
@@ -143,3 +135,46 @@ class ChatCompletionRequest(ChatPromptRequest, GeneratingRequest):
             raise invalid("tool_choice", name, expected)
         if mode == "required" and not names:
             raise ValidationFailed("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
+
+
+class ChatDialect:
+    """Dialect of POST /v1/chat/completions."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._limits = Limits.of(settings)
+        self._reasoning_format = settings.reasoning_format
+
+    def parse(self, body: bytes) -> Call:
+        """Read a chat completion. Raises ValidationFailed."""
+        request = parse(ChatCompletionRequest, body, self._limits)
+        reasoning_format = request.reasoning_format or self._reasoning_format
+        return Call(
+            request.model,
+            [_generation_request(request)],
+            ChatEncoder(request, reasoning_format, has_logprobs=request.logprobs),
+            streams=request.stream,
+            idle_timeout=request.keep_alive,
+            ignored=request.ignored,
+        )
+
+    @staticmethod
+    def error(failure: Failure) -> bytes:
+        """OpenAI's error envelope."""
+        return envelope(failure)
+
+
+def _generation_request(request: ChatCompletionRequest) -> GenerationRequest:
+    mode, name = request.tool_choice
+    return GenerationRequest(
+        request.chat_prompt(request.messages),
+        request.sampling,
+        request.token_limit,
+        request.stop,
+        n=request.n,
+        min_tokens=request.min_tokens,
+        ignore_eos=request.ignore_eos,
+        top_logprobs=request.top_logprobs or 0 if request.logprobs else None,
+        format=None if request.response_format is None else JsonFormat(request.response_format["schema"]),
+        tool_choice=ToolChoice(mode, name, request.parallel_tool_calls),  # type: ignore[arg-type]
+        thinking_budget=request.thinking_budget,
+    )

@@ -1,14 +1,22 @@
-"""Requests with bare prompts: a completion, and the text of tokens.
+"""Bare completions: the request and the dialect.
 
 Rule: a checked prompt is a list, each item a string or a tuple of token ids; one prompt is a list of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar
 
-from mlxserver.api.openai.generation import GeneratingRequest, ModelRequest
-from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid
+from mlxserver.api.dialect import Call, Failure, Lookup
+from mlxserver.api.openai.encoders import CompletionEncoder
+from mlxserver.api.openai.errors import envelope
+from mlxserver.api.openai.generation import GeneratingRequest
+from mlxserver.api.schema.limits import Limits
+from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
+from mlxserver.config.settings import Settings
+from mlxserver.engine.requests import Detokenize, GenerationRequest, TextPrompt, TokenPrompt
 
 MAX_PROMPTS = 128
 MAX_TOP_LOGPROBS = 5
@@ -24,7 +32,7 @@ PROMPT: dict[str, Any] = {
 }
 TOKEN_IDS = "a non-empty list of token ids (integers from 0)"
 
-Prompt = str | tuple[int, ...]
+BarePrompt = str | tuple[int, ...]
 
 
 def check_tokens(value: Any, param: str) -> tuple[int, ...]:
@@ -34,7 +42,7 @@ def check_tokens(value: Any, param: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def check_prompts(value: Any, param: str) -> list[Prompt]:
+def check_prompts(value: Any, param: str) -> list[BarePrompt]:
     """Every prompt. Raises ValidationFailed."""
     if isinstance(value, str):
         return [value]
@@ -47,7 +55,7 @@ def check_prompts(value: Any, param: str) -> list[Prompt]:
     return [_prompt(item, f"{param}[{index}]", type(value[0])) for index, item in enumerate(value)]
 
 
-def _prompt(value: Any, param: str, kind: type) -> Prompt:
+def _prompt(value: Any, param: str, kind: type) -> BarePrompt:
     if isinstance(value, str) and kind is str:
         return value
     if not isinstance(value, list) or kind is not list or not value:
@@ -60,7 +68,7 @@ class CompletionRequest(GeneratingRequest):
 
     __unsupported__: ClassVar = {"suffix": "Text is only made at the end of a prompt."}
 
-    prompt: list[Prompt] = Parameter(
+    prompt: list[BarePrompt] = Parameter(
         object,
         "What to go on from: text or token ids, one or a list of them.",
         required=True,
@@ -86,7 +94,49 @@ class CompletionRequest(GeneratingRequest):
             raise ValidationFailed("'logprobs' can't be had with 'echo': a prompt has none here.", "logprobs")
 
 
-class DetokenizeRequest(ModelRequest):
-    """POST /detokenize."""
+class CompletionDialect:
+    """Dialect of POST /v1/completions."""
 
-    tokens: tuple[int, ...] = Parameter(object, "Token ids.", required=True, check=check_tokens, shape=TOKENS)
+    def __init__(self, settings: Settings) -> None:
+        self._limits = Limits.of(settings)
+
+    def parse(self, body: bytes) -> Call:
+        """Read a bare completion. Raises ValidationFailed."""
+        request = parse(CompletionRequest, body, self._limits)
+        encoder = CompletionEncoder(request, has_logprobs=request.logprobs is not None)
+        return Call(
+            request.model,
+            [_generation_request(request, prompt) for prompt in request.prompt],
+            encoder,
+            streams=request.stream,
+            idle_timeout=request.keep_alive,
+            ignored=request.ignored,
+            lookups=list(_echoes(request, encoder)) if request.echo else (),
+        )
+
+    @staticmethod
+    def error(failure: Failure) -> bytes:
+        """OpenAI's error envelope."""
+        return envelope(failure)
+
+
+def _generation_request(request: CompletionRequest, prompt: BarePrompt) -> GenerationRequest:
+    return GenerationRequest(
+        TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
+        request.sampling,
+        request.token_limit,
+        request.stop,
+        n=request.n,
+        min_tokens=request.min_tokens,
+        ignore_eos=request.ignore_eos,
+        top_logprobs=request.logprobs,
+    )
+
+
+def _echoes(request: CompletionRequest, encoder: CompletionEncoder) -> Iterator[Lookup]:
+    """Give the encoder the texts of all prompts: those of token ids are looked up."""
+    for number, prompt in enumerate(request.prompt):
+        if isinstance(prompt, str):
+            encoder.set_echo(number, prompt)
+        else:
+            yield Lookup(Detokenize(prompt), partial(encoder.set_echo, number))

@@ -1,4 +1,4 @@
-"""The form that an answer must have.
+"""Response format: text, any JSON object, or a JSON schema.
 
 Rule: a checked format is None for text, else {"schema": a JSON schema, or None for any object}.
 """

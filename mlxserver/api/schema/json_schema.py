@@ -1,8 +1,8 @@
-"""Values with structure: checked by the JSON schema that describes them.
+"""Validation of structured values against the JSON Schema that describes them.
 
-Rule 1: of JSON schema this knows what requests need: type, const, enum, pattern, maxItems, items, properties,
+Rule 1: supported is what requests need of JSON Schema: type, const, enum, pattern, maxItems, items, properties,
         required and additionalProperties: false.
-Rule 2: the first fault is told with its place, as in "tools[1].function.name".
+Rule 2: the error names the path of the first fault, as in "tools[1].function.name".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORDS = {TYPE_NAMES[type_]: words for type_, words in EXPECTATIONS.items()} | {"
 
 
 def check_shape(value: Any, shape: Mapping[str, Any], param: str) -> None:
-    """Check a value against its shape. Raises ValidationFailed."""
+    """Check a value against its JSON Schema. Raises ValidationFailed."""
     if not _fits(value, shape):
         raise invalid(param, value, shape.get("description") or _expected(shape))
     if isinstance(value, dict):
@@ -37,7 +37,7 @@ def check_shape(value: Any, shape: Mapping[str, Any], param: str) -> None:
 
 
 def without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say something."""
+    """The fields that are not null."""
     return {name: field for name, field in value.items() if field is not None}
 
 
@@ -64,7 +64,7 @@ def _check_fields(value: dict[str, Any], shape: Mapping[str, Any], param: str) -
 
 
 def _expected(shape: Mapping[str, Any]) -> str:
-    """What a shape takes, as a noun phrase."""
+    """What a JSON Schema takes, as a noun phrase."""
     if "const" in shape:
         return repr(shape["const"])
     if "enum" in shape:

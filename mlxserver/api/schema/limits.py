@@ -1,7 +1,7 @@
-"""How much one request may ask for.
+"""Limits of one request.
 
-Rule 1: limits are checked on the JSON as it came, before anything is made from it; how many values there are, before it
-        is read: sixteen megabytes of empty lists keep the event loop busy for seconds.
+Rule 1: limits are checked on the JSON as it came, before anything is made from it; the number of its values even before
+        it is read: sixteen megabytes of empty lists keep the event loop busy for seconds.
 Rule 2: a refusal names the parameter, what was found in it, and the limit.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxserver.api.schema.parameters import ValidationFailed
+from mlxserver.config.settings import Settings
 
 PROMPT_FIELDS = ("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format")
 TOKEN_BYTES = 4  # of a token id in a prompt
@@ -19,10 +20,10 @@ TOKEN_BYTES = 4  # of a token id in a prompt
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Most of each. values: what a body has of commas and opening brackets, those in its text included.
+    """Upper limits. values: commas and opening brackets of a body, those in its text included.
 
     depth: lists and objects inside each other. prompt_bytes: UTF-8 of all that a prompt is made from. stops: stop
-    strings. biases: tokens in logit_bias. choices: n.
+    strings. biases: tokens in logit_bias. choices: n. ignores_unknown: unknown parameters are ignored, not refused.
     """
 
     values: int = 500_000
@@ -32,9 +33,24 @@ class Limits:
     stops: int = 16
     biases: int = 1024
     choices: int = 16
+    ignores_unknown: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        """The limits that the settings state."""
+        return cls(
+            values=settings.max_json_values,
+            depth=settings.max_json_depth,
+            messages=settings.max_messages,
+            prompt_bytes=settings.max_prompt_bytes,
+            stops=settings.max_stop_strings,
+            biases=settings.max_logit_bias,
+            choices=settings.max_choices,
+            ignores_unknown=settings.unknown_parameters == "ignore",
+        )
 
     def check_body(self, body: bytes) -> None:
-        """Check a request that has not been read. Raises ValidationFailed."""
+        """Check a body that has not been read. Raises ValidationFailed."""
         values = sum(body.count(mark) for mark in b",[{")
         if values > self.values:
             found = f"has {values} commas and opening brackets"

@@ -1,9 +1,10 @@
-"""How a request is declared and read: parameters of a satya model, and the one way from a body to a request object.
+"""Declaration and parsing of requests: parameters of a satya model, and the one way from a body to a request object.
 
 Rule 1: a parameter is declared once; what validates it and what describes it (json_schema) come from that declaration.
+        What is declared is honoured, or its description states that it has no effect.
 Rule 2: types are JSON's own. true is no number and "5" no integer; 1.0 is an integer, 1.5 is none.
-Rule 3: null for an optional parameter is its default. A parameter that is not declared is refused, or noted where the
-        caller asks for that.
+Rule 3: null for an optional parameter is its default. A parameter that is not declared is refused, or noted as ignored
+        where the limits ask for that.
 Rule 4: whatever the bytes are, the outcome is a request or one ValidationFailed.
 """
 
@@ -106,10 +107,12 @@ class Parameter(Field):  # type: ignore[misc]
 class Request(Model):  # type: ignore[misc]
     """A request body. Its parameters are its attributes; one that was not given is its default.
 
-    `__unsupported__` names parameters that clients may know from elsewhere, and what to do instead.
+    `__unsupported__` names parameters that clients may know from elsewhere, and what to do instead. ignored: names of
+    parameters that were given, are unknown here, and were ignored.
     """
 
     __unsupported__: ClassVar[Mapping[str, str]] = {}
+    ignored = tuple[str, ...]()  # without an annotation, of which satya would make a parameter
 
     def __init_subclass__(cls) -> None:
         # satya would find these at the parent: a validator without the fields of this class, and its fields' bare types
@@ -124,32 +127,37 @@ R = TypeVar("R", bound=Request)
 
 
 class Bounds(Protocol):
-    """What limits a request as a whole (api/schema/limits.py)."""
+    """Limits of a request as a whole (api/schema/limits.py)."""
+
+    @property
+    def ignores_unknown(self) -> bool:
+        """Whether unknown parameters are ignored instead of refused."""
 
     def check_body(self, body: bytes) -> None:
-        """Raise ValidationFailed for what would take long to read."""
+        """Raise ValidationFailed for a body that would take long to read."""
 
     def check(self, document: Mapping[str, Any], body_bytes: int) -> None:
         """Raise ValidationFailed for a request that asks for too much."""
 
 
-def parse(schema: type[R], body: bytes, ignored: list[str] | None = None, limits: Bounds | None = None) -> R:
-    """The request in a JSON body. Raises ValidationFailed, and nothing else.
-
-    A parameter that is not declared is refused; with a list `ignored` its name is appended there instead.
-    """
+def parse(schema: type[R], body: bytes, limits: Bounds | None = None) -> R:
+    """The request in a JSON body. Raises ValidationFailed, and nothing else."""
     if limits:
         limits.check_body(body)
     document = _read_object(body)
     if limits:
         limits.check(document, len(body))
-    values = _known(schema, document, ignored)
+    values, unknown = _known(schema, document)
+    if unknown and not (limits and limits.ignores_unknown):
+        raise _unknown(schema, unknown[0])
     parameters = schema.__fields__
     typed = {name: parameters[name].typed(value, name) for name, value in values.items()}
     try:
         request = schema.model_validate(typed)
     except ModelValidationError as error:
         raise _translated(error, parameters, values) from None
+    if unknown:
+        request.ignored = tuple(unknown)
     for name, value in typed.items():
         if parameters[name].check is not None:
             setattr(request, name, parameters[name].check(value, name))
@@ -179,15 +187,11 @@ def _read_object(body: bytes) -> dict[str, Any]:
     return document
 
 
-def _known(schema: type[Request], document: dict[str, Any], ignored: list[str] | None) -> dict[str, Any]:
-    """What was given of the declared parameters."""
+def _known(schema: type[Request], document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The declared parameters that were given, and the names of the others."""
     given = {name: value for name, value in document.items() if value is not None or name not in schema.__unsupported__}
-    unknown = [name for name in given if name not in schema.__fields__]
-    if ignored is not None:
-        ignored += unknown
-    elif unknown:
-        raise _unknown(schema, unknown[0])
-    return {name: value for name, value in given.items() if value is not None and name in schema.__fields__}
+    known = {name: value for name, value in given.items() if value is not None and name in schema.__fields__}
+    return known, [name for name in given if name not in schema.__fields__]
 
 
 def _unknown(schema: type[Request], name: str) -> ValidationFailed:
@@ -200,7 +204,7 @@ def _unknown(schema: type[Request], name: str) -> ValidationFailed:
 
 
 def _translated(error: Any, parameters: dict[str, Parameter], values: dict[str, Any]) -> ValidationFailed:
-    """satya's first error as ours. It names the field; what it says of it is said better by the declaration."""
+    """satya's first error as ours: the field is satya's, the wording comes from the declaration."""
     param = error.errors[0].field
     if param not in parameters:
         return ValidationFailed(str(error))

@@ -1,6 +1,6 @@
-"""Checks of parameters that have a structure or a syntax of their own.
+"""Validators of parameters that have a structure or a syntax of their own.
 
-Rule: a check takes (value, param), returns the value that handlers see, and raises ValidationFailed.
+Rule: a validator takes (value, param), returns the value that handlers see, and raises ValidationFailed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_modalities(value: Any, param: str) -> list[str]:
 
 
 def check_keep_alive(value: Any, param: str) -> float:
-    """Seconds, from a number of them or a duration like "5m" or "1h30m"; anything below zero is for ever (inf)."""
+    """Seconds, from a number or a duration like "5m" or "1h30m"; anything below zero is inf."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         seconds = float(value)
     elif isinstance(value, str) and DURATION.fullmatch(value):
@@ -80,8 +80,8 @@ def check_key(value: str, param: str) -> str:
     return value
 
 
-def check_place(value: str, param: str) -> str:
-    """A name or path: something, and without control characters, which no file system call takes."""
+def check_path(value: str, param: str) -> str:
+    """A name or path: not blank, and without control characters, which no file system call takes."""
     if not value.strip() or CONTROL.search(value):
         raise invalid(param, value, "a non-empty string without control characters")
     return value

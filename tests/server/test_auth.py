@@ -1,4 +1,4 @@
-"""Who is let in: keys, names, origins. Over real sockets."""
+"""Authentication and authorization over real sockets: keys, host names, origins."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from mlxserver.config.settings import Settings
 from mlxserver.server.auth import hostname
-from mlxserver.server.keys import Keys, Right
+from mlxserver.server.keys import Keys, Permission
 from tools.harness.running_server import chat_body, running_server
 
 USER, ADMIN = "sk-user-0123456789", "sk-admin-0123456789"
@@ -51,7 +51,7 @@ CHAT = json.dumps(chat_body("talker", "hello"))
 PATHS = [
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/talker", None),
-    ("GET", "/v1/models/nobody", None),
+    ("GET", "/v1/models/missing", None),
     ("POST", "/v1/chat/completions", CHAT),
     ("POST", "/v1/chat/completions", "{nonsense"),
     ("POST", "/v1/chat/completions", "x" * 100_000),
@@ -68,7 +68,7 @@ PATHS = [
 
 
 def test_a_wrong_or_missing_key_learns_nothing(server):
-    def told(method, path, body, headers):
+    def response(method, path, body, headers):
         answer = server.ask(method, path, body, {"X-Request-Id": "the-same", **headers})
         kept = [(name.lower(), value) for name, value in answer.headers.items() if name.lower() != "date"]
         return answer.status, kept, answer.body
@@ -81,11 +81,11 @@ def test_a_wrong_or_missing_key_learns_nothing(server):
         {"Authorization": f"Basic {USER}"},
         bearer(USER + "x"),
     ]
-    expected = told("GET", "/v1/models", None, {})
+    expected = response("GET", "/v1/models", None, {})
     assert expected[0] == 401
     for case in PATHS:
         for headers in keys:
-            assert told(*case, headers) == expected, (case, headers)
+            assert response(*case, headers) == expected, (case, headers)
 
 
 def test_the_refusal_is_openais(server):
@@ -98,7 +98,7 @@ def test_the_refusal_is_openais(server):
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_health_is_for_everybody_and_names_no_model(server):
+def test_health_needs_no_key_and_names_no_model(server):
     answer = server.get("/health")
     assert answer.status == 200
     assert b"talker" not in answer.body
@@ -196,15 +196,15 @@ def test_the_name_in_a_host_header(header, name):
 
 
 def test_without_keys_this_machine_may_name_files_and_others_may_not():
-    assert Keys(Settings(), "127.0.0.1").right(b"") is Right.NAME_FILES
-    assert Keys(Settings(), "localhost").right(b"Bearer x") is Right.NAME_FILES
-    assert Keys(Settings(), "0.0.0.0").right(b"") is Right.MANAGE
+    assert Keys(Settings(), "127.0.0.1").permission(b"") is Permission.NAME_FILES
+    assert Keys(Settings(), "localhost").permission(b"Bearer x") is Permission.NAME_FILES
+    assert Keys(Settings(), "0.0.0.0").permission(b"") is Permission.MANAGE
 
 
-def test_with_an_admin_key_alone_nobody_generates_without_it():
+def test_with_an_admin_key_alone_generating_needs_it():
     keys = Keys(Settings(admin_key=(ADMIN,)), "127.0.0.1")
-    assert keys.right(b"") is None
-    assert keys.right(f"Bearer {ADMIN}".encode()) is Right.NAME_FILES
+    assert keys.permission(b"") is None
+    assert keys.permission(f"Bearer {ADMIN}".encode()) is Permission.NAME_FILES
 
 
 def test_an_address_that_others_reach_gives_a_warning_without_keys(scripted_path):

@@ -1,0 +1,98 @@
+"""Seam between the server and the APIs that clients speak: a Dialect reads requests, an Encoder writes answers.
+
+Rule 1: dialects are pure: no HTTP, no MLX, no waiting. The status of a failure is the server's (server/errors.py).
+Rule 2: an encoder serves one call. A stream takes start(), event() for every event but Accepted and Usage, and end(),
+        or failed() at any point instead; heartbeat() at any point before. A whole answer takes complete() alone.
+Rule 3: a stream and a whole answer carry the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from mlxserver.api.model_status import Progress
+from mlxserver.config.settings import Settings
+from mlxserver.engine.errors import Projection
+from mlxserver.engine.events import Event, Usage
+from mlxserver.engine.requests import GenerationRequest, Question
+
+FailureKind = Literal["invalid_request", "authentication", "permission", "not_found", "rate_limit", "server"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failure, before it is put in a dialect's envelope.
+
+    param: the field of the request that is wrong. code: what happened, as a word for programs. projection: memory that
+    a load needs and that there is.
+    """
+
+    message: str
+    kind: FailureKind
+    param: str | None = None
+    code: str | None = None
+    projection: Projection | None = None
+
+
+class Encoder(Protocol):
+    """Encoder of one call's answer. content_type: the stream's; a whole answer is JSON."""
+
+    content_type: str
+
+    def start(self, prompt_tokens: int) -> bytes:
+        """Bytes that a stream begins with."""
+
+    def event(self, event: Event, choice: int) -> bytes:
+        """Bytes that an event adds to a stream; choices are numbered over all requests of the call."""
+
+    def end(self, usage: Usage) -> bytes:
+        """Bytes that a complete stream ends with. usage: of all requests together."""
+
+    def failed(self, failure: Failure) -> bytes:
+        """Bytes that a stream ends with instead."""
+
+    def heartbeat(self, progress: Progress | None) -> bytes:
+        """Bytes that keep a stream alive while it has nothing to send. progress: of the load that it waits for."""
+
+    def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
+        """Body of a whole answer, from the events of each choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """A question to the model's tokenizer, whose answer the encoder needs before the requests run."""
+
+    question: Question
+    receive: Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one body asks for: engine requests to one model, and how they are answered.
+
+    requests: all with the same n. idle_timeout: seconds that the model stays loaded afterwards, None leaves it to the
+    model's own. ignored: names of unknown parameters.
+    """
+
+    model: str
+    requests: Sequence[GenerationRequest]
+    encoder: Encoder
+    streams: bool = False
+    idle_timeout: float | None = None
+    ignored: Sequence[str] = ()
+    lookups: Sequence[Lookup] = ()
+
+
+class Dialect(Protocol):
+    """One generating endpoint of an API, built once from the settings."""
+
+    def __init__(self, settings: Settings) -> None: ...
+
+    def parse(self, body: bytes) -> Call:
+        """Read a request. Raises ValidationFailed."""
+
+    @staticmethod
+    def error(failure: Failure) -> bytes:
+        """The failure in the envelope of the API, as JSON."""

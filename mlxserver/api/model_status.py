@@ -1,0 +1,58 @@
+"""Status of a registered model as plain values: what dialects make their model cards and progress reports from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a load is: a stage, how much of it is done, and of how much (0: not known)."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Memory in bytes that a model was expected to take before it was loaded."""
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One registered model.
+
+    created: seconds since 1970. status: unloaded, loading, loaded, draining or failed. memory_bytes: the weights;
+    reserved_bytes: what the model may take in all. expires_in: seconds, None while nothing will unload it. type,
+    context_length (tokens), capabilities and estimate are None while not known. progress: of the load, while there is
+    one. failure: why the last load failed. load_seconds: duration of the last load.
+    """
+
+    key: str
+    created: int
+    status: str
+    source: str
+    type: str | None = None
+    context_length: int | None = None
+    capabilities: frozenset[str] | None = None
+    memory_bytes: int = 0
+    reserved_bytes: int = 0
+    estimate: MemoryEstimate | None = None
+    running_requests: int = 0
+    queued_requests: int = 0
+    aliases: tuple[str, ...] = ()
+    is_pinned: bool = False
+    expires_in: float | None = None
+    progress: Progress | None = None
+    failure: str | None = None
+    load_seconds: float = 0.0

@@ -1,0 +1,48 @@
+"""Model cards of GET /v1/models: OpenAI's fields, with the model's state beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from mlxserver.api.model_status import MemoryEstimate, ModelStatus
+
+OWNER = "mlx-server"
+CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs")
+
+
+def model_card(model: ModelStatus) -> dict[str, Any]:
+    """One registered model."""
+    status = {"value": model.status} if model.failure is None else {"value": model.status, "error": model.failure}
+    known = model.capabilities
+    return {
+        "id": model.key,
+        "object": "model",
+        "created": model.created,
+        "owned_by": OWNER,
+        "status": status,
+        "type": model.type,
+        "source": model.source,
+        "context_length": model.context_length,
+        "capabilities": None if known is None else {name: name in known for name in CAPABILITIES},
+        "memory_bytes": model.memory_bytes,
+        "reserved_bytes": model.reserved_bytes,
+        "estimate": estimate_object(model.estimate),
+        "running_requests": model.running_requests,
+        "queued_requests": model.queued_requests,
+        "aliases": list(model.aliases),
+        "pinned": model.is_pinned,
+        "expires_in_seconds": None if model.expires_in is None else round(model.expires_in, 3),
+        "loading": asdict(model.progress) if model.progress else None,
+    }
+
+
+def model_list(models: Iterable[ModelStatus]) -> dict[str, Any]:
+    """All registered models."""
+    return {"object": "list", "data": [model_card(model) for model in models]}
+
+
+def estimate_object(estimate: MemoryEstimate | None) -> dict[str, int] | None:
+    """Memory that a model was expected to take, in bytes; None before it was estimated."""
+    return None if estimate is None else {**asdict(estimate), "total": estimate.total}

@@ -1,0 +1,27 @@
+"""Handler of every endpoint that generates, whatever its dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+
+from mlxserver.api.dialect import Dialect
+from mlxserver.server.body import ignored_headers, read_body
+from mlxserver.server.streaming import GenerationResponse
+from model_manager import ModelManager
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+def generate(dialect: Dialect, manager: ModelManager) -> Handler:
+    """The handler of one dialect: parse the body, resolve the model, respond with what it generates."""
+    settings = manager.settings
+
+    async def handle(request: Request) -> GenerationResponse:
+        call = dialect.parse(await read_body(request, settings))
+        headers = ignored_headers(request, call.ignored)
+        return GenerationResponse(manager.resolve(call.model), call, headers, max_unread=settings.max_unread_events)
+
+    return handle

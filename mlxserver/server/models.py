@@ -1,0 +1,123 @@
+"""Handlers of endpoints about models: list, load, unload, reload, and questions to their tokenizers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
+from mlxserver.api.native.load import LoadRequest, loaded
+from mlxserver.api.native.reload import reloaded
+from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
+from mlxserver.api.native.unload import UnloadRequest, unloaded
+from mlxserver.api.openai.models import model_card, model_list
+from mlxserver.api.schema import parameters
+from mlxserver.api.schema.limits import Limits
+from mlxserver.engine.errors import ModelNotFound, ModelStalled
+from mlxserver.engine.loading import sources
+from mlxserver.engine.requests import ApplyTemplate, Detokenize
+from mlxserver.manager.instance import ModelInstance
+from mlxserver.manager.reload import Reload
+from mlxserver.server.body import ignored_headers, read_body
+from mlxserver.server.errors import json_response
+from mlxserver.server.keys import Permission, require
+from mlxserver.server.load_events import LoadResponse
+from mlxserver.server.model_status import model_status
+from model_manager import ModelManager
+
+STALL_INTERVAL = 1.0  # seconds between two checks of whether an engine is stalled
+
+R = TypeVar("R", bound=parameters.Request)
+T = TypeVar("T")
+
+
+class ModelHandlers:
+    """Handlers by the names of their endpoints. `reload` reads the settings again."""
+
+    def __init__(self, manager: ModelManager, reload: Callable[[], Awaitable[Reload]]) -> None:
+        self._manager = manager
+        self._settings = manager.settings
+        self._limits = Limits.of(manager.settings)
+        self._reload = reload
+
+    async def list_models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return json_response(model_list(map(model_status, self._manager.instances)))
+
+    async def retrieve_model(self, request: Request) -> Response:
+        """GET /v1/models/{key}."""
+        return json_response(model_card(model_status(self._manager.instance(request.path_params["key"]))))
+
+    async def load_model(self, request: Request) -> Response | LoadResponse:
+        """POST /v1/models/load."""
+        asked, headers = await self._read(LoadRequest, request)
+        if asked.adapter is not None or sources.is_path(asked.model):
+            require(request, Permission.NAME_FILES)
+        sources.check(asked.model)
+        spec = asked.spec
+        if asked.stream:
+            return LoadResponse(lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report))
+        instance = await self._manager.load(spec, replaces=asked.replace)
+        return json_response(loaded(model_status(instance)), headers=headers)
+
+    async def unload_model(self, request: Request) -> Response:
+        """POST /v1/models/unload."""
+        asked, headers = await self._read(UnloadRequest, request)
+        try:
+            instance = self._manager.instance(asked.key)
+        except ModelNotFound as error:
+            error.param = "key"
+            raise
+        unload = self._manager.forget if asked.forget else self._manager.unload
+        report = await unless_stalled(instance, unload(asked.key, asked.mode, asked.timeout))
+        body = unloaded(asked.key, completed=report.completed, aborted=report.aborted, freed_bytes=report.freed_bytes)
+        return json_response(body, headers=headers)
+
+    async def reload_models(self, request: Request) -> Response:
+        """POST /v1/models/reload."""
+        return json_response(reloaded(**asdict(await self._reload())))
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        asked, headers = await self._read(TokenizeRequest, request)
+        instance = self._manager.resolve(asked.model)
+        tokens = await instance.ask(asked.question)
+        context_length = instance.facts.context_length if instance.facts else None
+        return json_response(tokenized(tokens, context_length), headers=headers)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        asked, headers = await self._read(DetokenizeRequest, request)
+        text = await self._manager.resolve(asked.model).ask(Detokenize(asked.tokens))
+        return json_response(detokenized(text), headers=headers)
+
+    async def apply_template(self, request: Request) -> Response:
+        """POST /apply-template."""
+        asked, headers = await self._read(ApplyTemplateRequest, request)
+        prompt = asked.chat_prompt(asked.messages)
+        text = await self._manager.resolve(asked.model).ask(ApplyTemplate(prompt))
+        return json_response(rendered(text), headers=headers)
+
+    async def _read(self, schema: type[R], request: Request) -> tuple[R, dict[str, str]]:
+        """The request, and the headers that name its ignored parameters."""
+        asked = parameters.parse(schema, await read_body(request, self._settings), self._limits)
+        return asked, ignored_headers(request, asked.ignored)
+
+
+async def unless_stalled(instance: ModelInstance, work: Coroutine[Any, Any, T]) -> T:
+    """The result of the work on a model. The work goes on in the background once the model's engine is stalled.
+
+    Raises:
+        ModelStalled
+    """
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nothing awaits it
+    while not (await asyncio.wait({task}, timeout=STALL_INTERVAL))[0]:
+        if instance.is_stalled:
+            raise ModelStalled(instance.key, str(instance.failure_reason))
+    return task.result()
