@@ -31,8 +31,11 @@ from mlx_lm import load
 from benchmarks.engines import Engine, MlxLmEngine, OurEngine
 from benchmarks.machine import has_gpu
 from benchmarks.settings import GREEDY, SAMPLED, Sizes
-from benchmarks.stats import Record, decode_rate, summarise
+from benchmarks.stats import decode_rate, summarise
 from benchmarks.vocabulary import Prompts
+from mlxserver.client.bench.load import Sample
+from mlxserver.client.events import Usage
+from mlxserver.client.stats import Timing
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sequence import Row
@@ -42,9 +45,9 @@ BANDWIDTH_ROW = 8192
 BANDWIDTH_TRIES = 5
 
 
-def drive(engine: Engine, rows: Sequence[Row], clients: int) -> list[Record]:
+def drive(engine: Engine, rows: Sequence[Row], clients: int) -> list[Timing]:
     """Decode all rows, `clients` at a time; the arrivals are the steps that gave each token."""
-    waiting, records = deque(rows), []
+    waiting, timings = deque(rows), []
     running: dict[int, tuple[float, Row, list[float]]] = {}
     while waiting or running:
         while waiting and len(running) < clients:
@@ -53,13 +56,13 @@ def drive(engine: Engine, rows: Sequence[Row], clients: int) -> list[Record]:
             engine.insert(row)
         advanced, now = engine.step(), perf_counter()
         for row_id in advanced:
-            sent, row, arrivals = running[row_id]
+            start, row, arrivals = running[row_id]
             arrivals.append(now)
             if len(arrivals) == row.max_tokens:
                 del running[row_id]
                 engine.remove(row_id)
-                records.append(Record(sent, now, tuple(arrivals), len(arrivals)))
-    return records
+                timings.append(Timing(start, now, tuple(arrivals), usage=Usage(completion_tokens=len(arrivals))))
+    return timings
 
 
 class Rows:
@@ -97,10 +100,11 @@ def measure_engine(
     engine = make()
     try:
         drive(engine, rows.make(clients, settings, sizes.warmup_tokens), clients)
-        records = drive(engine, rows.make(clients * rounds, settings, sizes.max_tokens), clients)
+        timings = drive(engine, rows.make(clients * rounds, settings, sizes.max_tokens), clients)
     finally:
         engine.close()
-    return {**summarise(records).figures(), "decode_tokens_per_second": decode_rate(records, clients)}
+    figures = summarise(list(map(Sample, timings))).figures()
+    return {**figures, "decode_tokens_per_second": decode_rate(timings, clients)}
 
 
 def measure_bandwidth() -> float:

@@ -12,18 +12,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import settings
-from benchmarks.load import LoadGenerator
+from benchmarks.load import target
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import DTYPES, EMBEDDED, SHAPES, prepare_pair
 from benchmarks.report import RAW, render
-from benchmarks.scenarios import Bench, Figures, measure, scenarios
-from benchmarks.servers import MLX_LM, OURS, ROOT, child_environment, running
+from benchmarks.scenarios import Bench, Figures, Scenario, measure, scenarios
+from benchmarks.servers import MLX_LM, OURS, ROOT, Server, child_environment, running
 from benchmarks.settings import Sizes
 from benchmarks.vocabulary import Prompts
 
@@ -63,11 +63,18 @@ def measure_server(
     if not chosen:
         return
     with running(name, pair) as server:
-        _tell(f"{name} is up")
-        bench = Bench(LoadGenerator(server.port), server.models, Prompts(pair[0]), sizes)
-        asyncio.run(measure(bench, chosen, results, lambda line: _tell(f"  {line}")))
+        _report(f"{name} is up")
+        asyncio.run(_measure_scenarios(server, Prompts(pair[0]), sizes, chosen, results))
         if memory := server.peak_memory():
             results["process"] = {"peak_memory": memory}
+
+
+async def _measure_scenarios(
+    server: Server, prompts: Prompts, sizes: Sizes, chosen: Mapping[str, Scenario], results: dict[str, Figures]
+) -> None:
+    async with target(server.port) as under_load:
+        bench = Bench(under_load, server.models, prompts, sizes)
+        await measure(bench, chosen, results, lambda line: _report(f"  {line}"))
 
 
 def measure_raw(directory: Path, sizes: Sizes) -> dict[str, Figures]:
@@ -98,7 +105,7 @@ def run(arguments: argparse.Namespace, sizes: Sizes, content: dict[str, Any]) ->
         measure_server(server, pair, sizes, arguments.only, content["results"][server])
     if arguments.only is None or RAW in arguments.only:
         content["results"][RAW] = measure_raw(pair[0], sizes)
-        _tell("raw engines measured")
+        _report("raw engines measured")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(render(content))
-    _tell(f"kept in {out}")
+    _report(f"kept in {out}")
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

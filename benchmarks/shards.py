@@ -23,13 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.load import Job, LoadGenerator
+from benchmarks.load import Target, run_load, target
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import DTYPES, SHAPES, prepare_pair
 from benchmarks.ranks import Deployment, running
 from benchmarks.settings import GREEDY
 from benchmarks.stats import summarise
 from benchmarks.vocabulary import Prompts
+from mlxserver.client.recorder import PreparedRequest
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("tokens_per_second", "ttft_p50", "ttft_p95", "gap_p50")
@@ -68,17 +69,16 @@ class Run:
 
     async def _load(self, port: int, prompts: Prompts, clients: int) -> Figures:
         """The figures of a load. Raises TimeoutError."""
-        generator = LoadGenerator(port)
         rounds, tokens, length = self._arguments.rounds, self._arguments.max_tokens, self._arguments.prompt_tokens
 
-        def jobs(count: int) -> list[Job]:
-            texts = [prompts.make(length) for _ in range(count)]
-            return [Job("m", [{"role": "user", "content": text}], tokens, GREEDY) for text in texts]
+        def requests(server: Target, count: int) -> list[PreparedRequest]:
+            questions = [{"role": "user", "content": prompts.make(length)} for _ in range(count)]
+            return [server.prepare("m", [question], tokens, GREEDY) for question in questions]
 
         try:
-            async with asyncio.timeout(self._arguments.load_seconds):
-                await generator.run(jobs(clients), clients)
-                return summarise(await generator.run(jobs(clients * rounds), clients)).figures()
+            async with asyncio.timeout(self._arguments.load_seconds), target(port) as server:
+                await run_load(requests(server, clients), clients)
+                return summarise(await run_load(requests(server, clients * rounds), clients)).figures()
         except TimeoutError:
             raise TimeoutError(f"c={clients} took longer than {self._arguments.load_seconds:g} s") from None
 

@@ -19,7 +19,7 @@ from mlxserver.client.errors import ApiError, NotSupported, StreamBroken
 from mlxserver.client.events import Answer, Event, Finished, read_answer
 from mlxserver.client.models import Loaded, ModelCard, Unloaded, read_card, read_loaded, read_unloaded
 from mlxserver.client.progress import LoadReader, Progress
-from mlxserver.client.recorder import Recording
+from mlxserver.client.recorder import PreparedRequest
 from mlxserver.client.stream import StreamReader
 from mlxserver.client.transport import Transport, read_object
 from mlxserver.client.wire import mappings
@@ -91,13 +91,12 @@ class ChatClient:
         for event in reader.end(perf_counter()):
             yield event
 
-    async def record(self, messages: Sequence[Message], model: str, **params: Any) -> Recording:
-        """One streamed answer as its bytes came, for measuring many at once. Raises ServerUnreachable.
+    def prepare(self, messages: Sequence[Message], model: str, **params: Any) -> PreparedRequest:
+        """Encode a request for a streamed answer that is to be recorded, for measuring many at once.
 
-        The answer is not read: Recording.events() does that, and raises what stream() would.
+        Call the result to send it. It raises ServerUnreachable; Recording.events() raises what stream() would.
         """
-        body = _streamed(messages, model, params)
-        return await self._transport.record("/chat/completions", body, self._read_timeout)
+        return self._transport.prepare("/chat/completions", _streamed(messages, model, params), self._read_timeout)
 
     async def complete(self, messages: Sequence[Message], model: str, **params: Any) -> Answer:
         """One whole answer. Raises as stream() does."""

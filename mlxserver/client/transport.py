@@ -19,7 +19,7 @@ import aiohttp
 from yarl import URL
 
 from mlxserver.client.errors import ServerUnreachable, SettingInvalid, StreamBroken, api_error
-from mlxserver.client.recorder import Recording, record
+from mlxserver.client.recorder import PreparedRequest, Recording, encode_post, record
 from mlxserver.client.wire import parse
 
 
@@ -63,15 +63,18 @@ class Transport:
         async with self.open(method, path, body, read_timeout) as response:
             return await read_object(response)
 
-    async def record(self, path: str, body: Any, read_timeout: float | None) -> Recording:
-        """The raw answer to a POST, on a connection of its own (client/recorder.py). Raises ServerUnreachable."""
+    def prepare(self, path: str, body: Any, read_timeout: float | None) -> PreparedRequest:
+        """Encode a POST whose response is to be recorded, on a connection of its own (client/recorder.py)."""
         url = URL(self.url + path, encoded=True)
-        try:
-            return await record(
-                url, self._headers, json.dumps(body).encode(), connect=self._connect_timeout, read=read_timeout
-            )
-        except OSError as error:
-            raise ServerUnreachable(self.url, _cause(error)) from error
+        request = encode_post(url, self._headers, json.dumps(body).encode())
+
+        async def send() -> Recording:
+            try:
+                return await record(url, request, connect=self._connect_timeout, read=read_timeout)
+            except OSError as error:
+                raise ServerUnreachable(self.url, _cause(error)) from error
+
+        return send
 
 
 async def read_object(response: aiohttp.ClientResponse) -> dict[str, Any]:

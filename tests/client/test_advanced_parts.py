@@ -13,12 +13,11 @@ from mlxserver.client.bench.plan import Level, Plan, Slo, parse_slo, user
 from mlxserver.client.blocks import split_blocks, split_lines
 from mlxserver.client.conversation import Conversation
 from mlxserver.client.errors import ClientError, LoadFailed, SettingInvalid
-from mlxserver.client.events import Content, Finished, Reasoning, Usage
+from mlxserver.client.events import Content, Usage
 from mlxserver.client.live import LiveAnswer
 from mlxserver.client.load_view import format_amount
 from mlxserver.client.models import Loaded
 from mlxserver.client.progress import LoadReader, Progress
-from mlxserver.client.recorder import Recording
 from mlxserver.client.shell.settings import read_parameter
 from mlxserver.client.stats import Timing
 from mlxserver.client.status import format_status
@@ -77,18 +76,6 @@ def test_a_conversation_is_undone_turn_by_turn():
     assert Conversation().without_last_turn() == Conversation()
     parts = Conversation(({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},))
     assert parts.last_question == "ab"
-
-
-@given(st.data())
-def test_a_recording_is_read_whatever_its_cuts(data):
-    body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in [*STREAMS["thinker"], b""])
-    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
-    parts = [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-    events = Recording(0.0, tuple((float(n), part) for n, part in enumerate(parts, 1)), 99.0).events()
-    assert "".join(event.text for event in events if isinstance(event, Reasoning)) == "17 + 25 is 42"
-    assert "".join(event.text for event in events if isinstance(event, Content)) == "42\n\n"
-    assert isinstance(events[-1], Finished) and sum(isinstance(event, Finished) for event in events) == 1
 
 
 def test_what_follows_the_end_of_a_stream_is_read_over():

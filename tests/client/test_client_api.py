@@ -124,9 +124,9 @@ def test_a_stream_tells_how_far_the_load_is_that_it_waits_for(server):
 
 def test_the_steps_of_a_load_are_no_tokens_of_a_recording(server):
     server.gate.set()
-    recorded = using(server.url, lambda client: client.record(ASKED, "loader"))
+    recorded = using(server.url, lambda client: client.prepare(ASKED, "loader")())
     assert untimed(recorded.events()) == streamed(server.url, "talker")
-    talker = using(server.url, lambda client: client.record(ASKED, "talker"))
+    talker = using(server.url, lambda client: client.prepare(ASKED, "talker")())
     counts = [len(timing(each.start, each.events()).arrivals) for each in (recorded, talker)]
     assert counts[0] == counts[1] > 0
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxserver.client.bench.load import Run
+from mlxserver.client.bench.load import Run, Sample
 from mlxserver.client.bench.plan import Plan, Slo
 from mlxserver.client.errors import FileUnusable, SettingInvalid
 from mlxserver.client.stats import Distribution, Timing, summarise
@@ -61,7 +61,7 @@ def to_object(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
         "seed": plan.seed,
         "params": dict(plan.params),
     }
-    levels = [{**figures(run, plan.slo), "samples": [_sample(s.timing, s.error) for s in run.samples]} for run in runs]
+    levels = [{**figures(run, plan.slo), "samples": list(map(_sample, run.samples))} for run in runs]
     return {"settings": settings, "levels": levels}
 
 
@@ -98,9 +98,10 @@ def _total(timings: Sequence[Timing], count: str) -> int | None:
     return sum(getattr(usage, count) for usage in usages) if usages else None
 
 
-def _sample(timing: Timing | None, error: str | None) -> dict[str, Any]:
+def _sample(sample: Sample) -> dict[str, Any]:
+    timing = sample.timing
     if timing is None:
-        return {"error": error}
+        return {"error": str(sample.error)}
     return {
         "start": timing.start,
         "ttft_ms": milliseconds(timing.ttft),
