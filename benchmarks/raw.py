@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import abc, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
@@ -38,29 +38,29 @@ from mlxserver.client.events import Usage
 from mlxserver.client.stats import Timing
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 BANDWIDTH_BYTES = 1 << 28
 BANDWIDTH_ROW = 8192
 BANDWIDTH_TRIES = 5
 
 
-def drive(engine: Engine, rows: Sequence[Row], clients: int) -> list[Timing]:
-    """Decode all rows, `clients` at a time; the arrivals are the steps that gave each token."""
-    waiting, timings = deque(rows), []
-    running: dict[int, tuple[float, Row, list[float]]] = {}
+def drive(engine: Engine, sequences: abc.Sequence[Sequence], clients: int) -> list[Timing]:
+    """Decode all sequences, `clients` at a time; the arrivals are the steps that gave each token."""
+    waiting, timings = deque(sequences), []
+    running: dict[int, tuple[float, Sequence, list[float]]] = {}
     while waiting or running:
         while waiting and len(running) < clients:
-            row = waiting.popleft()
-            running[row.id] = perf_counter(), row, []
-            engine.insert(row)
+            sequence = waiting.popleft()
+            running[sequence.id] = perf_counter(), sequence, []
+            engine.insert(sequence)
         advanced, now = engine.step(), perf_counter()
-        for row_id in advanced:
-            start, row, arrivals = running[row_id]
+        for sequence_id in advanced:
+            start, sequence, arrivals = running[sequence_id]
             arrivals.append(now)
-            if len(arrivals) == row.max_tokens:
-                del running[row_id]
-                engine.remove(row_id)
+            if len(arrivals) == sequence.max_tokens:
+                del running[sequence_id]
+                engine.remove(sequence_id)
                 timings.append(Timing(start, now, tuple(arrivals), usage=Usage(completion_tokens=len(arrivals))))
     return timings
 
@@ -73,9 +73,9 @@ class Rows:
         self._tokenizer = tokenizer
         self._length = sizes.prompt_tokens
 
-    def make(self, count: int, settings: Callable[[int], Sampling], max_tokens: int) -> list[Row]:
+    def make(self, count: int, settings: Callable[[int], Sampling], max_tokens: int) -> list[Sequence]:
         """So many; settings gives each row's by its number."""
-        return [Row(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
+        return [Sequence(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
 
     def _prompt(self) -> tuple[int, ...]:
         messages = [{"role": "user", "content": self._prompts.make(self._length)}]
