@@ -103,7 +103,7 @@ def test_models_are_listed_loaded_and_unloaded(main):
     [
         ("org/stumbler", "Model 'stumbler' could not be loaded: no weights."),
         ("org/broken", "Model 'broken' could not be loaded: no weights."),
-        ("org/leaver", "The answer broke off: the load ended without a word on how."),
+        ("org/leaver", "The answer broke off: the load ended without a result."),
     ],
 )
 def test_a_load_that_fails_says_why(main, source, error):

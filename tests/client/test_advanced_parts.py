@@ -10,19 +10,16 @@ from rich.console import Console
 
 from mlxserver.client.bench.interference import Interference
 from mlxserver.client.bench.plan import Level, Plan, Slo, parse_slo, user
-from mlxserver.client.blocks import split_blocks, split_lines
 from mlxserver.client.conversation import Conversation
 from mlxserver.client.errors import ClientError, LoadFailed, SettingInvalid
 from mlxserver.client.events import Content, Usage
-from mlxserver.client.live import LiveAnswer
-from mlxserver.client.load_view import format_amount
-from mlxserver.client.models import Loaded
-from mlxserver.client.progress import LoadReader, Progress
+from mlxserver.client.live import LiveAnswer, split_blocks, split_lines
+from mlxserver.client.models import Loaded, LoadReader, Progress
 from mlxserver.client.shell.settings import read_parameter
 from mlxserver.client.stats import Timing
-from mlxserver.client.status import format_status
 from mlxserver.client.stream import StreamReader
 from mlxserver.client.transcript import ROLES, format_json, format_markdown, parse_json, parse_markdown
+from mlxserver.client.views import format_amount, format_status
 from tests.support.scripted_server import LOADS, STREAMS
 
 MARKDOWN_PIECES = [

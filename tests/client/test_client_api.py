@@ -20,11 +20,10 @@ from mlxserver.client.errors import (
     api_error,
 )
 from mlxserver.client.events import ChunkReader, Content, Finished, Reasoning, ToolCall, Usage, read_answer
-from mlxserver.client.load_view import format_progress
-from mlxserver.client.models import ModelCard, read_card
-from mlxserver.client.progress import Progress, read_comment
+from mlxserver.client.models import ModelCard, Progress, read_card, read_comment
 from mlxserver.client.stats import timing
 from mlxserver.client.transport import normalise_url
+from mlxserver.client.views import format_progress
 from tests.support.scripted_server import scripted_server
 
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]

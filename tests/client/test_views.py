@@ -10,6 +10,7 @@ from rich.console import Console
 from mlxserver.client import views
 from mlxserver.client.events import Content, Finished, Reasoning
 from mlxserver.client.models import Loaded, ModelCard, Unloaded
+from mlxserver.client.printer import AnswerPrinter, Paragraph
 
 CARDS = [
     ModelCard("smollm2", "loaded", "instruction", "embedded:smollm2", 8192, 540_000_000, 1, 2),
@@ -65,7 +66,7 @@ def test_a_list_that_is_piped_is_lines_without_escape_sequences(capsys):
 
 
 def test_the_answer_goes_to_stdout_and_the_thinking_to_stderr(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     for event in (Reasoning("17 +"), Reasoning(" 25\n"), Content("4"), Content("2\n\n"), Finished("stop")):
         printer.write(event)
     printer.end()
@@ -74,28 +75,28 @@ def test_the_answer_goes_to_stdout_and_the_thinking_to_stderr(capsys):
 
 
 def test_an_answer_that_stops_halfway_ends_its_line(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     printer.write(Content("The cap"))
     printer.end()
     assert capsys.readouterr() == ("The cap\n", "")
 
 
 def test_an_answer_cut_at_the_limit_says_so_on_stderr(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     printer.write(Content("So"))
     printer.write(Finished("length"))
     assert capsys.readouterr() == ("So\n", "(the answer reached its limit of tokens)\n")
 
 
 def test_an_answer_of_nothing_writes_nothing(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     printer.write(Finished("stop"))
     printer.end()
     assert capsys.readouterr() == ("", "")
 
 
 def test_markup_and_escapes_of_an_answer_are_left_as_they_are(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     printer.write(Reasoning("[red]x[/red] :smile: 123"))
     printer.write(Content("[bold]\ty"))
     printer.end()
@@ -130,7 +131,7 @@ def test_no_color_means_no_escape_sequences_on_a_terminal(monkeypatch, no_color,
 def test_any_cut_of_a_text_is_written_the_same_with_one_newline_at_its_end(text, data):
     cut = data.draw(st.integers(0, len(text)))
     written = []
-    paragraph = views.Paragraph(written.append)
+    paragraph = Paragraph(written.append)
     for piece in (text[:cut], text[cut:]):
         paragraph.add(piece)
     paragraph.end()

@@ -1,4 +1,4 @@
-"""Running a benchmark from its options to its files, for the command line and for the shell alike."""
+"""Benchmarks from their options to their output and files, for the command line and for the shell."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INTERFERENCE_REQUESTS = 8
 async def benchmark(
     client: ChatClient, options: Namespace, models: tuple[str, ...], params: Mapping[str, Any], *, as_json: bool
 ) -> bool:
-    """Run and show it; whether every request was answered. Raises ClientError."""
+    """Run a benchmark and show it; whether every request was answered. Raises ClientError."""
     plan = make_plan(options, models, params)
     runs = []
     with progress_bar(console(stderr=True)) as bar:
@@ -46,7 +46,10 @@ async def benchmark(
 async def interference(
     client: ChatClient, options: Namespace, models: tuple[str, ...], params: Mapping[str, Any], *, as_json: bool
 ) -> bool:
-    """Measure how the second model's work slows the first one down, and show it. Raises ClientError."""
+    """Measure how much work on the second model slows the first one down, and show it.
+
+    Returns whether every phase ran and every request was answered. Raises ClientError.
+    """
     if len(models) != 2:
         raise SettingInvalid("--interference", ",".join(models), "two models, such as a,b")
     for name in ("rate", "plot"):
@@ -75,7 +78,7 @@ async def interference(
 
 
 def format_interference(model: str, phases: list[dict[str, Any]]) -> Table:
-    """A row a phase: each figure and how many times that of the model alone it is."""
+    """A table with one row per phase: each figure, and its ratio to that of the model alone."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column(Text(model))
     for name in MEASURES:
