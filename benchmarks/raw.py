@@ -1,9 +1,9 @@
-"""The ceiling: engines in-process, without HTTP, and the limit that the memory's bandwidth sets.
+"""Ceiling of the servers: engines in-process, without HTTP, and the limit set by the memory's bandwidth.
 
-Run as a process of its own (python -m benchmarks.raw), so that its memory and its BLAS library are its own.
+Run as a separate process (python -m benchmarks.raw), so that it shares no memory and no BLAS library with the rest.
 
-Rule 1: an engine is driven by the same closed loop as a server, with prompts as long as there, and its figures are
-        computed by the same summary.
+Rule 1: the load on an engine is the closed loop of a server's load, with prompts of the same length, and its figures
+        are those of the same summary.
 Rule 2: a loop is run once, shorter, before it is measured.
 """
 
@@ -46,7 +46,7 @@ BANDWIDTH_TRIES = 5
 
 
 def drive(engine: Engine, sequences: abc.Sequence[Sequence], clients: int) -> list[Timing]:
-    """Decode all sequences, `clients` at a time; the arrivals are the steps that gave each token."""
+    """Decode all sequences, `clients` at a time. A token's arrival is the end of its step."""
     waiting, timings = deque(sequences), []
     running: dict[int, tuple[float, Sequence, list[float]]] = {}
     while waiting or running:
@@ -65,8 +65,8 @@ def drive(engine: Engine, sequences: abc.Sequence[Sequence], clients: int) -> li
     return timings
 
 
-class Rows:
-    """Makes rows as a server would: from chats with distinct prompts, in the model's template."""
+class SequenceMaker:
+    """Maker of sequences as a server would prepare them: chats with distinct prompts, in the model's template."""
 
     def __init__(self, directory: Path, tokenizer: Any, sizes: Sizes) -> None:
         self._prompts = Prompts(directory)
@@ -74,7 +74,7 @@ class Rows:
         self._length = sizes.prompt_tokens
 
     def make(self, count: int, settings: Callable[[int], Sampling], max_tokens: int) -> list[Sequence]:
-        """So many; settings gives each row's by its number."""
+        """`count` sequences. settings: the sampling of each by its number."""
         return [Sequence(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
 
     def _prompt(self) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class Rows:
 
 
 def distinct_sampling(number: int) -> Sampling:
-    """Settings of which no two of 32 rows have the same."""
+    """Sampling settings that differ between any two of 32 sequences."""
     return Sampling(
         temperature=0.5 + number / 40,
         top_p=0.8 + number % 5 / 25,
@@ -94,13 +94,18 @@ def distinct_sampling(number: int) -> Sampling:
 
 
 def measure_engine(
-    make: Callable[[], Engine], rows: Rows, sizes: Sizes, settings: Callable[[int], Sampling], clients: int, rounds: int
+    make: Callable[[], Engine],
+    maker: SequenceMaker,
+    sizes: Sizes,
+    settings: Callable[[int], Sampling],
+    clients: int,
+    rounds: int,
 ) -> dict[str, float]:
-    """The figures of one engine in a closed loop, with the rate of its full decode steps."""
+    """The figures of one engine in a closed loop, and the rate of its decode steps with all clients."""
     engine = make()
     try:
-        drive(engine, rows.make(clients, settings, sizes.warmup_tokens), clients)
-        timings = drive(engine, rows.make(clients * rounds, settings, sizes.max_tokens), clients)
+        drive(engine, maker.make(clients, settings, sizes.warmup_tokens), clients)
+        timings = drive(engine, maker.make(clients * rounds, settings, sizes.max_tokens), clients)
     finally:
         engine.close()
     figures = summarise(list(map(Sample, timings))).figures()
@@ -108,7 +113,7 @@ def measure_engine(
 
 
 def measure_bandwidth() -> float:
-    """Bytes/s of the device's memory: the best of a copy, a sum and a product with a vector."""
+    """Bandwidth of the device's memory in bytes/s: the best of a copy, a sum and a product with a vector."""
     matrix = mx.random.normal((BANDWIDTH_BYTES // 4 // BANDWIDTH_ROW, BANDWIDTH_ROW))
     vector = mx.random.normal((1, len(matrix)))
     mx.eval(matrix, vector)
@@ -141,21 +146,21 @@ def _shortest(act: Callable[[], object]) -> float:
 
 
 def weight_bytes(model: Any, tied: bool) -> int:
-    """What a decode step reads of the weights. An embedding that is no output layer gives only a row a token."""
+    """Bytes of the weights that a decode step reads. An embedding that is no output layer is read one row per token."""
     skip = () if tied else ("model.embed_tokens.",)
     return sum(array.nbytes for name, array in tree_flatten(model.parameters()) if not name.startswith(skip))
 
 
 def measure_ceiling(directory: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """All figures by name."""
+    """All figures by engine and name."""
     model, tokenizer, config = load(str(directory), return_config=True)
-    rows, peak, batch = Rows(directory, tokenizer, sizes), sizes.peak, sizes.raw_batch
+    maker, peak, batch = SequenceMaker(directory, tokenizer, sizes), sizes.peak, sizes.raw_batch
     read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
 
     def figures(
         make: Callable[[], Engine], settings: Callable[[int], Sampling], clients: int, rounds: int = 1
     ) -> dict[str, float]:
-        return measure_engine(make, rows, sizes, settings, clients, rounds)
+        return measure_engine(make, maker, sizes, settings, clients, rounds)
 
     def greedy(_: int) -> Sampling:
         return Sampling(**GREEDY)

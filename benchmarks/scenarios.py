@@ -1,7 +1,7 @@
-"""What is measured over HTTP: each scenario drives one running server and returns its figures.
+"""Scenarios of a measurement over HTTP: each puts load on one running server and returns its figures.
 
-Rule 1: a scenario does to every server the same, in the same order, with the same prompts.
-Rule 2: what a scenario does is done once, shorter, before it is measured: compilation is not part of a figure.
+Rule 1: a scenario sends every server the same requests in the same order.
+Rule 2: a scenario is run once, shorter, before it is measured: compilation is not part of a figure.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ Scenario = Callable[[Bench], Coroutine[Any, Any, Figures]]
 
 
 def scenarios(sizes: Sizes) -> dict[str, Scenario]:
-    """All of them by name, in the order of measuring."""
+    """All scenarios by name, in the order of measuring."""
 
     def load(mode: Mode, clients: int, rounds: int) -> Scenario:
         return lambda bench: measure_load(bench, mode, clients, rounds)
