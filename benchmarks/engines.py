@@ -15,7 +15,7 @@ from mlxserver.engine.sequence import Sequence
 
 
 class Engine(Protocol):
-    """Continuous batching of sequences. A sequence ends when it is removed, or by itself; then remove() does nothing."""
+    """Continuous batching of sequences. A sequence ends when it is removed, or by itself."""
 
     def insert(self, sequence: Sequence) -> None:
         """Queue a sequence."""

@@ -1,8 +1,8 @@
-"""The README's pictures of advanced_client.py, from a real run: docs/shell.svg, docs/compare.svg, docs/benchmark.svg.
+"""Screenshots of advanced_client.py from a real run: docs/shell.svg, docs/compare.svg, docs/benchmark.svg.
 
     python tools/screenshots.py
 
-Starts the server with its default models, runs the client in a terminal, types, and exports what the terminal shows.
+Starts the server with its default models, runs the client in a terminal, types, and exports the terminal's screen.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tools.harness import terminal as terminals  # noqa: E402
 from tools.harness.running_server import running_server  # noqa: E402
 
 GREY = (38, 5, 244)
-PATIENCE = 300.0
+TIMEOUT = 300.0
 DOCUMENTS = ROOT / "docs"
 
 
 class Screen(terminals.Screen):
-    """A screen that shows faint text as grey: pyte knows no faint."""
+    """Screen with faint text in grey, as pyte does not support faint text."""
 
     def select_graphic_rendition(self, *attributes: int, private: bool = False) -> None:
         """Called by pyte for each change of colours."""
@@ -43,15 +43,15 @@ def shell(url: str, home: Path) -> None:
     """A conversation with Markdown, thinking, and a switch of the model."""
     options = ("--base-url", url, "--model", "smollm2", "--temperature", "0", "--max-tokens", "120")
     with terminals.terminal(*options, home=home, screen=Screen) as shown:
-        shown.expect("\n>", within=PATIENCE)
+        shown.expect("\n>", within=TIMEOUT)
         shown.enter("What is the capital of France?")
-        shown.expect("TTFT", within=PATIENCE)
+        shown.expect("TTFT", within=TIMEOUT)
         shown.enter("/model smollm2-think")
         shown.expect("Now talking to smollm2-think.")
         shown.enter("/new")
         shown.expect("A new conversation.")
         shown.enter("What is 17 + 25?")
-        shown.expect("17 + 25?", "TTFT", within=PATIENCE)
+        shown.expect("17 + 25?", "TTFT", within=TIMEOUT)
         shown.enter("/models")
         shown.expect("requests", "QwQ", "\n>")
         export(shown, "shell", "advanced_client.py")
@@ -61,7 +61,7 @@ def compare(url: str, home: Path) -> None:
     """One question to two models."""
     options = ("--base-url", url, "--temperature", "0", "--max-tokens", "60", "--compare", "smollm2,smollm2-think")
     with terminals.terminal(*options, "What is 3 + 4?", home=home, screen=Screen) as shown:
-        shown.expect("finish reason", "smollm2-think", within=PATIENCE)
+        shown.expect("finish reason", "smollm2-think", within=TIMEOUT)
         shown.exit_status()
         export(shown, "compare", 'advanced_client.py --compare smollm2,smollm2-think "What is 3 + 4?"')
 
@@ -70,13 +70,13 @@ def benchmark(url: str, home: Path) -> None:
     """One model at three loads."""
     load = ("--concurrency", "1,4,8", "--requests", "16", "--max-tokens", "24", "--slo", "ttft=2000,itl=500")
     with terminals.terminal("--base-url", url, "--benchmark", "smollm2", *load, home=home, screen=Screen) as shown:
-        shown.expect("end-to-end latency", within=PATIENCE)
+        shown.expect("end-to-end latency", within=TIMEOUT)
         shown.exit_status()
         export(shown, "benchmark", "advanced_client.py --benchmark smollm2 --concurrency 1,4,8")
 
 
 def export(shown: terminals.Terminal, name: str, title: str) -> None:
-    """Write what a terminal shows, all that scrolled away too, as docs/NAME.svg."""
+    """Write the screen and the scrollback of a terminal as docs/NAME.svg."""
     screen = shown.screen
     rows = [*screen.history.top, *(screen.buffer[row] for row in range(screen.lines))]
     lines = [_line(row, screen.columns) for row in rows]
@@ -89,7 +89,7 @@ def export(shown: terminals.Terminal, name: str, title: str) -> None:
 
 
 def _without_gap(lines: Sequence[Text]) -> list[Text]:
-    """The lines without the empty ones between the prompt and the toolbar at the bottom of the screen."""
+    """Lines with one empty line where there are several, as between the prompt and the toolbar."""
     blank = [not line.plain.strip() for line in lines]
     return [line for n, line in enumerate(lines) if not (blank[n] and n and blank[n - 1])]
 
@@ -123,7 +123,7 @@ NAMES = {
 
 
 def main() -> None:
-    """Make all three."""
+    """Make all three screenshots."""
     with tempfile.TemporaryDirectory() as home, running_server() as server:
         for picture in (shell, compare, benchmark):
             picture(server.url, Path(home))
