@@ -154,14 +154,17 @@ class LiveAnswer:
             case Finished("length"):
                 self._answer.add("\n\n*(the answer reached its limit of tokens)*\n")
         if not self._frame:
-            self._frame = asyncio.get_running_loop().call_later(FRAME, self._draw)
+            self._frame = asyncio.get_running_loop().call_later(FRAME, self.draw)
 
     def show_progress(self, step: Progress) -> None:
         """Draw the progress of the load that the answer waits for. The answer replaces it."""
         line = Text(format_progress(step), "dim", no_wrap=True, overflow="ellipsis")
         self._live.update(line, refresh=True)
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Draw all events so far, without waiting for the next frame."""
+        if self._frame:
+            self._frame.cancel()
         self._frame = None
         if not self._thought:
             self._answer.draw()

@@ -1,4 +1,4 @@
-"""Loads of the benchmarks against a real socket server, and what is computed from them. Nothing here is about speed."""
+"""Parts of the benchmarks: loads on a real socket server, and the figures computed from them. No speed is tested."""
 
 import asyncio
 import json

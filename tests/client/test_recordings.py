@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mlxserver.client.errors import ClientError, StreamBroken
 from mlxserver.client.events import Content, Finished, Reasoning
 from mlxserver.client.recorder import Recording
+from mlxserver.client.stream import StreamReader
 from tests.support.scripted_server import STREAMS
 
 EVENTS = STREAMS["thinker"]
@@ -63,3 +64,9 @@ def test_any_bytes_as_a_response_are_events_or_a_client_error(received):
         assert recording(received).events()
     except ClientError as error:
         assert str(error)
+
+
+def test_bytes_after_the_end_of_a_stream_are_ignored():
+    reader = StreamReader()
+    assert [type(e).__name__ for e in reader.feed(b"".join(STREAMS["talker"]) * 2, 1.0)].count("Finished") == 1
+    assert list(reader.end(2.0)) == []

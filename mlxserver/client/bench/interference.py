@@ -86,7 +86,7 @@ class Interference:
 
     async def _prefill(self, begin: Callable[[], None]) -> None:
         begin()
-        await self._send_one(self._long_prompt())
+        await self._send_one(self.long_prompt())
 
     async def _load(self, begin: Callable[[], None]) -> None:
         await self._client.unload(self._other)
@@ -96,7 +96,7 @@ class Interference:
     async def _send_one(self, prompt: Prompt = user("Hi")) -> None:  # noqa: B008  (a prompt is a tuple)
         await self._client.complete(prompt, self._other, max_tokens=1)
 
-    def _long_prompt(self) -> Prompt:
+    def long_prompt(self) -> Prompt:
         """A prompt that differs from every other in its first words: no prefix cache holds any of it."""
         return user(" ".join(str(self._random.randrange(1000)) for _ in range(self._words)))
 
