@@ -64,12 +64,7 @@ def summarise(samples: Sequence[Sample]) -> Summary:
     if not good:
         raise ValueError(f"All {len(samples)} requests failed; the first: {samples[0].error or 'no text came'}")
     begin, end = min(t.start for t in good), max(t.end for t in good)
-    steady_end = min(t.end for t in good if t.end >= max(t.start for t in good))
     counts = [usage(timing) for timing in good]
-    steady_tokens = sum(
-        count.completion_tokens * sum(at <= steady_end for at in timing.arrivals) / len(timing.arrivals)
-        for timing, count in zip(good, counts, strict=True)
-    )
     ttfts = [timing.ttft for timing in good]
     gaps = [gap for timing in good for gap in timing.gaps]
     tokens = sum(count.completion_tokens for count in counts)
@@ -78,7 +73,7 @@ def summarise(samples: Sequence[Sample]) -> Summary:
         errors=sum(sample.error is not None for sample in samples),
         tokens=tokens,
         seconds=end - begin,
-        tokens_per_second=steady_tokens / (steady_end - begin),
+        tokens_per_second=_steady_rate(good, begin),
         overall_tokens_per_second=tokens / (end - begin),
         ttft_p50=percentile(ttfts, 50),
         ttft_p95=percentile(ttfts, 95),
@@ -88,6 +83,17 @@ def summarise(samples: Sequence[Sample]) -> Summary:
         cached_tokens=sum(count.cached_tokens for count in counts),
         slow_connects=sum(sample.connecting > SLOW_CONNECT for sample in samples),
     )
+
+
+def _steady_rate(timings: Sequence[Timing], begin: float) -> float:
+    """Tokens/s of the steady part (rule 2). An arrival counts as its request's mean tokens per arrival."""
+    last_start = max(timing.start for timing in timings)
+    end = min(timing.end for timing in timings if timing.end >= last_start)
+    tokens = sum(
+        usage(timing).completion_tokens * sum(at <= end for at in timing.arrivals) / len(timing.arrivals)
+        for timing in timings
+    )
+    return tokens / (end - begin)
 
 
 def decode_rate(timings: Sequence[Timing], sequences: int) -> float:

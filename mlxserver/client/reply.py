@@ -7,7 +7,7 @@ Rule 2: of several models, one that fails keeps its error; the others go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -98,15 +98,14 @@ async def ask(
         reply.progress = step
         on_progress(step)
 
+    async def whole() -> AsyncGenerator[Event, None]:
+        for event in (await client.complete(messages, reply.model, **params)).events:
+            yield event
+
     reply.start = perf_counter()
+    answer = client.stream(messages, reply.model, on_progress=take_progress, **params) if stream else whole()
     try:
-        if not stream:
-            answer = await client.complete(messages, reply.model, **params)
-            for event in answer.events:
-                reply.add(event)
-                on_event(event)
-            return
-        async with aclosing(client.stream(messages, reply.model, on_progress=take_progress, **params)) as events:
+        async with aclosing(answer) as events:
             async for event in events:
                 reply.add(event)
                 on_event(event)

@@ -65,13 +65,7 @@ async def interference(
             task = bar.add_task(f"{models[0]}: {name}", total=plan.requests)
             phases.append(await measured.run(name, work, lambda task=task: bar.advance(task)))  # type: ignore[misc]
     objects = to_objects(phases, plan)
-    if as_json:
-        print_line(json.dumps(objects, indent=2))
-    elif console().is_terminal:
-        console().print(format_interference(models[0], objects))
-    else:
-        rows = [["", *MEASURES], *([one["phase"], *_cells(one)] for one in objects)]
-        print_line("\n".join("\t".join(row) for row in rows))
+    _show_interference(models[0], objects, console(), as_json)
     if options.output:
         write(options.output, to_rows(objects), objects)
     return all(phase.run and not phase.run.errors for phase in phases)
@@ -96,6 +90,16 @@ def _cells(phase: dict[str, Any]) -> list[str]:
 
 def _cell(value: float | None, ratio: float | None) -> str:
     return "-" if value is None or ratio is None else f"{value:.1f} (x{ratio:.2f})"
+
+
+def _show_interference(model: str, phases: list[dict[str, Any]], stdout: Console, as_json: bool) -> None:
+    if as_json:
+        print_line(json.dumps(phases, indent=2))
+    elif stdout.is_terminal:
+        stdout.print(format_interference(model, phases))
+    else:
+        rows = [["", *MEASURES], *([phase["phase"], *_cells(phase)] for phase in phases)]
+        print_line("\n".join("\t".join(row) for row in rows))
 
 
 def _show(plan: Plan, runs: list[Run], stdout: Console, as_json: bool) -> None:
