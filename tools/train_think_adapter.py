@@ -1,9 +1,9 @@
-"""Trains adapters/smollm2-think: the LoRA adapter with which the embedded model reasons inside <think> tags.
+"""Training of adapters/smollm2-think, the LoRA adapter with which the embedded model reasons inside <think> tags.
 
     python -m tools.train_think_adapter --output DIRECTORY [--steps N]
 
-Rule 1: mlx-lm's own trainer does the work, in float32, on examples that tools/think_examples.py makes up.
-Rule 2: examples and first weights come from SEED; what is saved names no path of this machine.
+Rule 1: mlx-lm's own trainer runs in float32, on the examples of tools/think_examples.py.
+Rule 2: examples and initial weights come from SEED; the saved files hold no path of this machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 4
 
 
 def run(output: Path, steps: int) -> None:
-    """Train for so many steps of BATCH examples each and write the adapter into the directory."""
+    """Train for `steps` steps of BATCH examples each, and write the adapter into the directory."""
     mx.random.seed(SEED)
     np.random.seed(SEED)  # the trainer shuffles with it
     loaded = load(ModelSpec("smollm2", "embedded:smollm2"))
