@@ -24,7 +24,7 @@ serve: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements-common.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
+$(VENV)/.installed: requirements/common.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (once, a minute or two) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
@@ -33,8 +33,8 @@ $(VENV)/.installed: requirements-common.txt $(REQUIREMENTS) Makefile tools/insta
 	@sh tools/install_openblas.sh
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	@$(PIP) -r requirements-common.txt -r requirements-dev.txt  # not MLX again: the venv may hold the CUDA build
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+	@$(PIP) -r requirements/common.txt -r requirements/dev.txt  # not MLX again: the venv may hold the CUDA build
 	@touch $@
 
 test: $(VENV)/.installed-dev
