@@ -24,6 +24,7 @@ from typing import Any
 
 import uvloop
 
+from mlxserver import __version__
 from mlxserver.config import load
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.http import is_loopback
@@ -45,7 +46,6 @@ from mlxserver.manager.reload import Reload
 from mlxserver.manager.watchdog import watch
 from mlxserver.server import logs
 from mlxserver.server.app import Server
-from mlxserver.server.handlers import VERSION
 from model_manager import ModelManager
 
 log = logging.getLogger("server")
@@ -197,7 +197,7 @@ def lead_or_follow(settings: Settings) -> Leader | None:
     """
     if not launch.is_one_of_several(os.environ):
         return None
-    facts = launch.shared_facts(VERSION, settings)
+    facts = launch.shared_facts(__version__, settings)
     if not launch.is_leader(os.environ):
         follower.follow(launch.join(), facts, settings)
     leader = Leader(settings.rank_timeout, settings.wedged_after)

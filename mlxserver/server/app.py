@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from functools import partial
 
 import uvicorn
+from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from turboapi import TurboAPI
+from turboapi import APIRouter, TurboAPI
 
+from mlxserver import __version__
 from mlxserver.api import responses
 from mlxserver.manager.reload import Reload
 from mlxserver.server.auth import Gate
@@ -37,16 +39,19 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 Reloading = Callable[[], Awaitable[Reload]]
 
 
-def make_app(manager: ModelManager, reload: Reloading) -> TurboAPI:
-    """What answers requests that were let in."""
-    app = TurboAPI(
-        title=TITLE,
-        routes=Handlers(manager, reload).routes(),
-        openapi_url=None,  # the route that turboapi 0.2.8 would add does not work; ours is one of the handlers
-        exception_handlers=exception_handlers(),
-    )
-    app.app.router.redirect_slashes = False  # app.router is another one, which routes nothing
-    return app
+class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
+    """Application that answers requests which were let in.
+
+    It builds the Starlette application itself: TurboAPI 0.2.8 passes `on_startup`, which Starlette 1.x does not take.
+    """
+
+    def __init__(self, manager: ModelManager, reload: Reloading) -> None:
+        self.router = APIRouter()  # of routes that are added later; those of the handlers are Starlette's
+        self.title, self.description, self.version = TITLE, "", __version__
+        # The pages that TurboAPI would add do not work; /openapi.json and /docs are handlers.
+        self.openapi_url = self.docs_url = self.redoc_url = self.openapi_generator = None
+        self.app = Starlette(routes=Handlers(manager, reload).routes(), exception_handlers=exception_handlers())
+        self.app.router.redirect_slashes = False
 
 
 class Server(uvicorn.Server):
@@ -56,7 +61,7 @@ class Server(uvicorn.Server):
         settings = manager.settings
         super().__init__(
             uvicorn.Config(
-                Interruptible(Access(Gate(make_app(manager, reload), manager))),
+                Interruptible(Access(Gate(App(manager, reload), manager))),
                 http=partial(Connection, settings),  # type: ignore[arg-type]
                 ws="none",
                 log_config=None,

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from mlxserver import __version__
 from mlxserver.api import model_responses, openapi, responses, schemas
 from mlxserver.api.endpoints import ENDPOINTS, Endpoint
 from mlxserver.engine.errors import ModelNotFound, ModelWedged
@@ -34,7 +35,7 @@ from model_manager import ModelManager
 
 log = logging.getLogger("server")
 
-TITLE, VERSION = "Multi-Model MLX Server", "1.0.0"
+TITLE = "Multi-Model MLX Server"
 SHOWN_IGNORED = 32  # names that one header has room for
 STALL_INTERVAL = 1.0  # seconds between two looks at whether an engine is stuck
 
@@ -164,7 +165,7 @@ class Handlers:
     async def health(self, request: Request) -> Response:
         """GET /health."""
         is_told_all = request.state.right >= Right.GENERATE
-        return json_response(health.life(self._manager, VERSION, is_told_all=is_told_all))
+        return json_response(health.life(self._manager, __version__, is_told_all=is_told_all))
 
     async def ready(self, request: Request) -> Response:
         """GET /health/ready."""
@@ -181,7 +182,7 @@ class Handlers:
 
     @cached_property
     def _document(self) -> dict[str, Any]:
-        return openapi.document(ENDPOINTS, TITLE, VERSION)
+        return openapi.document(ENDPOINTS, TITLE, __version__)
 
     async def _read(self, schema: type[R], request: Request) -> tuple[R, dict[str, str]]:
         """The request, and the headers that its answer is to have: the parameters that were ignored, if any."""
