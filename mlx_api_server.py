@@ -41,7 +41,7 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.engine import Engine
-from mlxserver.engine.worker.thread_pool import Threads
+from mlxserver.engine.worker.thread_pool import ThreadPool
 from mlxserver.manager.reload import Reload
 from mlxserver.manager.watchdog import watch
 from mlxserver.server import logs
@@ -67,7 +67,7 @@ DEFAULT_MODELS = (
 THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 
 
-def start_engine(builder: Builder, threads: Threads) -> Any:
+def start_engine(builder: Builder, threads: ThreadPool) -> Any:
     """How a model's engine is started: its thread loads the model and runs it."""
 
     def start(spec: ModelSpec, on_death: Any, loading: Loading, metrics: ModelMetrics) -> Engine:
@@ -87,12 +87,12 @@ def start_engine(builder: Builder, threads: Threads) -> Any:
 @asynccontextmanager
 async def running_models(settings: Settings, leader: Leader | None = None) -> AsyncIterator[ModelManager]:
     """The manager with its models; all are unloaded at the end, and the ranks that `leader` leads let go."""
-    threads = Threads(streams.thread_stream)
+    threads = ThreadPool(streams.thread_stream)
 
     def estimate_share(spec: ModelSpec) -> Estimate:
         if not leader and spec.shard:  # before anybody leaves for it
             raise sharding.alone(spec)
-        place = sharding.Seat(0, leader.size if leader else 1)
+        place = sharding.RankPosition(0, leader.size if leader else 1)
         return threads.call(lambda: sharding.share(estimate(spec), spec, place))
 
     manager = ModelManager(
@@ -153,7 +153,7 @@ async def serve(
         server = Server(manager, reload)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = asyncio.create_task(manager.preload())
-        watching = asyncio.create_task(watch(lambda: manager.everybody, lambda: manager.settings.wedged_after))
+        watching = asyncio.create_task(watch(lambda: manager.all_instances, lambda: manager.settings.wedged_after))
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and not serving.done():
             print(greeting(url, manager), flush=True)

@@ -1,7 +1,7 @@
 """The models of a server, and what becomes of them: registered, loaded, replaced, changed, unloaded, forgotten.
 
 ModelManager has one ModelInstance a key (manager/instance.py) in its Registry (manager/registry.py); all of them
-share one Room (manager/memory_budget.py).
+share one MemoryBudget (manager/memory_budget.py).
 
 Rule 1: only registered sources are loaded. A request registers nothing, unless allow_any_model is set; what it
         registered then and could not be loaded is forgotten when the next one comes.
@@ -25,8 +25,8 @@ from mlxserver.engine.loading.estimate import Estimate, budget
 from mlxserver.engine.metrics import ModelMetrics, RankReport
 from mlxserver.manager.eviction import Rules
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.loading import Services, StartEngine, look_at
-from mlxserver.manager.memory_budget import Room
+from mlxserver.manager.loading import Services, StartEngine, retrieve_exception
+from mlxserver.manager.memory_budget import MemoryBudget
 from mlxserver.manager.registry import Registry
 from mlxserver.manager.reload import Reload, changes, contradicts, is_live
 from mlxserver.manager.states import ModelState, Step, UnloadMode, UnloadReport
@@ -57,7 +57,7 @@ class ModelManager:
         self.settings = settings
         self.ranks: Callable[[], Sequence[RankReport]] = list  # how those are that share models, if there are several
         self._started = time.monotonic()
-        self.room = Room(self._rules, measure_arrays)
+        self.memory = MemoryBudget(self._rules, measure_arrays)
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._registry = Registry()
         self._work: set[asyncio.Task[Any]] = set()
@@ -77,9 +77,9 @@ class ModelManager:
         return self._registry.instances
 
     @property
-    def everybody(self) -> list[ModelInstance]:
+    def all_instances(self) -> list[ModelInstance]:
         """Every model that may have an engine, registered or not."""
-        return self._registry.everybody
+        return self._registry.all_instances
 
     @property
     def metrics(self) -> list[ModelMetrics]:
@@ -90,7 +90,7 @@ class ModelManager:
         """The model of this key or alias. Raises ModelNotFound."""
         return self._registry.find(key)
 
-    def wanted(self, key: str) -> ModelInstance:
+    def resolve(self, key: str) -> ModelInstance:
         """The model of this key or alias, for a request that it is to answer: registered for it if allow_any_model is
         set. Raises ModelNotFound.
         """
@@ -124,7 +124,7 @@ class ModelManager:
     @property
     def is_closing(self) -> bool:
         """Whether the server stops."""
-        return self.room.is_closed
+        return self.memory.is_closed
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
@@ -173,9 +173,9 @@ class ModelManager:
         wanted = [instance for instance in wanted if instance.spec.preload]
         wanted += [changed for key in new.changed if (changed := self._change(specs[key]))]
         self._keep(self._load_all(wanted))
-        self.room.look()
+        self.memory.reconsider()
         for instance in self.instances:
-            instance.set_expiry()
+            instance.restart_idle_timer()
         return new
 
     async def close(self, patience: float) -> None:
@@ -183,8 +183,10 @@ class ModelManager:
 
         One that is stuck is left where it is, CLOSE_GRACE seconds later.
         """
-        self.room.close()
-        closing = [asyncio.ensure_future(instance.close(patience)) for instance in {*self.everybody}] + [*self._work]
+        self.memory.close()
+        closing = [asyncio.ensure_future(instance.close(patience)) for instance in {*self.all_instances}] + [
+            *self._work
+        ]
         if not closing:
             return
         done, stuck = await asyncio.wait(closing, timeout=patience + CLOSE_GRACE)
@@ -195,7 +197,7 @@ class ModelManager:
             log.error("%d models could not be unloaded", len(stuck))
 
     def _new(self, spec: ModelSpec) -> ModelInstance:
-        return ModelInstance(spec, self._services, self.room, self._registry.metrics_of(spec.key))
+        return ModelInstance(spec, self._services, self.memory, self._registry.metrics_of(spec.key))
 
     def _rules(self) -> Rules:
         return Rules(budget(self.settings.memory_limit), self.settings.min_residency, self.settings.max_wait)
@@ -205,18 +207,18 @@ class ModelManager:
     ) -> ModelInstance:
         """Load a registered model; if that fails, forget it if it is new."""
         try:
-            with instance.heard_by(on_step):
+            with instance.reporting_to(on_step):
                 await instance.load()
         except EngineError:
             if is_new and instance.is_absent:
-                self._registry.strike(instance)
+                self._registry.remove(instance)
             raise
         return instance
 
     async def _replace(self, old: ModelInstance, new: ModelInstance, on_step: Callable[[Step], None]) -> ModelInstance:
         """Load the new one beside the old one, or else after it; the old one is put back if the new one fails."""
         was_loaded = old.state is ModelState.READY
-        with self._registry.arriving(new), new.heard_by(on_step):
+        with self._registry.arriving(new), new.reporting_to(on_step):
             try:
                 await new.load()
                 self._put(new)
@@ -267,14 +269,14 @@ class ModelManager:
         for instance in self.instances:
             was_tried = instance.metrics.loads and not instance.metrics.loads["loaded"]
             if was_tried and instance.is_absent and instance.key not in configured and not instance.requests:
-                self._registry.strike(instance)
+                self._registry.remove(instance)
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Let work go on by itself; close() waits for it."""
         task = asyncio.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
-        task.add_done_callback(look_at)  # whoever asked for it may have left
+        task.add_done_callback(retrieve_exception)  # whoever asked for it may have left
         return task
 
     async def _load_all(self, instances: Iterable[ModelInstance]) -> None:

@@ -100,10 +100,10 @@ def generate(runtime: ModelRuntime, requests: Sequence[GenerationRequest]) -> An
     while not runtime.batch.is_empty():
         finished = []
         for token in runtime.batch.decode():
-            output, events = outputs[token.row_id]
+            output, events = outputs[token.sequence_id]
             events += output.feed(token)
             if events and isinstance(events[-1], Finish):
-                finished.append(token.row_id)
+                finished.append(token.sequence_id)
         runtime.batch.remove(finished)
         runtime.batch.prefill()
     seconds = time.perf_counter() - started
@@ -125,7 +125,7 @@ def compile_all(runtime: ModelRuntime) -> float:
     """Seconds that the first use of all schemas takes."""
     started = time.perf_counter()
     for subject, schema in SCHEMAS.items():
-        runtime.format(request(subject, 0, schema))
+        runtime.preprocess(request(subject, 0, schema))
     return time.perf_counter() - started
 
 

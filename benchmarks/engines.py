@@ -10,20 +10,20 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.scheduler.scheduler import Batcher
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from mlxserver.engine.sequence import Sequence
 
 
 class Engine(Protocol):
     """Decodes rows together. A row ends when it is removed; removing a row that has ended by itself does nothing."""
 
-    def insert(self, row: Row) -> None:
+    def insert(self, row: Sequence) -> None:
         """Queue a row."""
 
     def step(self) -> list[int]:
         """Go on by one step; the ids of the rows that got a token."""
 
-    def remove(self, row_id: int) -> None:
+    def remove(self, sequence_id: int) -> None:
         """Forget a row that has all its tokens."""
 
     def close(self) -> None:
@@ -37,14 +37,14 @@ class MlxLmEngine:
         self._generator = BatchGenerator(model, completion_batch_size=rows)
         self._shared = shared
         self._samplers: dict[tuple[float, float], Any] = {}
-        self._row_ids: dict[int, int] = {}
+        self._sequence_ids: dict[int, int] = {}
 
-    def insert(self, row: Row) -> None:
+    def insert(self, row: Sequence) -> None:
         """Queue a row."""
         (uid,) = self._generator.insert(
             [list(row.tokens)], max_tokens=[row.max_tokens], samplers=[self._sampler(row.sampling)]
         )
-        self._row_ids[uid] = row.id
+        self._sequence_ids[uid] = row.id
 
     def _sampler(self, sampling: Sampling) -> Any:
         made = make_sampler(sampling.temperature, top_p=sampling.top_p)
@@ -53,9 +53,9 @@ class MlxLmEngine:
     def step(self) -> list[int]:
         """Go on by one step; the ids of the rows that got a token."""
         _, responses = self._generator.next()
-        return [self._row_ids[response.uid] for response in responses]
+        return [self._sequence_ids[response.uid] for response in responses]
 
-    def remove(self, row_id: int) -> None:
+    def remove(self, sequence_id: int) -> None:
         """Nothing to do: its rows end by themselves."""
 
     def close(self) -> None:
@@ -67,21 +67,21 @@ class OurEngine:
     """scheduler/scheduler.py, driven as the engine thread drives it."""
 
     def __init__(self, model: Any, rows: int) -> None:
-        self._batch = Batcher(model, max_running=rows)
+        self._batch = Scheduler(model, max_running=rows)
 
-    def insert(self, row: Row) -> None:
+    def insert(self, row: Sequence) -> None:
         """Queue a row."""
         self._batch.insert([row])
 
     def step(self) -> list[int]:
         """Go on by one step; the ids of the rows that got a token."""
-        advanced = [token.row_id for token in self._batch.decode()]
+        advanced = [token.sequence_id for token in self._batch.decode()]
         self._batch.prefill()
         return advanced
 
-    def remove(self, row_id: int) -> None:
+    def remove(self, sequence_id: int) -> None:
         """Forget a row that has all its tokens."""
-        self._batch.remove([row_id])
+        self._batch.remove([sequence_id])
 
     def close(self) -> None:
         """Free what it holds."""

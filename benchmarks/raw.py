@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import abc, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
@@ -35,29 +35,29 @@ from benchmarks.stats import Record, decode_rate, summarise
 from benchmarks.vocabulary import Prompts
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 BANDWIDTH_BYTES = 1 << 28
 BANDWIDTH_ROW = 8192
 BANDWIDTH_TRIES = 5
 
 
-def drive(engine: Engine, rows: Sequence[Row], clients: int) -> list[Record]:
+def drive(engine: Engine, rows: abc.Sequence[Sequence], clients: int) -> list[Record]:
     """Decode all rows, `clients` at a time; the arrivals are the steps that gave each token."""
     waiting, records = deque(rows), []
-    running: dict[int, tuple[float, Row, list[float]]] = {}
+    running: dict[int, tuple[float, Sequence, list[float]]] = {}
     while waiting or running:
         while waiting and len(running) < clients:
             row = waiting.popleft()
             running[row.id] = perf_counter(), row, []
             engine.insert(row)
         advanced, now = engine.step(), perf_counter()
-        for row_id in advanced:
-            sent, row, arrivals = running[row_id]
+        for sequence_id in advanced:
+            sent, row, arrivals = running[sequence_id]
             arrivals.append(now)
             if len(arrivals) == row.max_tokens:
-                del running[row_id]
-                engine.remove(row_id)
+                del running[sequence_id]
+                engine.remove(sequence_id)
                 records.append(Record(sent, now, tuple(arrivals), len(arrivals)))
     return records
 
@@ -70,9 +70,9 @@ class Rows:
         self._tokenizer = tokenizer
         self._length = sizes.prompt_tokens
 
-    def make(self, count: int, settings: Callable[[int], Sampling], max_tokens: int) -> list[Row]:
+    def make(self, count: int, settings: Callable[[int], Sampling], max_tokens: int) -> list[Sequence]:
         """So many; settings gives each row's by its number."""
-        return [Row(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
+        return [Sequence(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
 
     def _prompt(self) -> tuple[int, ...]:
         messages = [{"role": "user", "content": self._prompts.make(self._length)}]

@@ -27,7 +27,7 @@ DISK = 20_000  # bytes that one file may have on the small disk
 
 
 @dataclass(frozen=True)
-class Row:
+class Sequence:
     """What there is to tell of one fault. stream, plain: how a request that it met ended; next: how the one after."""
 
     fault: str
@@ -48,7 +48,7 @@ class Bench:
         for fault in faults:
             (self.faults / fault).touch()
 
-    def row(self, name: str, *faults: str) -> Row:
+    def row(self, name: str, *faults: str) -> Sequence:
         """Let the faults meet a stream that runs, and then a plain request."""
         with self.server.stream("m", "forever", max_tokens=TOKENS) as stream:
             stream.read(5)
@@ -56,7 +56,7 @@ class Bench:
             met = told(list(stream))
         for fault in faults[-1:]:
             self.ask_for(fault)
-        return Row(name, met, self.plain("forever", max_tokens=TOKENS), self.after())
+        return Sequence(name, met, self.plain("forever", max_tokens=TOKENS), self.after())
 
     def after(self) -> str:
         """How the next request ends; one that is told to come back later does."""
@@ -104,7 +104,7 @@ def bench(directory: Path) -> Iterator[Bench]:
         yield Bench(server, faults)
 
 
-def in_the_engine(directory: Path) -> Iterator[Row]:
+def in_the_engine(directory: Path) -> Iterator[Sequence]:
     """Faults of requests, steps and threads, one after the other on one server; at last a step that never ends."""
     with bench(directory) as on:
         yield one_request(on, "a tokenizer that fails on a prompt", "tokenizer")
@@ -117,7 +117,7 @@ def in_the_engine(directory: Path) -> Iterator[Row]:
         yield wedged(on)
 
 
-def one_request(on: Bench, name: str, fault: str) -> Row:
+def one_request(on: Bench, name: str, fault: str) -> Sequence:
     """A fault that meets one request, while another one runs."""
     with on.server.stream("m", "forever", max_tokens=TOKENS) as other:
         other.read(5)
@@ -125,10 +125,10 @@ def one_request(on: Bench, name: str, fault: str) -> Row:
         plain = on.plain("hello")
         on.ask_for(fault)
         first = streamed(on.server, "hello")
-        return Row(name, f"{first}; others: {told(list(other))}", plain, on.plain("hello"))
+        return Sequence(name, f"{first}; others: {told(list(other))}", plain, on.plain("hello"))
 
 
-def wedged(on: Bench) -> Row:
+def wedged(on: Bench) -> Sequence:
     """A step that never ends: what /health says of it, and that the process ends all the same."""
     with on.server.stream("m", "forever") as stream:
         stream.read(5)
@@ -137,10 +137,12 @@ def wedged(on: Bench) -> Row:
         ready = on.server.get("/health/ready?model=m").status
         ended = on.server.stop()
         met = told(list(stream))
-    return Row("a step that never ends, then SIGTERM", met, f"/health/ready {ready}", f"process ended: {ended.status}")
+    return Sequence(
+        "a step that never ends, then SIGTERM", met, f"/health/ready {ready}", f"process ended: {ended.status}"
+    )
 
 
-def with_files(directory: Path) -> Iterator[Row]:
+def with_files(directory: Path) -> Iterator[Sequence]:
     """Faults of disks and files."""
     source = write_tiny_gguf(directory / "tiny.gguf")
     yield truncated(directory)
@@ -149,7 +151,7 @@ def with_files(directory: Path) -> Iterator[Row]:
         yield killed(directory / f"cache{len(moment)}", source, moment)
 
 
-def truncated(directory: Path) -> Row:
+def truncated(directory: Path) -> Sequence:
     """Weights that lack their end."""
     model = scripted_model(directory / "cut", SCRIPTS)
     weights = model / "model.safetensors"
@@ -161,10 +163,10 @@ def truncated(directory: Path) -> Row:
         plain = on.plain("hello")
         weights.write_bytes(whole)
         server.post("/v1/models/unload", {"key": "m"})  # or else the next request would have to wait a second
-        return Row("a truncated weights file, then repaired", met, plain, on.plain("hello"))
+        return Sequence("a truncated weights file, then repaired", met, plain, on.plain("hello"))
 
 
-def full_disk(directory: Path, source: Path) -> Row:
+def full_disk(directory: Path, source: Path) -> Sequence:
     """A disk on which a converted model has no place; then one on which it has."""
     cache = {"MLX_SERVER_CACHE": str(directory / "small")}
     with running_server("--no-defaults", "--model", f"m={source}", variables=cache, preexec_fn=limit_files) as server:
@@ -175,7 +177,7 @@ def full_disk(directory: Path, source: Path) -> Row:
     assert not left, left
     with running_server("--no-defaults", "--model", f"m={source}", variables=cache) as server:
         after = Bench(server, directory).plain("hello", max_tokens=3)
-    return Row("a disk that is full, then more room", met, plain, after)
+    return Sequence("a disk that is full, then more memory", met, plain, after)
 
 
 def limit_files() -> None:
@@ -185,7 +187,7 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (DISK, DISK))
 
 
-def killed(cache: Path, source: Path, moment: str) -> Row:
+def killed(cache: Path, source: Path, moment: str) -> Sequence:
     """kill -9 as soon as a file of this name is there, and a new start."""
     flags = ("--no-defaults", "--model", f"m={source}")
     with running_server(*flags, variables={"MLX_SERVER_CACHE": str(cache)}) as server:
@@ -200,17 +202,17 @@ def killed(cache: Path, source: Path, moment: str) -> Row:
     with running_server(*flags, variables={"MLX_SERVER_CACHE": str(cache)}) as server:
         after = Bench(server, cache).plain("hello", max_tokens=3)
     assert not list(cache.glob("*.partial"))
-    return Row(f"kill -9 when {moment.rpartition('/')[2]} was there, then a start", met, met, after)
+    return Sequence(f"kill -9 when {moment.rpartition('/')[2]} was there, then a start", met, met, after)
 
 
-def rows() -> Iterator[Row]:
+def rows() -> Iterator[Sequence]:
     """All faults."""
     for cause in CAUSES:
         with tempfile.TemporaryDirectory() as directory:
             yield from cause(Path(directory))
 
 
-CAUSES: tuple[Callable[[Path], Iterator[Row]], ...] = (in_the_engine, with_files)
+CAUSES: tuple[Callable[[Path], Iterator[Sequence]], ...] = (in_the_engine, with_files)
 
 
 def main() -> int:

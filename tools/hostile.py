@@ -1,4 +1,4 @@
-"""Requests that nobody should send: from almost right to no HTTP at all. Pure; the same seed makes the same ones.
+"""RequestQueue that nobody should send: from almost right to no HTTP at all. Pure; the same seed makes the same ones.
 
 Rule 1: no request asks for what would rightly be answered with a 5xx: nothing is downloaded, nothing is unloaded.
 Rule 2: what is generated is short: the model has a small context.

@@ -27,7 +27,7 @@ from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners import builder
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 # hidden size, layers, heads, heads of keys and values, width of the feed-forward part, vocabulary
 SHAPES = {
@@ -89,7 +89,7 @@ def measure(source: str) -> dict[str, float]:
 def answer(batch: Any, *, rows: int, prompt: int) -> None:
     """Let so many rows answer at once. prompt: tokens of each."""
     for n in range(rows):
-        batch.insert([Row(n, tuple(range(3, 3 + prompt)), Sampling(temperature=0.0), ANSWER)])
+        batch.insert([Sequence(n, tuple(range(3, 3 + prompt)), Sampling(temperature=0.0), ANSWER)])
     said = 0
     while said < rows * ANSWER:
         said += len(batch.decode())

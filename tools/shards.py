@@ -111,7 +111,7 @@ def same_answers(server: RunningServer, prompts: int) -> int:
     return different
 
 
-def lose_rank(ranks: Ranks, key: str, strike: Callable[[], None], limit: float) -> list[str]:
+def lose_rank(ranks: Ranks, key: str, remove: Callable[[], None], limit: float) -> list[str]:
     """Strike rank 1 in the middle of eight streams of one model; what went wrong. Prints what each client saw.
 
     limit: the seconds that may go by until the last has heard of it.
@@ -130,7 +130,7 @@ def lose_rank(ranks: Ranks, key: str, strike: Callable[[], None], limit: float) 
         readers = [pool.submit(read, number) for number in range(AT_ONCE)]
         begun.wait()
         struck[0] = time.monotonic()
-        strike()
+        remove()
         seen = [reader.result() for reader in readers]
     for number, (count, seconds, last) in enumerate(seen):
         print(f"  client {number}: {count} events, the last {seconds:.3f} s after it: {last}")
@@ -181,10 +181,10 @@ def main() -> int:
             eventually(lambda: ranks.processes[1].poll() is not None)
             print(f"stopped: rank 1 ended with status {ranks.processes[1].returncode}")
         for key in LIKE:
-            for strike in (kill, silence):
+            for remove in (kill, silence):
                 with running_ranks(settings) as ranks:
-                    print(f"{key}: {strike.__name__} rank 1 in the middle of {AT_ONCE} streams", flush=True)
-                    broken += lose_rank(ranks, key, partial(strike, ranks), 2 * arguments.rank_timeout)
+                    print(f"{key}: {remove.__name__} rank 1 in the middle of {AT_ONCE} streams", flush=True)
+                    broken += lose_rank(ranks, key, partial(remove, ranks), 2 * arguments.rank_timeout)
                     broken += after_loss(ranks)
     print(f"broken: {broken}" if broken else "All promises were kept.")
     return 1 if broken else 0

@@ -17,7 +17,7 @@ EngineError
 ├── OutOfMemory          there was no memory for this request, not even with everything kept given back
 ├── ModelFailed          the model has failed several times, and is not loaded again before some time
 ├── ModelBusy            the model has requests, and the caller asked not to wait for them
-├── ModelWedged          the model can't be unloaded: its engine is stuck in a step
+├── ModelStalled          the model can't be unloaded: its engine is stuck in a step
 ├── EngineStopped        the engine ended before the answer was complete
 │   └── EngineUnloaded   because the model was unloaded, or the server stops
 ├── RankLost             a rank is gone that computed the model together with others
@@ -193,7 +193,7 @@ class ModelBusy(EngineError):
         super().__init__(f"Model {key!r} has {requests} requests in progress. Unload it with mode 'drain' or 'abort'.")
 
 
-class ModelWedged(EngineError):
+class ModelStalled(EngineError):
     """The model can't be unloaded yet: its engine is stuck in a step. `trouble` says for how long."""
 
     def __init__(self, key: str, trouble: str) -> None:

@@ -45,7 +45,7 @@ def _seconds() -> Histogram:
 class ModelMetrics:
     """All counters of one model.
 
-    By whom: batch_rows, inter_token and faults by the engine thread, the rest by the event loop. `requests` are by
+    By whom: batch_size, inter_token and faults by the engine thread, the rest by the event loop. `requests` are by
     outcome ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed", "aborted"
     and "refused", `unloads` by what made the model leave ("drain", "abort", "reject", "evict", "idle"), `faults` by
     what they met ("request", "step", "out_of_memory"). Times: seconds.
@@ -56,7 +56,7 @@ class ModelMetrics:
     inter_token: Histogram = field(default_factory=_seconds)
     queue: Histogram = field(default_factory=_seconds)
     load: Histogram = field(default_factory=_seconds)
-    batch_rows: Histogram = field(default_factory=lambda: Histogram(ROWS))
+    batch_size: Histogram = field(default_factory=lambda: Histogram(ROWS))
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

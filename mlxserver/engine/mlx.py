@@ -10,6 +10,4 @@ environment.prepare()
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
-environment.quicken_the_cpu()
-
 __all__ = ["mx", "nn"]

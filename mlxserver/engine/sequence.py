@@ -21,7 +21,7 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Sequence:
     """One sequence for the batch: the prompt's token ids and how to go on from there.
 
     said: how many of the last tokens the row itself generated before it had to wait again. max_tokens: from here on.
@@ -45,13 +45,13 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class RowToken:
+class SampledToken:
     """One generated token of one row. cached_tokens is how much of its prompt the prefix cache had.
 
     started: when the row got its place, by time.monotonic().
     """
 
-    row_id: int
+    sequence_id: int
     token: int
     cached_tokens: int = 0
     logprobs: Logprobs | None = None

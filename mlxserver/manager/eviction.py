@@ -1,6 +1,6 @@
 """Which models have to leave so that another one fits. Pure: plain figures in, a decision out.
 
-Rule 1: a pinned model never leaves, and nobody leaves in vain: without enough room in the end, nobody does.
+Rule 1: a pinned model never leaves, and nobody leaves in vain: without enough memory in the end, nobody does.
 Rule 2: idle models leave first, the least recently used first of all.
 Rule 3: a model in use leaves only for a request that waits, and only after min_residency, or once that request has
         waited for max_wait. It finishes what it has begun.
@@ -17,13 +17,13 @@ from mlxserver.engine.errors import Projection
 
 
 @dataclass(frozen=True, slots=True)
-class Occupant:
+class Resident:
     """A model that has memory, or will have it in a moment. Sizes in bytes, times in seconds on one clock.
 
-    tenant: whose it is. is_movable: it is loaded and can be asked to leave, which one that is being loaded can't.
+    holder: whose it is. is_movable: it is loaded and can be asked to leave, which one that is being loaded can't.
     """
 
-    tenant: Any
+    holder: Any
     bytes: int
     is_pinned: bool = False
     is_busy: bool = False
@@ -33,8 +33,8 @@ class Occupant:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """Room that is wanted. waiting_since None: nobody waits for it, so that no model in use has to leave."""
+class MemoryRequest:
+    """MemoryBudget that is wanted. waiting_since None: nobody waits for it, so that no model in use has to leave."""
 
     bytes: int
     waiting_since: float | None = None
@@ -51,21 +51,21 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """There is room once these have left."""
+    """There is memory once these have left."""
 
     victims: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
-    """There may be room later: ask again at this time at the latest, and whenever a model changes."""
+    """There may be memory later: ask again at this time at the latest, and whenever a model changes."""
 
     until: float
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """There is no room."""
+    """There is no memory."""
 
     projection: Projection
 
@@ -73,15 +73,15 @@ class Refused:
 Decision = Granted | Postponed | Refused
 
 
-def decide(demand: Demand, occupants: Sequence[Occupant], rules: Rules, now: float) -> Decision:
-    """Whether there is room for the demand, and who has to leave for it."""
-    missing = demand.bytes - (rules.budget - sum(occupant.bytes for occupant in occupants))
-    idle = [o for o in occupants if o.is_movable and not (o.is_pinned or o.is_busy)]
+def decide(demand: MemoryRequest, residents: Sequence[Resident], rules: Rules, now: float) -> Decision:
+    """Whether there is memory for the demand, and who has to leave for it."""
+    missing = demand.bytes - (rules.budget - sum(resident.bytes for resident in residents))
+    idle = [o for o in residents if o.is_movable and not (o.is_pinned or o.is_busy)]
     if missing <= sum(o.bytes for o in idle):
         return Granted(_fewest(sorted(idle, key=lambda o: o.last_used), missing))
-    in_use = [o for o in occupants if o.is_busy and not o.is_pinned]
+    in_use = [o for o in residents if o.is_busy and not o.is_pinned]
     if demand.waiting_since is None or missing > sum(o.bytes for o in (*idle, *in_use)):
-        return Refused(project(demand.bytes, occupants, rules.budget))
+        return Refused(project(demand.bytes, residents, rules.budget))
     patience_ends = demand.waiting_since + rules.max_wait
     ends = [min(o.resident_since + rules.min_residency, patience_ends) if o.is_movable else math.inf for o in in_use]
     due = [o for o, end in zip(in_use, ends, strict=True) if end <= now]
@@ -91,22 +91,22 @@ def decide(demand: Demand, occupants: Sequence[Occupant], rules: Rules, now: flo
     return Postponed(min((end for end in ends if end > now), default=math.inf))
 
 
-def project(needed: int, occupants: Sequence[Occupant], budget: int) -> Projection:
+def project(needed: int, residents: Sequence[Resident], budget: int) -> Projection:
     """The sizes that explain a refusal."""
-    pinned = sum(o.bytes for o in occupants if o.is_pinned)
-    busy = sum(o.bytes for o in occupants if o.is_busy and not o.is_pinned)
-    held = sum(o.bytes for o in occupants)
+    pinned = sum(o.bytes for o in residents if o.is_pinned)
+    busy = sum(o.bytes for o in residents if o.is_busy and not o.is_pinned)
+    held = sum(o.bytes for o in residents)
     return Projection(needed, max(0, budget - held), held - pinned - busy, pinned, busy, budget)
 
 
-def _fewest(candidates: Sequence[Occupant], missing: int) -> tuple[Any, ...]:
+def _fewest(candidates: Sequence[Resident], missing: int) -> tuple[Any, ...]:
     """The first of the candidates that make up for what is missing, without those that turn out not to be needed."""
-    chosen: list[Occupant] = []
+    chosen: list[Resident] = []
     for candidate in candidates:
         if sum(o.bytes for o in chosen) >= missing:
             break
         chosen.append(candidate)
-    for occupant in list(reversed(chosen)):
-        if sum(o.bytes for o in chosen) - occupant.bytes >= missing:
-            chosen.remove(occupant)
-    return tuple(o.tenant for o in chosen)
+    for resident in list(reversed(chosen)):
+        if sum(o.bytes for o in chosen) - resident.bytes >= missing:
+            chosen.remove(resident)
+    return tuple(o.holder for o in chosen)

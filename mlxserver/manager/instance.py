@@ -17,18 +17,18 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.requests import GenerationRequest, Question
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.generation import Generation
-from mlxserver.manager.lifecycle import ModelLife
+from mlxserver.manager.lifecycle import Lifecycle
 from mlxserver.manager.loading import Services
-from mlxserver.manager.memory_budget import Room
-from mlxserver.manager.queue import Ticket
+from mlxserver.manager.memory_budget import MemoryBudget
+from mlxserver.manager.queue import Lease
 from mlxserver.manager.states import ModelState
 
 
-class ModelInstance(ModelLife):
+class ModelInstance(Lifecycle):
     """One registered model."""
 
-    def __init__(self, spec: ModelSpec, services: Services, room: Room, metrics: ModelMetrics) -> None:
-        super().__init__(spec, services, room, metrics)
+    def __init__(self, spec: ModelSpec, services: Services, memory: MemoryBudget, metrics: ModelMetrics) -> None:
+        super().__init__(spec, services, memory, metrics)
         self.created = int(time.time())
 
     def __repr__(self) -> str:
@@ -43,41 +43,41 @@ class ModelInstance(ModelLife):
         return str(state.value)
 
     @property
-    def trouble(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Why the model failed, or how long its engine has been stuck; None while all is well."""
-        if self.is_wedged and self._engine:
+        if self.is_stalled and self._engine:
             return f"The engine of model {self.key!r} has made no step for {self._engine.stalled_for:.0f} s."
         return str(self.error) if self.error else None
 
     @property
-    def is_wedged(self) -> bool:
+    def is_stalled(self) -> bool:
         """Whether the engine has been at one step for longer than any takes."""
         return self._engine is not None and self._engine.stalled_for > self._services.settings().wedged_after
 
     @property
     def requests(self) -> int:
-        """Requests that wait or run."""
+        """RequestQueue that wait or run."""
         return len(self._requests)
 
     @property
     def running(self) -> int:
-        """Requests that have a place in the batch."""
+        """RequestQueue that have a place in the batch."""
         return min(self._requests.served, self.spec.max_running)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a place, or for the model."""
+        """RequestQueue that wait for a place, or for the model."""
         return self.requests - self.running
 
     @property
     def reserved_bytes(self) -> int:
         """Memory that it may take."""
-        return self._room.reserved_by(self)
+        return self._memory.reserved_by(self)
 
     @property
     def expires_in(self) -> float | None:
         """Seconds until it is unloaded if no request comes; None: never, or not while it has requests."""
-        return self._expiry.remaining
+        return self._idle_timer.remaining
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -94,35 +94,35 @@ class ModelInstance(ModelLife):
             LoadFailed, LoadAborted, NoRoom, ModelUnloading, EngineStopped
         """
         try:
-            ticket, generation = await self._begin(request, keep_alive)
+            lease, generation = await self._begin(request, keep_alive)
         except BaseException as error:
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
             self.metrics.requests[outcome] += 1
             raise
         if generation.is_done:
-            self._finish(ticket, generation)
+            self._finish(lease, generation)
         else:
-            generation.on_done = lambda: self._finish(ticket, generation)
+            generation.on_done = lambda: self._finish(lease, generation)
         return generation
 
     async def ask(self, question: Question) -> Any:
         """What the model's tokenizer says, the model being loaded first. Raises as generate(), and PromptRejected."""
-        ticket = self._enter(None)
+        lease = self._enter(None)
         try:
-            return await (await self._engine_for(ticket)).ask(question)
+            return await (await self._engine_for(lease)).ask(question)
         finally:
-            self._exit(ticket)
+            self._exit(lease)
 
-    async def _begin(self, request: GenerationRequest, keep_alive: float | None) -> tuple[Ticket, Generation]:
-        ticket = self._enter(keep_alive)
+    async def _begin(self, request: GenerationRequest, keep_alive: float | None) -> tuple[Lease, Generation]:
+        lease = self._enter(keep_alive)
         try:
-            engine = await self._engine_for(ticket)
-            return ticket, engine.submit(await engine.format(request))
+            engine = await self._engine_for(lease)
+            return lease, engine.submit(await engine.preprocess(request))
         except BaseException:
-            self._exit(ticket)
+            self._exit(lease)
             raise
 
-    def _enter(self, keep_alive: float | None) -> Ticket:
+    def _enter(self, keep_alive: float | None) -> Lease:
         if self.state is ModelState.DRAINING:
             raise ModelUnloading(self.key)
         if self.requests >= self.spec.max_running + self.spec.max_waiting:
@@ -132,32 +132,32 @@ class ModelInstance(ModelLife):
             raise ModelNotLoaded(self.key)
         if self.state is ModelState.FAILED and (seconds := self._backoff.remaining):
             raise ModelFailed(self.key, str(self.error), seconds)
-        ticket = Ticket(keep_alive)
+        lease = Lease(keep_alive)
         if self.state is ModelState.READY:
-            self._requests.serve(ticket)
-            self._expiry.cancel()
+            self._requests.serve(lease)
+            self._idle_timer.cancel()
         else:
-            self._requests.hold(ticket)
-            self._room.look()  # a load without a request behind it is now one with
-        return ticket
+            self._requests.hold(lease)
+            self._memory.reconsider()  # a load without a request behind it is now one with
+        return lease
 
-    async def _engine_for(self, ticket: Ticket) -> Engine:
+    async def _engine_for(self, lease: Lease) -> Engine:
         """The engine that serves this request."""
-        while self._requests.is_held(ticket):
+        while self._requests.is_held(lease):
             await self._loaded()
         if self._engine is None:
             raise ModelUnloading(self.key)
         return self._engine
 
-    def _exit(self, ticket: Ticket) -> None:
-        if self._requests.leave(ticket):
-            self.set_expiry()
-            self._room.look()
+    def _exit(self, lease: Lease) -> None:
+        if self._requests.leave(lease):
+            self.restart_idle_timer()
+            self._memory.reconsider()
 
-    def _finish(self, ticket: Ticket, generation: Generation) -> None:
+    def _finish(self, lease: Lease, generation: Generation) -> None:
         """The engine is done with a request."""
-        self._requests.note_answer(ticket)
-        self._exit(ticket)
+        self._requests.note_answer(lease)
+        self._exit(lease)
         if generation.usage:
             self._backoff.forget()
         self.metrics.note(generation.outcome, generation.usage)

@@ -25,23 +25,30 @@ from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.requests import ModelFacts
 from mlxserver.engine.worker.engine import Engine
-from mlxserver.manager.backoff import Backoff
-from mlxserver.manager.eviction import Occupant
-from mlxserver.manager.expiry import Expiry
-from mlxserver.manager.loading import Services, Steps, abortable, failure, look_at, outcome, started_engine
-from mlxserver.manager.memory_budget import Room
-from mlxserver.manager.queue import Requests
+from mlxserver.manager.eviction import Resident
+from mlxserver.manager.loading import (
+    ProgressFeed,
+    Services,
+    abortable,
+    failure,
+    outcome,
+    retrieve_exception,
+    started_engine,
+)
+from mlxserver.manager.memory_budget import MemoryBudget
+from mlxserver.manager.queue import RequestQueue
 from mlxserver.manager.states import TRANSITIONS, ModelState, Step, UnloadMode, UnloadReport
+from mlxserver.manager.timers import Backoff, IdleTimer
 
 log = logging.getLogger("models")
 
 STOP_PATIENCE = 5.0  # seconds that an engine gets to tell its readers itself that it ends
 
 
-class ModelLife:
+class Lifecycle:
     """The comings and goings of one model. manager/instance.py adds the requests that it answers meanwhile."""
 
-    def __init__(self, spec: ModelSpec, services: Services, room: Room, metrics: ModelMetrics) -> None:
+    def __init__(self, spec: ModelSpec, services: Services, memory: MemoryBudget, metrics: ModelMetrics) -> None:
         self.spec = spec
         self.state = ModelState.UNLOADED
         self.facts: ModelFacts | None = None
@@ -51,10 +58,10 @@ class ModelLife:
         self.is_retired = False  # it is no longer registered
         self.metrics = metrics
         self._services = services
-        self._room = room
-        self._requests = Requests()
-        self._steps = Steps()
-        self._expiry = Expiry(self._expire)
+        self._memory = memory
+        self._requests = RequestQueue()
+        self._steps = ProgressFeed()
+        self._idle_timer = IdleTimer(self._expire)
         self._backoff = Backoff()
         self._lock = asyncio.Lock()
         self._engine: Engine | None = None
@@ -68,7 +75,7 @@ class ModelLife:
         """Its name in requests."""
         return self.spec.key
 
-    # -- how it stands in the room --------------------------------------------------------------------------------
+    # -- how it stands in the memory --------------------------------------------------------------------------------
 
     @property
     def is_leaving(self) -> bool:
@@ -90,10 +97,10 @@ class ModelLife:
         """When the oldest request that waits for it to be loaded came."""
         return self._requests.waiting_since
 
-    def occupant(self, bytes: int) -> Occupant:
-        """How it stands in the room."""
+    def resident(self, bytes: int) -> Resident:
+        """How it stands in the memory."""
         is_ready = self.state is ModelState.READY
-        return Occupant(
+        return Resident(
             self,
             bytes,
             is_pinned=self.spec.pin,
@@ -120,14 +127,14 @@ class ModelLife:
         """How far the load is that runs, or that was the last."""
         return self._steps.latest
 
-    def heard_by(self, listener: Callable[[Step], None]) -> AbstractContextManager[None]:
+    def reporting_to(self, listener: Callable[[Step], None]) -> AbstractContextManager[None]:
         """Let somebody hear of the steps of a load."""
-        return self._steps.heard_by(listener)
+        return self._steps.reporting_to(listener)
 
     async def _loaded(self) -> None:
         if not (load := self._coming):
             load = self._load_task = asyncio.create_task(self._load())
-            load.add_done_callback(look_at)  # those who waited may all have left
+            load.add_done_callback(retrieve_exception)  # those who waited may all have left
         await asyncio.shield(load)
 
     async def _load(self) -> None:
@@ -141,7 +148,7 @@ class ModelLife:
             self._steps.tell(Step("waiting"))
             try:
                 self.estimate = await asyncio.to_thread(self._services.estimate, self.spec)
-                await self._room.claim(self, self.estimate.total)
+                await self._memory.reserve(self, self.estimate.total)
                 self._engine, self.facts = await started_engine(
                     self.spec, self._services, self._steps, self.metrics, self._lose_engine
                 )
@@ -160,7 +167,7 @@ class ModelLife:
         else:
             log.warning("load %s", how, extra={"fields": {"model": self.key, "cause": str(error) or None}})
             self._become(ModelState.UNLOADED)
-        self._room.release(self)
+        self._memory.release(self)
 
     def _fail(self, error: EngineError) -> None:
         """Note what went wrong."""
@@ -181,8 +188,8 @@ class ModelLife:
         self._become(ModelState.READY)
         self._requests.keep_alive = None  # what it was in an earlier life
         self._requests.serve_held()
-        self.set_expiry()
-        self._room.resize(self, self.facts.weight_bytes + self.estimate.cache + self.estimate.activations)
+        self.restart_idle_timer()
+        self._memory.resize(self, self.facts.weight_bytes + self.estimate.cache + self.estimate.activations)
 
     # -- leaving --------------------------------------------------------------------------------------------------
 
@@ -234,7 +241,7 @@ class ModelLife:
     def _leave(self, state: ModelState, reason: str) -> None:
         """Start leaving, at once."""
         self.metrics.unloads[reason] += 1
-        self._expiry.cancel()
+        self._idle_timer.cancel()
         self._become(state)
         self._leave_task = asyncio.create_task(self._left())
 
@@ -259,8 +266,8 @@ class ModelLife:
         """The engine has ended, and with it the model's memory."""
         self._engine = self.facts = None
         self._cut.clear()
-        self._expiry.cancel()
-        self._room.release(self)
+        self._idle_timer.cancel()
+        self._memory.release(self)
 
     async def _abort_load(self) -> None:
         """Call a load off and wait until it has ended."""
@@ -286,14 +293,14 @@ class ModelLife:
 
     # -- the end of its time --------------------------------------------------------------------------------------
 
-    def set_expiry(self) -> None:
+    def restart_idle_timer(self) -> None:
         """See when the model leaves, if it is idle: it has become so, or its settings have changed."""
         if self.state is not ModelState.READY or self._requests.served:
             return
         usual = self._services.settings().ttl if self.spec.ttl is None else self.spec.ttl
         seconds = usual if self._requests.keep_alive is None else self._requests.keep_alive
         idle = time.monotonic() - self._requests.last_used
-        self._expiry.set(math.inf if self.spec.pin else max(0.0, seconds - idle))
+        self._idle_timer.set(math.inf if self.spec.pin else max(0.0, seconds - idle))
 
     def _expire(self) -> None:
         if self.state is ModelState.READY and not self._requests.served:

@@ -46,7 +46,7 @@ class Services:
             return None
 
 
-class Steps:
+class ProgressFeed:
     """The steps of one model's loads, for whoever listens."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Steps:
             listener(step)
 
     @contextmanager
-    def heard_by(self, listener: Callable[[Step], None]) -> Iterator[None]:
+    def reporting_to(self, listener: Callable[[Step], None]) -> Iterator[None]:
         """Let somebody hear of them."""
         self._listeners.append(listener)
         try:
@@ -70,7 +70,11 @@ class Steps:
 
 
 async def started_engine(
-    spec: ModelSpec, services: Services, steps: Steps, metrics: ModelMetrics, on_death: Callable[[EngineError], None]
+    spec: ModelSpec,
+    services: Services,
+    steps: ProgressFeed,
+    metrics: ModelMetrics,
+    on_death: Callable[[EngineError], None],
 ) -> tuple[Engine, ModelFacts]:
     """An engine that has loaded the model; stopped again if that can't be. Raises LoadFailed, EngineStopped."""
     loop = asyncio.get_running_loop()
@@ -109,7 +113,7 @@ def failure(key: str, error: BaseException) -> EngineError:
     return error if isinstance(error, EngineError) else LoadFailed(key, f"{type(error).__name__}: {error}")
 
 
-def look_at(task: asyncio.Future[Any]) -> None:
+def retrieve_exception(task: asyncio.Future[Any]) -> None:
     """Take note of how a task ended, so that nothing complains that nobody did."""
     if not task.cancelled():
         task.exception()

@@ -14,22 +14,22 @@ _PACE_WEIGHT = 0.2  # of a new measurement in the running average of the time be
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
+class Lease:
     """A request's place in the count. Its keep_alive becomes the model's, in seconds; None: the usual."""
 
     keep_alive: float | None = None
     arrived: float = field(default_factory=time.monotonic)
 
 
-class Requests:
+class RequestQueue:
     """Those of one model. Times by time.monotonic(); `pace` is in seconds from one answer to the next."""
 
     def __init__(self) -> None:
         self.last_used = time.monotonic()
         self.keep_alive: float | None = None  # of the request that was served last
         self.pace = 0.0
-        self._held: dict[Ticket, None] = {}
-        self._served: dict[Ticket, None] = {}
+        self._held: dict[Lease, None] = {}
+        self._served: dict[Lease, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -46,40 +46,40 @@ class Requests:
         """When the oldest of those that wait for the model came; None without one."""
         return next(iter(self._held)).arrived if self._held else None
 
-    def is_held(self, ticket: Ticket) -> bool:
+    def is_held(self, lease: Lease) -> bool:
         """Whether it waits for the model to be loaded."""
-        return ticket in self._held
+        return lease in self._held
 
-    def hold(self, ticket: Ticket) -> None:
+    def hold(self, lease: Lease) -> None:
         """It has come, and waits for the model to be loaded."""
-        self._held[ticket] = None
+        self._held[lease] = None
 
-    def serve(self, ticket: Ticket) -> None:
+    def serve(self, lease: Lease) -> None:
         """It is the engine's from now on."""
-        self._held.pop(ticket, None)
-        self._served[ticket] = None
-        self.keep_alive = ticket.keep_alive
+        self._held.pop(lease, None)
+        self._served[lease] = None
+        self.keep_alive = lease.keep_alive
         self._idle.clear()
 
     def serve_held(self) -> None:
-        """The model is there: everybody who waited for it is its guest now."""
-        for ticket in list(self._held):
-            self.serve(ticket)
+        """The model is there: all_instances who waited for it is its guest now."""
+        for lease in list(self._held):
+            self.serve(lease)
 
-    def leave(self, ticket: Ticket) -> bool:
+    def leave(self, lease: Lease) -> bool:
         """It is over. Whether the engine has nothing left to do because of that; leaving twice changes nothing."""
-        self._held.pop(ticket, None)
-        if ticket not in self._served:
+        self._held.pop(lease, None)
+        if lease not in self._served:
             return False
-        del self._served[ticket]
+        del self._served[lease]
         self.last_used = time.monotonic()
         if not self._served:
             self._idle.set()
         return not self._served
 
-    def note_answer(self, ticket: Ticket) -> None:
+    def note_answer(self, lease: Lease) -> None:
         """The engine has answered it; that tells how fast answers come."""
-        since = time.monotonic() - max(self.last_used, ticket.arrived)
+        since = time.monotonic() - max(self.last_used, lease.arrived)
         self.pace += _PACE_WEIGHT * (since - self.pace)
 
     async def ended(self, cut: asyncio.Event) -> int:

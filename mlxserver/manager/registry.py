@@ -1,7 +1,7 @@
 """Which models there are: those that are registered, and those that are coming to be or no longer are.
 
 Rule 1: a model that is no longer registered is retired: whoever still holds it can't have it loaded again.
-Rule 2: everybody who may have an engine is in here, until that has ended.
+Rule 2: all_instances who may have an engine is in here, until that has ended.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Registry:
         return list(self._registered.values())
 
     @property
-    def everybody(self) -> list[ModelInstance]:
+    def all_instances(self) -> list[ModelInstance]:
         """Every model that may have an engine, registered or not."""
         return [*self.instances, *self._arriving.values(), *self._departing]
 
     @property
     def metrics(self) -> list[ModelMetrics]:
         """The counters of all of them, one a key."""
-        return list({instance.key: instance.metrics for instance in self.everybody}.values())
+        return list({instance.key: instance.metrics for instance in self.all_instances}.values())
 
     def metrics_of(self, key: str) -> ModelMetrics:
         """The counters of a key; from zero if there is no such model."""
@@ -69,7 +69,7 @@ class Registry:
         instance.is_retired = False
         return former
 
-    def strike(self, instance: ModelInstance) -> None:
+    def remove(self, instance: ModelInstance) -> None:
         """Take a model out of the registry, in which its key may be another one's by now."""
         instance.is_retired = True
         if self.get(instance.key) is instance:
@@ -77,7 +77,7 @@ class Registry:
 
     def depart(self, instance: ModelInstance, leaving: asyncio.Task[UnloadReport]) -> None:
         """Take out a model that is being unloaded."""
-        self.strike(instance)
+        self.remove(instance)
         self._departing.add(instance)
         leaving.add_done_callback(lambda _: self._departing.discard(instance))
 

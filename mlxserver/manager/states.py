@@ -22,7 +22,7 @@ class ModelState(Enum):
 
 TRANSITIONS = {
     ModelState.UNLOADED: {ModelState.LOADING},
-    ModelState.LOADING: {ModelState.READY, ModelState.FAILED, ModelState.UNLOADED},  # called off, or no room
+    ModelState.LOADING: {ModelState.READY, ModelState.FAILED, ModelState.UNLOADED},  # called off, or no memory
     ModelState.READY: {ModelState.EVICTING, ModelState.DRAINING, ModelState.FAILED},  # its engine ended by itself
     ModelState.EVICTING: {ModelState.DRAINING, ModelState.UNLOADED},
     ModelState.DRAINING: {ModelState.UNLOADED},

@@ -26,9 +26,9 @@ async def watch(instances: Callable[[], Sequence[ModelInstance]], wedged_after: 
 
 def look(instances: Sequence[ModelInstance], known: Collection[ModelInstance]) -> set[ModelInstance]:
     """The models whose engine is stuck now; the log hears how that differs from those that were known to be."""
-    wedged = {instance for instance in instances if instance.is_wedged}
+    wedged = {instance for instance in instances if instance.is_stalled}
     for instance in wedged.difference(known):
-        log.error("wedged", extra={"fields": {"model": instance.key, "cause": instance.trouble}})
+        log.error("wedged", extra={"fields": {"model": instance.key, "cause": instance.failure_reason}})
     for instance in set(known) - wedged:
         log.warning("no longer wedged", extra={"fields": {"model": instance.key}})
     return wedged

@@ -2,7 +2,7 @@
 
 Rule 1: a request is refused for the name it calls the server by, then for the page it comes from, then for its key, and
         then because the server stops. Nothing of it is read before, and no refusal depends on the path.
-Rule 2: /health is for everybody who calls the server by its name.
+Rule 2: /health is for all_instances who calls the server by its name.
 Rule 3: what a request that was let in may do is in its state, `right` (server/keys.py).
 """
 

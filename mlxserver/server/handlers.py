@@ -17,7 +17,7 @@ from starlette.routing import Route
 from mlxserver import __version__
 from mlxserver.api import model_responses, openapi, responses, schemas
 from mlxserver.api.endpoints import ENDPOINTS, Endpoint
-from mlxserver.engine.errors import ModelNotFound, ModelWedged
+from mlxserver.engine.errors import ModelNotFound, ModelStalled
 from mlxserver.engine.loading import sources
 from mlxserver.engine.requests import ApplyTemplate, Detokenize, TextPrompt, Tokenize
 from mlxserver.manager.instance import ModelInstance
@@ -69,7 +69,7 @@ class Handlers:
         """POST /v1/chat/completions."""
         asked, headers = await self._read(schemas.ChatCompletionRequest, request)
         return Answer(
-            self._manager.wanted(asked.model),
+            self._manager.resolve(asked.model),
             [translation.chat_request(asked)],
             ChatForm(asked, self._settings.reasoning_format),
             streams=asked.stream,
@@ -81,7 +81,7 @@ class Handlers:
     async def completions(self, request: Request) -> Answer:
         """POST /v1/completions."""
         asked, headers = await self._read(schemas.CompletionRequest, request)
-        instance = self._manager.wanted(asked.model)
+        instance = self._manager.resolve(asked.model)
         echoes = []
         for prompt in asked.prompt if asked.echo else ():
             echoes.append(prompt if isinstance(prompt, str) else await instance.ask(Detokenize(prompt)))
@@ -125,7 +125,7 @@ class Handlers:
             error.param = "key"
             raise
         unload = self._manager.forget if asked.forget else self._manager.unload
-        report = await unwedged(instance, unload(asked.key, asked.mode, asked.timeout))
+        report = await unless_stalled(instance, unload(asked.key, asked.mode, asked.timeout))
         unloaded = model_responses.unloaded(
             asked.key, completed=report.completed, aborted=report.aborted, freed_bytes=report.freed_bytes
         )
@@ -142,7 +142,7 @@ class Handlers:
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
         asked, headers = await self._read(schemas.TokenizeRequest, request)
-        instance = self._manager.wanted(asked.model)
+        instance = self._manager.resolve(asked.model)
         prompt = TextPrompt(asked.prompt or "")
         question = Tokenize(prompt if asked.messages is None else translation.chat_prompt(asked, asked.messages))
         tokens = await instance.ask(question)
@@ -152,14 +152,14 @@ class Handlers:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
         asked, headers = await self._read(schemas.DetokenizeRequest, request)
-        text = await self._manager.wanted(asked.model).ask(Detokenize(asked.tokens))
+        text = await self._manager.resolve(asked.model).ask(Detokenize(asked.tokens))
         return json_response(responses.prompt(text), headers=headers)
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template."""
         asked, headers = await self._read(schemas.ApplyTemplateRequest, request)
         prompt = translation.chat_prompt(asked, asked.messages)
-        text = await self._manager.wanted(asked.model).ask(ApplyTemplate(prompt))
+        text = await self._manager.resolve(asked.model).ask(ApplyTemplate(prompt))
         return json_response(responses.prompt(text), headers=headers)
 
     async def health(self, request: Request) -> Response:
@@ -195,17 +195,17 @@ class Handlers:
         return asked, {"x-ignored-parameters": names}
 
 
-async def unwedged(instance: ModelInstance, work: Coroutine[Any, Any, T]) -> T:
+async def unless_stalled(instance: ModelInstance, work: Coroutine[Any, Any, T]) -> T:
     """What the work on a model gives. It goes on by itself once the model's engine is stuck.
 
     Raises:
-        ModelWedged
+        ModelStalled
     """
     task = asyncio.ensure_future(work)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left who is told
     while not (await asyncio.wait({task}, timeout=STALL_INTERVAL))[0]:
-        if instance.is_wedged:
-            raise ModelWedged(instance.key, str(instance.trouble))
+        if instance.is_stalled:
+            raise ModelStalled(instance.key, str(instance.failure_reason))
     return task.result()
 
 

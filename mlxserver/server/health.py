@@ -20,7 +20,7 @@ Body = dict[str, Any]
 
 def life(manager: ModelManager, version: str, *, is_told_all: bool) -> Body:
     """The answer to a /health; without the models for those who may not know of them."""
-    stuck = any(instance.is_wedged for instance in manager.everybody)
+    stuck = any(instance.is_stalled for instance in manager.all_instances)
     ranks = manager.ranks()
     stuck = stuck or any(rank.error for rank in ranks)
     body: Body = {"status": "degraded" if stuck else "ok"}
@@ -38,7 +38,7 @@ def readiness(manager: ModelManager, key: str | None) -> tuple[int, Body]:
         missing = [instance.key for instance in asked if instance.spec.preload and not _is_serving(instance)]
     else:
         asked = [manager.instance(key)]
-        missing = [instance.key for instance in asked if instance.status != "loaded" or instance.is_wedged]
+        missing = [instance.key for instance in asked if instance.status != "loaded" or instance.is_stalled]
     models = {"models": _models(asked)}
     if manager.is_closing:
         return 503, _unready("The server is stopping.") | models
@@ -54,7 +54,7 @@ def _rank(report: RankReport) -> Body:
 
 
 def _is_serving(instance: ModelInstance) -> bool:
-    return instance.status != "failed" and not instance.is_wedged and instance.metrics.loads["loaded"] > 0
+    return instance.status != "failed" and not instance.is_stalled and instance.metrics.loads["loaded"] > 0
 
 
 def _unready(message: str) -> Body:
@@ -65,11 +65,11 @@ def _models(instances: Sequence[ModelInstance]) -> Body:
     return {
         instance.key: {
             "status": instance.status,
-            "wedged": instance.is_wedged,
+            "wedged": instance.is_stalled,
             "preload": instance.spec.preload,
             "running_requests": instance.running,
             "queued_requests": instance.waiting,
-            **({"error": instance.trouble} if instance.trouble else {}),
+            **({"error": instance.failure_reason} if instance.failure_reason else {}),
         }
         for instance in instances
     }

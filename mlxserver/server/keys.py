@@ -31,7 +31,7 @@ class Right(IntEnum):
 
 
 class Keys:
-    """The keys of a server. Without any, everybody on its machine may do everything; others may name no files."""
+    """The keys of a server. Without any, all_instances on its machine may do everything; others may name no files."""
 
     def __init__(self, settings: HttpSettings, host: str) -> None:
         self._known = [

@@ -25,7 +25,7 @@ HISTOGRAMS: Mapping[str, tuple[str, Callable[[ModelMetrics], Histogram]]] = {
     "inter_token_seconds": ("Between two steps of one answer.", lambda m: m.inter_token),
     "queue_seconds": ("From the arrival at the engine to a place in the batch.", lambda m: m.queue),
     "load_seconds": ("Of loads that succeeded.", lambda m: m.load),
-    "batch_rows": ("Rows that were decoded together, counted at every step.", lambda m: m.batch_rows),
+    "batch_rows": ("Rows that were decoded together, counted at every step.", lambda m: m.batch_size),
 }
 TOTALS: Mapping[str, tuple[str, Callable[[ModelMetrics], int]]] = {
     "prompt_tokens": ("Tokens of prompts, cached ones included.", lambda m: m.prompt_tokens),
@@ -34,19 +34,19 @@ TOTALS: Mapping[str, tuple[str, Callable[[ModelMetrics], int]]] = {
     "reasoning_tokens": ("Tokens of reasoning.", lambda m: m.reasoning_tokens),
 }
 KINDS: Mapping[str, tuple[str, str, Callable[[ModelMetrics], Mapping[str, int]]]] = {
-    "requests": ("outcome", "Requests that have ended.", lambda m: m.requests),
+    "requests": ("outcome", "RequestQueue that have ended.", lambda m: m.requests),
     "loads": ("outcome", "Loads that have ended.", lambda m: m.loads),
     "unloads": ("reason", "Models that left, by what made them.", lambda m: m.unloads),
     "faults": ("kind", "Faults in the engine, by what they met.", lambda m: m.faults),
 }
 GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
-    "running_requests": ("Requests with a place in the batch.", lambda i: i.running),
-    "waiting_requests": ("Requests that wait for a place, or for the model.", lambda i: i.waiting),
+    "running_requests": ("RequestQueue with a place in the batch.", lambda i: i.running),
+    "waiting_requests": ("RequestQueue that wait for a place, or for the model.", lambda i: i.waiting),
     "weights_bytes": ("Weights in memory.", lambda i: i.facts.weight_bytes if i.facts else 0),
     "reserved_bytes": ("Memory that the model may take.", lambda i: i.reserved_bytes),
     "estimated_bytes": ("What the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
     "failed": ("Whether the model's last load failed, or its engine ended.", lambda i: int(i.status == "failed")),
-    "wedged": ("Whether the engine is stuck in a step.", lambda i: int(i.is_wedged)),
+    "wedged": ("Whether the engine is stuck in a step.", lambda i: int(i.is_stalled)),
     "loaded": ("Whether the model can answer at once.", lambda i: int(i.state is ModelState.READY)),
 }
 
@@ -82,11 +82,11 @@ class Collector:
         yield from self._ranks()
 
     def _memory(self) -> Iterator[Metric]:
-        room = self._manager.room
-        yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", room.budget)
-        yield GaugeMetricFamily(PREFIX + "memory_reserved_bytes", "Memory that is promised to models.", room.reserved)
+        memory = self._manager.memory
+        yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", memory.budget)
+        yield GaugeMetricFamily(PREFIX + "memory_reserved_bytes", "Memory that is promised to models.", memory.reserved)
         unaccounted = "Memory of live arrays beyond what is promised to models."
-        yield GaugeMetricFamily(PREFIX + "memory_unaccounted_bytes", unaccounted, room.unaccounted)
+        yield GaugeMetricFamily(PREFIX + "memory_unaccounted_bytes", unaccounted, memory.unaccounted)
         yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())
         yield GaugeMetricFamily(PREFIX + "process_bytes", "Resident memory of the process.", device.process_bytes())
 

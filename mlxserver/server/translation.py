@@ -188,7 +188,7 @@ def model(instance: ModelInstance) -> dict[str, Any]:
         is_pinned=instance.spec.pin,
         expires_in=instance.expires_in,
         loading=progress(instance.step) if instance.status == "loading" else None,
-        failure=instance.trouble,
+        failure=instance.failure_reason,
     )
 
 

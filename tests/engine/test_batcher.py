@@ -7,8 +7,8 @@ from mlx_lm import load
 
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.scheduler.prefill import Pace
-from mlxserver.engine.scheduler.scheduler import Batcher
+from mlxserver.engine.scheduler.prefill import ChunkBudget
+from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, row
 
 MANY = 1 << 30
@@ -20,7 +20,7 @@ def model(tiny_llama_path):
 
 
 def run(model, *rows, **options):
-    return Driver(Batcher(model, **options), *rows).finish()
+    return Driver(Scheduler(model, **options), *rows).finish()
 
 
 def alone(model, row):
@@ -58,7 +58,7 @@ def test_greedy_is_what_a_plain_forward_pass_says(model):
 
 
 def test_rows_join_a_running_batch_and_disturb_nobody(model):
-    driver = Driver(Batcher(model), row(1, prompt(30, seed=1), SEEDED, 40))
+    driver = Driver(Scheduler(model), row(1, prompt(30, seed=1), SEEDED, 40))
     driver.until_said(1, 5)
     driver.add(row(2, prompt(200, seed=2), SEEDED, 10), row(3, prompt(1, seed=3), GREEDY, 10))
     driver.until_said(3)
@@ -70,7 +70,7 @@ def test_rows_join_a_running_batch_and_disturb_nobody(model):
 
 def test_rows_leave_a_running_batch_and_disturb_nobody(model):
     rows = [row(n, prompt(10 * n, seed=n), SEEDED, 30) for n in (1, 2, 3, 4)]
-    driver = Driver(Batcher(model), *rows)
+    driver = Driver(Scheduler(model), *rows)
     driver.until_said(4, 3)
     driver.batcher.remove([2])
     driver.until_said(4, 6)
@@ -84,7 +84,7 @@ def test_rows_leave_a_running_batch_and_disturb_nobody(model):
 
 
 def test_a_row_may_leave_before_its_prompt_is_done_or_even_begun(model):
-    batcher = Batcher(model, max_running=2, stall_target=0.001, prefix_cache=cache())
+    batcher = Scheduler(model, max_running=2, stall_target=0.001, prefix_cache=cache())
     batcher._prefill.times.each = 0.1
     driver = Driver(batcher, row(1, prompt(500, seed=1)), row(2, prompt(400, seed=2)), row(3, prompt(9, seed=3)))
     driver.step()
@@ -95,22 +95,22 @@ def test_a_row_may_leave_before_its_prompt_is_done_or_even_begun(model):
 
 
 def test_nothing_is_done_for_an_empty_batch(model):
-    batcher = Batcher(model)
+    batcher = Scheduler(model)
     assert batcher.is_empty()
     assert batcher.decode() == []
     batcher.prefill()
     batcher.remove([1])
-    assert batcher.streaming_step() == 0
+    assert batcher.running_step_seconds() == 0
 
 
 def test_a_batch_that_emptied_takes_rows_again(model):
-    batcher = Batcher(model)
+    batcher = Scheduler(model)
     for _ in range(2):
         assert Driver(batcher, row(1, prompt(20))).finish()[1] == alone(model, row(1, prompt(20)))
 
 
 def test_short_prompts_pass_a_long_one_which_still_ends(model):
-    batcher = Batcher(model, stall_target=0.001)
+    batcher = Scheduler(model, stall_target=0.001)
     batcher._prefill.times.each = 0.1  # seconds a token, so that chunks are of the smallest size
     driver = Driver(batcher, row(1, prompt(1500, seed=1), GREEDY, 3))
     driver.step()
@@ -122,7 +122,7 @@ def test_short_prompts_pass_a_long_one_which_still_ends(model):
 
 def test_a_stream_goes_on_while_a_long_prompt_is_processed(model):
     """The stall target of a millisecond makes many small chunks, and each is followed by a step."""
-    driver = Driver(Batcher(model, stall_target=0.001), row(1, prompt(10, seed=1), GREEDY, 2000))
+    driver = Driver(Scheduler(model, stall_target=0.001), row(1, prompt(10, seed=1), GREEDY, 2000))
     driver.until_said(1)
     driver.add(row(2, prompt(1800, seed=2), GREEDY, 1))
     driver.until_said(2)
@@ -130,20 +130,20 @@ def test_a_stream_goes_on_while_a_long_prompt_is_processed(model):
 
 
 def test_a_step_is_measured_while_prompts_are_processed_too(model):
-    batcher = Batcher(model, stall_target=30.0)  # what a step is said to take before there was any
+    batcher = Scheduler(model, stall_target=30.0)  # what a step is said to take before there was any
     batcher.insert([row(1, prompt(10, seed=1), GREEDY, 100)])
     batcher.prefill()
     batcher.insert([row(2, prompt(1800, seed=2), GREEDY, 1)])
     for _ in range(30):
         batcher.decode()
-        batcher.prefill(Pace(0.0, 16, 0.1, False))
+        batcher.prefill(ChunkBudget(0.0, 16, 0.1, False))
     assert batcher.has_prompts()
-    assert batcher.streaming_step() < 30
+    assert batcher.running_step_seconds() < 30
     batcher.close()
 
 
 def test_no_more_rows_run_than_may(model):
-    driver = Driver(Batcher(model, max_running=3), *(row(n, prompt(n + 1, seed=n)) for n in range(8)))
+    driver = Driver(Scheduler(model, max_running=3), *(row(n, prompt(n + 1, seed=n)) for n in range(8)))
     waited = []
     while not driver.batcher.is_empty():
         driver.step()
@@ -153,7 +153,7 @@ def test_no_more_rows_run_than_may(model):
 
 
 def test_a_place_that_comes_free_is_taken_at_once(model):
-    driver = Driver(Batcher(model, max_running=1), row(1, prompt(9, seed=1), GREEDY, 2000), row(2, prompt(9, seed=2)))
+    driver = Driver(Scheduler(model, max_running=1), row(1, prompt(9, seed=1), GREEDY, 2000), row(2, prompt(9, seed=2)))
     driver.until_said(1, 3)
     assert driver.tokens[2] == []
     driver.batcher.remove([1])
@@ -175,7 +175,7 @@ def turns(model, batcher, count=4, sampling=GREEDY):
 
 
 def test_a_growing_conversation_prefills_only_what_is_new(model):
-    history = turns(model, Batcher(model, prefix_cache=cache()))
+    history = turns(model, Scheduler(model, prefix_cache=cache()))
     before = 0
     for tokens, said, cached in history:
         assert cached == before
@@ -184,8 +184,8 @@ def test_a_growing_conversation_prefills_only_what_is_new(model):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_the_prefix_cache_changes_no_answer(model, sampling):
-    with_cache = turns(model, Batcher(model, prefix_cache=cache()), sampling=sampling)
-    without = turns(model, Batcher(model), sampling=sampling)
+    with_cache = turns(model, Scheduler(model, prefix_cache=cache()), sampling=sampling)
+    without = turns(model, Scheduler(model), sampling=sampling)
     assert [said for _, said, _ in with_cache] == [said for _, said, _ in without]
     assert [cached for _, _, cached in without] == [0, 0, 0, 0]
 
@@ -203,7 +203,7 @@ def test_the_prefix_cache_changes_no_answer(model, sampling):
     ],
 )
 def test_the_longest_common_prefix_is_reused(model, again, cached):
-    batcher = Batcher(model, prefix_cache=cache())
+    batcher = Scheduler(model, prefix_cache=cache())
     Driver(batcher, row(1, prompt(60))).finish()
     driver = Driver(batcher, row(2, again))
     assert driver.finish()[2] == alone(model, driver.rows[2])
@@ -211,7 +211,7 @@ def test_the_longest_common_prefix_is_reused(model, again, cached):
 
 
 def test_a_prefix_may_be_used_by_several_rows_at_once(model):
-    batcher = Batcher(model, prefix_cache=cache())
+    batcher = Scheduler(model, prefix_cache=cache())
     Driver(batcher, row(0, prompt(60))).finish()
     rows = [row(n, (*prompt(60), *prompt(3 * n, seed=n)), SEEDED) for n in (1, 2, 3)]
     driver = Driver(batcher, *rows, row(4, prompt(30, seed=4)))
@@ -220,7 +220,7 @@ def test_a_prefix_may_be_used_by_several_rows_at_once(model):
 
 
 def test_what_a_cancelled_row_had_computed_is_reused(model):
-    batcher = Batcher(model, prefix_cache=cache())
+    batcher = Scheduler(model, prefix_cache=cache())
     driver = Driver(batcher, row(1, prompt(60), GREEDY, 2000))
     driver.until_said(1, 5)
     batcher.remove([1])
@@ -231,11 +231,11 @@ def test_what_a_cancelled_row_had_computed_is_reused(model):
 
 def test_the_prefix_cache_stays_within_its_bytes(model):
     kept = cache()
-    Driver(Batcher(model, prefix_cache=kept), row(1, prompt(100))).finish()
+    Driver(Scheduler(model, prefix_cache=kept), row(1, prompt(100))).finish()
     size = kept.nbytes
     assert size > 0
     bounded = cache(3 * size)
-    batcher = Batcher(model, prefix_cache=bounded)
+    batcher = Scheduler(model, prefix_cache=bounded)
     for n in range(8):
         Driver(batcher, row(n, prompt(100, seed=n))).finish()
         assert bounded.nbytes <= 3 * size
@@ -247,7 +247,7 @@ def test_the_prefix_cache_stays_within_its_bytes(model):
 
 def test_prefixes_can_be_given_back(model):
     kept = cache()
-    batcher = Batcher(model, prefix_cache=kept)
+    batcher = Scheduler(model, prefix_cache=kept)
     for n in range(4):
         Driver(batcher, row(n, prompt(100, seed=n))).finish()
     half = kept.nbytes // 2
@@ -261,7 +261,7 @@ def test_prefixes_can_be_given_back(model):
 
 def test_close_gives_everything_back(model):
     kept = cache()
-    batcher = Batcher(model, prefix_cache=kept, max_running=2)
+    batcher = Scheduler(model, prefix_cache=kept, max_running=2)
     driver = Driver(batcher, *(row(n, prompt(50, seed=n), GREEDY, 50) for n in range(4)))
     driver.until_said(0, 3)
     batcher.remove([1])
@@ -274,7 +274,7 @@ def test_close_gives_everything_back(model):
 def test_a_random_traffic_of_joins_and_leaves_changes_no_answer(model):
     """Every row's tokens are the beginning of what it says alone."""
     chance = random.Random(3)
-    driver = Driver(Batcher(model, max_running=4, stall_target=0.002, prefix_cache=cache()))
+    driver = Driver(Scheduler(model, max_running=4, stall_target=0.002, prefix_cache=cache()))
     for n in range(25):
         start = prompt(chance.choice([1, 20, 90]), seed=chance.randrange(3))
         sampling = chance.choice([GREEDY, SEEDED, Sampling(temperature=0.0, presence_penalty=0.5)])
@@ -290,12 +290,12 @@ def test_a_random_traffic_of_joins_and_leaves_changes_no_answer(model):
 
 
 def test_a_chunk_is_longer_where_many_wait_and_few_stream(model):
-    batch = Batcher(model, stall_target=1e6)
+    batch = Scheduler(model, stall_target=1e6)
     batch.insert([row(1, prompt(4), max_tokens=50)])
     batch.prefill()
     for _ in range(20):  # until it knows how long a step takes
         batch.decode()
-    batch._prefill.times.each = batch.streaming_step() / 100
+    batch._prefill.times.each = batch.running_step_seconds() / 100
     alone = batch.pace().tokens
     batch.insert([row(2, prompt(40))])
     assert batch.pace().tokens == alone
@@ -307,14 +307,14 @@ def test_a_chunk_is_longer_where_many_wait_and_few_stream(model):
 
 def test_beside_other_models_a_batch_says_the_same(model):
     def said(**options):
-        batch, tokens = Batcher(model, **options), {1: [], 2: []}
+        batch, tokens = Scheduler(model, **options), {1: [], 2: []}
         for id, sampling in ((1, GREEDY), (2, SEEDED)):
             batch.insert([row(id, prompt(30, id), sampling, 9)])
         while any(len(ids) < 9 for ids in tokens.values()):
             for token in batch.decode():
-                tokens[token.row_id].append(token.token)
+                tokens[token.sequence_id].append(token.token)
             batch.prefill()
         batch.close()
         return tokens
 
-    assert said(others_step=lambda asking: 0.01) == said()
+    assert said(peer_step_seconds=lambda asking: 0.01) == said()

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from mlx_lm import load
 
-from mlxserver.engine.kv_cache.caches import token_bytes
+from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.scheduler.scheduler import Batcher
+from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, row
 
 PENALIZED = replace(SEEDED, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2)
@@ -24,14 +24,14 @@ def rows(sampling):
 
 
 def run(model, rows, limit=None, **options):
-    driver = Driver(Batcher(model, max_tokens_held=limit, **options), *rows)
+    driver = Driver(Scheduler(model, max_kv_tokens=limit, **options), *rows)
     most = running = 0
     while not driver.batcher.is_empty():
         driver.step()
         decoding = driver.batcher._decoding
         running = max(running, len(decoding.rows))
         if len(decoding.rows) > 1:
-            most = max(most, decoding.places.room_for(len(decoding.rows), 1))
+            most = max(most, decoding.places.tokens_for(len(decoding.rows), 1))
     return driver.tokens, most, running
 
 
@@ -48,24 +48,24 @@ def test_rows_that_had_to_wait_again_say_the_same(model, sampling):
 def test_kept_prefixes_give_way_to_rows(model):
     cache = PrefixCache(1 << 30)
     limit = 1500
-    driver = Driver(Batcher(model, max_tokens_held=limit, prefix_cache=cache), row(0, prompt(600), max_tokens=4))
+    driver = Driver(Scheduler(model, max_kv_tokens=limit, prefix_cache=cache), row(0, prompt(600), max_tokens=4))
     driver.finish()
-    assert cache.nbytes >= 600 * token_bytes(model)
+    assert cache.nbytes >= 600 * bytes_per_token(model)
     driver.add(row(1, prompt(900, seed=1), max_tokens=4))
     driver.until_said(1)
-    assert cache.nbytes <= (limit - 900) * token_bytes(model)
+    assert cache.nbytes <= (limit - 900) * bytes_per_token(model)
     driver.finish()
 
 
 def test_what_a_row_said_that_has_to_wait_again_is_kept_where_there_is_room(model):
     kept, limit = PrefixCache(1 << 30), 1300
-    batcher = Batcher(model, max_tokens_held=limit, prefix_cache=kept)
+    batcher = Scheduler(model, max_kv_tokens=limit, prefix_cache=kept)
     driver = Driver(batcher, row(0, prompt(300), max_tokens=300))
     driver.until_said(0)
     driver.add(row(1, prompt(250, seed=1), max_tokens=300))
     driver.until_said(1)
     driver.until(lambda: batcher.waiting() == {1})
-    assert kept.nbytes >= (250 + len(driver.tokens[1])) * token_bytes(model)
+    assert kept.nbytes >= (250 + len(driver.tokens[1])) * bytes_per_token(model)
     driver.finish()
     assert [len(said) for said in driver.tokens.values()] == [300, 300]
 
@@ -76,7 +76,7 @@ def test_a_single_row_may_always_go_on(model):
 
 
 def test_choices_that_do_not_fit_together_come_one_by_one(model):
-    batcher = Batcher(model, max_tokens_held=700)
+    batcher = Scheduler(model, max_kv_tokens=700)
     driver = Driver(batcher)
     choices = [row(n, prompt(200), Sampling(temperature=1.0, seed=n), max_tokens=5) for n in range(4)]
     driver.rows = {choice.id: choice for choice in choices}

@@ -63,10 +63,10 @@ def generate(runtime, *requests):
     while not runtime.batch.is_empty():
         finished = []
         for token in runtime.batch.decode():
-            output, events = outputs[token.row_id]
+            output, events = outputs[token.sequence_id]
             events += output.feed(token)
             if isinstance(events[-1] if events else None, Finish):
-                finished.append(token.row_id)
+                finished.append(token.sequence_id)
         runtime.batch.remove(finished)
         runtime.batch.prefill()
     return [events for _, events in outputs.values()]
@@ -110,7 +110,7 @@ def test_an_impossible_schema_is_refused_with_the_reason(tiny):
 
 def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
     ((row, _),) = tiny.prepare(ask(format=JsonFormat(CITY)), itertools.count())
-    (token,) = tiny.intake._tokenizer.encode("x", add_special_tokens=False)
+    (token,) = tiny.preparation._tokenizer.encode("x", add_special_tokens=False)
     row.constraint.accept(token)
     with pytest.raises(PromptRejected, match="JSON schema"):
         row.constraint.allowed()
@@ -154,12 +154,12 @@ def taken(runtime, request, said):
     """The beginning of `said` that the constraint of a request lets pass, token by token."""
     ((row, _),) = runtime.prepare(request, itertools.count())
     passed = []
-    for token in runtime.intake._tokenizer.encode(said, add_special_tokens=False):
+    for token in runtime.preparation._tokenizer.encode(said, add_special_tokens=False):
         if not bits(row.constraint.allowed())[token]:
             break
         row.constraint.accept(token)
         passed.append(token)
-    return runtime.intake._tokenizer.decode(passed)
+    return runtime.preparation._tokenizer.decode(passed)
 
 
 @pytest.mark.parametrize(
@@ -253,18 +253,18 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
 
 
 def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
-    intake = copy.copy(tiny.intake)
-    intake._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
+    preparation = copy.copy(tiny.preparation)
+    preparation._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
     for prompt, param in ((ask("hello there").prompt, "messages"), (TokenPrompt((1, 10)), "prompt")):
         with pytest.raises(PromptRejected, match="no token") as refusal:
-            intake.prepare(GenerationRequest(prompt), itertools.count())
+            preparation.prepare(GenerationRequest(prompt), itertools.count())
         assert refusal.value.param == param
 
 
 def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):
     request = ask(format=JsonFormat(CITY))
-    compiled = tiny.intake._binding._grammars._compiled
-    tiny.format(request)
+    compiled = tiny.preparation._binding._grammars._compiled
+    tiny.preprocess(request)
     misses = compiled.cache_info().misses
     tiny.prepare(request, itertools.count())
     tiny.prepare(ask(format=JsonFormat(CITY), n=3), itertools.count())
@@ -273,10 +273,10 @@ def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):
 
 def test_requests_are_formatted_side_by_side_while_tokens_are_read(tiny):
     words = [f"number {n} <|im_end|> " * 50 for n in range(24)]  # a control token in a message is text
-    expected = [tiny.format(ask(text)).formatted for text in words]
-    detokenizer = make_detokenizer(tiny.intake._tokenizer)
+    expected = [tiny.preprocess(ask(text)).formatted for text in words]
+    detokenizer = make_detokenizer(tiny.preparation._tokenizer)
     with ThreadPoolExecutor(8) as pool:
-        formatting = [pool.submit(tiny.format, ask(text)) for text in words]
+        formatting = [pool.submit(tiny.preprocess, ask(text)) for text in words]
         while not all(future.done() for future in formatting):
             assert detokenizer.feed(20) is not None
     assert [future.result().formatted for future in formatting] == expected
@@ -287,7 +287,7 @@ def test_mixed_requests_run_in_one_batch(tiny_llama_path):
     """Several choices, log-probabilities, a seed, a schema, a bias, penalties: one step advances all eleven rows."""
     metrics = ModelMetrics("tiny")
     runtime = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), context_length=2048), metrics=metrics)
-    before = metrics.batch_rows.cumulative
+    before = metrics.batch_size.cumulative
     long, endless = {"max_tokens": 40}, {"max_tokens": 40, "ignore_eos": True}
     requests = [
         ask("a", n=4, **endless),
@@ -301,8 +301,8 @@ def test_mixed_requests_run_in_one_batch(tiny_llama_path):
     ]
     assert len(generate(runtime, *requests)) == 11
     runtime.batch.close()
-    steps = [now - then for now, then in zip(metrics.batch_rows.cumulative, before, strict=True)]
-    up_to_8, of_all = steps[metrics.batch_rows.bounds.index(8.0)], steps[-1]
+    steps = [now - then for now, then in zip(metrics.batch_size.cumulative, before, strict=True)]
+    up_to_8, of_all = steps[metrics.batch_size.bounds.index(8.0)], steps[-1]
     assert of_all < 2 * 40  # one after the other they would take 8 * 40
     assert of_all - up_to_8 > 30  # more than eight rows in a step: those of nearly all requests
 
@@ -352,7 +352,7 @@ def test_log_probabilities_do_not_change_what_is_said(tiny):
 
 def test_min_tokens_keeps_an_answer_from_ending(tiny):
     """A bias makes the end of the sequence the likeliest token everywhere."""
-    (eos,) = tiny.intake._tokenizer.eos_token_ids
+    (eos,) = tiny.preparation._tokenizer.eos_token_ids
     eager = SamplingOptions(temperature=0, logit_bias={eos: 100.0})
     at_once, later = generate(
         tiny, ask(sampling=eager, top_logprobs=0), ask(sampling=eager, top_logprobs=0, min_tokens=10)

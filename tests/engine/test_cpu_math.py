@@ -61,9 +61,10 @@ def test_attention_is_that_of_mlx(length, total, heads):
         assert ours.shape == q.shape
 
 
-def test_a_loaded_model_uses_them():
+def test_a_loaded_model_uses_them(tiny_llama_path):
     from mlx_lm.models import llama
 
+    loader.load(ModelSpec("tiny", str(tiny_llama_path)))
     assert llama.swiglu is cpu_kernels.swiglu
     assert mx.fast.scaled_dot_product_attention is cpu_kernels.attention
     assert mx.softmax is cpu_kernels.softmax

@@ -10,8 +10,8 @@ from mlx_lm import load
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import attention_heads
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.scheduler.chunks import PlacedFeed, PlainFeed, Prompt
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.scheduler.chunks import BucketedPrefill, PendingPrompt, PlainPrefill
+from mlxserver.engine.sequence import Sequence
 from tests.support.architectures import CONFIGS, random_model
 
 
@@ -22,7 +22,7 @@ def model(tiny_llama_path):
 
 def placed(model):
     """As on a GPU, but not compiled: here that would cost seconds of the C++ compiler."""
-    feed = PlacedFeed(model)
+    feed = BucketedPrefill(model)
     feed._forward = feed._advance
     return feed
 
@@ -32,12 +32,12 @@ def feed(model):
     return placed(model)
 
 
-FEEDS = pytest.mark.parametrize("make", [PlainFeed, placed], ids=["plain", "placed"])
+FEEDS = pytest.mark.parametrize("make", [PlainPrefill, placed], ids=["plain", "placed"])
 
 
 def prompt(model, length, seed=0, done=0):
     tokens = tuple((seed + 7 * n) % 300 for n in range(length))
-    made = Prompt([Row(seed, tokens, Sampling(), 10)], 0.0, cache=caches.new_cache(model), done=done)
+    made = PendingPrompt([Sequence(seed, tokens, Sampling(), 10)], 0.0, cache=caches.new_cache(model), done=done)
     if done:
         model(mx.array([tokens[:done]]), cache=made.cache)
     return made
@@ -80,9 +80,9 @@ def test_a_prompt_goes_on_behind_a_kept_prefix(model, make):
 
 
 def test_a_prompt_s_end_is_not_left_over(model):
-    assert feed_all(PlainFeed(model), [prompt(model, 76)], 64) == [(1, 75)]
-    assert feed_all(PlainFeed(model), [prompt(model, 41), prompt(model, 39, seed=1)], 64) == [(2, 40)]
-    assert feed_all(PlainFeed(model), [prompt(model, 86)], 64) == [(1, 64), (1, 21)]
+    assert feed_all(PlainPrefill(model), [prompt(model, 76)], 64) == [(1, 75)]
+    assert feed_all(PlainPrefill(model), [prompt(model, 41), prompt(model, 39, seed=1)], 64) == [(2, 40)]
+    assert feed_all(PlainPrefill(model), [prompt(model, 86)], 64) == [(1, 64), (1, 21)]
 
 
 def test_placed_chunks_have_few_shapes(model):
@@ -109,8 +109,8 @@ def test_a_chunk_finds_the_places_held_by_nobody_else(model):
 @given(length=st.integers(2, 20_000), remaining=st.integers(1, 4096), budget=st.integers(16, 4096))
 @example(length=4600, remaining=1025, budget=4096)
 def test_no_chunk_needs_a_longer_place_than_is_held(feed, length, remaining, budget):
-    fed = Prompt([Row(0, tuple(range(length)), Sampling(), 10)], 0.0, done=max(0, length - 1 - remaining))
-    assert feed._span(fed, feed.choose([fed], budget).length) <= feed.room_for(fed)
+    fed = PendingPrompt([Sequence(0, tuple(range(length)), Sampling(), 10)], 0.0, done=max(0, length - 1 - remaining))
+    assert feed._span(fed, feed.choose([fed], budget).length) <= feed.tokens_for(fed)
 
 
 def test_what_is_held_for_a_prompt_is_told(model):
@@ -118,7 +118,7 @@ def test_what_is_held_for_a_prompt_is_told(model):
     for length in (100, 511, 512, 1000, 3000):
         fed = prompt(model, length)
         feed_all(feed, [fed], 700)
-        assert fed.cache[0].keys.shape[2] <= feed.room_for(fed)
+        assert fed.cache[0].keys.shape[2] <= feed.tokens_for(fed)
 
 
 STATEFUL = ["mamba", "nemotron_h", "jamba", "rwkv7", "olmo_hybrid", "baichuan_m1"]
@@ -129,7 +129,7 @@ def test_prompts_read_together_say_what_they_say_alone_where_layers_keep_a_state
     """These models of mlx-lm let a chunk's padding into their states."""
     model = random_model(name)
     prompts = [prompt(model, length, seed=n) for n, length in enumerate((7, 45, 7, 100, 45))]
-    chunks = feed_all(PlainFeed(model), prompts, 4096)
+    chunks = feed_all(PlainPrefill(model), prompts, 4096)
     assert chunks == [(2, 6), (2, 44), (1, 99)]
     for each in prompts:
         logits = model(mx.array([each.tokens[-1:]]), cache=each.cache)[0, -1]
@@ -145,4 +145,4 @@ def test_whether_a_model_keeps_a_state_is_known_from_its_cache():
 def test_attention_heads_are_found_in_nested_arguments(name):
     model = random_model(name)
     assert attention_heads(vars(model.args)) == 4
-    assert PlainFeed(model).choose([prompt(model, 20)], 64).length == 19
+    assert PlainPrefill(model).choose([prompt(model, 20)], 64).length == 19

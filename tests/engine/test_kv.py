@@ -34,9 +34,9 @@ def is_same(one, other):
 
 @pytest.mark.parametrize("lengths", [(3,), (5, 9), (300, 1, 20)])
 def test_a_row_comes_out_of_a_batch_as_it_went_in(model, lengths):
-    caches = [filled(model, range(length)) for length in lengths]
-    merged = caches.merge(caches)
-    assert all(is_same(caches.extract(merged, index), cache) for index, cache in enumerate(caches))
+    own = [filled(model, range(length)) for length in lengths]
+    merged = caches.merge(own)
+    assert all(is_same(caches.extract(merged, index), cache) for index, cache in enumerate(own))
     assert caches.cache_bytes(merged) == sum(layer.nbytes for layer in merged) > 0
 
 

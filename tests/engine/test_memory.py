@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed
-from mlxserver.engine.kv_cache.caches import token_bytes
+from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.loading import estimate as estimate_module
 from mlxserver.engine.loading import loader
-from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Anatomy, Limits, budget, estimate
+from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Architecture, Limits, budget, estimate
 from mlxserver.engine.platform import attention_memory, device
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners import builder
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
 
@@ -41,7 +41,7 @@ def test_the_weights_are_estimated_within_15_percent(tmp_path, hidden, layers):
     loaded, taken = measured_load(spec)
     assert expected.weights == loaded.weight_bytes
     assert abs(expected.weights - taken) <= 0.15 * taken
-    assert expected.cache == loaded.limits.cache_tokens * token_bytes(loaded.model)
+    assert expected.cache == loaded.limits.cache_tokens * bytes_per_token(loaded.model)
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="the figures are those of float32")
@@ -50,7 +50,7 @@ def test_the_embedded_model_is_estimated_within_15_percent():
     expected = estimate(spec)
     loaded, taken = measured_load(spec)
     assert abs(expected.weights - taken) <= 0.15 * taken
-    assert expected.cache == loaded.limits.cache_tokens * token_bytes(loaded.model)
+    assert expected.cache == loaded.limits.cache_tokens * bytes_per_token(loaded.model)
 
 
 def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_model_that_can_not_be_understood_is_refused_before_anything_is_read(t
 
 
 def test_layers_with_a_window_keep_no_more_than_that():
-    anatomy = Anatomy(weights=0, layers=((10, 0), (10, 100)), row_values=7, width=0, vocab=0)
+    anatomy = Architecture(weights=0, layers=((10, 0), (10, 100)), row_values=7, width=0, vocab=0)
     assert anatomy.cache_values(tokens=1000, rows=2) == 10 * 1000 + 10 * 200 + 2 * 7
 
 
@@ -131,7 +131,7 @@ def test_a_prompt_as_long_as_the_context_takes_no_more_than_was_estimated(tmp_pa
     before = device.active_bytes()
     batch = builder.Builder(stall_target=10.0).build(spec).batch
     mx.reset_peak_memory()
-    batch.insert([Row(1, tuple(n % 300 for n in range(1000)), Sampling(temperature=0.0), 4)])
+    batch.insert([Sequence(1, tuple(n % 300 for n in range(1000)), Sampling(temperature=0.0), 4)])
     while not batch.decode():
         batch.prefill()
     taken = mx.get_peak_memory() - before

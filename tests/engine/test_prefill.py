@@ -55,7 +55,7 @@ def prefill(tiny_llama_path):
 
 
 @pytest.mark.parametrize(
-    ("own_step", "crowd", "tokens"),
+    ("own_step_seconds", "waiting_ratio", "tokens"),
     [
         (0.0, 1.0, 1000),  # nobody streams
         (0.01, 1.0, 30),  # three steps
@@ -66,15 +66,15 @@ def prefill(tiny_llama_path):
         (0.001, 1.0, SMALLEST_CHUNK),
     ],
 )
-def test_a_chunk_with_the_step_behind_it_keeps_the_stall_target(prefill, own_step, crowd, tokens):
-    assert prefill.pace(own_step, 0.0, crowd).tokens == tokens
+def test_a_chunk_with_the_step_behind_it_keeps_the_stall_target(prefill, own_step_seconds, waiting_ratio, tokens):
+    assert prefill.pace(own_step_seconds, 0.0, waiting_ratio).tokens == tokens
 
 
 def test_a_chunk_is_worth_what_every_chunk_takes(prefill):
     prefill.times.base = 0.05
     assert prefill.pace(0.01, 0.0).tokens == pytest.approx(50, abs=1)
     assert prefill.pace(0.04, 0.0).tokens == pytest.approx(70, abs=1)
-    assert prefill.pace(0.0, 0.07).tokens == pytest.approx(200 if prefill._feed.gives_way else 20, abs=1)
+    assert prefill.pace(0.0, 0.07).tokens == pytest.approx(200 if prefill._strategy.yields_cores else 20, abs=1)
     prefill.times.base = 0.0
 
 

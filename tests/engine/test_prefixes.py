@@ -7,7 +7,7 @@ from mlx_lm import load
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
-from mlxserver.engine.scheduler.scheduler import Batcher
+from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import Driver, prompt, row
 
 POISON = 301  # a token that the prompts of test_batcher do not have
@@ -45,15 +45,15 @@ def test_what_is_no_number_is_not_fetched_but_what_is_shorter_and_sound(model):
 
 def test_ranks_do_not_look_at_their_own_part_of_the_numbers(model):
     model.model.embed_tokens.weight[POISON] = mx.nan
-    kept = PrefixCache(1 << 30, token_bytes=8)
+    kept = PrefixCache(1 << 30, bytes_per_token=8)
     kept.store([*PROMPT, POISON], filled(model, [*PROMPT, POISON]))
     assert kept.fetch([*PROMPT, POISON, 5])[1] == 41
 
 
 def test_a_row_that_overflowed_changes_no_answer_after_it(model):
     model.model.embed_tokens.weight[POISON] = mx.nan
-    answer = Driver(Batcher(model), row(1, PROMPT)).finish()[1]
-    driver = Driver(Batcher(model, prefix_cache=PrefixCache(1 << 30)), row(1, [*PROMPT[:30], POISON]))
+    answer = Driver(Scheduler(model), row(1, PROMPT)).finish()[1]
+    driver = Driver(Scheduler(model, prefix_cache=PrefixCache(1 << 30)), row(1, [*PROMPT[:30], POISON]))
     driver.finish()
     driver.add(row(2, PROMPT))
     assert driver.finish()[2] == answer

@@ -10,8 +10,8 @@ from mlx_lm import load
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.scheduler import Batcher
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from mlxserver.engine.sequence import Sequence
 
 
 class Fault(Exception):
@@ -71,10 +71,10 @@ def prompt(length, seed):
 def rows(constrained):
     constraint = Even if constrained else lambda: None
     return [
-        Row(1, prompt(30, 1), Sampling(temperature=0.0), 9, constraint=constraint()),
-        Row(2, prompt(5, 2), Sampling(seed=7), 6),
-        Row(3, prompt(90, 3), Sampling(seed=8, frequency_penalty=1.0), 12, constraint=constraint()),
-        Row(4, prompt(30, 1), Sampling(temperature=0.0, repetition_penalty=1.3), 4),
+        Sequence(1, prompt(30, 1), Sampling(temperature=0.0), 9, constraint=constraint()),
+        Sequence(2, prompt(5, 2), Sampling(seed=7), 6),
+        Sequence(3, prompt(90, 3), Sampling(seed=8, frequency_penalty=1.0), 12, constraint=constraint()),
+        Sequence(4, prompt(30, 1), Sampling(temperature=0.0, repetition_penalty=1.3), 4),
     ]
 
 
@@ -87,7 +87,7 @@ def said(batcher, rows):
 
     def note(published):
         for token in published:
-            tokens[token.row_id].append(token.token)
+            tokens[token.sequence_id].append(token.token)
         return [id for id, length in lengths.items() if len(tokens[id]) >= length]
 
     for _ in range(500):
@@ -97,9 +97,9 @@ def said(batcher, rows):
             batcher.remove(note(batcher.decode()))
             batcher.prefill()
         except Fault:
-            open_rows = [id for id, length in lengths.items() if len(tokens[id]) < length]
-            batcher.remove(note(batcher.restart(open_rows)))
-            assert batcher.waiting() == {id for id in open_rows if len(tokens[id]) < lengths[id]}
+            open_sequences = [id for id, length in lengths.items() if len(tokens[id]) < length]
+            batcher.remove(note(batcher.restart(open_sequences)))
+            assert batcher.waiting() == {id for id in open_sequences if len(tokens[id]) < lengths[id]}
     raise AssertionError("the batch does not end")
 
 
@@ -111,8 +111,8 @@ def batch(model, fuse, *, sampler_fails=False, max_running=3, **options):
 
     options["prefix_cache"] = PrefixCache(1 << 30)
     if sampler_fails:
-        return Batcher(model, max_running=max_running, make_sampler=FailingSampler, **options)
-    return Batcher(FailingModel(model, fuse), max_running=max_running, **options)
+        return Scheduler(model, max_running=max_running, make_sampler=FailingSampler, **options)
+    return Scheduler(FailingModel(model, fuse), max_running=max_running, **options)
 
 
 @pytest.mark.parametrize("sampler_fails", [False, True])
@@ -143,14 +143,14 @@ def test_rows_that_do_not_stay_are_forgotten_wherever_they_were(model):
     assert batcher.waiting() == {2, 3}
     told = set()
     for _ in range(30):
-        told |= {token.row_id for token in batcher.decode()}
+        told |= {token.sequence_id for token in batcher.decode()}
         batcher.prefill()
     assert told == {2, 3}
 
 
 def test_a_restart_gives_back_what_was_computed(model):
     batcher = batch(model, Fuse())
-    asked = [Row(1, prompt(2000, 1), Sampling(), 5)]
+    asked = [Sequence(1, prompt(2000, 1), Sampling(), 5)]
     batcher.insert(asked)
     while not batcher.decode():
         batcher.prefill()
@@ -158,4 +158,4 @@ def test_a_restart_gives_back_what_was_computed(model):
     batcher.restart([])
     mx.clear_cache()
     assert batcher.is_empty()
-    assert held - mx.get_active_memory() > 2000 * batcher._token_bytes * 0.9
+    assert held - mx.get_active_memory() > 2000 * batcher._bytes_per_token * 0.9

@@ -1,4 +1,4 @@
-"""Decoding rows: every way of holding their keys and values says what a row says by itself."""
+"""DecodeBatch rows: every way of holding their keys and values says what a row says by itself."""
 
 from mlxserver.engine.mlx import mx
 
@@ -6,7 +6,7 @@ import pytest
 from mlx_lm import load
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.batched import MergedRows, PlacedRows, make_rows
+from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
 
 
 @pytest.fixture(scope="module")
@@ -16,12 +16,12 @@ def model(tiny_llama_path):
 
 def padded(model):
     """Placed rows as a GPU has them: places in powers of two, shapes that stay, and rows that are placed together."""
-    rows = PlacedRows(model)
+    rows = SlotCache(model)
     rows._is_padded = rows._is_compiled = True
     return rows
 
 
-KINDS = pytest.mark.parametrize("make", [PlacedRows, padded, MergedRows], ids=["placed", "padded", "merged"])
+KINDS = pytest.mark.parametrize("make", [SlotCache, padded, MergedCache], ids=["placed", "padded", "merged"])
 
 
 def filled(model, tokens):
@@ -32,7 +32,7 @@ def filled(model, tokens):
 
 
 class Lines:
-    """Rows and, beside them, all the tokens of each: the reference."""
+    """BatchCache and, beside them, all the tokens of each: the reference."""
 
     def __init__(self, model, rows):
         self.model, self.rows, self.tokens = model, rows, []
@@ -103,7 +103,7 @@ def test_an_extracted_row_is_a_copy_of_what_it_holds(model, make):
     assert mx.allclose(logits, model(mx.array([[*tokens, 11]]))[0, -1], atol=1e-3)
 
 
-@pytest.mark.parametrize("make", [PlacedRows, padded], ids=["placed", "padded"])
+@pytest.mark.parametrize("make", [SlotCache, padded], ids=["placed", "padded"])
 def test_a_row_is_not_reached_by_what_an_overflow_left_in_its_place(model, make):
     lines = Lines(model, make(model))
     lines.join([5] * 60)
@@ -119,7 +119,7 @@ def test_a_row_is_not_reached_by_what_an_overflow_left_in_its_place(model, make)
 
 
 def test_a_row_is_not_reached_by_what_lies_behind_its_own_end(model):
-    lines = Lines(model, PlacedRows(model))
+    lines = Lines(model, SlotCache(model))
     lines.join([5] * 60)
     lines.tokens.append([7, 8, 9])
     trimmed = filled(model, [7, 8, 9])
@@ -130,7 +130,7 @@ def test_a_row_is_not_reached_by_what_lies_behind_its_own_end(model):
 
 
 def test_rows_that_have_to_grow_can_still_give_places_back(model):
-    lines = Lines(model, PlacedRows(model))
+    lines = Lines(model, SlotCache(model))
     lines.join([5] * 255, [6])
     lines.advance()
     lines.keep(0)
@@ -140,13 +140,13 @@ def test_rows_that_have_to_grow_can_still_give_places_back(model):
 
 
 def test_plain_caches_have_places(model):
-    assert isinstance(make_rows(model), PlacedRows)
+    assert isinstance(make_batch_cache(model), SlotCache)
 
 
 def test_places_are_made_at_once_for_those_who_are_soon_to_join(model):
-    rows = PlacedRows(model)
+    rows = SlotCache(model)
     rows.join([filled(model, [1, 2, 3])], coming=6)
-    held = rows.room_for(7, 4)
+    held = rows.tokens_for(7, 4)
     for _ in range(6):
         rows.join([filled(model, [4, 5])])
-    assert rows.room_for(7, 4) == held == rows._keys[0].shape[0] * rows._keys[0].shape[2]
+    assert rows.tokens_for(7, 4) == held == rows._keys[0].shape[0] * rows._keys[0].shape[2]

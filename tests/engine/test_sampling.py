@@ -9,7 +9,7 @@ import pytest
 
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sampling.sampler import CANDIDATES, BatchSampler
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 GREEDY = Sampling(temperature=0.0)
 LOGITS = [2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 1.9]
@@ -58,7 +58,7 @@ def make(*samplings, vocab=VOCAB, tokens=(0,)):
 
 
 def rows(*samplings, tokens=(0,)):
-    return [Row(n, tokens, sampling, 100) for n, sampling in enumerate(samplings)]
+    return [Sequence(n, tokens, sampling, 100) for n, sampling in enumerate(samplings)]
 
 
 def sample(sampler, logits=LOGITS):

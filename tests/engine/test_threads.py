@@ -1,11 +1,11 @@
-"""Threads that are used again."""
+"""ThreadPool that are used again."""
 
 import threading
 from contextlib import contextmanager
 
 import pytest
 
-from mlxserver.engine.worker.thread_pool import Threads
+from mlxserver.engine.worker.thread_pool import ThreadPool
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def threads(seen):
         yield
         seen.append("ended")
 
-    threads = Threads(stream)
+    threads = ThreadPool(stream)
     yield threads
     threads.close()
 

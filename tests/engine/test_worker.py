@@ -60,7 +60,7 @@ async def test_the_facts_of_the_model_are_told_at_the_start():
 async def test_a_request_is_formatted_while_the_others_go_on():
     async with running_engine() as (engine, factory):
         factory.runtimes[0].formatting.clear()
-        formatting = asyncio.create_task(engine.format(replace(request(), format=JsonFormat())))
+        formatting = asyncio.create_task(engine.preprocess(replace(request(), format=JsonFormat())))
         assert (await read(engine.submit(request(max_tokens=5))))[-1] == Usage(5, 5)
         assert not formatting.done()
         factory.runtimes[0].formatting.set()
@@ -71,8 +71,8 @@ async def test_a_request_is_formatted_while_the_others_go_on():
 async def test_the_prompts_of_one_model_hold_up_no_other():
     async with running_engine() as (busy, factory), running_engine() as (other, _):
         factory.runtimes[0].formatting.clear()
-        held = [asyncio.create_task(busy.format(replace(request(), format=JsonFormat()))) for _ in range(20)]
-        assert await other.format(request("hello")) == request("hello")
+        held = [asyncio.create_task(busy.preprocess(replace(request(), format=JsonFormat()))) for _ in range(20)]
+        assert await other.preprocess(request("hello")) == request("hello")
         held.pop().cancel()
         factory.runtimes[0].formatting.set()
         assert len(await asyncio.gather(*held)) == 19
@@ -82,7 +82,7 @@ async def test_the_prompts_of_one_model_hold_up_no_other():
 async def test_a_grammar_that_is_refused_is_told_to_whoever_asked():
     async with running_engine() as (engine, _):
         with pytest.raises(PromptRejected, match="no such schema"):
-            await engine.format(replace(request("refuse"), format=JsonFormat()))
+            await engine.preprocess(replace(request("refuse"), format=JsonFormat()))
 
 
 @within_deadline

@@ -72,7 +72,7 @@ async def test_a_replacement_that_failed_and_is_asked_for_again_at_once_does_not
             await replacing
         with pytest.raises((LoadAborted, ModelUnloading)):
             await insisting
-        await until(lambda: manager.everybody == manager.instances and states(manager) == "a:loaded")
+        await until(lambda: manager.all_instances == manager.instances and states(manager) == "a:loaded")
         assert (manager.instance("a"), new.status) == (old, "unloaded")
 
 
@@ -130,7 +130,7 @@ async def test_requests_to_a_model_that_new_settings_lack_have_a_limited_time():
         running = await manager.instance("a").generate(request())
         await manager.reload(replace(manager.settings, models=specs("bc")))
         assert isinstance(await ended(running), EngineError)
-        await until(lambda: not manager.room.reserved)
+        await until(lambda: not manager.memory.reserved)
 
 
 @within_deadline
@@ -151,9 +151,9 @@ async def test_a_model_that_is_stuck_on_its_way_out_still_shows():
         instance = manager.instance("a")
         await (await instance.generate(request())).accepted()
         factory.batch.gate.clear()
-        await until(lambda: instance.is_wedged)
+        await until(lambda: instance.is_stalled)
         forgetting = asyncio.create_task(manager.forget("a", "abort"))
-        await until(lambda: look(manager.everybody, set()) == {instance})
+        await until(lambda: look(manager.all_instances, set()) == {instance})
         assert life(manager, "1", is_told_all=False)["status"] == "degraded"
         factory.batch.gate.set()
         await forgetting
@@ -231,14 +231,14 @@ class Chaos:
                 await asyncio.sleep(0)
             if self.random.random() < 0.05:
                 await asyncio.sleep(0.01)
-            self.seen.update(self.manager.everybody)
+            self.seen.update(self.manager.all_instances)
         self.factory.gate.set()
         await self.manager.close(0.01)
         for error in await asyncio.gather(*self.callers, return_exceptions=True):
             assert error is None or isinstance(error, EngineError | asyncio.CancelledError), repr(error)
 
     async def ask(self, key):
-        generation = await self.manager.wanted(key).generate(request(max_tokens=self.random.choice([1, 20, None])))
+        generation = await self.manager.resolve(key).generate(request(max_tokens=self.random.choice([1, 20, None])))
         try:
             await generation.accepted()
             async with asyncio.timeout(self.random.random() / 50):
@@ -288,6 +288,6 @@ async def test_whatever_happens_at_once_nothing_is_left_in_the_end(seed):
         chaos = Chaos(manager, factory, seed)
         await chaos.run(100)
         await until(lambda: all(instance.is_absent and not instance.requests for instance in chaos.seen))
-        await until(lambda: manager.everybody == manager.instances and not manager.room.reserved)
+        await until(lambda: manager.all_instances == manager.instances and not manager.memory.reserved)
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engine-")]
     assert not complaints

@@ -12,10 +12,10 @@ from mlxserver.engine.errors import (
     ModelExists,
     ModelNotFound,
     ModelReplaced,
+    ModelStalled,
     ModelUnloading,
-    ModelWedged,
 )
-from mlxserver.server.handlers import unwedged
+from mlxserver.server.handlers import unless_stalled
 from tests.support.managed import ONE, answered, managed, specs, states, status_is
 from tests.support.scripted_engine import request, until, within_deadline
 
@@ -58,7 +58,7 @@ async def test_an_engine_that_does_not_end_well_does_not_keep_its_model():
         instance._engine.stop = stop_badly
         instance._services = replace(instance._services, measure_memory=lambda: 1 // 0)
         assert (await instance.unload("drain")).freed_bytes == 0
-        assert (instance.status, manager.room.reserved) == ("unloaded", 0)
+        assert (instance.status, manager.memory.reserved) == ("unloaded", 0)
 
 
 @within_deadline
@@ -67,9 +67,9 @@ async def test_who_unloads_a_stuck_model_is_told_so_and_the_unload_goes_on():
         instance = manager.instance("a")
         await (await instance.generate(request())).accepted()
         factory.batch.gate.clear()
-        await until(lambda: instance.is_wedged)
-        with pytest.raises(ModelWedged, match="'a' is still being unloaded.*has made no step"):
-            await unwedged(instance, manager.unload("a", "abort"))
+        await until(lambda: instance.is_stalled)
+        with pytest.raises(ModelStalled, match="'a' is still being unloaded.*has made no step"):
+            await unless_stalled(instance, manager.unload("a", "abort"))
         assert instance.status == "draining"
         factory.batch.gate.set()
         await until(lambda: instance.status == "unloaded")

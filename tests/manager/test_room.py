@@ -88,13 +88,13 @@ async def test_a_model_in_use_keeps_its_place_for_a_time_but_not_for_ever():
 @within_deadline
 async def test_memory_that_an_engine_left_behind_is_granted_to_nobody_until_it_is_free():
     left = 0
-    async with managed(places=2, measure_arrays=lambda: left + manager.room.reserved) as (manager, factory):
+    async with managed(places=2, measure_arrays=lambda: left + manager.memory.reserved) as (manager, factory):
         await answered(manager, "a")
         left = ONE
         factory.batch.crash = Death("out of luck")
         with pytest.raises(EngineStopped):
             await answered(manager, "a")
-        assert (manager.room.reserved, manager.room.unaccounted) == (0, ONE)
+        assert (manager.memory.reserved, manager.memory.unaccounted) == (0, ONE)
         running = await manager.instance("b").generate(request())
         with pytest.raises(NoRoom) as refusal:
             await manager.load(ModelSpec("c", "source-c"))
@@ -120,7 +120,7 @@ async def test_two_loads_at_once_never_take_the_same_room():
         await asyncio.gather(*(answered(manager, key) for key in "abcdef" * 3))
         watching.cancel()
         assert most <= 2
-        assert manager.room.reserved <= 2 * ONE
+        assert manager.memory.reserved <= 2 * ONE
 
 
 @within_deadline

@@ -3,7 +3,7 @@
 import random
 
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -16,7 +16,7 @@ def prompt(length, seed=0):
 
 
 def row(id, tokens, sampling=GREEDY, max_tokens=8):
-    return Row(id, tuple(tokens), sampling, max_tokens)
+    return Sequence(id, tuple(tokens), sampling, max_tokens)
 
 
 class Driver:
@@ -38,11 +38,11 @@ class Driver:
     def step(self):
         finished = []
         for token in self.batcher.decode():
-            said = self.tokens[token.row_id]
+            said = self.tokens[token.sequence_id]
             said.append(token.token)
-            self.cached[token.row_id] = token.cached_tokens
-            if len(said) == self.rows[token.row_id].max_tokens:
-                finished.append(token.row_id)
+            self.cached[token.sequence_id] = token.cached_tokens
+            if len(said) == self.rows[token.sequence_id].max_tokens:
+                finished.append(token.sequence_id)
         self.batcher.remove(finished)
         self.batcher.prefill()
 

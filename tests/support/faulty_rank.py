@@ -13,7 +13,7 @@ from mlxserver.engine.distributed import models
 WEDGE = Path(os.environ["FAULTS"]) / "wedge"
 
 
-class WedgedBatcher(models.Batcher):
+class WedgedBatcher(models.Scheduler):
     def decode(self):
         while WEDGE.exists():
             time.sleep(0.01)
@@ -21,5 +21,5 @@ class WedgedBatcher(models.Batcher):
 
 
 if __name__ == "__main__":
-    models.Batcher = WedgedBatcher
+    models.Scheduler = WedgedBatcher
     sys.exit(mlx_api_server.main())

@@ -89,12 +89,12 @@ def main():
         built.batch = FaultyBatch(built.batch)
         return built
 
-    def faulty_prepare(self, request, row_ids):
+    def faulty_prepare(self, request, sequence_ids):
         if is_asked_for("tokenizer"):
             raise KeyError("a fault that was asked for")
         if is_asked_for("panic"):
             panic()
-        choices = prepare(self, request, row_ids)
+        choices = prepare(self, request, sequence_ids)
         return [(row, FaultyOutput(output)) for row, output in choices] if is_asked_for("detokenizer") else choices
 
     builder.Builder.build = faulty_build

@@ -28,11 +28,11 @@ async def managed(models=None, places=1, measure_arrays=lambda: 0, **settings):
         for runtime in factory.runtimes:
             runtime.batch.gate.set()
         await manager.close(0)
-        assert manager.room.reserved == 0
+        assert manager.memory.reserved == 0
 
 
 async def answered(manager, key, max_tokens=3, keep_alive=None):
-    generation = await manager.wanted(key).generate(request("hello", max_tokens), keep_alive)
+    generation = await manager.resolve(key).generate(request("hello", max_tokens), keep_alive)
     await generation.accepted()
     return await read(generation)
 

@@ -1,4 +1,4 @@
-"""Requests that tests send and leave."""
+"""RequestQueue that tests send and leave."""
 
 import json
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from mlxserver.engine.errors import EngineError, PromptRejected
 from mlxserver.engine.events import Delta, Finish
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, ModelFacts, Sampling
-from mlxserver.engine.sequence import Row, RowToken
+from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.engine import Engine
 
 DEADLINE = 30.0
@@ -127,10 +127,10 @@ class ScriptedBatch:
         self.rows |= {row.id: 0 for row in rows}
         self.constraints |= {row.id: row.constraint for row in rows if row.constraint}
 
-    def remove(self, row_ids):
-        for row_id in row_ids:
-            self.rows.pop(row_id, None)
-            self.placed.discard(row_id)
+    def remove(self, sequence_ids):
+        for sequence_id in sequence_ids:
+            self.rows.pop(sequence_id, None)
+            self.placed.discard(sequence_id)
 
     def decode(self):
         self.thread = threading.current_thread()
@@ -141,11 +141,13 @@ class ScriptedBatch:
             raise self.faults.pop(0)
         if self.placed and self.crash:
             raise self.crash
-        tokens = [RowToken(row_id, number) for row_id, number in self.rows.items() if row_id in self.placed]
+        tokens = [
+            SampledToken(sequence_id, number) for sequence_id, number in self.rows.items() if sequence_id in self.placed
+        ]
         for token in tokens:
-            self.rows[token.row_id] += 1
-            if token.row_id in self.constraints:
-                self.constraints[token.row_id].accept(token.token)
+            self.rows[token.sequence_id] += 1
+            if token.sequence_id in self.constraints:
+                self.constraints[token.sequence_id].accept(token.token)
         return tokens
 
     def waiting(self):
@@ -154,11 +156,11 @@ class ScriptedBatch:
     def restart(self, staying):
         self.restarts += 1
         self.placed.clear()
-        self.rows = {row_id: number for row_id, number in self.rows.items() if row_id in staying}
+        self.rows = {sequence_id: number for sequence_id, number in self.rows.items() if sequence_id in staying}
         return []
 
     def prefill(self):
-        waiting = [row_id for row_id in self.rows if row_id not in self.placed]
+        waiting = [sequence_id for sequence_id in self.rows if sequence_id not in self.placed]
         self.placed |= set(waiting[: self.places - len(self.placed)])
 
     def is_empty(self):
@@ -170,7 +172,7 @@ class ScriptedBatch:
 
 @dataclass
 class ScriptedRuntime:
-    """While `formatting` is clear format() of a request for JSON waits, as for a large schema; "refuse" is rejected."""
+    """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected."""
 
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
     facts: ModelFacts = FACTS
@@ -179,14 +181,14 @@ class ScriptedRuntime:
     def __post_init__(self):
         self.formatting.set()
 
-    def format(self, request):
+    def preprocess(self, request):
         if request.format:
             assert self.formatting.wait(DEADLINE)
             if request.prompt.messages[0]["content"].startswith("refuse"):
                 raise PromptRejected("no such schema", "response_format")
         return request
 
-    def prepare(self, request, row_ids):
+    def prepare(self, request, sequence_ids):
         text = request.prompt.messages[0]["content"]
         if text.startswith("refuse"):
             raise PromptRejected("refused", "messages[0]")
@@ -197,8 +199,8 @@ class ScriptedRuntime:
         tokens = tuple(range(len(text)))
         return [
             (
-                Row(
-                    next(row_ids),
+                Sequence(
+                    next(sequence_ids),
                     tokens,
                     Sampling(),
                     max_tokens,

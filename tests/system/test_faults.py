@@ -1,4 +1,4 @@
-"""Faults at the Batch seam: whom they concern, what those are told, and that everybody else goes on."""
+"""Faults at the Batch seam: whom they concern, what those are told, and that all_instances else goes on."""
 
 import asyncio
 import math
@@ -23,8 +23,8 @@ from mlxserver.engine.requests import Detokenize
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.faults import is_out_of_memory
 from mlxserver.engine.worker.mailbox import Inbox, Stop
-from mlxserver.engine.worker.thread_pool import Threads
-from mlxserver.manager.backoff import LONGEST, Backoff
+from mlxserver.engine.worker.thread_pool import ThreadPool
+from mlxserver.manager.timers import LONGEST, Backoff
 from mlxserver.manager.watchdog import look
 from mlxserver.server.health import life, readiness
 from model_manager import ModelManager
@@ -178,10 +178,10 @@ async def test_three_failed_steps_in_a_row_end_the_engine_and_the_next_request_l
         assert [type(error) for error in errors] == [StepFailed] * 3
         await until(lambda: instance.status == "failed")
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        assert "3 steps in a row failed, the last with ValueError: a broken weight" in instance.trouble
-        assert (manager.room.reserved, instance.facts) == (0, None)
+        assert "3 steps in a row failed, the last with ValueError: a broken weight" in instance.failure_reason
+        assert (manager.memory.reserved, instance.facts) == (0, None)
         assert await answered(instance) == 5
-        assert (factory.builds, instance.status, instance.trouble) == (2, "loaded", None)
+        assert (factory.builds, instance.status, instance.failure_reason) == (2, "loaded", None)
 
 
 @within_deadline
@@ -336,8 +336,8 @@ async def test_a_stuck_engine_shows_until_it_goes_on(caplog):
         generation = await instance.generate(request(max_tokens=5))
         factory.batch.gate.clear()
         generation = await instance.generate(request(max_tokens=5))
-        await until(lambda: instance.is_wedged)
-        assert "The engine of model 'm' has made no step for 0 s." in instance.trouble
+        await until(lambda: instance.is_stalled)
+        assert "The engine of model 'm' has made no step for 0 s." in instance.failure_reason
         assert instance.status == "loaded"
         assert life(manager, "1", is_told_all=True)["models"]["m"]["wedged"]
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "degraded"}, 503)
@@ -346,7 +346,7 @@ async def test_a_stuck_engine_shows_until_it_goes_on(caplog):
         assert look(manager.instances, wedged) == wedged
         factory.batch.gate.set()
         assert await ended(generation) == 7
-        await until(lambda: not instance.is_wedged)
+        await until(lambda: not instance.is_stalled)
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "ok"}, 200)
         assert look(manager.instances, wedged) == set()
         assert [record.message for record in caplog.records] == ["wedged", "no longer wedged"]
@@ -427,7 +427,7 @@ async def test_a_stuck_engine_does_not_hold_up_the_end(monkeypatch):
 
 
 def test_threads_that_do_not_end_are_named():
-    threads = Threads(lambda: threading.Lock())
+    threads = ThreadPool(lambda: threading.Lock())
     gate = threading.Event()
     threads.start(gate.wait, "engine-stuck")
     threads.call(lambda: None)
@@ -460,7 +460,7 @@ async def test_a_model_that_keeps_failing_is_tried_less_and_less_often():
         with pytest.raises(LoadFailed):
             await instance.load()  # whoever asks for the load itself need not wait
         await manager.unload("m")
-        assert (instance.status, instance.trouble) == ("unloaded", None)
+        assert (instance.status, instance.failure_reason) == ("unloaded", None)
         assert await answered(instance) == 5
 
 

@@ -22,9 +22,9 @@ from mlxserver.engine.distributed.codec import (
     RemoteConstraint,
     answer,
     decode_mask,
-    decode_rows,
+    decode_sequences,
     decode_tokens,
-    encode_rows,
+    encode_sequences,
     encode_tokens,
 )
 from mlxserver.engine.distributed.launch import RanksDiffer, compare, shared_facts
@@ -33,10 +33,10 @@ from mlxserver.engine.distributed.loads import Loads
 from mlxserver.engine.distributed.membership import Follower, stuck
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.loading import estimate, loader
-from mlxserver.engine.loading.sharding import Seat, divider, share
+from mlxserver.engine.loading.sharding import RankPosition, divider, share
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners.builder import Builder
-from mlxserver.engine.sequence import Logprobs, Row, RowToken
+from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 from tools.harness.models import tiny_llama
 from tools.harness.ranks import end, running_ranks, start_ranks, tiny_qwen
 from tools.harness.running_server import DEADLINE, eventually
@@ -172,7 +172,7 @@ def test_a_rank_that_makes_no_step_is_noticed_and_one_without_room_refuses(setti
 
 
 def check_loads_of_shared_models(server, llama):
-    """POST /v1/models/load takes `shard`, and a rank that has no room for its share says so."""
+    """POST /v1/models/load takes `shard`, and a rank that has no memory for its share says so."""
     loaded = server.post("/v1/models/load", {"model": str(llama), "key": "later", "shard": "tensor"})
     assert (loaded.status, loaded.json["status"]) == (200, "loaded")
     assert said(server, "later", 0) == said(server, "llama", 0)
@@ -205,7 +205,7 @@ def test_a_rank_0_that_waits_for_the_others_ends_with_what_it_has_started(settin
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_share_takes_what_it_was_expected_to(settings, shard, number):
     directory = settings.with_name({"tensor": "llama", "pipeline": "qwen"}[shard])
-    spec, seat = ModelSpec("a", str(directory), shard=shard), Seat(number, 2)
+    spec, seat = ModelSpec("a", str(directory), shard=shard), RankPosition(number, 2)
     whole = estimate.estimate(spec)
     expected = share(whole, spec, seat)
     assert loader.load(spec, divide=divider(spec, seat)).weight_bytes == expected.weights < whole.weights
@@ -227,17 +227,17 @@ def test_a_share_takes_what_it_was_expected_to(settings, shard, number):
 def test_of_ranks_that_make_no_step_those_behind_are_at_fault(beats, expected):
     followers = [Follower(number, "10.0.0.1", None) for number in range(len(beats))]
     for follower, (done, seconds, *reading) in zip(followers, beats, strict=True):
-        follower.note_beat({"memory_bytes": 0, "done": done, "step_seconds": seconds, "is_reading": bool(reading)})
+        follower.note_heartbeat({"memory_bytes": 0, "done": done, "step_seconds": seconds, "is_reading": bool(reading)})
     assert [follower.rank for follower in stuck(followers, 10.0)] == expected
 
 
 def test_who_has_waited_for_a_rank_that_was_reading_is_not_at_fault():
     followers = [Follower(number, "10.0.0.1", None) for number in range(2)]
     reader, waiter = followers
-    beat = {"memory_bytes": 0, "done": 7, "step_seconds": 0.0}
-    reader.note_beat(beat | {"is_reading": True})
-    reader.note_beat(beat | {"is_reading": False})
-    waiter.note_beat(beat | {"step_seconds": 90.0, "is_reading": False})
+    heartbeat = {"memory_bytes": 0, "done": 7, "step_seconds": 0.0}
+    reader.note_heartbeat(heartbeat | {"is_reading": True})
+    reader.note_heartbeat(heartbeat | {"is_reading": False})
+    waiter.note_heartbeat(heartbeat | {"step_seconds": 90.0, "is_reading": False})
     assert stuck(followers, 10.0) == []
 
 
@@ -338,8 +338,8 @@ samplings = st.builds(
 
 @given(st.lists(samplings, min_size=1, max_size=4), st.lists(st.integers(0, 200_000), min_size=1))
 def test_rows_arrive_as_they_were_sent(settings_of_rows, tokens):
-    rows = [Row(-n, tuple(tokens), sampling, 7 + n, n or None) for n, sampling in enumerate(settings_of_rows)]
-    arrived = decode_rows(through_json(encode_rows(rows)), lambda row_id, accepted: None)
+    rows = [Sequence(-n, tuple(tokens), sampling, 7 + n, n or None) for n, sampling in enumerate(settings_of_rows)]
+    arrived = decode_sequences(through_json(encode_sequences(rows)), lambda sequence_id, accepted: None)
     masked = [row.sampling.seed if row.sampling.seed is None else row.sampling.seed % 2**64 for row in rows]
     assert [row.sampling.seed for row in arrived] == masked
     assert [unseeded(row) for row in arrived] == [unseeded(row) for row in rows]
@@ -351,12 +351,12 @@ def unseeded(row):
 
 
 def test_a_rank_that_does_not_choose_is_told_nothing_of_how():
-    bound = Row(1, (1, 2), Sampling(temperature=0.3), 5, top_logprobs=2, constraint=Counting())
-    assert decode_rows(through_json(encode_rows([bound])), None) == [Row(1, (1, 2), Sampling(), 5)]
+    bound = Sequence(1, (1, 2), Sampling(temperature=0.3), 5, top_logprobs=2, constraint=Counting())
+    assert decode_sequences(through_json(encode_sequences([bound])), None) == [Sequence(1, (1, 2), Sampling(), 5)]
 
 
 def test_tokens_arrive_as_they_were_sent():
-    tokens = [RowToken(1, 2, 3, Logprobs(-0.5, ((4, -1.5), (5, float("-inf")))), 6.25), RowToken(7, 8)]
+    tokens = [SampledToken(1, 2, 3, Logprobs(-0.5, ((4, -1.5), (5, float("-inf")))), 6.25), SampledToken(7, 8)]
     assert decode_tokens(through_json(encode_tokens(tokens))) == tokens
 
 
@@ -376,8 +376,8 @@ class Counting:
 def test_a_constraint_is_asked_where_it_is():
     here, questions = Counting(), []
 
-    def ask(row_id, accepted):
-        questions.append((row_id, list(accepted)))
+    def ask(sequence_id, accepted):
+        questions.append((sequence_id, list(accepted)))
         return decode_mask(through_json(answer(here, accepted)))
 
     there = RemoteConstraint(9, ask)
@@ -406,8 +406,8 @@ def test_a_link_carries_messages_both_ways_and_its_end_is_noticed():
 
 def test_silence_is_the_end_of_a_link_and_beats_are_not_silence():
     near, far = (Link(each, 0.2) for each in tcp_pair())
-    near.beat(lambda: {"memory_bytes": 5})
-    assert [far.receive() for _ in range(6)] == [{"kind": "beat", "memory_bytes": 5}] * 6  # longer than the limit
+    near.heartbeat(lambda: {"memory_bytes": 5})
+    assert [far.receive() for _ in range(6)] == [{"kind": "heartbeat", "memory_bytes": 5}] * 6  # longer than the limit
     with pytest.raises(LinkLost, match=re.escape("not a word for 0.2 s")):
         near.receive()
     near.close()

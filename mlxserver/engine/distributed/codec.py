@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.sequence import Constraint, Logprobs, Row, RowToken
+from mlxserver.engine.sequence import Constraint, Logprobs, SampledToken, Sequence
 
-Ask = Callable[[int, Sequence[int]], bytes | None]  # row id, tokens since it was asked last -> what it may say
+Ask = Callable[[int, abc.Sequence[int]], bytes | None]  # row id, tokens since it was asked last -> what it may say
 
 
-def encode_rows(rows: Sequence[Row]) -> dict[str, Any]:
+def encode_sequences(rows: abc.Sequence[Sequence]) -> dict[str, Any]:
     """Rows that share one prompt."""
     return {
         "tokens": rows[0].tokens,
@@ -34,13 +35,13 @@ def encode_rows(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def decode_rows(content: Mapping[str, Any], ask: Ask | None) -> list[Row]:
+def decode_sequences(content: Mapping[str, Any], ask: Ask | None) -> list[Sequence]:
     """The rows again. Without `ask`, for a rank that does not choose tokens: as if nothing were asked of them."""
     tokens = tuple(content["tokens"])
     if ask is None:
-        return [Row(row["id"], tokens, Sampling(), row["max_tokens"]) for row in content["rows"]]
+        return [Sequence(row["id"], tokens, Sampling(), row["max_tokens"]) for row in content["rows"]]
     return [
-        Row(
+        Sequence(
             row["id"],
             tokens,
             _decode_sampling(row["sampling"]),
@@ -55,8 +56,8 @@ def decode_rows(content: Mapping[str, Any], ask: Ask | None) -> list[Row]:
 class RemoteConstraint:
     """A constraint that is elsewhere."""
 
-    def __init__(self, row_id: int, ask: Ask) -> None:
-        self._row_id = row_id
+    def __init__(self, sequence_id: int, ask: Ask) -> None:
+        self._row_id = sequence_id
         self._ask = ask
         self._accepted: list[int] = []
 
@@ -70,7 +71,7 @@ class RemoteConstraint:
         self._accepted.append(token)
 
 
-def answer(constraint: Constraint, accepted: Sequence[int]) -> str | None:
+def answer(constraint: Constraint, accepted: abc.Sequence[int]) -> str | None:
     """What a constraint says to a question, as JSON."""
     for token in accepted:
         constraint.accept(token)
@@ -83,23 +84,29 @@ def decode_mask(text: str | None) -> bytes | None:
     return None if text is None else base64.b64decode(text)
 
 
-def encode_tokens(tokens: Sequence[RowToken]) -> list[list[Any]]:
+def encode_tokens(tokens: abc.Sequence[SampledToken]) -> list[list[Any]]:
     """Tokens of a step. JSON has no infinity: a log-probability of none is null."""
     return [
-        [t.row_id, t.token, t.cached_tokens, [t.logprobs.chosen, t.logprobs.top] if t.logprobs else None, t.started]
+        [
+            t.sequence_id,
+            t.token,
+            t.cached_tokens,
+            [t.logprobs.chosen, t.logprobs.top] if t.logprobs else None,
+            t.started,
+        ]
         for t in tokens
     ]
 
 
-def decode_tokens(content: Sequence[Sequence[Any]]) -> list[RowToken]:
+def decode_tokens(content: abc.Sequence[abc.Sequence[Any]]) -> list[SampledToken]:
     """The tokens again."""
     return [
-        RowToken(row_id, token, cached, _decode_logprobs(logprobs), started)
-        for row_id, token, cached, logprobs, started in content
+        SampledToken(sequence_id, token, cached, _decode_logprobs(logprobs), started)
+        for sequence_id, token, cached, logprobs, started in content
     ]
 
 
-def _decode_logprobs(content: Sequence[Any] | None) -> Logprobs | None:
+def _decode_logprobs(content: abc.Sequence[Any] | None) -> Logprobs | None:
     if content is None:
         return None
     chosen, top = content

@@ -40,9 +40,9 @@ def follow(membership: Membership, facts: Mapping[str, str], settings: Settings)
     meeting, rank, limit = membership.meeting, membership.rank, settings.rank_timeout
     link = Link(socket.create_connection((meeting.host, meeting.port), limit), limit)
     link.send({"kind": "greeting", "rank": rank, "size": membership.size, "word": meeting.word, "facts": dict(facts)})
-    inbox = _Inbox(link)
+    inbox = _Mailbox(link)
     work = _Work(membership, settings.memory_limit, link, inbox)
-    link.beat(work.state)
+    link.heartbeat(work.state)
     first = link.receive()
     if first["kind"] == "refused":
         raise RanksDiffer(first["reason"])
@@ -63,7 +63,7 @@ def _wait_for_leader(number: int, frame: object) -> None:
 class _Work:
     """What the rank's thread does: one message after the other."""
 
-    def __init__(self, membership: Membership, memory_limit: int, link: Link, inbox: _Inbox) -> None:
+    def __init__(self, membership: Membership, memory_limit: int, link: Link, inbox: _Mailbox) -> None:
         self._link = link
         self._calls = inbox.calls
         self._loads = Loads(membership.group, memory_limit, link.send, self._calls.put, self._meanwhile)
@@ -110,7 +110,7 @@ class _Work:
         self._done += message["kind"] != "fetched"  # which the leader has not said
 
 
-class _Inbox:
+class _Mailbox:
     """What the leader says: calls, and masks, which a call under way waits for. Its end is the end of the process."""
 
     def __init__(self, link: Link) -> None:
@@ -127,7 +127,7 @@ class _Inbox:
             while (message := self._link.receive())["kind"] != "end":
                 if message["kind"] == "mask":
                     self.masks.put(message)
-                elif message["kind"] != "beat":
+                elif message["kind"] != "heartbeat":
                     self.calls.put(message)
             log.info("This rank ends: %s.", message["reason"].rstrip("."))
             os._exit(_LET_GO)

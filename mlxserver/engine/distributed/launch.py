@@ -42,7 +42,7 @@ class RanksDiffer(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class RendezvousAddress:
     """Where the leader waits for the computing ranks, and the word by which it knows them."""
 
     host: str
@@ -56,12 +56,12 @@ class Meeting:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """This process's place in the group that computes."""
+    """This process's group in the group that computes."""
 
     group: Any
     rank: int
     size: int
-    meeting: Meeting
+    meeting: RendezvousAddress
 
 
 def is_one_of_several(environ: Mapping[str, str]) -> bool:
@@ -90,7 +90,7 @@ def join() -> Membership:
     own = os.environ.get(_MEETING_VARIABLE, "").encode().ljust(_MEETING_BYTES) if group.rank() == 0 else b""
     told = mx.distributed.all_sum(mx.array([*own.ljust(_MEETING_BYTES, b"\0")], mx.int32), group=group)
     letters: Any = told.tolist()
-    return Membership(group, group.rank(), group.size(), Meeting(*json.loads(bytes(letters))))
+    return Membership(group, group.rank(), group.size(), RendezvousAddress(*json.loads(bytes(letters))))
 
 
 def _group(attempts: int) -> Any:

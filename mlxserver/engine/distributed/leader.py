@@ -24,7 +24,7 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.distributed.launch import shared_spec
 from mlxserver.engine.distributed.link import LinkLost, Message
 from mlxserver.engine.distributed.membership import Follower, loss, stuck
-from mlxserver.engine.distributed.rendezvous import Gathering
+from mlxserver.engine.distributed.rendezvous import Rendezvous
 from mlxserver.engine.errors import LoadFailed, NoRoom, Projection, RankLost
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.metrics import RankReport
@@ -63,10 +63,10 @@ class Leader:
 
     def gather(self, facts: Mapping[str, str], environ: Mapping[str, str]) -> None:
         """Wait for all ranks. facts: what must be the same everywhere. Raises RanksDiffer, LinkLost, OSError."""
-        self._followers, self._own = Gathering(facts, self._silence).start(environ)
+        self._followers, self._own = Rendezvous(facts, self._silence).start(environ)
         for follower in self._followers:
             follower.link.send({"kind": "welcome"})
-            follower.link.beat(dict)
+            follower.link.heartbeat(dict)
             listening = threading.Thread(target=self._listen, args=(follower,), name="rank-link", daemon=True)
             listening.start()
             self._listening.append(listening)
@@ -114,8 +114,8 @@ class Leader:
             if "error" in told:
                 raise LoadFailed(key, f"on rank {told['rank']}, {told['error']}")
         # What a token counts for must be the same everywhere, for it decides what the prefix caches keep.
-        most = max(told["token_bytes"] for told in answers)
-        self.tell(number, "open", token_bytes=most, stall_target=stall_target)
+        most = max(told["bytes_per_token"] for told in answers)
+        self.tell(number, "open", bytes_per_token=most, stall_target=stall_target)
         own = next(told for told in answers if told["rank"] == 0)
         return Opened(own["vocab_size"], own["weight_bytes"])
 
@@ -185,8 +185,8 @@ class Leader:
             while True:
                 message = follower.link.receive()
                 follower.heard = time.monotonic()
-                if message["kind"] == "beat":
-                    follower.note_beat(message)
+                if message["kind"] == "heartbeat":
+                    follower.note_heartbeat(message)
                     if standing := stuck(self._followers, self.step):
                         self._lose(standing, f"no step for {self.step:g} s")
                 elif message["kind"] == "broken":

@@ -60,9 +60,9 @@ class Link:
             raise LinkLost(f"a {type(message).__name__} came; expected an object")
         return message
 
-    def beat(self, state: Callable[[], Mapping[str, Any]]) -> None:
+    def heartbeat(self, state: Callable[[], Mapping[str, Any]]) -> None:
         """From now on say how this side is, until the link is closed."""
-        threading.Thread(target=self._beat, args=(state,), name="rank-beat", daemon=True).start()
+        threading.Thread(target=self._heartbeat, args=(state,), name="rank-heartbeat", daemon=True).start()
 
     def finish(self) -> None:
         """Say no more, and hear the other side out. Raises LinkLost."""
@@ -79,10 +79,10 @@ class Link:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
-    def _beat(self, state: Callable[[], Mapping[str, Any]]) -> None:
+    def _heartbeat(self, state: Callable[[], Mapping[str, Any]]) -> None:
         try:
             while not self._closed.wait(self._limit / _BEATS):
-                self.send({"kind": "beat", **state()})
+                self.send({"kind": "heartbeat", **state()})
         except LinkLost:  # whoever receives learns it, too
             return
 

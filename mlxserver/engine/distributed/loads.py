@@ -27,7 +27,7 @@ log = logging.getLogger("ranks")
 
 
 class Loads:
-    """The loads of one rank. `group` is the rank's place; memory_limit as in the settings, in bytes.
+    """The loads of one rank. `group` is the rank's group; memory_limit as in the settings, in bytes.
 
     send: tells the leader something. later: has load() called on the rank's thread. meanwhile: does what the rank has
     been told since.
@@ -127,7 +127,7 @@ def _facts(loaded: loader.LoadedModel) -> dict[str, int]:
     """What the leader needs to know of a share."""
     logits = loaded.model(mx.zeros((1, 1), dtype=mx.uint32))  # lazy: nothing is computed
     return {
-        "token_bytes": caches.token_bytes(loaded.model),
+        "bytes_per_token": caches.bytes_per_token(loaded.model),
         "weight_bytes": loaded.weight_bytes,
         "vocab_size": logits.shape[-1],
     }

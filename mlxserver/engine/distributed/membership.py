@@ -15,8 +15,8 @@ from mlxserver.engine.metrics import RankReport
 class Follower:
     """A computing rank. `error` says why it is lost; `heard` is when it said something last, by time.monotonic().
 
-    Of its last beat: the bytes that it holds, the messages that it has done with, the seconds that it has been at the
-    present one, whether it is reading a model, when that came, and when the last one that said that it is.
+    Of its last heartbeat: the bytes that it holds, the messages that it has done with, the seconds that it has been at
+    the present one, whether it is reading a model, when that came, and when the last one that said that it is.
     """
 
     rank: int
@@ -36,10 +36,10 @@ class Follower:
         """For an error."""
         return f"{self.rank} ({self.address})"
 
-    def note_beat(self, beat: Message) -> None:
+    def note_heartbeat(self, heartbeat: Message) -> None:
         """Note how it says that it is."""
-        self.memory_bytes, self.done = beat["memory_bytes"], beat["done"]
-        self.step_seconds, self.is_reading = beat["step_seconds"], beat["is_reading"]
+        self.memory_bytes, self.done = heartbeat["memory_bytes"], heartbeat["done"]
+        self.step_seconds, self.is_reading = heartbeat["step_seconds"], heartbeat["is_reading"]
         self.beat_at = time.monotonic()
         if self.is_reading:
             self.read_at = self.beat_at

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.distributed.codec import decode_mask, decode_rows, encode_tokens
+from mlxserver.engine.distributed.codec import decode_mask, decode_sequences, encode_tokens
 from mlxserver.engine.distributed.launch import Membership
 from mlxserver.engine.distributed.link import Message
 from mlxserver.engine.distributed.loads import Loads
@@ -16,8 +16,8 @@ from mlxserver.engine.distributed.sampler import FollowingSampler, LeadingSample
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.loading import loader
 from mlxserver.engine.platform import streams
-from mlxserver.engine.scheduler.prefill import Pace
-from mlxserver.engine.scheduler.scheduler import Batcher
+from mlxserver.engine.scheduler.prefill import ChunkBudget
+from mlxserver.engine.scheduler.scheduler import Scheduler
 
 
 class Models:
@@ -36,8 +36,8 @@ class Models:
         self._send = send
         self._mask = mask
         self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
-        self._batchers: dict[int, Batcher] = {}
-        self._others_step = 0.0
+        self._batchers: dict[int, Scheduler] = {}
+        self._peer_step_seconds = 0.0
 
     def act(self, message: Message) -> None:
         """Do what is said of a model. What it raises can't be mended."""
@@ -49,24 +49,24 @@ class Models:
                 if loaded := self._loads.load(message):
                     self._loaded[number] = loaded
             case "open":
-                self._open(number, message["token_bytes"], message["stall_target"])
+                self._open(number, message["bytes_per_token"], message["stall_target"])
             case "calls":
                 for name, *arguments in message["calls"]:
                     self._call(number, name, arguments)
             case "drop":
                 self._drop(number)
 
-    def _open(self, number: int, token_bytes: int, stall_target: float) -> None:
+    def _open(self, number: int, bytes_per_token: int, stall_target: float) -> None:
         spec, loaded = self._loaded[number]
-        self._batchers[number] = Batcher(
+        self._batchers[number] = Scheduler(
             loaded.model,
             max_running=spec.max_running,
             stall_target=stall_target,
-            prefix_cache=PrefixCache(spec.prefix_cache_bytes, token_bytes) if spec.prefix_cache_bytes else None,
-            others_step=lambda asking: self._others_step,
-            max_tokens_held=loaded.limits.cache_tokens,
+            prefix_cache=PrefixCache(spec.prefix_cache_bytes, bytes_per_token) if spec.prefix_cache_bytes else None,
+            peer_step_seconds=lambda asking: self._peer_step_seconds,
+            max_kv_tokens=loaded.limits.cache_tokens,
             make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
-            token_bytes=token_bytes,
+            bytes_per_token=bytes_per_token,
         )
 
     def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
@@ -74,14 +74,14 @@ class Models:
         batcher = self._batchers[number]
         match name, arguments:
             case "insert", (rows, now):
-                batcher.insert(decode_rows(rows, partial(self._ask, number) if self._leads else None), now)
-            case "remove", (row_ids,):
-                batcher.remove(row_ids)
-            case "decode", (others_step,):
-                self._others_step = others_step
+                batcher.insert(decode_sequences(rows, partial(self._ask, number) if self._leads else None), now)
+            case "remove", (sequence_ids,):
+                batcher.remove(sequence_ids)
+            case "decode", (peer_step_seconds,):
+                self._peer_step_seconds = peer_step_seconds
                 self._decode(number, batcher)
             case "prefill", (pace,):
-                batcher.prefill(Pace(**pace))
+                batcher.prefill(ChunkBudget(**pace))
             case "warm_up", ():
                 batcher.warm_up()
             case "shrink_prefixes", (max_bytes,):
@@ -89,7 +89,7 @@ class Models:
             case _:
                 raise ValueError(f"call {name!r}; expected one of a batch's")
 
-    def _decode(self, number: int, batcher: Batcher) -> None:
+    def _decode(self, number: int, batcher: Scheduler) -> None:
         tokens = batcher.decode()
         if self._leads:
             self._send(
@@ -99,14 +99,14 @@ class Models:
                     "tokens": encode_tokens(tokens),
                     "rows": batcher.decoding(),
                     "has_prompts": batcher.has_prompts(),
-                    "step": batcher.streaming_step(),
+                    "step": batcher.running_step_seconds(),
                     "pace": asdict(batcher.pace()),
                 }
             )
 
-    def _ask(self, number: int, row_id: int, accepted: Sequence[int]) -> bytes | None:
+    def _ask(self, number: int, sequence_id: int, accepted: Sequence[int]) -> bytes | None:
         """Ask the leader what a row may say."""
-        self._send({"kind": "question", "number": number, "row": row_id, "accepted": accepted})
+        self._send({"kind": "question", "number": number, "row": sequence_id, "accepted": accepted})
         return decode_mask(self._mask()["mask"])
 
     def _drop(self, number: int) -> None:

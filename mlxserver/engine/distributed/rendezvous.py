@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from mlxserver.engine.distributed.launch import Meeting, RanksDiffer, compare, leaders_address
+from mlxserver.engine.distributed.launch import RanksDiffer, RendezvousAddress, compare, leaders_address
 from mlxserver.engine.distributed.link import Link, LinkLost, Message
 from mlxserver.engine.distributed.membership import Follower
 
@@ -23,7 +23,7 @@ GREETING_SECONDS = 120.0  # that all ranks get to come
 _LOOK_AGAIN = 1.0  # seconds between two looks at whether the own process is still there
 
 
-class Gathering:
+class Rendezvous:
     """Waits for the ranks. `facts` are what must be the same everywhere; `limit` is that of the links, in seconds."""
 
     def __init__(self, facts: Mapping[str, str], limit: float) -> None:
@@ -37,7 +37,7 @@ class Gathering:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, 0), family=family) as listener:
             host, port = listener.getsockname()[:2]
-            meeting = Meeting(host, port, secrets.token_hex(16))
+            meeting = RendezvousAddress(host, port, secrets.token_hex(16))
             with _orderly_end():
                 own = subprocess.Popen(sys.orig_argv, env=meeting.environment(environ), stdin=subprocess.DEVNULL)
                 try:

@@ -6,13 +6,13 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 
 class LeadingSampler:
@@ -22,11 +22,11 @@ class LeadingSampler:
         self._own = BatchSampler(vocab_size)
         self._group = group
 
-    def extend(self, rows: Sequence[Row]) -> None:
+    def extend(self, rows: abc.Sequence[Sequence]) -> None:
         """Add rows."""
         self._own.extend(rows)
 
-    def filter(self, keep: Sequence[int]) -> None:
+    def filter(self, keep: abc.Sequence[int]) -> None:
         """Keep only these rows."""
         self._own.filter(keep)
 
@@ -41,10 +41,10 @@ class FollowingSampler:
     def __init__(self, vocab_size: int, group: Any) -> None:
         self._group = group
 
-    def extend(self, rows: Sequence[Row]) -> None:
+    def extend(self, rows: abc.Sequence[Sequence]) -> None:
         """Rank 0 knows how they are to be sampled."""
 
-    def filter(self, keep: Sequence[int]) -> None:
+    def filter(self, keep: abc.Sequence[int]) -> None:
         """There is nothing to keep of them."""
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:

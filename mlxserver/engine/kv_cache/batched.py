@@ -17,13 +17,13 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.slots import Layers, Place, Step, no_places, span_for, widened
+from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
 from mlxserver.engine.platform import device
 
 _SPAN_STEP = 256  # tokens by which places grow at first, and a quarter of their length later
 
 
-class Rows(Protocol):
+class BatchCache(Protocol):
     """What the batcher needs of the decoding rows."""
 
     def join(self, caches: Sequence[caches.Cache], coming: int = 0) -> None:
@@ -39,24 +39,24 @@ class Rows(Protocol):
         """A row's own cache: a copy of its keys and values."""
 
     def advance(self, inputs: mx.array) -> mx.array:
-        """Feed one token a row, [rows] -> logits [rows, vocab]. Nothing is evaluated."""
+        """PrefillStrategy one token a row, [rows] -> logits [rows, vocab]. Nothing is evaluated."""
 
-    def room_for(self, rows: int, longest: int) -> int:
+    def tokens_for(self, rows: int, longest: int) -> int:
         """Tokens that are held when there are so many rows, the longest of so many tokens; the unused room included."""
 
     def compact(self) -> None:
         """Give room back that the present rows do not need."""
 
 
-def make_rows(model: Any) -> Rows:
+def make_batch_cache(model: Any) -> BatchCache:
     """The rows of a model, empty."""
     if caches.is_plain(model):
-        return PlacedRows(model)
-    return MergedRows(model)
+        return SlotCache(model)
+    return MergedCache(model)
 
 
-class PlacedRows:
-    """Rows of plain keys and values, [places, heads, span, dim] a layer. Places behind the last row are unused."""
+class SlotCache:
+    """Slots of plain keys and values, [slots, heads, capacity, dim] per layer. Slots behind the last row are unused."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -65,7 +65,7 @@ class PlacedRows:
         self._is_compiled = device.describe().kind == "cuda"
         self._step = mx.compile(self._forward) if self._is_compiled else self._forward
         self._put = mx.compile(_put) if self._is_compiled else _put
-        self._nothing = no_places(model)
+        self._nothing = empty_layers(model)
         self.clear()
 
     def clear(self) -> None:
@@ -78,7 +78,7 @@ class PlacedRows:
         """Add rows behind the present ones; places are made for those who come, too."""
         place = len(self._lengths)
         self._lengths += [cache[0].offset for cache in caches]
-        self._widen(self._places_for(len(self._lengths) + coming), self._span_for(max(self._lengths) + 1))
+        self._grow(self._slots_for(len(self._lengths) + coming), self._capacity_for(max(self._lengths) + 1))
         for rows in self._groups(caches):
             at = mx.array([place], dtype=mx.int32)
             self._keys, self._values = self._put(at, self._keys, self._values, *zip(*rows, strict=True))
@@ -97,7 +97,7 @@ class PlacedRows:
     def _own(self, cache: caches.Cache) -> tuple[Layers, Layers]:
         """A row's keys and values, of one token at least, and no longer than a place."""
         if not (length := cache[0].offset):
-            keys, values = ([widened(array, 1, 1) for array in arrays] for arrays in self._nothing)
+            keys, values = ([grow(array, 1, 1) for array in arrays] for arrays in self._nothing)
             return keys, values
         end = int(self._keys[0].shape[2]) if self._is_compiled else length
         return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
@@ -106,7 +106,7 @@ class PlacedRows:
         """Keep only these rows."""
         self._lengths = [self._lengths[index] for index in order]
         self._move([(place, row) for place, row in enumerate(order) if place != row])
-        places = self._places_for(len(order))
+        places = self._slots_for(len(order))
         if places < self._keys[0].shape[0]:
             self._keys = [mx.contiguous(keys[:places]) for keys in self._keys]
             self._values = [mx.contiguous(values[:places]) for values in self._values]
@@ -136,24 +136,24 @@ class PlacedRows:
         return cache
 
     def advance(self, inputs: mx.array) -> mx.array:
-        """Feed one token a row."""
+        """PrefillStrategy one token a row."""
         rows = len(self._lengths)
-        self._stretch(max(self._lengths) + 1)
+        self._ensure_capacity(max(self._lengths) + 1)
         if self._is_padded:
             inputs = mx.pad(inputs, (0, self._offsets.shape[0] - rows))
         logits, self._offsets, self._keys, self._values = self._step(inputs, self._offsets, self._keys, self._values)
         self._lengths = [length + 1 for length in self._lengths]
         return logits[:rows]
 
-    def room_for(self, rows: int, longest: int) -> int:
+    def tokens_for(self, rows: int, longest: int) -> int:
         """Tokens that the places for such rows hold."""
-        return max(self._places_for(rows), int(self._keys[0].shape[0])) * self._span_for(longest)
+        return max(self._slots_for(rows), int(self._keys[0].shape[0])) * self._capacity_for(longest)
 
     def compact(self) -> None:
         """Give back what is longer or more than the present rows need."""
         rows, present = max(1, len(self._lengths)), (int(self._keys[0].shape[0]), int(self._keys[0].shape[2]))
         places = min(1 << (rows - 1).bit_length(), present[0])
-        span = min(span_for(max(self._lengths, default=0) + 1, _SPAN_STEP), present[1])
+        span = min(slot_capacity(max(self._lengths, default=0) + 1, _SPAN_STEP), present[1])
         if (places, span) == present:
             return
         for arrays in (self._keys, self._values):
@@ -167,24 +167,24 @@ class PlacedRows:
     ) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array]]:
         # A CPU's time grows with every row fed and token looked at; a GPU is better off with shapes that stay.
         visible = keys[0].shape[2] if self._is_padded else max(self._lengths) + 1
-        step = Step(offsets, inputs.shape[0], visible)
-        cache = [Place(k, v, step) for k, v in zip(keys, values, strict=True)]
+        step = StepPositions(offsets, inputs.shape[0], visible)
+        cache = [SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)]
         logits = self._model(inputs[:, None], cache=cache)[:, -1, :]
         return logits, offsets + 1, [place.keys for place in cache], [place.values for place in cache]
 
-    def _stretch(self, length: int) -> None:
+    def _ensure_capacity(self, length: int) -> None:
         """Make places at least `length` tokens long."""
-        self._widen(0, self._span_for(length))
+        self._grow(0, self._capacity_for(length))
 
-    def _widen(self, places: int, span: int) -> None:
-        self._keys = [widened(keys, places, span) for keys in self._keys]
-        self._values = [widened(values, places, span) for values in self._values]
+    def _grow(self, places: int, span: int) -> None:
+        self._keys = [grow(keys, places, span) for keys in self._keys]
+        self._values = [grow(values, places, span) for values in self._values]
 
-    def _span_for(self, length: int) -> int:
+    def _capacity_for(self, length: int) -> int:
         """Length of places to have for a row of so many tokens, without shrinking."""
-        return max(int(self._keys[0].shape[2]), span_for(length, _SPAN_STEP))
+        return max(int(self._keys[0].shape[2]), slot_capacity(length, _SPAN_STEP))
 
-    def _places_for(self, rows: int) -> int:
+    def _slots_for(self, rows: int) -> int:
         """Places to have: the next power of two, without shrinking for a few."""
         needed, present = 1 << (rows - 1).bit_length(), int(self._keys[0].shape[0])
         return present if needed <= present < 4 * needed else needed
@@ -215,8 +215,8 @@ def _placed(array: mx.array, rows: mx.array, at: mx.array) -> mx.array:
     return mx.slice_update(array, rows, at, [0])
 
 
-class MergedRows:
-    """Rows of any cache that mlx-lm can batch."""
+class MergedCache:
+    """BatchCache of any cache that mlx-lm can batch."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -245,11 +245,11 @@ class MergedRows:
         return caches.extract(self._cache, index)
 
     def advance(self, inputs: mx.array) -> mx.array:
-        """Feed one token a row."""
+        """PrefillStrategy one token a row."""
         logits: mx.array = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
         return logits
 
-    def room_for(self, rows: int, longest: int) -> int:
+    def tokens_for(self, rows: int, longest: int) -> int:
         """Tokens that a batch of such rows holds."""
         return rows * longest
 

@@ -43,7 +43,7 @@ def flat(cache: Sequence[Any]) -> Iterator[Any]:
         yield from flat(layer.caches) if hasattr(layer, "caches") else (layer,)
 
 
-def token_bytes(model: Any) -> int:
+def bytes_per_token(model: Any) -> int:
     """Bytes that one token's keys and values take, in all layers that keep them. Nothing is computed."""
     cache = new_cache(model)
     model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)

@@ -50,14 +50,14 @@ class _Entry:
 
 
 class PrefixCache:
-    """Kept prefixes of one model. Sizes in bytes. token_bytes: what a token counts for, on ranks that share the model;
-    None measures each entry.
+    """Kept prefixes of one model. Sizes in bytes. bytes_per_token: what a token counts for on ranks that share the
+    model; None measures each entry.
     """
 
-    def __init__(self, max_bytes: int, token_bytes: int | None = None) -> None:
+    def __init__(self, max_bytes: int, bytes_per_token: int | None = None) -> None:
         self.nbytes = 0
         self._max_bytes = max_bytes
-        self._token_bytes = token_bytes
+        self._bytes_per_token = bytes_per_token
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by identity, the least recently used first
 
     def fetch(self, tokens: Sequence[int]) -> tuple[Cache | None, int]:
@@ -82,10 +82,10 @@ class PrefixCache:
         if len(tokens) < _SHORTEST:
             return
         # A GPU copies while the next step is prepared; a CPU has to be done first, or else the step copies everything.
-        is_sound = mx.array(True) if self._token_bytes else is_finite(cache)
+        is_sound = mx.array(True) if self._bytes_per_token else is_finite(cache)
         (mx.eval if device.is_cpu() else mx.async_eval)([layer.state for layer in cache], is_sound)
         kept = np.asarray(tokens, dtype=np.int64)
-        nbytes = cache_bytes(cache) if self._token_bytes is None else len(kept) * self._token_bytes
+        nbytes = cache_bytes(cache) if self._bytes_per_token is None else len(kept) * self._bytes_per_token
         entry = _Entry(kept, cache, nbytes, can_trim_prompt_cache(cache), is_sound)
         if entry.is_trimmable:
             for key, other in self._alike(kept):

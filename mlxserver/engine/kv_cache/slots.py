@@ -16,7 +16,7 @@ from mlxserver.engine.kv_cache import caches
 Layers = list[mx.array]  # one array a layer
 
 
-class Step:
+class StepPositions:
     """Where a step reads and writes, the same in every layer.
 
     offsets: [places], tokens that each one holds. rows: how many are fed, the first ones. visible: tokens to look at.
@@ -35,13 +35,13 @@ class Step:
         return self._written[tokens]
 
 
-class Place:
+class SlotLayer:
     """One layer's cache during a forward pass, in the shape that mlx-lm's models use.
 
     keys, values: [places, heads, span, dim].
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, step: Step) -> None:
+    def __init__(self, keys: mx.array, values: mx.array, step: StepPositions) -> None:
         self.keys, self.values = keys, values
         self.offset = step.fed
         self._step = step
@@ -66,7 +66,7 @@ class Place:
         return mask[:, None]
 
 
-def no_places(model: Any) -> tuple[Layers, Layers]:
+def empty_layers(model: Any) -> tuple[Layers, Layers]:
     """Keys and values without a place, [0, heads, 0, dim] a layer; a step that is never computed tells the shapes."""
     sample = caches.new_cache(model)
     model(mx.zeros((1, 1), dtype=mx.uint32), cache=sample)
@@ -78,13 +78,13 @@ def no_places(model: Any) -> tuple[Layers, Layers]:
     return [empty(layer.keys) for layer in sample], [empty(layer.values) for layer in sample]
 
 
-def widened(array: mx.array, places: int, span: int) -> mx.array:
+def grow(array: mx.array, places: int, span: int) -> mx.array:
     """The array with room for so many places of so many tokens; one that has the room is left as it is."""
     missing = (max(0, places - array.shape[0]), max(0, span - array.shape[2]))
     return mx.pad(array, [(0, missing[0]), (0, 0), (0, missing[1]), (0, 0)]) if any(missing) else array
 
 
-def span_for(tokens: int, least: int) -> int:
+def slot_capacity(tokens: int, least: int) -> int:
     """Length of a place for so many tokens: one of a few, a multiple of `least`, at most a quarter longer beyond it."""
     step = max(least, (1 << tokens.bit_length()) // 8)
     return -(-tokens // step) * step

@@ -26,7 +26,7 @@ from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
-from mlxserver.engine.platform import attention_memory, device
+from mlxserver.engine.platform import attention_memory, device, environment
 
 # Tokens that a model's cache holds unless it is told otherwise: some conversations of ordinary length at once.
 DEFAULT_CACHE_TOKENS = 32_768
@@ -61,7 +61,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Anatomy:
+class Architecture:
     """What an architecture tells of itself, in numbers of values rather than bytes.
 
     layers: for each layer that keeps tokens, values a token and the most tokens that it keeps of one row (0: all).
@@ -102,7 +102,7 @@ def estimate(spec: ModelSpec) -> Estimate:
     """
     try:
         model = checkpoint_metadata(spec.source)
-        anatomy = dissect(model.config)
+        anatomy = inspect_architecture(model.config)
     except SourceInvalid as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # what a broken config.json does to an architecture can be anything
@@ -119,8 +119,9 @@ def estimate(spec: ModelSpec) -> Estimate:
     )
 
 
-def dissect(config: Mapping[str, Any]) -> Anatomy:
+def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
     """The anatomy of the architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one."""
+    environment.install_kernels()
     model_class, arguments = _get_classes(dict(config))
     model = model_class(arguments.from_dict(dict(config)))
     cache = make_prompt_cache(model)
@@ -137,7 +138,9 @@ def dissect(config: Mapping[str, Any]) -> Anatomy:
         else:
             row_values += sum(array.size for _, array in tree_flatten(layer.state) if isinstance(array, mx.array))
     mx.random.seed(0)  # or else the weights, which nobody computes, would stay in this thread's random state
-    return Anatomy(sum(array.size for array in parameters), tuple(layers), row_values, outputs // len(cache), vocab)
+    return Architecture(
+        sum(array.size for array in parameters), tuple(layers), row_values, outputs // len(cache), vocab
+    )
 
 
 def _chunk_bytes(width: int, heads: int, context: int) -> int:

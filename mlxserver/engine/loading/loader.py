@@ -31,7 +31,7 @@ from mlxserver.engine.loading.fused_projections import merge_projections
 from mlxserver.engine.loading.metadata import context_length
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
-from mlxserver.engine.platform import device, openblas
+from mlxserver.engine.platform import device, environment, openblas
 
 log = logging.getLogger("engine")
 
@@ -67,11 +67,12 @@ def load(spec: ModelSpec, *, progress: Progress | None = None, divide: Divide | 
     progress hears of "downloading", "converting" and "reading" (bytes of weights). divide makes a model a rank's share.
     """
     openblas.warn_if_missing()
+    environment.install_kernels()
     device.set_wired_limit_once()
     failure: EngineError
     try:
         loaded = _load(spec, progress or silent, divide)
-        forget_draws()
+        reset_random_state()
         return loaded
     except LoadAborted:
         failure = LoadAborted(spec.key)
@@ -79,18 +80,18 @@ def load(spec: ModelSpec, *, progress: Progress | None = None, divide: Divide | 
         log.debug("Loading %s failed", spec.key, exc_info=True)
         failure = LoadFailed(spec.key, _one_line(error))
     # Out here, because an error raised above would carry the failed load's frames, and with them its weights.
-    forget_draws()
+    reset_random_state()
     gc.collect()
     device.clear_cache()
     raise failure
 
 
-def forget_draws() -> None:
+def reset_random_state() -> None:
     """Drop what a model's initial weights, which nobody has ever computed, left in this thread's random state."""
     mx.random.seed(0)
 
 
-def keep_no_words(tokenizer: TokenizerWrapper) -> None:
+def disable_tokenizer_cache(tokenizer: TokenizerWrapper) -> None:
     """Have a tokenizer forget how it has split a word: 400,000 tokens a second on a CPU core instead of 550,000."""
     # It would keep some ten thousand, for each thread that uses it, and for as long as that thread lives: unlike the
     # tokenizer, a thread stays (worker/thread_pool.py), and every load would add megabytes to it.
@@ -112,7 +113,7 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedMod
     with _naming(f"the tokenizer in {path} can't be read"):
         options = {"trust_remote_code": False}
         tokenizer = load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id"))
-        keep_no_words(tokenizer)
+        disable_tokenizer_cache(tokenizer)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -27,8 +27,8 @@ Divide = Callable[[nn.Module], None]
 _KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")  # as mlx-lm's attentions call their number
 
 
-class Place(Protocol):
-    """A rank's place among the others; MLX's groups are such."""
+class RankGroup(Protocol):
+    """A rank's group among the others; MLX's groups are such."""
 
     def rank(self) -> int:
         """Its number, from 0."""
@@ -38,8 +38,8 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """A place in no group: enough to divide a model of which nothing is computed."""
+class RankPosition:
+    """A group in no group: enough to divide a model of which nothing is computed."""
 
     number: int
     ranks: int
@@ -58,10 +58,10 @@ def nothing(model: nn.Module) -> None:
     model.clear()
 
 
-def divider(spec: ModelSpec, place: Place) -> Divide:
+def divider(spec: ModelSpec, group: RankGroup) -> Divide:
     """What makes a model a rank's share, before its weights are read. It raises ValueError where that can't be."""
     divide = _by_tensor if spec.shard == "tensor" else _by_layers
-    return lambda model: divide(model, place)
+    return lambda model: divide(model, group)
 
 
 def alone(spec: ModelSpec) -> LoadFailed:
@@ -69,7 +69,7 @@ def alone(spec: ModelSpec) -> LoadFailed:
     return LoadFailed(spec.key, f"shard = {spec.shard!r} needs several ranks: start them with mlx.launch")
 
 
-def share(estimate: Estimate, spec: ModelSpec, place: Place) -> Estimate:
+def share(estimate: Estimate, spec: ModelSpec, group: RankGroup) -> Estimate:
     """What a rank's share of a model is expected to take: its architecture is divided, and nothing computed.
 
     On a thread that has a stream of MLX. Raises LoadFailed where it can't be divided.
@@ -81,7 +81,7 @@ def share(estimate: Estimate, spec: ModelSpec, place: Place) -> Estimate:
         model_class, arguments = _get_classes(config)
         model = model_class(arguments.from_dict(config))
         weights, cache = _values(model), _cache_width(model)
-        divider(spec, place)(model)
+        divider(spec, group)(model)
         part = replace(
             estimate,
             weights=estimate.weights * _values(model) // weights,
@@ -109,24 +109,24 @@ def _key_heads(layer: Any) -> int | None:
     return next((int(heads) for name in _KEY_HEADS if (heads := getattr(attention, name, None))), None)
 
 
-def _by_tensor(model: Any, place: Place) -> None:
+def _by_tensor(model: Any, group: RankGroup) -> None:
     if not hasattr(model, "shard"):
         raise ValueError(f"mlx-lm can't divide the layers of a {_type(model)!r}; expected shard = 'pipeline' or none")
     for layer in model.layers:
-        if (heads := _key_heads(layer)) and heads % place.size():
-            raise ValueError(f"its {heads} heads of keys can't be divided by {place.size()} ranks")
-    model.shard(place)
+        if (heads := _key_heads(layer)) and heads % group.size():
+            raise ValueError(f"its {heads} heads of keys can't be divided by {group.size()} ranks")
+    model.shard(group)
 
 
-def _by_layers(model: Any, place: Place) -> None:
+def _by_layers(model: Any, group: RankGroup) -> None:
     inner: Any = getattr(model, "model", None)
     if not hasattr(inner, "pipeline"):
         raise ValueError(f"mlx-lm can't make a pipeline of a {_type(model)!r}; expected shard = 'tensor' or none")
-    if len(model.layers) < place.size():
-        raise ValueError(f"its {len(model.layers)} layers are fewer than the {place.size()} ranks")
+    if len(model.layers) < group.size():
+        raise ValueError(f"its {len(model.layers)} layers are fewer than the {group.size()} ranks")
     if "NCCL_HOST_IP" in os.environ:  # as mlx.launch sets it for this backend
         raise ValueError("MLX's NCCL can't pass values from one rank to the next; expected shard = 'tensor'")
-    inner.pipeline(place)
+    inner.pipeline(group)
 
 
 def _type(model: nn.Module) -> str:

@@ -37,7 +37,7 @@ class CallScanner:
         self.name = ""
         self.has_arguments = False
         self.state = ScanState.READING
-        self._untold: list[str] = []
+        self._unpublished: list[str] = []
         self._object = self._read_object()
         next(self._object)
 
@@ -59,8 +59,8 @@ class CallScanner:
         """The text of the arguments that came since the last call; empty while the name is not known."""
         if not self.name:
             return ""
-        arguments = "".join(self._untold)
-        self._untold.clear()
+        arguments = "".join(self._unpublished)
+        self._unpublished.clear()
         return arguments
 
     def _read_object(self) -> Reading[None]:
@@ -77,7 +77,7 @@ class CallScanner:
         if not self.name:
             raise ValueError
         if not self.has_arguments:
-            self._untold.append("{}")
+            self._unpublished.append("{}")
             self.has_arguments = True
 
     def _read_value(self, key: str, first: str) -> Reading[str]:
@@ -98,12 +98,12 @@ class CallScanner:
 
     def _read_arguments(self, first: str) -> Reading[None]:
         if first == "{":
-            yield from _container(first, self._untold.append)
+            yield from _container(first, self._unpublished.append)
         else:
             text = yield from _string(first)
             if not isinstance(json.loads(text), dict):
                 raise ValueError
-            self._untold.append(text)
+            self._unpublished.append(text)
         self.has_arguments = True
 
 

@@ -25,7 +25,7 @@ JSON_BEGINNING = re.compile(r"\s*(?:\[\s*)?(\{)?")
 BETWEEN_CALLS = " \t\r\n,]"
 
 
-class Place(Enum):
+class ParserState(Enum):
     """What the text that comes next is taken for."""
 
     CONTENT = "content, or a start tag"
@@ -50,7 +50,7 @@ class ToolCallParser:
         self._tools = tools
         self._parallel = parallel
         self._index = index
-        self._place = Place.CONTENT if tool_format.start else Place.OPENED
+        self._place = ParserState.CONTENT if tool_format.start else ParserState.OPENED
         self._held = TokenText()
         self._read = 0  # how many characters of what is held have been understood
         self._trims_left = False
@@ -59,13 +59,13 @@ class ToolCallParser:
         self._is_told = False  # the call that is being read; what is told is no longer held
         self._tail = re.compile(f"{re.escape(tool_format.end)}|(?={re.escape(tool_format.start)})")
         self._events: list[TokenText | ToolCallDelta] = []
-        self._readers = {
-            Place.CONTENT: self._read_content,
-            Place.OPENED: self._read_opening,
-            Place.CALL: self._read_call,
-            Place.NEXT: self._read_next,
-            Place.BODY: self._read_body,
-            Place.TAIL: self._read_tail,
+        self._subscribers = {
+            ParserState.CONTENT: self._read_content,
+            ParserState.OPENED: self._read_opening,
+            ParserState.CALL: self._read_call,
+            ParserState.NEXT: self._read_next,
+            ParserState.BODY: self._read_body,
+            ParserState.TAIL: self._read_tail,
         }
 
     @property
@@ -76,23 +76,23 @@ class ToolCallParser:
     def feed(self, text: TokenText | str) -> list[TokenText | ToolCallDelta]:
         """The content and the pieces of calls that `text` decides, in order."""
         self._held += text
-        while not self.is_done and (place := self._readers[self._place]()):
+        while not self.is_done and (place := self._subscribers[self._place]()):
             self._place = place
         return self._take_events()
 
     def flush(self, *, is_cut: bool) -> list[TokenText | ToolCallDelta]:
         """What is held back, now that no more text comes. is_cut: the model has not ended by itself."""
-        if self._place is Place.BODY and not (is_cut and self._format.end):
+        if self._place is ParserState.BODY and not (is_cut and self._format.end):
             self._parse_body(len(self._held), len(self._held))
-        elif self._place is Place.CALL and self._is_told:
+        elif self._place is ParserState.CALL and self._is_told:
             self.completed += self._scanner.has_arguments
             self._drop(len(self._held))
-        elif self._place is Place.TAIL or self.is_done:
+        elif self._place is ParserState.TAIL or self.is_done:
             self._drop(len(self._held))
         self._tell(len(self._held))
         return self._take_events()
 
-    def _read_content(self) -> Place | None:
+    def _read_content(self) -> ParserState | None:
         """Tell what stands before a start tag."""
         text, tag = self._held.text, self._format.start
         start = text.find(tag) if tag else -1
@@ -102,22 +102,22 @@ class ToolCallParser:
         length = len(text[:start].rstrip())
         self._tell(length)
         self._read = start - length + len(tag)
-        return Place.OPENED
+        return ParserState.OPENED
 
-    def _read_opening(self) -> Place | None:
+    def _read_opening(self) -> ParserState | None:
         beginning = JSON_BEGINNING.match(self._held.text, self._read)
         assert beginning  # it matches the empty text, too
         if beginning[1]:
             return self._enter_call(beginning.end())
-        return None if beginning.end() == len(self._held) else Place.BODY
+        return None if beginning.end() == len(self._held) else ParserState.BODY
 
-    def _enter_call(self, read: int) -> Place:
+    def _enter_call(self, read: int) -> ParserState:
         self._read = read
         self._scanner = CallScanner()
         self._is_told = False
-        return Place.CALL
+        return ParserState.CALL
 
-    def _read_call(self) -> Place | None:
+    def _read_call(self) -> ParserState | None:
         """Tell the arguments as they come. Until then the call is held back, since it may be none."""
         self._read += self._scanner.feed(self._held.text[self._read :])
         if arguments := self._scanner.take_arguments():
@@ -128,39 +128,39 @@ class ToolCallParser:
             self._is_told = True
         if self._scanner.state is ScanState.MALFORMED:
             self._tell(self._read)
-            return Place.CONTENT
+            return ParserState.CONTENT
         if self._is_told:
             self._drop(self._read)
         if self._scanner.state is ScanState.READING:
             return None
         self.completed += 1
-        return Place.NEXT
+        return ParserState.NEXT
 
-    def _read_next(self) -> Place | None:
+    def _read_next(self) -> ParserState | None:
         self._drop(len(self._held) - len(self._held.text.lstrip(BETWEEN_CALLS)))
         if not self._held:
             return None
-        return self._enter_call(1) if self._held.text[0] == "{" else Place.TAIL
+        return self._enter_call(1) if self._held.text[0] == "{" else ParserState.TAIL
 
-    def _read_body(self) -> Place | None:
+    def _read_body(self) -> ParserState | None:
         end = self._held.text.find(self._format.end, self._read) if self._format.end else -1
         return None if end < 0 else self._parse_body(end, end + len(self._format.end))
 
-    def _parse_body(self, end: int, behind: int) -> Place:
+    def _parse_body(self, end: int, behind: int) -> ParserState:
         """Tell the calls that end at `end`, or if there are none all text up to `behind` as content."""
         try:
             calls = self._format.parse(self._held.text[self._read : end], self._tools)
         except ValueError:
             self._tell(behind)
-            return Place.CONTENT
+            return ParserState.CONTENT
         self._drop(behind)
         for call in calls if self._parallel else calls[:1]:
             self._begin_call(call.name, call.arguments, call.id)
             self.completed += 1
         self._trims_left = True
-        return Place.CONTENT
+        return ParserState.CONTENT
 
-    def _read_tail(self) -> Place | None:
+    def _read_tail(self) -> ParserState | None:
         """Drop everything up to the end tag. A start tag does as well, for a model that forgets the other."""
         text = self._held.text
         tag = self._tail.search(text)
@@ -169,7 +169,7 @@ class ToolCallParser:
             return None
         self._drop(tag.end())
         self._trims_left = True
-        return Place.CONTENT
+        return ParserState.CONTENT
 
     def _begin_call(self, name: str, arguments: str, own_id: str | None = None) -> None:
         call_id = own_id or f"call_{secrets.token_hex(12)}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +43,9 @@ def install() -> None:
     mx.fast.scaled_dot_product_attention = attention
     mx.fast.rms_norm = rms_norm
     mx.fast.rope = rope
-    activations.swiglu = swiglu
+    for name, module in list(sys.modules.items()):  # model modules keep the function that they found when imported
+        if name.startswith("mlx_lm.models.") and getattr(module, "swiglu", None) is _mlx_lm_swiglu:
+            module.swiglu = swiglu  # type: ignore[attr-defined]
 
 
 class _Thread(threading.local):

@@ -6,6 +6,7 @@ Rule: prepare() runs before mlx.core is imported; mlx.py sees to it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import sys
@@ -50,8 +51,9 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def quicken_the_cpu() -> None:
-    """On a Linux CPU, replace MLX's slow functions and layers by faster ones of the same results."""
+@functools.cache
+def install_kernels() -> None:
+    """On a Linux CPU, replace slow functions and layers of MLX and mlx-lm by faster ones with the same results."""
     from mlxserver.engine.platform import cpu_kernels, cpu_matmul, device
 
     if sys.platform == "linux" and device.is_cpu():

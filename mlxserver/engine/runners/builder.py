@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,10 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, openblas
 from mlxserver.engine.prompt.formats import FORMATS, find_type
 from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question, Sampling
-from mlxserver.engine.runners.text import Intake
+from mlxserver.engine.runners.text import RequestPreparation
 from mlxserver.engine.sampling.grammars import Grammars
-from mlxserver.engine.scheduler.scheduler import Batcher
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from mlxserver.engine.sequence import Sequence
 from mlxserver.engine.worker.tracker import Output
 
 _CAPABILITIES = frozenset({"chat", "completion", "tools", "json_schema", "logprobs"})  # of every model
@@ -32,23 +33,23 @@ _WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 class ModelRuntime:
     """A loaded model, as its engine thread uses it."""
 
-    batch: Batcher | LeadingBatch
+    batch: Scheduler | LeadingBatch
     facts: ModelFacts
-    intake: Intake
+    preparation: RequestPreparation
 
     @property
-    def format(self) -> Callable[[GenerationRequest], GenerationRequest]:
+    def preprocess(self) -> Callable[[GenerationRequest], GenerationRequest]:
         """Does what of a request takes long, on any thread. It holds nothing of the model's memory."""
-        return self.intake.format
+        return self.preparation.preprocess
 
-    def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
+    def prepare(self, request: GenerationRequest, sequence_ids: Iterator[int]) -> abc.Sequence[tuple[Sequence, Output]]:
         """A row and its output stream for each choice. Raises PromptRejected."""
-        return self.intake.prepare(request, row_ids)
+        return self.preparation.prepare(request, sequence_ids)
 
     @property
     def answer(self) -> Callable[[Question], Any]:
         """Says what the tokenizer says, on any thread. It holds nothing of the model's memory, either."""
-        return self.intake.answer
+        return self.preparation.answer
 
 
 class Builder:
@@ -61,7 +62,7 @@ class Builder:
         self._stall_target = stall_target
         self._leader = leader
         self._cores = openblas.threads()
-        self._batches: list[weakref.ref[Batcher | LeadingBatch]] = []  # weak: an unloaded model's memory must go
+        self._batches: list[weakref.ref[Scheduler | LeadingBatch]] = []  # weak: an unloaded model's memory must go
         self._lock = threading.Lock()  # models are built on threads of their own
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> ModelRuntime:
@@ -74,23 +75,23 @@ class Builder:
         with self._leader.loading(spec) as number:
             loaded = loader.load(spec, progress=progress, divide=sharding.nothing)
             opened = self._leader.open(number, spec.key, self._stall_target, progress)
-            batch = LeadingBatch(self._leader, number, opened, self._others_step, metrics)
+            batch = LeadingBatch(self._leader, number, opened, self._peer_step_seconds, metrics)
             return self._put_together(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
 
-    def _batcher(self, spec: ModelSpec, loaded: loader.LoadedModel, metrics: ModelMetrics | None) -> Batcher:
-        return Batcher(
+    def _batcher(self, spec: ModelSpec, loaded: loader.LoadedModel, metrics: ModelMetrics | None) -> Scheduler:
+        return Scheduler(
             loaded.model,
             max_running=spec.max_running,
             stall_target=self._stall_target,
             prefix_cache=PrefixCache(spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
-            others_step=self._others_step,
+            peer_step_seconds=self._peer_step_seconds,
             share_cores=self._share_cores,
-            max_tokens_held=loaded.limits.cache_tokens,
+            max_kv_tokens=loaded.limits.cache_tokens,
             metrics=metrics,
         )
 
     def _put_together(
-        self, spec: ModelSpec, loaded: loader.LoadedModel, batch: Batcher | LeadingBatch, progress: Progress
+        self, spec: ModelSpec, loaded: loader.LoadedModel, batch: Scheduler | LeadingBatch, progress: Progress
     ) -> ModelRuntime:
         model_type = spec.type or find_type(loaded.tokenizer)
         prompts = FORMATS[model_type](loaded.tokenizer, loaded.config)
@@ -102,7 +103,7 @@ class Builder:
         capabilities = _CAPABILITIES | ({"thinking"} if model_type == "thinking" else set())
         capabilities -= set() if grammars.is_usable else {"json_schema"}
         facts = ModelFacts(model_type, loaded.context_length, loaded.weight_bytes, capabilities)
-        intake = Intake(
+        preparation = RequestPreparation(
             loaded.tokenizer,
             prompts,
             facts,
@@ -111,12 +112,12 @@ class Builder:
             vocab_size=batch.vocab_size,
             max_rows=spec.max_running,
         )
-        return ModelRuntime(batch, facts, intake)
+        return ModelRuntime(batch, facts, preparation)
 
-    def _others_step(self, asking: object) -> float:
+    def _peer_step_seconds(self, asking: object) -> float:
         """Seconds that a step takes for the quickest other model that streams; 0 while none does."""
         others = (batch for known in self._batches if (batch := known()) and batch is not asking)
-        steps = (batch.streaming_step() for batch in others)
+        steps = (batch.running_step_seconds() for batch in others)
         return min(filter(None, steps), default=0.0)
 
     def _share_cores(self) -> None:
@@ -125,7 +126,7 @@ class Builder:
         openblas.use_threads(max(1, self._cores // max(1, working)))
 
 
-def warm_up(batch: Batcher | LeadingBatch, max_rows: int) -> None:
+def warm_up(batch: Scheduler | LeadingBatch, max_rows: int) -> None:
     """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
     # A GPU compiles for every number of places; on a CPU what is compiled serves all of them.
     most = 2 if device.is_cpu() else max_rows
@@ -134,7 +135,7 @@ def warm_up(batch: Batcher | LeadingBatch, max_rows: int) -> None:
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
     for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9)):
         for width in widths:
-            rows = [Row(-1 - n, tokens, sampling, 3) for n in range(width)]
+            rows = [Sequence(-1 - n, tokens, sampling, 3) for n in range(width)]
             batch.insert(rows)
             for _ in range(_WARM_UP_STEPS):
                 batch.prefill()

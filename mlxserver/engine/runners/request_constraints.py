@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
-class Binding:
+class RequestConstraints:
     """Makes the constraints, and the parsers of reasoning, of one model's requests."""
 
     def __init__(self, tokenizer: TokenizerWrapper, prompts: PromptFormat, grammars: Grammars, vocab_size: int) -> None:

@@ -28,9 +28,9 @@ from mlxserver.engine.requests import (
     SamplingOptions,
     Tokenize,
 )
-from mlxserver.engine.runners.request_constraints import Binding
+from mlxserver.engine.runners.request_constraints import RequestConstraints
 from mlxserver.engine.sampling.grammars import Grammars
-from mlxserver.engine.sequence import Row, RowToken
+from mlxserver.engine.sequence import SampledToken, Sequence
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -59,7 +59,7 @@ class _Reading:
         """Those of them that were reasoning."""
         return self.stream.reasoning_tokens
 
-    def feed(self, token: RowToken) -> list[Event]:
+    def feed(self, token: SampledToken) -> list[Event]:
         """The events that a token brings."""
         if token.logprobs is None:
             return [*self.stream.feed(token.token)]
@@ -67,7 +67,7 @@ class _Reading:
         return [*self.stream.feed(token.token, spelled)]
 
 
-class Intake:
+class RequestPreparation:
     """Prepares the requests of one model. `defaults` are sampling settings, `vocab_size` and `max_rows` the batch's."""
 
     def __init__(
@@ -87,9 +87,9 @@ class Intake:
         self._defaults = defaults
         self._vocab_size = vocab_size
         self._max_rows = max_rows
-        self._binding = Binding(tokenizer, prompts, grammars, vocab_size)
+        self._binding = RequestConstraints(tokenizer, prompts, grammars, vocab_size)
 
-    def format(self, request: GenerationRequest) -> GenerationRequest:
+    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
         """The request with what of prepare() takes long done: its prompt formatted, its grammar compiled.
 
         May run on any thread. Raises PromptRejected.
@@ -97,7 +97,7 @@ class Intake:
         self._binding.compile(request)
         return replace(request, formatted=self._prompts.format(request.prompt, request.tool_choice))
 
-    def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> list[tuple[Row, _Reading]]:
+    def prepare(self, request: GenerationRequest, sequence_ids: Iterator[int]) -> list[tuple[Sequence, _Reading]]:
         """A row and its output stream for each choice.
 
         Raises:
@@ -115,8 +115,8 @@ class Intake:
         grammar = self._binding.grammar(request)
         choices = []
         for index in range(request.n):
-            row = Row(
-                next(row_ids),
+            row = Sequence(
+                next(sequence_ids),
                 prompt.tokens,
                 sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
                 max_tokens,

@@ -5,20 +5,20 @@ They are those of the model itself: before penalties, bias, temperature and filt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
 from typing import cast
 
 from mlxserver.engine.mlx import mx
 
-from mlxserver.engine.sequence import Logprobs, Row
+from mlxserver.engine.sequence import Logprobs, Sequence
 
 
 @dataclass(frozen=True)
 class MeasuredLogprobs:
     """Those of one step, on their way from the device. `arrays`: chosen [n], top ids [n, k] and their values [n, k]."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Sequence, ...] = ()
     arrays: list[mx.array] = field(default_factory=list)
 
     def read(self) -> dict[int, Logprobs]:
@@ -39,7 +39,7 @@ class MeasuredLogprobs:
         return read
 
 
-def measure(rows: Sequence[Row], logits: mx.array, tokens: mx.array) -> MeasuredLogprobs:
+def measure(rows: abc.Sequence[Sequence], logits: mx.array, tokens: mx.array) -> MeasuredLogprobs:
     """Those of the chosen tokens: logits [rows, vocab], tokens [rows]. Nothing is evaluated."""
     asking = [index for index, row in enumerate(rows) if row.top_logprobs is not None]
     if not asking:

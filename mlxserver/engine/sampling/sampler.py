@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections import abc
 
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.requests import Sampling
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 # The threshold is looked for among this many most likely tokens. A nucleus that is larger keeps the whole tail.
 CANDIDATES = 256
@@ -46,7 +46,7 @@ def _is_filtered(sampling: Sampling) -> bool:
     return sampling.temperature > 0 and bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0)
 
 
-def _column(values: Sequence[float]) -> mx.array:
+def _column(values: abc.Sequence[float]) -> mx.array:
     return mx.array(list(values), dtype=mx.float32)[:, None]
 
 
@@ -61,7 +61,7 @@ class BatchSampler:
         self._prompted: mx.array | None = None  # [rows, vocab], whether the prompt has the token
         self._bias: mx.array | None = None  # [rows, vocab]
 
-    def extend(self, rows: Sequence[Row]) -> None:
+    def extend(self, rows: abc.Sequence[Sequence]) -> None:
         """Add rows behind the present ones. Their draws start where their own random stream was left."""
         self._extend_penalties(rows)
         self._extend_bias(rows)
@@ -71,7 +71,7 @@ class BatchSampler:
         self._keys = mx.concatenate([self._keys, keys + positions])
         self._choose_work()
 
-    def filter(self, keep: Sequence[int]) -> None:
+    def filter(self, keep: abc.Sequence[int]) -> None:
         """Keep only the rows at these indices, in this order."""
         self._rows = [self._rows[index] for index in keep]
         kept = mx.array(list(keep), dtype=mx.uint32)
@@ -154,7 +154,7 @@ class BatchSampler:
         logits = mx.where(was_generated | prompted, penalized, logits)
         return logits - generated * self._frequency - was_generated * self._presence
 
-    def _extend_penalties(self, rows: Sequence[Row]) -> None:
+    def _extend_penalties(self, rows: abc.Sequence[Sequence]) -> None:
         if self._generated is None and not any(_is_penalized(row.sampling) for row in rows):
             return
         before = (len(self._rows), self._vocab_size)
@@ -165,19 +165,19 @@ class BatchSampler:
         self._generated = mx.concatenate([generated, said])
         self._prompted = mx.concatenate([prompted, seen])
 
-    def _prompt_tokens(self, row: Row) -> mx.array:
+    def _prompt_tokens(self, row: Sequence) -> mx.array:
         """Which tokens the prompt has, [vocab] of bool; empty where the row does not ask for it."""
         seen = mx.zeros((self._vocab_size,), dtype=mx.bool_)
         if row.sampling.repetition_penalty != 1.0:
             seen[mx.array(sorted(set(row.tokens)))] = True
         return seen
 
-    def _said_tokens(self, row: Row) -> mx.array:
+    def _said_tokens(self, row: Sequence) -> mx.array:
         """How often the row has generated each token already, [vocab]."""
         counts = mx.zeros((self._vocab_size,))
         return counts.at[mx.array(row.tokens[-row.said :])].add(1.0) if row.said else counts
 
-    def _extend_bias(self, rows: Sequence[Row]) -> None:
+    def _extend_bias(self, rows: abc.Sequence[Sequence]) -> None:
         if self._bias is None and not any(row.sampling.logit_bias for row in rows):
             return
         bias = mx.zeros((len(self._rows), self._vocab_size)) if self._bias is None else self._bias

@@ -5,17 +5,17 @@ Rule: a prompt's cache is a list of mlx-lm's caches throughout; what lies behind
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.slots import Layers, Place, Step, no_places, span_for, widened
+from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
 from mlxserver.engine.loading.metadata import attention_heads
 from mlxserver.engine.platform import attention_memory, cpu_kernels, device
-from mlxserver.engine.sequence import Row
+from mlxserver.engine.sequence import Sequence
 
 _ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
 # Tokens in a chunk where shapes have to recur. Fewer than 512 take little less time, but leave the GPU to others.
@@ -26,10 +26,10 @@ _SLACK = 1.25  # how much longer than wanted a chunk may be, lest a prompt's end
 
 
 @dataclass
-class Prompt:
+class PendingPrompt:
     """A prompt that is not yet processed, and the rows that share it. `done` counts its tokens in the cache."""
 
-    rows: list[Row]
+    rows: list[Sequence]
     arrived: float
     started: float = 0.0
     cache: caches.Cache = field(default_factory=list)
@@ -51,9 +51,9 @@ class Prompt:
         """Tokens that it needs room for: its own, and the beginning of an answer."""
         return len(self.tokens) + min(_ANSWER_ROOM, self.rows[0].max_tokens)
 
-    def drop(self, row_ids: set[int]) -> bool:
+    def drop(self, sequence_ids: set[int]) -> bool:
         """Drop rows; whether none is left."""
-        self.rows = [row for row in self.rows if row.id not in row_ids]
+        self.rows = [row for row in self.rows if row.id not in sequence_ids]
         return not self.rows
 
     def next(self, most: int) -> list[int]:
@@ -65,16 +65,16 @@ class Prompt:
 class Chunk:
     """Prompts, and how many tokens of each at the most."""
 
-    prompts: Sequence[Prompt]
+    prompts: abc.Sequence[PendingPrompt]
     length: int
 
 
-class Feed(Protocol):
-    """A way to process prompts. gives_way: other models' steps go on during a chunk, however long it is."""
+class PrefillStrategy(Protocol):
+    """A way to process prompts. yields_cores: other models' steps go on during a chunk, however long it is."""
 
-    gives_way: bool
+    yields_cores: bool
 
-    def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
+    def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """What to process next, for about so many tokens; the first of those that wait is always in it."""
 
     def run(self, chunk: Chunk, beside_others: bool = False) -> int:
@@ -83,20 +83,20 @@ class Feed(Protocol):
         beside_others: other models stream meanwhile.
         """
 
-    def room_for(self, prompt: Prompt) -> int:
+    def tokens_for(self, prompt: PendingPrompt) -> int:
         """Tokens that are held for a prompt while it is processed."""
 
     def warm_up(self) -> None:
         """Run the shapes that prompts use."""
 
 
-def make_feed(model: Any) -> Feed:
+def make_prefill_strategy(model: Any) -> PrefillStrategy:
     """The way that is best for a model on this device."""
     recurs = device.describe().kind == "cuda" and caches.is_plain(model)
-    return PlacedFeed(model) if recurs else PlainFeed(model)
+    return BucketedPrefill(model) if recurs else PlainPrefill(model)
 
 
-class PlainFeed:
+class PlainPrefill:
     """Chunks of any shape, in mlx-lm's own caches.
 
     Where a layer keeps a state, no chunk has padding: of mlx-lm's models, some let it change the state (nemotron_h,
@@ -107,9 +107,9 @@ class PlainFeed:
         self._model = model
         self._heads = attention_heads(vars(model.args)) if hasattr(model, "args") else 0
         self._may_pad = not caches.keeps_state(model)
-        self.gives_way = device.is_cpu()
+        self.yields_cores = device.is_cpu()
 
-    def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
+    def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """As many prompts as the budget holds, each padded to the longest; a little more than that, if it ends them.
 
         Without padding, only prompts that give the chunk as many tokens as the first one.
@@ -117,7 +117,7 @@ class PlainFeed:
         if not device.is_cpu():
             budget = 1 << (budget.bit_length() - 1)  # a GPU is better off with few sizes
         most = attention_memory.fitting(self._heads, int(_SLACK * budget), max(prompt.done for prompt in waiting))
-        prompts: list[Prompt] = []
+        prompts: list[PendingPrompt] = []
         length = 0
         for prompt in waiting:
             own = prompt.remaining if prompt.remaining <= most else min(budget, most)
@@ -143,7 +143,7 @@ class PlainFeed:
         prompt.done += len(tokens)
         return len(tokens)
 
-    def room_for(self, prompt: Prompt) -> int:
+    def tokens_for(self, prompt: PendingPrompt) -> int:
         """Its own tokens."""
         return len(prompt.tokens)
 
@@ -169,17 +169,17 @@ class PlainFeed:
         return longest * len(lengths)
 
 
-class PlacedFeed:
+class BucketedPrefill:
     """Chunks of few shapes, padded on the right, in places of few lengths (kv_cache/slots.py)."""
 
-    gives_way = False
+    yields_cores = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._nothing = no_places(model)
+        self._nothing = empty_layers(model)
         self._forward = mx.compile(self._advance)
 
-    def choose(self, waiting: Sequence[Prompt], budget: int) -> Chunk:
+    def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """Short prompts together, as many as the budget holds, a power of two; or a long one alone."""
         first = waiting[0]
         most = max(_LENGTHS[0], budget)
@@ -206,30 +206,32 @@ class PlacedFeed:
                 layer.offset = prompt.done
         return int(padded.size)
 
-    def room_for(self, prompt: Prompt) -> int:
+    def tokens_for(self, prompt: PendingPrompt) -> int:
         """A place that its tokens fit in, whatever of it is kept already, and the padding of its last chunk."""
         tokens = len(prompt.tokens)
         # Of a long chunk less than half is padding, or else a shorter one would do.
-        return span_for(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2), _SHORT)
+        return slot_capacity(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2), _SHORT)
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""
         together = [1 << power for power in range(_MOST_TOGETHER.bit_length())]
         shapes = [(count, length) for length in _LENGTHS for count in (together if length <= _SHORT else [1])]
         for count, length in shapes:
-            places = ([widened(array, count, span_for(length, _SHORT)) for array in arrays] for arrays in self._nothing)
+            places = (
+                [grow(array, count, slot_capacity(length, _SHORT)) for array in arrays] for arrays in self._nothing
+            )
             tokens, offsets = mx.zeros((count, length), dtype=mx.uint32), mx.zeros((count,), dtype=mx.int32)
             mx.eval(self._forward(tokens, offsets, *places))
 
     def _advance(self, tokens: mx.array, offsets: mx.array, keys: Layers, values: Layers) -> tuple[Layers, Layers]:
-        """Feed tokens, [places, tokens]; the longer keys and values."""
+        """PrefillStrategy tokens, [places, tokens]; the longer keys and values."""
         places, _, span, _ = keys[0].shape
-        step = Step(offsets, places, span)
-        cache = [Place(k, v, step) for k, v in zip(keys, values, strict=True)]
+        step = StepPositions(offsets, places, span)
+        cache = [SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)]
         self._model(tokens, cache=cache)
         return [place.keys for place in cache], [place.values for place in cache]
 
-    def _places(self, prompts: Sequence[Prompt], span: int) -> tuple[Layers, Layers]:
+    def _places(self, prompts: abc.Sequence[PendingPrompt], span: int) -> tuple[Layers, Layers]:
         """What the prompts have so far, in places of one length. Their caches lose it: the chunk is written in place
         only where nobody else holds it, and would be there twice.
         """
@@ -242,12 +244,12 @@ class PlacedFeed:
         keys, values = (_side_by_side([own[part] for own in held], span) for part in (0, 1))
         return keys, values
 
-    def _span(self, prompt: Prompt, length: int) -> int:
+    def _span(self, prompt: PendingPrompt, length: int) -> int:
         """Length of the place that a prompt needs while a chunk of so many tokens is written."""
-        return span_for(max(len(prompt.tokens), prompt.done + length), _SHORT)
+        return slot_capacity(max(len(prompt.tokens), prompt.done + length), _SHORT)
 
 
-def _side_by_side(rows: Sequence[Layers], span: int) -> Layers:
+def _side_by_side(rows: abc.Sequence[Layers], span: int) -> Layers:
     """Layers of several rows, each [1 or none, heads, tokens, dim], in places of one length."""
     layers = zip(*rows, strict=True)
-    return [mx.concatenate([widened(array, 1, span)[:, :, :span] for array in layer]) for layer in layers]
+    return [mx.concatenate([grow(array, 1, span)[:, :, :span] for array in layer]) for layer in layers]

@@ -8,7 +8,8 @@ Rule 2: a step is launched before the tokens of the one before it are read: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -16,20 +17,20 @@ from mlxserver.engine.mlx import mx
 
 import numpy as np
 
-from mlxserver.engine.kv_cache.batched import make_rows
+from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.sampling.logprobs import MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.chunks import Prompt
-from mlxserver.engine.sequence import Row, RowToken
+from mlxserver.engine.scheduler.chunks import PendingPrompt
+from mlxserver.engine.sequence import SampledToken, Sequence
 
 
 class Sampler(Protocol):
     """What chooses the tokens of the rows (sampling/sampler.py)."""
 
-    def extend(self, rows: Sequence[Row]) -> None:
+    def extend(self, rows: abc.Sequence[Sequence]) -> None:
         """Add rows behind the present ones."""
 
-    def filter(self, keep: Sequence[int]) -> None:
+    def filter(self, keep: abc.Sequence[int]) -> None:
         """Keep only the rows at these indices, in this order."""
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
@@ -40,10 +41,10 @@ MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 
 
 @dataclass
-class DecodingRow:
+class RunningSequence:
     """A row that generates. `tokens` are those that were fed: what its keys and values hold."""
 
-    row: Row
+    row: Sequence
     cached_tokens: int
     started: float
     tokens: list[int] = field(default_factory=list)
@@ -55,7 +56,7 @@ class DecodingRow:
         """Tokens that it needs room for, the next one included."""
         return len(self.row.tokens) + len(self.tokens) + 1
 
-    def resumed(self) -> Row:
+    def resumed(self) -> Sequence:
         """What goes on from where this row is."""
         said = len(self.tokens) - 1  # the first that was fed is the prompt's last
         if said < 1:
@@ -64,34 +65,34 @@ class DecodingRow:
         return replace(self.row, tokens=tokens, max_tokens=self.row.max_tokens - said, said=self.row.said + said)
 
 
-class Decoding:
+class DecodeBatch:
     """The decode batch of one model. `running` is the result of the step under way, which the next one feeds."""
 
     def __init__(self, model: Any, vocab_size: int, make_sampler: MakeSampler = BatchSampler) -> None:
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
-        self.places = make_rows(model)
+        self.places = make_batch_cache(model)
         self.clear()
 
     def clear(self) -> None:
         """Drop all rows."""
-        self.rows: list[DecodingRow] = []
+        self.rows: list[RunningSequence] = []
         self.places.clear()
         self.running = mx.zeros((0,), dtype=mx.uint32)
         self._sampler = self._make_sampler(self._vocab_size)
         self._measured = MeasuredLogprobs()
-        self._untold: list[RowToken] = []
+        self._unpublished: list[SampledToken] = []
 
-    def join(self, prompts: Sequence[Prompt], coming: int = 0) -> None:
+    def join(self, prompts: abc.Sequence[PendingPrompt], coming: int = 0) -> None:
         """Take prompts that are done, each as many times as it has rows. coming: rows that are soon to join, too."""
         joining = [(row, prompt) for prompt in prompts for row in prompt.rows]
         self.places.join([prompt.cache for _, prompt in joining], coming)
         last_tokens = mx.array([row.tokens[-1] for row, _ in joining], dtype=mx.uint32)
         self._feed_next(mx.concatenate([self.running, last_tokens]))
         self._sampler.extend([row for row, _ in joining])
-        self.rows += [DecodingRow(row, prompt.cached_tokens, prompt.started) for row, prompt in joining]
+        self.rows += [RunningSequence(row, prompt.cached_tokens, prompt.started) for row, prompt in joining]
 
-    def leave(self, leaving: Sequence[int]) -> None:
+    def leave(self, leaving: abc.Sequence[int]) -> None:
         """Drop the rows at these indices."""
         if len(leaving) == len(self.rows):
             self.clear()
@@ -102,7 +103,7 @@ class Decoding:
         self._feed_next(self.running[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
 
-    def advance(self) -> list[RowToken]:
+    def advance(self) -> list[SampledToken]:
         """Launch one step and return the tokens of the step before."""
         inputs, measured = self.running, self._measured
         if not any(row.launched < row.row.max_tokens for row in self.rows):
@@ -110,17 +111,17 @@ class Decoding:
         logits = self.places.advance(inputs)
         if any(row.row.constraint for row in self.rows):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
-            self._untold = self._read(inputs, measured, is_fed=True)
+            self._unpublished = self._read(inputs, measured, is_fed=True)
             self._sample(logits)
         else:
             self._sample(logits)
-            self._untold = self._read(inputs, measured, is_fed=True)
+            self._unpublished = self._read(inputs, measured, is_fed=True)
         return self.take()
 
-    def take(self) -> list[RowToken]:
+    def take(self) -> list[SampledToken]:
         """The tokens that were read and not given yet: there are some after a step that failed."""
-        untold, self._untold = self._untold, []
-        return untold
+        unpublished, self._unpublished = self._unpublished, []
+        return unpublished
 
     def _feed_next(self, inputs: mx.array) -> None:
         """Let the next step feed these. Computed along with that step, they would be read only when it is done."""
@@ -135,7 +136,7 @@ class Decoding:
         for row in self.rows:
             row.launched += 1
 
-    def _read(self, inputs: mx.array, measured: MeasuredLogprobs, is_fed: bool) -> list[RowToken]:
+    def _read(self, inputs: mx.array, measured: MeasuredLogprobs, is_fed: bool) -> list[SampledToken]:
         """Wait for the tokens of the step before and note them."""
         published = []
         logprobs = measured.read()
@@ -146,7 +147,7 @@ class Decoding:
                 if row.row.constraint:
                     row.row.constraint.accept(token)
                 id = row.row.id
-                published.append(RowToken(id, token, row.cached_tokens, logprobs.get(id), row.started))
+                published.append(SampledToken(id, token, row.cached_tokens, logprobs.get(id), row.started))
             row.is_fresh = False
         return published
 
@@ -162,7 +163,7 @@ class Decoding:
         return bits.reshape(len(masks), -1)[:, : self._vocab_size].astype(mx.bool_)
 
 
-def _closed_up(count: int, leaving: Sequence[int]) -> list[int]:
+def _closed_up(count: int, leaving: abc.Sequence[int]) -> list[int]:
     """Which of `count` rows comes to stand at each place once some have left: the last ones fill the gaps."""
     gone = set(leaving)
     staying = count - len(gone)

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, SMALLEST_CHUNK
-from mlxserver.engine.scheduler.chunks import Prompt, make_feed
+from mlxserver.engine.scheduler.chunks import PendingPrompt, make_prefill_strategy
 
 # Steps that a chunk may take the time of: streams slow down, and none stands still.
 _OWN_STEPS, _OTHERS_STEPS = 3.0, 1.0
@@ -31,7 +31,7 @@ _LEAST_SHARE = 0.25  # of a chunk's time that its tokens take, whatever was meas
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class ChunkBudget:
     """What the clock says of the next chunk: the time by time.monotonic(), how many tokens it may have, the seconds
     that each of them takes, and whether other models stream meanwhile.
     """
@@ -75,42 +75,46 @@ class Prefill:
     """Processes prompts on one model. stall_target is in seconds; `times` are measured."""
 
     def __init__(self, model: Any, stall_target: float) -> None:
-        self._feed = make_feed(model)
+        self._strategy = make_prefill_strategy(model)
         self._stall_target = stall_target
         self.times = ChunkTimes()
 
-    def pace(self, own_step: float, others_step: float, crowd: float = 1.0) -> Pace:
-        """The pace of the next chunk, as measured here.
+    def pace(self, own_step_seconds: float, peer_step_seconds: float, waiting_ratio: float = 1.0) -> ChunkBudget:
+        """The budget of the next chunk, from measured times.
 
-        own_step, others_step: seconds that a step of those takes who stream from this model and from others, 0 while
-        nobody does. crowd: how many wait for each who streams.
+        own_step_seconds, peer_step_seconds: duration of a decode step of this model's streams and of other models'; 0
+        without streams. waiting_ratio: waiting sequences per running one.
         """
         seconds = _IDLE_STALL_FACTOR * self._stall_target
-        if own_step or others_step:
+        if own_step_seconds or peer_step_seconds:
             # A stream waits for the chunk and for the step behind it.
-            own_part = max(_OWN_STEPS * own_step * crowd, _BASES * self.times.base) if own_step else 0.0
-            wanted = (own_part, 0.0 if self._feed.gives_way else _OTHERS_STEPS * others_step)
-            longest = max(self._stall_target - own_step, own_step)
+            own_part = (
+                max(_OWN_STEPS * own_step_seconds * waiting_ratio, _BASES * self.times.base)
+                if own_step_seconds
+                else 0.0
+            )
+            wanted = (own_part, 0.0 if self._strategy.yields_cores else _OTHERS_STEPS * peer_step_seconds)
+            longest = max(self._stall_target - own_step_seconds, own_step_seconds)
             seconds = min([*filter(None, wanted), longest])
         tokens = min(max(int(self.times.tokens_in(seconds)), SMALLEST_CHUNK), LARGEST_CHUNK)
-        return Pace(time.monotonic(), tokens, self.times.each, others_step > 0)
+        return ChunkBudget(time.monotonic(), tokens, self.times.each, peer_step_seconds > 0)
 
-    def advance(self, prompts: Sequence[Prompt], pace: Pace) -> None:
+    def advance(self, prompts: Sequence[PendingPrompt], pace: ChunkBudget) -> None:
         """Process one chunk of these prompts. The device has nothing else of this model's to do meanwhile."""
         waiting = [prompt for prompt in prompts if prompt.remaining]
         if not waiting:
             return
         # First comes what would be done first had it started at its arrival.
         waiting.sort(key=lambda prompt: prompt.arrived + prompt.remaining * pace.token_seconds)
-        chunk = self._feed.choose(waiting, pace.tokens)
+        chunk = self._strategy.choose(waiting, pace.tokens)
         started = time.monotonic()
-        tokens = self._feed.run(chunk, pace.beside_others)
+        tokens = self._strategy.run(chunk, pace.beside_others)
         self.times.note(tokens, time.monotonic() - started)
 
-    def room_for(self, prompt: Prompt) -> int:
+    def tokens_for(self, prompt: PendingPrompt) -> int:
         """Tokens that are held for a prompt while it is processed."""
-        return self._feed.room_for(prompt)
+        return self._strategy.tokens_for(prompt)
 
     def warm_up(self) -> None:
         """Run the shapes that prompts use, so that no prompt pays for what has to be prepared for each."""
-        self._feed.warm_up()
+        self._strategy.warm_up()

@@ -2,7 +2,7 @@
 
 Rule 1: a row waits, then its prompt is processed (scheduler/prefill.py), then it generates (scheduler/decode.py).
 Rule 2: what was computed for a row that leaves goes to the prefix cache, however it leaves.
-Rule 3: what is held in keys and values stays within max_tokens_held. Kept prefixes are given back first; then prompts
+Rule 3: what is held in keys and values stays within max_kv_tokens. Kept prefixes are given back first; then prompts
         wait; and when rows grow too long together, the youngest wait too, and go on later where they were.
 Rule 4: what depends on the clock comes in through insert() and prefill(); the same calls make the same batch anywhere.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections import abc, deque
+from collections.abc import Callable, Collection
 from statistics import median
 from typing import Any
 
@@ -23,20 +23,21 @@ from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.chunks import Prompt
-from mlxserver.engine.scheduler.decode import Decoding, MakeSampler
-from mlxserver.engine.scheduler.prefill import Pace, Prefill
-from mlxserver.engine.sequence import Row, RowToken
+from mlxserver.engine.scheduler.chunks import PendingPrompt
+from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
+from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill
+from mlxserver.engine.sequence import SampledToken, Sequence
 
 _STEPS_MEASURED = 15  # whose median is a step's time: some of them wait for a compilation
 
 
-class Batcher:
+class Scheduler:
     """The batch of one model. All calls on one thread, inside that thread's MLX stream.
 
-    stall_target is in seconds. max_tokens_held: most tokens whose keys and values are there at once, None: no limit; a
-    single row may always go on. `others_step` tells a batch how long a step of other streams takes, 0 without any;
-    `share_cores` is called before every step. token_bytes: what a token's keys and values count for, None measures it.
+    stall_target: seconds that prefill may delay running streams. max_kv_tokens: most tokens in the KV cache, None
+    for no limit; a single sequence may always go on. peer_step_seconds: gives the duration of a decode step of other
+    models' streams, 0 without any. share_cores: called before every step. bytes_per_token: bytes of KV cache per token,
+    None measures it.
     """
 
     def __init__(
@@ -46,26 +47,26 @@ class Batcher:
         max_running: int = 32,
         stall_target: float = 0.25,
         prefix_cache: PrefixCache | None = None,
-        others_step: Callable[[object], float] = lambda asking: 0.0,
+        peer_step_seconds: Callable[[object], float] = lambda asking: 0.0,
         share_cores: Callable[[], None] = lambda: None,
-        max_tokens_held: int | None = None,
+        max_kv_tokens: int | None = None,
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
-        token_bytes: int | None = None,
+        bytes_per_token: int | None = None,
     ) -> None:
         self._model = model
         self._max_running = max_running
         self._prefix_cache = prefix_cache
-        self._others_step = others_step
+        self._peer_step_seconds = peer_step_seconds
         self._share_cores = share_cores
-        self._max_tokens_held = max_tokens_held or sys.maxsize
-        self._token_bytes = token_bytes or caches.token_bytes(model)
+        self._max_kv_tokens = max_kv_tokens or sys.maxsize
+        self._bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
         self._metrics = metrics or ModelMetrics("")
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
-        self._waiting: list[Prompt] = []
-        self._prompts: list[Prompt] = []
+        self._waiting: list[PendingPrompt] = []
+        self._prompts: list[PendingPrompt] = []
         self._prefill = Prefill(model, stall_target)
-        self._decoding = Decoding(model, self.vocab_size, make_sampler)
+        self._decoding = DecodeBatch(model, self.vocab_size, make_sampler)
         self._steps = deque([stall_target], maxlen=_STEPS_MEASURED)
         self._step_seconds = stall_target
         self._step_began: float | None = None  # of the step under way; by time.monotonic()
@@ -73,19 +74,19 @@ class Batcher:
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
-    def insert(self, rows: Sequence[Row], now: float | None = None) -> None:
+    def insert(self, rows: abc.Sequence[Sequence], now: float | None = None) -> None:
         """Queue rows that share one prompt of at least one token; they join at one of the next steps.
 
         They join together, unless there is not room for all of them at once.
         """
         now = now or time.monotonic()
-        together = Prompt(list(rows), now)
-        is_possible = self._decoding.places.room_for(len(rows), together.length) <= self._max_tokens_held
-        self._waiting += [together] if is_possible else [Prompt([row], now) for row in rows]
+        together = PendingPrompt(list(rows), now)
+        is_possible = self._decoding.places.tokens_for(len(rows), together.length) <= self._max_kv_tokens
+        self._waiting += [together] if is_possible else [PendingPrompt([row], now) for row in rows]
 
-    def remove(self, row_ids: Sequence[int]) -> None:
+    def remove(self, sequence_ids: abc.Sequence[int]) -> None:
         """Forget rows, wherever they are; what was computed for them goes to the prefix cache."""
-        gone = set(row_ids)
+        gone = set(sequence_ids)
         self._waiting = [prompt for prompt in self._waiting if not prompt.drop(gone)]
         for prompt in list(self._prompts):
             tokens = prompt.tokens
@@ -96,22 +97,22 @@ class Batcher:
         if leaving:
             self._leave(leaving)
 
-    def decode(self) -> list[RowToken]:
+    def decode(self) -> list[SampledToken]:
         """Launch one step for every decoding row and return the tokens of the step before."""
         self._share_cores()
-        self._make_room()
+        self._preempt_to_fit()
         if not self._decoding.rows:
             self._step_began = None
             return []
-        self._metrics.batch_rows.observe(len(self._decoding.rows))
+        self._metrics.batch_size.observe(len(self._decoding.rows))
         launched = time.monotonic()
-        with cpu_kernels.layer_by_layer(self._others_step(self) > 0):
+        with cpu_kernels.layer_by_layer(self._peer_step_seconds(self) > 0):
             tokens = self._decoding.advance()
         self._note_step_end()
         self._step_began = max(launched, self._step_ended)
         return tokens
 
-    def prefill(self, pace: Pace | None = None) -> None:
+    def prefill(self, pace: ChunkBudget | None = None) -> None:
         """Process one chunk of the waiting prompts and let those that are ready join the batch."""
         pace = pace or self.pace()
         self._admit(pace.now)
@@ -143,15 +144,15 @@ class Batcher:
         """Ids of the rows that have no place yet."""
         return {row.id for prompt in self._waiting for row in prompt.rows}
 
-    def restart(self, staying: Collection[int]) -> list[RowToken]:
+    def restart(self, staying: Collection[int]) -> list[SampledToken]:
         """Drop all that was computed, after a call that failed. The rows that stay wait again, and go on from where
         they were; the others are forgotten. Gives the tokens that were read and not given before.
         """
-        untold = self._decoding.take()
-        begun = [Prompt([row.resumed()], row.started) for row in self._decoding.rows]
-        begun += [Prompt(prompt.rows, prompt.arrived) for prompt in self._prompts]
+        unpublished = self._decoding.take()
+        begun = [PendingPrompt([row.resumed()], row.started) for row in self._decoding.rows]
+        begun += [PendingPrompt(prompt.rows, prompt.arrived) for prompt in self._prompts]
         gone = {row.id for prompt in [*begun, *self._waiting] for row in prompt.rows} - set(staying)
-        again: list[Prompt] = []
+        again: list[PendingPrompt] = []
         for prompt in [*begun, *self._waiting]:
             if not prompt.drop(gone):
                 again.append(prompt)
@@ -159,13 +160,13 @@ class Batcher:
         self._waiting, self._prompts = again, []
         self._decoding.clear()
         self.shrink_prefixes(0)
-        return untold
+        return unpublished
 
-    def pace(self) -> Pace:
+    def pace(self) -> ChunkBudget:
         """The pace of the next chunk, as measured here."""
-        return self._prefill.pace(self.streaming_step(), self._others_step(self), self._crowd())
+        return self._prefill.pace(self.running_step_seconds(), self._peer_step_seconds(self), self._waiting_ratio())
 
-    def streaming_step(self) -> float:
+    def running_step_seconds(self) -> float:
         """Seconds that a step takes for those who stream; 0 while nobody does. May be asked from any thread."""
         return self._step_seconds if self._decoding.rows else 0.0
 
@@ -180,7 +181,7 @@ class Batcher:
         if self._prefix_cache:
             self._prefix_cache.shrink(max_bytes)
 
-    def _crowd(self) -> float:
+    def _waiting_ratio(self) -> float:
         """How many rows wait for each that streams, one at least.
 
         With one row streaming and fifteen waiting, chunks of a few of its short steps each would keep the fifteen
@@ -202,7 +203,7 @@ class Batcher:
     def _admit(self, now: float) -> None:
         """Give waiting prompts a place while there is one for all their rows."""
         taken = len(self._decoding.rows) + sum(len(prompt.rows) for prompt in self._prompts)
-        while self._waiting and taken + len(self._waiting[0].rows) <= self._max_running and self._has_room():
+        while self._waiting and taken + len(self._waiting[0].rows) <= self._max_running and self._fits():
             prompt = self._waiting[0]
             prompt.started = now
             cache, length = self._prefix_cache.fetch(prompt.tokens) if self._prefix_cache else (None, 0)
@@ -221,14 +222,14 @@ class Batcher:
         self._decoding.leave(leaving)
         self._shrink_to(self._tokens_needed())  # only now: those who leave need no room any more
 
-    def _keep_prefix(self, tokens: Sequence[int], cache: caches.Cache) -> None:
+    def _keep_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
         if self._prefix_cache:
             self._prefix_cache.store(tokens, cache)
             self._shrink_to(self._tokens_held())
 
     # -- room ---------------------------------------------------------------------------------------------------
 
-    def _tokens_held(self, *joining: Prompt) -> int:
+    def _tokens_held(self, *joining: PendingPrompt) -> int:
         """Tokens of keys and values that are there when everybody at work, and those who join, come to decode together.
 
         A prompt counts twice: what is computed for it has a copy of its own until it has joined.
@@ -237,42 +238,42 @@ class Batcher:
         lengths = [row.length for row in self._decoding.rows] + [
             prompt.length for prompt in prompts for _ in prompt.rows
         ]
-        own = sum(self._prefill.room_for(prompt) for prompt in prompts)
-        return self._decoding.places.room_for(len(lengths), max(lengths)) + own if lengths else 0
+        own = sum(self._prefill.tokens_for(prompt) for prompt in prompts)
+        return self._decoding.places.tokens_for(len(lengths), max(lengths)) + own if lengths else 0
 
-    def _tokens_needed(self, *joining: Prompt) -> int:
+    def _tokens_needed(self, *joining: PendingPrompt) -> int:
         """As _tokens_held(); if that is too many, what the decoding rows do not need is given back first."""
-        if self._decoding.rows and self._tokens_held(*joining) > self._max_tokens_held:
+        if self._decoding.rows and self._tokens_held(*joining) > self._max_kv_tokens:
             self._decoding.places.compact()
         return self._tokens_held(*joining)
 
-    def _has_room(self) -> bool:
+    def _fits(self) -> bool:
         """Whether the next waiting prompt can be taken. The first of all always can."""
         held = self._tokens_needed(self._waiting[0])
-        if held > self._max_tokens_held and (self._decoding.rows or self._prompts):
+        if held > self._max_kv_tokens and (self._decoding.rows or self._prompts):
             return False
         self._shrink_to(held)
         return True
 
-    def _make_room(self) -> None:
+    def _preempt_to_fit(self) -> None:
         """Let the youngest wait again until the next step is within the limit."""
-        while self._tokens_needed() > self._max_tokens_held and len(self._decoding.rows) + len(self._prompts) > 1:
-            self._set_back()
+        while self._tokens_needed() > self._max_kv_tokens and len(self._decoding.rows) + len(self._prompts) > 1:
+            self._preempt()
         self._shrink_to(self._tokens_needed())
 
-    def _set_back(self) -> None:
+    def _preempt(self) -> None:
         """Let the youngest wait again: a prompt, or else a row. What was computed for it may stay as a prefix."""
         if self._prompts:
             prompt = self._prompts.pop()
-            self._waiting.insert(0, Prompt(prompt.rows, prompt.arrived))
+            self._waiting.insert(0, PendingPrompt(prompt.rows, prompt.arrived))
             self._keep_prefix(prompt.tokens[: prompt.done], prompt.cache)
             return
         index = max(range(len(self._decoding.rows)), key=lambda index: self._decoding.rows[index].started)
         row = self._decoding.rows[index]
-        self._waiting.insert(0, Prompt([row.resumed()], row.started))
+        self._waiting.insert(0, PendingPrompt([row.resumed()], row.started))
         self._leave([index])
 
     def _shrink_to(self, held: int) -> None:
         """Leave to kept prefixes what the rows do not need."""
-        if self._max_tokens_held < sys.maxsize:
-            self.shrink_prefixes(max(0, self._max_tokens_held - held) * self._token_bytes)
+        if self._max_kv_tokens < sys.maxsize:
+            self.shrink_prefixes(max(0, self._max_kv_tokens - held) * self._bytes_per_token)

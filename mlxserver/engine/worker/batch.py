@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import abc
+from collections.abc import Collection
 from typing import Protocol
 
-from mlxserver.engine.sequence import Row, RowToken
+from mlxserver.engine.sequence import SampledToken, Sequence
 
 
 class Batch(Protocol):
@@ -14,13 +15,13 @@ class Batch(Protocol):
     All calls are made on the engine thread.
     """
 
-    def insert(self, rows: Sequence[Row]) -> None:
+    def insert(self, rows: abc.Sequence[Sequence]) -> None:
         """Queue rows that share one prompt; they join together at one of the next steps."""
 
-    def remove(self, row_ids: Sequence[int]) -> None:
+    def remove(self, sequence_ids: abc.Sequence[int]) -> None:
         """Forget rows, wherever they are. Unknown ids are ignored."""
 
-    def decode(self) -> list[RowToken]:
+    def decode(self) -> list[SampledToken]:
         """Advance every decoding row by one token; empty while there is none."""
 
     def prefill(self) -> None:
@@ -32,7 +33,7 @@ class Batch(Protocol):
     def waiting(self) -> set[int]:
         """Ids of the rows that have no place yet. May be asked after a call that failed."""
 
-    def restart(self, staying: Collection[int]) -> list[RowToken]:
+    def restart(self, staying: Collection[int]) -> list[SampledToken]:
         """Drop all that was computed, kept prefixes included; may be called after a call that failed.
 
         The rows that stay wait again, and go on from where they were; the others are forgotten. Gives the tokens that

@@ -24,11 +24,11 @@ from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question
 from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import request_failure, without_frames
 from mlxserver.engine.worker.generation import Generation
-from mlxserver.engine.worker.mailbox import Cancel, Inbox, Stop, Submit
+from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
 from mlxserver.engine.worker.recovery import MOST_IN_A_ROW, Recovery
-from mlxserver.engine.worker.subscribers import Readers
-from mlxserver.engine.worker.tokenizer_worker import Clerk
-from mlxserver.engine.worker.tracker import Job, Jobs, Outbox, Runtime
+from mlxserver.engine.worker.subscribers import Subscribers
+from mlxserver.engine.worker.tokenizer_worker import TokenizerWorker
+from mlxserver.engine.worker.tracker import Runtime, StepOutputs, TrackedRequest, Tracker
 
 log = logging.getLogger("engine")
 
@@ -71,15 +71,15 @@ class Engine:
         self._stream = stream
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
-        self._inbox = Inbox()
+        self._mailbox = Mailbox()
         self._started: asyncio.Future[ModelFacts] = self._loop.create_future()
         self._ended = asyncio.Event()
-        self._readers = Readers(key)
+        self._subscribers = Subscribers(key)
         metrics = metrics or ModelMetrics(key)
-        self._jobs = Jobs(metrics)
-        self._recovery = Recovery(self._jobs, self._release, self._hand_over, metrics)
-        self._clerk = Clerk(key)
-        self._row_ids = count()
+        self._tracker = Tracker(metrics)
+        self._recovery = Recovery(self._tracker, self._release, self._hand_over, metrics)
+        self._tokenizer_worker = TokenizerWorker(key)
+        self._sequence_ids = count()
         self._is_stopping = False
         self._thread = start(self._run, f"engine-{key}")
 
@@ -88,48 +88,48 @@ class Engine:
     async def started(self) -> ModelFacts:
         """Wait until the model is loaded. Raises LoadFailed; EngineStopped if it has ended since."""
         facts = await asyncio.shield(self._started)
-        self._readers.refuse_if_over()
+        self._subscribers.refuse_if_over()
         return facts
 
-    async def format(self, request: GenerationRequest) -> GenerationRequest:
+    async def preprocess(self, request: GenerationRequest) -> GenerationRequest:
         """Do what of a request would hold up the streams of others. Raises PromptRejected, EngineStopped."""
-        return await self._clerk.format(request)
+        return await self._tokenizer_worker.preprocess(request)
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Hand a request over; its first event tells whether it was accepted."""
         generation = Generation(request, self._cancel)
         try:
-            self._readers.add(generation)
+            self._subscribers.add(generation)
         except EngineStopped as error:
             generation.deliver([], error=error)
         else:
-            self._inbox.put(Submit(generation))
+            self._mailbox.put(Submit(generation))
         return generation
 
     async def ask(self, question: Question) -> Any:
         """The answer to a question that needs the model's tokenizer. Raises PromptRejected, EngineStopped."""
-        return await self._clerk.answer(question)
+        return await self._tokenizer_worker.answer(question)
 
     @property
     def stalled_for(self) -> float:
         """Seconds that the step under way has taken; 0 while there is nothing to do, and while the model loads."""
-        return self._inbox.busy_for
+        return self._mailbox.busy_for
 
     async def stop(self, patience: float | None = None) -> None:
         """End the thread and wait for it. Generations that still run get EngineStopped, after `patience` seconds even
         if the thread makes no step in which it could tell them.
         """
         self._is_stopping = True
-        self._inbox.put(Stop())
+        self._mailbox.put(Stop())
         with suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), patience)
         if not self._ended.is_set():
-            self._readers.tell_all(EngineStopped(self._key, f"it has made no step for {self.stalled_for:.0f} s"))
+            self._subscribers.fail_all(EngineStopped(self._key, f"it has made no step for {self.stalled_for:.0f} s"))
             await self._ended.wait()
         self._thread.join()
 
     def _cancel(self, generation: Generation) -> None:
-        self._inbox.put(Cancel(generation))
+        self._mailbox.put(Cancel(generation))
 
     def _end(self, error: EngineError) -> None:
         """The thread's last word: everybody who still waits is told."""
@@ -137,7 +137,7 @@ class Engine:
         if not self._started.done():
             self._started.set_exception(error)
             self._started.exception()  # whoever waits gets it; nobody waiting is no fault
-        self._readers.tell_all(error)
+        self._subscribers.fail_all(error)
         if not self._is_stopping:
             self._on_death(error)
 
@@ -155,13 +155,13 @@ class Engine:
             log.exception("engine of %r died", self._key)
             error = EngineStopped(self._key, f"{type(cause).__name__}: {cause}")
         finally:
-            self._clerk.end()  # or the tokenizer would stay as long as somebody has an answer of this engine
+            self._tokenizer_worker.end()  # or the tokenizer would stay as long as somebody has an answer of this engine
             self._release()
             self._call_loop(self._end, error)
 
     def _live(self) -> None:
         runtime = self._load()
-        self._clerk.begin(runtime.format, runtime.answer)
+        self._tokenizer_worker.begin(runtime.preprocess, runtime.answer)
         self._call_loop(self._started.set_result, runtime.facts)
         batch = runtime.batch
         try:
@@ -181,7 +181,7 @@ class Engine:
             log.exception("a step of %r failed", self._key)
             cause = without_frames(error)  # they hold what was computed
         self._recovery.after(cause, batch)
-        if self._recovery.is_in_vain:
+        if self._recovery.has_given_up:
             raise EngineStopped(
                 self._key, f"{MOST_IN_A_ROW} steps in a row failed, the last with {type(cause).__name__}: {cause}"
             )
@@ -189,19 +189,19 @@ class Engine:
     def _step(self, batch: Batch) -> None:
         if tokens := batch.decode():
             self._recovery.note_progress()
-        outbox, finished = self._jobs.publish(tokens)
-        self._hand_over(outbox)
+        outputs, finished = self._tracker.publish(tokens)
+        self._hand_over(outputs)
         if finished:
             batch.remove(finished)
         batch.prefill()
 
     def _forget(self, batch: Batch, generation: Generation) -> None:
-        if rows := self._jobs.forget(generation):
+        if rows := self._tracker.forget(generation):
             self._attempt(batch, lambda batch: batch.remove(rows))
 
-    def _hand_over(self, outbox: Outbox) -> None:
-        if outbox:
-            self._call_loop(self._readers.deliver_all, outbox)
+    def _hand_over(self, outputs: StepOutputs) -> None:
+        if outputs:
+            self._call_loop(self._subscribers.deliver_all, outputs)
 
     def _load(self) -> Runtime:
         try:
@@ -220,7 +220,7 @@ class Engine:
 
     def _take_messages(self, runtime: Runtime) -> bool:
         """Act on what the event loop asks for; waits while there is nothing to generate. False: the end."""
-        for message in self._inbox.take(wait=runtime.batch.is_empty()):
+        for message in self._mailbox.take(wait=runtime.batch.is_empty()):
             match message:
                 case Submit(generation):
                     self._admit(runtime, generation)
@@ -228,24 +228,24 @@ class Engine:
                     try:
                         self._forget(runtime.batch, generation)
                     finally:  # the thread may end over it, and it has forgotten whom to tell
-                        self._call_loop(self._readers.deliver, generation, [], True)
+                        self._call_loop(self._subscribers.deliver, generation, [], True)
                 case Stop():
                     return False
         return True
 
     def _admit(self, runtime: Runtime, generation: Generation) -> None:
         try:
-            choices = runtime.prepare(generation.request, self._row_ids)
-            job = Job(generation, len(choices[0][0].tokens))
-            runtime.batch.insert(self._jobs.add(job, choices))
+            choices = runtime.prepare(generation.request, self._sequence_ids)
+            tracked = TrackedRequest(generation, len(choices[0][0].tokens))
+            runtime.batch.insert(self._tracker.add(tracked, choices))
         except BaseException as error:
             failure = request_failure(self._key, error)
             try:
                 self._forget(runtime.batch, generation)
             finally:
-                self._call_loop(self._readers.deliver, generation, [], True, failure)
+                self._call_loop(self._subscribers.deliver, generation, [], True, failure)
             return
-        self._call_loop(self._readers.deliver, generation, [Accepted(job.prompt_tokens)])
+        self._call_loop(self._subscribers.deliver, generation, [Accepted(tracked.prompt_tokens)])
 
     def _call_loop(self, function: Callable[..., object], *arguments: object) -> None:
         try:

@@ -57,8 +57,8 @@ class GuardedConstraint:
     From then on it allows everything; what the row says is not told any more.
     """
 
-    def __init__(self, row_id: int, inner: Constraint, faults: list[tuple[int, BaseException]]) -> None:
-        self._row_id = row_id
+    def __init__(self, sequence_id: int, inner: Constraint, faults: list[tuple[int, BaseException]]) -> None:
+        self._row_id = sequence_id
         self._inner = inner
         self._faults = faults
         self._is_broken = False

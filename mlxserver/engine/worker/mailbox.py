@@ -35,7 +35,7 @@ class Stop:
 Message = Submit | Cancel | Stop
 
 
-class Inbox:
+class Mailbox:
     """Messages to one thread, in order. put() may be called from any other one."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from mlxserver.engine.errors import EngineError, OutOfMemory, StepFailed
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import is_out_of_memory
-from mlxserver.engine.worker.tracker import Job, Jobs, Outbox
+from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
 
 MOST_IN_A_ROW = 3  # steps that may fail without one between them that brought a token
 
@@ -25,16 +25,16 @@ class Recovery:
     """
 
     def __init__(
-        self, jobs: Jobs, free: Callable[[], None], tell: Callable[[Outbox], None], metrics: ModelMetrics
+        self, tracked: Tracker, free: Callable[[], None], tell: Callable[[StepOutputs], None], metrics: ModelMetrics
     ) -> None:
-        self._jobs = jobs
+        self._tracker = tracked
         self._free = free
         self._tell = tell
         self._metrics = metrics
         self._in_a_row = 0
 
     @property
-    def is_in_vain(self) -> bool:
+    def has_given_up(self) -> bool:
         """Whether so many steps failed in a row that a fresh batch is of no use."""
         return self._in_a_row >= MOST_IN_A_ROW
 
@@ -48,35 +48,35 @@ class Recovery:
         If that fails, too, the thread ends, and tells everybody else.
         """
         waiting = batch.waiting()
-        at_work = self._jobs.beyond(waiting)
+        at_work = self._tracker.not_among(waiting)
         if is_out_of_memory(cause):
             self._metrics.faults["out_of_memory"] += 1
             error: EngineError = OutOfMemory(self._metrics.key)
-            ending = _sacrificed(at_work or self._jobs.beyond(()))
+            ending = _sacrificed(at_work or self._tracker.not_among(()))
         else:
             self._metrics.faults["step"] += 1
             self._in_a_row += 1
             error = StepFailed(self._metrics.key, f"{type(cause).__name__}: {cause}")
             ending = at_work
-        gone = {row_id for job in ending for row_id in job.open_rows}
-        untold = batch.restart(self._jobs.row_ids - gone)
+        gone = {sequence_id for tracked in ending for sequence_id in tracked.open_sequences}
+        unpublished = batch.restart(self._tracker.sequence_ids - gone)
         self._end(ending, error)
-        told, finished = self._jobs.publish(untold)
+        told, finished = self._tracker.publish(unpublished)
         self._tell(told)
         batch.remove(finished)
         self._free()
-        self._end(self._jobs.beyond(batch.waiting()), error)
+        self._end(self._tracker.not_among(batch.waiting()), error)
 
-    def _end(self, jobs: list[Job], error: EngineError) -> None:
-        for job in jobs:
-            self._jobs.forget(job.generation)
-        self._tell([(job.generation, [], True, error) for job in jobs])
+    def _end(self, requests: list[TrackedRequest], error: EngineError) -> None:
+        for request in requests:
+            self._tracker.forget(request.generation)
+        self._tell([(request.generation, [], True, error) for request in requests])
 
 
-def _sacrificed(jobs: list[Job]) -> list[Job]:
+def _sacrificed(tracked: list[TrackedRequest]) -> list[TrackedRequest]:
     """The youngest, if it was spared before; else nobody, and it is spared."""
-    if not jobs:
+    if not tracked:
         return []
-    youngest = max(jobs, key=lambda job: job.submitted)
+    youngest = max(tracked, key=lambda tracked: tracked.submitted)
     was_spared, youngest.is_spared = youngest.is_spared, True
     return [youngest] if was_spared else []

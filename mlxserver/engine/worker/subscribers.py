@@ -1,6 +1,6 @@
 """Those who wait for an engine's thread. Used on the event loop.
 
-Rule: who was taken in is told how it ended, by the thread or, once that has ended or is stuck, by tell_all(). It does
+Rule: who was taken in is told how it ended, by the thread or, once that has ended or is stuck, by fail_all(). It does
       not matter what the thread was at, nor whether it ever began with it.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from mlxserver.engine.errors import EngineError, EngineStopped
 from mlxserver.engine.events import Event
 from mlxserver.engine.worker.generation import Generation
-from mlxserver.engine.worker.tracker import Letter
+from mlxserver.engine.worker.tracker import Delivery
 
 
-class Readers:
+class Subscribers:
     """The generations that one engine has not done with."""
 
     def __init__(self, key: str) -> None:
@@ -44,12 +44,12 @@ class Readers:
         if generation.is_done:
             self._generations.discard(generation)
 
-    def deliver_all(self, outbox: Iterable[Letter]) -> None:
+    def deliver_all(self, outputs: Iterable[Delivery]) -> None:
         """Give each what the thread says to it."""
-        for letter in outbox:
-            self.deliver(*letter)
+        for delivery in outputs:
+            self.deliver(*delivery)
 
-    def tell_all(self, error: EngineError) -> None:
+    def fail_all(self, error: EngineError) -> None:
         """Tell everybody that nothing more will come."""
         self._is_over = True
         for generation in list(self._generations):

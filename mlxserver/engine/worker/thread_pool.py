@@ -1,4 +1,4 @@
-"""Threads that are used again and again.
+"""ThreadPool that are used again and again.
 
 What MLX keeps for a thread and its stream is never given back, some 25 KiB for each. Models come and go for as long as
 the server lives; their threads stay.
@@ -19,7 +19,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Shift:
+class Task:
     """One piece of work on one of the threads."""
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
@@ -36,22 +36,22 @@ class Shift:
         self._ended.set()
 
 
-class Threads:
+class ThreadPool:
     """As many threads as there is work at once. `stream` is entered once on each."""
 
     def __init__(self, stream: Callable[[], AbstractContextManager[object]]) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self._idle: list[queue.SimpleQueue[Shift | None]] = []
-        self._threads: list[tuple[threading.Thread, queue.SimpleQueue[Shift | None]]] = []
+        self._idle: list[queue.SimpleQueue[Task | None]] = []
+        self._threads: list[tuple[threading.Thread, queue.SimpleQueue[Task | None]]] = []
         self._is_closed = False
 
-    def start(self, work: Callable[[], None], name: str) -> Shift:
+    def start(self, work: Callable[[], None], name: str) -> Task:
         """Begin a piece of work, on a thread that has none or a new one. The work must not raise.
 
         Raises RuntimeError once they are closed.
         """
-        shift = Shift(work, name)
+        shift = Task(work, name)
         with self._lock:
             if self._is_closed:  # a load that is still being called off may come this late
                 raise RuntimeError(f"no thread for {name!r}: they are closed")
@@ -90,14 +90,14 @@ class Threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
         return [thread.name for thread, _ in threads if thread.is_alive()]
 
-    def _new_thread(self) -> queue.SimpleQueue[Shift | None]:
-        inbox: queue.SimpleQueue[Shift | None] = queue.SimpleQueue()
+    def _new_thread(self) -> queue.SimpleQueue[Task | None]:
+        inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         thread = threading.Thread(target=self._live, args=(inbox,), name="engine-idle")
         self._threads.append((thread, inbox))
         thread.start()
         return inbox
 
-    def _live(self, inbox: queue.SimpleQueue[Shift | None]) -> None:
+    def _live(self, inbox: queue.SimpleQueue[Task | None]) -> None:
         with self._stream():
             while shift := inbox.get():
                 threading.current_thread().name = shift.name

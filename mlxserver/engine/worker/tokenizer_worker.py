@@ -18,16 +18,16 @@ from mlxserver.engine.worker.faults import request_failure
 
 T = TypeVar("T")
 
-Format = Callable[[GenerationRequest], GenerationRequest]
+Preprocess = Callable[[GenerationRequest], GenerationRequest]
 Answer = Callable[[Question], Any]
 
 
 class _Work(NamedTuple):
-    format: Format
+    preprocess: Preprocess
     answer: Answer
 
 
-class Clerk:
+class TokenizerWorker:
     """Formats an engine's requests and answers questions; begin() and end() are called on the engine's thread."""
 
     def __init__(self, key: str) -> None:
@@ -35,18 +35,18 @@ class Clerk:
         self._thread = ThreadPoolExecutor(1, f"clerk-{key}")
         self._work: _Work | None = None
 
-    def begin(self, format: Format, answer: Answer) -> None:
+    def begin(self, preprocess: Preprocess, answer: Answer) -> None:
         """The model is there."""
-        self._work = _Work(format, answer)
+        self._work = _Work(preprocess, answer)
 
     def end(self) -> None:
         """The model goes; whoever still waits gets EngineStopped."""
         self._work = None
         self._thread.shutdown(wait=False)
 
-    async def format(self, request: GenerationRequest) -> GenerationRequest:
+    async def preprocess(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its prompt formatted and its grammar compiled. Raises PromptRejected, EngineStopped."""
-        return await self._do(lambda work: work.format(request))
+        return await self._do(lambda work: work.preprocess(request))
 
     async def answer(self, question: Question) -> Any:
         """What the tokenizer says. Raises PromptRejected, EngineStopped."""

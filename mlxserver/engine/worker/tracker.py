@@ -1,13 +1,14 @@
 """The engine thread's side of the generations that run: which rows they have, and what those rows said.
 
-Rule 1: one step's tokens become one outbox; a generation is done when its last choice is.
+Rule 1: one step's tokens become one outputs; a generation is done when its last choice is.
 Rule 2: what goes wrong with one generation, in its output or its constraint, ends that one alone.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,14 +16,14 @@ from mlxserver.engine.errors import EngineError
 from mlxserver.engine.events import Event, Finish, Timings, Usage
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question
-from mlxserver.engine.sequence import Row, RowToken
+from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import GuardedConstraint, request_failure
 from mlxserver.engine.worker.generation import Generation
 
 # To whom, what, whether that is the last of it, and the error that it ended with, if any.
-Letter = tuple[Generation, list[Event], bool, EngineError | None]
-Outbox = list[Letter]
+Delivery = tuple[Generation, list[Event], bool, EngineError | None]
+StepOutputs = list[Delivery]
 
 
 class Output(Protocol):
@@ -36,7 +37,7 @@ class Output(Protocol):
     def reasoning_tokens(self) -> int:
         """Those of them that were reasoning."""
 
-    def feed(self, token: RowToken) -> Iterable[Event]:
+    def feed(self, token: SampledToken) -> Iterable[Event]:
         """The events that a token brings; its Finish is the last of all."""
 
 
@@ -52,10 +53,10 @@ class Runtime(Protocol):
         """What is known of it."""
 
     @property
-    def format(self) -> Callable[[GenerationRequest], GenerationRequest]:
+    def preprocess(self) -> Callable[[GenerationRequest], GenerationRequest]:
         """Does what of prepare() takes long, on any thread; holds nothing of the batch. Raises PromptRejected."""
 
-    def prepare(self, request: GenerationRequest, row_ids: Iterator[int]) -> Sequence[tuple[Row, Output]]:
+    def prepare(self, request: GenerationRequest, sequence_ids: Iterator[int]) -> abc.Sequence[tuple[Sequence, Output]]:
         """A row and its output stream for each choice; all rows share one prompt. Raises PromptRejected."""
 
     @property
@@ -64,7 +65,7 @@ class Runtime(Protocol):
 
 
 @dataclass(slots=True)
-class Job:
+class TrackedRequest:
     """One generation on the engine thread. Times by time.monotonic().
 
     is_spared: memory ran out while it was the youngest at work.
@@ -78,7 +79,7 @@ class Job:
     last_token: float = 0.0
     cached_tokens: int = 0
     outputs: list[Output] = field(default_factory=list)
-    open_rows: set[int] = field(default_factory=set)
+    open_sequences: set[int] = field(default_factory=set)
     is_spared: bool = False
 
     def usage(self) -> Usage:
@@ -95,7 +96,7 @@ class Job:
             ),
         )
 
-    def note(self, token: RowToken, now: float) -> float:
+    def note(self, token: SampledToken, now: float) -> float:
         """Note when a token came; the first tells how the prompt went. Gives the seconds since the step before."""
         if not self.first_token:
             self.first_token = self.last_token = now
@@ -104,83 +105,93 @@ class Job:
         return waited
 
 
-class Jobs:
+class Tracker:
     """All generations of one engine, by row."""
 
     def __init__(self, metrics: ModelMetrics) -> None:
         self._metrics = metrics
-        self._rows: dict[int, tuple[Job, Output]] = {}
+        self._rows: dict[int, tuple[TrackedRequest, Output]] = {}
         self._faults: list[tuple[int, BaseException]] = []  # of the rows' constraints
 
     @property
-    def row_ids(self) -> set[int]:
+    def sequence_ids(self) -> set[int]:
         """The rows of all that is not done."""
         return set(self._rows)
 
-    def add(self, job: Job, choices: Sequence[tuple[Row, Output]]) -> list[Row]:
+    def add(self, tracked: TrackedRequest, choices: abc.Sequence[tuple[Sequence, Output]]) -> list[Sequence]:
         """Take a generation with the rows of its choices. Gives the rows as the batch is to have them."""
         for row, output in choices:
-            job.outputs.append(output)
-            job.open_rows.add(row.id)
-            self._rows[row.id] = (job, output)
+            tracked.outputs.append(output)
+            tracked.open_sequences.add(row.id)
+            self._rows[row.id] = (tracked, output)
         return [self._guarded(row) for row, _ in choices]
 
     def forget(self, generation: Generation) -> list[int]:
         """Drop a generation; the ids of the rows it still had."""
-        row_ids = [row_id for row_id, (job, _) in self._rows.items() if job.generation is generation]
-        for row_id in row_ids:
-            self._rows.pop(row_id, None)
-        return row_ids
+        sequence_ids = [
+            sequence_id for sequence_id, (tracked, _) in self._rows.items() if tracked.generation is generation
+        ]
+        for sequence_id in sequence_ids:
+            self._rows.pop(sequence_id, None)
+        return sequence_ids
 
-    def beyond(self, row_ids: Collection[int]) -> list[Job]:
+    def not_among(self, sequence_ids: Collection[int]) -> list[TrackedRequest]:
         """Those that have a row which is not one of these."""
-        return _distinct(job for row_id, (job, _) in self._rows.items() if row_id not in row_ids)
+        return _distinct(tracked for sequence_id, (tracked, _) in self._rows.items() if sequence_id not in sequence_ids)
 
-    def publish(self, tokens: Sequence[RowToken]) -> tuple[Outbox, list[int]]:
+    def publish(self, tokens: abc.Sequence[SampledToken]) -> tuple[StepOutputs, list[int]]:
         """What one step's tokens mean: events for the event loop, and the rows that have ended."""
-        outbox: Outbox = []
+        outputs: StepOutputs = []
         finished: list[int] = []
         now = time.monotonic()
         for token in tokens:
-            if found := self._rows.get(token.row_id):
-                self._read(token, *found, now, outbox, finished)
-        for row_id, error in self._faults:
-            if found := self._rows.get(row_id):
-                self._fail(found[0], error, outbox, finished)
+            if found := self._rows.get(token.sequence_id):
+                self._read(token, *found, now, outputs, finished)
+        for sequence_id, error in self._faults:
+            if found := self._rows.get(sequence_id):
+                self._fail(found[0], error, outputs, finished)
         self._faults.clear()
-        return outbox, finished
+        return outputs, finished
 
-    def _read(self, token: RowToken, job: Job, output: Output, now: float, outbox: Outbox, finished: list[int]) -> None:
+    def _read(
+        self,
+        token: SampledToken,
+        tracked: TrackedRequest,
+        output: Output,
+        now: float,
+        outputs: StepOutputs,
+        finished: list[int],
+    ) -> None:
         """Add what a token means."""
-        if waited := job.note(token, now):
+        if waited := tracked.note(token, now):
             self._metrics.inter_token.observe(waited)
         try:
             events = list(output.feed(token))
         except BaseException as error:
-            self._fail(job, error, outbox, finished)
+            self._fail(tracked, error, outputs, finished)
             return
         is_done = False
         if events and isinstance(events[-1], Finish):
-            finished.append(token.row_id)
-            self._rows.pop(token.row_id, None)
-            job.open_rows.discard(token.row_id)
-            is_done = not job.open_rows
+            finished.append(token.sequence_id)
+            self._rows.pop(token.sequence_id, None)
+            tracked.open_sequences.discard(token.sequence_id)
+            is_done = not tracked.open_sequences
             if is_done:
-                events.append(job.usage())
+                events.append(tracked.usage())
         if events:
-            outbox.append((job.generation, events, is_done, None))
+            outputs.append((tracked.generation, events, is_done, None))
 
-    def _fail(self, job: Job, error: BaseException, outbox: Outbox, finished: list[int]) -> None:
+    def _fail(self, tracked: TrackedRequest, error: BaseException, outputs: StepOutputs, finished: list[int]) -> None:
         """End a generation because of its own fault."""
         self._metrics.faults["request"] += 1
-        finished += self.forget(job.generation)
-        outbox.append((job.generation, [], True, request_failure(self._metrics.key, error)))
+        finished += self.forget(tracked.generation)
+        outputs.append((tracked.generation, [], True, request_failure(self._metrics.key, error)))
 
-    def _guarded(self, row: Row) -> Row:
+    def _guarded(self, row: Sequence) -> Sequence:
         if row.constraint is None:
             return row
         return replace(row, constraint=GuardedConstraint(row.id, row.constraint, self._faults))
 
 
-def _distinct(jobs: Iterable[Job]) -> list[Job]:
-    return list({id(job): job for job in jobs}.values())
+def _distinct(tracked: Iterable[TrackedRequest]) -> list[TrackedRequest]:
+    return list({id(tracked): tracked for tracked in tracked}.values())
