@@ -24,7 +24,7 @@ serve: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements/common.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
+$(VENV)/.installed: requirements/common.txt requirements/cpu.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (once, a minute or two) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
