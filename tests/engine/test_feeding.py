@@ -1,5 +1,7 @@
 """Chunks of prompts: every way of feeding gives a prompt the keys and values that it has by itself."""
 
+from dataclasses import replace
+
 from mlxserver.engine.mlx import mx
 
 import pytest
@@ -9,6 +11,7 @@ from mlx_lm import load
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import attention_heads
+from mlxserver.engine.platform.policy import CUDA
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.scheduler.chunks import BucketedPrefill, PendingPrompt, PlainPrefill
 from mlxserver.engine.sequence import Sequence
@@ -22,9 +25,7 @@ def model(tiny_llama_path):
 
 def placed(model):
     """As on a GPU, but not compiled: here that would cost seconds of the C++ compiler."""
-    feed = BucketedPrefill(model)
-    feed._forward = feed._advance
-    return feed
+    return BucketedPrefill(model, replace(CUDA, compile_steps=False))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.loading import estimate as estimate_module
 from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Architecture, Limits, budget, estimate
-from mlxserver.engine.platform import attention_memory, device
+from mlxserver.engine.platform import device
+from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
+from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
@@ -105,22 +107,23 @@ def test_the_budget_is_the_limit_or_a_share_of_the_device():
     assert 0 < budget(0) < device.describe().memory_bytes
 
 
-@pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")
 @given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), done=st.integers(0, 200_000))
 def test_a_chunk_is_as_long_as_its_scores_allow(heads, wanted, done):
-    chunk = attention_memory.fitting(heads, wanted, done)
+    memory = AttentionMemory(heads, CPU)
+    chunk = memory.fit(wanted, done)
     assert 16 <= chunk <= wanted
-    assert chunk == 16 or attention_memory.score_bytes(heads, chunk, done + chunk) <= 128 << 20
-    assert chunk == wanted or attention_memory.score_bytes(heads, chunk + 1, done + chunk + 1) > 128 << 20
+    assert chunk == 16 or memory.chunk_bytes(chunk, done + chunk) <= 128 << 20
+    assert chunk == wanted or memory.chunk_bytes(chunk + 1, done + chunk + 1) > 128 << 20
 
 
 @given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), data=st.data())
 def test_no_chunk_takes_more_than_was_counted(heads, wanted, data):
     context = data.draw(st.integers(1, 200_000))
     done = data.draw(st.integers(0, context - 1))
-    chunk = min(attention_memory.fitting(heads, wanted, done), context - done)
-    assert chunk <= attention_memory.fitting(heads, attention_memory.LARGEST_CHUNK, 0)
-    assert attention_memory.score_bytes(heads, chunk, done + chunk) <= attention_memory.most_bytes(heads, context)
+    memory = AttentionMemory(heads, CPU)
+    chunk = min(memory.fit(wanted, done), context - done)
+    assert chunk <= memory.fit(LARGEST_CHUNK, 0)
+    assert memory.chunk_bytes(chunk, done + chunk) <= memory.max_bytes(context)
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")

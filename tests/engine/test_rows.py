@@ -7,6 +7,7 @@ from mlx_lm import load
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
+from mlxserver.engine.platform.policy import CUDA
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +17,15 @@ def model(tiny_llama_path):
 
 def padded(model):
     """Placed rows as a GPU has them: places in powers of two, shapes that stay, and rows that are placed together."""
-    rows = SlotCache(model)
-    rows._is_padded = rows._is_compiled = True
-    return rows
+    return SlotCache(model, CUDA)
+
+
+@pytest.fixture(autouse=True)
+def without_compilation():
+    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 KINDS = pytest.mark.parametrize("make", [SlotCache, padded, MergedCache], ids=["placed", "padded", "merged"])

@@ -22,9 +22,9 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.requests import Detokenize
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.faults import is_out_of_memory
-from mlxserver.engine.worker.mailbox import Inbox, Stop
+from mlxserver.engine.worker.mailbox import Mailbox, Stop
 from mlxserver.engine.worker.thread_pool import ThreadPool
-from mlxserver.manager.timers import LONGEST, Backoff
+from mlxserver.manager.timers import LONGEST_BACKOFF, Backoff
 from mlxserver.manager.watchdog import look
 from mlxserver.server.health import life, readiness
 from model_manager import ModelManager
@@ -114,13 +114,13 @@ async def test_a_panic_over_a_question_or_a_prompt_is_told_to_whoever_asked():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        instance._engine._clerk.begin(panic, panic)
+        instance._engine._tokenizer_worker.begin(panic, panic)
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.ask(Detokenize((1,)))
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.generate(request())
         assert isinstance(await answered(instance), RequestFailed)
-        instance._engine._clerk.begin(factory.runtimes[0].format, panic)
+        instance._engine._tokenizer_worker.begin(factory.runtimes[0].preprocess, panic)
         assert await answered(instance) == 5
         assert factory.builds == 1
 
@@ -362,12 +362,12 @@ async def test_an_engine_without_work_is_not_stuck():
 
 
 def test_the_first_message_after_a_wait_is_work_too():
-    inbox = Inbox()
-    inbox.put(Stop())
-    taken = inbox.take(wait=True)
-    assert inbox._taken is None
+    mailbox = Mailbox()
+    mailbox.put(Stop())
+    taken = mailbox.take(wait=True)
+    assert mailbox._taken is None
     next(taken)
-    assert inbox._taken is not None
+    assert mailbox._taken is not None
 
 
 @within_deadline
@@ -387,7 +387,7 @@ async def test_readers_of_a_stuck_engine_are_told_when_it_is_to_stop():
         assert not stopping.done()
         batch.gate.set()
         await stopping
-        for asking in (engine.ask(Detokenize((1,))), engine.format(request())):
+        for asking in (engine.ask(Detokenize((1,))), engine.preprocess(request())):
             with pytest.raises(EngineStopped, match="it has ended"):
                 await asking
 
@@ -470,7 +470,7 @@ def test_the_time_until_the_next_attempt_doubles_up_to_a_minute():
     for _ in range(10):
         backoff.note_failure()
         waits.append(math.ceil(backoff.remaining))
-    assert waits == [0, 1, 2, 4, 8, 16, 32, LONGEST, LONGEST, LONGEST]
+    assert waits == [0, 1, 2, 4, 8, 16, 32, LONGEST_BACKOFF, LONGEST_BACKOFF, LONGEST_BACKOFF]
     backoff.forget()
     assert backoff.remaining == 0
 

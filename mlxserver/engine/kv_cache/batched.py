@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
-from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _SPAN_STEP = 256  # tokens by which places grow at first, and a quarter of their length later
 
@@ -48,21 +48,21 @@ class BatchCache(Protocol):
         """Give room back that the present rows do not need."""
 
 
-def make_batch_cache(model: Any) -> BatchCache:
+def make_batch_cache(model: Any, policy: ExecutionPolicy | None = None) -> BatchCache:
     """The rows of a model, empty."""
     if caches.is_plain(model):
-        return SlotCache(model)
+        return SlotCache(model, policy)
     return MergedCache(model)
 
 
 class SlotCache:
     """Slots of plain keys and values, [slots, heads, capacity, dim] per layer. Slots behind the last row are unused."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
+        policy = policy or current()
         self._model = model
-        self._is_padded = not device.is_cpu()  # feed the unused places too
-        # Compiled, a step costs no Python; on a CPU each new shape would cost seconds of the C++ compiler.
-        self._is_compiled = device.describe().kind == "cuda"
+        self._is_padded = policy.pad_slots
+        self._is_compiled = policy.compile_steps
         self._step = mx.compile(self._forward) if self._is_compiled else self._forward
         self._put = mx.compile(_put) if self._is_compiled else _put
         self._nothing = empty_layers(model)

@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from mlxserver.engine.kv_cache.caches import Cache, cache_bytes, is_finite
-from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 # A shorter common prefix is not worth a copy of the keys and values.
 _SHORTEST = 16
@@ -54,10 +54,13 @@ class PrefixCache:
     model; None measures each entry.
     """
 
-    def __init__(self, max_bytes: int, bytes_per_token: int | None = None) -> None:
+    def __init__(
+        self, max_bytes: int, bytes_per_token: int | None = None, policy: ExecutionPolicy | None = None
+    ) -> None:
         self.nbytes = 0
         self._max_bytes = max_bytes
         self._bytes_per_token = bytes_per_token
+        self._evaluate = mx.eval if (policy or current()).eager_prefix_copy else mx.async_eval
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by identity, the least recently used first
 
     def fetch(self, tokens: Sequence[int]) -> tuple[Cache | None, int]:
@@ -83,7 +86,7 @@ class PrefixCache:
             return
         # A GPU copies while the next step is prepared; a CPU has to be done first, or else the step copies everything.
         is_sound = mx.array(True) if self._bytes_per_token else is_finite(cache)
-        (mx.eval if device.is_cpu() else mx.async_eval)([layer.state for layer in cache], is_sound)
+        self._evaluate([layer.state for layer in cache], is_sound)
         kept = np.asarray(tokens, dtype=np.int64)
         nbytes = cache_bytes(cache) if self._bytes_per_token is None else len(kept) * self._bytes_per_token
         entry = _Entry(kept, cache, nbytes, can_trim_prompt_cache(cache), is_sound)

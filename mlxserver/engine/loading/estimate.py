@@ -26,12 +26,12 @@ from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
-from mlxserver.engine.platform import attention_memory, device, environment
+from mlxserver.engine.platform import device, environment
+from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
+from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 # Tokens that a model's cache holds unless it is told otherwise: some conversations of ordinary length at once.
 DEFAULT_CACHE_TOKENS = 32_768
-# Of the device's memory; the rest is for the system, for Python, and for what the allocators keep.
-_SHARE = {"cpu": 0.75, "metal": 0.9, "cuda": 0.9}
 _BYTES = {"float32": 4}
 # What a model holds beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
 _RUNTIME = 64 << 20
@@ -81,10 +81,9 @@ class Architecture:
         )
 
 
-def budget(limit: int) -> int:
+def budget(limit: int, policy: ExecutionPolicy | None = None) -> int:
     """The memory that all models may take: the limit, or a share of the device's if it is 0."""
-    described = device.describe()
-    return limit or int(described.memory_bytes * _SHARE[described.kind])
+    return limit or int(device.describe().memory_bytes * (policy or current()).memory_share)
 
 
 def limits(spec: ModelSpec, own_context: int) -> Limits:
@@ -95,25 +94,28 @@ def limits(spec: ModelSpec, own_context: int) -> Limits:
     return Limits(min(context, cache_tokens), cache_tokens)
 
 
-def estimate(spec: ModelSpec) -> Estimate:
+def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate:
     """What the model will take on this device. Blocks: it reads some files, or asks the hub. Raises LoadFailed.
 
     On a thread that has a stream of MLX (worker/thread_pool.py), or else one is made that stays.
     """
+    policy = policy or current()
     try:
-        model = checkpoint_metadata(spec.source)
+        model = checkpoint_metadata(spec.source, policy.weights)
         anatomy = inspect_architecture(model.config)
     except SourceInvalid as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # what a broken config.json does to an architecture can be anything
         text = one_line(error)
         raise LoadFailed(spec.key, f"its config.json can't be used: {type(error).__name__}: {text}") from None
-    size = 4 if device.is_cpu() else _BYTES.get(str(_stated_type(model.config)), 2)
+    is_float32 = policy.weights is WeightPolicy.FLOAT32
+    size = 4 if is_float32 else _BYTES.get(str(_stated_type(model.config)), 2)
+    attention = AttentionMemory(attention_heads(model.config), policy)
     limit = limits(spec, context_length(spec.key, model.config))
     return Estimate(
-        weights=anatomy.weights * 4 if device.is_cpu() else model.stored_bytes + _adapter_bytes(spec),
+        weights=anatomy.weights * 4 if is_float32 else model.stored_bytes + _adapter_bytes(spec),
         cache=anatomy.cache_values(limit.cache_tokens, spec.max_running) * size,
-        activations=_chunk_bytes(anatomy.width * size, attention_heads(model.config), limit.context)
+        activations=_chunk_bytes(anatomy.width * size, attention, limit.context)
         + spec.max_running * anatomy.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME,
     )
@@ -143,15 +145,13 @@ def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _chunk_bytes(width: int, heads: int, context: int) -> int:
+def _chunk_bytes(width: int, attention: AttentionMemory, context: int) -> int:
     """What a chunk of prompts takes for a while, at the worst place of a context. width: bytes a token in one layer.
 
     Several short prompts go together, so a chunk may be longer than the context.
     """
-    layers = attention_memory.LAYERS_AHEAD if device.is_cpu() else 1
-    return attention_memory.fitting(
-        heads, attention_memory.LARGEST_CHUNK, 0
-    ) * width * layers + attention_memory.most_bytes(heads, context)
+    longest = attention.fit(LARGEST_CHUNK, 0)
+    return longest * width * attention.policy.layers_ahead + attention.max_bytes(context)
 
 
 def _stated_type(config: Mapping[str, Any]) -> object:

@@ -62,7 +62,7 @@ class _Part(nn.Module):  # type: ignore[misc]
         return self._product.take(self._index, x)
 
 
-def merge_projections(model: nn.Module) -> None:
+def fuse_projections(model: nn.Module) -> None:
     """Merge the projections of a model where it asks for all of them, in their order. Nothing is computed."""
     merged = []
     for module in list(model.modules()):

@@ -23,10 +23,13 @@ from pathlib import Path
 
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata
-from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import WeightPolicy
 
-CPU_FORMATS = (("--dtype", "float32"),)
-GPU_FORMATS = (("--dtype", "float16", "--quant-source", "preserve"), ("--dtype", "float16"))
+# The converter's options, the best format first.
+FORMATS = {
+    WeightPolicy.FLOAT32: (("--dtype", "float32"),),
+    WeightPolicy.STORED: (("--dtype", "float16", "--quant-source", "preserve"), ("--dtype", "float16")),
+}
 KEPT_BLOCKS = {"Q4_0": 20, "Q4_1": 20, "Q8_0": 36}  # bytes of 32 weights, with scale and bias
 TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
 
@@ -42,9 +45,9 @@ def cache_directory() -> Path:
     return caches / "multi-model-mlx-server"
 
 
-def destination(gguf: Path) -> Path:
+def destination(gguf: Path, weights: WeightPolicy) -> Path:
     """The directory that a GGUF file is, or will be, converted to. Raises OSError."""
-    return cache_directory() / _name(gguf, _formats())
+    return cache_directory() / _name(gguf, FORMATS[weights])
 
 
 def checkpoint_metadata(source: str, gguf: Path) -> CheckpointMetadata:
@@ -61,27 +64,23 @@ def checkpoint_metadata(source: str, gguf: Path) -> CheckpointMetadata:
     return CheckpointMetadata(config, stored)
 
 
-def converted(source: str, gguf: Path, progress: Callable[[str, int, int], None]) -> Path:
+def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable[[str, int, int], None]) -> Path:
     """The MLX directory of a GGUF file, converted now if it never was. Raises SourceInvalid.
 
-    The first of the device's formats that the converter supports for this model is taken.
+    The first of FORMATS that the converter supports for this model is taken.
     """
     try:
-        target = destination(gguf)
+        target = destination(gguf, weights)
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(_beside(target, ".lock")) as lock:
             if not target.is_dir():
                 _remove_leftovers(target.parent)
-                _convert(gguf, target, _formats(), lock, progress)
+                _convert(gguf, target, FORMATS[weights], lock, progress)
     except (OSError, _ConverterFailed) as error:
         raise SourceInvalid(source, f"it could not be converted: {error}") from None
     return target
-
-
-def _formats() -> tuple[tuple[str, ...], ...]:
-    return CPU_FORMATS if device.is_cpu() else GPU_FORMATS
 
 
 def _converted_bytes(format: str, elements: int) -> int:

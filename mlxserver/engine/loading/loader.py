@@ -27,11 +27,12 @@ from tokenizers.models import BPE
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from mlxserver.engine.loading import estimate
-from mlxserver.engine.loading.fused_projections import merge_projections
+from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.metadata import context_length
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.platform import device, environment, openblas
+from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 log = logging.getLogger("engine")
 
@@ -61,17 +62,25 @@ class LoadedModel:
         return self.limits.context
 
 
-def load(spec: ModelSpec, *, progress: Progress | None = None, divide: Divide | None = None) -> LoadedModel:
+def load(
+    spec: ModelSpec,
+    *,
+    progress: Progress | None = None,
+    divide: Divide | None = None,
+    policy: ExecutionPolicy | None = None,
+) -> LoadedModel:
     """Fetch, read and prepare a model. Blocks for as long as that takes. Raises LoadFailed.
 
     progress hears of "downloading", "converting" and "reading" (bytes of weights). divide makes a model a rank's share.
     """
     openblas.warn_if_missing()
     environment.install_kernels()
-    device.set_wired_limit_once()
+    policy = policy or current()
+    if policy.wire_memory:
+        device.set_wired_limit_once()
     failure: EngineError
     try:
-        loaded = _load(spec, progress or silent, divide)
+        loaded = _load(spec, progress or silent, divide, policy)
         reset_random_state()
         return loaded
     except LoadAborted:
@@ -100,8 +109,8 @@ def disable_tokenizer_cache(tokenizer: TokenizerWrapper) -> None:
         core.model._resize_cache(0)
 
 
-def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedModel:
-    path = resolve(spec.source, progress=report)
+def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> LoadedModel:
+    path = resolve(spec.source, progress=report, weights=policy.weights)
     report("reading", 0, 0)
     with _naming(f"the model in {path} can't be read"):
         model, config = load_model(path, lazy=True, trust_remote_code=False)
@@ -109,7 +118,7 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedMod
         with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
     with _naming(f"the weights in {path} can't be used"):
-        model = _prepared(model, report, divide)
+        model = _prepared(model, report, divide, policy)
     with _naming(f"the tokenizer in {path} can't be read"):
         options = {"trust_remote_code": False}
         tokenizer = load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id"))
@@ -125,9 +134,9 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None) -> LoadedMod
     )
 
 
-def _prepared(model: nn.Module, report: Progress, divide: Divide | None) -> nn.Module:
+def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> nn.Module:
     """The model as this device runs it fastest, evaluated. What is read is reported in bytes as they are held."""
-    if device.is_cpu():  # float16 and quantized layers are some thirty times slower there
+    if policy.weights is WeightPolicy.FLOAT32:
         model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
         model = dequantize_model(model)
         model.set_dtype(mx.float32)  # and what came out of formats whose scales are no floats (mxfp4)
@@ -136,8 +145,8 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None) -> nn.M
         model.update_modules(tree_unflatten(fused))
     if divide:
         divide(model)
-    elif device.describe().kind == "cuda":
-        merge_projections(model)
+    elif policy.fuse_projections:
+        fuse_projections(model)
     model.eval()
     parameters = [array for _, array in tree_flatten(model.parameters())]
     total, done, pending = sum(array.nbytes for array in parameters), 0, 0

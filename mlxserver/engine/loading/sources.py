@@ -20,6 +20,7 @@ from pathlib import Path
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, hub
 from mlxserver.engine.loading.metadata import CheckpointMetadata
+from mlxserver.engine.platform.policy import WeightPolicy, current
 
 # What is being done ("downloading", "converting"), how much of it is done, and of how much (0: not known yet).
 # Bytes while downloading, tensors while converting. May raise, to call the work off.
@@ -124,8 +125,8 @@ def is_repository(source: str) -> bool:
         return False
 
 
-def resolve(source: str, *, progress: Progress | None = None) -> Path:
-    """The source as a local MLX directory, downloaded or converted first if need be.
+def resolve(source: str, *, progress: Progress | None = None, weights: WeightPolicy | None = None) -> Path:
+    """The source as a local MLX directory, downloaded or converted first if need be. weights: by default the device's.
 
     Blocks for as long as that takes. Raises SourceInvalid.
     """
@@ -134,18 +135,18 @@ def resolve(source: str, *, progress: Progress | None = None) -> Path:
         case MlxDirectory(path):
             return path
         case GgufFile(path):
-            return gguf.converted(source, path, report)
+            return gguf.converted(source, path, weights or current().weights, report)
         case Repository(id, revision):
             return hub.snapshot(source, id, revision, report)
 
 
-def checkpoint_metadata(source: str) -> CheckpointMetadata:
+def checkpoint_metadata(source: str, weights: WeightPolicy | None = None) -> CheckpointMetadata:
     """What can be known of a source without downloading or reading its weights. Raises SourceInvalid."""
     match parse(source):
         case MlxDirectory(path):
             return _directory_metadata(source, path)
         case GgufFile(path):
-            directory = gguf.destination(path)
+            directory = gguf.destination(path, weights or current().weights)
             return (
                 _directory_metadata(source, directory) if directory.is_dir() else gguf.checkpoint_metadata(source, path)
             )

@@ -1,4 +1,4 @@
-"""What a prompt's attention takes on a CPU, where its scores are written out, and how long a chunk may be for that.
+"""Memory of a prefill chunk's attention where its scores are materialized, and the chunk length that fits.
 
 Rule: a chunk is held to what was counted for the model before it was loaded (loading/estimate.py). Sizes are bytes.
 """
@@ -6,33 +6,39 @@ Rule: a chunk is held to what was counted for the model before it was loaded (lo
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
-from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
-# MLX's CPU backend runs up to two hundred operations ahead, some four layers. Their results are all there at once.
-LAYERS_AHEAD = 4
 _COPIES = 2  # the scores, and their exponentials
-_MOST = 128 << 20  # for all scores that are there at once; a chunk has at least SMALLEST_CHUNK tokens even so
+_MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least SMALLEST_CHUNK tokens even so
 # Tokens in a chunk, on every device: never fewer, so that a slow machine gets on; never more, so that a fast one stays
 # responsive.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 4096
 
 
-def score_bytes(heads: int, chunk: int, length: int) -> int:
-    """What the attention of a chunk of so many tokens takes, when the last of them looks at `length`."""
-    return LAYERS_AHEAD * _COPIES * 4 * heads * chunk * length if device.is_cpu() else 0
+@dataclass(frozen=True, slots=True)
+class AttentionMemory:
+    """Attention memory of a model with `heads` query heads per layer (0: unknown, and never a limit)."""
 
+    heads: int
+    policy: ExecutionPolicy = field(default_factory=current)
 
-def fitting(heads: int, wanted: int, done: int) -> int:
-    """Tokens of a chunk behind `done` others: those wanted, or as many as have small enough scores."""
-    if not (one := score_bytes(heads, 1, 1)):
-        return wanted
-    longest = (math.isqrt(done * done + 4 * (_MOST // one)) - done) // 2  # chunk * (done + chunk) scores
-    return min(wanted, max(longest, SMALLEST_CHUNK))
+    def chunk_bytes(self, chunk: int, length: int) -> int:
+        """Attention memory of a chunk of so many tokens, the last of which attends to `length` tokens."""
+        if not self.policy.materialized_attention:
+            return 0
+        return self.policy.layers_ahead * _COPIES * 4 * self.heads * chunk * length
 
+    def fit(self, wanted: int, done: int) -> int:
+        """Tokens of a chunk behind `done` others: those wanted, or as many as have small enough scores."""
+        if not (one := self.chunk_bytes(1, 1)):
+            return wanted
+        longest = (math.isqrt(done * done + 4 * (_MAX_BYTES // one)) - done) // 2  # chunk * (done + chunk) scores
+        return min(wanted, max(longest, SMALLEST_CHUNK))
 
-def most_bytes(heads: int, context: int) -> int:
-    """What the scores of any chunk take at most, when no prompt is longer than the context."""
-    longest = fitting(heads, LARGEST_CHUNK, 0)
-    fitted = min(_MOST, score_bytes(heads, longest, context))
-    return max(fitted, score_bytes(heads, SMALLEST_CHUNK, context))
+    def max_bytes(self, context: int) -> int:
+        """Attention memory of any chunk at most, when no prompt is longer than the context."""
+        longest = self.fit(LARGEST_CHUNK, 0)
+        fitted = min(_MAX_BYTES, self.chunk_bytes(longest, context))
+        return max(fitted, self.chunk_bytes(SMALLEST_CHUNK, context))

@@ -46,9 +46,9 @@ def describe() -> Device:
 
 @functools.cache
 def set_wired_limit_once() -> None:
-    """Let the GPU keep as much memory resident as it recommends. Without a recommendation nothing happens."""
+    """Keep as much memory resident as the device recommends. Without a recommendation nothing happens."""
     limit = mx.device_info().get("max_recommended_working_set_size")
-    if limit and mx.metal.is_available():
+    if limit:
         mx.set_wired_limit(int(limit))
 
 

@@ -54,9 +54,9 @@ def _keep_freed_memory() -> None:
 @functools.cache
 def install_kernels() -> None:
     """On a Linux CPU, replace slow functions and layers of MLX and mlx-lm by faster ones with the same results."""
-    from mlxserver.engine.platform import cpu_kernels, cpu_matmul, device
+    from mlxserver.engine.platform import cpu_kernels, cpu_matmul, policy
 
-    if sys.platform == "linux" and device.is_cpu():
+    if policy.current().replace_kernels:
         cpu_kernels.install()
         cpu_matmul.install()
 

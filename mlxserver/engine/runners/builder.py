@@ -16,7 +16,8 @@ from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.loading import loader, sharding
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.platform import device, openblas
+from mlxserver.engine.platform import openblas
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.prompt.formats import FORMATS, find_type
 from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question, Sampling
 from mlxserver.engine.runners.text import RequestPreparation
@@ -58,7 +59,10 @@ class Builder:
     leader: leads the ranks that share models, if there are any.
     """
 
-    def __init__(self, stall_target: float, leader: Leader | None = None) -> None:
+    def __init__(
+        self, stall_target: float, leader: Leader | None = None, policy: ExecutionPolicy | None = None
+    ) -> None:
+        self._policy = policy or current()
         self._stall_target = stall_target
         self._leader = leader
         self._cores = openblas.threads()
@@ -68,12 +72,12 @@ class Builder:
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> ModelRuntime:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
         if spec.shard is None:
-            loaded = loader.load(spec, progress=progress)
+            loaded = loader.load(spec, progress=progress, policy=self._policy)
             return self._put_together(spec, loaded, self._batcher(spec, loaded, metrics), progress)
         if self._leader is None:
             raise sharding.alone(spec)
         with self._leader.loading(spec) as number:
-            loaded = loader.load(spec, progress=progress, divide=sharding.nothing)
+            loaded = loader.load(spec, progress=progress, divide=sharding.nothing, policy=self._policy)
             opened = self._leader.open(number, spec.key, self._stall_target, progress)
             batch = LeadingBatch(self._leader, number, opened, self._peer_step_seconds, metrics)
             return self._put_together(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
@@ -83,11 +87,12 @@ class Builder:
             loaded.model,
             max_running=spec.max_running,
             stall_target=self._stall_target,
-            prefix_cache=PrefixCache(spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
+            prefix_cache=PrefixCache(spec.prefix_cache_bytes, policy=self._policy) if spec.prefix_cache_bytes else None,
             peer_step_seconds=self._peer_step_seconds,
             share_cores=self._share_cores,
             max_kv_tokens=loaded.limits.cache_tokens,
             metrics=metrics,
+            policy=self._policy,
         )
 
     def _put_together(
@@ -96,7 +101,7 @@ class Builder:
         model_type = spec.type or find_type(loaded.tokenizer)
         prompts = FORMATS[model_type](loaded.tokenizer, loaded.config)
         progress("warming up", 0, 0)
-        warm_up(batch, spec.max_running)
+        warm_up(batch, spec.max_running, self._policy)
         with self._lock:
             self._batches = [*(known for known in self._batches if known()), weakref.ref(batch)]
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
@@ -126,10 +131,9 @@ class Builder:
         openblas.use_threads(max(1, self._cores // max(1, working)))
 
 
-def warm_up(batch: Scheduler | LeadingBatch, max_rows: int) -> None:
+def warm_up(batch: Scheduler | LeadingBatch, max_rows: int, policy: ExecutionPolicy | None = None) -> None:
     """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
-    # A GPU compiles for every number of places; on a CPU what is compiled serves all of them.
-    most = 2 if device.is_cpu() else max_rows
+    most = max_rows if (policy or current()).warm_up_all_batch_sizes else 2
     widths = [width for power in range(most.bit_length()) if (width := 1 << power) <= most]
     batch.warm_up()
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))

@@ -14,7 +14,9 @@ from mlxserver.engine.mlx import mx
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
 from mlxserver.engine.loading.metadata import attention_heads
-from mlxserver.engine.platform import attention_memory, cpu_kernels, device
+from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform.attention_memory import AttentionMemory
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.sequence import Sequence
 
 _ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
@@ -90,10 +92,11 @@ class PrefillStrategy(Protocol):
         """Run the shapes that prompts use."""
 
 
-def make_prefill_strategy(model: Any) -> PrefillStrategy:
+def make_prefill_strategy(model: Any, policy: ExecutionPolicy | None = None) -> PrefillStrategy:
     """The way that is best for a model on this device."""
-    recurs = device.describe().kind == "cuda" and caches.is_plain(model)
-    return BucketedPrefill(model) if recurs else PlainPrefill(model)
+    policy = policy or current()
+    recurs = policy.bucket_prefill and caches.is_plain(model)
+    return BucketedPrefill(model, policy) if recurs else PlainPrefill(model, policy)
 
 
 class PlainPrefill:
@@ -103,20 +106,23 @@ class PlainPrefill:
     mamba, jamba, rwkv7 and others).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
+        policy = policy or current()
         self._model = model
-        self._heads = attention_heads(vars(model.args)) if hasattr(model, "args") else 0
+        heads = attention_heads(vars(model.args)) if hasattr(model, "args") else 0
+        self._attention = AttentionMemory(heads, policy)
+        self._rounds = policy.round_chunks
         self._may_pad = not caches.keeps_state(model)
-        self.yields_cores = device.is_cpu()
+        self.yields_cores = policy.parallel_models
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """As many prompts as the budget holds, each padded to the longest; a little more than that, if it ends them.
 
         Without padding, only prompts that give the chunk as many tokens as the first one.
         """
-        if not device.is_cpu():
-            budget = 1 << (budget.bit_length() - 1)  # a GPU is better off with few sizes
-        most = attention_memory.fitting(self._heads, int(_SLACK * budget), max(prompt.done for prompt in waiting))
+        if self._rounds:
+            budget = 1 << (budget.bit_length() - 1)
+        most = self._attention.fit(int(_SLACK * budget), max(prompt.done for prompt in waiting))
         prompts: list[PendingPrompt] = []
         length = 0
         for prompt in waiting:
@@ -174,10 +180,10 @@ class BucketedPrefill:
 
     yields_cores = False
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         self._model = model
         self._nothing = empty_layers(model)
-        self._forward = mx.compile(self._advance)
+        self._forward = mx.compile(self._advance) if (policy or current()).compile_steps else self._advance
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """Short prompts together, as many as the budget holds, a power of two; or a long one alone."""

@@ -18,6 +18,7 @@ from mlxserver.engine.mlx import mx
 import numpy as np
 
 from mlxserver.engine.kv_cache.batched import make_batch_cache
+from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.logprobs import MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.chunks import PendingPrompt
@@ -68,10 +69,16 @@ class RunningSequence:
 class DecodeBatch:
     """The decode batch of one model. `running` is the result of the step under way, which the next one feeds."""
 
-    def __init__(self, model: Any, vocab_size: int, make_sampler: MakeSampler = BatchSampler) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int,
+        make_sampler: MakeSampler = BatchSampler,
+        policy: ExecutionPolicy | None = None,
+    ) -> None:
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
-        self.places = make_batch_cache(model)
+        self.places = make_batch_cache(model, policy)
         self.clear()
 
     def clear(self) -> None:

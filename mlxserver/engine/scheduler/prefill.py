@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, SMALLEST_CHUNK
+from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.scheduler.chunks import PendingPrompt, make_prefill_strategy
 
 # Steps that a chunk may take the time of: streams slow down, and none stands still.
@@ -74,8 +75,8 @@ class ChunkTimes:
 class Prefill:
     """Processes prompts on one model. stall_target is in seconds; `times` are measured."""
 
-    def __init__(self, model: Any, stall_target: float) -> None:
-        self._strategy = make_prefill_strategy(model)
+    def __init__(self, model: Any, stall_target: float, policy: ExecutionPolicy | None = None) -> None:
+        self._strategy = make_prefill_strategy(model, policy)
         self._stall_target = stall_target
         self.times = ChunkTimes()
 

@@ -22,6 +22,7 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.chunks import PendingPrompt
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
@@ -53,6 +54,7 @@ class Scheduler:
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
         bytes_per_token: int | None = None,
+        policy: ExecutionPolicy | None = None,
     ) -> None:
         self._model = model
         self._max_running = max_running
@@ -65,8 +67,8 @@ class Scheduler:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._waiting: list[PendingPrompt] = []
         self._prompts: list[PendingPrompt] = []
-        self._prefill = Prefill(model, stall_target)
-        self._decoding = DecodeBatch(model, self.vocab_size, make_sampler)
+        self._prefill = Prefill(model, stall_target, policy)
+        self._decoding = DecodeBatch(model, self.vocab_size, make_sampler, policy)
         self._steps = deque([stall_target], maxlen=_STEPS_MEASURED)
         self._step_seconds = stall_target
         self._step_began: float | None = None  # of the step under way; by time.monotonic()

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.loading.fused_projections import merge_projections
+from mlxserver.engine.loading.fused_projections import fuse_projections
 
 SHAPE = {
     "hidden_size": 64,
@@ -45,28 +45,28 @@ def linear_layers(model):
 
 
 @pytest.mark.parametrize("kind", [llama, qwen2])  # without biases, and with
-def test_merged_projections_give_the_same_logits(kind):
+def test_fused_projections_give_the_same_logits(kind):
     model = make(kind)
     expected, size = logits(model), parameter_bytes(model)
-    merge_projections(model)
+    fuse_projections(model)
     assert linear_layers(model) == 4 * SHAPE["num_hidden_layers"]
     assert parameter_bytes(model) == size
     assert mx.allclose(logits(model), expected, atol=1e-5)
 
 
-def test_merged_projections_can_be_compiled():
+def test_fused_projections_can_be_compiled():
     model = make(llama)
     expected = model(TOKENS)
-    merge_projections(model)
+    fuse_projections(model)
     assert mx.allclose(mx.compile(model)(TOKENS), expected, atol=1e-5)
 
 
-def test_nothing_is_computed_by_merging():
+def test_nothing_is_computed_by_fusing():
     mx.random.seed(7)
     model = llama.Model(llama.ModelArgs(model_type="llama", **SHAPE))
     mx.eval(mx.zeros(1))
     before = mx.get_active_memory()
-    merge_projections(model)
+    fuse_projections(model)
     assert (
         abs(mx.get_active_memory() - before) < 4096
     )  # no weights, only the angles of a position (platform/cpu_kernels.py)
@@ -77,7 +77,7 @@ def test_quantized_layers_stay():
     model = make(llama)
     nn.quantize(model, group_size=32, bits=4)
     expected = logits(model)
-    merge_projections(model)
+    fuse_projections(model)
     assert not linear_layers(model)
     assert mx.array_equal(logits(model), expected)
 
@@ -101,5 +101,5 @@ class Halfway(nn.Module):
 def test_a_model_that_does_not_use_all_of_them_keeps_its_layers():
     model = Halfway()
     layers = [model.q_proj, model.k_proj, model.v_proj]
-    merge_projections(model)
+    fuse_projections(model)
     assert [model.q_proj, model.k_proj, model.v_proj] == layers

@@ -1,0 +1,130 @@
+"""Execution policy of a device: everything that is done differently on a CPU, on Metal and on CUDA, decided here once.
+
+Rule 1: outside of platform/, no code asks which device it runs on; it takes a policy, by default the current one.
+Rule 2: a compiled step needs padded slots, because the lengths of its sequences would be compiled into it otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from enum import Enum
+
+from mlxserver.engine.platform import device
+from mlxserver.engine.platform.device import Device
+
+
+class WeightPolicy(Enum):
+    """Format of a loaded model's weights."""
+
+    STORED = "as the checkpoint has them"
+    FLOAT32 = "dequantized to float32"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionPolicy:
+    """What a device does in its own way.
+
+    compile_steps: decode steps and prefill chunks are compiled graphs, which cost no Python.
+    pad_slots: decode steps compute unused slots and unused capacity too, so that shapes recur.
+    bucket_prefill: prompts of models with plain KV caches are padded to chunks of few lengths.
+    round_chunks: other chunks are budgeted in powers of two.
+    warm_up_all_batch_sizes: every power of two up to max_running is warmed up, because kernels are made by shape.
+    fuse_projections: projections of one input become one product (loading/fused_projections.py).
+    weights: the format in which they are computed with.
+    eager_prefix_copy: what the prefix cache stores is evaluated before the next step is prepared.
+    materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
+    layers_ahead: layers whose intermediate values exist at the same time.
+    parallel_models: decode steps of other models go on during a prefill chunk.
+    replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py and cpu_matmul.py.
+    wire_memory: weights are kept resident, up to the working set that the device recommends.
+    memory_share: the part of the device's memory that all models may take; the rest is for the system and Python.
+    """
+
+    compile_steps: bool
+    pad_slots: bool
+    bucket_prefill: bool
+    round_chunks: bool
+    warm_up_all_batch_sizes: bool
+    fuse_projections: bool
+    weights: WeightPolicy
+    eager_prefix_copy: bool
+    materialized_attention: bool
+    layers_ahead: int
+    parallel_models: bool
+    replace_kernels: bool
+    wire_memory: bool
+    memory_share: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for compiled steps without padded slots."""
+        if self.compile_steps and not self.pad_slots:
+            raise ValueError("compiled steps need padded slots")
+
+
+# MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, and its float16 and quantized products
+# are some thirty times slower there than those of float32. Time grows with every slot and token that is computed. MLX's
+# CPU backend runs up to two hundred operations ahead, some four layers, and an array that is written to before its copy
+# has been computed is copied as a whole.
+CPU = ExecutionPolicy(
+    compile_steps=False,
+    pad_slots=False,
+    bucket_prefill=False,
+    round_chunks=False,
+    warm_up_all_batch_sizes=False,
+    fuse_projections=False,
+    weights=WeightPolicy.FLOAT32,
+    eager_prefix_copy=True,
+    materialized_attention=True,
+    layers_ahead=4,
+    parallel_models=True,
+    replace_kernels=sys.platform == "linux",
+    wire_memory=False,
+    memory_share=0.75,
+)
+# A GPU prefers few shapes that recur.
+METAL = ExecutionPolicy(
+    compile_steps=False,
+    pad_slots=True,
+    bucket_prefill=False,
+    round_chunks=True,
+    warm_up_all_batch_sizes=True,
+    fuse_projections=False,
+    weights=WeightPolicy.STORED,
+    eager_prefix_copy=False,
+    materialized_attention=False,
+    layers_ahead=1,
+    parallel_models=False,
+    replace_kernels=False,
+    wire_memory=True,
+    memory_share=0.9,
+)
+# A data centre GPU is bound by its host, which compiled steps and fewer, larger products relieve.
+CUDA = ExecutionPolicy(
+    compile_steps=True,
+    pad_slots=True,
+    bucket_prefill=True,
+    round_chunks=True,
+    warm_up_all_batch_sizes=True,
+    fuse_projections=True,
+    weights=WeightPolicy.STORED,
+    eager_prefix_copy=False,
+    materialized_attention=False,
+    layers_ahead=1,
+    parallel_models=False,
+    replace_kernels=False,
+    wire_memory=False,
+    memory_share=0.9,
+)
+
+
+def policy_for(device: Device) -> ExecutionPolicy:
+    """The policy of a device."""
+    return {"cpu": CPU, "metal": METAL, "cuda": CUDA}[device.kind]
+
+
+@functools.cache
+def current() -> ExecutionPolicy:
+    """The policy of the device in use."""
+    return policy_for(device.describe())

@@ -1,0 +1,126 @@
+"""Execution policies, and the branches of a GPU's policy run on this device by injection."""
+
+import json
+from dataclasses import fields, replace
+
+from mlxserver.engine.mlx import mx
+
+import mlx.nn as nn
+import pytest
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.loading import loader
+from mlxserver.engine.loading.estimate import budget, estimate
+from mlxserver.engine.platform import device
+from mlxserver.engine.platform.attention_memory import AttentionMemory
+from mlxserver.engine.platform.device import Device
+from mlxserver.engine.platform.policy import CPU, CUDA, METAL, ExecutionPolicy, WeightPolicy, current, policy_for
+from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from tests.support.architectures import random_model
+from tests.support.batch_driver import SEEDED, Driver, prompt, row
+from tools.harness.models import tiny_llama
+
+POLICIES = pytest.mark.parametrize("policy", [CPU, METAL, CUDA], ids=["cpu", "metal", "cuda"])
+
+
+@pytest.fixture
+def without_compilation():
+    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def conversation(model, policy):
+    """Tokens of sequences that join at different times, some of them with a cached prefix."""
+    prefix_cache = PrefixCache(1 << 24, policy=policy)
+    driver = Driver(Scheduler(model, max_running=4, prefix_cache=prefix_cache, policy=policy))
+    driver.add(row(1, prompt(30, 1)), row(2, prompt(30, 2), SEEDED), row(3, prompt(300, 3), max_tokens=12))
+    driver.until_said(2, 3)
+    driver.add(row(4, prompt(5, 4)), row(5, prompt(300, 3) + (7, 8)))
+    driver.finish()
+    driver.add(row(6, prompt(300, 3) + (9,)))
+    return driver.finish()
+
+
+def test_every_kind_of_device_has_a_policy():
+    assert policy_for(Device("a processor", "cpu", 1 << 30)) == CPU
+    assert policy_for(Device("a laptop", "metal", 1 << 30)) == METAL
+    assert policy_for(Device("a card", "cuda", 1 << 30)) == CUDA
+    assert current() == policy_for(device.describe())
+
+
+def test_compiled_steps_need_padded_slots():
+    with pytest.raises(ValueError, match="padded slots"):
+        replace(CPU, compile_steps=True)
+
+
+@POLICIES
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "nemotron_h"])
+def test_a_batch_gives_the_same_tokens_under_every_policy(policy, name, without_compilation):
+    model = random_model(name)
+    assert conversation(model, policy) == conversation(model, CPU)
+
+
+def test_compiled_steps_and_chunks_give_the_same_tokens(tmp_path):
+    model = loader.load(ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=32, layers=1)))).model
+
+    def tokens(policy):
+        return Driver(Scheduler(model, max_running=1, policy=policy), row(1, prompt(20), max_tokens=6)).finish()
+
+    assert tokens(CUDA) == tokens(CPU)
+
+
+@POLICIES
+def test_a_model_is_loaded_and_warmed_up_under_every_policy(tmp_path, policy, without_compilation):
+    spec = ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=64, layers=2)), max_running=2, cache_tokens=1024)
+    runtime = Builder(stall_target=10.0, policy=policy).build(spec)
+    assert Driver(runtime.batch, row(1, prompt(9))).finish()[1]
+    runtime.batch.close()
+
+
+@POLICIES
+def test_projections_are_fused_as_the_policy_has_it(tmp_path, policy):
+    path = tiny_llama(tmp_path / "m", hidden=64, layers=2)
+    model = loader.load(ModelSpec("m", str(path)), policy=policy).model
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert linears == (4 if policy.fuse_projections else 7) * 2 + 1
+
+
+@POLICIES
+def test_weights_have_the_format_of_the_policy(tmp_path, policy):
+    model, config = load_model(tiny_llama(tmp_path / "m", hidden=64, layers=2))
+    model, config = quantize_model(model, config, 32, 4)
+    save_model(tmp_path / "m", model)
+    save_config(config, tmp_path / "m" / "config.json")
+    loaded = loader.load(ModelSpec("m", str(tmp_path / "m")), policy=policy).model
+    is_quantized = any(isinstance(module, nn.QuantizedLinear) for module in loaded.modules())
+    assert is_quantized == (policy.weights is WeightPolicy.STORED)
+
+
+def test_an_estimate_follows_the_policy(tmp_path):
+    config = tiny_llama(tmp_path / "m", hidden=64, layers=2) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"torch_dtype": "float16"}))
+    on_cpu, on_gpu = (estimate(ModelSpec("m", str(tmp_path / "m")), policy) for policy in (CPU, CUDA))
+    assert on_gpu.cache * 2 == on_cpu.cache
+    stored = sum(file.stat().st_size for file in (tmp_path / "m").glob("*.safetensors"))
+    assert on_gpu.weights == stored != on_cpu.weights
+
+
+def test_the_budget_is_the_policy_s_share_of_memory():
+    half = replace(current(), memory_share=0.5)
+    assert budget(0, half) == device.describe().memory_bytes // 2
+
+
+def test_only_materialized_attention_shortens_chunks():
+    assert AttentionMemory(32, CPU).fit(4096, 100_000) == 16
+    assert AttentionMemory(32, CUDA).fit(4096, 100_000) == 4096
+    assert AttentionMemory(32, CUDA).max_bytes(100_000) == 0
+
+
+def test_every_field_of_a_policy_is_documented():
+    for field in fields(ExecutionPolicy):
+        assert f"{field.name}: " in str(ExecutionPolicy.__doc__)
