@@ -10,7 +10,6 @@ import pytest
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import budget, estimate
 from mlxserver.engine.platform import device
@@ -20,7 +19,8 @@ from mlxserver.engine.platform.policy import CPU, CUDA, METAL, ExecutionPolicy, 
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import random_model
-from tests.support.batch_driver import SEEDED, Driver, prompt, row
+from tests.support.batch_driver import SEEDED, Driver, prompt, sequence
+from tests.support.prefixes import new_prefixes
 from tools.harness.models import tiny_llama
 
 POLICIES = pytest.mark.parametrize("policy", [CPU, METAL, CUDA], ids=["cpu", "metal", "cuda"])
@@ -36,13 +36,15 @@ def without_compilation():
 
 def conversation(model, policy):
     """Tokens of sequences that join at different times, some of them with a cached prefix."""
-    prefix_cache = PrefixCache(1 << 24, policy=policy)
-    driver = Driver(Scheduler(model, max_running=4, prefix_cache=prefix_cache, policy=policy))
-    driver.add(row(1, prompt(30, 1)), row(2, prompt(30, 2), SEEDED), row(3, prompt(300, 3), max_tokens=12))
-    driver.until_said(2, 3)
-    driver.add(row(4, prompt(5, 4)), row(5, prompt(300, 3) + (7, 8)))
+    prefixes = new_prefixes(1 << 24, policy=policy)
+    driver = Driver(Scheduler(model, max_running=4, prefixes=prefixes, policy=policy))
+    driver.add(
+        sequence(1, prompt(30, 1)), sequence(2, prompt(30, 2), SEEDED), sequence(3, prompt(300, 3), max_tokens=12)
+    )
+    driver.until_generated(2, 3)
+    driver.add(sequence(4, prompt(5, 4)), sequence(5, prompt(300, 3) + (7, 8)))
     driver.finish()
-    driver.add(row(6, prompt(300, 3) + (9,)))
+    driver.add(sequence(6, prompt(300, 3) + (9,)))
     return driver.finish()
 
 
@@ -69,7 +71,7 @@ def test_compiled_steps_and_chunks_give_the_same_tokens(tmp_path):
     model = loader.load(ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=32, layers=1)))).model
 
     def tokens(policy):
-        return Driver(Scheduler(model, max_running=1, policy=policy), row(1, prompt(20), max_tokens=6)).finish()
+        return Driver(Scheduler(model, max_running=1, policy=policy), sequence(1, prompt(20), max_tokens=6)).finish()
 
     assert tokens(CUDA) == tokens(CPU)
 
@@ -77,9 +79,9 @@ def test_compiled_steps_and_chunks_give_the_same_tokens(tmp_path):
 @POLICIES
 def test_a_model_is_loaded_and_warmed_up_under_every_policy(tmp_path, policy, without_compilation):
     spec = ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=64, layers=2)), max_running=2, cache_tokens=1024)
-    runtime = Builder(stall_target=10.0, policy=policy).build(spec)
-    assert Driver(runtime.batch, row(1, prompt(9))).finish()[1]
-    runtime.batch.close()
+    runner = Builder(stall_target=10.0, policy=policy).build(spec)
+    assert Driver(runner.batch, sequence(1, prompt(9))).finish()[1]
+    runner.batch.close()
 
 
 @POLICIES
