@@ -1,4 +1,4 @@
-"""Training of adapters/smollm2-think, the LoRA adapter with which the embedded model reasons inside <think> tags.
+"""Training of mlxserver/adapters/smollm2-think, the LoRA adapter that makes the embedded model reason inside <think>.
 
     python -m tools.train_think_adapter --output DIRECTORY [--steps N]
 
@@ -66,7 +66,7 @@ def _examples(loaded: LoadedModel, count: int, seed: int) -> CacheDataset:
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description="Train the LoRA adapter that makes the embedded model think.")
-    parser.add_argument("--output", type=Path, default=Path("adapters/smollm2-think"))
+    parser.add_argument("--output", type=Path, default=Path("mlxserver/adapters/smollm2-think"))
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     run(options.output, options.steps)

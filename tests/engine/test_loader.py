@@ -22,7 +22,7 @@ from mlxserver.engine.platform import device
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
 
-THINK_ADAPTER = str(Path(__file__).parent.parent.parent / "adapters" / "smollm2-think")
+THINK_ADAPTER = str(Path(__file__).parent.parent.parent / "mlxserver" / "adapters" / "smollm2-think")
 LORA = {"rank": 2, "dropout": 0.0, "scale": 20.0}
 
 

