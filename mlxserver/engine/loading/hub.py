@@ -13,16 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
-
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from tqdm.auto import tqdm
 
 from mlxserver.engine.errors import LoadAborted, SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata
 
-FILES = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]  # remote code is never run
 WEIGHTS = "model*.safetensors"
 NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
 REACH = "could not be fetched from the Hugging Face hub"
@@ -32,7 +28,7 @@ def snapshot(source: str, repository: str, revision: str | None, progress: Calla
     """The local directory of a repository's model files, downloaded if needed. Raises SourceInvalid."""
     try:
         directory = snapshot_download(
-            repository, revision=revision, allow_patterns=FILES, tqdm_class=_byte_reporter(progress)
+            repository, revision=revision, allow_patterns=_file_patterns(), tqdm_class=_byte_reporter(progress)
         )
     except LoadAborted:
         raise
@@ -56,6 +52,15 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
     if not isinstance(config, dict):
         raise SourceInvalid(source, "its config.json has no object in it")
     return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent))
+
+
+def _file_patterns() -> list[str]:
+    """Patterns of the files that mlx-lm loads, without code, which is never run."""
+    import mlxserver.engine.mlx  # noqa: F401  (here, because the manager checks sources without MLX)
+
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]
 
 
 def _stored_bytes(repository: str, revision: str | None, snapshot: Path) -> int:

@@ -11,11 +11,10 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mlxserver.engine.mlx import mx
 
-DeviceKind = Literal["cpu", "metal", "cuda"]
+from mlxserver.engine.platform.policy import DeviceKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.loading import estimate as estimate_module
 from mlxserver.engine.loading import loader
-from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Architecture, Limits, budget, estimate
+from mlxserver.engine.loading.architecture import Architecture
+from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Limits, budget, estimate
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
 from mlxserver.engine.platform.policy import CPU
@@ -98,8 +99,8 @@ def test_a_model_that_can_not_be_understood_is_refused_before_anything_is_read(t
 
 
 def test_layers_with_a_window_keep_no_more_than_that():
-    anatomy = Architecture(weights=0, layers=((10, 0), (10, 100)), row_values=7, width=0, vocab=0)
-    assert anatomy.cache_values(tokens=1000, rows=2) == 10 * 1000 + 10 * 200 + 2 * 7
+    anatomy = Architecture(weights=0, layers=((10, 0), (10, 100)), sequence_values=7, width=0, vocab=0)
+    assert anatomy.cache_values(tokens=1000, sequences=2) == 10 * 1000 + 10 * 200 + 2 * 7
 
 
 def test_the_budget_is_the_limit_or_a_share_of_the_device():
