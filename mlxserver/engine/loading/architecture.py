@@ -16,7 +16,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.platform import environment
+from mlxserver.engine.platform import cpu_layers
+from mlxserver.engine.platform.policy import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,9 @@ class Architecture:
 
 def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one."""
-    environment.install_kernels()
     model_class, arguments = _get_classes(dict(config))
+    if current().replace_kernels:
+        cpu_layers.replace_functions()
     model = model_class(arguments.from_dict(dict(config)))
     cache = make_prompt_cache(model)
     logits = model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)

@@ -31,7 +31,7 @@ from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.metadata import context_length
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
-from mlxserver.engine.platform import device, environment, openblas
+from mlxserver.engine.platform import cpu_layers, device, openblas
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 log = logging.getLogger("engine")
@@ -74,7 +74,6 @@ def load(
     progress hears of "downloading", "converting" and "reading" (bytes of weights). divide makes a model a rank's share.
     """
     openblas.warn_if_missing()
-    environment.install_kernels()
     policy = policy or current()
     if policy.wire_memory:
         device.set_wired_limit_once()
@@ -147,6 +146,9 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
         divide(model)
     elif policy.fuse_projections:
         fuse_projections(model)
+    if policy.replace_kernels:
+        cpu_layers.replace_functions()
+        cpu_layers.replace_layers(model)
     model.eval()
     parameters = [array for _, array in tree_flatten(model.parameters())]
     total, done, pending = sum(array.nbytes for array in parameters), 0, 0

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,22 +29,7 @@ _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459
 _HIDDEN = -1e30  # the score of what a mask hides
 _FEW = 2048  # elements whose exponentials MLX has computed before several operations have begun
 
-_mx_softmax = mx.softmax
-_mx_attention = mx.fast.scaled_dot_product_attention
-_mx_rms_norm = mx.fast.rms_norm
-_mx_rope = mx.fast.rope
-_mlx_lm_swiglu = activations.swiglu
-
-
-def install() -> None:
-    """Use these functions in this process."""
-    mx.softmax = softmax
-    mx.fast.scaled_dot_product_attention = attention
-    mx.fast.rms_norm = rms_norm
-    mx.fast.rope = rope
-    for name, module in list(sys.modules.items()):  # model modules keep the function that they found when imported
-        if name.startswith("mlx_lm.models.") and getattr(module, "swiglu", None) is _mlx_lm_swiglu:
-            module.swiglu = swiglu  # type: ignore[attr-defined]
+mlx_lm_swiglu = activations.swiglu
 
 
 class _Thread(threading.local):
@@ -74,7 +58,7 @@ def layer_by_layer(beside_others: bool) -> Iterator[None]:
 def softmax(a: mx.array, axis: Any = None, *, precise: bool = False, stream: Any = None) -> mx.array:
     """As mx.softmax."""
     if a.dtype != mx.float32 or axis not in (-1, a.ndim - 1) or a.size <= _FEW:
-        plain: mx.array = _mx_softmax(a, axis, precise=precise, stream=stream)
+        plain: mx.array = mx.softmax(a, axis, precise=precise, stream=stream)
         return plain
     weights = _exp_of_difference(a, mx.max(a, axis=-1, keepdims=True))
     return weights / mx.sum(weights, axis=-1, keepdims=True)
@@ -83,7 +67,7 @@ def softmax(a: mx.array, axis: Any = None, *, precise: bool = False, stream: Any
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x, as mlx_lm.models.activations.swiglu."""
     if gate.dtype != mx.float32 or gate.size <= _FEW:
-        plain: mx.array = _mlx_lm_swiglu(gate, x)
+        plain: mx.array = mlx_lm_swiglu(gate, x)
         return plain
     mantissa, exponent = _compiled_parts(-gate)
     gated: mx.array = _gate(mantissa, exponent.view(mx.float32), gate, x)
@@ -95,7 +79,7 @@ def attention(
 ) -> mx.array:
     """As mx.fast.scaled_dot_product_attention: q [B, heads, L, dim], k and v [B, kv heads, T, dim]."""
     if q.dtype != mx.float32 or sinks is not None or options:
-        return _mx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     if _thread.is_stepwise:
@@ -109,7 +93,7 @@ def attention(
         else:
             scores = (scores.reshape(batch, heads, length, -1) + hidden).reshape(scores.shape)
     if scores.size <= _FEW:
-        weighted = _mx_softmax(scores, axis=-1) @ v
+        weighted = mx.softmax(scores, axis=-1) @ v
     else:
         weights = _exp_of_difference(scores, mx.max(scores, axis=-1, keepdims=True))
         weighted = (weights @ v) / mx.sum(weights, axis=-1, keepdims=True)
@@ -119,7 +103,7 @@ def attention(
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
     """As mx.fast.rms_norm: x [..., dim], weight [dim]."""
     if weight is None or not x.dtype == weight.dtype == mx.float32:
-        return _mx_rms_norm(x, weight, eps, stream=stream)
+        return mx.fast.rms_norm(x, weight, eps, stream=stream)
     normed: mx.array = _norm(x.shape[-1], eps)(x, weight)
     return normed
 
@@ -144,7 +128,7 @@ def rope(
             "offset": offset,
             "freqs": freqs,
         }
-        return _mx_rope(a, dims, **options, stream=stream)
+        return mx.fast.rope(a, dims, **options, stream=stream)
     cosines, sines = _turns(offset, a.shape[2], dims, traditional, base, scale, freqs)
     if traditional:
         pairs = a.reshape(*a.shape[:-1], dims // 2, 2)

@@ -6,7 +6,6 @@ Rule: prepare() runs before mlx.core is imported; mlx.py sees to it.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import resource
 import sys
@@ -49,16 +48,6 @@ def _keep_freed_memory() -> None:
     for option, value in _MALLOPT.items():
         if hasattr(libc, "mallopt"):  # not in other C libraries
             libc.mallopt(option, value)
-
-
-@functools.cache
-def install_kernels() -> None:
-    """On a Linux CPU, replace slow functions and layers of MLX and mlx-lm by faster ones with the same results."""
-    from mlxserver.engine.platform import cpu_kernels, cpu_matmul, policy
-
-    if policy.current().replace_kernels:
-        cpu_kernels.install()
-        cpu_matmul.install()
 
 
 def _import_mlx_lm() -> None:
