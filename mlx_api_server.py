@@ -1,7 +1,6 @@
-"""The server's process: its models, its application, its start and its end.
+"""The server's process: default models, settings, wiring, start and end. Reads from main() downwards.
 
-What it answers is in server/: there, and nowhere else, the wire's vocabulary (protocol/) and the engine's
-(engine/types.py) are translated.
+Requests are answered in server/, which alone translates between the wire's vocabulary (api/) and the engine's.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import uvloop
 
@@ -32,7 +30,7 @@ from mlxserver.engine.distributed import follower, launch
 from mlxserver.engine.distributed.launch import RanksDiffer
 from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.distributed.link import LinkLost
-from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.errors import EngineError, SourceInvalid
 from mlxserver.engine.loading import sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.loading.progress import Loading
@@ -41,6 +39,7 @@ from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.thread_pool import ThreadPool
+from mlxserver.manager.loading import StartEngine
 from mlxserver.manager.reload import Reload
 from mlxserver.manager.watchdog import watch
 from mlxserver.server import logs
@@ -49,8 +48,6 @@ from mlxserver.server.handlers import VERSION
 from model_manager import ModelManager
 
 log = logging.getLogger("server")
-
-# -- configuration ----------------------------------------------------------------------------------------------------
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
@@ -63,80 +60,76 @@ DEFAULT_MODELS = (
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )
 
-
 THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 
 
-def start_engine(builder: Builder, threads: ThreadPool) -> Any:
-    """How a model's engine is started: its thread loads the model and runs it."""
+def main() -> int:
+    """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address or another rank can't be had.
 
-    def start(spec: ModelSpec, on_death: Any, loading: Loading, metrics: ModelMetrics) -> Engine:
-        return Engine(
-            spec.key,
-            lambda: builder.build(spec, loading, metrics),
-            free=streams.free_memory,
-            stream=streams.finished_work,
-            on_death=on_death,
-            metrics=metrics,
-            start=threads.start,
-        )
-
-    return start
-
-
-@asynccontextmanager
-async def running_models(settings: Settings, leader: Leader | None = None) -> AsyncIterator[ModelManager]:
-    """The manager with its models; all are unloaded at the end, and the ranks that `leader` leads let go."""
-    threads = ThreadPool(streams.thread_stream)
-
-    def estimate_share(spec: ModelSpec) -> Estimate:
-        if not leader and spec.shard:  # before anybody leaves for it
-            raise sharding.alone(spec)
-        place = sharding.RankPosition(0, leader.size if leader else 1)
-        return threads.call(lambda: sharding.share(estimate(spec), spec, place))
-
-    manager = ModelManager(
-        settings,
-        start_engine(Builder(settings.stall_target, leader), threads),
-        device.process_bytes,
-        estimate_share,
-        device.active_bytes,
-    )
+    A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
+    """
     try:
-        yield manager
-    finally:
-        if not manager.is_closing:
-            await manager.close(0)
-        if leader:
-            leader.close()
-        if stuck := threads.close(THREADS_PATIENCE):
-            leave_behind(stuck)
+        run(sys.argv[1:])
+    except (ConfigInvalid, RanksDiffer) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LinkLost as error:
+        print(f"error: another rank is lost: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def leave_behind(stuck: list[str]) -> None:
-    """End the process although threads are stuck in a step: it would wait for them for ever."""
-    log.critical("The process ends without its threads %s, which make no step.", ", ".join(stuck))
-    logging.shutdown()
-    os._exit(1)
+def run(arguments: list[str]) -> None:
+    """Read the settings, bind the address and serve. Raises ConfigInvalid, OSError."""
+    settings = read_settings(arguments)
+    if load.only_checks(arguments):
+        print(f"The settings are right. Models: {', '.join(spec.key for spec in settings.models) or 'none'}.")
+        return
+    logs.configure(settings.log_level, settings.log_format)
+    # Imported modules stay for good. A full garbage collection that scans them pauses every stream for 50 to 300 ms;
+    # without them, for 2 ms.
+    gc.freeze()
+    leader = lead_or_follow(settings)
+    if not settings.has_keys and not is_loopback(settings.host):
+        log.warning("Every client that reaches %s may use this server: it has no keys (--api-key).", settings.host)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    uvloop.run(serve(settings, listener, lambda: read_settings(arguments), leader))
 
 
-def greeting(url: str, manager: ModelManager) -> str:
-    """What the server says when it is ready."""
-    keys = manager.keys
-    example = next((i.spec.key for i in manager.instances if i.status == "loaded"), keys[0] if keys else "KEY")
-    question = (
-        '"messages":[{"role":"user","content":"What is the capital of France?"}],"max_tokens":100,"temperature":0'
-    )
-    body = f'{{"model":"{example}",{question}}}'
-    models = "\n".join(f"  {i.spec.key:<16} {i.status:<9} {i.spec.source}" for i in manager.instances)
-    curl = f"curl -s {url}/v1/chat/completions -d '{body}'"
-    return f"\nServing on {url}\n\nModels:\n{models or '  none'}\n\nTry:\n  {curl}\n"
+def read_settings(arguments: list[str]) -> Settings:
+    """The settings, their sources checked as far as that goes without the network. Raises ConfigInvalid."""
+    settings = load.build(arguments, os.environ, Settings(models=DEFAULT_MODELS))
+    for spec in settings.models:
+        try:
+            sources.check(spec.source)
+        except SourceInvalid as error:
+            raise ConfigInvalid(f"model {spec.key}", spec.source, str(error)) from None
+    return settings
+
+
+def lead_or_follow(settings: Settings) -> Leader | None:
+    """Leader of the ranks that this process was started with; None if it was started alone.
+
+    A rank that follows stays in here until it ends. Raises RanksDiffer, LinkLost, OSError.
+    """
+    if not launch.is_one_of_several(os.environ):
+        return None
+    facts = launch.shared_facts(VERSION, settings)
+    if not launch.is_leader(os.environ):
+        follower.follow(launch.join(), facts, settings)
+    leader = Leader(settings.rank_timeout, settings.wedged_after)
+    leader.gather(facts, os.environ)
+    return leader
 
 
 async def serve(
     settings: Settings, listener: socket.socket, reread: Callable[[], Settings], leader: Leader | None
 ) -> None:
-    """Serve until a signal comes. `reread` gives the settings as they are now, or raises ConfigInvalid."""
+    """Serve until a signal comes. `reread` reads the settings again, or raises ConfigInvalid."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     async with running_models(settings, leader) as manager:
@@ -161,67 +154,72 @@ async def serve(
         watching.cancel()
 
 
-def read_settings(arguments: list[str]) -> Settings:
-    """The settings, their sources checked as far as that goes without the network. Raises ConfigInvalid."""
-    settings = load.build(arguments, os.environ, Settings(models=DEFAULT_MODELS))
-    for spec in settings.models:
-        try:
-            sources.check(spec.source)
-        except SourceInvalid as error:
-            raise ConfigInvalid(f"model {spec.key}", spec.source, str(error)) from None
-    return settings
+def greeting(url: str, manager: ModelManager) -> str:
+    """Text for the console once the server is ready: its URL, its models, a command to try."""
+    keys = manager.keys
+    example = next((i.spec.key for i in manager.instances if i.status == "loaded"), keys[0] if keys else "KEY")
+    question = (
+        '"messages":[{"role":"user","content":"What is the capital of France?"}],"max_tokens":100,"temperature":0'
+    )
+    body = f'{{"model":"{example}",{question}}}'
+    models = "\n".join(f"  {i.spec.key:<16} {i.status:<9} {i.spec.source}" for i in manager.instances)
+    curl = f"curl -s {url}/v1/chat/completions -d '{body}'"
+    return f"\nServing on {url}\n\nModels:\n{models or '  none'}\n\nTry:\n  {curl}\n"
 
 
-def run(arguments: list[str]) -> None:
-    """Read the settings, bind the address and serve. Raises ConfigInvalid, OSError."""
-    settings = read_settings(arguments)
-    if load.only_checks(arguments):
-        print(f"The settings are right. Models: {', '.join(spec.key for spec in settings.models) or 'none'}.")
-        return
-    logs.configure(settings.log_level, settings.log_format)
-    # What was imported stays. A full garbage collection that looks through all of it stops every thread, and with it
-    # every stream, for 50 to 300 ms; without it, for 2.
-    gc.freeze()
-    leader = lead_or_follow(settings)
-    if not settings.has_keys and not is_loopback(settings.host):
-        log.warning("Everybody who reaches %s may use this server: it has no keys (--api-key).", settings.host)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    uvloop.run(serve(settings, listener, lambda: read_settings(arguments), leader))
+@asynccontextmanager
+async def running_models(settings: Settings, leader: Leader | None = None) -> AsyncIterator[ModelManager]:
+    """The manager with its models. At the end all are unloaded, and the leader's ranks released."""
+    threads = ThreadPool(streams.thread_stream)
 
+    def estimate_share(spec: ModelSpec) -> Estimate:
+        if not leader and spec.shard:  # before a model is evicted for it
+            raise sharding.alone(spec)
+        position = sharding.RankPosition(0, leader.size if leader else 1)
+        return threads.call(lambda: sharding.share(estimate(spec), spec, position))
 
-def lead_or_follow(settings: Settings) -> Leader | None:
-    """Take this process's place among the ranks that it was started with; None if it was started alone.
-
-    A rank that computes stays in here until it ends. Raises RanksDiffer, LinkLost, OSError.
-    """
-    if not launch.is_one_of_several(os.environ):
-        return None
-    facts = launch.shared_facts(VERSION, settings)
-    if not launch.is_leader(os.environ):
-        follower.follow(launch.join(), facts, settings)
-    leader = Leader(settings.rank_timeout, settings.wedged_after)
-    leader.gather(facts, os.environ)
-    return leader
-
-
-def main() -> int:
-    """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address can't be had.
-
-    A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
-    """
+    manager = ModelManager(
+        settings,
+        engine_starter(Builder(settings.stall_target, leader), threads),
+        device.process_bytes,
+        estimate_share,
+        device.active_bytes,
+    )
     try:
-        run(sys.argv[1:])
-    except (ConfigInvalid, RanksDiffer) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except LinkLost as error:
-        print(f"error: another rank is lost: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+        yield manager
+    finally:
+        if not manager.is_closing:
+            await manager.close(0)
+        if leader:
+            leader.close()
+        if stalled := threads.close(THREADS_PATIENCE):
+            leave_behind(stalled)
+
+
+def engine_starter(builder: Builder, threads: ThreadPool) -> StartEngine:
+    """Starts the engine of a model, whose thread loads the model and runs it."""
+
+    def start(
+        spec: ModelSpec, on_death: Callable[[EngineError], None], loading: Loading, metrics: ModelMetrics
+    ) -> Engine:
+        return Engine(
+            spec.key,
+            lambda: builder.build(spec, loading, metrics),
+            free=streams.free_memory,
+            stream=streams.finished_work,
+            on_death=on_death,
+            metrics=metrics,
+            start=threads.start,
+        )
+
+    return start
+
+
+def leave_behind(stalled: list[str]) -> None:
+    """End the process although threads are stalled in a step: it would wait for them for ever."""
+    log.critical("The process ends without its threads %s, which are stalled.", ", ".join(stalled))
+    logging.shutdown()
+    os._exit(1)
 
 
 if __name__ == "__main__":

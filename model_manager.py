@@ -1,13 +1,14 @@
-"""The models of a server, and what becomes of them: registered, loaded, replaced, changed, unloaded, forgotten.
+"""The models of a server: registered, loaded, unloaded, replaced, reloaded, closed.
 
-ModelManager has one ModelInstance a key (manager/instance.py) in its Registry (manager/registry.py); all of them
+ModelManager has one ModelInstance per key (manager/instance.py) in its Registry (manager/registry.py); all of them
 share one MemoryBudget (manager/memory_budget.py).
 
-Rule 1: only registered sources are loaded. A request registers nothing, unless allow_any_model is set; what it
-        registered then and could not be loaded is forgotten when the next one comes.
-Rule 2: a model that was replaced or removed is forgotten at once; its last requests have shutdown_timeout to finish.
-Rule 3: close() finds every model that may have an engine, registered or not.
-Rule 4: what somebody asks for goes on when that caller has left.
+Invariants
+1. Only registered sources are loaded. A request registers nothing, unless allow_any_model is set; a model that it
+   registered then and that could not be loaded is removed when the next one comes.
+2. A model that was replaced or removed is retired at once; its running requests have shutdown_timeout to finish.
+3. close() finds every model that may have an engine, registered or not.
+4. Work that a caller asked for goes on when the caller has left.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mlxserver.manager.loading import Services, StartEngine, retrieve_exception
 from mlxserver.manager.memory_budget import MemoryBudget
 from mlxserver.manager.registry import Registry
 from mlxserver.manager.reload import Reload, changes, contradicts, is_live
-from mlxserver.manager.states import ModelState, Step, UnloadMode, UnloadReport
+from mlxserver.manager.states import LoadProgress, ModelState, UnloadMode, UnloadReport
 
 log = logging.getLogger("models")
 
@@ -41,9 +42,9 @@ CLOSE_GRACE = 10.0  # seconds that engines get to end
 class ModelManager:
     """All models by key.
 
-    `start_engine` makes the engine of a spec (runners/builder.py in the server, a scripted one in tests);
-    `measure_memory` tells the bytes that this process holds, `measure_arrays` those of them that are models' arrays;
-    `estimate` what a model will take.
+    start_engine: makes the engine of a spec (runners/builder.py in the server, a scripted one in tests).
+    measure_memory: bytes that this process holds; measure_arrays: those of them in models' arrays. estimate: memory
+    that a model will take. `ranks`: reports of the ranks that share models, none if the server is alone.
     """
 
     def __init__(
@@ -55,16 +56,14 @@ class ModelManager:
         measure_arrays: Callable[[], int] = lambda: 0,
     ) -> None:
         self.settings = settings
-        self.ranks: Callable[[], Sequence[RankReport]] = list  # how those are that share models, if there are several
-        self._started = time.monotonic()
+        self.ranks: Callable[[], Sequence[RankReport]] = list
         self.memory = MemoryBudget(self._rules, measure_arrays)
+        self._started = time.monotonic()
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._registry = Registry()
-        self._work: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         for spec in settings.models:
             self.register(spec)
-
-    # -- who there is ---------------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> list[str]:
@@ -83,38 +82,8 @@ class ModelManager:
 
     @property
     def metrics(self) -> list[ModelMetrics]:
-        """The counters of all of them, one a key."""
+        """Counters of all models, one per key."""
         return self._registry.metrics
-
-    def instance(self, key: str) -> ModelInstance:
-        """The model of this key or alias. Raises ModelNotFound."""
-        return self._registry.find(key)
-
-    def resolve(self, key: str) -> ModelInstance:
-        """The model of this key or alias, for a request that it is to answer: registered for it if allow_any_model is
-        set. Raises ModelNotFound.
-        """
-        try:
-            return self.instance(key)
-        except ModelNotFound:
-            may_come = self.settings.allow_any_model and self.settings.load_on_demand
-            if not (may_come and sources.is_repository(key)):
-                raise
-        self._forget_failures()
-        return self.register(ModelSpec(key, key))
-
-    def register(self, spec: ModelSpec) -> ModelInstance:
-        """Make a model known without loading it. A spec that agrees with the known one is no change.
-
-        Raises:
-            ModelExists: the key has another source, or another adapter, type or context than one that is stated.
-        """
-        known = self._registry.get(spec.key)
-        if known is None:
-            self._registry.put(known := self._new(spec))
-        elif contradicts(spec, known.spec):
-            raise ModelExists(spec.key, known.spec.source, spec.source)
-        return known
 
     @property
     def uptime(self) -> float:
@@ -126,75 +95,47 @@ class ModelManager:
         """Whether the server stops."""
         return self.memory.is_closed
 
-    # -- coming and going -----------------------------------------------------------------------------------------
+    # -- register, resolve ----------------------------------------------------------------------------------------
 
-    async def load(
-        self, spec: ModelSpec, *, replaces: bool = False, on_step: Callable[[Step], None] = lambda step: None
-    ) -> ModelInstance:
-        """Register a model and load it; one that was unknown is forgotten again if that fails.
-
-        replaces: the model takes the place of another source under its key, which is put back if this one fails.
-        on_step hears of the load's progress.
+    def register(self, spec: ModelSpec) -> ModelInstance:
+        """Register a model without loading it. A spec that agrees with the registered one changes nothing.
 
         Raises:
-            ModelExists, ModelReplaced, LoadFailed, LoadAborted, NoRoom, ModelUnloading
+            ModelExists: the key has another source, or another adapter, type or context than one that is stated.
         """
         known = self._registry.get(spec.key)
-        if known and replaces and contradicts(spec, known.spec):
-            work = self._replace(known, self._new(spec), on_step)
-        elif known is None and (other := self._registry.named(spec.key)):
-            raise ModelExists(spec.key, other.spec.source, spec.source)
-        else:
-            work = self._introduce(self.register(spec), on_step, is_new=known is None)
-        return await asyncio.shield(self._keep(work))
+        if known is None:
+            self._registry.put(known := self._new(spec))
+        elif contradicts(spec, known.spec):
+            raise ModelExists(spec.key, known.spec.source, spec.source)
+        return known
 
-    async def unload(self, key: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
-        """Unload a model; it stays registered. Raises ModelNotFound, ModelBusy."""
-        return await self.instance(key).unload(mode, patience)
+    def instance(self, name: str) -> ModelInstance:
+        """The model with this key or alias. Raises ModelNotFound."""
+        return self._registry.find(name)
 
-    async def forget(self, key: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
-        """Unload a model and remove its key at once. Raises ModelNotFound, ModelBusy."""
-        return await asyncio.shield(self._part_with(self.instance(key), mode, patience))
+    def resolve(self, name: str) -> ModelInstance:
+        """The model with this key or alias, for a request that it is to serve. Registers it if allow_any_model is set.
 
-    async def preload(self) -> None:
-        """Load what is to be there at the start; one that fails is logged and does not stop the others."""
-        await self._load_all(instance for instance in self.instances if instance.spec.preload)
-
-    async def reload(self, settings: Settings) -> Reload:
-        """Take new settings. Models whose section did not change are not touched; changed ones that were loaded are
-        loaded anew, in the background.
+        Raises:
+            ModelNotFound
         """
-        new = changes(self.settings, settings, self.keys)
-        specs = {spec.key: spec for spec in settings.models}
-        self.settings = settings
-        for key in new.removed:
-            self._part_with(self.instance(key), "drain", settings.shutdown_timeout)
-        wanted = [self.register(specs[key]) for key in new.added]
-        wanted = [instance for instance in wanted if instance.spec.preload]
-        wanted += [changed for key in new.changed if (changed := self._change(specs[key]))]
-        self._keep(self._load_all(wanted))
-        self.memory.reconsider()
+        try:
+            return self._registry.find(name)
+        except ModelNotFound:
+            may_register = self.settings.allow_any_model and self.settings.load_on_demand
+            if not (may_register and sources.is_repository(name)):
+                raise
+        self._remove_failed()
+        return self.register(ModelSpec(name, name))
+
+    def _remove_failed(self) -> None:
+        """Remove the models that a request registered and that never could be loaded."""
+        configured = {spec.key for spec in self.settings.models}
         for instance in self.instances:
-            instance.restart_idle_timer()
-        return new
-
-    async def close(self, patience: float) -> None:
-        """Call loads off, let running requests finish for `patience` seconds, then end every engine.
-
-        One that is stuck is left where it is, CLOSE_GRACE seconds later.
-        """
-        self.memory.close()
-        closing = [asyncio.ensure_future(instance.close(patience)) for instance in {*self.all_instances}] + [
-            *self._work
-        ]
-        if not closing:
-            return
-        done, stuck = await asyncio.wait(closing, timeout=patience + CLOSE_GRACE)
-        for outcome in await asyncio.gather(*done, return_exceptions=True):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
-                log.error("The end of a model met what nobody expected", exc_info=outcome)
-        if stuck:
-            log.error("%d models could not be unloaded", len(stuck))
+            has_failed = instance.metrics.loads and not instance.metrics.loads["loaded"]
+            if has_failed and instance.is_absent and instance.key not in configured and not instance.requests:
+                self._registry.remove(instance)
 
     def _new(self, spec: ModelSpec) -> ModelInstance:
         return ModelInstance(spec, self._services, self.memory, self._registry.metrics_of(spec.key))
@@ -202,12 +143,40 @@ class ModelManager:
     def _rules(self) -> Rules:
         return Rules(budget(self.settings.memory_limit), self.settings.min_residency, self.settings.max_wait)
 
-    async def _introduce(
-        self, instance: ModelInstance, on_step: Callable[[Step], None], *, is_new: bool
+    # -- load, replace --------------------------------------------------------------------------------------------
+
+    async def load(
+        self,
+        spec: ModelSpec,
+        *,
+        replaces: bool = False,
+        on_progress: Callable[[LoadProgress], None] = lambda progress: None,
     ) -> ModelInstance:
-        """Load a registered model; if that fails, forget it if it is new."""
+        """Register a model and load it; a new key is removed again if that fails.
+
+        replaces: the model takes the place of another source under its key, which is put back if this one fails.
+
+        Raises:
+            ModelExists, ModelReplaced, LoadFailed, LoadAborted, NoRoom, ModelUnloading
+        """
+        known = self._registry.get(spec.key)
+        if known and replaces and contradicts(spec, known.spec):
+            load = self._replace(known, self._new(spec), on_progress)
+        elif known is None and (other := self._registry.with_alias(spec.key)):
+            raise ModelExists(spec.key, other.spec.source, spec.source)
+        else:
+            load = self._load(self.register(spec), on_progress, is_new=known is None)
+        return await asyncio.shield(self._keep(load))
+
+    async def preload(self) -> None:
+        """Load the models that are marked for it; one that fails is logged and does not stop the others."""
+        await self._load_all(instance for instance in self.instances if instance.spec.preload)
+
+    async def _load(
+        self, instance: ModelInstance, on_progress: Callable[[LoadProgress], None], *, is_new: bool
+    ) -> ModelInstance:
         try:
-            with instance.reporting_to(on_step):
+            with instance.reporting_to(on_progress):
                 await instance.load()
         except EngineError:
             if is_new and instance.is_absent:
@@ -215,10 +184,17 @@ class ModelManager:
             raise
         return instance
 
-    async def _replace(self, old: ModelInstance, new: ModelInstance, on_step: Callable[[Step], None]) -> ModelInstance:
-        """Load the new one beside the old one, or else after it; the old one is put back if the new one fails."""
+    async def _load_all(self, instances: Iterable[ModelInstance]) -> None:
+        for outcome in await asyncio.gather(*(instance.load() for instance in instances), return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
+                raise outcome
+
+    async def _replace(
+        self, old: ModelInstance, new: ModelInstance, on_progress: Callable[[LoadProgress], None]
+    ) -> ModelInstance:
+        """Load the new model beside the old one, or else after it."""
         was_loaded = old.state is ModelState.READY
-        with self._registry.arriving(new), new.reporting_to(on_step):
+        with self._registry.replacing(new), new.reporting_to(on_progress):
             try:
                 await new.load()
                 self._put(new)
@@ -229,24 +205,63 @@ class ModelManager:
         return new
 
     async def _load_after(self, old: ModelInstance, new: ModelInstance) -> None:
+        """Unload the old model, then load the new one; if that fails, put the old one back."""
         self._put(new)  # requests from here on wait for it
         await old.unload("drain", self.settings.shutdown_timeout)
         try:
             await new.load()
         except EngineError:
             if self._registry.get(new.key) is new:
-                self._part_with(new, "abort", None)  # somebody may have asked for it again at once
+                self._unregister(new, "abort", None)  # it may have been asked for again at once
                 self._registry.put(old)
                 self._keep(self._load_all([old]))
             raise
 
     def _put(self, new: ModelInstance) -> None:
-        """Register a model in the place of whichever has its key now."""
+        """Register a model in place of the one that has its key now."""
         if former := self._registry.put(new):
-            self._part_with(former, "drain", self.settings.shutdown_timeout)
+            self._unregister(former, "drain", self.settings.shutdown_timeout)
+
+    # -- unload ---------------------------------------------------------------------------------------------------
+
+    async def unload(self, name: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
+        """Unload a model; it stays registered. Raises ModelNotFound, ModelBusy."""
+        return await self.instance(name).unload(mode, patience)
+
+    async def forget(self, name: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
+        """Remove a model's key at once, and unload it. Raises ModelNotFound, ModelBusy."""
+        return await asyncio.shield(self._unregister(self.instance(name), mode, patience))
+
+    def _unregister(
+        self, instance: ModelInstance, mode: UnloadMode, patience: float | None
+    ) -> asyncio.Task[UnloadReport]:
+        """Remove a model from the registry, and start to unload it. Raises ModelBusy at once."""
+        unload = instance.start_unload(mode, patience)
+        self._registry.remove_leaving(instance, unload)
+        return unload
+
+    # -- reload, close --------------------------------------------------------------------------------------------
+
+    async def reload(self, settings: Settings) -> Reload:
+        """Apply new settings. Models whose section did not change are not touched; changed ones that were loaded are
+        loaded anew, in the background.
+        """
+        found = changes(self.settings, settings, self.keys)
+        specs = {spec.key: spec for spec in settings.models}
+        self.settings = settings
+        for key in found.removed:
+            self._unregister(self.instance(key), "drain", settings.shutdown_timeout)
+        added = [self.register(specs[key]) for key in found.added]
+        wanted = [instance for instance in added if instance.spec.preload]
+        wanted += [changed for key in found.changed if (changed := self._change(specs[key]))]
+        self._keep(self._load_all(wanted))
+        self.memory.reconsider()
+        for instance in self.instances:
+            instance.restart_idle_timer()
+        return found
 
     def _change(self, spec: ModelSpec) -> ModelInstance | None:
-        """Give a model its new section. What has to be loaded for it, if anything."""
+        """Give a model its new section. The instance that has to be loaded for it, if any."""
         known = self.instance(spec.key)
         if is_live(known.spec, spec):
             known.spec = spec
@@ -255,31 +270,26 @@ class ModelManager:
         self._put(new := self._new(spec))
         return new if was_loaded or spec.preload else None
 
-    def _part_with(
-        self, instance: ModelInstance, mode: UnloadMode, patience: float | None
-    ) -> asyncio.Task[UnloadReport]:
-        """Take a model out of the registry, and unload it. Raises ModelBusy at once."""
-        leaving = instance.start_unload(mode, patience)
-        self._registry.depart(instance, leaving)
-        return leaving
+    async def close(self, patience: float) -> None:
+        """Abort loads, let running requests finish for `patience` seconds, then end every engine.
 
-    def _forget_failures(self) -> None:
-        """Strike the models that a request registered and that were never there."""
-        configured = {spec.key for spec in self.settings.models}
-        for instance in self.instances:
-            was_tried = instance.metrics.loads and not instance.metrics.loads["loaded"]
-            if was_tried and instance.is_absent and instance.key not in configured and not instance.requests:
-                self._registry.remove(instance)
+        An engine that is stalled is left behind, CLOSE_GRACE seconds later.
+        """
+        self.memory.close()
+        closing = [asyncio.ensure_future(instance.close(patience)) for instance in {*self.all_instances}]
+        if not (pending := [*closing, *self._tasks]):
+            return
+        done, stalled = await asyncio.wait(pending, timeout=patience + CLOSE_GRACE)
+        for outcome in await asyncio.gather(*done, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
+                log.error("The end of a model met an unexpected error", exc_info=outcome)
+        if stalled:
+            log.error("%d models could not be unloaded", len(stalled))
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Let work go on by itself; close() waits for it."""
+        """A task that goes on by itself; close() waits for it."""
         task = asyncio.create_task(work)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-        task.add_done_callback(retrieve_exception)  # whoever asked for it may have left
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(retrieve_exception)  # its caller may have left
         return task
-
-    async def _load_all(self, instances: Iterable[ModelInstance]) -> None:
-        for outcome in await asyncio.gather(*(instance.load() for instance in instances), return_exceptions=True):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
-                raise outcome

@@ -24,8 +24,8 @@ import jsonschema
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.events import Delta, Finish
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat, SamplingOptions
-from mlxserver.engine.runners.builder import Builder, ModelRuntime
-from mlxserver.engine.worker.tracker import Output
+from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.worker.runner import Output, Runner
 
 ROUNDS, SEEDS = 5, 2  # every schema once a seed, in every round
 MAX_TOKENS = 1000
@@ -88,24 +88,24 @@ class Answers:
     seconds: float
 
 
-def generate(runtime: ModelRuntime, requests: Sequence[GenerationRequest]) -> Answers:
+def generate(runner: Runner, requests: Sequence[GenerationRequest]) -> Answers:
     """Answer requests, all in one batch."""
     ids = itertools.count()
     outputs: dict[int, tuple[Output, list[Any]]] = {}
     started = time.perf_counter()
     for one in requests:
-        choices = runtime.prepare(one, ids)
-        runtime.batch.insert([row for row, _ in choices])
-        outputs |= {row.id: (output, []) for row, output in choices}
-    while not runtime.batch.is_empty():
+        choices = runner.prepare(one, ids)
+        runner.batch.insert([sequence for sequence, _ in choices])
+        outputs |= {sequence.id: (output, []) for sequence, output in choices}
+    while not runner.batch.is_empty():
         finished = []
-        for token in runtime.batch.decode():
+        for token in runner.batch.decode():
             output, events = outputs[token.sequence_id]
             events += output.feed(token)
             if events and isinstance(events[-1], Finish):
                 finished.append(token.sequence_id)
-        runtime.batch.remove(finished)
-        runtime.batch.prefill()
+        runner.batch.remove(finished)
+        runner.batch.prefill()
     seconds = time.perf_counter() - started
     read = outputs.values()
     return Answers([events for _, events in read], [output.completion_tokens for output, _ in read], seconds)
@@ -121,11 +121,11 @@ def is_valid(events: list[Any], schema: dict[str, Any]) -> bool:
     return True
 
 
-def compile_all(runtime: ModelRuntime) -> float:
+def compile_all(runner: Runner) -> float:
     """Seconds that the first use of all schemas takes."""
     started = time.perf_counter()
     for subject, schema in SCHEMAS.items():
-        runtime.preprocess(request(subject, 0, schema))
+        runner.preprocess(request(subject, 0, schema))
     return time.perf_counter() - started
 
 
@@ -136,22 +136,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of the batch")
     options = parser.parse_args()
     spec = ModelSpec("bench", options.model, type="instruction", max_running=options.rows)
-    runtime = Builder(0.25).build(spec)
-    compiling = compile_all(runtime)
-    generate(runtime, [request(subject, 0, length=2) for subject in SCHEMAS])  # the prompts are read once
+    runner = Builder(0.25).build(spec)
+    compiling = compile_all(runner)
+    generate(runner, [request(subject, 0, length=2) for subject in SCHEMAS])  # the prompts are read once
     valid = tokens = 0
     seconds = {"bound": 0.0, "free": 0.0}
     for first in range(0, ROUNDS * SEEDS, SEEDS):
         asked = [(subject, seed) for seed in range(first, first + SEEDS) for subject in SCHEMAS]
-        bound = generate(runtime, [request(*one, SCHEMAS[one[0]]) for one in asked])
-        free = generate(runtime, [request(*one, length=n) for one, n in zip(asked, bound.lengths, strict=True)])
+        bound = generate(runner, [request(*one, SCHEMAS[one[0]]) for one in asked])
+        free = generate(runner, [request(*one, length=n) for one, n in zip(asked, bound.lengths, strict=True)])
         valid += sum(
             is_valid(events, SCHEMAS[subject]) for events, (subject, _) in zip(bound.events, asked, strict=True)
         )
         tokens += sum(bound.lengths)
         seconds["bound"] += bound.seconds
         seconds["free"] += free.seconds
-    runtime.batch.close()
+    runner.batch.close()
     rates = tokens / seconds["bound"], tokens / seconds["free"]
     print(f"valid: {valid} of {ROUNDS * SEEDS * len(SCHEMAS)} answers over {len(SCHEMAS)} schemas at temperature 1")
     print(f"with schemas {rates[0]:.1f} tokens/s, free {rates[1]:.1f} tokens/s, ratio {rates[0] / rates[1]:.2f}")

@@ -1,4 +1,4 @@
-"""What can be wrong with a setting, and how a wrong value is quoted."""
+"""Error of a wrong setting, and how a wrong value is quoted."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What a setting accepts, read from the annotation of its dataclass field.
+"""Settings as their dataclass fields declare them: what a field accepts, and its marks.
 
-Rule 1: the annotation says all of it: Annotated[TYPE, Range(...), Size(), "what it means"]; all but TYPE may be absent.
-        A list is Annotated[tuple[str, ...], Several(...), "what it means"]; text has commas between its items.
-Rule 2: text (flags, environment) and TOML values go through the same check; only the reading of text comes before.
-Rule 3: a wrong value is ConfigInvalid with the place it came from.
+Invariants
+1. The annotation is the whole declaration: Annotated[TYPE, Range(...), Size(), Live(), "meaning"]; all but TYPE are
+   optional. A list is Annotated[tuple[str, ...], Several(...), "meaning"]; as text it has commas between its items.
+2. Text (flags, environment) and TOML values pass the same check; only parsing the text comes before it.
+3. A wrong value raises ConfigInvalid with its place. A secret one is not shown.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mlxserver.config.errors import ConfigInvalid
@@ -37,33 +39,51 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """Marks a number of bytes, which may be written with a unit."""
-
-
-@dataclass(frozen=True, slots=True)
 class Several:
-    """Marks a list of texts, each of which matches `pattern`; `expected` says it in words. A secret is never shown."""
+    """List of texts, each of which matches `pattern`; `expected` is that in words."""
 
     pattern: str
     expected: str
-    secret: bool = False
+
+
+class Size:
+    """Mark of a number of bytes, which may be written with a unit."""
+
+
+class Secret:
+    """Mark of a setting whose value is shown nowhere."""
+
+
+class Live:
+    """Mark of a setting that applies at a reload. The others need a restart; of a model, that it is loaded anew."""
+
+
+class Shared:
+    """Mark of a setting that must be equal on all ranks."""
+
+
+class Identity:
+    """Mark of a model's setting that makes it another model: two specs of one key that both state it must agree."""
+
+
+Mark = Size | Secret | Live | Shared | Identity
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: the type of its value, or the choices for it, its bounds and what it means."""
+    """One setting: the type of its value, or the choices for it, its bounds and its meaning."""
 
     type: type
     choices: tuple[str, ...] = ()
     range: Range | None = None
     meaning: str = ""
     is_size: bool = False
+    is_secret: bool = False
     several: Several | None = None
 
     @property
     def expected(self) -> str:
-        """What it takes, as a noun phrase."""
+        """What the setting accepts, as a noun phrase."""
         if self.several:
             return self.several.expected
         if self.choices:
@@ -73,7 +93,7 @@ class Setting:
         return f"{EXPECTATIONS[self.type]} {self.range or ''}".rstrip()
 
     def check(self, place: str, value: object) -> Any:
-        """The value in the setting's type. Raises ConfigInvalid; true is no number, and a bounded one is not nan."""
+        """The value in the setting's type. Raises ConfigInvalid, also for true as a number and NaN in a range."""
         if self.several:
             return self._check_items(place, value, self.several)
         if self.is_size and isinstance(value, str):
@@ -84,7 +104,7 @@ class Setting:
         return self.type(value)
 
     def read(self, place: str, text: str) -> Any:
-        """The value that a text from a flag or the environment stands for. Raises ConfigInvalid."""
+        """The value of a text from a flag or the environment. Raises ConfigInvalid."""
         try:
             value = self._parse(text)
         except (ValueError, KeyError):
@@ -96,7 +116,7 @@ class Setting:
             isinstance(item, str) and re.fullmatch(several.pattern, item) for item in value
         )
         if not is_right:
-            raise ConfigInvalid(place, "(not shown)" if several.secret else value, several.expected)
+            raise ConfigInvalid(place, "(not shown)" if self.is_secret else value, several.expected)
         return tuple(value)  # type: ignore[arg-type]
 
     def _parse(self, text: str) -> Any:
@@ -112,21 +132,31 @@ class Setting:
         return self.range is None or self.range.minimum <= value <= self.range.maximum
 
 
+@cache
 def settings_of(schema: type) -> Mapping[str, Setting]:
-    """The settings of a dataclass, by field name, its own before inherited ones. Fields that hold something else are
-    left out.
-    """
-    hints = get_type_hints(schema, include_extras=True)
-    hints = {name: hints[name] for name in schema.__annotations__} | hints
-    found = {name: _setting(hint) for name, hint in hints.items()}
+    """Settings of a dataclass by field name, its own before inherited ones, without fields of other types."""
+    found = {name: _setting(*_declaration(hint)) for name, hint in _hints(schema).items()}
     return {name: setting for name, setting in found.items() if setting is not None}
 
 
-def _setting(hint: Any) -> Setting | None:
-    extras: tuple[Any, ...] = ()
-    if get_origin(hint) is Annotated:
-        hint, *rest = get_args(hint)
-        extras = tuple(rest)
+@cache
+def marked(schema: type, mark: type[Mark]) -> tuple[str, ...]:
+    """Names of the fields of a dataclass that have a mark, whatever their type."""
+    hints = _hints(schema).items()
+    return tuple(name for name, hint in hints if any(isinstance(extra, mark) for extra in _declaration(hint)[1]))
+
+
+def _hints(schema: type) -> dict[str, Any]:
+    hints = get_type_hints(schema, include_extras=True)
+    return {name: hints[name] for name in schema.__annotations__} | hints
+
+
+def _declaration(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The type of an annotation, and what else it has."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def _setting(hint: Any, extras: tuple[Any, ...]) -> Setting | None:
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(member for member in get_args(hint) if member is not type(None))
     choices = get_args(hint) if get_origin(hint) is Literal else ()
@@ -134,13 +164,19 @@ def _setting(hint: Any) -> Setting | None:
     several = next((extra for extra in extras if isinstance(extra, Several)), None)
     if type_ not in EXPECTATIONS and not several:
         return None
-    bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
-    meaning = next((extra for extra in extras if isinstance(extra, str)), "")
-    return Setting(type_, choices, bounds, meaning, any(isinstance(extra, Size) for extra in extras), several)
+    return Setting(
+        type_,
+        choices,
+        range=next((extra for extra in extras if isinstance(extra, Range)), None),
+        meaning=next((extra for extra in extras if isinstance(extra, str)), ""),
+        is_size=any(isinstance(extra, Size) for extra in extras),
+        is_secret=any(isinstance(extra, Secret) for extra in extras),
+        several=several,
+    )
 
 
 def _bytes(text: str) -> int:
-    """The number of bytes that "12GB", "1.5 GiB" or "4096" stands for. Raises ValueError."""
+    """Number of bytes that "12GB", "1.5 GiB" or "4096" means. Raises ValueError."""
     match = SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(text)

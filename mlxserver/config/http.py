@@ -1,4 +1,4 @@
-"""Settings of who may come in, and of how much one client may ask for."""
+"""Settings of the HTTP side: access, and the limits of one client."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from mlxserver.config.fields import Range, Several, Size
+from mlxserver.config.fields import Live, Range, Secret, Several, Size
 
-KEYS = Several(r"[\x21-\x2b\x2d-\x7e]{8,512}", "keys of 8 to 512 visible ASCII characters without commas", secret=True)
+KEYS = Several(r"[\x21-\x2b\x2d-\x7e]{8,512}", "keys of 8 to 512 visible ASCII characters without commas")
 FILES = Several(r"(?s:[^,]+)", "names of files")
 HOSTS = Several(r"[A-Za-z0-9_.:-]{1,253}", "names or addresses of hosts, without a port")
 ORIGINS = Several(r"\*|null|[a-z][a-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]+", "origins such as https://example.org, or *")
 
+Texts = tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
-    """Who may come in, and how much one client may ask for. Times are in seconds, sizes in bytes.
+    """Access, and the limits of one client. Times are in seconds, sizes in bytes.
 
-    api_key, admin_key: with any, every request but /health needs one; none lets everybody in. The files hold more of
-    them, one a line; config/load.py reads them, so that these fields have all.
+    api_key, admin_key: with any of them, every request but /health needs one; without, all clients may do everything.
+    The files hold more keys, one per line; config/load.py adds them, so that these fields have all.
     """
 
-    api_key: Annotated[tuple[str, ...], KEYS, "key of clients that may generate"] = field(default=(), repr=False)
-    admin_key: Annotated[tuple[str, ...], KEYS, "key of clients that may do everything"] = field(default=(), repr=False)
-    api_key_file: Annotated[tuple[str, ...], FILES, "file with such keys, one a line"] = ()
-    admin_key_file: Annotated[tuple[str, ...], FILES, "file with such keys, one a line"] = ()
-    allow_host: Annotated[tuple[str, ...], HOSTS, "another name that the server is asked by (the Host header)"] = ()
-    allow_origin: Annotated[tuple[str, ...], ORIGINS, "origin whose pages may use the server (CORS)"] = ()
+    api_key: Annotated[Texts, KEYS, Secret(), Live(), "key of clients that may generate"] = field(
+        default=(), repr=False
+    )
+    admin_key: Annotated[Texts, KEYS, Secret(), Live(), "key of clients that may do everything"] = field(
+        default=(), repr=False
+    )
+    api_key_file: Annotated[Texts, FILES, Live(), "file with such keys, one per line"] = ()
+    admin_key_file: Annotated[Texts, FILES, Live(), "file with such keys, one per line"] = ()
+    allow_host: Annotated[Texts, HOSTS, Live(), "another name of the server (in the Host header)"] = ()
+    allow_origin: Annotated[Texts, ORIGINS, Live(), "origin whose pages may use the server (CORS)"] = ()
 
     max_connections: Annotated[int, Range(1, 60_000), "connections at once; over it: 503"] = 1024
     header_timeout: Annotated[float, Range(0.1, 3600), "seconds until a request's head is there"] = 10.0
@@ -48,12 +54,12 @@ class HttpSettings:
 
     @property
     def has_keys(self) -> bool:
-        """Whether one must have a key."""
+        """Whether clients need a key."""
         return bool(self.api_key or self.admin_key)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody outside this machine reaches this address."""
+    """Whether an address can be reached from this machine alone."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

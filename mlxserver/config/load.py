@@ -1,9 +1,11 @@
-"""Where settings come from: a TOML file, environment variables, and flags. A later one wins.
+"""Sources of settings: a TOML file, environment variables, and flags. A later one wins.
 
-Rule 1: each source is read to plain checked values by field name; build() lays them over the defaults.
-Rule 2: nothing unknown is accepted, and a wrong value names its place: "--port", "MLX_SERVER_PORT",
-        "models.toml: models.foo.type".
-Rule 3: models are put together by key. A model that is named again replaces the one that was.
+Invariants
+1. Each source is read to plain checked values by field name; build() lays them over the defaults.
+2. Unknown names are refused, and a wrong value is reported with its place: "--port", "MLX_SERVER_PORT",
+   "models.toml: models.foo.type".
+3. Models are merged by key. A model that is named again replaces the one before.
+4. No message shows a key, or a part of one.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from typing import Any, NoReturn
 
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.fields import Setting, settings_of
-from mlxserver.config.key_files import KEY_FILES, with_key_files
 from mlxserver.config.settings import GenerationDefaults, ModelSpec, Settings
 
-SCALARS = settings_of(Settings)
+SETTINGS = settings_of(Settings)
 MODEL_FIELDS = {name: setting for name, setting in settings_of(ModelSpec).items() if name != "key"}
 DEFAULTS = settings_of(GenerationDefaults)
 SECTION = [*MODEL_FIELDS, "aliases", "defaults"]
-ENVIRONMENT = {f"MLX_SERVER_{name.upper()}": name for name in SCALARS}
-FLAGS = {f"--{name.replace('_', '-')}": name for name in SCALARS}
+ENVIRONMENT = {f"MLX_SERVER_{name.upper()}": name for name in SETTINGS}
+FLAGS = {f"--{name.replace('_', '-')}": name for name in SETTINGS}
+KEY_FILES = {"api_key_file": "api_key", "admin_key_file": "admin_key"}
 CACHE_VARIABLE = "MLX_SERVER_CACHE"  # where conversions are kept: no setting, loading/gguf.py reads it
 MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 CHECK = "--check-config"
@@ -34,14 +36,14 @@ KEY_EXPECTED = "a model key: 1 to 128 letters, digits or any of . _ : / -"
 
 
 def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -> Settings:
-    """The settings from the command line, without the program's name, over environ, over the file, over defaults.
+    """Settings from the command line, without the program's name, over environ, over the file, over defaults.
 
-    Raises ConfigInvalid. -h prints the help and exits.
+    -h prints the help and exits. Raises ConfigInvalid.
     """
     arguments = vars(_parser(defaults).parse_args(list(argv)))
     file: dict[str, Any] = {} if arguments["config"] is None else read_file(Path(arguments["config"]))
-    said = {flag: arguments[name] for flag, name in FLAGS.items() if arguments[name] is not None}
-    flags = {FLAGS[flag]: SCALARS[FLAGS[flag]].read(flag, text) for flag, text in said.items()}
+    given = {flag: arguments[name] for flag, name in FLAGS.items() if arguments[name] is not None}
+    flags = {FLAGS[flag]: SETTINGS[FLAGS[flag]].read(flag, text) for flag, text in given.items()}
     models = [
         *(() if arguments["no_defaults"] else defaults.models),
         *file.pop("models", ()),
@@ -49,47 +51,94 @@ def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -
     ]
     unique = tuple({spec.key: spec for spec in models}.values())
     _check_aliases(unique)
-    return with_key_files(replace(defaults, **{**file, **read_environment(environ), **flags, "models": unique}))
+    return _with_key_files(replace(defaults, **{**file, **read_environment(environ), **flags, "models": unique}))
 
 
 def only_checks(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for no more than a check of the settings. For one that build() has taken."""
+    """Whether a command line that build() accepts asks for a check of the settings alone."""
     return CHECK in argv
 
 
-def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Settings by field name. Raises ConfigInvalid, for an unknown MLX_SERVER_ name too."""
-    given = {name: text for name, text in environ.items() if name.startswith("MLX_SERVER_") and name != CACHE_VARIABLE}
-    for name in given:
-        if name not in ENVIRONMENT:
-            raise ConfigInvalid("environment", name, f"one of {', '.join(ENVIRONMENT)}")
-    return {ENVIRONMENT[name]: SCALARS[ENVIRONMENT[name]].read(name, text) for name, text in given.items()}
+# -- sources ----------------------------------------------------------------------------------------------------------
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Settings by field name, models as ModelSpecs. Raises ConfigInvalid."""
-    document = _document(path)
+    """Settings of a TOML file by field name, models as ModelSpecs. Raises ConfigInvalid."""
+    try:
+        document = tomllib.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigInvalid("--config", str(path), f"a TOML file ({error})") from None
     sections = document.pop("models", {})
     if not isinstance(sections, dict):
         raise ConfigInvalid(f"{path}: models", sections, "sections named [models.KEY]")
     for name in document:
-        if name not in SCALARS:
-            raise ConfigInvalid(str(path), name, f"one of {', '.join(SCALARS)}, or [models.KEY]")
-    scalars = {name: SCALARS[name].check(f"{path}: {name}", value) for name, value in document.items()}
-    for name in scalars.keys() & KEY_FILES.keys():
-        scalars[name] = tuple(str(path.parent / Path(written).expanduser()) for written in scalars[name])
-    return {**scalars, "models": [_section(path, key, section) for key, section in sections.items()]}
+        if name not in SETTINGS:
+            raise ConfigInvalid(str(path), name, f"one of {', '.join(SETTINGS)}, or [models.KEY]")
+    values = {name: SETTINGS[name].check(f"{path}: {name}", value) for name, value in document.items()}
+    for name in values.keys() & KEY_FILES.keys():
+        values[name] = tuple(str(path.parent / Path(written).expanduser()) for written in values[name])
+    return {**values, "models": [_section(path, key, section) for key, section in sections.items()]}
 
 
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigInvalid("--config", str(path), f"a TOML file ({error})") from None
+def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of the environment by field name. Raises ConfigInvalid, for an unknown MLX_SERVER_ name too."""
+    given = {name: text for name, text in environ.items() if name.startswith("MLX_SERVER_") and name != CACHE_VARIABLE}
+    for name in given:
+        if name not in ENVIRONMENT:
+            raise ConfigInvalid("environment", name, f"one of {', '.join(ENVIRONMENT)}")
+    return {ENVIRONMENT[name]: SETTINGS[ENVIRONMENT[name]].read(name, text) for name, text in given.items()}
+
+
+def _parser(defaults: Settings) -> _Parser:
+    """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
+    parser = _Parser(description="Serve local models through an OpenAI-compatible API.", allow_abbrev=False)
+    parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE", help="add a model (repeatable)")
+    parser.add_argument("--no-defaults", action="store_true", help="leave the default models out")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings")
+    parser.add_argument(CHECK, action="store_true", help="check the settings, and exit")
+    for flag, name in FLAGS.items():
+        setting, default = SETTINGS[name], getattr(defaults, name)
+        if setting.several:
+            parser.add_argument(flag, action=_Append, help=f"{setting.meaning} (repeatable; {setting.expected})")
+            continue
+        metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper()
+        bare: dict[str, str] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
+        text = f"{setting.meaning} (default {default}; {setting.expected})"
+        parser.add_argument(flag, metavar=metavar, help=text, **bare)  # type: ignore[arg-type]
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors are ConfigInvalid."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigInvalid("command line", message, "flags as --help shows them")
+
+
+class _Append(argparse.Action):
+    """A flag that may be repeated: its texts with commas between them, as a variable has them."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
+    ) -> None:
+        """Add one text."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def _named_model(text: str) -> ModelSpec:
+    """The model of a --model KEY=SOURCE."""
+    key, equals, source = text.partition("=")
+    if not equals or not source.strip() or not MODEL_KEY.fullmatch(key):
+        raise ConfigInvalid("--model", text, f"KEY=SOURCE, where KEY is {KEY_EXPECTED}")
+    return ModelSpec(key, source)
 
 
 def _section(path: Path, key: str, section: object) -> ModelSpec:
+    """The model of a [models.KEY]."""
     place = f"{path}: models.{key}"
     if not MODEL_KEY.fullmatch(key):
         raise ConfigInvalid(f"{path}: models", key, KEY_EXPECTED)
@@ -109,7 +158,7 @@ def _section(path: Path, key: str, section: object) -> ModelSpec:
 def _checked(
     place: str, section: Mapping[str, Any], settings: Mapping[str, Setting], known: Sequence[str]
 ) -> dict[str, Any]:
-    """The values of a section that are in `settings`; anything that is not known is refused."""
+    """Values of a section that are in `settings`. Refuses names that are not known."""
     for name in section:
         if name not in known:
             raise ConfigInvalid(place, name, f"one of {', '.join(known)}")
@@ -123,7 +172,7 @@ def _aliases(place: str, value: object) -> tuple[str, ...]:
 
 
 def _check_aliases(models: Sequence[ModelSpec]) -> None:
-    """Refuse two meanings of one name."""
+    """Refuse a name with two meanings."""
     owners = {spec.key: spec.key for spec in models}
     for spec in models:
         for alias in spec.aliases:
@@ -132,7 +181,7 @@ def _check_aliases(models: Sequence[ModelSpec]) -> None:
 
 
 def _located(fields: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, str]]:
-    """The paths among a model's fields, relative to the file's directory. A Hugging Face id is no path."""
+    """Paths among a model's fields, relative to the file's directory. A Hugging Face id is no path."""
     for name in fields.keys() & {"source", "adapter"}:
         written, path = fields[name], directory / fields[name]
         is_path = name == "adapter" or written.startswith(("./", "../")) or written.endswith(".gguf") or _exists(path)
@@ -147,45 +196,26 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _named_model(text: str) -> ModelSpec:
-    key, equals, source = text.partition("=")
-    if not equals or not source.strip() or not MODEL_KEY.fullmatch(key):
-        raise ConfigInvalid("--model", text, f"KEY=SOURCE, where KEY is {KEY_EXPECTED}")
-    return ModelSpec(key, source)
+# -- key files --------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ConfigInvalid."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigInvalid("command line", message, "flags as --help shows them")
-
-
-class _Append(argparse.Action):
-    """A flag that may be repeated: its texts with commas between them, as a variable has them."""
-
-    def __call__(
-        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
-    ) -> None:
-        """Add one text."""
-        said = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if said is None else f"{said},{values}")
+def _with_key_files(settings: Settings) -> Settings:
+    """The settings with the keys of their files added."""
+    for files, keys in KEY_FILES.items():
+        found = [key for name in getattr(settings, files) for key in _read_keys(files, Path(name).expanduser(), keys)]
+        changed: dict[str, Any] = {keys: tuple(dict.fromkeys((*getattr(settings, keys), *found)))}
+        settings = replace(settings, **changed)
+    return settings
 
 
-def _parser(defaults: Settings) -> _Parser:
-    """Values stay text here, so that one place checks them whatever their source."""
-    parser = _Parser(description="Serve local models through an OpenAI-compatible API.", allow_abbrev=False)
-    parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE", help="add a model (repeatable)")
-    parser.add_argument("--no-defaults", action="store_true", help="leave the default models out")
-    parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings")
-    parser.add_argument(CHECK, action="store_true", help="say whether the settings are right, and end")
-    for flag, name in FLAGS.items():
-        setting, default = SCALARS[name], getattr(defaults, name)
-        if setting.several:
-            parser.add_argument(flag, action=_Append, help=f"{setting.meaning} (repeatable; {setting.expected})")
-            continue
-        metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper()
-        bare: dict[str, str] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
-        text = f"{setting.meaning} (default {default}; {setting.expected})"
-        parser.add_argument(flag, metavar=metavar, help=text, **bare)  # type: ignore[arg-type]
-    return parser
+def _read_keys(setting: str, path: Path, keys: str) -> list[str]:
+    """Keys of a file, one per line. Empty lines and lines that begin with # are comments."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigInvalid(setting, str(path), f"a file with keys ({reason})") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise ConfigInvalid(setting, str(path), "a file with at least one key")
+    return list(SETTINGS[keys].check(f"{setting}: {path}", found))

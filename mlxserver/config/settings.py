@@ -1,7 +1,7 @@
-"""Settings: frozen, built once from file, environment and flags (config/load.py).
+"""Settings of the server and of its models: frozen, built once from file, environment and flags (config/load.py).
 
-Rule: a setting is one line here. Its annotation says what it accepts, and makes its TOML key, environment variable
-      and flag.
+Invariant: a setting is one line here or in config/http.py. Its annotation says what it accepts, makes its TOML key,
+environment variable and flag, and has its marks (config/fields.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
-from mlxserver.config.fields import Range, Size
+from mlxserver.config.fields import Identity, Live, Range, Shared, Size
 from mlxserver.config.http import HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
@@ -23,7 +23,7 @@ LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """How a model generates where a request does not say. None leaves it to the model's own generation_config.json."""
+    """Sampling of a model where a request does not set it. None leaves it to the model's generation_config.json."""
 
     temperature: Annotated[float | None, Range(0, 2)] = None
     top_p: Annotated[float | None, Range(0.000001, 1)] = None
@@ -43,58 +43,61 @@ class ModelSpec:
     """One registered model.
 
     key: the name in requests. source: Hugging Face id, MLX directory, .gguf file or embedded:NAME (loading/sources.py).
-    type: None finds it out from template and tokenizer. adapter: directory of a LoRA adapter. preload: load at start.
+    type: None infers it from template and tokenizer. adapter: directory of a LoRA adapter. preload: load at the start.
     context_length: tokens, None takes the model's own, as far as cache_tokens go. max_running, max_waiting: requests
-    decoding together, and waiting for a place. prefix_cache_bytes: what finished prompts may keep, within the cache.
-    cache_tokens: tokens whose keys and values all requests together may hold, None is loading/estimate.py's choice.
-    aliases: more names in requests. pin: never evicted. ttl: seconds without a request until it is unloaded, None
-    takes the server's. defaults: how it generates. shard: how several ranks share it (loading/sharding.py), None:
-    rank 0 has it alone.
+    decoding together, and waiting for a slot. prefix_cache_bytes: what the prefix cache may keep, within the KV cache.
+    cache_tokens: tokens in the KV cache of all requests together, None is loading/estimate.py's choice. aliases: more
+    names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes the server's. defaults:
+    sampling. shard: how several ranks share it (loading/sharding.py), None: rank 0 has it alone.
     """
 
-    key: str
-    source: str
-    type: ModelType | None = None
-    adapter: str | None = None
-    preload: bool = False
-    context_length: Annotated[int | None, Range(1)] = None
-    max_running: Annotated[int, Range(1)] = 32
-    max_waiting: Annotated[int, Range(0)] = 256
-    prefix_cache_bytes: Annotated[int, Range(0), Size()] = 1 << 30
-    cache_tokens: Annotated[int | None, Range(16)] = None
-    aliases: tuple[str, ...] = ()
-    pin: bool = False
-    ttl: Annotated[float | None, Range(0)] = None
+    key: Annotated[str, Shared()]
+    source: Annotated[str, Shared(), Identity()]
+    type: Annotated[ModelType | None, Identity()] = None
+    adapter: Annotated[str | None, Shared(), Identity()] = None
+    preload: Annotated[bool, Live()] = False
+    context_length: Annotated[int | None, Range(1), Shared(), Identity()] = None
+    max_running: Annotated[int, Range(1), Shared()] = 32
+    max_waiting: Annotated[int, Range(0), Live()] = 256
+    prefix_cache_bytes: Annotated[int, Range(0), Size(), Shared()] = 1 << 30
+    cache_tokens: Annotated[int | None, Range(16), Shared()] = None
+    aliases: Annotated[tuple[str, ...], Live()] = ()
+    pin: Annotated[bool, Live()] = False
+    ttl: Annotated[float | None, Range(0), Live()] = None
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
-    shard: Shard | None = None
+    shard: Annotated[Shard | None, Shared(), Identity()] = None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings(HttpSettings):
-    """All of the server. Times are in seconds, sizes in bytes."""
+    """All settings of the server. Times are in seconds, sizes in bytes."""
 
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
     port: Annotated[int, Range(0, 65535), "port to listen on; 0 takes a free one"] = 8000
-    log_level: Annotated[LogLevel, "what to log"] = "info"
-    models: tuple[ModelSpec, ...] = ()
+    log_level: Annotated[LogLevel, Live(), "what to log"] = "info"
+    models: Annotated[tuple[ModelSpec, ...], Live()] = ()
     stall_target: Annotated[float, Range(0.001, 60), "seconds that a prefill may hold running streams up"] = 0.25
-    shutdown_timeout: Annotated[float, Range(0, 86_400), "seconds that running requests get to finish at the end"] = (
-        30.0
-    )
-    memory_limit: Annotated[int, Range(0), Size(), "memory that all models may take; 0: a share of the device's"] = 0
-    min_residency: Annotated[float, Range(0), "seconds that a model in use keeps its place against one that waits"] = (
-        10.0
-    )
-    max_wait: Annotated[
-        float, Range(0), "seconds after which a request gets its model a place, min_residency or not"
+    shutdown_timeout: Annotated[
+        float, Range(0, 86_400), Live(), "seconds that running requests get to finish at the end"
     ] = 30.0
-    ttl: Annotated[float, Range(0), "seconds without a request until a model is unloaded; inf: never"] = math.inf
-    wedged_after: Annotated[float, Range(1), "seconds without a step after which a busy engine counts as wedged"] = (
-        120.0
-    )
-    load_on_demand: Annotated[bool, "load a registered model at its first request"] = True
-    allow_any_model: Annotated[bool, "let a request load any Hugging Face id"] = False
-    log_format: Annotated[LogFormat, "a line for people, or a JSON object, for each event"] = "text"
+    memory_limit: Annotated[
+        int, Range(0), Size(), Live(), "memory that all models may take; 0: a share of the device's"
+    ] = 0
+    min_residency: Annotated[
+        float, Range(0), Live(), "seconds that a model in use stays loaded although requests wait for another one"
+    ] = 10.0
+    max_wait: Annotated[
+        float, Range(0), Live(), "seconds after which a request gets its model loaded, min_residency or not"
+    ] = 30.0
+    ttl: Annotated[float, Range(0), Live(), "idle seconds until a model is unloaded; inf: never"] = math.inf
+    wedged_after: Annotated[
+        float, Range(1), Live(), "seconds without a step after which a busy engine counts as stalled"
+    ] = 120.0
+    load_on_demand: Annotated[bool, Live(), "load a registered model at its first request"] = True
+    allow_any_model: Annotated[bool, Live(), "let a request load any Hugging Face id"] = False
+    log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"
-    rank_timeout: Annotated[float, Range(1, 3600), "seconds of silence until another rank counts as lost"] = 20.0
+    rank_timeout: Annotated[float, Range(1, 3600), Shared(), "seconds of silence until another rank counts as lost"] = (
+        20.0
+    )

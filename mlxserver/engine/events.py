@@ -1,4 +1,4 @@
-"""What an engine emits for a request. Plain frozen data, safe to share between threads.
+"""Events that an engine emits for a request. Plain frozen data, safe to share between threads.
 
 Rule: a generation is Accepted, then any number of Deltas, one Finish per choice, and Usage at the very end; or, at any
       point, one EngineError and nothing after it.
@@ -16,14 +16,14 @@ Channel = Literal["content", "reasoning"]
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The engine has formatted the prompt and will answer. No HTTP header leaves before this."""
+    """The request was admitted to the engine. HTTP headers go out only after this event."""
 
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token with its log-probability under the model (before temperature and filters), and the likeliest ones."""
+    """Log-probability of a token under the model, before temperature and filters, with the likeliest tokens."""
 
     text: str
     bytes: bytes
@@ -33,9 +33,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of text of one choice, on its channel. Tags and stop strings are never part of it.
+    """Text of one choice, on its channel, without tags and stop strings.
 
-    logprobs: those of the tokens that brought the text, where the request asked for them.
+    logprobs: of the tokens that the text comes from, where the request asked for them.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a tool call. `call` counts the calls of one choice; the first piece of each has id and name."""
+    """A part of a tool call. `call` counts the calls of one choice; the first delta of each call has id and name."""
 
     call: int
     arguments: str
@@ -57,7 +57,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """One choice has ended."""
+    """End of one choice."""
 
     reason: FinishReason
     index: int = 0
@@ -65,7 +65,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where a generation's time went, in seconds: until a place was free, until the first token, from there on."""
+    """Durations of a generation's parts, in seconds: until a slot was free, until the first token, from there on."""
 
     queue: float
     prompt: float

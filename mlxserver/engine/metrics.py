@@ -1,7 +1,7 @@
-"""What is counted of each model. Counters only grow, for as long as the model is known under its key.
+"""Counters of each model, and the load of each engine. Counters only grow, for as long as the model has its key.
 
-Rule 1: each figure has one writer thread at a time, so that none needs a lock: a reader may see it a moment old.
-Rule 2: counting costs less than a microsecond; whoever asks for the figures pays for putting them together.
+Rule 1: each figure has one writer thread at a time, so that none needs a lock; a reader may see a value a moment old.
+Rule 2: counting costs less than a microsecond; the reader pays for sums and percentiles.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from itertools import accumulate
 from mlxserver.engine.events import Usage
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
 class Histogram:
-    """How often a value was at most each of the bounds."""
+    """Histogram with cumulative buckets; `bounds` are their upper bounds, ascending."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -33,7 +33,7 @@ class Histogram:
 
     @property
     def cumulative(self) -> list[int]:
-        """For each bound, and last without one, how many values were at most that."""
+        """For each bound, and at last for none, the number of values that were not above it."""
         return list(accumulate(self._counts))
 
 
@@ -45,10 +45,10 @@ def _seconds() -> Histogram:
 class ModelMetrics:
     """All counters of one model.
 
-    By whom: batch_size, inter_token and faults by the engine thread, the rest by the event loop. `requests` are by
-    outcome ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed", "aborted"
-    and "refused", `unloads` by what made the model leave ("drain", "abort", "reject", "evict", "idle"), `faults` by
-    what they met ("request", "step", "out_of_memory"). Times: seconds.
+    Written by the engine thread: batch_size, inter_token and faults; by the event loop: the rest. `requests` are keyed
+    by outcome ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed",
+    "aborted" and "refused", `unloads` by cause ("drain", "abort", "reject", "evict", "idle"), `faults` by what failed
+    ("request", "step", "out_of_memory"). Times in seconds.
     """
 
     key: str
@@ -56,7 +56,7 @@ class ModelMetrics:
     inter_token: Histogram = field(default_factory=_seconds)
     queue: Histogram = field(default_factory=_seconds)
     load: Histogram = field(default_factory=_seconds)
-    batch_size: Histogram = field(default_factory=lambda: Histogram(ROWS))
+    batch_size: Histogram = field(default_factory=lambda: Histogram(BATCH_SIZES))
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -79,9 +79,22 @@ class ModelMetrics:
         self.reasoning_tokens += usage.reasoning_tokens
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class EngineLoad:
+    """Load of one engine: all that other threads may read of its batch. Written by the engine thread alone.
+
+    is_busy: sequences wait or run. num_running: requests that hold at least one slot, prefilling or decoding.
+    step_seconds: duration of a decode step while sequences decode, 0 otherwise.
+    """
+
+    is_busy: bool = False
+    num_running: int = 0
+    step_seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """How a rank is. `error` says why it is lost; memory in bytes, as it said last; silent for so many seconds."""
+    """A rank. error: why it is lost. memory_bytes: as last reported. silent_seconds: since its last message."""
 
     rank: int
     address: str

@@ -1,6 +1,6 @@
-"""The one door to MLX: prepares the process, then imports MLX. What computes takes `mx` and `nn` from here.
+"""The one door to MLX: prepares the process, then imports MLX. Modules that compute take `mx` and `nn` from here.
 
-Rule: nothing imports mlx or mlx_lm before this module; ruff sorts its import first, a test checks it.
+Rule: nothing imports mlx or mlx_lm before this module; ruff sorts its import first, tests/test_architecture.py looks.
 """
 
 from mlxserver.engine.platform import environment

@@ -9,22 +9,23 @@ from mlxserver.engine.requests import Sampling
 
 
 class Constraint(Protocol):
-    """What a row may say next, decided from what it has said. Runs on the engine thread, between two tokens."""
+    """Allowed next tokens of one sequence, from the tokens it has generated. Runs on the engine thread."""
 
     def allowed(self) -> bytes | None:
-        """A bit mask over the vocabulary, the lowest bit of each byte first, as long as those of all other rows; None
-        allows every token.
+        """A bit mask over the vocabulary, lowest bit of each byte first, of one length for all sequences; None allows
+        every token.
         """
 
     def accept(self, token: int) -> None:
-        """Take note of the token that was chosen."""
+        """Advance by the sampled token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One sequence for the batch: the prompt's token ids and how to go on from there.
+    """A sequence to generate: the prompt's token ids, and how to go on from there.
 
-    said: how many of the last tokens the row itself generated before it had to wait again. max_tokens: from here on.
+    num_generated: how many of the last tokens were generated before the sequence was preempted. max_tokens: most tokens
+    to generate from here on.
     """
 
     id: int
@@ -33,12 +34,12 @@ class Sequence:
     max_tokens: int
     top_logprobs: int | None = None
     constraint: Constraint | None = None
-    said: int = 0
+    num_generated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities at one position: the chosen token's, and the likeliest tokens with theirs."""
+    """Log-probabilities at one position: that of the sampled token, and the likeliest tokens with theirs."""
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
@@ -46,9 +47,9 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One generated token of one row. cached_tokens is how much of its prompt the prefix cache had.
+    """A generated token of one sequence. cached_tokens: tokens of its prompt that came from the prefix cache.
 
-    started: when the row got its place, by time.monotonic().
+    started: when the sequence got its slot, by time.monotonic().
     """
 
     sequence_id: int

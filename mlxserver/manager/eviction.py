@@ -1,9 +1,10 @@
-"""Which models have to leave so that another one fits. Pure: plain figures in, a decision out.
+"""Eviction: which models have to leave so that another one fits. Pure: figures in, a decision out.
 
-Rule 1: a pinned model never leaves, and nobody leaves in vain: without enough memory in the end, nobody does.
-Rule 2: idle models leave first, the least recently used first of all.
-Rule 3: a model in use leaves only for a request that waits, and only after min_residency, or once that request has
-        waited for max_wait. It finishes what it has begun.
+Invariants
+1. A pinned model is never evicted, and no model is evicted in vain: a refusal has no victims.
+2. Idle models are evicted first, least recently used first.
+3. A model in use is evicted only for a request that waits, and only after min_residency, or once that request has
+   waited for max_wait. It finishes its running requests.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from mlxserver.engine.errors import Projection
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A model that has memory, or will have it in a moment. Sizes in bytes, times in seconds on one clock.
+    """A model with granted memory. Sizes in bytes, times in seconds on one clock.
 
-    holder: whose it is. is_movable: it is loaded and can be asked to leave, which one that is being loaded can't.
+    holder: the model itself. is_evictable: whether it is loaded; one that is being loaded can't be evicted yet.
     """
 
     holder: Any
     bytes: int
     is_pinned: bool = False
     is_busy: bool = False
-    is_movable: bool = True
+    is_evictable: bool = True
     last_used: float = 0.0
     resident_since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRequest:
-    """MemoryBudget that is wanted. waiting_since None: nobody waits for it, so that no model in use has to leave."""
+    """Memory that a load asks for. waiting_since None: no request waits for it, so that no model in use is evicted."""
 
     bytes: int
     waiting_since: float | None = None
@@ -42,7 +43,7 @@ class MemoryRequest:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What keeps models from pushing each other out all the time, in seconds; and the memory for all, in bytes."""
+    """Limits against thrashing, in seconds, and the budget of all models, in bytes."""
 
     budget: int
     min_residency: float
@@ -51,21 +52,21 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """There is memory once these have left."""
+    """The memory is there once the victims have left."""
 
     victims: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
-    """There may be memory later: ask again at this time at the latest, and whenever a model changes."""
+    """The memory may be there later: decide again at this time at the latest, and whenever a model changes."""
 
     until: float
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """There is no memory."""
+    """The memory is not there."""
 
     projection: Projection
 
@@ -73,40 +74,44 @@ class Refused:
 Decision = Granted | Postponed | Refused
 
 
-def decide(demand: MemoryRequest, residents: Sequence[Resident], rules: Rules, now: float) -> Decision:
-    """Whether there is memory for the demand, and who has to leave for it."""
-    missing = demand.bytes - (rules.budget - sum(resident.bytes for resident in residents))
-    idle = [o for o in residents if o.is_movable and not (o.is_pinned or o.is_busy)]
-    if missing <= sum(o.bytes for o in idle):
-        return Granted(_fewest(sorted(idle, key=lambda o: o.last_used), missing))
-    in_use = [o for o in residents if o.is_busy and not o.is_pinned]
-    if demand.waiting_since is None or missing > sum(o.bytes for o in (*idle, *in_use)):
-        return Refused(project(demand.bytes, residents, rules.budget))
-    patience_ends = demand.waiting_since + rules.max_wait
-    ends = [min(o.resident_since + rules.min_residency, patience_ends) if o.is_movable else math.inf for o in in_use]
-    due = [o for o, end in zip(in_use, ends, strict=True) if end <= now]
-    if missing <= sum(o.bytes for o in (*idle, *due)):
-        due.sort(key=lambda o: o.resident_since)
-        return Granted(_fewest([*sorted(idle, key=lambda o: o.last_used), *due], missing))
+def decide(request: MemoryRequest, residents: Sequence[Resident], rules: Rules, now: float) -> Decision:
+    """Whether the request gets its memory, and which models are evicted for it."""
+    missing = request.bytes - (rules.budget - _total(residents))
+    idle = [r for r in residents if r.is_evictable and not (r.is_pinned or r.is_busy)]
+    if missing <= _total(idle):
+        return Granted(_fewest(sorted(idle, key=lambda r: r.last_used), missing))
+    in_use = [r for r in residents if r.is_busy and not r.is_pinned]
+    if request.waiting_since is None or missing > _total([*idle, *in_use]):
+        return Refused(project(request.bytes, residents, rules.budget))
+    wait_ends = request.waiting_since + rules.max_wait
+    ends = [min(r.resident_since + rules.min_residency, wait_ends) if r.is_evictable else math.inf for r in in_use]
+    due = [r for r, end in zip(in_use, ends, strict=True) if end <= now]
+    if missing <= _total([*idle, *due]):
+        due.sort(key=lambda r: r.resident_since)
+        return Granted(_fewest([*sorted(idle, key=lambda r: r.last_used), *due], missing))
     return Postponed(min((end for end in ends if end > now), default=math.inf))
 
 
 def project(needed: int, residents: Sequence[Resident], budget: int) -> Projection:
     """The sizes that explain a refusal."""
-    pinned = sum(o.bytes for o in residents if o.is_pinned)
-    busy = sum(o.bytes for o in residents if o.is_busy and not o.is_pinned)
-    held = sum(o.bytes for o in residents)
+    pinned = _total([r for r in residents if r.is_pinned])
+    busy = _total([r for r in residents if r.is_busy and not r.is_pinned])
+    held = _total(residents)
     return Projection(needed, max(0, budget - held), held - pinned - busy, pinned, busy, budget)
 
 
 def _fewest(candidates: Sequence[Resident], missing: int) -> tuple[Any, ...]:
-    """The first of the candidates that make up for what is missing, without those that turn out not to be needed."""
+    """The first candidates that make up for the missing bytes, without those that turn out not to be needed."""
     chosen: list[Resident] = []
     for candidate in candidates:
-        if sum(o.bytes for o in chosen) >= missing:
+        if _total(chosen) >= missing:
             break
         chosen.append(candidate)
     for resident in list(reversed(chosen)):
-        if sum(o.bytes for o in chosen) - resident.bytes >= missing:
+        if _total(chosen) - resident.bytes >= missing:
             chosen.remove(resident)
-    return tuple(o.holder for o in chosen)
+    return tuple(r.holder for r in chosen)
+
+
+def _total(residents: Sequence[Resident]) -> int:
+    return sum(resident.bytes for resident in residents)

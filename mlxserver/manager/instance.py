@@ -1,101 +1,159 @@
-"""One registered model, as the server sees it: what is known of it, and the requests that it answers.
+"""One registered model, as the server and the manager see it: its parts, put together.
 
-How it is loaded and how it leaves is in manager/lifecycle.py, who waits and who runs in manager/queue.py.
-
-Rule: `requests` counts those waiting and running. It goes down when the engine is done, not when the client has read.
+Invariant: `requests` counts those that wait and those that run. It falls when the engine is done with one, not when the
+client has read the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import ModelFailed, ModelNotLoaded, ModelUnloading, QueueFull
+from mlxserver.engine.errors import ModelUnloading, QueueFull
+from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.requests import GenerationRequest, Question
+from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.generation import Generation
+from mlxserver.manager.eviction import Resident
 from mlxserver.manager.lifecycle import Lifecycle
-from mlxserver.manager.loading import Services
-from mlxserver.manager.memory_budget import MemoryBudget
-from mlxserver.manager.queue import Lease
-from mlxserver.manager.states import ModelState
+from mlxserver.manager.loading import Loader, Services
+from mlxserver.manager.memory_budget import MemoryBudget, Reservation
+from mlxserver.manager.queue import Lease, RequestQueue
+from mlxserver.manager.states import LoadProgress, ModelState, UnloadMode, UnloadReport
+from mlxserver.manager.timers import IdleTimer
 
 
-class ModelInstance(Lifecycle):
-    """One registered model."""
+class ModelInstance:
+    """One registered model. A reload may exchange its spec for one that differs in live settings alone."""
 
     def __init__(self, spec: ModelSpec, services: Services, memory: MemoryBudget, metrics: ModelMetrics) -> None:
-        super().__init__(spec, services, memory, metrics)
+        self.spec = spec
+        self.metrics = metrics
         self.created = int(time.time())
+        self._settings = services.settings
+        self._memory = memory
+        self._queue = RequestQueue()
+        self._idle_timer = IdleTimer(lambda: self._lifecycle.evict("idle"))
+        self._reservation = Reservation(self, memory)
+        self._loader = Loader(services, self._reservation, metrics)
+        self._lifecycle = Lifecycle(
+            spec.key, services, self._queue, self._reservation, self._loader, metrics, self._follow_transition
+        )
 
     def __repr__(self) -> str:
-        return f"<ModelInstance {self.spec.key} {self.state.name} requests={self.requests}>"
+        return f"<ModelInstance {self.key} {self.state.name} requests={self.requests}>"
 
-    # -- what is known of it --------------------------------------------------------------------------------------
+    @property
+    def key(self) -> str:
+        """Name of the model in requests."""
+        return self.spec.key
+
+    @property
+    def state(self) -> ModelState:
+        """State of the lifecycle."""
+        return self._lifecycle.state
 
     @property
     def status(self) -> str:
-        """The state's public name."""
+        """Public name of the state."""
         state = ModelState.DRAINING if self.state is ModelState.EVICTING else self.state
         return str(state.value)
 
     @property
+    def is_absent(self) -> bool:
+        """Whether the model is neither in memory nor about to be loaded."""
+        return self._lifecycle.is_absent
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        """Facts of the loaded model; None without one."""
+        return self._lifecycle.facts
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """Memory that the last load was expected to take; None before the first."""
+        return self._loader.estimate
+
+    @property
+    def load_seconds(self) -> float:
+        """Duration of the last load."""
+        return self._loader.seconds
+
+    @property
+    def load_progress(self) -> LoadProgress:
+        """Progress of the load that is under way, or of the last one."""
+        return self._loader.progress
+
+    @property
     def failure_reason(self) -> str | None:
-        """Why the model failed, or how long its engine has been stuck; None while all is well."""
+        """Why the model failed, or for how long its engine has been stalled; None without a fault."""
         if self.is_stalled and self._engine:
             return f"The engine of model {self.key!r} has made no step for {self._engine.stalled_for:.0f} s."
-        return str(self.error) if self.error else None
+        return str(self._lifecycle.error) if self._lifecycle.error else None
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the engine has been at one step for longer than any takes."""
-        return self._engine is not None and self._engine.stalled_for > self._services.settings().wedged_after
+        """Whether the engine's current step takes longer than wedged_after."""
+        return self._engine is not None and self._engine.stalled_for > self._settings().wedged_after
 
     @property
     def requests(self) -> int:
-        """RequestQueue that wait or run."""
-        return len(self._requests)
+        """Number of requests that wait or run."""
+        return len(self._queue)
 
     @property
     def running(self) -> int:
-        """RequestQueue that have a place in the batch."""
-        return min(self._requests.served, self.spec.max_running)
+        """Number of requests that hold a slot. The engine may count one that has just ended, and is none any more."""
+        return min(self._engine.num_running, self._queue.num_admitted) if self._engine else 0
 
     @property
     def waiting(self) -> int:
-        """RequestQueue that wait for a place, or for the model."""
+        """Number of requests that wait for a slot, or for the model."""
         return self.requests - self.running
 
     @property
+    def pace(self) -> float:
+        """Running average of the seconds between two answers."""
+        return self._queue.pace
+
+    @property
     def reserved_bytes(self) -> int:
-        """Memory that it may take."""
-        return self._memory.reserved_by(self)
+        """Memory that is reserved for the model."""
+        return self._reservation.bytes
 
     @property
     def expires_in(self) -> float | None:
-        """Seconds until it is unloaded if no request comes; None: never, or not while it has requests."""
+        """Seconds until the model is unloaded for being idle; None: never, or not while it has requests."""
         return self._idle_timer.remaining
 
-    # -- requests -------------------------------------------------------------------------------------------------
+    @property
+    def _engine(self) -> Engine | None:
+        return self._lifecycle.engine
 
-    async def generate(self, request: GenerationRequest, keep_alive: float | None = None) -> Generation:
-        """Queue a request, loading the model first if need be, and wait until the engine has it.
+    async def generate(self, request: GenerationRequest, idle_timeout: float | None = None) -> Generation:
+        """Queue a request, load the model if need be, and submit the request to its engine.
 
-        keep_alive: seconds that the model stays after this request, instead of its ttl.
+        idle_timeout: seconds that the model stays loaded after this request, instead of its ttl.
 
         Raises:
-            QueueFull: as many requests wait as may.
-            ModelNotLoaded: it would have to be loaded, and requests do not load models here.
-            PromptRejected: it asks for what this model can't be held to.
-            ModelFailed: it has failed several times, and it is too early to try again.
+            QueueFull: max_waiting requests wait already.
+            ModelNotLoaded: the model is not loaded, and requests do not load models here.
+            PromptRejected: the request has a part that this model can't serve.
+            ModelFailed: the model failed several times, and the backoff is not over.
             LoadFailed, LoadAborted, NoRoom, ModelUnloading, EngineStopped
         """
+        lease = Lease(idle_timeout)
         try:
-            lease, generation = await self._begin(request, keep_alive)
+            engine = await self._enter(lease)
+            generation = engine.submit(await engine.preprocess(request))
         except BaseException as error:
+            self._exit(lease)
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
             self.metrics.requests[outcome] += 1
             raise
@@ -106,58 +164,105 @@ class ModelInstance(Lifecycle):
         return generation
 
     async def ask(self, question: Question) -> Any:
-        """What the model's tokenizer says, the model being loaded first. Raises as generate(), and PromptRejected."""
-        lease = self._enter(None)
+        """Answer of the model's tokenizer; loads the model if need be. Raises as generate(), and PromptRejected."""
+        lease = Lease()
         try:
-            return await (await self._engine_for(lease)).ask(question)
+            return await (await self._enter(lease)).ask(question)
         finally:
             self._exit(lease)
 
-    async def _begin(self, request: GenerationRequest, keep_alive: float | None) -> tuple[Lease, Generation]:
-        lease = self._enter(keep_alive)
-        try:
-            engine = await self._engine_for(lease)
-            return lease, engine.submit(await engine.preprocess(request))
-        except BaseException:
-            self._exit(lease)
-            raise
-
-    def _enter(self, keep_alive: float | None) -> Lease:
-        if self.state is ModelState.DRAINING:
-            raise ModelUnloading(self.key)
+    async def _enter(self, lease: Lease) -> Engine:
+        """Take a request in. The engine that serves it, once there is one."""
+        self._lifecycle.check_admission()
         if self.requests >= self.spec.max_running + self.spec.max_waiting:
-            raise QueueFull(self.key, self.spec.max_waiting, max(1.0, self._requests.pace))
-        is_absent = self.state in (ModelState.UNLOADED, ModelState.FAILED, ModelState.EVICTING)
-        if is_absent and not self._services.settings().load_on_demand:
-            raise ModelNotLoaded(self.key)
-        if self.state is ModelState.FAILED and (seconds := self._backoff.remaining):
-            raise ModelFailed(self.key, str(self.error), seconds)
-        lease = Lease(keep_alive)
+            raise QueueFull(self.key, self.spec.max_waiting, max(1.0, self.pace))
         if self.state is ModelState.READY:
-            self._requests.serve(lease)
-            self._idle_timer.cancel()
+            self._queue.admit(lease)
+            self._idle_timer.stop()
         else:
-            self._requests.hold(lease)
-            self._memory.reconsider()  # a load without a request behind it is now one with
-        return lease
-
-    async def _engine_for(self, lease: Lease) -> Engine:
-        """The engine that serves this request."""
-        while self._requests.is_held(lease):
-            await self._loaded()
+            self._queue.add(lease)
+            self._memory.reconsider()  # a load that was explicit now has a request that waits
+            await self._lifecycle.load(self.spec)
         if self._engine is None:
             raise ModelUnloading(self.key)
         return self._engine
 
+    def _finish(self, lease: Lease, generation: Generation) -> None:
+        """The engine is done with a request."""
+        if generation.usage:  # a complete answer
+            self._queue.note_answer(lease)
+            self._lifecycle.backoff.reset()
+        self._exit(lease)
+        self.metrics.note(generation.outcome, generation.usage)
+
     def _exit(self, lease: Lease) -> None:
-        if self._requests.leave(lease):
+        if self._queue.remove(lease):
             self.restart_idle_timer()
             self._memory.reconsider()
 
-    def _finish(self, lease: Lease, generation: Generation) -> None:
-        """The engine is done with a request."""
-        self._requests.note_answer(lease)
-        self._exit(lease)
-        if generation.usage:
-            self._backoff.forget()
-        self.metrics.note(generation.outcome, generation.usage)
+    async def load(self) -> None:
+        """Load the model, as Lifecycle.load(). Raises LoadFailed, LoadAborted, NoRoom, ModelUnloading."""
+        await self._lifecycle.load(self.spec)
+
+    def reporting_to(self, listener: Callable[[LoadProgress], None]) -> AbstractContextManager[None]:
+        """Call the listener with the progress of loads."""
+        return self._loader.reporting_to(listener)
+
+    async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
+        """Unload the model, as Lifecycle.unload(). Goes on if the caller leaves. Raises ModelBusy."""
+        return await asyncio.shield(self.start_unload(mode, patience))
+
+    def start_unload(self, mode: UnloadMode, patience: float | None) -> asyncio.Task[UnloadReport]:
+        """Start to unload the model. Raises ModelBusy at once."""
+        return self._lifecycle.unload(mode, patience)
+
+    async def close(self, patience: float) -> None:
+        """Unload the model for good: a load is aborted, running requests get `patience` seconds."""
+        await self._lifecycle.close(patience)
+
+    def retire(self, is_retired: bool = True) -> None:
+        """Never load the model again: it is no longer registered. False takes that back."""
+        self._lifecycle.is_retired = is_retired
+
+    def restart_idle_timer(self) -> None:
+        """(Re)arm the idle timer of an idle model: it has become idle, or its settings have changed."""
+        if self.state is not ModelState.READY or self._queue.num_admitted:
+            return
+        usual = self._settings().ttl if self.spec.ttl is None else self.spec.ttl
+        timeout = usual if self._queue.idle_timeout is None else self._queue.idle_timeout
+        idle_for = time.monotonic() - self._queue.last_used
+        self._idle_timer.start(math.inf if self.spec.pin else max(0.0, timeout - idle_for))
+
+    def _follow_transition(self) -> None:
+        """Update the other parts after a change of the state."""
+        self._idle_timer.stop()
+        if self.state is ModelState.READY:
+            self._queue.admit_waiting()
+            self.restart_idle_timer()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the model is being unloaded."""
+        return self._lifecycle.is_leaving
+
+    @property
+    def waiting_since(self) -> float | None:
+        """Arrival of the oldest request that waits for the model, by time.monotonic(); None without one."""
+        return self._queue.waiting_since
+
+    def resident(self, bytes: int) -> Resident:
+        """Figures of the model for a decision on memory."""
+        is_ready = self.state is ModelState.READY
+        return Resident(
+            self,
+            bytes,
+            is_pinned=self.spec.pin,
+            is_busy=self.requests > 0 or not is_ready,
+            is_evictable=is_ready,
+            last_used=self._queue.last_used,
+            resident_since=self._lifecycle.ready_since,
+        )
+
+    def evict(self) -> None:
+        """Unload the model after its running requests; those that arrive from now on wait until it is loaded again."""
+        self._lifecycle.evict()

@@ -1,9 +1,10 @@
-"""What a model's load needs, what is told of it on the way, and how it ended."""
+"""Load of one model: what it needs from outside, its steps and their progress, and how it ended."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,20 +17,21 @@ from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.requests import ModelFacts
 from mlxserver.engine.worker.engine import Engine
-from mlxserver.manager.states import Step
+from mlxserver.manager.memory_budget import Reservation
+from mlxserver.manager.states import LoadProgress
 
 log = logging.getLogger("models")
 
-# Starts the engine of a model. Further arguments: what is told when the engine ends by itself, what hears of the
-# load's progress, and what counts.
+# Starts the engine of a model. Its further arguments: called when the engine ends by itself; takes the load's progress;
+# the model's counters.
 StartEngine = Callable[[ModelSpec, Callable[[EngineError], None], Loading, ModelMetrics], Engine]
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What all models need from outside. `settings` are asked for at every use: they may change.
+    """What all models need from outside. `settings` are read at every use: a reload changes them.
 
-    estimate: what a model will take; it may block. measure_memory: bytes that this process holds.
+    estimate: memory that a model will take; it may block. measure_memory: bytes that this process holds.
     """
 
     start_engine: StartEngine
@@ -38,7 +40,7 @@ class Services:
     settings: Callable[[], Settings]
 
     def memory_now(self) -> int | None:
-        """Bytes that this process holds; None if that can't be told, which must not keep a model from leaving."""
+        """Bytes that this process holds; None if they can't be measured, which must not stop an unload."""
         try:
             return self.measure_memory()
         except Exception as error:
@@ -46,53 +48,70 @@ class Services:
             return None
 
 
-class ProgressFeed:
-    """The steps of one model's loads, for whoever listens."""
+class Loader:
+    """Loads one model: estimates its memory, reserves it and starts the engine.
 
-    def __init__(self) -> None:
-        self.latest = Step("waiting")
-        self._listeners: list[Callable[[Step], None]] = []
+    estimate and seconds: of the last load. progress: of the load that is under way, or of the last one.
+    """
 
-    def tell(self, step: Step) -> None:
-        """A load has come so far."""
-        self.latest = step
-        for listener in list(self._listeners):
-            listener(step)
+    def __init__(self, services: Services, reservation: Reservation, metrics: ModelMetrics) -> None:
+        self.estimate: Estimate | None = None
+        self.seconds = 0.0
+        self.progress = LoadProgress("waiting")
+        self._services = services
+        self._reservation = reservation
+        self._metrics = metrics
+        self._listeners: list[Callable[[LoadProgress], None]] = []
+
+    async def load(self, spec: ModelSpec, on_death: Callable[[EngineError], None]) -> tuple[Engine, ModelFacts, int]:
+        """The engine of the model, its facts, and the bytes to reserve for it now that its weights are in memory.
+
+        on_death is called on the event loop if the engine ends by itself.
+
+        Raises:
+            NoRoom, LoadAborted, LoadFailed, EngineStopped, and whatever the estimate raises
+        """
+        started = time.monotonic()
+        self._report(LoadProgress("waiting"))
+        self.estimate = await asyncio.to_thread(self._services.estimate, spec)
+        await self._reservation.acquire(self.estimate.total)
+        engine, facts = await self._started_engine(spec, on_death)
+        self.seconds = time.monotonic() - started
+        self._metrics.load.observe(self.seconds)
+        return engine, facts, facts.weight_bytes + self.estimate.cache + self.estimate.activations
+
+    async def _started_engine(
+        self, spec: ModelSpec, on_death: Callable[[EngineError], None]
+    ) -> tuple[Engine, ModelFacts]:
+        """An engine that has loaded the model; it is stopped again if that fails."""
+        loop = asyncio.get_running_loop()
+        loading = Loading(spec.key, lambda *progress: _call(loop, self._report, LoadProgress(*progress)))
+        engine = self._services.start_engine(spec, on_death, loading, self._metrics)
+        try:
+            return engine, await engine.started()
+        except BaseException:
+            loading.abort()
+            await asyncio.shield(engine.stop())
+            raise
 
     @contextmanager
-    def reporting_to(self, listener: Callable[[Step], None]) -> Iterator[None]:
-        """Let somebody hear of them."""
+    def reporting_to(self, listener: Callable[[LoadProgress], None]) -> Iterator[None]:
+        """Call the listener with the progress of loads."""
         self._listeners.append(listener)
         try:
             yield
         finally:
             self._listeners.remove(listener)
 
-
-async def started_engine(
-    spec: ModelSpec,
-    services: Services,
-    steps: ProgressFeed,
-    metrics: ModelMetrics,
-    on_death: Callable[[EngineError], None],
-) -> tuple[Engine, ModelFacts]:
-    """An engine that has loaded the model; stopped again if that can't be. Raises LoadFailed, EngineStopped."""
-    loop = asyncio.get_running_loop()
-    loading = Loading(spec.key, lambda *step: _call(loop, steps.tell, Step(*step)))
-    engine = services.start_engine(spec, on_death, loading, metrics)
-    try:
-        return engine, await engine.started()
-    except BaseException:
-        loading.abort()
-        await asyncio.shield(engine.stop())
-        raise
+    def _report(self, progress: LoadProgress) -> None:
+        self.progress = progress
+        for listener in list(self._listeners):
+            listener(progress)
 
 
 @asynccontextmanager
 async def abortable(key: str) -> AsyncIterator[None]:
-    """Raise only EngineErrors. Above all, whoever waits for a load that was cancelled must not take that for a
-    cancellation of its own.
-    """
+    """Raise only EngineErrors: a caller must not mistake the cancellation of the load that it awaits for its own."""
     try:
         yield
     except asyncio.CancelledError:
@@ -102,24 +121,24 @@ async def abortable(key: str) -> AsyncIterator[None]:
 
 
 def outcome(error: BaseException) -> Literal["aborted", "refused", "failed"]:
-    """How a load ended. Only one that failed says something about the model."""
+    """How a load ended. Only "failed" is a fault of the model."""
     if isinstance(error, asyncio.CancelledError | LoadAborted):
         return "aborted"
     return "refused" if isinstance(error, NoRoom) else "failed"
 
 
 def failure(key: str, error: BaseException) -> EngineError:
-    """The error of a load that failed, in the engine's words."""
+    """The EngineError of a load that failed."""
     return error if isinstance(error, EngineError) else LoadFailed(key, f"{type(error).__name__}: {error}")
 
 
 def retrieve_exception(task: asyncio.Future[Any]) -> None:
-    """Take note of how a task ended, so that nothing complains that nobody did."""
+    """Retrieve a task's exception, so that asyncio does not log it as never retrieved."""
     if not task.cancelled():
         task.exception()
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
-    """Call on the loop, from any thread; nothing to do if the loop has ended."""
+    """Call on the event loop, from any thread; does nothing once the loop is closed."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *arguments)

@@ -1,17 +1,19 @@
-"""The memory that the models share: who has some, who waits for some, and who leaves for whom.
+"""Memory budget of all models: their reservations, and the evictions that make room for them.
 
-Rule 1: decided in one plain step, recorded in the same: who was granted memory counts from then on, and who was chosen
-        to leave counts no more. Two loads never take the same memory (manager/eviction.py decides).
-Rule 2: what was granted is used only when those who leave are gone. If it is not there even then, because somebody has
-        grown or the limit was lowered meanwhile, it is decided anew.
-Rule 3: nobody polls: every change of a model, and the end of a time limit, leads to another look.
-Rule 4: whether a model's memory is free again is measured: what is in memory beyond all that was granted, as an engine
-        that ended badly may leave it, is not granted to anybody else.
+Invariants
+1. A decision and its record are one plain step: a granted reservation counts at once, its victims no more. Two loads
+   never take the same memory (manager/eviction.py decides).
+2. A grant is used only once its victims have left. If the memory is not there even then, because a model grew or the
+   limit was lowered meanwhile, the claim is decided anew.
+3. No polling: every change of a model, and the end of a time limit, calls reconsider().
+4. Freed memory is measured: bytes in use beyond all reservations, as an engine that ended badly may leave, are not
+   granted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,156 +24,160 @@ from mlxserver.manager.eviction import Granted, MemoryRequest, Postponed, Refuse
 
 
 class MemoryHolder(Protocol):
-    """A model, as the memory sees it."""
+    """A model, as the budget sees it."""
 
     @property
     def key(self) -> str:
-        """Its name."""
+        """Name of the model."""
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it is on its way out, with its memory."""
+        """Whether it is being unloaded, and its memory with it."""
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest request that waits for it came; None without one."""
+        """Arrival of the oldest request that waits for it, by time.monotonic(); None without one."""
 
     def resident(self, bytes: int) -> Resident:
-        """How it stands, with this much memory."""
+        """Its figures for a decision, with this much memory."""
 
     def evict(self) -> None:
-        """Make it leave, after its last request. It is leaving when this returns."""
+        """Start to unload it; it finishes its running requests. It is leaving when this returns."""
 
 
-@dataclass(eq=False)
-class _Reservation:
-    holder: MemoryHolder
+class Reservation:
+    """Memory of one model. Used on one event loop.
+
+    bytes: granted; 0 without a grant. is_in_use: whether the victims of the grant have left.
+    """
+
+    def __init__(self, holder: MemoryHolder, budget: MemoryBudget) -> None:
+        self.holder = holder
+        self.bytes = 0
+        self.is_in_use = False
+        self._budget = budget
+
+    async def acquire(self, bytes: int) -> None:
+        """Wait for memory; other models may be evicted. With requests waiting for the model, this may take some time.
+
+        Raises:
+            NoRoom: it does not fit, whatever can be evicted.
+            LoadAborted: the server stops.
+        """
+        try:
+            await self._budget.claim(self, bytes)
+        except BaseException:
+            self.release()
+            raise
+
+    def resize(self, bytes: int) -> None:
+        """Correct the size of a reservation that is in use."""
+        self.bytes = bytes
+        self._budget.reconsider()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.bytes = 0
+        self.is_in_use = False
+        self._budget.reconsider()
+
+
+@dataclass(eq=False, slots=True)
+class _Claim:
+    """Bytes that a reservation waits for. outcome: done when they can be used, or are refused."""
+
+    reservation: Reservation
     bytes: int
-    granted: asyncio.Future[None]
+    outcome: asyncio.Future[None]
+
+    @property
+    def order(self) -> float:
+        """Loads without a request come first, then requests in the order of their arrival."""
+        return self.reservation.holder.waiting_since or 0.0
 
 
 class MemoryBudget:
-    """The ledger of the memory. Used on one event loop. `rules` are asked for at every look: they may change.
+    """Ledger of all reservations. Used on one event loop. `rules` are read at every decision: a reload changes them.
 
-    measure_arrays: bytes of all models' arrays that are in memory.
+    measure_arrays: bytes of all models' arrays in memory.
     """
 
     def __init__(self, rules: Callable[[], Rules], measure_arrays: Callable[[], int] = lambda: 0) -> None:
+        self.is_closed = False
         self._rules = rules
         self._measure_arrays = measure_arrays
-        self._ledger: dict[MemoryHolder, int] = {}  # granted, whether in use or not yet
-        self._present: set[MemoryHolder] = set()  # those in use
-        self._claims: list[_Reservation] = []
-        self._changed = asyncio.Event()
+        self._granted: dict[Reservation, None] = {}
+        self._claims: list[_Claim] = []
         self._timer: asyncio.TimerHandle | None = None
-        self.is_closed = False
 
     @property
     def reserved(self) -> int:
-        """Bytes that are granted."""
-        return sum(self._ledger.values())
+        """Bytes granted to all models."""
+        return sum(reservation.bytes for reservation in self._granted)
 
     @property
     def budget(self) -> int:
-        """Bytes that may be in use."""
+        """Bytes that all models may take."""
         return self._rules().budget
 
     @property
     def unaccounted(self) -> int:
-        """Bytes that are in use beyond those that are granted."""
+        """Bytes in use beyond all reservations."""
         return max(0, self._measure_arrays() - self.reserved)
 
-    def reserved_by(self, holder: MemoryHolder) -> int:
-        """Bytes that a model was granted."""
-        return self._ledger.get(holder, 0)
-
-    async def reserve(self, holder: MemoryHolder, bytes: int) -> None:
-        """Wait for memory; others may have to leave. With requests waiting, it is worth some time.
-
-        Raises:
-            NoRoom: it does not fit, even without those that can leave.
-            LoadAborted: the server stops.
-        """
-        try:
-            await self._granted(holder, bytes)
-            while not self._is_free(bytes):
-                if any(other.is_leaving for other in self._present):
-                    self._changed.clear()
-                    await self._changed.wait()
-                else:
-                    del self._ledger[holder]
-                    await self._granted(holder, bytes)
-            self._present.add(holder)
-        except BaseException:
-            self.release(holder)
-            raise
-
-    async def _granted(self, holder: MemoryHolder, bytes: int) -> None:
-        """Wait until the ledger has a model's memory."""
+    def claim(self, reservation: Reservation, bytes: int) -> asyncio.Future[None]:
+        """Claim memory. The future is done when it can be used; its exception is NoRoom or LoadAborted."""
+        claim = _Claim(reservation, bytes, asyncio.get_running_loop().create_future())
         if self.is_closed:
-            raise LoadAborted(holder.key)
-        claim = _Reservation(holder, bytes, asyncio.get_running_loop().create_future())
+            claim.outcome.set_exception(LoadAborted(reservation.holder.key))
         self._claims.append(claim)
         self.reconsider()
-        try:
-            await claim.granted
-        finally:
-            self._claims = [other for other in self._claims if other is not claim]
-
-    def resize(self, holder: MemoryHolder, bytes: int) -> None:
-        """A model turned out to take this much."""
-        self._ledger[holder] = bytes
-        self.reconsider()
-
-    def release(self, holder: MemoryHolder) -> None:
-        """A model's memory is free again."""
-        self._ledger.pop(holder, None)
-        self._present.discard(holder)
-        self.reconsider()
-
-    def close(self) -> None:
-        """Grant nothing any more."""
-        self.is_closed = True
-        for claim in self._claims:
-            if not claim.granted.done():
-                claim.granted.set_exception(LoadAborted(claim.holder.key))
-        self._claims = []
+        return claim.outcome
 
     def reconsider(self) -> None:
-        """See whether somebody who waits can be given memory now."""
-        self._changed.set()
+        """Decide on every claim anew: something has changed."""
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        again = [self._settle(claim) for claim in sorted(self._claims, key=lambda c: c.holder.waiting_since or 0.0)]
-        times = [moment for moment in again if moment is not None]
-        if times and min(times) < float("inf"):
-            delay = max(0.0, min(times) - time.monotonic())
+        self._granted = {reservation: None for reservation in self._granted if reservation.bytes}
+        self._claims = [claim for claim in self._claims if not claim.outcome.done()]
+        times = [self._settle(claim) for claim in sorted(self._claims, key=lambda claim: claim.order)]
+        if (soonest := min(times, default=math.inf)) < math.inf:
+            delay = max(0.0, soonest - time.monotonic())
             self._timer = asyncio.get_running_loop().call_later(delay, self.reconsider)
 
-    def _settle(self, claim: _Reservation) -> float | None:
-        """Decide on a claim and record it. Gives the time to look again, or None if it is settled."""
-        residents = [holder.resident(bytes) for holder, bytes in self._ledger.items() if not holder.is_leaving]
-        now = time.monotonic()
-        rules = replace(self._rules(), budget=self._grantable)
-        match decide(MemoryRequest(claim.bytes, claim.holder.waiting_since), residents, rules, now):
-            case Granted(victims):
-                self._ledger[claim.holder] = claim.bytes
-                for victim in victims:
-                    victim.evict()
-            case Postponed(until):
-                return until
-            case Refused(projection):
-                if not claim.granted.done():
-                    claim.granted.set_exception(NoRoom(claim.holder.key, projection))
-        self._claims.remove(claim)
-        if not claim.granted.done():
-            claim.granted.set_result(None)
-        return None
+    def close(self) -> None:
+        """Refuse every claim from now on."""
+        self.is_closed = True
+        for claim in self._claims:
+            if not claim.outcome.done():
+                claim.outcome.set_exception(LoadAborted(claim.reservation.holder.key))
 
-    def _is_free(self, bytes: int) -> bool:
-        """Whether so much that was granted is there, and nobody sits in it any more."""
-        return sum(self._ledger.get(holder, 0) for holder in self._present) + bytes <= self._grantable
+    def _settle(self, claim: _Claim) -> float:
+        """Decide on a claim and record it. Time at which to decide again; inf: no earlier than at the next change."""
+        reservation, holder = claim.reservation, claim.reservation.holder
+        if not reservation.bytes:
+            residents = [each.holder.resident(each.bytes) for each in self._granted if not each.holder.is_leaving]
+            rules = replace(self._rules(), budget=self._grantable)
+            match decide(MemoryRequest(claim.bytes, holder.waiting_since), residents, rules, time.monotonic()):
+                case Postponed(until):
+                    return until
+                case Refused(projection):
+                    claim.outcome.set_exception(NoRoom(holder.key, projection))
+                    return math.inf
+                case Granted(victims):
+                    reservation.bytes = claim.bytes
+                    self._granted[reservation] = None
+                    for victim in victims:
+                        victim.evict()
+        in_use = [each for each in self._granted if each.is_in_use]
+        if sum(each.bytes for each in in_use) + claim.bytes <= self._grantable:
+            reservation.is_in_use = True
+            claim.outcome.set_result(None)
+        elif not any(each.holder.is_leaving for each in in_use):
+            reservation.bytes = 0  # its victims have left, and the memory is not there
+            return self._settle(claim)
+        return math.inf
 
     @property
     def _grantable(self) -> int:

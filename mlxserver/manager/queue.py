@@ -1,7 +1,8 @@
-"""The requests that one model holds, and since when it has had none.
+"""Request queue of one model: its leases, and since when it has had none.
 
-Rule 1: a request is held while it waits for the model to be loaded; then it is served, by the engine. Both count.
-Rule 2: it leaves when the engine is done with it, not when the client has read.
+Invariants
+1. A lease waits until the model is loaded; then it is admitted to the engine. Both count as requests.
+2. A lease is removed when the engine is done with the request, not when the client has read the answer.
 """
 
 from __future__ import annotations
@@ -15,79 +16,83 @@ _PACE_WEIGHT = 0.2  # of a new measurement in the running average of the time be
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """A request's place in the count. Its keep_alive becomes the model's, in seconds; None: the usual."""
+    """A request's claim on its model. Times by time.monotonic().
 
-    keep_alive: float | None = None
+    idle_timeout: seconds that the model stays loaded after this request; None: as its settings have it.
+    """
+
+    idle_timeout: float | None = None
     arrived: float = field(default_factory=time.monotonic)
 
 
 class RequestQueue:
-    """Those of one model. Times by time.monotonic(); `pace` is in seconds from one answer to the next."""
+    """Leases of one model. Times by time.monotonic().
+
+    idle_timeout: that of the lease admitted last. pace: running average of the seconds between two answers.
+    """
 
     def __init__(self) -> None:
         self.last_used = time.monotonic()
-        self.keep_alive: float | None = None  # of the request that was served last
+        self.idle_timeout: float | None = None
         self.pace = 0.0
-        self._held: dict[Lease, None] = {}
-        self._served: dict[Lease, None] = {}
+        self._waiting: dict[Lease, None] = {}
+        self._admitted: dict[Lease, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
     def __len__(self) -> int:
-        return len(self._held) + len(self._served)
+        return len(self._waiting) + len(self._admitted)
 
     @property
-    def served(self) -> int:
-        """How many are the engine's."""
-        return len(self._served)
+    def num_admitted(self) -> int:
+        """Number of requests that the engine has."""
+        return len(self._admitted)
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest of those that wait for the model came; None without one."""
-        return next(iter(self._held)).arrived if self._held else None
+        """Arrival of the oldest request that waits for the model; None without one."""
+        return next(iter(self._waiting)).arrived if self._waiting else None
 
-    def is_held(self, lease: Lease) -> bool:
-        """Whether it waits for the model to be loaded."""
-        return lease in self._held
+    def add(self, lease: Lease) -> None:
+        """Let a request wait for the model to be loaded."""
+        self._waiting[lease] = None
 
-    def hold(self, lease: Lease) -> None:
-        """It has come, and waits for the model to be loaded."""
-        self._held[lease] = None
-
-    def serve(self, lease: Lease) -> None:
-        """It is the engine's from now on."""
-        self._held.pop(lease, None)
-        self._served[lease] = None
-        self.keep_alive = lease.keep_alive
+    def admit(self, lease: Lease) -> None:
+        """Admit a request to the engine."""
+        self._waiting.pop(lease, None)
+        self._admitted[lease] = None
+        self.idle_timeout = lease.idle_timeout
         self._idle.clear()
 
-    def serve_held(self) -> None:
-        """The model is there: all_instances who waited for it is its guest now."""
-        for lease in list(self._held):
-            self.serve(lease)
-
-    def leave(self, lease: Lease) -> bool:
-        """It is over. Whether the engine has nothing left to do because of that; leaving twice changes nothing."""
-        self._held.pop(lease, None)
-        if lease not in self._served:
-            return False
-        del self._served[lease]
+    def admit_waiting(self) -> None:
+        """Admit what waited for the model, which has been loaded. Its idle timeout is as its settings have it again."""
         self.last_used = time.monotonic()
-        if not self._served:
+        self.idle_timeout = None
+        for lease in list(self._waiting):
+            self.admit(lease)
+
+    def remove(self, lease: Lease) -> bool:
+        """End a lease. Whether the engine has become idle by that; a lease that is not in here changes nothing."""
+        self._waiting.pop(lease, None)
+        if lease not in self._admitted:
+            return False
+        del self._admitted[lease]
+        self.last_used = time.monotonic()
+        if not self._admitted:
             self._idle.set()
-        return not self._served
+        return not self._admitted
 
     def note_answer(self, lease: Lease) -> None:
-        """The engine has answered it; that tells how fast answers come."""
-        since = time.monotonic() - max(self.last_used, lease.arrived)
-        self.pace += _PACE_WEIGHT * (since - self.pace)
+        """Measure the pace by a request that was answered completely. Call it before remove()."""
+        seconds = time.monotonic() - max(self.last_used, lease.arrived)
+        self.pace += _PACE_WEIGHT * (seconds - self.pace)
 
-    async def ended(self, cut: asyncio.Event) -> int:
-        """Wait until the engine has none left, or until `cut`. How many it still has then."""
-        waiting = {asyncio.create_task(event.wait()) for event in (self._idle, cut)}
+    async def drained(self, deadline: asyncio.Event) -> int:
+        """Wait until the engine has no request left, or for the deadline. Number of requests that it still has then."""
+        waiting = {asyncio.create_task(event.wait()) for event in (self._idle, deadline)}
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in waiting:
                 task.cancel()
-        return self.served
+        return self.num_admitted

@@ -1,7 +1,8 @@
-"""Which models there are: those that are registered, and those that are coming to be or no longer are.
+"""Registry of the models: those that are registered, those that are to replace them, and those that are leaving.
 
-Rule 1: a model that is no longer registered is retired: whoever still holds it can't have it loaded again.
-Rule 2: all_instances who may have an engine is in here, until that has ended.
+Invariants
+1. A model that is no longer registered is retired: it can't be loaded again through a reference that is left.
+2. Every model that may have an engine is in here until that engine has ended.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from mlxserver.manager.states import UnloadReport
 
 
 class Registry:
-    """The models by key."""
+    """Models by key."""
 
     def __init__(self) -> None:
         self._registered: dict[str, ModelInstance] = {}
-        self._arriving: dict[str, ModelInstance] = {}  # by the key under which they replace others
-        self._departing: set[ModelInstance] = set()
+        self._replacements: dict[str, ModelInstance] = {}  # by the key that they are to take
+        self._leaving: set[ModelInstance] = set()
 
     @property
     def keys(self) -> list[str]:
@@ -37,57 +38,57 @@ class Registry:
     @property
     def all_instances(self) -> list[ModelInstance]:
         """Every model that may have an engine, registered or not."""
-        return [*self.instances, *self._arriving.values(), *self._departing]
+        return [*self.instances, *self._replacements.values(), *self._leaving]
 
     @property
     def metrics(self) -> list[ModelMetrics]:
-        """The counters of all of them, one a key."""
+        """Counters of all models, one per key."""
         return list({instance.key: instance.metrics for instance in self.all_instances}.values())
 
     def metrics_of(self, key: str) -> ModelMetrics:
-        """The counters of a key; from zero if there is no such model."""
+        """Counters of a key; new ones if there is no such model."""
         return next((metrics for metrics in self.metrics if metrics.key == key), None) or ModelMetrics(key)
 
     def get(self, key: str) -> ModelInstance | None:
-        """The model that is registered under this very key."""
+        """The model registered under this key; aliases do not count."""
         return self._registered.get(key)
 
-    def find(self, key: str) -> ModelInstance:
-        """The model of this key or alias. Raises ModelNotFound."""
-        if found := self.get(key) or self.named(key):
+    def find(self, name: str) -> ModelInstance:
+        """The model with this key or alias. Raises ModelNotFound."""
+        if found := self._registered.get(name) or self.with_alias(name):
             return found
-        raise ModelNotFound(key, self.keys)
+        raise ModelNotFound(name, self.keys)
 
-    def named(self, alias: str) -> ModelInstance | None:
-        """The model that has this alias."""
+    def with_alias(self, alias: str) -> ModelInstance | None:
+        """The model with this alias."""
         return next((instance for instance in self.instances if alias in instance.spec.aliases), None)
 
     def put(self, instance: ModelInstance) -> ModelInstance | None:
-        """Register a model, and give the one that had its key before."""
+        """Register a model. Gives the one that had its key before."""
         former = self.get(instance.key)
         self._registered[instance.key] = instance
-        instance.is_retired = False
+        instance.retire(False)
         return former
 
     def remove(self, instance: ModelInstance) -> None:
-        """Take a model out of the registry, in which its key may be another one's by now."""
-        instance.is_retired = True
+        """Retire a model. Its key may belong to another one by now, which stays."""
+        instance.retire()
         if self.get(instance.key) is instance:
             del self._registered[instance.key]
 
-    def depart(self, instance: ModelInstance, leaving: asyncio.Task[UnloadReport]) -> None:
-        """Take out a model that is being unloaded."""
+    def remove_leaving(self, instance: ModelInstance, unload: asyncio.Task[UnloadReport]) -> None:
+        """Retire a model that is being unloaded; it stays among all_instances until that is done."""
         self.remove(instance)
-        self._departing.add(instance)
-        leaving.add_done_callback(lambda _: self._departing.discard(instance))
+        self._leaving.add(instance)
+        unload.add_done_callback(lambda _: self._leaving.discard(instance))
 
     @contextmanager
-    def arriving(self, new: ModelInstance) -> Iterator[None]:
-        """Know of a model that is to take another's place, one a key. Raises ModelReplaced."""
-        if new.key in self._arriving:
+    def replacing(self, new: ModelInstance) -> Iterator[None]:
+        """Keep a model that is to replace another among all_instances, one per key. Raises ModelReplaced."""
+        if new.key in self._replacements:
             raise ModelReplaced(new.key)
-        self._arriving[new.key] = new
+        self._replacements[new.key] = new
         try:
             yield
         finally:
-            del self._arriving[new.key]
+            del self._replacements[new.key]

@@ -1,23 +1,17 @@
-"""What new settings, and new specs of a model, change of what there is."""
+"""Differences between settings, and between specs of a model, from the marks of their fields (config/fields.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 
+from mlxserver.config.fields import Identity, Live, marked
 from mlxserver.config.settings import ModelSpec, Settings
-
-# What changes with new settings while the model stays as it is.
-_LIVE_FIELDS = ("aliases", "pin", "preload", "ttl", "max_waiting")
-_LIVE_SETTINGS = {
-    "models", "log_level", "memory_limit", "min_residency", "max_wait", "ttl", "load_on_demand", "allow_any_model",
-    "wedged_after", "api_key", "admin_key", "api_key_file", "admin_key_file", "allow_host", "allow_origin",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """What new settings changed: keys of models, and names of settings that take a restart."""
+    """What new settings change: keys of models, and names of settings that need a restart."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -26,9 +20,9 @@ class Reload:
 
 
 def changes(old: Settings, new: Settings, registered: Collection[str]) -> Reload:
-    """What the new settings change where models of these keys are registered."""
+    """What the new settings change where models with these keys are registered."""
     before, after = ({spec.key: spec for spec in settings.models} for settings in (old, new))
-    fixed = [field.name for field in fields(Settings) if field.name not in _LIVE_SETTINGS]
+    fixed = [field.name for field in fields(Settings) if field.name not in marked(Settings, Live)]
     return Reload(
         added=tuple(key for key in after if key not in registered),
         removed=tuple(key for key in before if key not in after and key in registered),
@@ -38,12 +32,11 @@ def changes(old: Settings, new: Settings, registered: Collection[str]) -> Reload
 
 
 def is_live(known: ModelSpec, spec: ModelSpec) -> bool:
-    """Whether a model can become what its new spec says without being loaded anew."""
-    return replace(known, **{name: getattr(spec, name) for name in _LIVE_FIELDS}) == spec
+    """Whether a model can take its new spec without being loaded anew."""
+    return replace(known, **{name: getattr(spec, name) for name in marked(ModelSpec, Live)}) == spec
 
 
 def contradicts(asked: ModelSpec, known: ModelSpec) -> bool:
-    """Whether two specs can't be one model's. What `asked` leaves open agrees with anything."""
-    names = ("adapter", "type", "context_length", "shard")
-    stated = ((getattr(asked, name), getattr(known, name)) for name in names)
-    return asked.source != known.source or any(want is not None and want != has for want, has in stated)
+    """Whether two specs can't be of one model. A field that `asked` leaves open agrees with any value."""
+    stated = ((getattr(asked, name), getattr(known, name)) for name in marked(ModelSpec, Identity))
+    return any(want is not None and want != has for want, has in stated)

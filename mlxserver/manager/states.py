@@ -1,4 +1,4 @@
-"""The states of a model, and what is told of it on its way from one to the next."""
+"""States of a model, the table of transitions between them, and the reports of a load and an unload."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UnloadMode = Literal["drain", "abort", "reject"]
 
 
 class ModelState(Enum):
-    """Where a model is in its life."""
+    """State of a model in its lifecycle."""
 
     UNLOADED = "unloaded"
     LOADING = "loading"
@@ -22,17 +22,17 @@ class ModelState(Enum):
 
 TRANSITIONS = {
     ModelState.UNLOADED: {ModelState.LOADING},
-    ModelState.LOADING: {ModelState.READY, ModelState.FAILED, ModelState.UNLOADED},  # called off, or no memory
+    ModelState.LOADING: {ModelState.READY, ModelState.FAILED, ModelState.UNLOADED},  # aborted, or no memory
     ModelState.READY: {ModelState.EVICTING, ModelState.DRAINING, ModelState.FAILED},  # its engine ended by itself
     ModelState.EVICTING: {ModelState.DRAINING, ModelState.UNLOADED},
     ModelState.DRAINING: {ModelState.UNLOADED},
-    ModelState.FAILED: {ModelState.LOADING, ModelState.UNLOADED},  # unloaded by somebody: it may be tried at once
+    ModelState.FAILED: {ModelState.LOADING, ModelState.UNLOADED},  # an explicit unload ends the backoff
 }
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadReport:
-    """What an unload did with the requests that were in progress, and what it gave back."""
+    """Outcome of an unload: requests that completed and that were aborted, memory freed, and seconds it took."""
 
     completed: int
     aborted: int
@@ -41,8 +41,8 @@ class UnloadReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """How far a load is: a stage, how much of it is done, and of how much (0: not known)."""
+class LoadProgress:
+    """Progress of a load: its stage, how much of that is done, and of how much (0: unknown)."""
 
     stage: str
     done: int = 0

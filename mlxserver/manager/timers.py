@@ -1,4 +1,4 @@
-"""Timers of one model: when it may be loaded again after failures, and when it has been idle for too long."""
+"""Timers of one model: the backoff after failures, and the idle timer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONGEST_BACKOFF = 60.0  # seconds
 
 
 class Backoff:
-    """After the first failure at once; after each further one in 1, 2, 4, ... seconds, until something succeeds."""
+    """Delay before a failed model is loaded for a request: none after the first failure, then 1, 2, 4, ... seconds."""
 
     def __init__(self) -> None:
         self._failures = 0
@@ -19,42 +19,42 @@ class Backoff:
 
     @property
     def remaining(self) -> float:
-        """Seconds until then."""
+        """Seconds until the next attempt."""
         return max(0.0, self._until - time.monotonic())
 
     def note_failure(self) -> None:
-        """It has failed once more."""
+        """Count a failure in a row."""
         self._failures += 1
         if self._failures > 1:
             self._until = time.monotonic() + min(LONGEST_BACKOFF, 2.0 ** min(self._failures - 2, 10))
 
-    def forget(self) -> None:
-        """It works, or somebody sees to it."""
+    def reset(self) -> None:
+        """Start over: the model works, or it was unloaded on demand."""
         self._failures, self._until = 0, 0.0
 
 
 class IdleTimer:
-    """Calls `act` on the event loop when its time has come. It never does until it is set."""
+    """Calls `act` on the event loop when the time is over. Not armed until start()."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self._act = act
         self._timer: asyncio.TimerHandle | None = None
-        self._moment = math.inf  # by time.monotonic()
+        self._end = math.inf  # by time.monotonic()
 
     @property
     def remaining(self) -> float | None:
-        """Seconds until then; None: never."""
-        return None if self._moment == math.inf else max(0.0, self._moment - time.monotonic())
+        """Seconds left; None while the timer is not armed."""
+        return None if self._end == math.inf else max(0.0, self._end - time.monotonic())
 
-    def set(self, seconds: float) -> None:
-        """Let it be in so many seconds, instead of whenever it was to be; inf: never."""
+    def start(self, seconds: float) -> None:
+        """(Re)arm the timer; inf disarms it."""
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        self._moment = time.monotonic() + seconds
+        self._end = time.monotonic() + seconds
         if seconds < math.inf:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._act)
 
-    def cancel(self) -> None:
-        """Let it never be."""
-        self.set(math.inf)
+    def stop(self) -> None:
+        """Disarm the timer."""
+        self.start(math.inf)

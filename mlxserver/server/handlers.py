@@ -111,7 +111,9 @@ class Handlers:
         sources.check(asked.model)
         spec = translation.model_spec(asked)
         if asked.stream:
-            return LoadStream(lambda on_step: self._manager.load(spec, replaces=asked.replace, on_step=on_step))
+            return LoadStream(
+                lambda on_progress: self._manager.load(spec, replaces=asked.replace, on_progress=on_progress)
+            )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(translation.loaded(instance), headers=headers)
 

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from mlxserver.api import sse
 from mlxserver.engine.errors import EngineError
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.states import Step
+from mlxserver.manager.states import LoadProgress
 from mlxserver.server import translation
 from mlxserver.server.errors import error_body
 
@@ -26,9 +26,9 @@ LEAST_INTERVAL = 0.1  # seconds between two events of one stage
 class LoadStream:
     """The response to a load that streams. `load` starts it, given what hears of its steps."""
 
-    def __init__(self, load: Callable[[Callable[[Step], None]], Awaitable[ModelInstance]]) -> None:
+    def __init__(self, load: Callable[[Callable[[LoadProgress], None]], Awaitable[ModelInstance]]) -> None:
         self._load = load
-        self._latest: Step | None = None
+        self._latest: LoadProgress | None = None
         self._stepped = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,7 +51,7 @@ class LoadStream:
             last = error_body(error)[1]
         await send({**_event(last), "more_body": False})
 
-    def _note(self, step: Step) -> None:
+    def _note(self, step: LoadProgress) -> None:
         self._latest = step
         self._stepped.set()
 

@@ -21,7 +21,7 @@ from mlxserver.engine.events import Accepted, Event, Usage
 from mlxserver.engine.requests import GenerationRequest
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.states import Step
+from mlxserver.manager.states import LoadProgress
 from mlxserver.server import translation
 from mlxserver.server.errors import error_body, json_response
 from mlxserver.server.forms import Form
@@ -104,13 +104,13 @@ class Answer:
         """Tell a client who waits for its model how far the load is, as comments. Whether the stream has begun by that:
         only after a while, so that what fails at once still has its status.
         """
-        told: Step | None = None
+        told: LoadProgress | None = None
         while not (await asyncio.wait({opening}, timeout=TELLING_INTERVAL))[0]:
             if self._instance.status == "loaded":
                 continue
             if told is None:
                 await self._begin(send)
-            told = self._instance.step
+            told = self._instance.load_progress
             await send(piece(sse.comment("loading " + orjson.dumps(translation.progress(told)).decode())))
         return told is not None
 

@@ -23,7 +23,7 @@ from mlxserver.engine.requests import (
     ToolChoice,
 )
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.states import Step
+from mlxserver.manager.states import LoadProgress
 
 FINGERPRINT = f"mlx-{version('mlx')}-lm-{version('mlx-lm')}"
 LEAST_LOGPROB = -9999.0  # what OpenAI sends for a token that can't be; JSON has no infinity
@@ -187,7 +187,7 @@ def model(instance: ModelInstance) -> dict[str, Any]:
         aliases=instance.spec.aliases,
         is_pinned=instance.spec.pin,
         expires_in=instance.expires_in,
-        loading=progress(instance.step) if instance.status == "loading" else None,
+        loading=progress(instance.load_progress) if instance.status == "loading" else None,
         failure=instance.failure_reason,
     )
 
@@ -208,9 +208,9 @@ def estimate(instance: ModelInstance) -> dict[str, int] | None:
     return None if instance.estimate is None else model_responses.estimate(**asdict(instance.estimate))
 
 
-def progress(step: Step) -> dict[str, Any]:
+def progress(progress: LoadProgress) -> dict[str, Any]:
     """How far a load is."""
-    return model_responses.progress(step.stage, step.done, step.total)
+    return model_responses.progress(progress.stage, progress.done, progress.total)
 
 
 def limits(settings: HttpSettings) -> schemas.Limits:

@@ -1,4 +1,4 @@
-"""Grammars and limits, on real rows: what a constraint allows is all that a model says, whatever its neighbours do."""
+"""Grammars and limits on real sequences: a model generates only what its constraint allows, whatever else runs."""
 
 import copy
 import itertools
@@ -42,9 +42,9 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def tiny(tiny_llama_path):
-    runtime = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), type="instruction", context_length=2048))
-    yield runtime
-    runtime.batch.close()
+    runner = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), type="instruction", context_length=2048))
+    yield runner
+    runner.batch.close()
 
 
 def ask(text="hello there", tools=(), **options):
@@ -53,22 +53,22 @@ def ask(text="hello there", tools=(), **options):
     return GenerationRequest(ChatPrompt([{"role": "user", "content": text}], tools=tools), **options)
 
 
-def generate(runtime, *requests):
+def generate(runner, *requests):
     """The events of every choice of every request, all in one batch."""
     ids, outputs = itertools.count(), {}
     for request in requests:
-        choices = runtime.prepare(request, ids)
-        runtime.batch.insert([row for row, _ in choices])
-        outputs |= {row.id: (output, []) for row, output in choices}
-    while not runtime.batch.is_empty():
+        choices = runner.prepare(request, ids)
+        runner.batch.insert([sequence for sequence, _ in choices])
+        outputs |= {sequence.id: (output, []) for sequence, output in choices}
+    while not runner.batch.is_empty():
         finished = []
-        for token in runtime.batch.decode():
+        for token in runner.batch.decode():
             output, events = outputs[token.sequence_id]
             events += output.feed(token)
             if isinstance(events[-1] if events else None, Finish):
                 finished.append(token.sequence_id)
-        runtime.batch.remove(finished)
-        runtime.batch.prefill()
+        runner.batch.remove(finished)
+        runner.batch.prefill()
     return [events for _, events in outputs.values()]
 
 
@@ -91,7 +91,7 @@ def test_json_object_gives_an_object(tiny):
     assert content(events).startswith("{")
 
 
-def test_bound_and_free_rows_share_a_batch_and_say_what_they_say_alone(tiny):
+def test_constrained_and_free_sequences_share_a_batch_and_are_the_same_alone(tiny):
     free, bound = ask(max_tokens=20), ask(format=JsonFormat(CITY))
     alone = [generate(tiny, request)[0] for request in (free, bound, free)]
     assert generate(tiny, free, bound, free) == alone
@@ -109,11 +109,11 @@ def test_an_impossible_schema_is_refused_with_the_reason(tiny):
 
 
 def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
-    ((row, _),) = tiny.prepare(ask(format=JsonFormat(CITY)), itertools.count())
-    (token,) = tiny.preparation._tokenizer.encode("x", add_special_tokens=False)
-    row.constraint.accept(token)
+    ((sequence, _),) = tiny.prepare(ask(format=JsonFormat(CITY)), itertools.count())
+    (token,) = tiny.tokenizer.encode("x", add_special_tokens=False)
+    sequence.constraint.accept(token)
     with pytest.raises(PromptRejected, match="JSON schema"):
-        row.constraint.allowed()
+        sequence.constraint.allowed()
 
 
 @pytest.mark.parametrize(("choice", "most"), [(ToolChoice("required"), 2), (ToolChoice("required", parallel=False), 1)])
@@ -143,27 +143,27 @@ NODE = {
 
 def test_parameters_may_refer_to_their_own_definitions(tiny):
     tools = [*TOOLS, {"type": "function", "function": {"name": "link", "parameters": NODE}}]
-    said = '[{"name":"link","arguments":{"first":{"next":{"next":null}}}}]'
-    assert taken(tiny, ask(tools=tools, tool_choice=ToolChoice("required")), said) == said
+    calls = '[{"name":"link","arguments":{"first":{"next":{"next":null}}}}]'
+    assert accepted(tiny, ask(tools=tools, tool_choice=ToolChoice("required")), calls) == calls
 
 
 STRICT = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
 
 
-def taken(runtime, request, said):
-    """The beginning of `said` that the constraint of a request lets pass, token by token."""
-    ((row, _),) = runtime.prepare(request, itertools.count())
+def accepted(runner, request, text):
+    """The beginning of a text that the constraint of a request allows, token by token."""
+    ((sequence, _),) = runner.prepare(request, itertools.count())
     passed = []
-    for token in runtime.preparation._tokenizer.encode(said, add_special_tokens=False):
-        if not bits(row.constraint.allowed())[token]:
+    for token in runner.tokenizer.encode(text, add_special_tokens=False):
+        if not bits(sequence.constraint.allowed())[token]:
             break
-        row.constraint.accept(token)
+        sequence.constraint.accept(token)
         passed.append(token)
-    return runtime.preparation._tokenizer.decode(passed)
+    return runner.tokenizer.decode(passed)
 
 
 @pytest.mark.parametrize(
-    ("said", "passes"),
+    ("text", "passes"),
     [
         ("Just words, and <b>tags</b>.", "Just words, and <b>tags</b>."),
         ('So: <tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "people": 3}}\n</tool_call>\nand', None),
@@ -176,13 +176,13 @@ def taken(runtime, request, said):
         ("<tool_call>no", "<tool_call>"),
     ],
 )
-def test_a_strict_tool_binds_what_stands_between_the_tags_of_a_call_and_nothing_else(tiny, said, passes):
-    assert taken(tiny, ask(tools=STRICT), said) == (passes or said)
+def test_a_strict_tool_constrains_the_body_of_a_call_and_nothing_else(tiny, text, passes):
+    assert accepted(tiny, ask(tools=STRICT), text) == (passes or text)
 
 
 def test_tools_without_a_strict_one_leave_the_answer_free(tiny):
-    ((row, _),) = tiny.prepare(ask(tools=TOOLS), itertools.count())
-    assert row.constraint is None
+    ((sequence, _),) = tiny.prepare(ask(tools=TOOLS), itertools.count())
+    assert sequence.constraint is None
 
 
 def test_strict_is_refused_where_calls_are_not_written_as_json():
@@ -210,7 +210,7 @@ class Follower:
         )
 
     def follow(self, *pieces):
-        """What is forced behind each piece; None where anything goes."""
+        """The piece that is forced behind each piece; None where all are allowed."""
         forced = []
         for piece in pieces:
             self.control.accept(self.PIECES.index(piece))
@@ -233,10 +233,10 @@ def test_a_closing_tag_that_the_model_has_begun_is_not_interrupted_by_another():
 
 
 def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
-    heard = []
+    received = []
 
-    class Hearing:
-        accept = staticmethod(heard.append)
+    class Recording:
+        accept = staticmethod(received.append)
 
         def allowed(self):
             return None
@@ -244,26 +244,26 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
     pieces = ("<think>", "a", "\n", "</think>", "\n\n", "b")
     parser = ThinkingParser("<think>", "</think>", starts_inside=False)
     control = ThinkingControl(
-        parser, pieces.__getitem__, start=[0], end=[2, 3, 4], vocab_size=len(pieces), budget=1, inner=Hearing()
+        parser, pieces.__getitem__, start=[0], end=[2, 3, 4], vocab_size=len(pieces), budget=1, inner=Recording()
     )
     for token, forced in enumerate([[], [2], [3], [4], [], []]):
         control.accept(token)
         assert [int(n) for n in np.flatnonzero(bits(control.allowed() or b""))] == forced
-    assert heard == [pieces.index("b")]
+    assert received == [pieces.index("b")]
 
 
 def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
-    preparation = copy.copy(tiny.preparation)
-    preparation._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
+    runner = copy.copy(tiny)
+    runner._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
     for prompt, param in ((ask("hello there").prompt, "messages"), (TokenPrompt((1, 10)), "prompt")):
         with pytest.raises(PromptRejected, match="no token") as refusal:
-            preparation.prepare(GenerationRequest(prompt), itertools.count())
+            runner.prepare(GenerationRequest(prompt), itertools.count())
         assert refusal.value.param == param
 
 
 def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):
     request = ask(format=JsonFormat(CITY))
-    compiled = tiny.preparation._binding._grammars._compiled
+    compiled = tiny._constraints._grammars._compiled
     tiny.preprocess(request)
     misses = compiled.cache_info().misses
     tiny.prepare(request, itertools.count())
@@ -271,10 +271,29 @@ def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):
     assert compiled.cache_info().misses == misses
 
 
+class Encoded(BaseException):
+    """A text was encoded."""
+
+
+def test_the_engine_thread_encodes_nothing(tiny_llama_path, monkeypatch):
+    """The tokenizer worker renders prompts at the same time, and a tokenizer has modes."""
+    runner = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), type="thinking", context_length=2048))
+    request = runner.preprocess(ask(format=JsonFormat(CITY), thinking_budget=5, n=2, min_tokens=3))
+
+    def refuse(*args, **kwargs):
+        raise Encoded
+
+    monkeypatch.setattr(type(runner.tokenizer._tokenizer), "_encode_plus", refuse)
+    with pytest.raises(Encoded):
+        runner.preprocess(ask())
+    assert [sequence.constraint is not None for sequence, _ in runner.prepare(request, itertools.count())] == [True] * 2
+    runner.batch.close()
+
+
 def test_requests_are_formatted_side_by_side_while_tokens_are_read(tiny):
     words = [f"number {n} <|im_end|> " * 50 for n in range(24)]  # a control token in a message is text
     expected = [tiny.preprocess(ask(text)).formatted for text in words]
-    detokenizer = make_detokenizer(tiny.preparation._tokenizer)
+    detokenizer = make_detokenizer(tiny.tokenizer)
     with ThreadPoolExecutor(8) as pool:
         formatting = [pool.submit(tiny.preprocess, ask(text)) for text in words]
         while not all(future.done() for future in formatting):
@@ -284,9 +303,9 @@ def test_requests_are_formatted_side_by_side_while_tokens_are_read(tiny):
 
 
 def test_mixed_requests_run_in_one_batch(tiny_llama_path):
-    """Several choices, log-probabilities, a seed, a schema, a bias, penalties: one step advances all eleven rows."""
+    """Several choices, log-probabilities, a seed, a schema, a bias, penalties: one step advances all eleven."""
     metrics = ModelMetrics("tiny")
-    runtime = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), context_length=2048), metrics=metrics)
+    runner = Builder(0.25).build(ModelSpec("tiny", str(tiny_llama_path), context_length=2048), metrics=metrics)
     before = metrics.batch_size.cumulative
     long, endless = {"max_tokens": 40}, {"max_tokens": 40, "ignore_eos": True}
     requests = [
@@ -299,12 +318,12 @@ def test_mixed_requests_run_in_one_batch(tiny_llama_path):
         ask("g", sampling=SamplingOptions(frequency_penalty=1.0, repetition_penalty=1.1, top_k=9), **endless),
         ask("h", min_tokens=20, **endless),
     ]
-    assert len(generate(runtime, *requests)) == 11
-    runtime.batch.close()
+    assert len(generate(runner, *requests)) == 11
+    runner.batch.close()
     steps = [now - then for now, then in zip(metrics.batch_size.cumulative, before, strict=True)]
     up_to_8, of_all = steps[metrics.batch_size.bounds.index(8.0)], steps[-1]
     assert of_all < 2 * 40  # one after the other they would take 8 * 40
-    assert of_all - up_to_8 > 30  # more than eight rows in a step: those of nearly all requests
+    assert of_all - up_to_8 > 30  # more than eight sequences in a step: those of nearly all requests
 
 
 def test_a_named_function_is_called_once(tiny):
@@ -321,7 +340,7 @@ def test_n_choices_come_from_one_prompt_and_differ_by_their_seeds(tiny):
     assert generate(tiny, ask(max_tokens=12))[0] == choices[0]
 
 
-def test_more_choices_than_rows_are_refused(tiny):
+def test_more_choices_than_slots_are_refused(tiny):
     with pytest.raises(PromptRejected) as refusal:
         tiny.prepare(ask(n=33), itertools.count())
     assert refusal.value.param == "n"
@@ -344,7 +363,7 @@ def test_log_probabilities_go_with_their_tokens_and_are_those_of_the_model(tiny,
     assert text in (content(events), content(events) + "\ufffd")  # what max_tokens cut in two is no content
 
 
-def test_log_probabilities_do_not_change_what_is_said(tiny):
+def test_log_probabilities_do_not_change_the_answer(tiny):
     plain, measured = ask(max_tokens=15), ask(max_tokens=15, top_logprobs=5)
     together = generate(tiny, plain, measured, plain)
     assert {content(events) for events in together} == {content(generate(tiny, plain)[0])}
@@ -352,7 +371,7 @@ def test_log_probabilities_do_not_change_what_is_said(tiny):
 
 def test_min_tokens_keeps_an_answer_from_ending(tiny):
     """A bias makes the end of the sequence the likeliest token everywhere."""
-    (eos,) = tiny.preparation._tokenizer.eos_token_ids
+    (eos,) = tiny.tokenizer.eos_token_ids
     eager = SamplingOptions(temperature=0, logit_bias={eos: 100.0})
     at_once, later = generate(
         tiny, ask(sampling=eager, top_logprobs=0), ask(sampling=eager, top_logprobs=0, min_tokens=10)

@@ -29,7 +29,7 @@ from mlxserver.engine.platform.policy import (
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import random_model
-from tests.support.batch_driver import SEEDED, Driver, prompt, row
+from tests.support.batch_driver import SEEDED, Driver, prompt, sequence
 from tools.harness.models import tiny_llama
 
 POLICIES = pytest.mark.parametrize("policy", [CPU, METAL, CUDA], ids=["cpu", "metal", "cuda"])
@@ -47,11 +47,13 @@ def conversation(model, policy):
     """Tokens of sequences that join at different times, some of them with a cached prefix."""
     prefix_cache = PrefixCache(1 << 24, policy=policy)
     driver = Driver(Scheduler(model, max_running=4, prefix_cache=prefix_cache, policy=policy))
-    driver.add(row(1, prompt(30, 1)), row(2, prompt(30, 2), SEEDED), row(3, prompt(300, 3), max_tokens=12))
-    driver.until_said(2, 3)
-    driver.add(row(4, prompt(5, 4)), row(5, prompt(300, 3) + (7, 8)))
+    driver.add(
+        sequence(1, prompt(30, 1)), sequence(2, prompt(30, 2), SEEDED), sequence(3, prompt(300, 3), max_tokens=12)
+    )
+    driver.until_generated(2, 3)
+    driver.add(sequence(4, prompt(5, 4)), sequence(5, prompt(300, 3) + (7, 8)))
     driver.finish()
-    driver.add(row(6, prompt(300, 3) + (9,)))
+    driver.add(sequence(6, prompt(300, 3) + (9,)))
     return driver.finish()
 
 
@@ -76,7 +78,7 @@ def test_compiled_steps_and_chunks_give_the_same_tokens(tmp_path):
     model = loader.load(ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=32, layers=1)))).model
 
     def tokens(policy):
-        return Driver(Scheduler(model, max_running=1, policy=policy), row(1, prompt(20), max_tokens=6)).finish()
+        return Driver(Scheduler(model, max_running=1, policy=policy), sequence(1, prompt(20), max_tokens=6)).finish()
 
     assert tokens(CUDA) == tokens(CPU)
 
@@ -84,9 +86,9 @@ def test_compiled_steps_and_chunks_give_the_same_tokens(tmp_path):
 @POLICIES
 def test_a_model_is_loaded_and_warmed_up_under_every_policy(tmp_path, policy, without_compilation):
     spec = ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=64, layers=2)), max_running=2, cache_tokens=1024)
-    runtime = Builder(stall_target=10.0, policy=policy).build(spec)
-    assert Driver(runtime.batch, row(1, prompt(9))).finish()[1]
-    runtime.batch.close()
+    runner = Builder(stall_target=10.0, policy=policy).build(spec)
+    assert Driver(runner.batch, sequence(1, prompt(9))).finish()[1]
+    runner.batch.close()
 
 
 @POLICIES

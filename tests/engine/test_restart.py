@@ -1,4 +1,4 @@
-"""A real batch after a call that failed: what stays goes on from where it was, and says what it would have said."""
+"""A real batch after a call that failed: the sequences that stay resume where they were, with the same tokens."""
 
 import random
 
@@ -7,6 +7,7 @@ from mlxserver.engine.mlx import mx
 import pytest
 from mlx_lm import load
 
+from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sampling.sampler import BatchSampler
@@ -15,7 +16,7 @@ from mlxserver.engine.sequence import Sequence
 
 
 class Fault(Exception):
-    """What the test throws."""
+    """The fault of a call."""
 
 
 class Fuse:
@@ -47,7 +48,7 @@ class FailingModel:
 
 
 class Even:
-    """A constraint that allows tokens with even ids, and checks that it hears of each once."""
+    """A constraint that allows tokens with even ids, and records those it accepts."""
 
     def __init__(self):
         self.accepted = []
@@ -68,7 +69,7 @@ def prompt(length, seed):
     return tuple(random.Random(seed).choices(range(2, 300), k=length))
 
 
-def rows(constrained):
+def sequences(constrained):
     constraint = Even if constrained else lambda: None
     return [
         Sequence(1, prompt(30, 1), Sampling(temperature=0.0), 9, constraint=constraint()),
@@ -78,12 +79,12 @@ def rows(constrained):
     ]
 
 
-def said(batcher, rows):
-    """What the rows say, whatever fails on the way: then all of them stay."""
-    tokens = {row.id: [] for row in rows}
-    lengths = {row.id: row.max_tokens for row in rows}
-    for row in rows:
-        batcher.insert([row])
+def generate(scheduler, sequences):
+    """The tokens of the sequences, all of which stay when a call fails."""
+    tokens = {sequence.id: [] for sequence in sequences}
+    lengths = {sequence.id: sequence.max_tokens for sequence in sequences}
+    for sequence in sequences:
+        scheduler.insert([sequence])
 
     def note(published):
         for token in published:
@@ -91,15 +92,15 @@ def said(batcher, rows):
         return [id for id, length in lengths.items() if len(tokens[id]) >= length]
 
     for _ in range(500):
-        if batcher.is_empty():
+        if scheduler.is_empty():
             return tokens
         try:
-            batcher.remove(note(batcher.decode()))
-            batcher.prefill()
+            scheduler.remove(note(scheduler.decode()))
+            scheduler.prefill()
         except Fault:
             open_sequences = [id for id, length in lengths.items() if len(tokens[id]) < length]
-            batcher.remove(note(batcher.restart(open_sequences)))
-            assert batcher.waiting() == {id for id in open_sequences if len(tokens[id]) < lengths[id]}
+            scheduler.remove(note(scheduler.restart(open_sequences)))
+            assert scheduler.waiting() == {id for id in open_sequences if len(tokens[id]) < lengths[id]}
     raise AssertionError("the batch does not end")
 
 
@@ -117,45 +118,45 @@ def batch(model, fuse, *, sampler_fails=False, max_running=3, **options):
 
 @pytest.mark.parametrize("sampler_fails", [False, True])
 @pytest.mark.parametrize("constrained", [False, True])
-def test_rows_say_the_same_wherever_a_step_fails(model, constrained, sampler_fails):
+def test_the_tokens_are_the_same_wherever_a_step_fails(model, constrained, sampler_fails):
     count = Fuse()
-    expected = said(batch(model, count, sampler_fails=sampler_fails), rows(constrained))
+    expected = generate(batch(model, count, sampler_fails=sampler_fails), sequences(constrained))
     assert [len(tokens) for tokens in expected.values()] == [9, 6, 12, 4]
     making = Fuse()
     batch(model, making, sampler_fails=sampler_fails)  # calls that only making a batch takes
     for n in range(making.calls + 1, count.calls + 1):
-        asked = rows(constrained)
-        assert said(batch(model, Fuse(n, n + 3, n + 4), sampler_fails=sampler_fails), asked) == expected, n
-        for row in asked:
-            if row.constraint:
-                assert row.constraint.accepted[: row.max_tokens] == expected[row.id], n
+        asked = sequences(constrained)
+        assert generate(batch(model, Fuse(n, n + 3, n + 4), sampler_fails=sampler_fails), asked) == expected, n
+        for sequence in asked:
+            if sequence.constraint:
+                assert sequence.constraint.accepted[: sequence.max_tokens] == expected[sequence.id], n
 
 
-def test_rows_that_do_not_stay_are_forgotten_wherever_they_were(model):
-    batcher = batch(model, Fuse(), max_running=2)
-    asked = rows(False)
-    for row in asked:
-        batcher.insert([row])
-    while len(batcher.decode()) < 2:
-        batcher.prefill()
-    assert batcher.waiting() == {3, 4}
-    batcher.restart([2, 3])
-    assert batcher.waiting() == {2, 3}
-    told = set()
+def test_sequences_that_do_not_stay_are_removed_wherever_they_were(model):
+    scheduler = batch(model, Fuse(), max_running=2)
+    asked = sequences(False)
+    for sequence in asked:
+        scheduler.insert([sequence])
+    while len(scheduler.decode()) < 2:
+        scheduler.prefill()
+    assert scheduler.waiting() == {3, 4}
+    scheduler.restart([2, 3])
+    assert scheduler.waiting() == {2, 3}
+    advanced = set()
     for _ in range(30):
-        told |= {token.sequence_id for token in batcher.decode()}
-        batcher.prefill()
-    assert told == {2, 3}
+        advanced |= {token.sequence_id for token in scheduler.decode()}
+        scheduler.prefill()
+    assert advanced == {2, 3}
 
 
-def test_a_restart_gives_back_what_was_computed(model):
-    batcher = batch(model, Fuse())
+def test_a_restart_frees_the_kv_cache(model):
+    scheduler = batch(model, Fuse())
     asked = [Sequence(1, prompt(2000, 1), Sampling(), 5)]
-    batcher.insert(asked)
-    while not batcher.decode():
-        batcher.prefill()
+    scheduler.insert(asked)
+    while not scheduler.decode():
+        scheduler.prefill()
     held = mx.get_active_memory()
-    batcher.restart([])
+    scheduler.restart([])
     mx.clear_cache()
-    assert batcher.is_empty()
-    assert held - mx.get_active_memory() > 2000 * batcher._bytes_per_token * 0.9
+    assert scheduler.is_empty()
+    assert held - mx.get_active_memory() > 2000 * bytes_per_token(model) * 0.9

@@ -1,4 +1,4 @@
-"""The batched sampler against a plain reference, and its promise that a row's draw is its own affair."""
+"""The batched sampler against a plain reference; a sequence's draw does not depend on the rest of the batch."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ SETTINGS = [
 
 
 def distribution(logits, sampling):
-    """The reference: what each token's probability is, one step after the other, in float64."""
+    """The reference: each token's probability, one filter after the other, in float64."""
     logits = np.array(logits, dtype=np.float64)
     for token, bias in sampling.logit_bias.items():
         logits[token] += bias
@@ -53,25 +53,25 @@ def seeded(sampling, seed):
 
 def make(*samplings, vocab=VOCAB, tokens=(0,)):
     sampler = BatchSampler(vocab)
-    sampler.extend(rows(*samplings, tokens=tokens))
+    sampler.extend(sequences(*samplings, tokens=tokens))
     return sampler
 
 
-def rows(*samplings, tokens=(0,)):
+def sequences(*samplings, tokens=(0,)):
     return [Sequence(n, tokens, sampling, 100) for n, sampling in enumerate(samplings)]
 
 
 def sample(sampler, logits=LOGITS):
-    """One step; the same logits for each row unless there are some for each."""
+    """One step; the same logits for each sequence unless there are some for each."""
     array = mx.array(logits)
-    return sampler(array if array.ndim == 2 else mx.tile(array, (len(sampler._rows), 1))).tolist()
+    return sampler(array if array.ndim == 2 else mx.tile(array, (len(sampler._settings), 1))).tolist()
 
 
-def draws(sampler, row, steps=30, logits=LOGITS):
-    return [sample(sampler, logits)[row] for _ in range(steps)]
+def draws(sampler, index, steps=30, logits=LOGITS):
+    return [sample(sampler, logits)[index] for _ in range(steps)]
 
 
-def test_greedy_is_the_argmax_of_each_row():
+def test_greedy_is_the_argmax_of_each_sequence():
     logits = np.random.default_rng(0).normal(size=(5, 40)).tolist()
     assert sample(make(*[GREEDY] * 5, vocab=40), logits) == np.argmax(logits, axis=1).tolist()
 
@@ -93,7 +93,7 @@ def test_draws_follow_the_filtered_distribution(sampling):
     assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / count) + 1e-9).all()
 
 
-def test_draws_of_one_row_follow_the_distribution_over_its_steps():
+def test_draws_of_one_sequence_follow_the_distribution_over_its_steps():
     drawn = draws(make(Sampling(seed=5)), 0, steps=2000)
     expected = distribution(LOGITS, Sampling())
     frequency = np.bincount(drawn, minlength=len(LOGITS)) / 2000
@@ -143,12 +143,12 @@ def test_any_64_bit_seed_is_its_own(seed):
     ],
     ids=str,
 )
-def test_a_row_draws_the_same_alone_and_in_any_company_and_place(sampling):
+def test_a_sequence_draws_the_same_alone_and_in_any_company_and_position(sampling):
     alone = draws(make(sampling), 0)
     for neighbours in SETTINGS, [GREEDY], [Sampling(presence_penalty=1.0, seed=1), Sampling(top_k=4)]:
-        for place in (0, len(neighbours)):
-            company = [*neighbours[:place], sampling, *neighbours[place:]]
-            assert draws(make(*company), place) == alone
+        for position in (0, len(neighbours)):
+            company = [*neighbours[:position], sampling, *neighbours[position:]]
+            assert draws(make(*company), position) == alone
 
 
 def test_a_wide_nucleus_does_not_depend_on_the_top_k_of_a_neighbour():
@@ -159,11 +159,11 @@ def test_a_wide_nucleus_does_not_depend_on_the_top_k_of_a_neighbour():
     assert draws(make(wide, Sampling(top_k=5 * CANDIDATES), vocab=len(flat)), 0, logits=flat) == alone
 
 
-def test_joining_and_leaving_rows_do_not_disturb_a_draw():
+def test_joining_and_leaving_sequences_do_not_disturb_a_draw():
     alone = draws(make(Sampling(seed=7)), 0, steps=12)
     sampler = make(GREEDY, Sampling(seed=7), Sampling(top_p=0.5))
     drawn = draws(sampler, 1, steps=3)
-    sampler.extend(rows(Sampling(top_k=2), Sampling(presence_penalty=1.0)))
+    sampler.extend(sequences(Sampling(top_k=2), Sampling(presence_penalty=1.0)))
     drawn += draws(sampler, 1, steps=3)
     sampler.filter([4, 1])
     drawn += draws(sampler, 1, steps=3)
@@ -172,24 +172,24 @@ def test_joining_and_leaving_rows_do_not_disturb_a_draw():
     assert drawn == alone
 
 
-def test_a_row_that_joins_starts_its_own_stream_from_the_beginning():
+def test_a_sequence_that_joins_starts_its_own_stream_from_the_beginning():
     sampler = make(Sampling(seed=1))
     draws(sampler, 0, steps=5)
-    sampler.extend(rows(Sampling(seed=7)))
+    sampler.extend(sequences(Sampling(seed=7)))
     assert draws(sampler, 1) == draws(make(Sampling(seed=7)), 0)
 
 
-def test_a_plain_row_is_not_touched_by_its_neighbours_penalties_and_bias():
+def test_a_plain_sequence_is_not_touched_by_its_neighbours_penalties_and_bias():
     neighbours = [Sampling(temperature=0, logit_bias={0: -100}), Sampling(temperature=0, frequency_penalty=2.0)]
     sampler = make(GREEDY, *neighbours)
     tokens = [sample(sampler) for _ in range(4)]
-    assert [row[0] for row in tokens] == [0, 0, 0, 0]
-    assert [row[1] for row in tokens] == [7, 7, 7, 7]
-    assert [row[2] for row in tokens] == [0, 7, 1, 2]
+    assert [step[0] for step in tokens] == [0, 0, 0, 0]
+    assert [step[1] for step in tokens] == [7, 7, 7, 7]
+    assert [step[2] for step in tokens] == [0, 7, 1, 2]
 
 
 class Reference:
-    """Greedy decoding with penalties, a token at a time."""
+    """Greedy decoding with penalties, one token at a time."""
 
     def __init__(self, sampling, prompt):
         self.sampling, self.prompt, self.generated = sampling, set(prompt), {}
@@ -228,7 +228,7 @@ def test_penalties_follow_the_reference_alone_and_together():
             assert sample(sampler, logits) == [reference.next(logits) for reference in references]
 
 
-def test_penalties_follow_the_reference_while_rows_join_and_leave():
+def test_penalties_follow_the_reference_while_sequences_join_and_leave():
     prompt, logits = (2,), iter(steps(30))
     sampler = make(GREEDY, PENALTIES[0], tokens=prompt)
     references = [Reference(sampling, prompt) for sampling in (GREEDY, PENALTIES[0])]
@@ -239,14 +239,14 @@ def test_penalties_follow_the_reference_while_rows_join_and_leave():
             assert sample(sampler, step) == [reference.next(step) for reference in references]
 
     check()
-    sampler.extend(rows(PENALTIES[2], PENALTIES[3], tokens=(5, 6)))
+    sampler.extend(sequences(PENALTIES[2], PENALTIES[3], tokens=(5, 6)))
     references += [Reference(sampling, (5, 6)) for sampling in PENALTIES[2:4]]
     check()
     for keep in [3, 0, 1], [1], [0]:
         sampler.filter(keep)
         references = [references[index] for index in keep]
         check()
-    sampler.extend(rows(PENALTIES[1], tokens=prompt))
+    sampler.extend(sequences(PENALTIES[1], tokens=prompt))
     references.append(Reference(PENALTIES[1], prompt))
     check()
 
@@ -254,13 +254,13 @@ def test_penalties_follow_the_reference_while_rows_join_and_leave():
 def test_a_penalty_that_joins_later_starts_without_a_past():
     sampler = make(GREEDY)
     assert draws(sampler, 0, steps=3) == [0, 0, 0]
-    sampler.extend(rows(Sampling(temperature=0, presence_penalty=1.5)))
+    sampler.extend(sequences(Sampling(temperature=0, presence_penalty=1.5)))
     assert [sample(sampler) for _ in range(3)] == [[0, 0], [0, 7], [0, 1]]
 
 
-def test_bias_follows_its_row_through_joins_and_leaves():
+def test_bias_follows_its_sequence_through_joins_and_leaves():
     sampler = make(Sampling(temperature=0, logit_bias={4: 9.0}))
-    sampler.extend(rows(GREEDY, Sampling(temperature=0, logit_bias={6: 9.0})))
+    sampler.extend(sequences(GREEDY, Sampling(temperature=0, logit_bias={6: 9.0})))
     assert sample(sampler) == [4, 0, 6]
     sampler.filter([2, 1])
     assert sample(sampler) == [6, 0]
@@ -305,8 +305,8 @@ def test_whatever_the_logits_are_the_token_exists_and_the_neighbours_are_spared(
     assert [step[-1] for step in drawn] == alone
 
 
-def test_a_batch_that_emptied_takes_rows_again():
+def test_a_batch_that_emptied_takes_sequences_again():
     sampler = make(Sampling(seed=1, presence_penalty=1.0, logit_bias={1: 1.0}))
     sampler.filter([])
-    sampler.extend(rows(GREEDY))
+    sampler.extend(sequences(GREEDY))
     assert sample(sampler) == [0]

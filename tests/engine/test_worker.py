@@ -1,4 +1,4 @@
-"""The engine thread at the Batch seam: what readers are told, in what order, and however it ends."""
+"""The engine thread at the Batch seam: the events that readers get, in what order, and however it ends."""
 
 import asyncio
 import threading
@@ -23,17 +23,17 @@ async def running_engine(factory=None, **options):
         await engine.started()
         yield engine, factory
     finally:
-        if factory.runtimes:
+        if factory.runners:
             factory.batch.gate.set()
         await engine.stop()
 
 
-async def until_said(generation, count):
-    """Read until so many deltas have come."""
-    said = []
-    while len(said) < count:
-        said += await generation.events()
-    return said
+async def until_events(generation, count):
+    """Read until so many events have come."""
+    events = []
+    while len(events) < count:
+        events += await generation.events()
+    return events
 
 
 def engine_threads():
@@ -41,7 +41,7 @@ def engine_threads():
 
 
 @within_deadline
-async def test_a_generation_is_told_as_accepted_deltas_finish_and_usage():
+async def test_the_events_of_a_generation_are_accepted_deltas_finish_and_usage():
     async with running_engine() as (engine, _):
         generation = engine.submit(request("hello", max_tokens=3))
         assert await generation.accepted() == Accepted(5)
@@ -51,35 +51,35 @@ async def test_a_generation_is_told_as_accepted_deltas_finish_and_usage():
 
 
 @within_deadline
-async def test_the_facts_of_the_model_are_told_at_the_start():
+async def test_the_facts_of_the_model_are_known_at_the_start():
     async with running_engine() as (engine, factory):
-        assert await engine.started() == factory.runtimes[0].facts
+        assert await engine.started() == factory.runners[0].facts
 
 
 @within_deadline
 async def test_a_request_is_formatted_while_the_others_go_on():
     async with running_engine() as (engine, factory):
-        factory.runtimes[0].formatting.clear()
+        factory.runners[0].formatting.clear()
         formatting = asyncio.create_task(engine.preprocess(replace(request(), format=JsonFormat())))
         assert (await read(engine.submit(request(max_tokens=5))))[-1] == Usage(5, 5)
         assert not formatting.done()
-        factory.runtimes[0].formatting.set()
+        factory.runners[0].formatting.set()
         await formatting
 
 
 @within_deadline
 async def test_the_prompts_of_one_model_hold_up_no_other():
     async with running_engine() as (busy, factory), running_engine() as (other, _):
-        factory.runtimes[0].formatting.clear()
+        factory.runners[0].formatting.clear()
         held = [asyncio.create_task(busy.preprocess(replace(request(), format=JsonFormat()))) for _ in range(20)]
         assert await other.preprocess(request("hello")) == request("hello")
         held.pop().cancel()
-        factory.runtimes[0].formatting.set()
+        factory.runners[0].formatting.set()
         assert len(await asyncio.gather(*held)) == 19
 
 
 @within_deadline
-async def test_a_grammar_that_is_refused_is_told_to_whoever_asked():
+async def test_a_grammar_that_is_refused_raises_for_its_request():
     async with running_engine() as (engine, _):
         with pytest.raises(PromptRejected, match="no such schema"):
             await engine.preprocess(replace(request("refuse"), format=JsonFormat()))
@@ -92,7 +92,25 @@ async def test_many_generations_run_side_by_side():
         for n, generation in enumerate(generations, 1):
             await generation.accepted()
             assert len(await read(generation)) == n + 2
-        await until(lambda: factory.batch.rows == {})
+        await until(lambda: factory.batch.sequences == {})
+
+
+@within_deadline
+async def test_running_requests_are_those_that_hold_a_slot():
+    async with running_engine() as (engine, factory):
+        assert engine.num_running == 0
+        factory.batch.slots = 3
+        generations = [engine.submit(replace(request(), n=2)) for _ in range(3)]
+        await until(lambda: engine.num_running == 2)
+        generations[0].close()
+        await until(lambda: factory.batch.running == set(range(2, 5)))
+        await until(lambda: engine.num_running == 2)
+        for generation in generations:
+            generation.close()
+        await until(lambda: engine.num_running == 0)
+        engine.submit(request())
+        await until(lambda: engine.num_running == 1)
+    assert engine.num_running == 0
 
 
 @within_deadline
@@ -103,7 +121,7 @@ async def test_one_step_of_the_batch_is_one_hand_over():
         generations = [engine.submit(request(max_tokens=1)) for _ in range(5)]
         for generation in generations:
             await generation.accepted()
-        await until(lambda: len(factory.batch.rows) == 5)
+        await until(lambda: len(factory.batch.sequences) == 5)
         factory.batch.gate.set()
         await generations[0].events()
         for generation in generations[1:]:
@@ -112,25 +130,25 @@ async def test_one_step_of_the_batch_is_one_hand_over():
 
 
 @within_deadline
-async def test_closing_frees_the_row_and_nobody_elses():
+async def test_closing_frees_the_slot_and_no_other():
     async with running_engine() as (engine, factory):
         leaving, staying = engine.submit(request()), engine.submit(request())
         done = asyncio.Event()
         leaving.on_done = done.set
         await leaving.accepted()
-        await until_said(leaving, 1)
+        await until_events(leaving, 1)
         leaving.close()
         leaving.close()
         await done.wait()
         assert leaving.is_done
-        assert len(factory.batch.rows) == 1
+        assert len(factory.batch.sequences) == 1
         await staying.accepted()
-        await until_said(staying, 5)
+        await until_events(staying, 5)
         staying.close()
 
 
 @within_deadline
-async def test_closing_before_the_row_was_even_taken_frees_it():
+async def test_closing_before_the_request_was_even_taken_frees_its_slot():
     async with running_engine() as (engine, factory):
         factory.batch.gate.clear()
         first = engine.submit(request())
@@ -142,7 +160,7 @@ async def test_closing_before_the_row_was_even_taken_frees_it():
         second.close()
         factory.batch.gate.set()
         await done.wait()
-        assert len(factory.batch.rows) == 1
+        assert len(factory.batch.sequences) == 1
         first.close()
 
 
@@ -164,21 +182,21 @@ async def test_on_done_is_called_once_in_every_ending():
 
 
 @within_deadline
-async def test_a_place_is_free_before_anybody_has_read():
-    """A reader that never reads holds neither its own place nor the others up."""
+async def test_a_slot_is_free_before_anything_was_read():
+    """A reader that never reads keeps no slot and delays no other."""
     async with running_engine() as (engine, factory):
         never_read = engine.submit(request(max_tokens=50))
         for _ in range(3):
             generation = engine.submit(request(max_tokens=50))
             await generation.accepted()
             assert len(await read(generation)) == 52
-        await until(lambda: never_read.is_done and factory.batch.rows == {})
+        await until(lambda: never_read.is_done and factory.batch.sequences == {})
         await never_read.accepted()
         assert len(await read(never_read)) == 52
 
 
 @within_deadline
-async def test_a_rejected_prompt_is_told_and_disturbs_nobody():
+async def test_a_rejected_prompt_raises_and_disturbs_no_other():
     async with running_engine() as (engine, _):
         other = engine.submit(request(max_tokens=20))
         with pytest.raises(PromptRejected, match="refused") as caught:
@@ -199,7 +217,7 @@ async def test_an_unplanned_fault_of_one_request_fails_that_one_alone():
 
 
 @within_deadline
-async def test_a_crash_is_told_to_every_reader_and_to_whoever_comes_later():
+async def test_a_crash_reaches_every_reader_and_every_later_request():
     deaths = []
     async with running_engine(on_death=deaths.append) as (engine, factory):
         running = [engine.submit(request()) for _ in range(3)]
@@ -222,22 +240,22 @@ async def test_a_crash_is_told_to_every_reader_and_to_whoever_comes_later():
 
 
 @within_deadline
-async def test_what_was_said_before_a_crash_still_arrives():
+async def test_events_from_before_a_crash_still_arrive():
     async with running_engine() as (engine, factory):
         generation = engine.submit(request())
         await generation.accepted()
-        await until(lambda: factory.batch.rows and max(factory.batch.rows.values()) > 3)
+        await until(lambda: factory.batch.sequences and max(factory.batch.sequences.values()) > 3)
         factory.batch.crash = Death("out of luck")
-        said = []
+        deltas = []
         with pytest.raises(EngineStopped):
             while True:
-                said += await generation.events()
-        assert [delta.text for delta in said] == [str(n) for n in range(len(said))]
-        assert len(said) > 3
+                deltas += await generation.events()
+        assert [delta.text for delta in deltas] == [str(n) for n in range(len(deltas))]
+        assert len(deltas) > 3
 
 
 @within_deadline
-async def test_a_failed_load_is_told_to_all_who_wait():
+async def test_a_failed_load_raises_for_all_waiters():
     factory, deaths, freed = Factory(failures=[LoadFailed("key", "no such file")]), [], []
     factory.gate.clear()
     engine = Engine("key", factory.build, free=lambda: freed.append(1), on_death=deaths.append)
@@ -264,9 +282,9 @@ async def test_a_model_that_dies_as_soon_as_it_is_loaded_never_counts_as_started
     factory = Factory()
 
     def build():
-        runtime = factory.build()
-        runtime.batch.is_empty = lambda: 1 / 0
-        return runtime
+        runner = factory.build()
+        runner.batch.is_empty = lambda: 1 / 0
+        return runner
 
     engine = Engine("key", build)
     engine._thread.join(DEADLINE)
@@ -288,7 +306,7 @@ async def test_requests_that_come_while_the_model_loads_are_answered_after_it():
 
 
 @within_deadline
-async def test_stopping_tells_all_who_still_wait():
+async def test_stopping_raises_for_all_waiters():
     deaths, freed = [], []
     async with running_engine(on_death=deaths.append, free=lambda: freed.append(1)) as (engine, factory):
         generations = [engine.submit(request()) for _ in range(3)]
@@ -356,7 +374,20 @@ async def test_everything_of_the_model_happens_on_one_thread():
 
 
 @within_deadline
-async def test_even_a_failing_release_leaves_nobody_waiting():
+async def test_a_request_is_running_while_it_holds_a_slot():
+    async with running_engine() as (engine, factory):
+        factory.batch.slots = 3
+        generations = [engine.submit(replace(request(), n=2)) for _ in range(3)]
+        await until(lambda: engine.num_running == 2)  # one of them with one slot of two
+        generations[0].close()
+        generations[1].close()
+        await until(lambda: engine.num_running == 1)
+        generations[2].close()
+        await until(lambda: engine.num_running == 0)
+
+
+@within_deadline
+async def test_even_a_failing_release_leaves_no_waiter():
     def free():
         raise OSError("the release failed")
 

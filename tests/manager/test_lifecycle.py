@@ -1,4 +1,4 @@
-"""Models that are asked for many things at once, by callers who leave, while they change state."""
+"""Loads, unloads and requests at the same time, whose callers leave while models change state."""
 
 import asyncio
 import random
@@ -10,25 +10,25 @@ import pytest
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, ModelNotFound, ModelUnloading
 from mlxserver.manager.states import ModelState
-from mlxserver.manager.watchdog import look
+from mlxserver.manager.watchdog import check
 from mlxserver.server.health import life
 from tests.support.managed import ONE, answered, managed, specs, states
 from tests.support.scripted_engine import Death, Panic, ended, read, request, until, within_deadline
 
 
 async def leave(task):
-    """End a caller, not what it asked for."""
+    """Cancel a caller, not the work that it asked for."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-# Callers who leave
+# Callers that leave
 
 
-@pytest.mark.parametrize("places", [1, 2])
+@pytest.mark.parametrize("capacity", [1, 2])
 @within_deadline
-async def test_a_replacement_goes_on_when_its_caller_has_left(places):
-    async with managed(places=places) as (manager, factory):
+async def test_a_replacement_goes_on_when_its_caller_has_left(capacity):
+    async with managed(capacity=capacity) as (manager, factory):
         await answered(manager, "a")
         factory.gate.clear()
         replacing = asyncio.create_task(manager.load(ModelSpec("a", "other"), replaces=True))
@@ -100,7 +100,7 @@ async def test_a_model_whose_load_was_just_asked_for_is_not_absent():
 
 
 @within_deadline
-async def test_an_error_that_nobody_is_left_to_be_told_is_no_fault_of_the_event_loop():
+async def test_an_error_whose_callers_have_left_is_no_fault_of_the_event_loop():
     complaints = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
     async with managed() as (manager, _):
@@ -111,13 +111,13 @@ async def test_an_error_that_nobody_is_left_to_be_told_is_no_fault_of_the_event_
     assert not complaints
 
 
-# How long a model that leaves may take
+# How long an unload may take
 
 
-@pytest.mark.parametrize("places", [1, 2])
+@pytest.mark.parametrize("capacity", [1, 2])
 @within_deadline
-async def test_requests_to_a_model_that_was_replaced_have_a_limited_time(places):
-    async with managed(places=places, shutdown_timeout=0.01) as (manager, _):
+async def test_requests_to_a_model_that_was_replaced_have_a_limited_time(capacity):
+    async with managed(capacity=capacity, shutdown_timeout=0.01) as (manager, _):
         running = await manager.instance("a").generate(request())
         await manager.load(ModelSpec("a", "other"), replaces=True)
         assert isinstance(await ended(running), EngineError)
@@ -134,7 +134,7 @@ async def test_requests_to_a_model_that_new_settings_lack_have_a_limited_time():
 
 
 @within_deadline
-async def test_a_drain_that_has_no_more_patience_calls_a_load_off():
+async def test_a_drain_aborts_a_load_at_its_deadline():
     async with managed() as (manager, factory):
         factory.gate.clear()
         waiting = asyncio.create_task(answered(manager, "a"))
@@ -146,25 +146,25 @@ async def test_a_drain_that_has_no_more_patience_calls_a_load_off():
 
 
 @within_deadline
-async def test_a_model_that_is_stuck_on_its_way_out_still_shows():
+async def test_a_model_that_is_stalled_while_it_is_unloaded_still_shows():
     async with managed(wedged_after=0.01) as (manager, factory):
         instance = manager.instance("a")
         await (await instance.generate(request())).accepted()
         factory.batch.gate.clear()
         await until(lambda: instance.is_stalled)
         forgetting = asyncio.create_task(manager.forget("a", "abort"))
-        await until(lambda: look(manager.all_instances, set()) == {instance})
+        await until(lambda: check(manager.all_instances, set()) == {instance})
         assert life(manager, "1", is_told_all=False)["status"] == "degraded"
         factory.batch.gate.set()
         await forgetting
 
 
-# What is known of a key
+# Metrics of a key
 
 
 @within_deadline
-async def test_the_figures_of_a_key_last_until_its_last_model_has_left():
-    async with managed(specs("a"), places=2) as (manager, _):
+async def test_the_metrics_of_a_key_last_until_its_last_model_is_unloaded():
+    async with managed(specs("a"), capacity=2) as (manager, _):
         running = await manager.instance("a").generate(request())
         await manager.load(ModelSpec("a", "other"), replaces=True)
         assert [dict(metrics.loads) for metrics in manager.metrics] == [{"loaded": 2}]
@@ -177,7 +177,7 @@ async def test_the_figures_of_a_key_last_until_its_last_model_has_left():
 
 
 @within_deadline
-async def test_models_that_requests_asked_for_in_vain_leave_no_figures():
+async def test_models_that_could_not_be_loaded_for_a_request_leave_no_metrics():
     async with managed((), allow_any_model=True) as (manager, factory):
         for number in range(10):
             factory.failures.append(LoadFailed("?", "no such repository"))
@@ -199,15 +199,14 @@ async def test_a_panic_over_an_estimate_is_a_load_that_failed():
     def panic(spec):
         raise Panic("index out of bounds")
 
-    async with managed() as (manager, _):
+    async with managed(estimate=panic) as (manager, _):
         instance = manager.instance("a")
-        instance._services = replace(instance._services, estimate=panic)
         with pytest.raises(LoadFailed, match="Panic: index out of bounds"):
             await instance.load()
         assert instance.status == "failed"
 
 
-# Everything at once
+# All at once
 
 
 class Chaos:
@@ -272,8 +271,8 @@ class Chaos:
 
     async def harm(self, key):
         fault = self.random.choice([Death("out of luck"), RuntimeError("a bad shape")])
-        if self.factory.runtimes and self.random.random() < 0.5:
-            self.random.choice(self.factory.runtimes).batch.crash = fault
+        if self.factory.runners and self.random.random() < 0.5:
+            self.random.choice(self.factory.runners).batch.crash = fault
         else:
             self.factory.failures.append(fault)
 
@@ -284,7 +283,7 @@ async def test_whatever_happens_at_once_nothing_is_left_in_the_end(seed):
     complaints = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
     settings = {"min_residency": 0.01, "max_wait": 0.02, "allow_any_model": True, "shutdown_timeout": 0.05}
-    async with managed(places=2, **settings) as (manager, factory):
+    async with managed(capacity=2, **settings) as (manager, factory):
         chaos = Chaos(manager, factory, seed)
         await chaos.run(100)
         await until(lambda: all(instance.is_absent and not instance.requests for instance in chaos.seen))

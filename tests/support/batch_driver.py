@@ -6,8 +6,6 @@ from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sequence import Sequence
 
 GREEDY = Sampling(temperature=0.0)
-
-
 SEEDED = Sampling(temperature=1.0, top_p=0.9, seed=11)
 
 
@@ -15,36 +13,41 @@ def prompt(length, seed=0):
     return tuple(random.Random(seed).choices(range(2, 300), k=length))
 
 
-def row(id, tokens, sampling=GREEDY, max_tokens=8):
+def sequence(id, tokens, sampling=GREEDY, max_tokens=8):
     return Sequence(id, tuple(tokens), sampling, max_tokens)
 
 
 class Driver:
-    """Runs a batcher as the engine does: a decode, a prefill, and rows leave with their last token."""
+    """Runs a scheduler as the engine does: a decode, a prefill, and sequences leave with their last token."""
 
-    def __init__(self, batcher, *rows):
-        self.batcher = batcher
-        self.rows = {}
+    def __init__(self, scheduler, *sequences):
+        self.scheduler = scheduler
+        self.sequences = {}
         self.tokens = {}
         self.cached = {}
-        self.add(*rows)
+        self.add(*sequences)
 
-    def add(self, *rows):
-        for row in rows:
-            self.rows[row.id] = row
-            self.tokens[row.id] = []
-            self.batcher.insert([row])
+    def add(self, *sequences):
+        for sequence in sequences:
+            self.add_choices(sequence)
+
+    def add_choices(self, *sequences):
+        """Sequences of one request."""
+        for sequence in sequences:
+            self.sequences[sequence.id] = sequence
+            self.tokens[sequence.id] = []
+        self.scheduler.insert(sequences)
 
     def step(self):
         finished = []
-        for token in self.batcher.decode():
-            said = self.tokens[token.sequence_id]
-            said.append(token.token)
+        for token in self.scheduler.decode():
+            generated = self.tokens[token.sequence_id]
+            generated.append(token.token)
             self.cached[token.sequence_id] = token.cached_tokens
-            if len(said) == self.rows[token.sequence_id].max_tokens:
+            if len(generated) == self.sequences[token.sequence_id].max_tokens:
                 finished.append(token.sequence_id)
-        self.batcher.remove(finished)
-        self.batcher.prefill()
+        self.scheduler.remove(finished)
+        self.scheduler.prefill()
 
     def until(self, condition):
         for _ in range(5000):
@@ -53,9 +56,9 @@ class Driver:
             self.step()
         raise AssertionError("the batch does not get there")
 
-    def until_said(self, id, count=1):
+    def until_generated(self, id, count=1):
         self.until(lambda: len(self.tokens[id]) >= count)
 
     def finish(self):
-        self.until(self.batcher.is_empty)
+        self.until(self.scheduler.is_empty)
         return self.tokens

@@ -1,7 +1,7 @@
 """The server with faults that files ask for: real models, batches and threads, which fail when told to.
 
 A file in the directory $FAULTS, named after a fault, makes it happen once, and is removed by that; "wedge" holds a step
-up until the file is removed by somebody else.
+up until the file is removed by the test.
 """
 
 import os
@@ -16,7 +16,7 @@ from tokenizers import Regex, pre_tokenizers  # noqa: E402
 
 import mlx_api_server  # noqa: E402
 import model_manager  # noqa: E402
-from mlxserver.engine.runners import builder  # noqa: E402
+from mlxserver.engine.runners import builder, text  # noqa: E402
 from mlxserver.manager import lifecycle  # noqa: E402
 
 FAULTS = Path(os.environ["FAULTS"])
@@ -44,7 +44,7 @@ def panic():
 
 
 class FaultyBatch:
-    """A real batch whose steps may fail, while somebody is at work."""
+    """A real batch whose steps may fail while a sequence runs."""
 
     def __init__(self, batch):
         self._batch = batch
@@ -82,23 +82,27 @@ class FaultyOutput:
 
 def main():
     build = builder.Builder.build
-    prepare = builder.ModelRuntime.prepare
+    prepare = text.TextRunner.prepare
 
     def faulty_build(self, *args, **kwargs):
         built = build(self, *args, **kwargs)
         built.batch = FaultyBatch(built.batch)
         return built
 
-    def faulty_prepare(self, request, sequence_ids):
+    def faulty_prepare(self, request, ids):
         if is_asked_for("tokenizer"):
             raise KeyError("a fault that was asked for")
         if is_asked_for("panic"):
             panic()
-        choices = prepare(self, request, sequence_ids)
-        return [(row, FaultyOutput(output)) for row, output in choices] if is_asked_for("detokenizer") else choices
+        choices = prepare(self, request, ids)
+        return (
+            [(sequence, FaultyOutput(output)) for sequence, output in choices]
+            if is_asked_for("detokenizer")
+            else choices
+        )
 
     builder.Builder.build = faulty_build
-    builder.ModelRuntime.prepare = faulty_prepare
+    text.TextRunner.prepare = faulty_prepare
     lifecycle.STOP_PATIENCE = 0.2
     model_manager.CLOSE_GRACE = mlx_api_server.THREADS_PATIENCE = 0.5
     return mlx_api_server.main()

@@ -1,4 +1,4 @@
-"""A model manager over scripted engines, with memory for so many models."""
+"""A model manager over scripted engines, with memory for `capacity` models."""
 
 from contextlib import asynccontextmanager
 
@@ -7,7 +7,8 @@ from mlxserver.engine.loading.estimate import Estimate
 from model_manager import ModelManager
 from tests.support.scripted_engine import FACTS, Factory, read, request
 
-ONE = 10**6  # what each model takes
+ONE = 10**6  # bytes that each model takes
+ESTIMATE = Estimate(FACTS.weight_bytes, ONE - FACTS.weight_bytes, 0)
 
 
 def specs(keys="abc", **fields):
@@ -15,24 +16,30 @@ def specs(keys="abc", **fields):
 
 
 @asynccontextmanager
-async def managed(models=None, places=1, measure_arrays=lambda: 0, **settings):
-    """A manager whose memory holds so many of its models."""
+async def managed(
+    models=None,
+    capacity=1,
+    measure_arrays=lambda: 0,
+    measure_memory=lambda: 0,
+    estimate=lambda spec: ESTIMATE,
+    **settings,
+):
+    """A manager whose memory holds `capacity` of its models, and the factory of their engines."""
     factory = Factory()
-    known = Settings(models=specs() if models is None else models, memory_limit=places * ONE, **settings)
-    estimate = Estimate(FACTS.weight_bytes, ONE - FACTS.weight_bytes, 0)
-    manager = ModelManager(known, factory.start, lambda: 0, lambda spec: estimate, measure_arrays)
+    known = Settings(models=specs() if models is None else models, memory_limit=capacity * ONE, **settings)
+    manager = ModelManager(known, factory.start, measure_memory, estimate, measure_arrays)
     try:
         yield manager, factory
     finally:
         factory.gate.set()
-        for runtime in factory.runtimes:
-            runtime.batch.gate.set()
+        for runner in factory.runners:
+            runner.batch.gate.set()
         await manager.close(0)
         assert manager.memory.reserved == 0
 
 
-async def answered(manager, key, max_tokens=3, keep_alive=None):
-    generation = await manager.resolve(key).generate(request("hello", max_tokens), keep_alive)
+async def answered(manager, key, max_tokens=3, idle_timeout=None):
+    generation = await manager.resolve(key).generate(request("hello", max_tokens), idle_timeout)
     await generation.accepted()
     return await read(generation)
 

@@ -1,6 +1,6 @@
 """A scripted batch at the Batch seam, for what a real model can't show on demand: a gate, a crash, a lasting load.
 
-Each row says 0, 1, 2, ... as its tokens, for ever; each token is published as its number. A message that starts with
+Each sequence has the tokens 0, 1, 2, ... without end; each is published as its number. A message that starts with
 "refuse" is rejected by prepare(), one with "break" makes it fail in an unplanned way; one with "garble" makes its
 output fail at its third token, one with "bind" its constraint. One that ends in "!" fails with a Panic.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from mlxserver.engine.errors import EngineError, PromptRejected
 from mlxserver.engine.events import Delta, Finish
+from mlxserver.engine.metrics import EngineLoad
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, ModelFacts, Sampling
 from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.engine import Engine
@@ -23,7 +24,7 @@ FACTS = ModelFacts("instruction", 1000, 12345)
 
 
 def within_deadline(test):
-    """Run an async test; whatever hangs fails."""
+    """Run an async test; it fails if it hangs."""
 
     @functools.wraps(test)
     def run(*args, **kwargs):
@@ -37,7 +38,7 @@ def request(text="hello", max_tokens=None):
 
 
 async def read(generation):
-    """Everything that is told after Accepted."""
+    """All events after Accepted."""
     events = []
     while arrived := await generation.events():
         events += arrived
@@ -59,11 +60,11 @@ async def until(condition):
 
 
 class Death(BaseException):
-    """What no engine thread survives."""
+    """An error that no engine thread survives."""
 
 
 class Panic(BaseException):
-    """As what tokenizers and grammars raise that are written in Rust: it is no Exception."""
+    """Like the panics of tokenizers and grammars, which are written in Rust: it is no Exception."""
 
 
 class Knot:
@@ -83,7 +84,7 @@ class Knot:
 
 
 class Numbers:
-    """An output that says each token's number and finishes at max_tokens."""
+    """An output whose text is each token's number; finishes at max_tokens."""
 
     def __init__(self, max_tokens, index, fault=None):
         self._fault = fault
@@ -103,16 +104,18 @@ class Numbers:
 
 @dataclass
 class ScriptedBatch:
-    """Rows that count once they are placed, `places` at most.
+    """Sequences that count once they have one of `slots`.
 
     While `gate` is closed, decode() waits at it, as in a long step. It raises the next of `faults`, if any, and `crash`
     each time.
     """
 
-    rows: dict = field(default_factory=dict)
-    placed: set = field(default_factory=set)
+    sequences: dict = field(default_factory=dict)
+    running: set = field(default_factory=set)
+    requests: dict = field(default_factory=dict)
+    load: EngineLoad = field(default_factory=EngineLoad)
     constraints: dict = field(default_factory=dict)
-    places: int = 10**6
+    slots: int = 10**6
     gate: threading.Event = field(default_factory=threading.Event)
     faults: list = field(default_factory=list)
     crash: BaseException | None = None
@@ -123,55 +126,66 @@ class ScriptedBatch:
     def __post_init__(self):
         self.gate.set()
 
-    def insert(self, rows):
-        self.rows |= {row.id: 0 for row in rows}
-        self.constraints |= {row.id: row.constraint for row in rows if row.constraint}
+    def insert(self, sequences):
+        self.sequences |= {sequence.id: 0 for sequence in sequences}
+        self.requests |= {sequence.id: sequences[0].id for sequence in sequences}
+        self.constraints |= {sequence.id: sequence.constraint for sequence in sequences if sequence.constraint}
 
     def remove(self, sequence_ids):
         for sequence_id in sequence_ids:
-            self.rows.pop(sequence_id, None)
-            self.placed.discard(sequence_id)
+            self.sequences.pop(sequence_id, None)
+            self.running.discard(sequence_id)
+        self.note_load()
 
     def decode(self):
         self.thread = threading.current_thread()
-        if self.rows:
-            time.sleep(0.0005)  # a step takes a while; without it an endless row floods the event loop
+        if self.sequences:
+            time.sleep(0.0005)  # a step takes a while; without it an endless sequence floods the event loop
             assert self.gate.wait(DEADLINE)
-        if self.placed and self.faults:
+        if self.running and self.faults:
             raise self.faults.pop(0)
-        if self.placed and self.crash:
+        if self.running and self.crash:
             raise self.crash
         tokens = [
-            SampledToken(sequence_id, number) for sequence_id, number in self.rows.items() if sequence_id in self.placed
+            SampledToken(sequence_id, number)
+            for sequence_id, number in self.sequences.items()
+            if sequence_id in self.running
         ]
         for token in tokens:
-            self.rows[token.sequence_id] += 1
+            self.sequences[token.sequence_id] += 1
             if token.sequence_id in self.constraints:
                 self.constraints[token.sequence_id].accept(token.token)
         return tokens
 
     def waiting(self):
-        return self.rows.keys() - self.placed
+        return self.sequences.keys() - self.running
 
     def restart(self, staying):
         self.restarts += 1
-        self.placed.clear()
-        self.rows = {sequence_id: number for sequence_id, number in self.rows.items() if sequence_id in staying}
+        self.running.clear()
+        self.note_load()
+        self.sequences = {
+            sequence_id: number for sequence_id, number in self.sequences.items() if sequence_id in staying
+        }
         return []
 
     def prefill(self):
-        waiting = [sequence_id for sequence_id in self.rows if sequence_id not in self.placed]
-        self.placed |= set(waiting[: self.places - len(self.placed)])
+        waiting = [sequence_id for sequence_id in self.sequences if sequence_id not in self.running]
+        self.running |= set(waiting[: self.slots - len(self.running)])
+        self.note_load()
+
+    def note_load(self):
+        self.load.num_running = len({self.requests[sequence_id] for sequence_id in self.running})
 
     def is_empty(self):
-        return not self.rows
+        return not self.sequences
 
     def close(self):
         self.is_closed = True
 
 
 @dataclass
-class ScriptedRuntime:
+class ScriptedRunner:
     """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected."""
 
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
@@ -188,7 +202,7 @@ class ScriptedRuntime:
                 raise PromptRejected("no such schema", "response_format")
         return request
 
-    def prepare(self, request, sequence_ids):
+    def prepare(self, request, ids):
         text = request.prompt.messages[0]["content"]
         if text.startswith("refuse"):
             raise PromptRejected("refused", "messages[0]")
@@ -200,7 +214,7 @@ class ScriptedRuntime:
         return [
             (
                 Sequence(
-                    next(sequence_ids),
+                    next(ids),
                     tokens,
                     Sampling(),
                     max_tokens,
@@ -217,11 +231,16 @@ class ScriptedRuntime:
 
 @dataclass
 class Factory:
-    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any."""
+    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any.
+
+    Starting an engine raises the next of `start_failures`, if any.
+    """
 
     gate: threading.Event = field(default_factory=threading.Event)
     failures: list = field(default_factory=list)
-    runtimes: list = field(default_factory=list)
+    start_failures: list = field(default_factory=list)
+    runners: list = field(default_factory=list)
+    engines: list = field(default_factory=list)
     builds: int = 0
 
     def __post_init__(self):
@@ -230,7 +249,7 @@ class Factory:
     @property
     def batch(self):
         """The batch of the engine that was loaded last."""
-        return self.runtimes[-1].batch
+        return self.runners[-1].batch
 
     def build(self, loading=None):
         self.builds += 1
@@ -239,8 +258,11 @@ class Factory:
                 loading("reading", 1, 2)
         if self.failures:
             raise self.failures.pop(0)
-        self.runtimes.append(ScriptedRuntime())
-        return self.runtimes[-1]
+        self.runners.append(ScriptedRunner())
+        return self.runners[-1]
 
     def start(self, spec, on_death, loading, metrics):
-        return Engine(spec.key, lambda: self.build(loading), on_death=on_death, metrics=metrics)
+        if self.start_failures:
+            raise self.start_failures.pop(0)
+        self.engines.append(Engine(spec.key, lambda: self.build(loading), on_death=on_death, metrics=metrics))
+        return self.engines[-1]

@@ -1,4 +1,4 @@
-"""Faults at the Batch seam: whom they concern, what those are told, and that all_instances else goes on."""
+"""Faults at the Batch seam: which requests they end, with which error, and that all others go on."""
 
 import asyncio
 import math
@@ -25,7 +25,7 @@ from mlxserver.engine.worker.faults import is_out_of_memory
 from mlxserver.engine.worker.mailbox import Mailbox, Stop
 from mlxserver.engine.worker.thread_pool import ThreadPool
 from mlxserver.manager.timers import LONGEST_BACKOFF, Backoff
-from mlxserver.manager.watchdog import look
+from mlxserver.manager.watchdog import check
 from mlxserver.server.health import life, readiness
 from model_manager import ModelManager
 from tests.support.scripted_engine import DEADLINE, Death, Factory, Panic, ended, read, request, until, within_deadline
@@ -55,8 +55,8 @@ async def managed(*specs, **settings):
     try:
         yield manager, factory
     finally:
-        for runtime in factory.runtimes:
-            runtime.batch.gate.set()
+        for runner in factory.runners:
+            runner.batch.gate.set()
         await manager.close(0)
 
 
@@ -92,7 +92,7 @@ async def test_a_fault_of_one_request_ends_that_one_alone(text, cause, mark, kin
         assert isinstance(error, RequestFailed)
         assert f"'m' could not process this request: {kind}: {cause}" in str(error)
         assert [await ended(other) for other in others] == [32, 32]
-        await until(lambda: not batch.rows)
+        await until(lambda: not batch.sequences)
         assert batch.restarts == 0
 
 
@@ -102,25 +102,25 @@ async def test_a_fault_of_one_of_several_choices_ends_the_whole_request():
         garbled = request("garble", max_tokens=30)
         failed = engine.submit(type(garbled)(garbled.prompt, max_tokens=30, n=3))
         assert isinstance(await ended(failed), RequestFailed)
-        await until(lambda: not batch.rows)
+        await until(lambda: not batch.sequences)
         assert metrics.faults == {"request": 1}
 
 
 @within_deadline
-async def test_a_panic_over_a_question_or_a_prompt_is_told_to_whoever_asked():
+async def test_a_panic_over_a_question_or_a_prompt_fails_that_request():
     def panic(asked):
         raise Panic("index out of bounds")
 
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        instance._engine._tokenizer_worker.begin(panic, panic)
+        instance._lifecycle.engine._tokenizer_worker.begin(panic, panic)
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.ask(Detokenize((1,)))
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.generate(request())
         assert isinstance(await answered(instance), RequestFailed)
-        instance._engine._tokenizer_worker.begin(factory.runtimes[0].preprocess, panic)
+        instance._lifecycle.engine._tokenizer_worker.begin(factory.runners[0].preprocess, panic)
         assert await answered(instance) == 5
         assert factory.builds == 1
 
@@ -129,9 +129,9 @@ async def test_a_panic_over_a_question_or_a_prompt_is_told_to_whoever_asked():
 
 
 @within_deadline
-async def test_a_step_that_fails_ends_the_requests_at_work_and_nobody_else():
+async def test_a_step_that_fails_ends_the_running_requests_alone():
     async with running_engine() as (engine, batch, metrics):
-        batch.places = 2
+        batch.slots = 2
         at_work = [engine.submit(request(max_tokens=10**6)) for _ in range(2)]
         waiting = [engine.submit(request(max_tokens=5)) for _ in range(3)]
         await failing_step(batch, *at_work, fault=ValueError("a bad shape"))
@@ -144,7 +144,7 @@ async def test_a_step_that_fails_ends_the_requests_at_work_and_nobody_else():
 
 
 @within_deadline
-async def test_who_was_told_of_a_failed_step_gets_nothing_more():
+async def test_nothing_follows_the_error_of_a_failed_step():
     async with running_engine() as (engine, batch, _):
         calls = []
         generation = engine.submit(request())
@@ -159,7 +159,7 @@ async def test_who_was_told_of_a_failed_step_gets_nothing_more():
 
 
 @within_deadline
-async def test_a_good_step_between_them_forgives_failed_ones():
+async def test_a_good_step_resets_the_count_of_failed_ones():
     async with running_engine() as (engine, batch, metrics):
         for _ in range(5):
             await failing_step(batch, fault=ValueError("a bad shape"))
@@ -185,9 +185,9 @@ async def test_three_failed_steps_in_a_row_end_the_engine_and_the_next_request_l
 
 
 @within_deadline
-async def test_those_who_still_wait_when_the_engine_ends_are_told():
+async def test_requests_that_wait_when_the_engine_ends_fail():
     async with running_engine() as (engine, batch, _):
-        batch.places = 1
+        batch.slots = 1
         batch.crash = ValueError("a broken weight")
         batch.gate.clear()
         generations = [engine.submit(request()) for _ in range(5)]
@@ -200,9 +200,9 @@ async def test_those_who_still_wait_when_the_engine_ends_are_told():
 
 
 @within_deadline
-async def test_a_batch_that_can_not_be_made_fresh_ends_the_engine_and_everybody_is_told():
+async def test_a_batch_that_can_not_restart_ends_the_engine_and_every_request():
     async with running_engine() as (engine, batch, _):
-        batch.places = 1
+        batch.slots = 1
         batch.restart = lambda staying: 1 / 0
         generations = [engine.submit(request()) for _ in range(2)]
         await failing_step(batch, *generations, fault=ValueError("a bad shape"))
@@ -212,9 +212,9 @@ async def test_a_batch_that_can_not_be_made_fresh_ends_the_engine_and_everybody_
 
 
 @within_deadline
-async def test_who_was_to_be_told_of_a_failed_step_is_told_even_if_the_fresh_batch_fails_at_once():
+async def test_requests_of_a_failed_step_fail_even_if_the_fresh_batch_fails_at_once():
     async with running_engine() as (engine, batch, _):
-        batch.places = 1
+        batch.slots = 1
         at_work, waiting = [engine.submit(request()) for _ in range(2)]
         batch.remove = lambda rows: 1 / 0
         await failing_step(batch, at_work, waiting, fault=ValueError("a bad shape"))
@@ -237,7 +237,7 @@ async def be_refused(generation):
 
 @pytest.mark.parametrize("how", [leave, be_refused])
 @within_deadline
-async def test_who_leaves_is_told_even_if_the_engine_ends_over_it(how):
+async def test_a_cancelled_or_refused_request_ends_even_if_the_engine_ends_over_it(how):
     def lose(rows):
         raise EngineError("A rank is gone.")
 
@@ -270,7 +270,7 @@ async def test_who_leaves_is_told_even_if_the_engine_ends_over_it(how):
         MemoryError("std::bad_alloc"),
     ],
 )
-def test_every_backends_words_for_no_memory_are_understood(error):
+def test_out_of_memory_is_recognized_on_every_backend(error):
     assert is_out_of_memory(error)
 
 
@@ -280,7 +280,7 @@ def test_other_faults_are_not_taken_for_it(error):
 
 
 @within_deadline
-async def test_memory_that_runs_out_once_ends_nobody():
+async def test_memory_that_runs_out_once_ends_no_request():
     freed = []
     async with running_engine(free=lambda: freed.append(1)) as (engine, batch, metrics):
         batch.gate.clear()
@@ -292,9 +292,9 @@ async def test_memory_that_runs_out_once_ends_nobody():
 
 
 @within_deadline
-async def test_memory_that_runs_out_again_ends_the_youngest_at_work():
+async def test_memory_that_runs_out_again_ends_the_youngest_running_request():
     async with running_engine() as (engine, batch, _):
-        batch.places = 2
+        batch.slots = 2
         batch.gate.clear()
         generations = [engine.submit(request(max_tokens=20)) for _ in range(3)]
         await generations[-1].accepted()
@@ -315,11 +315,11 @@ async def test_memory_that_never_suffices_ends_one_request_after_the_other_but_n
         assert await ended(engine.submit(request(max_tokens=3))) == 5
 
 
-# A thread that is dead or stuck
+# A thread that is dead or stalled
 
 
 @within_deadline
-async def test_a_dead_thread_is_told_to_all_and_replaced():
+async def test_a_dead_thread_ends_every_request_and_is_replaced():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         generation = await instance.generate(request())
@@ -330,7 +330,7 @@ async def test_a_dead_thread_is_told_to_all_and_replaced():
 
 
 @within_deadline
-async def test_a_stuck_engine_shows_until_it_goes_on(caplog):
+async def test_a_stalled_engine_shows_until_it_goes_on(caplog):
     async with managed(wedged_after=0.05) as (manager, factory):
         instance = manager.instance("m")
         generation = await instance.generate(request(max_tokens=5))
@@ -341,19 +341,19 @@ async def test_a_stuck_engine_shows_until_it_goes_on(caplog):
         assert instance.status == "loaded"
         assert life(manager, "1", is_told_all=True)["models"]["m"]["wedged"]
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "degraded"}, 503)
-        wedged = look(manager.instances, set())
-        assert wedged == {instance}
-        assert look(manager.instances, wedged) == wedged
+        stalled = check(manager.instances, set())
+        assert stalled == {instance}
+        assert check(manager.instances, stalled) == stalled
         factory.batch.gate.set()
         assert await ended(generation) == 7
         await until(lambda: not instance.is_stalled)
         assert (life(manager, "1", is_told_all=False), readiness(manager, "m")[0]) == ({"status": "ok"}, 200)
-        assert look(manager.instances, wedged) == set()
-        assert [record.message for record in caplog.records] == ["wedged", "no longer wedged"]
+        assert check(manager.instances, stalled) == set()
+        assert [record.message for record in caplog.records] == ["stalled", "no longer stalled"]
 
 
 @within_deadline
-async def test_an_engine_without_work_is_not_stuck():
+async def test_an_engine_without_work_is_not_stalled():
     async with running_engine() as (engine, _, _):
         await ended(engine.submit(request(max_tokens=2)))
         await until(lambda: engine.stalled_for == 0)
@@ -371,7 +371,7 @@ def test_the_first_message_after_a_wait_is_work_too():
 
 
 @within_deadline
-async def test_readers_of_a_stuck_engine_are_told_when_it_is_to_stop():
+async def test_generations_of_a_stalled_engine_fail_when_it_is_to_stop():
     async with running_engine() as (engine, batch, _):
         batch.gate.clear()
         at_work = engine.submit(request())
@@ -393,7 +393,7 @@ async def test_readers_of_a_stuck_engine_are_told_when_it_is_to_stop():
 
 
 @within_deadline
-async def test_who_asked_for_what_the_engine_is_stuck_in_is_told_too():
+async def test_a_request_whose_insertion_stalls_the_engine_fails_too():
     async with running_engine() as (engine, batch, _):
         at_it, go_on = threading.Event(), threading.Event()
 
@@ -411,17 +411,19 @@ async def test_who_asked_for_what_the_engine_is_stuck_in_is_told_too():
 
 
 @within_deadline
-async def test_a_stuck_engine_does_not_hold_up_the_end(monkeypatch):
+async def test_a_stalled_engine_does_not_hold_up_close(monkeypatch):
     monkeypatch.setattr("model_manager.CLOSE_GRACE", 0.01)
     async with managed(ModelSpec("m", "x"), ModelSpec("n", "y")) as (manager, factory):
         await manager.instance("m").load()
-        stuck = factory.batch
+        stalled = factory.batch
         assert await answered(manager.instance("n")) == 5
-        stuck.gate.clear()
+        stalled.gate.clear()
         generation = await manager.instance("m").generate(request())
+        await until(lambda: stalled.thread)
         await manager.close(0)
-        assert manager.instance("n").status == "unloaded"
-        stuck.gate.set()
+        await until(lambda: manager.instance("n").status == "unloaded")
+        assert manager.instance("m").status == "draining"
+        stalled.gate.set()
         assert isinstance(await ended(generation), EngineStopped)
         await until(lambda: manager.instance("m").status == "unloaded")
 
@@ -429,9 +431,9 @@ async def test_a_stuck_engine_does_not_hold_up_the_end(monkeypatch):
 def test_threads_that_do_not_end_are_named():
     threads = ThreadPool(lambda: threading.Lock())
     gate = threading.Event()
-    threads.start(gate.wait, "engine-stuck")
+    threads.start(gate.wait, "engine-stalled")
     threads.call(lambda: None)
-    assert threads.close(0.01) == ["engine-stuck"]
+    assert threads.close(0.01) == ["engine-stalled"]
     gate.set()
 
 
@@ -458,7 +460,7 @@ async def test_a_model_that_keeps_failing_is_tried_less_and_less_often():
         assert 0 < error.retry_after <= 1
         assert "could not be loaded: no such file" in str(error)
         with pytest.raises(LoadFailed):
-            await instance.load()  # whoever asks for the load itself need not wait
+            await instance.load()  # an explicit load need not wait
         await manager.unload("m")
         assert (instance.status, instance.failure_reason) == ("unloaded", None)
         assert await answered(instance) == 5
@@ -471,12 +473,12 @@ def test_the_time_until_the_next_attempt_doubles_up_to_a_minute():
         backoff.note_failure()
         waits.append(math.ceil(backoff.remaining))
     assert waits == [0, 1, 2, 4, 8, 16, 32, LONGEST_BACKOFF, LONGEST_BACKOFF, LONGEST_BACKOFF]
-    backoff.forget()
+    backoff.reset()
     assert backoff.remaining == 0
 
 
 @within_deadline
-async def test_an_answer_ends_the_memory_of_failures():
+async def test_an_answer_resets_the_backoff():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         for _ in range(4):

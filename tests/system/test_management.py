@@ -1,4 +1,4 @@
-"""Models come and go over HTTP; what happened is in the answers, the figures and the log."""
+"""Models are loaded and unloaded over HTTP; the responses, the metrics and the log report it."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def written(path, text):
 
 @pytest.fixture(scope="module")
 def one(scripted_path):
-    """What one scripted model is expected to take."""
+    """Bytes that one scripted model is expected to take."""
     return estimate.estimate(ModelSpec("a", str(scripted_path))).total
 
 
@@ -59,7 +59,7 @@ def events(answer):
     return [json.loads(line[6:]) for line in answer.body.decode().splitlines() if line.startswith("data: ")]
 
 
-def figures(server):
+def metrics(server):
     families = text_string_to_metric_families(server.get("/metrics").body.decode())
     return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
 
@@ -70,16 +70,16 @@ def logged(server):
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def test_a_load_can_be_told_as_it_goes(server, scripted_path):
+def test_a_load_can_stream_its_progress(server, scripted_path):
     answer = server.post("/v1/models/load", {"model": str(scripted_path), "key": "a", "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
-    *steps, last = events(answer)
-    assert {step["event"] for step in steps} == {"progress"}
+    *reports, last = events(answer)
+    assert {report["event"] for report in reports} == {"progress"}
     assert (last["event"], last["key"], last["status"]) == ("loaded", "a", "loaded")
     assert last["memory_bytes"] == last["estimate"]["weights"] > 0
 
 
-def test_a_told_load_that_can_not_even_begin_has_its_status(server):
+def test_a_streamed_load_that_can_not_even_begin_has_its_status(server):
     answer = server.post("/v1/models/load", {"model": "/nowhere", "key": "a", "stream": True})
     assert (answer.status, answer.error["code"]) == (400, "invalid_source")
 
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_507_with_a_projection(server, scripted_path, one):
     assert projection["free"] == projection["budget"] - 2 * one
 
 
-def test_requests_for_three_models_on_room_for_two_are_all_answered(server):
+def test_requests_for_three_models_with_memory_for_two_are_all_answered(server):
     with ThreadPoolExecutor(9) as pool:
         answers = list(pool.map(lambda key: server.chat(key, "hello"), "abc" * 6))
     assert [answer.message["content"] for answer in answers] == [HELLO] * 18
@@ -118,7 +118,7 @@ def test_keep_alive_zero_unloads_the_model_after_the_answer(server):
     eventually(lambda: server.status("a") == "unloaded")
 
 
-def test_a_load_says_all_of_a_model(server, scripted_path):
+def test_a_load_can_set_every_field_of_a_model(server, scripted_path):
     body = {"model": str(scripted_path), "key": "new", "pin": True, "ttl": "5m", "max_running": 1, "max_waiting": 0}
     body |= {"cache_tokens": 512, "defaults": {"temperature": 0.5}}
     assert server.post("/v1/models/load", body).status == 200
@@ -161,7 +161,7 @@ def test_a_drain_under_eight_streams_lets_all_eight_complete(server):
 
 
 def broken_models(scripted_path, directory):
-    """Sources whose load fails, each in its own way, and a part of what is said of it."""
+    """Sources whose load fails, each in its own way, and a part of the error message."""
 
     def copy(name):
         return shutil.copytree(scripted_path, directory / name)
@@ -178,7 +178,7 @@ def broken_models(scripted_path, directory):
     yield {"model": "org/name"}, "Hugging Face hub"
 
 
-def test_loads_that_fail_tell_why_and_leave_the_others_serving(server, scripted_path, tmp_path):
+def test_loads_that_fail_report_the_cause_and_leave_the_others_serving(server, scripted_path, tmp_path):
     with server.stream("a", "forever") as stream:
         stream.read(2)
         for body, cause in broken_models(scripted_path, tmp_path):
@@ -190,7 +190,7 @@ def test_loads_that_fail_tell_why_and_leave_the_others_serving(server, scripted_
         stream.read(10)
 
 
-def test_everybody_who_waits_for_a_load_that_fails_is_told_why(scripted_path, tmp_path):
+def test_every_request_that_waits_for_a_load_that_fails_gets_the_cause(scripted_path, tmp_path):
     (broken := shutil.copytree(scripted_path, tmp_path / "broken")) and (broken / "tokenizer.json").unlink()
     with running_server("--no-defaults", "--model", f"x={broken}") as server, ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: server.chat("x", "hello"), range(4)))
@@ -214,10 +214,10 @@ def test_new_settings_are_read_again_on_demand_and_by_a_signal(server):
     eventually(lambda: server.get("/v1/models/d").status == 404)
 
 
-def test_figures_are_what_prometheus_reads(server):
-    before = figures(server)
+def test_metrics_are_what_prometheus_reads(server):
+    before = metrics(server)
     server.chat("a", "hello")
-    after = figures(server)
+    after = metrics(server)
 
     def grown(*name):
         return after[name] - before.get(name, 0)
@@ -230,9 +230,9 @@ def test_figures_are_what_prometheus_reads(server):
     assert after["mlx_server_memory_reserved_bytes",] == after["mlx_server_reserved_bytes", "a"] > 0
 
 
-def test_the_dashboard_asks_for_figures_that_there_are(server):
+def test_the_dashboard_asks_for_metrics_that_exist(server):
     server.chat("a", "hello")
-    known = {name for name, *_ in figures(server)}
+    known = {name for name, *_ in metrics(server)}
     asked = set(re.findall(r"mlx_server_\w+", (ROOT / "deploy" / "grafana-dashboard.json").read_text()))
     assert asked - known == {"mlx_server_unloads_total"} - known
 
@@ -275,12 +275,12 @@ def test_the_example_file_names_every_setting_with_its_default():
     for name in [*settings_of(Settings), *MODEL_FIELDS, *DEFAULTS, "aliases"]:
         assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), name
     scalars = text.partition("[models.small]")[0]
-    said = re.sub(r"^# (\w+ = )", r"\1", scalars, flags=re.MULTILINE)
+    text = re.sub(r"^# (\w+ = )", r"\1", scalars, flags=re.MULTILINE)
     path = Path(ROOT / "models.example.toml")
     assert build(["--config", str(path)], {}, Settings()).models[0].key == "small"
     import tomllib
 
-    stated = tomllib.loads(said)
+    stated = tomllib.loads(text)
     defaults = Settings()
     sizes = {"max_body_bytes", "max_prompt_bytes"}
     listed = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}

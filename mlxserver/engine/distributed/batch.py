@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from mlxserver.engine.distributed.codec import answer, decode_tokens, encode_sequences
 from mlxserver.engine.distributed.leader import Leader, Opened
 from mlxserver.engine.errors import EngineError
-from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.metrics import EngineLoad, ModelMetrics
+from mlxserver.engine.scheduler.peers import FixedPeers, Peers
 from mlxserver.engine.sequence import Constraint, SampledToken, Sequence
 
 
 class LeadingBatch:
-    """`number` is the model's, as the ranks know it. `peer_step_seconds` as for a Scheduler.
+    """`number` is the model's, as the ranks know it. `peers` and `load` as a Scheduler's.
 
     All methods raise RankLost.
     """
@@ -29,30 +30,33 @@ class LeadingBatch:
         leader: Leader,
         number: int,
         opened: Opened,
-        peer_step_seconds: Callable[[object], float] = lambda asking: 0.0,
+        peers: Peers | None = None,
         metrics: ModelMetrics | None = None,
     ) -> None:
         self.vocab_size = opened.vocab_size
+        self.load = EngineLoad()
         self._leader = leader
         self._number = number
-        self._peer_step_seconds = peer_step_seconds
+        self._peers = peers or FixedPeers()
         self._metrics = metrics or ModelMetrics("")
         self._rows: dict[int, Constraint | None] = {}
         self._unpublished: list[list[Any]] = []  # calls that only change what comes next
-        self._pace: dict[str, float] = {}
+        self._chunk_budget: dict[str, float] = {}
         self._has_prompts = False
-        self._step = 0.0
 
-    def insert(self, rows: abc.Sequence[Sequence]) -> None:
-        """Queue rows that share one prompt."""
-        self._rows |= {row.id: row.constraint for row in rows}
-        self._unpublished.append(["insert", encode_sequences(rows), time.monotonic()])
+    def insert(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Queue the sequences of one request."""
+        self._rows |= {sequence.id: sequence.constraint for sequence in sequences}
+        self._unpublished.append(["insert", encode_sequences(sequences), time.monotonic()])
         self._has_prompts = True
+        self.load.is_busy = True
 
     def remove(self, sequence_ids: abc.Sequence[int]) -> None:
         """Forget rows."""
         for sequence_id in sequence_ids:
             self._rows.pop(sequence_id, None)
+        if not self._rows:
+            self._note_idle()
         self._tell("remove", list(sequence_ids))
 
     def warm_up(self) -> None:
@@ -61,18 +65,20 @@ class LeadingBatch:
 
     def decode(self) -> list[SampledToken]:
         """Advance every decoding row by one token."""
-        self._tell("decode", self._peer_step_seconds(self))
+        self._tell("decode", self._peers.observe(self.load))
         while "tokens" not in (told := self._leader.answer(self._number)):
             self._answer(told["row"], told["accepted"])
-        self._pace, self._has_prompts, self._step = told["pace"], told["has_prompts"], told["step"]
-        if told["rows"]:
-            self._metrics.batch_size.observe(told["rows"])
+        self._chunk_budget, self._has_prompts = told["chunk_budget"], told["has_prompts"]
+        if self._rows:
+            self.load.num_running, self.load.step_seconds = told["running"], told["step_seconds"]
+        if told["decoding"]:
+            self._metrics.batch_size.observe(told["decoding"])
         return decode_tokens(told["tokens"])
 
     def prefill(self) -> None:
         """Process one chunk of the waiting prompts."""
-        if self._has_prompts and self._pace:
-            self._tell("prefill", self._pace)
+        if self._has_prompts and self._chunk_budget:
+            self._tell("prefill", self._chunk_budget)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
         """Give kept prefixes back."""
@@ -86,10 +92,6 @@ class LeadingBatch:
         """The ranks know who has no group yet; it matters for restart() alone."""
         return set()
 
-    def running_step_seconds(self) -> float:
-        """Seconds that a step takes for those who stream, as rank 0 measured it last; 0 while nobody does."""
-        return self._step if self._rows else 0.0
-
     def restart(self, staying: Collection[int]) -> list[SampledToken]:
         """There is no going on after a call that failed: the ranks are out of step."""
         raise self._leader.lost or EngineError("A call failed that ranks share.")
@@ -97,7 +99,11 @@ class LeadingBatch:
     def close(self) -> None:
         """Free what the batch holds, on every rank."""
         self._rows = {}
+        self._note_idle()
         self._leader.drop(self._number)
+
+    def _note_idle(self) -> None:
+        self.load.is_busy, self.load.num_running, self.load.step_seconds = False, 0, 0.0
 
     def _tell(self, *call: Any) -> None:
         """Tell a call, after those that were not told yet."""

@@ -22,15 +22,11 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
+from mlxserver.config.fields import Shared, marked
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.distributed.link import LinkLost
 from mlxserver.engine.platform import device
 
-# What a rank must know of a sharded model, and what all must have the same.
-SHARED_FIELDS = (
-    "key", "source", "adapter", "shard", "context_length", "max_running", "cache_tokens", "prefix_cache_bytes"
-)  # fmt: skip
-_SHARED_SETTINGS = ("rank_timeout",)
 _MEETING_VARIABLE = "MLX_RANK_MEETING"  # what the leader gives to the process that computes for rank 0
 _MEETING_BYTES = 512
 _ATTEMPTS = 4  # to join
@@ -107,9 +103,10 @@ def shared_facts(server_version: str, settings: Settings) -> dict[str, str]:
     """What must be the same on every rank, by name. Secrets are not among it."""
     facts = {"server": server_version, "device": device.describe().kind}
     facts |= {package: version(package) for package in ("mlx", "mlx-lm")}
-    facts |= {name: repr(getattr(settings, name)) for name in _SHARED_SETTINGS}
+    facts |= {name: repr(getattr(settings, name)) for name in marked(Settings, Shared)}
     sharded = (spec for spec in settings.models if spec.shard)
-    return facts | {f"models.{s.key}.{name}": repr(getattr(s, name)) for s in sharded for name in SHARED_FIELDS}
+    names = marked(ModelSpec, Shared)
+    return facts | {f"models.{spec.key}.{name}": repr(getattr(spec, name)) for spec in sharded for name in names}
 
 
 def compare(rank: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
@@ -121,7 +118,7 @@ def compare(rank: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> No
 
 def shared_spec(spec: ModelSpec) -> dict[str, Any]:
     """A sharded model for another rank; ModelSpec(**...) makes it again."""
-    return {name: getattr(spec, name) for name in SHARED_FIELDS}
+    return {name: getattr(spec, name) for name in marked(ModelSpec, Shared)}
 
 
 def leaders_address(environ: Mapping[str, str]) -> str:

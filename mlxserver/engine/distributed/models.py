@@ -16,6 +16,7 @@ from mlxserver.engine.distributed.sampler import FollowingSampler, LeadingSample
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.loading import loader
 from mlxserver.engine.platform import streams
+from mlxserver.engine.scheduler.peers import FixedPeers
 from mlxserver.engine.scheduler.prefill import ChunkBudget
 from mlxserver.engine.scheduler.scheduler import Scheduler
 
@@ -36,8 +37,8 @@ class Models:
         self._send = send
         self._mask = mask
         self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
-        self._batchers: dict[int, Scheduler] = {}
-        self._peer_step_seconds = 0.0
+        self._schedulers: dict[int, Scheduler] = {}
+        self._peers = FixedPeers()  # as the leader knows them
 
     def act(self, message: Message) -> None:
         """Do what is said of a model. What it raises can't be mended."""
@@ -58,12 +59,12 @@ class Models:
 
     def _open(self, number: int, bytes_per_token: int, stall_target: float) -> None:
         spec, loaded = self._loaded[number]
-        self._batchers[number] = Scheduler(
+        self._schedulers[number] = Scheduler(
             loaded.model,
             max_running=spec.max_running,
             stall_target=stall_target,
             prefix_cache=PrefixCache(spec.prefix_cache_bytes, bytes_per_token) if spec.prefix_cache_bytes else None,
-            peer_step_seconds=lambda asking: self._peer_step_seconds,
+            peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
             bytes_per_token=bytes_per_token,
@@ -71,36 +72,37 @@ class Models:
 
     def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         """Make a call as it is told."""
-        batcher = self._batchers[number]
+        scheduler = self._schedulers[number]
         match name, arguments:
             case "insert", (rows, now):
-                batcher.insert(decode_sequences(rows, partial(self._ask, number) if self._leads else None), now)
+                scheduler.insert(decode_sequences(rows, partial(self._ask, number) if self._leads else None), now)
             case "remove", (sequence_ids,):
-                batcher.remove(sequence_ids)
+                scheduler.remove(sequence_ids)
             case "decode", (peer_step_seconds,):
-                self._peer_step_seconds = peer_step_seconds
-                self._decode(number, batcher)
-            case "prefill", (pace,):
-                batcher.prefill(ChunkBudget(**pace))
+                self._peers.step_seconds = peer_step_seconds
+                self._decode(number, scheduler)
+            case "prefill", (chunk_budget,):
+                scheduler.prefill(ChunkBudget(**chunk_budget))
             case "warm_up", ():
-                batcher.warm_up()
+                scheduler.warm_up()
             case "shrink_prefixes", (max_bytes,):
-                batcher.shrink_prefixes(max_bytes)
+                scheduler.shrink_prefixes(max_bytes)
             case _:
                 raise ValueError(f"call {name!r}; expected one of a batch's")
 
-    def _decode(self, number: int, batcher: Scheduler) -> None:
-        tokens = batcher.decode()
+    def _decode(self, number: int, scheduler: Scheduler) -> None:
+        tokens = scheduler.decode()
         if self._leads:
             self._send(
                 {
                     "kind": "tokens",
                     "number": number,
                     "tokens": encode_tokens(tokens),
-                    "rows": batcher.decoding(),
-                    "has_prompts": batcher.has_prompts(),
-                    "step": batcher.running_step_seconds(),
-                    "pace": asdict(batcher.pace()),
+                    "decoding": scheduler.num_decoding,
+                    "running": scheduler.load.num_running,
+                    "has_prompts": scheduler.has_prompts(),
+                    "step_seconds": scheduler.load.step_seconds,
+                    "chunk_budget": asdict(scheduler.chunk_budget()),
                 }
             )
 
@@ -110,9 +112,9 @@ class Models:
         return decode_mask(self._mask()["mask"])
 
     def _drop(self, number: int) -> None:
-        if batcher := self._batchers.pop(number, None):
-            batcher.close()
-        del batcher
+        if scheduler := self._schedulers.pop(number, None):
+            scheduler.close()
+        del scheduler
         self._loaded.pop(number, None)
         self._loads.forget(number)
         streams.free_memory()

@@ -22,9 +22,9 @@ class LeadingSampler:
         self._own = BatchSampler(vocab_size)
         self._group = group
 
-    def extend(self, rows: abc.Sequence[Sequence]) -> None:
+    def extend(self, sequences: abc.Sequence[Sequence]) -> None:
         """Add rows."""
-        self._own.extend(rows)
+        self._own.extend(sequences)
 
     def filter(self, keep: abc.Sequence[int]) -> None:
         """Keep only these rows."""
@@ -41,7 +41,7 @@ class FollowingSampler:
     def __init__(self, vocab_size: int, group: Any) -> None:
         self._group = group
 
-    def extend(self, rows: abc.Sequence[Sequence]) -> None:
+    def extend(self, sequences: abc.Sequence[Sequence]) -> None:
         """Rank 0 knows how they are to be sampled."""
 
     def filter(self, keep: abc.Sequence[int]) -> None:

@@ -1,9 +1,10 @@
-"""The keys and values of the rows that decode together, and the step that advances them.
+"""KV cache of the sequences that decode together, and the step that advances them.
 
-Rule 1: rows stand in the order in which the batcher has them; row i of the logits is row i of the batch.
-Rule 2: every row has a place, long enough for all, so that a step writes one token a row and copies nothing, and
-        shapes change seldom. That is what makes a compiled step possible. A row that leaves is replaced by the last.
-Rule 3: models with other caches (sliding windows, recurrent states) use mlx-lm's own batched caches instead.
+Rule 1: sequences have the order of the decode batch; row i of the logits belongs to sequence i.
+Rule 2: every sequence has a slot, with capacity for the longest, so that a step writes one token per sequence and
+        copies nothing, and shapes change seldom. A compiled step needs that. The last sequence takes the slot of one
+        that leaves.
+Rule 3: models with other layers than plain ones use mlx-lm's own batched caches instead (kv_cache/merged.py).
 """
 
 from __future__ import annotations
@@ -17,46 +18,47 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.merged import MergedCache
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
-_SPAN_STEP = 256  # tokens by which places grow at first, and a quarter of their length later
+_CAPACITY_STEP = 256  # tokens by which slots grow at first, and a quarter of their capacity later
 
 
 class BatchCache(Protocol):
-    """What the batcher needs of the decoding rows."""
+    """KV cache of a decode batch."""
 
-    def join(self, caches: Sequence[caches.Cache], coming: int = 0) -> None:
-        """Add rows, each with its own cache, behind the present ones. coming: how many more are soon to join."""
+    def join(self, joining: Sequence[caches.Cache], coming: int = 0) -> None:
+        """Add sequences, each with its own cache, behind the present ones. coming: how many more are soon to join."""
 
     def keep(self, order: Sequence[int]) -> None:
-        """Keep only the rows at these indices, in this order; at least one. A row may only move towards the front."""
+        """Keep only the sequences at these indices, in this order; at least one. None may move towards the end."""
 
     def clear(self) -> None:
-        """Drop all rows."""
+        """Drop all sequences."""
 
     def extract(self, index: int) -> caches.Cache:
-        """A row's own cache: a copy of its keys and values."""
+        """A copy of a sequence's cache."""
 
     def advance(self, inputs: mx.array) -> mx.array:
-        """PrefillStrategy one token a row, [rows] -> logits [rows, vocab]. Nothing is evaluated."""
+        """Compute one token per sequence, [batch] -> logits [batch, vocab]. Nothing is evaluated."""
 
-    def tokens_for(self, rows: int, longest: int) -> int:
-        """Tokens that are held when there are so many rows, the longest of so many tokens; the unused room included."""
+    def tokens_for(self, batch: int, longest: int) -> int:
+        """Tokens of KV cache of so many sequences, the longest of so many tokens; unused capacity included."""
 
     def compact(self) -> None:
-        """Give room back that the present rows do not need."""
+        """Give back slots and capacity that the present sequences do not need."""
 
 
 def make_batch_cache(model: Any, policy: ExecutionPolicy | None = None) -> BatchCache:
-    """The rows of a model, empty."""
+    """An empty cache for a model's decode batch."""
     if caches.is_plain(model):
         return SlotCache(model, policy)
     return MergedCache(model)
 
 
 class SlotCache:
-    """Slots of plain keys and values, [slots, heads, capacity, dim] per layer. Slots behind the last row are unused."""
+    """Slots of plain keys and values, [slots, heads, capacity, dim] per layer, unused behind the last sequence."""
 
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         policy = policy or current()
@@ -65,66 +67,66 @@ class SlotCache:
         self._is_compiled = policy.compile_steps
         self._step = mx.compile(self._forward) if self._is_compiled else self._forward
         self._put = mx.compile(_put) if self._is_compiled else _put
-        self._nothing = empty_layers(model)
+        self._empty = empty_layers(model)
         self.clear()
 
     def clear(self) -> None:
-        """Drop all rows. What was compiled stays."""
-        self._keys, self._values = self._nothing
+        """Drop all sequences. Compiled functions stay."""
+        self._keys, self._values = self._empty
         self._lengths: list[int] = []
         self._offsets = mx.zeros((0,), dtype=mx.int32)
 
-    def join(self, caches: Sequence[caches.Cache], coming: int = 0) -> None:
-        """Add rows behind the present ones; places are made for those who come, too."""
-        place = len(self._lengths)
-        self._lengths += [cache[0].offset for cache in caches]
+    def join(self, joining: Sequence[caches.Cache], coming: int = 0) -> None:
+        """Add sequences behind the present ones; slots are made for those that come, too."""
+        slot = len(self._lengths)
+        self._lengths += [cache[0].offset for cache in joining]
         self._grow(self._slots_for(len(self._lengths) + coming), self._capacity_for(max(self._lengths) + 1))
-        for rows in self._groups(caches):
-            at = mx.array([place], dtype=mx.int32)
-            self._keys, self._values = self._put(at, self._keys, self._values, *zip(*rows, strict=True))
-            place += len(rows)
+        for group in self._groups(joining):
+            at = mx.array([slot], dtype=mx.int32)
+            self._keys, self._values = self._put(at, self._keys, self._values, *zip(*group, strict=True))
+            slot += len(group)
         self._set_offsets()
 
-    def _groups(self, caches: Sequence[caches.Cache]) -> Iterator[list[tuple[Layers, Layers]]]:
-        """The rows' keys and values. Those of one length together, if that saves a GPU work; a few numbers recur."""
-        for _, alike in groupby(map(self._own, caches), lambda own: own[0][0].shape[2]):
-            rows = list(alike)
-            while rows:
-                count = 1 << (len(rows).bit_length() - 1) if self._is_compiled else 1
-                yield rows[:count]
-                rows = rows[count:]
+    def _groups(self, joining: Sequence[caches.Cache]) -> Iterator[list[tuple[Layers, Layers]]]:
+        """Keys and values of the sequences; those of one length together if that saves a GPU work, in few numbers."""
+        for _, alike in groupby(map(self._own, joining), lambda own: own[0][0].shape[2]):
+            group = list(alike)
+            while group:
+                count = 1 << (len(group).bit_length() - 1) if self._is_compiled else 1
+                yield group[:count]
+                group = group[count:]
 
     def _own(self, cache: caches.Cache) -> tuple[Layers, Layers]:
-        """A row's keys and values, of one token at least, and no longer than a place."""
+        """Keys and values of a sequence, of one token at least, and no longer than a slot."""
         if not (length := cache[0].offset):
-            keys, values = ([grow(array, 1, 1) for array in arrays] for arrays in self._nothing)
+            keys, values = ([grow(array, 1, 1) for array in arrays] for arrays in self._empty)
             return keys, values
         end = int(self._keys[0].shape[2]) if self._is_compiled else length
         return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
 
     def keep(self, order: Sequence[int]) -> None:
-        """Keep only these rows."""
+        """Keep only these sequences."""
         self._lengths = [self._lengths[index] for index in order]
-        self._move([(place, row) for place, row in enumerate(order) if place != row])
-        places = self._slots_for(len(order))
-        if places < self._keys[0].shape[0]:
-            self._keys = [mx.contiguous(keys[:places]) for keys in self._keys]
-            self._values = [mx.contiguous(values[:places]) for values in self._values]
+        self._move([(slot, former) for slot, former in enumerate(order) if slot != former])
+        slots = self._slots_for(len(order))
+        if slots < self._keys[0].shape[0]:
+            self._keys = [mx.contiguous(keys[:slots]) for keys in self._keys]
+            self._values = [mx.contiguous(values[:slots]) for values in self._values]
         self._set_offsets()
 
     def _move(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Put rows into other places: (to, from) pairs."""
+        """Move sequences to other slots: (to, from) pairs."""
         if not moves:
             return
-        taken = mx.array([row for _, row in moves], dtype=mx.uint32)
+        taken = mx.array([former for _, former in moves], dtype=mx.uint32)
         keys, values = [array[taken] for array in self._keys], [array[taken] for array in self._values]
-        mx.eval(keys, values)  # or else what is written to would also be read from, and be copied whole
-        for moved, (place, _) in enumerate(moves):
-            for array, rows in zip((*self._keys, *self._values), (*keys, *values), strict=True):
-                array[place] = rows[moved]
+        mx.eval(keys, values)  # or else an array that is written to would also be read from, and be copied whole
+        for moved, (slot, _) in enumerate(moves):
+            for array, copies in zip((*self._keys, *self._values), (*keys, *values), strict=True):
+                array[slot] = copies[moved]
 
     def extract(self, index: int) -> caches.Cache:
-        """A copy of a row's keys and values."""
+        """A copy of a sequence's keys and values."""
         length = self._lengths[index]
         cache = []
         for keys, values in zip(self._keys, self._values, strict=True):
@@ -136,57 +138,57 @@ class SlotCache:
         return cache
 
     def advance(self, inputs: mx.array) -> mx.array:
-        """PrefillStrategy one token a row."""
-        rows = len(self._lengths)
+        """Compute one token per sequence."""
+        batch = len(self._lengths)
         self._ensure_capacity(max(self._lengths) + 1)
         if self._is_padded:
-            inputs = mx.pad(inputs, (0, self._offsets.shape[0] - rows))
+            inputs = mx.pad(inputs, (0, self._offsets.shape[0] - batch))
         logits, self._offsets, self._keys, self._values = self._step(inputs, self._offsets, self._keys, self._values)
         self._lengths = [length + 1 for length in self._lengths]
-        return logits[:rows]
+        return logits[:batch]
 
-    def tokens_for(self, rows: int, longest: int) -> int:
-        """Tokens that the places for such rows hold."""
-        return max(self._slots_for(rows), int(self._keys[0].shape[0])) * self._capacity_for(longest)
+    def tokens_for(self, batch: int, longest: int) -> int:
+        """Tokens that the slots of such a batch hold."""
+        return max(self._slots_for(batch), int(self._keys[0].shape[0])) * self._capacity_for(longest)
 
     def compact(self) -> None:
-        """Give back what is longer or more than the present rows need."""
-        rows, present = max(1, len(self._lengths)), (int(self._keys[0].shape[0]), int(self._keys[0].shape[2]))
-        places = min(1 << (rows - 1).bit_length(), present[0])
-        span = min(slot_capacity(max(self._lengths, default=0) + 1, _SPAN_STEP), present[1])
-        if (places, span) == present:
+        """Give back slots and capacity that the present sequences do not need."""
+        batch, present = max(1, len(self._lengths)), (int(self._keys[0].shape[0]), int(self._keys[0].shape[2]))
+        slots = min(1 << (batch - 1).bit_length(), present[0])
+        capacity = min(slot_capacity(max(self._lengths, default=0) + 1, _CAPACITY_STEP), present[1])
+        if (slots, capacity) == present:
             return
         for arrays in (self._keys, self._values):
-            for n in range(len(arrays)):  # one by one, so that only one is there twice
-                arrays[n] = mx.contiguous(arrays[n][:places, :, :span])
+            for n in range(len(arrays)):  # one by one, so that only one exists twice
+                arrays[n] = mx.contiguous(arrays[n][:slots, :, :capacity])
                 mx.eval(arrays[n])
         self._set_offsets()
 
     def _forward(
         self, inputs: mx.array, offsets: mx.array, keys: list[mx.array], values: list[mx.array]
     ) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array]]:
-        # A CPU's time grows with every row fed and token looked at; a GPU is better off with shapes that stay.
+        # A CPU's time grows with every slot computed and token attended to; a GPU is better off with shapes that recur.
         visible = keys[0].shape[2] if self._is_padded else max(self._lengths) + 1
         step = StepPositions(offsets, inputs.shape[0], visible)
         cache = [SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)]
         logits = self._model(inputs[:, None], cache=cache)[:, -1, :]
-        return logits, offsets + 1, [place.keys for place in cache], [place.values for place in cache]
+        return logits, offsets + 1, [layer.keys for layer in cache], [layer.values for layer in cache]
 
     def _ensure_capacity(self, length: int) -> None:
-        """Make places at least `length` tokens long."""
+        """Grow the slots to at least `length` tokens."""
         self._grow(0, self._capacity_for(length))
 
-    def _grow(self, places: int, span: int) -> None:
-        self._keys = [grow(keys, places, span) for keys in self._keys]
-        self._values = [grow(values, places, span) for values in self._values]
+    def _grow(self, slots: int, capacity: int) -> None:
+        self._keys = [grow(keys, slots, capacity) for keys in self._keys]
+        self._values = [grow(values, slots, capacity) for values in self._values]
 
     def _capacity_for(self, length: int) -> int:
-        """Length of places to have for a row of so many tokens, without shrinking."""
-        return max(int(self._keys[0].shape[2]), slot_capacity(length, _SPAN_STEP))
+        """Capacity to have for a sequence of so many tokens, without shrinking."""
+        return max(int(self._keys[0].shape[2]), slot_capacity(length, _CAPACITY_STEP))
 
-    def _slots_for(self, rows: int) -> int:
-        """Places to have: the next power of two, without shrinking for a few."""
-        needed, present = 1 << (rows - 1).bit_length(), int(self._keys[0].shape[0])
+    def _slots_for(self, batch: int) -> int:
+        """Slots to have: the next power of two, without shrinking for a few."""
+        needed, present = 1 << (batch - 1).bit_length(), int(self._keys[0].shape[0])
         return present if needed <= present < 4 * needed else needed
 
     def _set_offsets(self) -> None:
@@ -195,63 +197,21 @@ class SlotCache:
 
 
 def _put(
-    at: mx.array, keys: Layers, values: Layers, row_keys: Sequence[Layers], row_values: Sequence[Layers]
+    at: mx.array, keys: Layers, values: Layers, own_keys: Sequence[Layers], own_values: Sequence[Layers]
 ) -> tuple[Layers, Layers]:
-    """Keys and values with those of rows, [1, heads, tokens, dim] a layer, at the places from [1] on."""
+    """Keys and values with those of sequences, [1, heads, tokens, dim] per layer, in the slots from `at` [1] on."""
     return (
-        [_placed(array, mx.concatenate(rows), at) for array, *rows in zip(keys, *row_keys, strict=True)],
-        [_placed(array, mx.concatenate(rows), at) for array, *rows in zip(values, *row_values, strict=True)],
+        [_put_array(array, mx.concatenate(own), at) for array, *own in zip(keys, *own_keys, strict=True)],
+        [_put_array(array, mx.concatenate(own), at) for array, *own in zip(values, *own_values, strict=True)],
     )
 
 
-def _placed(array: mx.array, rows: mx.array, at: mx.array) -> mx.array:
-    """The array with rows at their places, and zeros behind them.
+def _put_array(array: mx.array, own: mx.array, at: mx.array) -> mx.array:
+    """The array with the sequences in their slots, and zeros behind their tokens.
 
-    What is there gets a weight of 0, and 0 times what an overflow left would be no number.
+    Values there get a weight of 0, and 0 times the inf or NaN that an overflow left would be NaN.
     """
-    if rows.shape[2] < array.shape[2]:
-        nothing = mx.broadcast_to(mx.zeros((), dtype=array.dtype), (rows.shape[0], *array.shape[1:]))
-        array = mx.slice_update(array, nothing, at, [0])
-    return mx.slice_update(array, rows, at, [0])
-
-
-class MergedCache:
-    """BatchCache of any cache that mlx-lm can batch."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop all rows."""
-        self._cache: caches.Cache = []
-
-    def join(self, rows: Sequence[caches.Cache], coming: int = 0) -> None:
-        """Add rows behind the present ones."""
-        joining = caches.merge(rows)
-        if not self._cache:
-            self._cache = joining
-            return
-        for layer, other in zip(self._cache, joining, strict=True):
-            layer.extend(other)
-
-    def keep(self, order: Sequence[int]) -> None:
-        """Keep only these rows."""
-        for layer in self._cache:
-            layer.filter(list(order))
-
-    def extract(self, index: int) -> caches.Cache:
-        """A copy of a row's cache."""
-        return caches.extract(self._cache, index)
-
-    def advance(self, inputs: mx.array) -> mx.array:
-        """PrefillStrategy one token a row."""
-        logits: mx.array = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
-        return logits
-
-    def tokens_for(self, rows: int, longest: int) -> int:
-        """Tokens that a batch of such rows holds."""
-        return rows * longest
-
-    def compact(self) -> None:
-        """mlx-lm's caches keep no more than their longest row needs."""
+    if own.shape[2] < array.shape[2]:
+        zeros = mx.broadcast_to(mx.zeros((), dtype=array.dtype), (own.shape[0], *array.shape[1:]))
+        array = mx.slice_update(array, zeros, at, [0])
+    return mx.slice_update(array, own, at, [0])

@@ -1,6 +1,6 @@
-"""Keys and values of rows: one by one and batched.
+"""KV caches of sequences, one by one and batched.
 
-A row's cache is a list with one mlx-lm cache a layer. mlx-lm's caches know how to merge into a batch and back.
+A sequence's cache is a list with one mlx-lm cache per layer. mlx-lm's caches merge into a batched one and back.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ Cache = list[Any]
 
 
 def new_cache(model: Any) -> Cache:
-    """An empty cache for one row."""
+    """An empty cache of one sequence."""
     cache: Cache = make_prompt_cache(model)
     return cache
 
 
 def is_plain(model: Any) -> bool:
-    """Whether every layer keeps plain keys and values, which can stand in places (kv_cache/slots.py)."""
+    """Whether every layer keeps plain keys and values, which slots can hold (kv_cache/slots.py)."""
     return all(type(layer) is KVCache for layer in new_cache(model))
 
 
 def keeps_state(model: Any) -> bool:
-    """Whether a layer keeps a state (recurrence, convolution), which every token fed changes, padding included."""
+    """Whether a layer keeps a state (recurrence, convolution), which every token changes, padding included."""
     return any(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
 
 
 def flat(cache: Sequence[Any]) -> Iterator[Any]:
-    """The caches of all layers, those of layers that have several one by one."""
+    """The caches of all layers; those of a layer that has several, one by one."""
     for layer in cache:
         yield from flat(layer.caches) if hasattr(layer, "caches") else (layer,)
 
 
 def bytes_per_token(model: Any) -> int:
-    """Bytes that one token's keys and values take, in all layers that keep them. Nothing is computed."""
+    """Bytes of KV cache per token, in all layers that keep keys and values. Nothing is computed."""
     cache = new_cache(model)
     model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
     arrays = [array for layer in cache for array in (getattr(layer, "keys", None), getattr(layer, "values", None))]
@@ -52,7 +52,7 @@ def bytes_per_token(model: Any) -> int:
 
 
 def merge(caches: Sequence[Cache]) -> Cache:
-    """One cache for several rows out of the rows' own.
+    """One batched cache of several sequences' own.
 
     Raises:
         NotImplementedError: a kind of cache that mlx-lm can't batch.
@@ -65,7 +65,7 @@ def merge(caches: Sequence[Cache]) -> Cache:
 
 
 def extract(batched: Cache, index: int, length: int | None = None) -> Cache:
-    """One row's own cache out of a batched one. With its length in tokens known, nothing is waited for."""
+    """One sequence's own cache out of a batched one. With its length in tokens known, this waits for nothing."""
     return [_extract_layer(layer, index, length) for layer in batched]
 
 
@@ -82,15 +82,15 @@ def _extract_layer(layer: Any, index: int, length: int | None) -> Any:
 
 
 def is_finite(cache: Cache) -> mx.array:
-    """Whether what was computed is numbers throughout: an array of one bool, not evaluated.
+    """Whether a cache is without NaN and inf: an array of one bool, not evaluated.
 
-    What is none in one layer makes all that follows from it none, so that the last layer tells for all of them.
+    NaN or inf in one layer reaches all later ones, so that the last layer answers for all of them.
     """
-    kept = [leaf for _, leaf in tree_flatten(cache[-1].state) if isinstance(leaf, mx.array)]
-    are_finite = [mx.isfinite(array).all() for array in kept if mx.issubdtype(array.dtype, mx.floating)]
+    arrays = [leaf for _, leaf in tree_flatten(cache[-1].state) if isinstance(leaf, mx.array)]
+    are_finite = [mx.isfinite(array).all() for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
     return mx.all(mx.stack([mx.array(True), *are_finite]))
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values held."""
+    """Bytes of a cache."""
     return sum(layer.nbytes for layer in cache)

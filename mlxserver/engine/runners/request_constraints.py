@@ -1,7 +1,8 @@
-"""What a request binds its rows to: a grammar, a budget of reasoning, a length.
+"""Constraints of a request's sequences: a grammar, a thinking budget, a minimum length.
 
-Rule 1: a grammar of forced calls goes before one of JSON, that before one of strict tools.
-Rule 2: nothing here but compile() may run on another thread than the engine's.
+Rule 1: a grammar of required calls takes precedence over one of JSON, that over one of strict tools.
+Rule 2: compile() runs on the tokenizer worker, everything else on the engine thread. That must not encode with the
+        tokenizer, whose modes the worker switches: the tags are encoded once, when the model is built.
 """
 
 from __future__ import annotations
@@ -22,22 +23,26 @@ if TYPE_CHECKING:
 
 
 class RequestConstraints:
-    """Makes the constraints, and the parsers of reasoning, of one model's requests."""
+    """Makes the constraints, and the thinking parsers, of one model's requests."""
 
     def __init__(self, tokenizer: TokenizerWrapper, prompts: PromptFormat, grammars: Grammars, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._tool_format = prompts.tool_format  # found out by trying, on the thread that has the tokenizer
         self._grammars = grammars
         self._vocab_size = vocab_size
+        self.tool_format = prompts.tool_format
+        self._tags = thinking_tags(tokenizer)
+        # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
+        written = (self._tags[0], f"\n{self._tags[1]}\n\n")
+        self._start, self._end = (tokenizer.encode(text, add_special_tokens=False) for text in written)
 
     def compile(self, request: GenerationRequest) -> None:
-        """Compile the grammar that a request needs, if any. May run on any thread. Raises PromptRejected."""
+        """Compile the grammar of a request, if it has one. Raises PromptRejected."""
         if grammar := self.grammar(request):
             self._grammars.compile(grammar)
 
     def grammar(self, request: GenerationRequest) -> Grammar | None:
-        """What the answer must be: forced calls of tools, JSON, or calls among words. Raises PromptRejected."""
+        """Grammar of a request's answers: of required calls, JSON, or calls within free text. Raises PromptRejected."""
         tools = request.prompt.tools if isinstance(request.prompt, ChatPrompt) else ()
         if tools and request.tool_choice.mode in ("required", "function"):
             return forced_calls(tools, request.tool_choice)
@@ -45,12 +50,12 @@ class RequestConstraints:
             return json_grammar(request.format.schema, "response_format")
         if request.tool_choice.mode == "none":
             return None
-        return strict_calls(tools, self._tool_format, self._grammars.is_special)
+        return strict_calls(tools, self.tool_format, self._grammars.is_special)
 
     def constraint(
         self, request: GenerationRequest, prompt: FormattedPrompt, grammar: Grammar | None
     ) -> Constraint | None:
-        """What binds one row, the request's grammar among it; None for a row that is free. Raises PromptRejected."""
+        """Constraint of one sequence, the request's grammar included; None without any. Raises PromptRejected."""
         parts: list[Constraint] = []
         if request.min_tokens:
             parts.append(Restricted(self._tokenizer.eos_token_ids, request.min_tokens, self._vocab_size))
@@ -63,11 +68,11 @@ class RequestConstraints:
         return Every(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def parser(self, request: GenerationRequest, prompt: FormattedPrompt) -> ThinkingParser | None:
-        """What tells one row's reasoning from its answer; None where there is none to come."""
+        """Parser that splits one sequence's reasoning from its answer; None where no reasoning can come."""
         if not self._prompts.thinks or not isinstance(request.prompt, ChatPrompt):
             return None
         return ThinkingParser(
-            *thinking_tags(self._tokenizer),
+            *self._tags,
             starts_inside=prompt.opens_thinking,
             may_close_twice=self._budget(request) is not None,
         )
@@ -79,15 +84,11 @@ class RequestConstraints:
     def _thinking_control(
         self, parser: ThinkingParser, answer: Constraint | None, budget: int | None
     ) -> ThinkingControl:
-        start_tag, end_tag = thinking_tags(self._tokenizer)
-        # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
-        written = (start_tag, f"\n{end_tag}\n\n")
-        start, end = (self._tokenizer.encode(text, add_special_tokens=False) for text in written)
         return ThinkingControl(
             parser,
             make_detokenizer(self._tokenizer).feed,
-            start=start,
-            end=end,
+            start=self._start,
+            end=self._end,
             vocab_size=self._vocab_size,
             budget=budget,
             inner=answer,

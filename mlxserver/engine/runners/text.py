@@ -1,6 +1,6 @@
-"""A request becomes rows for the batch, and for each row what reads its tokens and what binds them.
+"""Runner of text models: requests become sequences, and their tokens text.
 
-Rule 1: everything that can be wrong with a request for this model is found here, before a row exists.
+Rule 1: every fault of a request for this model is found in prepare(), before a sequence exists.
 Rule 2: the request's settings win over the model's defaults, those over Sampling's.
 """
 
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Event
+from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.token_bytes import token_logprob
 from mlxserver.engine.output.tool_calls import make_tool_parser
-from mlxserver.engine.prompt.formats import PromptFormat
+from mlxserver.engine.prompt.formats import FORMATS, PromptFormat, find_type
 from mlxserver.engine.requests import (
     ApplyTemplate,
     ChatPrompt,
@@ -31,9 +33,149 @@ from mlxserver.engine.requests import (
 from mlxserver.engine.runners.request_constraints import RequestConstraints
 from mlxserver.engine.sampling.grammars import Grammars
 from mlxserver.engine.sequence import SampledToken, Sequence
+from mlxserver.engine.worker.batch import Batch
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_CAPABILITIES = frozenset({"chat", "completion", "tools", "json_schema", "logprobs"})  # of every text model
+
+
+class ModelBatch(Batch, Protocol):
+    """The batch of a real model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary, as the logits have it."""
+
+
+class TextRunner:
+    """A loaded text model. `tokenizer`, `preprocess` and `answer` hold nothing of the batch."""
+
+    def __init__(self, spec: ModelSpec, loaded: LoadedModel, batch: ModelBatch) -> None:
+        self.batch: Batch = batch
+        self.tokenizer = loaded.tokenizer
+        kind = spec.type or find_type(loaded.tokenizer)
+        prompts = FORMATS[kind](loaded.tokenizer, loaded.config)
+        grammars = Grammars(loaded.tokenizer, batch.vocab_size)
+        capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
+        capabilities -= set() if grammars.is_usable else {"json_schema"}
+        self.facts = ModelFacts(kind, loaded.context_length, loaded.weight_bytes, capabilities)
+        self._defaults = {**loaded.generation_defaults, **spec.defaults.stated()}
+        self._max_running = spec.max_running
+        self._vocab_size = batch.vocab_size
+        self._prompts = prompts
+        self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
+        preprocessor = _Preprocessor(loaded.tokenizer, prompts, self._constraints, batch.vocab_size)
+        self.preprocess = preprocessor.preprocess
+        self.answer = preprocessor.answer
+
+    def prepare(self, request: GenerationRequest, ids: Iterator[int]) -> list[tuple[Sequence, TextOutput]]:
+        """A sequence and its output per choice.
+
+        Raises:
+            PromptRejected: the model can't take this; the error names the parameter.
+            ContextExceeded: the prompt is longer than the context.
+        """
+        self._check(request)
+        prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
+        _check_tokens(prompt.tokens, self._vocab_size, "messages" if _is_chat(request) else "prompt")
+        room = self.facts.context_length - len(prompt.tokens)
+        if room < 1:
+            raise ContextExceeded(len(prompt.tokens), self.facts.context_length)
+        max_tokens = min(request.max_tokens or room, room)
+        sampling = resolve(request.sampling, self._defaults)
+        grammar = self._constraints.grammar(request)
+        choices = []
+        for index in range(request.n):
+            sequence = Sequence(
+                next(ids),
+                prompt.tokens,
+                sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
+                max_tokens,
+                request.top_logprobs,
+                self._constraints.constraint(request, prompt, grammar),
+            )
+            choices.append((sequence, self._output(request, prompt, max_tokens, index)))
+        return choices
+
+    def _check(self, request: GenerationRequest) -> None:
+        if request.n > self._max_running:
+            raise PromptRejected(
+                f"n is {request.n}, but this model runs at most {self._max_running} sequences at once.", "n"
+            )
+        _check_tokens(request.sampling.logit_bias or (), self._vocab_size, "logit_bias")
+        if request.thinking_budget and not self._prompts.thinks:
+            raise PromptRejected(
+                f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
+                "thinking_budget",
+            )
+
+    def _output(self, request: GenerationRequest, prompt: FormattedPrompt, max_tokens: int, index: int) -> TextOutput:
+        stream = OutputStream(
+            self.tokenizer,
+            eos=self.tokenizer.eos_token_ids,
+            max_tokens=max_tokens,
+            stop=request.stop,
+            thinking=self._constraints.parser(request, prompt),
+            tools=make_tool_parser(self._constraints.tool_format, request, index),
+            ignore_eos=request.ignore_eos,
+            index=index,
+        )
+        return TextOutput(stream, self.tokenizer)
+
+
+class _Preprocessor:
+    """The tokenizer worker's part: holds nothing of the batch."""
+
+    def __init__(
+        self, tokenizer: TokenizerWrapper, prompts: PromptFormat, constraints: RequestConstraints, vocab_size: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._constraints = constraints
+        self._vocab_size = vocab_size
+
+    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with its prompt rendered, its grammar compiled. Raises PromptRejected."""
+        self._constraints.compile(request)
+        return replace(request, formatted=self._prompts.format(request.prompt, request.tool_choice))
+
+    def answer(self, question: Question) -> tuple[int, ...] | str:
+        """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""
+        match question:
+            case Detokenize(tokens):
+                _check_tokens(tokens, self._vocab_size, "tokens")
+                return str(self._tokenizer.decode(list(tokens)))
+            case Tokenize(prompt):
+                return self._prompts.format(prompt).tokens
+            case ApplyTemplate(prompt):
+                return self._prompts.format(prompt).text
+
+
+@dataclass(frozen=True, slots=True)
+class TextOutput:
+    """Output of one choice: sampled tokens become the events of an OutputStream."""
+
+    stream: OutputStream
+    tokenizer: TokenizerWrapper
+
+    @property
+    def completion_tokens(self) -> int:
+        """Number of tokens that were fed."""
+        return self.stream.completion_tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Number of those that were reasoning."""
+        return self.stream.reasoning_tokens
+
+    def feed(self, token: SampledToken) -> list[Event]:
+        """The events of a token."""
+        if token.logprobs is None:
+            return [*self.stream.feed(token.token)]
+        logprob = token_logprob(self.tokenizer, token.token, token.logprobs.chosen, token.logprobs.top)
+        return [*self.stream.feed(token.token, logprob)]
 
 
 def resolve(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sampling:
@@ -42,126 +184,12 @@ def resolve(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sampling:
     return Sampling(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """An output stream that takes the batch's tokens as they come."""
-
-    stream: OutputStream
-    tokenizer: TokenizerWrapper
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens fed."""
-        return self.stream.completion_tokens
-
-    @property
-    def reasoning_tokens(self) -> int:
-        """Those of them that were reasoning."""
-        return self.stream.reasoning_tokens
-
-    def feed(self, token: SampledToken) -> list[Event]:
-        """The events that a token brings."""
-        if token.logprobs is None:
-            return [*self.stream.feed(token.token)]
-        spelled = token_logprob(self.tokenizer, token.token, token.logprobs.chosen, token.logprobs.top)
-        return [*self.stream.feed(token.token, spelled)]
+def _is_chat(request: GenerationRequest) -> bool:
+    return isinstance(request.prompt, ChatPrompt)
 
 
-class RequestPreparation:
-    """Prepares the requests of one model. `defaults` are sampling settings, `vocab_size` and `max_rows` the batch's."""
-
-    def __init__(
-        self,
-        tokenizer: TokenizerWrapper,
-        prompts: PromptFormat,
-        facts: ModelFacts,
-        grammars: Grammars,
-        *,
-        defaults: Mapping[str, Any],
-        vocab_size: int,
-        max_rows: int,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._prompts = prompts
-        self._facts = facts
-        self._defaults = defaults
-        self._vocab_size = vocab_size
-        self._max_rows = max_rows
-        self._binding = RequestConstraints(tokenizer, prompts, grammars, vocab_size)
-
-    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with what of prepare() takes long done: its prompt formatted, its grammar compiled.
-
-        May run on any thread. Raises PromptRejected.
-        """
-        self._binding.compile(request)
-        return replace(request, formatted=self._prompts.format(request.prompt, request.tool_choice))
-
-    def prepare(self, request: GenerationRequest, sequence_ids: Iterator[int]) -> list[tuple[Sequence, _Reading]]:
-        """A row and its output stream for each choice.
-
-        Raises:
-            PromptRejected: the model can't take this; the error names the parameter.
-            ContextExceeded: the prompt is longer than the context.
-        """
-        self._check(request)
-        prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
-        self._check_tokens(prompt.tokens, "messages" if isinstance(request.prompt, ChatPrompt) else "prompt")
-        room = self._facts.context_length - len(prompt.tokens)
-        if room < 1:
-            raise ContextExceeded(len(prompt.tokens), self._facts.context_length)
-        max_tokens = min(request.max_tokens or room, room)
-        sampling = resolve(request.sampling, self._defaults)
-        grammar = self._binding.grammar(request)
-        choices = []
-        for index in range(request.n):
-            row = Sequence(
-                next(sequence_ids),
-                prompt.tokens,
-                sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
-                max_tokens,
-                request.top_logprobs,
-                self._binding.constraint(request, prompt, grammar),
-            )
-            choices.append((row, _Reading(self._stream(request, prompt, max_tokens, index), self._tokenizer)))
-        return choices
-
-    def answer(self, question: Question) -> tuple[int, ...] | str:
-        """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""
-        match question:
-            case Detokenize(tokens):
-                self._check_tokens(tokens, "tokens")
-                return str(self._tokenizer.decode(list(tokens)))
-            case Tokenize(prompt):
-                return self._prompts.format(prompt).tokens
-            case ApplyTemplate(prompt):
-                return self._prompts.format(prompt).text
-
-    def _check(self, request: GenerationRequest) -> None:
-        if request.n > self._max_rows:
-            raise PromptRejected(f"n is {request.n}, but this model decodes at most {self._max_rows} rows.", "n")
-        self._check_tokens(request.sampling.logit_bias or (), "logit_bias")
-        if request.thinking_budget and not self._prompts.thinks:
-            raise PromptRejected(
-                f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
-                "thinking_budget",
-            )
-
-    def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
-        """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
-        last = self._vocab_size - 1
-        for token in tokens:
-            if not 0 <= token <= last:
-                raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {last}.", param)
-
-    def _stream(self, request: GenerationRequest, prompt: FormattedPrompt, max_tokens: int, index: int) -> OutputStream:
-        return OutputStream(
-            self._tokenizer,
-            eos=self._tokenizer.eos_token_ids,
-            max_tokens=max_tokens,
-            stop=request.stop,
-            thinking=self._binding.parser(request, prompt),
-            tools=make_tool_parser(self._prompts.tool_format, request, index),
-            ignore_eos=request.ignore_eos,
-            index=index,
-        )
+def _check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
+    """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)

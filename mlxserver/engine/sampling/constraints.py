@@ -1,7 +1,7 @@
-"""What a row may say next: when it may end, how long it may think, and several such limits at once.
+"""Constraints on the next token: minimum length, thinking budget, and several constraints at once.
 
-Rule 1: a constraint sees every token of its row, in order, and answers with a bit mask over the vocabulary.
-Rule 2: with a thinking model a grammar (sampling/grammars.py) holds from the first token after the thinking.
+Rule 1: a constraint gets every token of its sequence, in order, and answers with a bit mask over the vocabulary.
+Rule 2: with a thinking model a grammar (sampling/grammars.py) holds from the first token after the reasoning.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mlxserver.engine.sequence import Constraint
 
 
 def mask_bytes(vocab_size: int) -> int:
-    """Length of every mask over a vocabulary: llguidance's, whole words of 32 bits."""
+    """Length of every mask over a vocabulary, in bytes: llguidance's, whole words of 32 bits."""
     return (vocab_size + 31) // 32 * 4
 
 
 class Restricted:
-    """Every token but some, for the first tokens of an answer."""
+    """Excludes some tokens for the first `tokens` tokens of an answer."""
 
     def __init__(self, forbidden: Collection[int], tokens: int, vocab_size: int) -> None:
         mask = np.full(mask_bytes(vocab_size), 255, dtype=np.uint8)
@@ -31,27 +31,27 @@ class Restricted:
         self._left = tokens
 
     def allowed(self) -> bytes | None:
-        """All but the forbidden ones while the restriction lasts."""
+        """All but the forbidden tokens while the restriction lasts."""
         return self._mask if self._left > 0 else None
 
     def accept(self, token: int) -> None:
-        """One token less."""
+        """Count the token."""
         self._left -= 1
 
 
 class Phase(Enum):
-    """Where a thinking model is in its answer."""
+    """Part of a thinking model's answer."""
 
-    UNDECIDED = "nothing said yet"
+    UNDECIDED = "no token yet"
     THINKING = "inside the tags"
-    ANSWERING = "behind them"
+    ANSWERING = "behind the tags"
 
 
 class ThinkingControl:
-    """Follows a row's reasoning: closes it when its budget is spent, and holds a grammar back until it is over.
+    """Follows the reasoning of a sequence: closes it when its budget is spent, and holds a grammar back until its end.
 
-    start, end: the token ids of the tags. decode: token id -> text, of this row alone. budget: most tokens of
-    reasoning; None sets no limit. inner: what holds for the answer. vocab_size in tokens.
+    start, end: token ids of the tags. decode: token id -> text, of this sequence alone. budget: most tokens of
+    reasoning; None sets no limit. inner: the constraint of the answer.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ThinkingControl:
         self._vocab_size = vocab_size
         self._budget = budget
         self._inner = inner
-        self._thought = 0
+        self._num_thinking = 0
         self._forced: list[int] = []  # the rest of a tag, token by token
         self._phase = Phase.UNDECIDED
         if parser.is_thinking:
@@ -87,7 +87,7 @@ class ThinkingControl:
         return _with(mask, self._start[0]) if mask and self._phase is Phase.UNDECIDED else mask
 
     def accept(self, token: int) -> None:
-        """Follow the row."""
+        """Advance by a token."""
         was_forced = bool(self._forced)
         self._forced = self._forced[1:]
         if self._phase is Phase.ANSWERING:
@@ -96,7 +96,7 @@ class ThinkingControl:
             return
         self._parser.feed(self._decode(token))
         if self._parser.is_thinking:
-            self._thought += self._phase is Phase.THINKING
+            self._num_thinking += self._phase is Phase.THINKING
             if not self._forced:
                 self._think()
         elif self._phase is Phase.THINKING:
@@ -106,11 +106,11 @@ class ThinkingControl:
 
     def _think(self) -> None:
         self._phase = Phase.THINKING
-        if self._budget is not None and self._thought >= self._budget and not self._parser.is_closing:
+        if self._budget is not None and self._num_thinking >= self._budget and not self._parser.is_closing:
             self._forced = list(self._end)
 
     def _begin(self, inner: Constraint, token: int) -> None:
-        """The first token: the beginning of a tag, or of the answer."""
+        """Take the first token: the beginning of a tag, or of the answer."""
         if token == self._start[0]:
             self._forced = list(self._start[1:])
         else:
@@ -125,7 +125,7 @@ class Every:
         self._parts = parts
 
     def allowed(self) -> bytes | None:
-        """What all of them allow."""
+        """The tokens that all parts allow."""
         masks = [mask for part in self._parts if (mask := part.allowed())]
         if not masks:
             return None
@@ -134,7 +134,7 @@ class Every:
         return together.tobytes() if together.any() else masks[-1]
 
     def accept(self, token: int) -> None:
-        """Tell all of them."""
+        """Advance all parts."""
         for part in self._parts:
             part.accept(token)
 

@@ -1,10 +1,10 @@
-"""Grammars through llguidance: compiled once for each text, then copied for every row that they bind.
+"""Grammars through llguidance: compiled once per text, then copied for every sequence that they constrain.
 
-Rule 1: compile() is what takes long, some tenths of a second for a large schema. It may run on any thread, and does
-        before the engine's thread, which others' streams need, asks for the grammar (worker/engine.py).
-Rule 2: the tokenizer is read once, by the first that compiles. It takes as long, some 30 MB, and Python's lock: a
-        model that nobody asks for JSON, and every load, is better off without.
-Rule 3: what can't be enforced is PromptRejected with llguidance's own reason.
+Rule 1: compile() takes some tenths of a second for a large schema. It may run on any thread, and runs on the tokenizer
+        worker (worker/tokenizer_worker.py) before the engine thread, which all streams share, needs the grammar.
+Rule 2: the tokenizer is read by the first compilation, not by the load. That takes as long, some 30 MB, and Python's
+        lock; most models never need it.
+Rule 3: a grammar that can't be enforced raises PromptRejected with llguidance's own reason.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mlxserver.engine.errors import PromptRejected
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-KEPT_GRAMMARS = 16  # of the last schemas; a very large one takes some 10 MB
+CACHED_GRAMMARS = 16  # most recently used; a very large schema takes some 10 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an answer must be: the text of a JSON schema, or of a grammar in llguidance's Lark. param asked for it."""
+    """Text of a JSON schema, or of a grammar in llguidance's Lark. param: the request's field that it comes from."""
 
     text: str
     param: str
@@ -36,7 +36,7 @@ class Grammar:
 
 
 def json_grammar(schema: Mapping[str, Any] | None, param: str) -> Grammar:
-    """JSON of this schema; any object for None. Raises PromptRejected."""
+    """Grammar of JSON with this schema; of any object for None. Raises PromptRejected."""
     try:
         return Grammar(json.dumps({"type": "object"} if schema is None else dict(schema)), param)
     except RecursionError:
@@ -44,32 +44,32 @@ def json_grammar(schema: Mapping[str, Any] | None, param: str) -> Grammar:
 
 
 class Grammars:
-    """The grammars of one model."""
+    """Compiled grammars of one model."""
 
     def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         self._eos = sorted(tokenizer.eos_token_ids)
         self._vocab_size = vocab_size
-        self._read: LLTokenizer | None = None
-        self._reading = threading.Lock()
-        self._compiled = functools.lru_cache(KEPT_GRAMMARS)(self._compile)
+        self._llg_tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._compiled = functools.lru_cache(CACHED_GRAMMARS)(self._compile)
 
     @property
     def is_usable(self) -> bool:
-        """Whether llguidance can read the tokenizer: it has a Rust core."""
+        """Whether llguidance can read the tokenizer, which takes one with a Rust core."""
         return self._fast is not None
 
     def is_special(self, text: str) -> bool:
-        """Whether a text is one control token, which no text of a grammar is."""
+        """Whether a text is a control token, which no string of a grammar matches."""
         tokens = self._tokenizer().tokenize_str(text, parse_special=True) if self.is_usable else []
         return len(tokens) == 1 and self._tokenizer().is_special_token(tokens[0])
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
-        """A grammar for one row. Raises PromptRejected."""
+        """Constraint of one sequence by a grammar. Raises PromptRejected."""
         return GrammarConstraint(self.compile(grammar).deep_copy(), grammar.param)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
-        """A grammar at its beginning, which nobody may advance. Raises PromptRejected."""
+        """Matcher of a grammar at its beginning, shared: copy it to advance it. Raises PromptRejected."""
         try:
             return self._compiled(grammar.text, grammar.is_lark)
         except ValueError as error:
@@ -86,26 +86,26 @@ class Grammars:
         return matcher
 
     def _tokenizer(self) -> LLTokenizer:
-        """llguidance's view of the tokenizer. Raises ValueError."""
+        """The tokenizer as llguidance reads it. Raises ValueError."""
         if self._fast is None:
             raise ValueError("this model's tokenizer has no Rust core, which grammars need")
-        with self._reading:
-            if self._read is None:
+        with self._lock:
+            if self._llg_tokenizer is None:
                 text = json.dumps(json.loads(self._fast.to_str()) | {"padding": None, "truncation": None})
                 slices = LLTokenizer.json_slices()  # half the time of the general ones, at JSON
-                self._read = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos, slices=slices)
-            return self._read
+                self._llg_tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos, slices=slices)
+            return self._llg_tokenizer
 
 
 class GrammarConstraint:
-    """A grammar, from its beginning. Once it is complete, only an end of sequence is allowed."""
+    """Constraint by a grammar. Once the grammar is complete, only an end of sequence is allowed."""
 
     def __init__(self, matcher: LLMatcher, param: str) -> None:
         self._matcher = matcher
         self._param = param
 
     def allowed(self) -> bytes:
-        """What goes on the grammar, or ends the answer.
+        """The tokens that continue the grammar, or end the answer.
 
         Raises PromptRejected where llguidance gives up: a grammar can grow beyond its limits in mid-answer.
         """
@@ -115,6 +115,6 @@ class GrammarConstraint:
         return mask
 
     def accept(self, token: int) -> None:
-        """Advance."""
+        """Advance by a token."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)

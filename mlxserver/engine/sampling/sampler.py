@@ -1,13 +1,13 @@
-"""Choosing the next token for a whole batch in one call.
+"""Sampling of the next tokens of a whole batch in one call.
 
-Rule 1: every setting is an array with one entry a row; a row's draw depends on its own seed and position alone,
-        never on who else is in the batch.
-Rule 2: what no row uses costs nothing: the work is chosen when the batch changes, not at every step.
+Rule 1: every setting is an array with one entry per sequence; a sequence's draw depends on its own seed and position
+        alone, never on the rest of the batch.
+Rule 2: settings that no sequence uses cost nothing: the work is chosen when the batch changes, not at every step.
 
-The draw is by inverse transform: one uniform number a row against the cumulative distribution, in the order of the
-vocabulary. top_k, top_p (Holtzman et al. 2020, "nucleus") and min_p (Nguyen et al. 2024) are all turned into one
-threshold on the probability; what lies below it is dropped. frequency, presence and repetition penalties are those
-of the OpenAI API and of Keskar et al. 2019.
+The draw is by inverse transform: one uniform number per sequence against the cumulative distribution, in the order of
+the vocabulary. top_k, top_p (Holtzman et al. 2020, "nucleus") and min_p (Nguyen et al. 2024) become one threshold on
+the probability; tokens below it are dropped. frequency, presence and repetition penalties are those of the OpenAI API
+and of Keskar et al. 2019.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlxserver.engine.platform.policy import current
 from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sequence import Sequence
 
-# The threshold is looked for among this many most likely tokens. A nucleus that is larger keeps the whole tail.
+# Most likely tokens among which the threshold is found. A nucleus that is larger keeps the whole tail.
 CANDIDATES = 256
 
 _SMALLEST_TEMPERATURE = 1e-6  # below it a logit over it would leave float32; the draw is greedy long before
@@ -31,7 +31,7 @@ _LARGEST_UNIFORM = 1.0 - 2.0**-20  # a float32 total times this stays below the 
 
 
 def _key_of(sampling: Sampling) -> tuple[int, int]:
-    """The 64 bits that start a row's random stream: mixed from its seed (splitmix64), or fresh."""
+    """The 64 bits that start a sequence's random stream: mixed from its seed (splitmix64), or fresh."""
     bits = secrets.randbits(64) if sampling.seed is None else sampling.seed & (2**64 - 1)
     bits = (bits + 0x9E3779B97F4A7C15) & (2**64 - 1)
     bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
@@ -53,43 +53,43 @@ def _column(values: abc.Sequence[float]) -> mx.array:
 
 
 class BatchSampler:
-    """Samples one token a row; its rows follow those of the decode batch through extend() and filter()."""
+    """Samples one token per sequence; follows the sequences of the decode batch through extend() and filter()."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._softmax = cpu_kernels.softmax if current().replace_kernels else mx.softmax
-        self._rows: list[Sampling] = []
+        self._settings: list[Sampling] = []
         self._keys = mx.zeros((0, 2), dtype=mx.uint32)
-        self._generated: mx.array | None = None  # [rows, vocab], how often each token was generated
-        self._prompted: mx.array | None = None  # [rows, vocab], whether the prompt has the token
-        self._bias: mx.array | None = None  # [rows, vocab]
+        self._generated: mx.array | None = None  # [batch, vocab], how often each token was generated
+        self._prompted: mx.array | None = None  # [batch, vocab], whether the prompt has the token
+        self._bias: mx.array | None = None  # [batch, vocab]
 
-    def extend(self, rows: abc.Sequence[Sequence]) -> None:
-        """Add rows behind the present ones. Their draws start where their own random stream was left."""
-        self._extend_penalties(rows)
-        self._extend_bias(rows)
-        self._rows += [row.sampling for row in rows]
-        keys = mx.array([_key_of(row.sampling) for row in rows], dtype=mx.uint32)
-        positions = mx.array([(0, row.said) for row in rows], dtype=mx.uint32)
+    def extend(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Add sequences behind the present ones. Their draws start where their own random stream was left."""
+        self._extend_penalties(sequences)
+        self._extend_bias(sequences)
+        self._settings += [sequence.sampling for sequence in sequences]
+        keys = mx.array([_key_of(sequence.sampling) for sequence in sequences], dtype=mx.uint32)
+        positions = mx.array([(0, sequence.num_generated) for sequence in sequences], dtype=mx.uint32)
         self._keys = mx.concatenate([self._keys, keys + positions])
         self._choose_work()
 
     def filter(self, keep: abc.Sequence[int]) -> None:
-        """Keep only the rows at these indices, in this order."""
-        self._rows = [self._rows[index] for index in keep]
+        """Keep only the sequences at these indices, in this order."""
+        self._settings = [self._settings[index] for index in keep]
         kept = mx.array(list(keep), dtype=mx.uint32)
         self._keys = self._keys[kept]
-        penalized = any(map(_is_penalized, self._rows))
+        penalized = any(map(_is_penalized, self._settings))
         self._generated = self._generated[kept] if penalized and self._generated is not None else None
         self._prompted = self._prompted[kept] if penalized and self._prompted is not None else None
-        biased = any(row.logit_bias for row in self._rows)
+        biased = any(sampling.logit_bias for sampling in self._settings)
         self._bias = self._bias[kept] if biased and self._bias is not None else None
         self._choose_work()
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """Choose tokens: logits [rows, vocab] of any float type -> token ids [rows], uint32. Nothing is evaluated.
+        """Sample: logits [batch, vocab] of any float type -> token ids [batch], uint32. Nothing is evaluated.
 
-        allowed: [rows, vocab] of bool, what each row may say; None allows everything.
+        allowed: [batch, vocab] of bool, the tokens that each sequence's constraint allows; None allows every token.
         """
         logits = logits.astype(mx.float32)
         if self._bias is not None:
@@ -102,31 +102,31 @@ class BatchSampler:
         if self._is_sampled:
             tokens = mx.where(self._greedy, tokens, self._draw(logits, tokens))
         if self._generated is not None:
-            self._generated = self._generated.at[mx.arange(len(self._rows)), tokens].add(1.0)
+            self._generated = self._generated.at[mx.arange(len(self._settings)), tokens].add(1.0)
         return tokens
 
     def _choose_work(self) -> None:
         """Set the arrays and flags that hold until the batch changes again."""
-        rows = self._rows
-        self._is_sampled = any(row.temperature > 0 for row in rows)
-        self._has_filter = any(map(_is_filtered, rows))
+        settings = self._settings
+        self._is_sampled = any(one.temperature > 0 for one in settings)
+        self._has_filter = any(map(_is_filtered, settings))
         if self._is_sampled:
-            self._greedy = mx.array([row.temperature == 0 for row in rows])
-            self._inverse_temperature = _column([1.0 / max(row.temperature, _SMALLEST_TEMPERATURE) for row in rows])
+            self._greedy = mx.array([one.temperature == 0 for one in settings])
+            self._inverse_temperature = _column([1.0 / max(one.temperature, _SMALLEST_TEMPERATURE) for one in settings])
         if self._has_filter:
-            candidates = [min(self._vocab_size, max(CANDIDATES, 1 << row.top_k.bit_length())) for row in rows]
+            candidates = [min(self._vocab_size, max(CANDIDATES, 1 << one.top_k.bit_length())) for one in settings]
             self._candidates = max(candidates)
-            self._widest_nucleus = _column(candidates)  # a row's own, so that its neighbours' top_k changes nothing
-            self._top_p = _column([row.top_p if row.top_p < 1.0 else math.inf for row in rows])
-            self._top_k = _column([row.top_k or self._vocab_size for row in rows])
-            self._min_p = _column([row.min_p for row in rows])
+            self._widest_nucleus = _column(candidates)  # each its own, so that other sequences' top_k changes nothing
+            self._top_p = _column([one.top_p if one.top_p < 1.0 else math.inf for one in settings])
+            self._top_k = _column([one.top_k or self._vocab_size for one in settings])
+            self._min_p = _column([one.min_p for one in settings])
         if self._generated is not None:
-            self._frequency = _column([row.frequency_penalty for row in rows])
-            self._presence = _column([row.presence_penalty for row in rows])
-            self._repetition = _column([row.repetition_penalty for row in rows])
+            self._frequency = _column([one.frequency_penalty for one in settings])
+            self._presence = _column([one.presence_penalty for one in settings])
+            self._repetition = _column([one.repetition_penalty for one in settings])
 
     def _draw(self, logits: mx.array, likeliest: mx.array) -> mx.array:
-        """Draw from the filtered distribution, [rows, vocab] -> [rows]; the likeliest where nothing can be drawn."""
+        """Draw from the filtered distribution, [batch, vocab] -> [batch]; the likeliest where nothing can be drawn."""
         probabilities = self._softmax(logits * self._inverse_temperature, axis=-1)
         if self._has_filter:
             probabilities = mx.where(probabilities >= self._threshold(probabilities), probabilities, 0.0)
@@ -136,12 +136,12 @@ class BatchSampler:
         bound = mx.minimum(uniform, _LARGEST_UNIFORM) * cumulative[:, -1:]
         tokens = mx.minimum(mx.sum(cumulative <= bound, axis=-1), self._vocab_size - 1).astype(mx.uint32)
         # A GPU adds up in parallel: its sums may rise by a rounding error where the probability is 0. And logits that
-        # are no numbers leave nothing to draw from; what follows must get a token that exists all the same.
+        # are NaN leave nothing to draw from; the next step needs a token that exists all the same.
         chance = mx.take_along_axis(probabilities, tokens[:, None], axis=-1)[:, 0]
         return mx.where(chance > 0, tokens, likeliest)
 
     def _threshold(self, probabilities: mx.array) -> mx.array:
-        """The smallest probability to keep in each row, [rows, vocab] -> [rows, 1]."""
+        """The smallest probability to keep of each sequence, [batch, vocab] -> [batch, 1]."""
         top = -mx.sort(-mx.topk(probabilities, self._candidates, axis=-1), axis=-1)
         mass_before = mx.cumsum(top, axis=-1) - top
         is_kept = (mass_before < self._top_p) & (mx.arange(self._candidates) < self._top_k)
@@ -151,40 +151,40 @@ class BatchSampler:
         return mx.maximum(smallest, top[:, :1] * self._min_p)
 
     def _penalize(self, logits: mx.array, generated: mx.array, prompted: mx.array) -> mx.array:
-        """Apply the penalties, [rows, vocab] -> [rows, vocab]."""
+        """Apply the penalties, [batch, vocab] -> [batch, vocab]."""
         was_generated = generated > 0
         penalized = mx.where(logits > 0, logits / self._repetition, logits * self._repetition)
         logits = mx.where(was_generated | prompted, penalized, logits)
         return logits - generated * self._frequency - was_generated * self._presence
 
-    def _extend_penalties(self, rows: abc.Sequence[Sequence]) -> None:
-        if self._generated is None and not any(_is_penalized(row.sampling) for row in rows):
+    def _extend_penalties(self, sequences: abc.Sequence[Sequence]) -> None:
+        if self._generated is None and not any(_is_penalized(sequence.sampling) for sequence in sequences):
             return
-        before = (len(self._rows), self._vocab_size)
+        before = (len(self._settings), self._vocab_size)
         generated = mx.zeros(before) if self._generated is None else self._generated
         prompted = mx.zeros(before, dtype=mx.bool_) if self._prompted is None else self._prompted
-        seen = mx.stack([self._prompt_tokens(row) for row in rows])
-        said = mx.stack([self._said_tokens(row) for row in rows])
-        self._generated = mx.concatenate([generated, said])
-        self._prompted = mx.concatenate([prompted, seen])
+        self._generated = mx.concatenate([generated, mx.stack([self._count_generated(one) for one in sequences])])
+        self._prompted = mx.concatenate([prompted, mx.stack([self._mark_prompted(one) for one in sequences])])
 
-    def _prompt_tokens(self, row: Sequence) -> mx.array:
-        """Which tokens the prompt has, [vocab] of bool; empty where the row does not ask for it."""
+    def _mark_prompted(self, sequence: Sequence) -> mx.array:
+        """Whether the prompt has each token, [vocab] of bool; all false where no penalty depends on it."""
         seen = mx.zeros((self._vocab_size,), dtype=mx.bool_)
-        if row.sampling.repetition_penalty != 1.0:
-            seen[mx.array(sorted(set(row.tokens)))] = True
+        if sequence.sampling.repetition_penalty != 1.0:
+            seen[mx.array(sorted(set(sequence.tokens)))] = True
         return seen
 
-    def _said_tokens(self, row: Sequence) -> mx.array:
-        """How often the row has generated each token already, [vocab]."""
+    def _count_generated(self, sequence: Sequence) -> mx.array:
+        """How often the sequence has generated each token before it was preempted, [vocab]."""
         counts = mx.zeros((self._vocab_size,))
-        return counts.at[mx.array(row.tokens[-row.said :])].add(1.0) if row.said else counts
+        if not sequence.num_generated:
+            return counts
+        return counts.at[mx.array(sequence.tokens[-sequence.num_generated :])].add(1.0)
 
-    def _extend_bias(self, rows: abc.Sequence[Sequence]) -> None:
-        if self._bias is None and not any(row.sampling.logit_bias for row in rows):
+    def _extend_bias(self, sequences: abc.Sequence[Sequence]) -> None:
+        if self._bias is None and not any(sequence.sampling.logit_bias for sequence in sequences):
             return
-        bias = mx.zeros((len(self._rows), self._vocab_size)) if self._bias is None else self._bias
-        self._bias = mx.concatenate([bias, mx.stack([self._bias_of(row.sampling) for row in rows])])
+        bias = mx.zeros((len(self._settings), self._vocab_size)) if self._bias is None else self._bias
+        self._bias = mx.concatenate([bias, mx.stack([self._bias_of(sequence.sampling) for sequence in sequences])])
 
     def _bias_of(self, sampling: Sampling) -> mx.array:
         bias = mx.zeros((self._vocab_size,))

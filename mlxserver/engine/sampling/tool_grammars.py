@@ -1,8 +1,8 @@
-"""What binds a model to the schemas of its tools: for calls that must come, and for those that may.
+"""Grammars of tool calls: of calls that are required, and of strict calls within free text.
 
-Rule 1: a call that must come is a JSON array and nothing else, whatever the model's own format is.
-Rule 2: under tool_choice "auto" the text is free, and what stands between the tags of a call is bound, if any tool is
-        strict. That can be done where the model writes JSON there; with any other format strict is refused.
+Rule 1: required calls are a JSON array and nothing else, whatever the model's own format is.
+Rule 2: under tool_choice "auto" the text is free, and the body of a call is constrained if any tool is strict. That
+        takes a model that writes its calls as JSON; with any other format strict is refused.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mlxserver.engine.sampling.grammars import Grammar, json_grammar
 
 Tools = Sequence[Mapping[str, Any]]
 
-# As templates write their examples: models follow what they have seen.
+# Separators as in the examples of chat templates, which models follow.
 SPACED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
-# TEXT that goes on to a start tag is lazy: it ends there, and the call begins.
+# TEXT up to a start tag is lazy: it ends there, and the call begins.
 LARK = """\
 %llguidance {{}}
 start: call* TEXT
@@ -33,16 +33,16 @@ TEXT: /(.|\\n)*/
 
 
 def forced_calls(tools: Tools, choice: ToolChoice) -> Grammar:
-    """Calls that must come: a list of names with arguments. Raises PromptRejected."""
+    """Grammar of required calls: a JSON array of names with arguments. Raises PromptRejected."""
     callable = [tool for tool in tools if choice.mode == "required" or _name(tool) == choice.name]
-    calls = [_call(tool, f"/items/anyOf/{place}") for place, tool in enumerate(callable)]
-    # As many calls as there are tools at the most: a small model would never stop calling.
+    calls = [_call(tool, f"/items/anyOf/{index}") for index, tool in enumerate(callable)]
+    # At most one call per tool: a small model would never stop calling.
     most = len(calls) if choice.parallel else 1
     return json_grammar({"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}, "tools")
 
 
 def strict_calls(tools: Tools, tool_format: ToolFormat, is_special: Callable[[str], bool]) -> Grammar | None:
-    """Free text with calls of these tools; None if no tool is strict.
+    """Grammar of free text with calls of these tools; None if no tool is strict.
 
     is_special: whether a tag is a control token. Raises PromptRejected.
     """
@@ -56,7 +56,7 @@ def strict_calls(tools: Tools, tool_format: ToolFormat, is_special: Callable[[st
             'answer in words. Leave strict out, or set tool_choice to "required".',
             param,
         )
-    calls = [_call(tool, f"/anyOf/{place}", binds=place in strict) for place, tool in enumerate(tools)]
+    calls = [_call(tool, f"/anyOf/{index}", is_strict=index in strict) for index, tool in enumerate(tools)]
     start, end = tool_format.start, tool_format.end
     beginning = f"TEXT {start}" if is_special(start) else f"TEXT {json.dumps(start)}"
     is_lazy = "" if is_special(start) else "[lazy]"
@@ -72,11 +72,11 @@ def _name(tool: Mapping[str, Any]) -> str:
     return str(tool["function"]["name"])
 
 
-def _call(tool: Mapping[str, Any], place: str, *, binds: bool = True) -> dict[str, Any]:
-    """The schema of a call, for this place in a document. binds: its arguments are held to the function's own."""
-    parameters = tool["function"].get("parameters") if binds else None
+def _call(tool: Mapping[str, Any], path: str, *, is_strict: bool = True) -> dict[str, Any]:
+    """Schema of a call, at this path of a document. is_strict: its arguments follow the function's parameters."""
+    parameters = tool["function"].get("parameters") if is_strict else None
     try:
-        parameters = _moved(parameters, f"{place}/properties/arguments")
+        parameters = _moved(parameters, f"{path}/properties/arguments")
     except RecursionError:
         raise PromptRejected(f"The parameters of {_name(tool)!r} are nested too deeply.", "tools") from None
     return {
@@ -87,13 +87,13 @@ def _call(tool: Mapping[str, Any], place: str, *, binds: bool = True) -> dict[st
     }
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references into itself hold where it is a part of a document, at this place."""
+def _moved(schema: Any, path: str) -> Any:
+    """A schema with its references to itself made valid for this path of a document."""
     if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
+        return [_moved(part, path) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _moved(part, place) for key, part in schema.items()}
+    moved = {key: _moved(part, path) for key, part in schema.items()}
     if isinstance(target := schema.get("$ref"), str) and (target == "#" or target.startswith("#/")):
-        moved["$ref"] = f"#{place}{target[1:]}"
+        moved["$ref"] = f"#{path}{target[1:]}"
     return moved

@@ -1,12 +1,12 @@
-"""How a chunk of prompts goes through the model: which prompts go together, and in which shapes.
+"""Prefill strategies: which prompts a chunk has, and in which shapes it goes through the model.
 
-Rule: a prompt's cache is a list of mlx-lm's caches throughout; what lies behind their offsets is nobody's.
+Rule: a prompt's cache is a list of mlx-lm's caches throughout; values behind their offsets have no meaning.
 """
 
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mlxserver.engine.mlx import mx
@@ -17,92 +17,55 @@ from mlxserver.engine.loading.metadata import attention_heads
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
-from mlxserver.engine.sequence import Sequence
+from mlxserver.engine.scheduler.prompts import PendingPrompt
 
-_ANSWER_ROOM = 64  # tokens that a prompt must have room for behind it, lest it should join only to wait again
-# Tokens in a chunk where shapes have to recur. Fewer than 512 take little less time, but leave the GPU to others.
+# Tokens of a chunk where shapes have to recur. Fewer than 512 take little less time, but leave the GPU to other models.
 _LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048)
-_SHORT = 512  # only prompts this short go together
-_MOST_TOGETHER = 4  # what joins together holds a step up, too
-_SLACK = 1.25  # how much longer than wanted a chunk may be, lest a prompt's end be left over
-
-
-@dataclass
-class PendingPrompt:
-    """A prompt that is not yet processed, and the rows that share it. `done` counts its tokens in the cache."""
-
-    rows: list[Sequence]
-    arrived: float
-    started: float = 0.0
-    cache: caches.Cache = field(default_factory=list)
-    done: int = 0
-    cached_tokens: int = 0
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """All of it."""
-        return self.rows[0].tokens
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to process; the last one is left for the first decode step."""
-        return len(self.tokens) - 1 - self.done
-
-    @property
-    def length(self) -> int:
-        """Tokens that it needs room for: its own, and the beginning of an answer."""
-        return len(self.tokens) + min(_ANSWER_ROOM, self.rows[0].max_tokens)
-
-    def drop(self, sequence_ids: set[int]) -> bool:
-        """Drop rows; whether none is left."""
-        self.rows = [row for row in self.rows if row.id not in sequence_ids]
-        return not self.rows
-
-    def next(self, most: int) -> list[int]:
-        """Its next tokens, so many at the most."""
-        return list(self.tokens[self.done : self.done + min(self.remaining, most)])
+_SHORT = 512  # longest prompts that share a chunk
+_MOST_TOGETHER = 4  # prompts of a chunk: joining the decode batch delays a step, too
+_SLACK = 1.25  # most that a chunk may exceed its budget by, lest the end of a prompt be left over
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompts, and how many tokens of each at the most."""
+    """Prompts that are processed together, and the most tokens of each."""
 
     prompts: abc.Sequence[PendingPrompt]
     length: int
 
 
 class PrefillStrategy(Protocol):
-    """A way to process prompts. yields_cores: other models' steps go on during a chunk, however long it is."""
+    """Chooses and runs chunks. yields_cores: peers' decode steps go on during a chunk, however long it is."""
 
     yields_cores: bool
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
-        """What to process next, for about so many tokens; the first of those that wait is always in it."""
+        """The next chunk, of about `budget` tokens; the first of the waiting prompts is always in it."""
 
-    def run(self, chunk: Chunk, beside_others: bool = False) -> int:
-        """Process it and give each prompt its longer cache; the number of tokens computed, padding included.
+    def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
+        """Process a chunk into its prompts' caches. Returns the number of tokens computed, padding included.
 
-        beside_others: other models stream meanwhile.
+        beside_peers: other models stream meanwhile.
         """
 
     def tokens_for(self, prompt: PendingPrompt) -> int:
-        """Tokens that are held for a prompt while it is processed."""
+        """Tokens of KV cache that a prompt takes while it is processed."""
 
     def warm_up(self) -> None:
         """Run the shapes that prompts use."""
 
 
 def make_prefill_strategy(model: Any, policy: ExecutionPolicy | None = None) -> PrefillStrategy:
-    """The way that is best for a model on this device."""
+    """The strategy for a model on this device."""
     policy = policy or current()
-    recurs = policy.bucket_prefill and caches.is_plain(model)
-    return BucketedPrefill(model, policy) if recurs else PlainPrefill(model, policy)
+    is_bucketed = policy.bucket_prefill and caches.is_plain(model)
+    return BucketedPrefill(model, policy) if is_bucketed else PlainPrefill(model, policy)
 
 
 class PlainPrefill:
     """Chunks of any shape, in mlx-lm's own caches.
 
-    Where a layer keeps a state, no chunk has padding: of mlx-lm's models, some let it change the state (nemotron_h,
+    Where a layer keeps a state, no chunk has padding: some of mlx-lm's models let it change the state (nemotron_h,
     mamba, jamba, rwkv7 and others).
     """
 
@@ -116,9 +79,9 @@ class PlainPrefill:
         self.yields_cores = policy.parallel_models
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
-        """As many prompts as the budget holds, each padded to the longest; a little more than that, if it ends them.
+        """As many prompts as the budget holds, each padded to the longest; a little more if that ends them.
 
-        Without padding, only prompts that give the chunk as many tokens as the first one.
+        Without padding, only prompts that have as many tokens for the chunk as the first one.
         """
         if self._rounds:
             budget = 1 << (budget.bit_length() - 1)
@@ -136,13 +99,13 @@ class PlainPrefill:
             length = longest
         return Chunk(prompts, length)
 
-    def run(self, chunk: Chunk, beside_others: bool = False) -> int:
+    def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        with cpu_kernels.layer_by_layer(beside_others):
+        with cpu_kernels.layer_by_layer(beside_peers):
             return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
 
     def _run_alone(self, chunk: Chunk) -> int:
-        prompt = chunk.prompts[0]  # in place: a long prompt's cache must not be copied for each of its chunks
+        prompt = chunk.prompts[0]  # in place: a long prompt's cache must not be copied per chunk
         tokens = prompt.next(chunk.length)
         self._model(mx.array([tokens]), cache=prompt.cache)
         mx.eval([layer.state for layer in prompt.cache])
@@ -150,11 +113,11 @@ class PlainPrefill:
         return len(tokens)
 
     def tokens_for(self, prompt: PendingPrompt) -> int:
-        """Its own tokens."""
+        """The prompt's own tokens."""
         return len(prompt.tokens)
 
     def warm_up(self) -> None:
-        """Any shape will do, and none has to be prepared."""
+        """Nothing to do: any shape will do."""
 
     def _run_together(self, chunk: Chunk) -> int:
         """One forward pass for several prompts, the shorter ones padded on the right."""
@@ -176,46 +139,47 @@ class PlainPrefill:
 
 
 class BucketedPrefill:
-    """Chunks of few shapes, padded on the right, in places of few lengths (kv_cache/slots.py)."""
+    """Chunks of few shapes, padded on the right, in slots of few capacities (kv_cache/slots.py)."""
 
     yields_cores = False
 
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         self._model = model
-        self._nothing = empty_layers(model)
+        self._empty = empty_layers(model)
         self._forward = mx.compile(self._advance) if (policy or current()).compile_steps else self._advance
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
-        """Short prompts together, as many as the budget holds, a power of two; or a long one alone."""
+        """Short prompts together, as many as the budget holds, a power of two; or one long prompt."""
         first = waiting[0]
         most = max(_LENGTHS[0], budget)
         allowed = [length for length in _LENGTHS if length <= most]
         length = next((length for length in allowed if length >= first.remaining), allowed[-1])
-        alike = [p for p in waiting if p.remaining <= length and self._span(p, length) == self._span(first, length)]
+        capacity = self._capacity(first, length)
+        alike = [p for p in waiting if p.remaining <= length and self._capacity(p, length) == capacity]
         if length > _SHORT or first.remaining > length:
             alike = [first]
         together = max(1, min(len(alike), most // length, _MOST_TOGETHER))
         return Chunk(alike[: 1 << (together.bit_length() - 1)], length)
 
-    def run(self, chunk: Chunk, beside_others: bool = False) -> int:
+    def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        span = max(self._span(prompt, chunk.length) for prompt in chunk.prompts)
+        capacity = max(self._capacity(prompt, chunk.length) for prompt in chunk.prompts)
         tokens = [prompt.next(chunk.length) for prompt in chunk.prompts]
         padded = mx.array([part + [0] * (chunk.length - len(part)) for part in tokens], dtype=mx.uint32)
         offsets = mx.array([prompt.done for prompt in chunk.prompts], dtype=mx.int32)
-        keys, values = self._forward(padded, offsets, *self._places(chunk.prompts, span))
+        keys, values = self._forward(padded, offsets, *self._take_slots(chunk.prompts, capacity))
         mx.eval(keys, values)
-        for place, (prompt, part) in enumerate(zip(chunk.prompts, tokens, strict=True)):
+        for slot, (prompt, part) in enumerate(zip(chunk.prompts, tokens, strict=True)):
             prompt.done += len(part)
             for layer, layer_keys, layer_values in zip(prompt.cache, keys, values, strict=True):
-                layer.keys, layer.values = layer_keys[place : place + 1], layer_values[place : place + 1]
+                layer.keys, layer.values = layer_keys[slot : slot + 1], layer_values[slot : slot + 1]
                 layer.offset = prompt.done
         return int(padded.size)
 
     def tokens_for(self, prompt: PendingPrompt) -> int:
-        """A place that its tokens fit in, whatever of it is kept already, and the padding of its last chunk."""
+        """Capacity of a slot for its tokens, wherever its chunks begin, and for the padding of the last one."""
         tokens = len(prompt.tokens)
-        # Of a long chunk less than half is padding, or else a shorter one would do.
+        # Less than half of a long chunk is padding, or else a shorter one would do.
         return slot_capacity(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2), _SHORT)
 
     def warm_up(self) -> None:
@@ -223,39 +187,38 @@ class BucketedPrefill:
         together = [1 << power for power in range(_MOST_TOGETHER.bit_length())]
         shapes = [(count, length) for length in _LENGTHS for count in (together if length <= _SHORT else [1])]
         for count, length in shapes:
-            places = (
-                [grow(array, count, slot_capacity(length, _SHORT)) for array in arrays] for arrays in self._nothing
-            )
+            capacity = slot_capacity(length, _SHORT)
+            slots = ([grow(array, count, capacity) for array in arrays] for arrays in self._empty)
             tokens, offsets = mx.zeros((count, length), dtype=mx.uint32), mx.zeros((count,), dtype=mx.int32)
-            mx.eval(self._forward(tokens, offsets, *places))
+            mx.eval(self._forward(tokens, offsets, *slots))
 
     def _advance(self, tokens: mx.array, offsets: mx.array, keys: Layers, values: Layers) -> tuple[Layers, Layers]:
-        """PrefillStrategy tokens, [places, tokens]; the longer keys and values."""
-        places, _, span, _ = keys[0].shape
-        step = StepPositions(offsets, places, span)
+        """Forward pass of tokens, [slots, tokens]. Returns the keys and values with them written, per layer."""
+        slots, _, capacity, _ = keys[0].shape
+        step = StepPositions(offsets, slots, capacity)
         cache = [SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)]
         self._model(tokens, cache=cache)
-        return [place.keys for place in cache], [place.values for place in cache]
+        return [layer.keys for layer in cache], [layer.values for layer in cache]
 
-    def _places(self, prompts: abc.Sequence[PendingPrompt], span: int) -> tuple[Layers, Layers]:
-        """What the prompts have so far, in places of one length. Their caches lose it: the chunk is written in place
-        only where nobody else holds it, and would be there twice.
+    def _take_slots(self, prompts: abc.Sequence[PendingPrompt], capacity: int) -> tuple[Layers, Layers]:
+        """The prompts' KV caches in slots of one capacity. The prompts lose them: MLX writes a chunk in place only if
+        no other reference is left, and would copy the arrays otherwise.
         """
-        held: list[tuple[Layers, Layers]] = []
+        taken: list[tuple[Layers, Layers]] = []
         for prompt in prompts:
             own = [layer.keys for layer in prompt.cache], [layer.values for layer in prompt.cache]
-            held.append(own if prompt.done else self._nothing)
+            taken.append(own if prompt.done else self._empty)
             for layer in prompt.cache:
                 layer.keys = layer.values = None
-        keys, values = (_side_by_side([own[part] for own in held], span) for part in (0, 1))
+        keys, values = (_side_by_side([own[part] for own in taken], capacity) for part in (0, 1))
         return keys, values
 
-    def _span(self, prompt: PendingPrompt, length: int) -> int:
-        """Length of the place that a prompt needs while a chunk of so many tokens is written."""
+    def _capacity(self, prompt: PendingPrompt, length: int) -> int:
+        """Capacity of the slot that a prompt needs for a chunk of so many tokens."""
         return slot_capacity(max(len(prompt.tokens), prompt.done + length), _SHORT)
 
 
-def _side_by_side(rows: abc.Sequence[Layers], span: int) -> Layers:
-    """Layers of several rows, each [1 or none, heads, tokens, dim], in places of one length."""
-    layers = zip(*rows, strict=True)
-    return [mx.concatenate([grow(array, 1, span)[:, :, :span] for array in layer]) for layer in layers]
+def _side_by_side(prompts: abc.Sequence[Layers], capacity: int) -> Layers:
+    """Layers of several prompts, each [1 or none, heads, tokens, dim], in slots of one capacity."""
+    layers = zip(*prompts, strict=True)
+    return [mx.concatenate([grow(array, 1, capacity)[:, :, :capacity] for array in layer]) for layer in layers]

@@ -1,7 +1,7 @@
-"""The rows that generate, one token each a step.
+"""The decode batch: the running sequences, one token per sequence and step.
 
-Rule 1: a row joins with its last prompt token as input, so that its first token comes out of the step that advances
-        everybody else. Nobody waits for a separate first step.
+Rule 1: a sequence joins with its last prompt token as input, so that its first token comes out of the step that
+        advances all others. There is no separate first step.
 Rule 2: a step is launched before the tokens of the one before it are read: the device works while Python publishes.
         Where a constraint must see those tokens first, the forward pass is launched and only the sampling waits.
 """
@@ -21,21 +21,21 @@ from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.logprobs import MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.chunks import PendingPrompt
+from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import SampledToken, Sequence
 
 
 class Sampler(Protocol):
-    """What chooses the tokens of the rows (sampling/sampler.py)."""
+    """Samples the tokens of a batch (sampling/sampler.py)."""
 
-    def extend(self, rows: abc.Sequence[Sequence]) -> None:
-        """Add rows behind the present ones."""
+    def extend(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Add sequences behind the present ones."""
 
     def filter(self, keep: abc.Sequence[int]) -> None:
-        """Keep only the rows at these indices, in this order."""
+        """Keep only the sequences at these indices, in this order."""
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """Logits [rows, vocab] -> token ids [rows], of what is allowed. Nothing is evaluated."""
+        """Logits [batch, vocab] -> token ids [batch], of those that are allowed. Nothing is evaluated."""
 
 
 MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
@@ -43,31 +43,42 @@ MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 
 @dataclass
 class RunningSequence:
-    """A row that generates. `tokens` are those that were fed: what its keys and values hold."""
+    """A sequence that decodes. `fed`: its tokens in the KV cache behind the prompt's first ones, from the last prompt
+    token on. num_sampled: tokens sampled for it, read or not.
+    """
 
-    row: Sequence
+    sequence: Sequence
     cached_tokens: int
     started: float
-    tokens: list[int] = field(default_factory=list)
-    launched: int = 0  # tokens sampled for it, read or not
-    is_fresh: bool = True  # its input is still the last prompt token, which is not for publishing
+    fed: list[int] = field(default_factory=list)
+    num_sampled: int = 0
+    is_fresh: bool = True  # its input is still the last prompt token, which is not published
 
     @property
     def length(self) -> int:
-        """Tokens that it needs room for, the next one included."""
-        return len(self.row.tokens) + len(self.tokens) + 1
+        """Tokens of KV cache that it needs, the next one included."""
+        return len(self.sequence.tokens) + len(self.fed) + 1
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens in its KV cache, once one was fed."""
+        return (*self.sequence.tokens[:-1], *self.fed)
 
     def resumed(self) -> Sequence:
-        """What goes on from where this row is."""
-        said = len(self.tokens) - 1  # the first that was fed is the prompt's last
-        if said < 1:
-            return self.row
-        tokens = (*self.row.tokens[:-1], *self.tokens)
-        return replace(self.row, tokens=tokens, max_tokens=self.row.max_tokens - said, said=self.row.said + said)
+        """The sequence that goes on from here after a preemption."""
+        generated = len(self.fed) - 1  # the first that was fed is the prompt's last
+        if generated < 1:
+            return self.sequence
+        return replace(
+            self.sequence,
+            tokens=self.tokens,
+            max_tokens=self.sequence.max_tokens - generated,
+            num_generated=self.sequence.num_generated + generated,
+        )
 
 
 class DecodeBatch:
-    """The decode batch of one model. `running` is the result of the step under way, which the next one feeds."""
+    """Running sequences of one model. `sampled`: token ids of the step under way, [batch], inputs of the next one."""
 
     def __init__(
         self,
@@ -78,45 +89,47 @@ class DecodeBatch:
     ) -> None:
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
-        self.places = make_batch_cache(model, policy)
+        self.cache = make_batch_cache(model, policy)
         self.clear()
 
     def clear(self) -> None:
-        """Drop all rows."""
-        self.rows: list[RunningSequence] = []
-        self.places.clear()
-        self.running = mx.zeros((0,), dtype=mx.uint32)
+        """Drop all sequences."""
+        self.sequences: list[RunningSequence] = []
+        self.cache.clear()
+        self.sampled = mx.zeros((0,), dtype=mx.uint32)
         self._sampler = self._make_sampler(self._vocab_size)
         self._measured = MeasuredLogprobs()
         self._unpublished: list[SampledToken] = []
 
     def join(self, prompts: abc.Sequence[PendingPrompt], coming: int = 0) -> None:
-        """Take prompts that are done, each as many times as it has rows. coming: rows that are soon to join, too."""
-        joining = [(row, prompt) for prompt in prompts for row in prompt.rows]
-        self.places.join([prompt.cache for _, prompt in joining], coming)
-        last_tokens = mx.array([row.tokens[-1] for row, _ in joining], dtype=mx.uint32)
-        self._feed_next(mx.concatenate([self.running, last_tokens]))
-        self._sampler.extend([row for row, _ in joining])
-        self.rows += [RunningSequence(row, prompt.cached_tokens, prompt.started) for row, prompt in joining]
+        """Add the sequences of prompts that are processed. coming: number of sequences that are soon to join, too."""
+        joining = [(sequence, prompt) for prompt in prompts for sequence in prompt.sequences]
+        self.cache.join([prompt.cache for _, prompt in joining], coming)
+        last_tokens = mx.array([sequence.tokens[-1] for sequence, _ in joining], dtype=mx.uint32)
+        self._set_inputs(mx.concatenate([self.sampled, last_tokens]))
+        self._sampler.extend([sequence for sequence, _ in joining])
+        self.sequences += [
+            RunningSequence(sequence, prompt.cached_tokens, prompt.started) for sequence, prompt in joining
+        ]
 
     def leave(self, leaving: abc.Sequence[int]) -> None:
-        """Drop the rows at these indices."""
-        if len(leaving) == len(self.rows):
+        """Drop the sequences at these indices."""
+        if len(leaving) == len(self.sequences):
             self.clear()
             return
-        keep = _closed_up(len(self.rows), leaving)
-        self.rows = [self.rows[index] for index in keep]
-        self.places.keep(keep)
-        self._feed_next(self.running[mx.array(keep, dtype=mx.uint32)])
+        keep = _closed_up(len(self.sequences), leaving)
+        self.sequences = [self.sequences[index] for index in keep]
+        self.cache.keep(keep)
+        self._set_inputs(self.sampled[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
 
     def advance(self) -> list[SampledToken]:
         """Launch one step and return the tokens of the step before."""
-        inputs, measured = self.running, self._measured
-        if not any(row.launched < row.row.max_tokens for row in self.rows):
+        inputs, measured = self.sampled, self._measured
+        if not any(running.num_sampled < running.sequence.max_tokens for running in self.sequences):
             return self._read(inputs, measured, is_fed=False)
-        logits = self.places.advance(inputs)
-        if any(row.row.constraint for row in self.rows):
+        logits = self.cache.advance(inputs)
+        if any(running.sequence.constraint for running in self.sequences):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
             self._unpublished = self._read(inputs, measured, is_fed=True)
             self._sample(logits)
@@ -126,41 +139,42 @@ class DecodeBatch:
         return self.take()
 
     def take(self) -> list[SampledToken]:
-        """The tokens that were read and not given yet: there are some after a step that failed."""
+        """The tokens that were read and not returned yet; there are some after a step that failed."""
         unpublished, self._unpublished = self._unpublished, []
         return unpublished
 
-    def _feed_next(self, inputs: mx.array) -> None:
-        """Let the next step feed these. Computed along with that step, they would be read only when it is done."""
+    def _set_inputs(self, inputs: mx.array) -> None:
+        """Set the inputs of the next step. Computed along with that step, they would be read only when it is done."""
         mx.async_eval(inputs)  # type: ignore[no-untyped-call]
-        self.running = inputs
+        self.sampled = inputs
 
     def _sample(self, logits: mx.array) -> None:
-        """Choose the next inputs from the logits of the step, [rows, vocab], and start computing them."""
-        self.running = self._sampler(logits, self._allowed())
-        self._measured = measure([row.row for row in self.rows], logits, self.running)
-        mx.async_eval(self.running, self._measured.arrays)  # type: ignore[no-untyped-call]
-        for row in self.rows:
-            row.launched += 1
+        """Sample the next inputs from the logits of the step, [batch, vocab], and start computing them."""
+        self.sampled = self._sampler(logits, self._allowed())
+        self._measured = measure([running.sequence for running in self.sequences], logits, self.sampled)
+        mx.async_eval(self.sampled, self._measured.arrays)  # type: ignore[no-untyped-call]
+        for running in self.sequences:
+            running.num_sampled += 1
 
     def _read(self, inputs: mx.array, measured: MeasuredLogprobs, is_fed: bool) -> list[SampledToken]:
-        """Wait for the tokens of the step before and note them."""
+        """Wait for the tokens of the step before and record them."""
         published = []
         logprobs = measured.read()
-        for row, token in zip(self.rows, cast(list[int], inputs.tolist()), strict=True):
+        for running, token in zip(self.sequences, cast(list[int], inputs.tolist()), strict=True):
             if is_fed:
-                row.tokens.append(token)
-            if not row.is_fresh:
-                if row.row.constraint:
-                    row.row.constraint.accept(token)
-                id = row.row.id
-                published.append(SampledToken(id, token, row.cached_tokens, logprobs.get(id), row.started))
-            row.is_fresh = False
+                running.fed.append(token)
+            if not running.is_fresh:
+                if running.sequence.constraint:
+                    running.sequence.constraint.accept(token)
+                id = running.sequence.id
+                published.append(SampledToken(id, token, running.cached_tokens, logprobs.get(id), running.started))
+            running.is_fresh = False
         return published
 
     def _allowed(self) -> mx.array | None:
-        """The tokens that the rows' constraints allow, [rows, vocab] of bool; None while everything is."""
-        masks = [row.row.constraint.allowed() if row.row.constraint else None for row in self.rows]
+        """The tokens that the constraints allow, [batch, vocab] of bool; None while every token is."""
+        constraints = (running.sequence.constraint for running in self.sequences)
+        masks = [constraint.allowed() if constraint else None for constraint in constraints]
         if not any(masks):
             return None
         length = max(len(mask) for mask in masks if mask)
@@ -171,7 +185,7 @@ class DecodeBatch:
 
 
 def _closed_up(count: int, leaving: abc.Sequence[int]) -> list[int]:
-    """Which of `count` rows comes to stand at each place once some have left: the last ones fill the gaps."""
+    """The index that moves to each position once some have left `count`: the last ones fill the gaps."""
     gone = set(leaving)
     staying = count - len(gone)
     last = iter([index for index in range(staying, count) if index not in gone])

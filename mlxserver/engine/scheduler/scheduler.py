@@ -1,19 +1,18 @@
-"""Continuous batching: rows join and leave a running batch at every step.
+"""Continuous batching: sequences join and leave a running batch at every step.
 
-Rule 1: a row waits, then its prompt is processed (scheduler/prefill.py), then it generates (scheduler/decode.py).
-Rule 2: what was computed for a row that leaves goes to the prefix cache, however it leaves.
-Rule 3: what is held in keys and values stays within max_kv_tokens. Kept prefixes are given back first; then prompts
-        wait; and when rows grow too long together, the youngest wait too, and go on later where they were.
-Rule 4: what depends on the clock comes in through insert() and prefill(); the same calls make the same batch anywhere.
+Rule 1: a sequence waits, then its prompt is prefilled (scheduler/prefill.py), then it runs (scheduler/decode.py).
+Rule 2: the KV cache of a sequence that leaves goes to the prefix cache, however it leaves.
+Rule 3: KV cache and prefix cache together stay within max_kv_tokens. Prefixes are dropped first; then prompts wait; and
+        when the running sequences outgrow it, the youngest are preempted, and resume later where they were.
+Rule 4: values that depend on the clock come in through insert() and prefill(), those that depend on other models
+        through `peers`; the same calls make the same batch on every rank.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections import abc, deque
-from collections.abc import Callable, Collection
-from statistics import median
+from collections import abc
+from collections.abc import Collection
 from typing import Any
 
 from mlxserver.engine.mlx import mx
@@ -24,21 +23,21 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.chunks import PendingPrompt
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
-from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill
+from mlxserver.engine.scheduler.kv_budget import KVBudget
+from mlxserver.engine.scheduler.load_meter import LoadMeter
+from mlxserver.engine.scheduler.peers import FixedPeers, Peers
+from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill, waiting_ratio
+from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import SampledToken, Sequence
-
-_STEPS_MEASURED = 15  # whose median is a step's time: some of them wait for a compilation
 
 
 class Scheduler:
     """The batch of one model. All calls on one thread, inside that thread's MLX stream.
 
-    stall_target: seconds that prefill may delay running streams. max_kv_tokens: most tokens in the KV cache, None
-    for no limit; a single sequence may always go on. peer_step_seconds: gives the duration of a decode step of other
-    models' streams, 0 without any. share_cores: called before every step. bytes_per_token: bytes of KV cache per token,
-    None measures it.
+    max_running: most sequences with a slot. stall_target: seconds that prefill may delay running streams.
+    max_kv_tokens: most tokens in KV cache and prefix cache, None for no limit; a single sequence may always go on.
+    bytes_per_token: bytes of KV cache per token, None measures it.
     """
 
     def __init__(
@@ -48,234 +47,210 @@ class Scheduler:
         max_running: int = 32,
         stall_target: float = 0.25,
         prefix_cache: PrefixCache | None = None,
-        peer_step_seconds: Callable[[object], float] = lambda asking: 0.0,
-        share_cores: Callable[[], None] = lambda: None,
+        peers: Peers | None = None,
         max_kv_tokens: int | None = None,
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
         bytes_per_token: int | None = None,
         policy: ExecutionPolicy | None = None,
     ) -> None:
+        self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._model = model
         self._max_running = max_running
-        self._prefix_cache = prefix_cache
-        self._peer_step_seconds = peer_step_seconds
-        self._share_cores = share_cores
-        self._max_kv_tokens = max_kv_tokens or sys.maxsize
-        self._bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
+        self._peers = peers or FixedPeers()
+        self._peer_step_seconds = 0.0
         self._metrics = metrics or ModelMetrics("")
-        self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._waiting: list[PendingPrompt] = []
-        self._prompts: list[PendingPrompt] = []
+        self._prefilling: list[PendingPrompt] = []
+        self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy)
         self._prefill = Prefill(model, stall_target, policy)
-        self._decoding = DecodeBatch(model, self.vocab_size, make_sampler, policy)
-        self._steps = deque([stall_target], maxlen=_STEPS_MEASURED)
-        self._step_seconds = stall_target
-        self._step_began: float | None = None  # of the step under way; by time.monotonic()
-        self._step_ended = 0.0  # of the last one
+        self._meter = LoadMeter(stall_target)
+        self.load = self._meter.load
+        bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
+        self._budget = KVBudget(self._running, self._prefill, prefix_cache, max_kv_tokens, bytes_per_token)
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
-    def insert(self, rows: abc.Sequence[Sequence], now: float | None = None) -> None:
-        """Queue rows that share one prompt of at least one token; they join at one of the next steps.
+    def insert(self, sequences: abc.Sequence[Sequence], now: float | None = None) -> None:
+        """Queue the sequences of one request, which share one prompt of at least one token.
 
-        They join together, unless there is not room for all of them at once.
+        They join together at one of the next steps, unless their KV cache does not fit all at once.
         """
         now = now or time.monotonic()
-        together = PendingPrompt(list(rows), now)
-        is_possible = self._decoding.places.tokens_for(len(rows), together.length) <= self._max_kv_tokens
-        self._waiting += [together] if is_possible else [PendingPrompt([row], now) for row in rows]
+        self._meter.insert(sequences)
+        together = PendingPrompt(list(sequences), now)
+        fit = self._budget.holds_together(together)
+        self._waiting += [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
 
     def remove(self, sequence_ids: abc.Sequence[int]) -> None:
-        """Forget rows, wherever they are; what was computed for them goes to the prefix cache."""
+        """Remove sequences, whether they wait or run; their KV cache goes to the prefix cache."""
         gone = set(sequence_ids)
         self._waiting = [prompt for prompt in self._waiting if not prompt.drop(gone)]
-        for prompt in list(self._prompts):
+        for prompt in list(self._prefilling):
             tokens = prompt.tokens
             if prompt.drop(gone):
-                self._prompts.remove(prompt)
-                self._keep_prefix(tokens[: prompt.done], prompt.cache)
-        leaving = [index for index, row in enumerate(self._decoding.rows) if row.row.id in gone]
+                self._prefilling.remove(prompt)
+                self._store_prefix(tokens[: prompt.done], prompt.cache)
+        leaving = [index for index, running in enumerate(self._running.sequences) if running.sequence.id in gone]
         if leaving:
             self._leave(leaving)
+        self._meter.remove(sequence_ids)
+        self._note_load()
 
     def decode(self) -> list[SampledToken]:
-        """Launch one step for every decoding row and return the tokens of the step before."""
-        self._share_cores()
+        """Launch one step for all running sequences and return the tokens of the step before."""
+        self._peer_step_seconds = self._peers.observe(self.load)
         self._preempt_to_fit()
-        if not self._decoding.rows:
-            self._step_began = None
+        if not self._running.sequences:
             return []
-        self._metrics.batch_size.observe(len(self._decoding.rows))
+        self._metrics.batch_size.observe(len(self._running.sequences))
         launched = time.monotonic()
-        with cpu_kernels.layer_by_layer(self._peer_step_seconds(self) > 0):
-            tokens = self._decoding.advance()
-        self._note_step_end()
-        self._step_began = max(launched, self._step_ended)
+        with cpu_kernels.layer_by_layer(self._peer_step_seconds > 0):
+            tokens = self._running.advance()
+        self._meter.end_step()
+        self._meter.begin_step(launched)
         return tokens
 
-    def prefill(self, pace: ChunkBudget | None = None) -> None:
-        """Process one chunk of the waiting prompts and let those that are ready join the batch."""
-        pace = pace or self.pace()
-        self._admit(pace.now)
-        if self._prompts:
-            mx.eval(self._decoding.running)  # the step's time is not the chunk's
-            self._note_step_end()
-        self._prefill.advance(self._prompts, pace)
-        if ready := [prompt for prompt in self._prompts if not prompt.remaining]:
-            self._prompts = [prompt for prompt in self._prompts if prompt.remaining]
-            self._decoding.join(ready, coming=sum(len(prompt.rows) for prompt in self._prompts))
-
-    def decoding(self) -> int:
-        """How many rows generate."""
-        return len(self._decoding.rows)
-
-    def has_prompts(self) -> bool:
-        """Whether a prompt waits or is being processed."""
-        return bool(self._waiting or self._prompts)
-
-    def warm_up(self) -> None:
-        """Prepare what prompts need, before there is any."""
-        self._prefill.warm_up()
+    def prefill(self, budget: ChunkBudget | None = None) -> None:
+        """Process one chunk of the waiting prompts and let those that are ready join the running sequences."""
+        budget = budget or self.chunk_budget()
+        self._admit(budget.now)
+        if not self._prefilling:
+            return
+        mx.eval(self._running.sampled)  # the step's time is not the chunk's
+        self._meter.end_step()
+        self._prefill.advance(self._prefilling, budget)
+        if ready := [prompt for prompt in self._prefilling if not prompt.remaining]:
+            self._prefilling = [prompt for prompt in self._prefilling if prompt.remaining]
+            self._running.join(ready, coming=_count(self._prefilling))
+            self._note_load()
 
     def is_empty(self) -> bool:
-        """Whether no row is waiting or decoding."""
-        return not (self._decoding.rows or self._prompts or self._waiting)
+        """Whether no sequence waits or runs."""
+        return not (self._running.sequences or self._prefilling or self._waiting)
 
     def waiting(self) -> set[int]:
-        """Ids of the rows that have no place yet."""
-        return {row.id for prompt in self._waiting for row in prompt.rows}
+        """Ids of the sequences without a slot."""
+        return {sequence.id for prompt in self._waiting for sequence in prompt.sequences}
 
     def restart(self, staying: Collection[int]) -> list[SampledToken]:
-        """Drop all that was computed, after a call that failed. The rows that stay wait again, and go on from where
-        they were; the others are forgotten. Gives the tokens that were read and not given before.
+        """Drop all KV cache, after a call that failed. The sequences that stay wait again and resume where they were;
+        the others are removed. Returns the tokens that were read and not returned before.
         """
-        unpublished = self._decoding.take()
-        begun = [PendingPrompt([row.resumed()], row.started) for row in self._decoding.rows]
-        begun += [PendingPrompt(prompt.rows, prompt.arrived) for prompt in self._prompts]
-        gone = {row.id for prompt in [*begun, *self._waiting] for row in prompt.rows} - set(staying)
+        unpublished = self._running.take()
+        begun = [PendingPrompt([running.resumed()], running.started) for running in self._running.sequences]
+        begun += [PendingPrompt(prompt.sequences, prompt.arrived) for prompt in self._prefilling]
+        gone = {sequence.id for prompt in [*begun, *self._waiting] for sequence in prompt.sequences} - set(staying)
         again: list[PendingPrompt] = []
         for prompt in [*begun, *self._waiting]:
             if not prompt.drop(gone):
                 again.append(prompt)
-                gone |= {row.id for row in prompt.rows}  # what failed halfway may have it in two places
-        self._waiting, self._prompts = again, []
-        self._decoding.clear()
-        self.shrink_prefixes(0)
+                gone |= {sequence.id for sequence in prompt.sequences}  # a call that failed halfway may have it twice
+        self.close()
+        self._waiting = again
+        self._meter.remove(gone - set(staying))
+        self._note_load()
         return unpublished
-
-    def pace(self) -> ChunkBudget:
-        """The pace of the next chunk, as measured here."""
-        return self._prefill.pace(self.running_step_seconds(), self._peer_step_seconds(self), self._waiting_ratio())
-
-    def running_step_seconds(self) -> float:
-        """Seconds that a step takes for those who stream; 0 while nobody does. May be asked from any thread."""
-        return self._step_seconds if self._decoding.rows else 0.0
 
     def close(self) -> None:
         """Free what the batch holds."""
-        self._waiting, self._prompts = [], []
-        self._decoding.clear()
+        self._waiting, self._prefilling = [], []
+        self._running.clear()
         self.shrink_prefixes(0)
+        self._note_load()
+
+    # -- for builder and ranks ----------------------------------------------------------------------------------
+
+    @property
+    def num_decoding(self) -> int:
+        """Number of sequences that decode."""
+        return len(self._running.sequences)
+
+    def has_prompts(self) -> bool:
+        """Whether a prompt waits or is prefilled."""
+        return bool(self._waiting or self._prefilling)
+
+    def warm_up(self) -> None:
+        """Run the shapes that prompts use."""
+        self._prefill.warm_up()
+
+    def chunk_budget(self) -> ChunkBudget:
+        """Budget of the next chunk, as measured here."""
+        waiting = _count(self._prefilling) + _count(self._waiting)
+        ratio = waiting_ratio(waiting, len(self._running.sequences))
+        return self._prefill.budget(self.load.step_seconds, self._peer_step_seconds, ratio)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
-        """Give the least recently used prefixes back until at most this many bytes are kept."""
-        if self._prefix_cache:
-            self._prefix_cache.shrink(max_bytes)
+        """Drop the least recently used prefixes until at most this many bytes are left."""
+        self._budget.shrink_prefixes(max_bytes)
 
-    def _waiting_ratio(self) -> float:
-        """How many rows wait for each that streams, one at least.
-
-        With one row streaming and fifteen waiting, chunks of a few of its short steps each would keep the fifteen
-        waiting for long, and are the least efficient.
-        """
-        waiting = sum(len(prompt.rows) for prompt in (*self._prompts, *self._waiting))
-        return max(1.0, waiting / max(1, len(self._decoding.rows)))
-
-    def _note_step_end(self) -> None:
-        """The tokens of the last step are there, now or since this was told."""
-        if self._step_began is not None:
-            self._step_ended = time.monotonic()
-            self._steps.append(self._step_ended - self._step_began)
-            self._step_seconds = median(self._steps)
-            self._step_began = None
-
-    # -- coming and going ---------------------------------------------------------------------------------------
+    # -- joining and leaving ------------------------------------------------------------------------------------
 
     def _admit(self, now: float) -> None:
-        """Give waiting prompts a place while there is one for all their rows."""
-        taken = len(self._decoding.rows) + sum(len(prompt.rows) for prompt in self._prompts)
-        while self._waiting and taken + len(self._waiting[0].rows) <= self._max_running and self._fits():
-            prompt = self._waiting[0]
-            prompt.started = now
-            cache, length = self._prefix_cache.fetch(prompt.tokens) if self._prefix_cache else (None, 0)
-            prompt.cache = cache or caches.new_cache(self._model)
-            prompt.done = prompt.cached_tokens = length
-            self._prompts.append(self._waiting.pop(0))
-            taken += len(prompt.rows)
+        """Give waiting prompts slots, in order of arrival, as long as they fit."""
+        was_waiting = len(self._waiting)
+        while self._waiting and self._try_admit(self._waiting[0], now):
+            self._prefilling.append(self._waiting.pop(0))
+        if len(self._waiting) < was_waiting:
+            self._note_load()
 
-    def _leave(self, leaving: list[int]) -> None:
-        """Take rows out of the decode batch."""
-        rows = self._decoding.rows
-        for index in leaving:
-            if self._prefix_cache and rows[index].tokens:
-                tokens = [*rows[index].row.tokens[:-1], *rows[index].tokens]
-                self._prefix_cache.store(tokens, self._decoding.places.extract(index))
-        self._decoding.leave(leaving)
-        self._shrink_to(self._tokens_needed())  # only now: those who leave need no room any more
-
-    def _keep_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
-        if self._prefix_cache:
-            self._prefix_cache.store(tokens, cache)
-            self._shrink_to(self._tokens_held())
-
-    # -- room ---------------------------------------------------------------------------------------------------
-
-    def _tokens_held(self, *joining: PendingPrompt) -> int:
-        """Tokens of keys and values that are there when everybody at work, and those who join, come to decode together.
-
-        A prompt counts twice: what is computed for it has a copy of its own until it has joined.
-        """
-        prompts = [*self._prompts, *joining]
-        lengths = [row.length for row in self._decoding.rows] + [
-            prompt.length for prompt in prompts for _ in prompt.rows
-        ]
-        own = sum(self._prefill.tokens_for(prompt) for prompt in prompts)
-        return self._decoding.places.tokens_for(len(lengths), max(lengths)) + own if lengths else 0
-
-    def _tokens_needed(self, *joining: PendingPrompt) -> int:
-        """As _tokens_held(); if that is too many, what the decoding rows do not need is given back first."""
-        if self._decoding.rows and self._tokens_held(*joining) > self._max_kv_tokens:
-            self._decoding.places.compact()
-        return self._tokens_held(*joining)
-
-    def _fits(self) -> bool:
-        """Whether the next waiting prompt can be taken. The first of all always can."""
-        held = self._tokens_needed(self._waiting[0])
-        if held > self._max_kv_tokens and (self._decoding.rows or self._prompts):
+    def _try_admit(self, prompt: PendingPrompt, now: float) -> bool:
+        """Start a prompt if there are slots and KV cache for all its sequences. The first of all always fits."""
+        taken = len(self._running.sequences) + _count(self._prefilling)
+        if taken + len(prompt.sequences) > self._max_running:
             return False
-        self._shrink_to(held)
+        kv_tokens = self._budget.compacted_tokens_of([*self._prefilling, prompt])
+        if taken and not self._budget.holds(kv_tokens):
+            return False
+        self._budget.shrink_prefixes_beside(kv_tokens)
+        prompt.started = now
+        cache, length = self._budget.fetch_prefix(prompt.tokens)
+        prompt.cache = cache or caches.new_cache(self._model)
+        prompt.done = prompt.cached_tokens = length
         return True
 
+    def _leave(self, leaving: list[int]) -> None:
+        """Take sequences out of the decode batch."""
+        for index in leaving if self._budget.has_prefixes else ():
+            if (running := self._running.sequences[index]).fed:
+                self._budget.store_prefix(running.tokens, self._running.cache.extract(index))
+        self._running.leave(leaving)
+        kv_tokens = self._budget.compacted_tokens_of(self._prefilling)  # only now: those that left need none any more
+        self._budget.shrink_prefixes_beside(kv_tokens)
+
+    def _store_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
+        self._budget.store_prefix(tokens, cache)
+        self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling))
+
+    def _note_load(self) -> None:
+        decoding = [running.sequence.id for running in self._running.sequences]
+        prefilling = [sequence.id for prompt in self._prefilling for sequence in prompt.sequences]
+        self._meter.update(decoding, prefilling, is_busy=not self.is_empty())
+
+    # -- preemption ---------------------------------------------------------------------------------------------
+
     def _preempt_to_fit(self) -> None:
-        """Let the youngest wait again until the next step is within the limit."""
-        while self._tokens_needed() > self._max_kv_tokens and len(self._decoding.rows) + len(self._prompts) > 1:
+        """Preempt the youngest until the next step is within the budget."""
+        while not self._budget.holds(kv_tokens := self._budget.compacted_tokens_of(self._prefilling)):
+            if len(self._running.sequences) + len(self._prefilling) <= 1:
+                break
             self._preempt()
-        self._shrink_to(self._tokens_needed())
+        self._budget.shrink_prefixes_beside(kv_tokens)
 
     def _preempt(self) -> None:
-        """Let the youngest wait again: a prompt, or else a row. What was computed for it may stay as a prefix."""
-        if self._prompts:
-            prompt = self._prompts.pop()
-            self._waiting.insert(0, PendingPrompt(prompt.rows, prompt.arrived))
-            self._keep_prefix(prompt.tokens[: prompt.done], prompt.cache)
-            return
-        index = max(range(len(self._decoding.rows)), key=lambda index: self._decoding.rows[index].started)
-        row = self._decoding.rows[index]
-        self._waiting.insert(0, PendingPrompt([row.resumed()], row.started))
-        self._leave([index])
+        """Let the youngest wait again: a prompt, or else a sequence. Its KV cache may stay as a prefix."""
+        if self._prefilling:
+            prompt = self._prefilling.pop()
+            self._waiting.insert(0, PendingPrompt(prompt.sequences, prompt.arrived))
+            self._store_prefix(prompt.tokens[: prompt.done], prompt.cache)
+        else:
+            sequences = self._running.sequences
+            index = max(range(len(sequences)), key=lambda index: sequences[index].started)
+            self._waiting.insert(0, PendingPrompt([sequences[index].resumed()], sequences[index].started))
+            self._leave([index])
+        self._note_load()
 
-    def _shrink_to(self, held: int) -> None:
-        """Leave to kept prefixes what the rows do not need."""
-        if self._max_kv_tokens < sys.maxsize:
-            self.shrink_prefixes(max(0, self._max_kv_tokens - held) * self._bytes_per_token)
+
+def _count(prompts: abc.Iterable[PendingPrompt]) -> int:
+    """Number of the prompts' sequences."""
+    return sum(len(prompt.sequences) for prompt in prompts)

@@ -1,4 +1,4 @@
-"""The seam between an engine thread and what computes for it."""
+"""The seam between an engine thread and the computation."""
 
 from __future__ import annotations
 
@@ -6,38 +6,43 @@ from collections import abc
 from collections.abc import Collection
 from typing import Protocol
 
+from mlxserver.engine.metrics import EngineLoad
 from mlxserver.engine.sequence import SampledToken, Sequence
 
 
 class Batch(Protocol):
-    """Rows decoded together. The seam at which tests put a scripted batch instead of a model.
+    """Sequences that are decoded together. The seam at which tests put a scripted batch instead of a model.
 
-    All calls are made on the engine thread.
+    All calls are made on the engine thread; `load` may be read on any thread.
     """
 
-    def insert(self, rows: abc.Sequence[Sequence]) -> None:
-        """Queue rows that share one prompt; they join together at one of the next steps."""
+    @property
+    def load(self) -> EngineLoad:
+        """What other threads may read of the batch. Holds nothing of the model."""
+
+    def insert(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Queue the sequences of one request, which share one prompt; they join together at one of the next steps."""
 
     def remove(self, sequence_ids: abc.Sequence[int]) -> None:
-        """Forget rows, wherever they are. Unknown ids are ignored."""
+        """Remove sequences, whether they wait or run. Unknown ids are ignored."""
 
     def decode(self) -> list[SampledToken]:
-        """Advance every decoding row by one token; empty while there is none."""
+        """Advance every decoding sequence by one token; empty while there is none."""
 
     def prefill(self) -> None:
-        """Process one chunk of the waiting prompts, sized so that running streams go on."""
+        """Process one chunk of the waiting prompts, of a size that lets running streams go on."""
 
     def is_empty(self) -> bool:
-        """Whether no row is waiting or decoding."""
+        """Whether no sequence waits or runs."""
 
     def waiting(self) -> set[int]:
-        """Ids of the rows that have no place yet. May be asked after a call that failed."""
+        """Ids of the sequences without a slot. May be called after a call that failed."""
 
     def restart(self, staying: Collection[int]) -> list[SampledToken]:
-        """Drop all that was computed, kept prefixes included; may be called after a call that failed.
+        """Drop all KV cache, the prefix cache included; may be called after a call that failed.
 
-        The rows that stay wait again, and go on from where they were; the others are forgotten. Gives the tokens that
-        were generated and not given before.
+        The sequences that stay wait again and resume where they were; the others are removed. Returns the tokens that
+        were generated and not returned before.
         """
 
     def close(self) -> None:

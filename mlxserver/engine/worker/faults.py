@@ -1,7 +1,7 @@
-"""Faults on an engine thread: whose they are, and what the one whom they concern is told.
+"""Faults on an engine thread: out of memory or not, and faults of one request alone.
 
-Rule: what is done for one request alone may raise any BaseException: tokenizers and grammars are written in Rust, whose
-      panics are no Exceptions. It ends that request.
+Rule: work for one request alone may raise any BaseException: tokenizers and grammars are written in Rust, whose panics
+      are no Exceptions. It ends that request and no other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ log = logging.getLogger("engine")
 
 E = TypeVar("E", bound=BaseException)
 
-# What MLX says on Metal (allocator, command buffer), on CUDA (allocator, graphs, cuBLAS) and on a CPU, in lower case.
+# From MLX's messages on Metal (allocator, command buffer), CUDA (allocator, graphs, cuBLAS) and CPU, in lower case.
 _OUT_OF_MEMORY = (
     "unable to allocate",
     "attempting to allocate",
@@ -30,7 +30,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether there was no memory for an array, or for a step."""
+    """Whether an allocation failed, of an array or of a step."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
@@ -38,7 +38,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def request_failure(key: str, error: BaseException) -> EngineError:
-    """What the one caller whom an error concerns is told. An unplanned one is logged."""
+    """The EngineError of one request that failed. An unexpected error is logged."""
     if isinstance(error, EngineError):
         return without_frames(error)
     log.error("a request to %r failed", key, exc_info=error)
@@ -52,19 +52,20 @@ def without_frames(error: E) -> E:
 
 
 class GuardedConstraint:
-    """A row's constraint whose fault is noted, with the row's id, instead of raised: it must not end the step of all.
+    """A sequence's constraint whose error is recorded, with the sequence's id, instead of raised: it must not end the
+    step of all sequences.
 
-    From then on it allows everything; what the row says is not told any more.
+    From then on it allows every token; the engine ends the request at its next publish.
     """
 
     def __init__(self, sequence_id: int, inner: Constraint, faults: list[tuple[int, BaseException]]) -> None:
-        self._row_id = sequence_id
+        self._sequence_id = sequence_id
         self._inner = inner
         self._faults = faults
         self._is_broken = False
 
     def allowed(self) -> bytes | None:
-        """What the constraint allows."""
+        """The tokens that the constraint allows."""
         if self._is_broken:
             return None
         try:
@@ -74,7 +75,7 @@ class GuardedConstraint:
             return None
 
     def accept(self, token: int) -> None:
-        """Tell the constraint."""
+        """Advance the constraint."""
         if self._is_broken:
             return
         try:
@@ -84,4 +85,4 @@ class GuardedConstraint:
 
     def _break(self, error: BaseException) -> None:
         self._is_broken = True
-        self._faults.append((self._row_id, error))
+        self._faults.append((self._sequence_id, error))

@@ -1,6 +1,6 @@
-"""A request's events as the event loop reads them.
+"""Events of one request, as the event loop reads them.
 
-Rule: what the engine sends is delivered on the event loop, in order, once; after the last of it on_done is called.
+Rule: events are delivered on the event loop, in order, once; on_done is called after the last of them.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from mlxserver.engine.requests import GenerationRequest
 
 
 class Generation:
-    """One request's events, read on the event loop. close() it, however reading ended.
+    """Events of one request, read on the event loop. close() it, however reading ended.
 
-    `on_done` is called once, on the event loop, when the engine has no more work for it.
+    `on_done` is called once, on the event loop, when the engine has no more work for the request.
     """
 
     def __init__(self, request: GenerationRequest, cancel: Callable[[Generation], None]) -> None:
         self.request = request
         self.is_done = False
-        self.outcome = "cancelled"  # how it ended: a finish reason or an error's name, once it is done
-        self.usage: Usage | None = None  # of a whole answer, once it is done
+        self.outcome = "cancelled"  # a finish reason or an error's name, once it is done
+        self.usage: Usage | None = None  # of a complete answer, once it is done
         self.on_done: Callable[[], None] = lambda: None
-        self.most_unread = sys.maxsize  # events that may wait to be read; over it, it ends with ReaderTooSlow
+        self.most_unread = (
+            sys.maxsize
+        )  # limit of events that wait to be read; beyond it the request fails with ReaderTooSlow
         self._cancel = cancel
         self._events: list[Event] = []
         self._error: EngineError | None = None
         self._wake: asyncio.Future[None] | None = None
 
     async def accepted(self) -> Accepted:
-        """Wait for the engine's first word. Raises the EngineError that it may be."""
+        """Wait for the first event. Raises the EngineError that came instead."""
         while not (self._events or self._error):
             await self._arrival()
         if not self._events and self._error:
@@ -54,12 +56,12 @@ class Generation:
         return arrived
 
     def close(self) -> None:
-        """Tell the engine that nobody reads on. Idempotent."""
+        """Cancel the request unless it is done. Idempotent."""
         if not self.is_done:
             self._cancel(self)
 
     def deliver(self, events: Iterable[Event], is_done: bool = False, error: EngineError | None = None) -> None:
-        """Take what the engine sends; called on the event loop."""
+        """Add events of the engine; called on the event loop."""
         if self.is_done:
             return
         self._events.extend(events)
@@ -75,7 +77,7 @@ class Generation:
             self._wake.set_result(None)
 
     def _conclude(self) -> None:
-        """Note how it ended."""
+        """Record outcome and usage."""
         if self._error:
             self.outcome = type(self._error).__name__
         elif self._events and isinstance(self._events[-1], Usage):

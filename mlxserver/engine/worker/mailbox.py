@@ -1,7 +1,6 @@
-"""What the event loop asks of an engine thread.
+"""Messages from the event loop to an engine thread.
 
-Rule: the thread waits here, and nowhere else, while it has nothing to do. So this is where it shows since when it has
-      been at something.
+Rule: an idle thread waits here and nowhere else, so that the mailbox knows since when the thread has been busy.
 """
 
 from __future__ import annotations
@@ -16,35 +15,35 @@ from mlxserver.engine.worker.generation import Generation
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Generate this."""
+    """Generate an answer."""
 
     generation: Generation
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody wants this any more."""
+    """Cancel a generation."""
 
     generation: Generation
 
 
 class Stop:
-    """The thread is to end now."""
+    """End the thread."""
 
 
 Message = Submit | Cancel | Stop
 
 
 class Mailbox:
-    """Messages to one thread, in order. put() may be called from any other one."""
+    """Messages to one thread, in order. put() may be called from any other thread."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._taken: float | None = None
 
     @property
-    def busy_for(self) -> float:
-        """Seconds since the thread last looked in here; 0 while it waits here, and before its first look."""
+    def stalled_for(self) -> float:
+        """Seconds since the thread last took messages; 0 while it waits for one, and before the first take()."""
         taken = self._taken
         return 0.0 if taken is None else time.monotonic() - taken
 
@@ -53,7 +52,7 @@ class Mailbox:
         self._queue.put(message)
 
     def take(self, wait: bool) -> Iterator[Message]:
-        """All messages that are there; waits for the first one, if told to."""
+        """All messages that are there; with `wait`, waits for the first one."""
         self._taken = None if wait else time.monotonic()
         try:
             message = self._queue.get(block=wait)

@@ -1,9 +1,9 @@
-"""How an engine goes on after a step that failed. Runs on the engine thread.
+"""Recovery of an engine from a step that failed. Runs on the engine thread.
 
-Rule 1: the requests at work end with the error; those that wait for a place go on with a fresh batch.
-Rule 2: where memory ran out, nobody ends at first: all that was computed is dropped, and everybody goes on from where
-        they were. Only a request that was the youngest at work for the second time ends.
-Rule 3: everybody whom the batch has lost is told, too: no request is forgotten.
+Rule 1: the running requests end with the error; the waiting ones go on with a fresh batch.
+Rule 2: where memory ran out, no request ends at first: all KV cache is dropped, and every request resumes where it was.
+        Only a request that was the youngest at work for the second time ends.
+Rule 3: requests whose sequences the batch has lost end with the error, too: none is forgotten.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import is_out_of_memory
 from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
 
-MOST_IN_A_ROW = 3  # steps that may fail without one between them that brought a token
+MOST_IN_A_ROW = 3  # steps that may fail without one in between that brought a token
 
 
 class Recovery:
-    """What becomes of the requests of one engine. `free` gives the memory of what was dropped back, `tell` takes what
-    those are to be told whom a failure concerns.
+    """Decides which requests of one engine end after a fault. `free` returns dropped memory to the system, `deliver`
+    hands outputs to the event loop.
     """
 
     def __init__(
-        self, tracked: Tracker, free: Callable[[], None], tell: Callable[[StepOutputs], None], metrics: ModelMetrics
+        self, tracker: Tracker, free: Callable[[], None], deliver: Callable[[StepOutputs], None], metrics: ModelMetrics
     ) -> None:
-        self._tracker = tracked
+        self._tracker = tracker
         self._free = free
-        self._tell = tell
+        self._deliver = deliver
         self._metrics = metrics
         self._in_a_row = 0
 
@@ -39,16 +39,15 @@ class Recovery:
         return self._in_a_row >= MOST_IN_A_ROW
 
     def note_progress(self) -> None:
-        """A step has brought tokens."""
+        """Reset the count of failed steps: one has brought tokens."""
         self._in_a_row = 0
 
     def after(self, cause: Exception, batch: Batch) -> None:
-        """Make the batch fresh after a call of it that failed, and tell those who waited for it.
+        """Restart the batch after a call of it that failed, and end the requests that can't go on.
 
-        If that fails, too, the thread ends, and tells everybody else.
+        If that fails as well, the thread ends, and with it all requests.
         """
-        waiting = batch.waiting()
-        at_work = self._tracker.not_among(waiting)
+        at_work = self._tracker.not_among(batch.waiting())
         if is_out_of_memory(cause):
             self._metrics.faults["out_of_memory"] += 1
             error: EngineError = OutOfMemory(self._metrics.key)
@@ -61,8 +60,8 @@ class Recovery:
         gone = {sequence_id for tracked in ending for sequence_id in tracked.open_sequences}
         unpublished = batch.restart(self._tracker.sequence_ids - gone)
         self._end(ending, error)
-        told, finished = self._tracker.publish(unpublished)
-        self._tell(told)
+        outputs, finished = self._tracker.publish(unpublished)
+        self._deliver(outputs)
         batch.remove(finished)
         self._free()
         self._end(self._tracker.not_among(batch.waiting()), error)
@@ -70,13 +69,13 @@ class Recovery:
     def _end(self, requests: list[TrackedRequest], error: EngineError) -> None:
         for request in requests:
             self._tracker.forget(request.generation)
-        self._tell([(request.generation, [], True, error) for request in requests])
+        self._deliver([(request.generation, [], True, error) for request in requests])
 
 
-def _sacrificed(tracked: list[TrackedRequest]) -> list[TrackedRequest]:
-    """The youngest, if it was spared before; else nobody, and it is spared."""
-    if not tracked:
+def _sacrificed(requests: list[TrackedRequest]) -> list[TrackedRequest]:
+    """The youngest, if it was spared before; else none, and it is spared."""
+    if not requests:
         return []
-    youngest = max(tracked, key=lambda tracked: tracked.submitted)
+    youngest = max(requests, key=lambda request: request.submitted)
     was_spared, youngest.is_spared = youngest.is_spared, True
     return [youngest] if was_spared else []

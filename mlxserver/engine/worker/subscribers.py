@@ -1,7 +1,7 @@
-"""Those who wait for an engine's thread. Used on the event loop.
+"""Generations that wait for an engine thread. Used on the event loop.
 
-Rule: who was taken in is told how it ended, by the thread or, once that has ended or is stuck, by fail_all(). It does
-      not matter what the thread was at, nor whether it ever began with it.
+Rule: every generation that was added is notified of its end, by the thread or, once that has ended or is stalled, by
+      fail_all(); whatever the thread was doing, and whether or not it had begun with the generation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mlxserver.engine.worker.tracker import Delivery
 
 
 class Subscribers:
-    """The generations that one engine has not done with."""
+    """The open generations of one engine."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -23,12 +23,12 @@ class Subscribers:
         self._is_over = False
 
     def refuse_if_over(self) -> None:
-        """Raise EngineStopped once everybody has been told of the end: nobody else would be."""
+        """Raise EngineStopped after fail_all(): a later generation would never be notified."""
         if self._is_over:
             raise EngineStopped(self._key, "it has ended")
 
     def add(self, generation: Generation) -> None:
-        """Take in a request. Raises EngineStopped."""
+        """Add a generation. Raises EngineStopped."""
         self.refuse_if_over()
         self._generations.add(generation)
 
@@ -39,18 +39,18 @@ class Subscribers:
         is_done: bool = False,
         error: EngineError | None = None,
     ) -> None:
-        """Give a generation what the thread says to it."""
+        """Deliver events, an error, or the end to a generation."""
         generation.deliver(events, is_done, error)
         if generation.is_done:
             self._generations.discard(generation)
 
     def deliver_all(self, outputs: Iterable[Delivery]) -> None:
-        """Give each what the thread says to it."""
+        """Deliver the outputs of a step."""
         for delivery in outputs:
             self.deliver(*delivery)
 
     def fail_all(self, error: EngineError) -> None:
-        """Tell everybody that nothing more will come."""
+        """End all open generations with an error, and refuse new ones."""
         self._is_over = True
         for generation in list(self._generations):
             self.deliver(generation, error=error)

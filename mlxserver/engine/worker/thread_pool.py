@@ -1,10 +1,10 @@
-"""ThreadPool that are used again and again.
+"""Threads that are reused.
 
-What MLX keeps for a thread and its stream is never given back, some 25 KiB for each. Models come and go for as long as
-the server lives; their threads stay.
+MLX never frees what it keeps for a thread and its stream, some 25 KiB each. Models come and go for as long as the
+server lives; their threads stay.
 
-Rule 1: a thread does one piece of work at a time, inside a stream of its own that lasts as long as the thread.
-Rule 2: close() ends all of them: a process that ends while such a thread lives can end badly.
+Rule 1: a thread runs one task at a time, inside a stream of its own that lasts as long as the thread.
+Rule 2: close() ends all threads: a process that exits while one of them lives can crash.
 """
 
 from __future__ import annotations
@@ -14,13 +14,27 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
 
+class Joinable(Protocol):
+    """Work on another thread."""
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+
+
+def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
+    """Run the work on a new thread."""
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    return thread
+
+
 class Task:
-    """One piece of work on one of the threads."""
+    """Work on one of the threads."""
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self.work = work
@@ -28,16 +42,16 @@ class Task:
         self._ended = threading.Event()
 
     def join(self) -> None:
-        """Wait until the work has ended."""
+        """Wait until it has ended."""
         self._ended.wait()
 
     def end(self) -> None:
-        """Note that it has."""
+        """Release those that join()."""
         self._ended.set()
 
 
 class ThreadPool:
-    """As many threads as there is work at once. `stream` is entered once on each."""
+    """Grows to as many threads as there are tasks at once. `stream` is entered once per thread."""
 
     def __init__(self, stream: Callable[[], AbstractContextManager[object]]) -> None:
         self._stream = stream
@@ -47,20 +61,20 @@ class ThreadPool:
         self._is_closed = False
 
     def start(self, work: Callable[[], None], name: str) -> Task:
-        """Begin a piece of work, on a thread that has none or a new one. The work must not raise.
+        """Run the work on an idle thread or a new one. The work must not raise.
 
-        Raises RuntimeError once they are closed.
+        Raises RuntimeError once the pool is closed.
         """
-        shift = Task(work, name)
+        task = Task(work, name)
         with self._lock:
-            if self._is_closed:  # a load that is still being called off may come this late
-                raise RuntimeError(f"no thread for {name!r}: they are closed")
+            if self._is_closed:  # a load that is being cancelled may come this late
+                raise RuntimeError(f"no thread for {name!r}: the pool is closed")
             inbox = self._idle.pop() if self._idle else self._new_thread()
-        inbox.put(shift)
-        return shift
+        inbox.put(task)
+        return task
 
     def call(self, work: Callable[[], T]) -> T:
-        """Do a piece of work on one of the threads and give what it gives, or raise what it raises."""
+        """Run the work on one of the threads; returns its result or raises its error."""
         results: list[T] = []
         errors: list[BaseException] = []
 
@@ -76,8 +90,8 @@ class ThreadPool:
         return results[0]
 
     def close(self, patience: float | None = None) -> list[str]:
-        """End every thread, after the work that it has, and wait for it. Gives the names of those that did not end
-        within `patience` seconds.
+        """End every thread after its present task, and wait. Returns the names of those that did not end within
+        `patience` seconds.
         """
         with self._lock:
             self._is_closed = True
@@ -99,11 +113,11 @@ class ThreadPool:
 
     def _live(self, inbox: queue.SimpleQueue[Task | None]) -> None:
         with self._stream():
-            while shift := inbox.get():
-                threading.current_thread().name = shift.name
-                shift.work()
+            while task := inbox.get():
+                threading.current_thread().name = task.name
+                task.work()
                 threading.current_thread().name = "engine-idle"
                 with self._lock:
                     self._idle.append(inbox)
-                shift.end()
-                del shift
+                task.end()
+                del task

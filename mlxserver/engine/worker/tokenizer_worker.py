@@ -1,8 +1,8 @@
-"""The thread on which an engine's tokenizer does what would hold up the streams: prompts, grammars, questions.
+"""Tokenizer worker of a model: renders prompts, compiles grammars and answers tokenize requests off the engine thread.
 
-Rule 1: each engine has a thread of its own for it, so that one model's long prompts hold up no other model.
-Rule 2: one thing after the other: a tokenizer has modes, which are switched for each prompt.
-Rule 3: nothing of the batch is held here, and after end() nothing of the model.
+Rule 1: each engine has a worker of its own, so that one model's long prompts delay no other model.
+Rule 2: one task at a time: a tokenizer has modes, which are switched per prompt.
+Rule 3: the worker holds nothing of the batch, and after end() nothing of the model.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ Preprocess = Callable[[GenerationRequest], GenerationRequest]
 Answer = Callable[[Question], Any]
 
 
-class _Work(NamedTuple):
+class _Functions(NamedTuple):
     preprocess: Preprocess
     answer: Answer
 
 
 class TokenizerWorker:
-    """Formats an engine's requests and answers questions; begin() and end() are called on the engine's thread."""
+    """Runs a runner's preprocess() and answer(); begin() and end() are called on the engine thread."""
 
     def __init__(self, key: str) -> None:
         self._key = key
-        self._thread = ThreadPoolExecutor(1, f"clerk-{key}")
-        self._work: _Work | None = None
+        self._executor = ThreadPoolExecutor(1, f"tokenizer-{key}")
+        self._functions: _Functions | None = None
 
     def begin(self, preprocess: Preprocess, answer: Answer) -> None:
-        """The model is there."""
-        self._work = _Work(preprocess, answer)
+        """Serve a model."""
+        self._functions = _Functions(preprocess, answer)
 
     def end(self) -> None:
-        """The model goes; whoever still waits gets EngineStopped."""
-        self._work = None
-        self._thread.shutdown(wait=False)
+        """Release the model; callers that still wait get EngineStopped."""
+        self._functions = None
+        self._executor.shutdown(wait=False)
 
     async def preprocess(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with its prompt formatted and its grammar compiled. Raises PromptRejected, EngineStopped."""
-        return await self._do(lambda work: work.preprocess(request))
+        """The request with its prompt rendered and its grammar compiled. Raises PromptRejected, EngineStopped."""
+        return await self._run(lambda functions: functions.preprocess(request))
 
     async def answer(self, question: Question) -> Any:
-        """What the tokenizer says. Raises PromptRejected, EngineStopped."""
-        return await self._do(lambda work: work.answer(question))
+        """The answer to a question about prompts and tokens. Raises PromptRejected, EngineStopped."""
+        return await self._run(lambda functions: functions.answer(question))
 
-    async def _do(self, task: Callable[[_Work], T]) -> T:
+    async def _run(self, task: Callable[[_Functions], T]) -> T:
         try:
-            doing = asyncio.get_running_loop().run_in_executor(self._thread, self._do_here, task)
-        except RuntimeError:  # the executor takes nothing any more
+            running = asyncio.get_running_loop().run_in_executor(self._executor, self._run_here, task)
+        except RuntimeError:  # the executor is shut down
             raise EngineStopped(self._key, "it has ended") from None
-        return await doing
+        return await running
 
-    def _do_here(self, task: Callable[[_Work], T]) -> T:
-        if (work := self._work) is None:
+    def _run_here(self, task: Callable[[_Functions], T]) -> T:
+        if (functions := self._functions) is None:
             raise EngineStopped(self._key, "it has ended")
         try:
-            return task(work)
+            return task(functions)
         except BaseException as error:
             raise request_failure(self._key, error) from None

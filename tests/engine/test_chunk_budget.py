@@ -1,4 +1,4 @@
-"""How long chunks take, and how long the next one may be."""
+"""Measured times of chunks, and the budget of the next one."""
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ def measured(*chunks):
     return times
 
 
-def test_what_every_chunk_takes_is_told_from_what_its_tokens_take():
+def test_the_overhead_of_a_chunk_is_told_apart_from_the_time_of_its_tokens():
     times = measured(*((tokens, 0.06 + 0.0008 * tokens) for tokens in (16, 72, 144, 300)))
     assert (times.base, times.each) == pytest.approx((0.06, 0.0008))
     assert times.tokens_in(0.26) == pytest.approx(250)
@@ -40,7 +40,7 @@ def test_chunks_of_one_length_alone_are_all_tokens():
 
 
 @given(st.lists(st.tuples(st.integers(1, 4096), st.floats(1e-6, 100)), min_size=1, max_size=30), st.floats(0.001, 60))
-def test_whatever_was_measured_a_chunk_has_a_size(chunks, seconds):
+def test_a_chunk_has_a_size_whatever_was_measured(chunks, seconds):
     times = measured(*chunks)
     assert times.each > 0
     assert times.base >= 0
@@ -57,7 +57,7 @@ def prefill(tiny_llama_path):
 @pytest.mark.parametrize(
     ("own_step_seconds", "waiting_ratio", "tokens"),
     [
-        (0.0, 1.0, 1000),  # nobody streams
+        (0.0, 1.0, 1000),  # nothing streams
         (0.01, 1.0, 30),  # three steps
         (0.01, 5.0, 150),
         (0.1, 1.0, 150),  # the stall target, less the step that follows
@@ -67,18 +67,18 @@ def prefill(tiny_llama_path):
     ],
 )
 def test_a_chunk_with_the_step_behind_it_keeps_the_stall_target(prefill, own_step_seconds, waiting_ratio, tokens):
-    assert prefill.pace(own_step_seconds, 0.0, waiting_ratio).tokens == tokens
+    assert prefill.budget(own_step_seconds, 0.0, waiting_ratio).tokens == tokens
 
 
-def test_a_chunk_is_worth_what_every_chunk_takes(prefill):
+def test_a_chunk_takes_at_least_twice_the_overhead(prefill):
     prefill.times.base = 0.05
-    assert prefill.pace(0.01, 0.0).tokens == pytest.approx(50, abs=1)
-    assert prefill.pace(0.04, 0.0).tokens == pytest.approx(70, abs=1)
-    assert prefill.pace(0.0, 0.07).tokens == pytest.approx(200 if prefill._strategy.yields_cores else 20, abs=1)
+    assert prefill.budget(0.01, 0.0).tokens == pytest.approx(50, abs=1)
+    assert prefill.budget(0.04, 0.0).tokens == pytest.approx(70, abs=1)
+    assert prefill.budget(0.0, 0.07).tokens == pytest.approx(200 if prefill._strategy.yields_cores else 20, abs=1)
     prefill.times.base = 0.0
 
 
 def test_a_chunk_is_never_longer_than_fits_a_device(prefill):
     prefill.times.each = 1e-6
-    assert prefill.pace(0.0, 0.0).tokens == LARGEST_CHUNK
+    assert prefill.budget(0.0, 0.0).tokens == LARGEST_CHUNK
     prefill.times.each = 0.001

@@ -1,4 +1,4 @@
-"""The life of the models in the registry, with scripted engines: who waits for what, and what is counted."""
+"""States, loads, unloads and requests of one model, with scripted engines."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -22,7 +22,7 @@ from mlxserver.engine.errors import (
 from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.manager.states import TRANSITIONS, ModelState
 from model_manager import ModelManager
-from tests.support.scripted_engine import Death, Factory, read, request, until, within_deadline
+from tests.support.scripted_engine import Death, Factory, ended, read, request, until, within_deadline
 
 
 @asynccontextmanager
@@ -36,8 +36,8 @@ async def managed(*specs, **fields):
         yield manager, factory
     finally:
         factory.gate.set()
-        for runtime in factory.runtimes:
-            runtime.batch.gate.set()
+        for runner in factory.runners:
+            runner.batch.gate.set()
         await manager.close(0)
 
 
@@ -70,7 +70,7 @@ async def test_a_model_goes_through_its_states_and_back():
         factory.gate.set()
         await loading
         assert repr(instance) == "<ModelInstance m READY requests=0>"
-        assert (instance.status, instance.facts) == ("loaded", factory.runtimes[0].facts)
+        assert (instance.status, instance.facts) == ("loaded", factory.runners[0].facts)
         generation = await instance.generate(request())
         unloading = await started(instance.unload("drain"))
         assert repr(instance) == "<ModelInstance m DRAINING requests=1>"
@@ -91,8 +91,8 @@ def test_every_state_can_be_left_and_reached():
 @within_deadline
 async def test_a_transition_that_is_not_in_the_table_is_a_bug():
     async with managed() as (manager, _):
-        with pytest.raises(AssertionError, match="m: UNLOADED can't become READY"):
-            manager.instance("m")._become(ModelState.READY)
+        with pytest.raises(AssertionError, match="m: UNLOADED can't become EVICTING"):
+            manager.instance("m").evict()
 
 
 # Loading
@@ -121,7 +121,7 @@ async def test_a_loaded_model_is_not_loaded_again():
 
 
 @within_deadline
-async def test_whoever_leaves_does_not_cancel_the_load_of_the_others():
+async def test_a_caller_that_leaves_does_not_cancel_the_load_of_the_others():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -135,7 +135,7 @@ async def test_whoever_leaves_does_not_cancel_the_load_of_the_others():
 
 
 @within_deadline
-async def test_a_load_goes_on_when_all_have_left():
+async def test_a_load_goes_on_when_all_callers_have_left():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -147,7 +147,7 @@ async def test_a_load_goes_on_when_all_have_left():
 
 
 @within_deadline
-async def test_a_failed_load_is_told_to_all_and_the_next_request_tries_again():
+async def test_a_failed_load_fails_every_request_that_waited_and_the_next_one_tries_again():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -157,24 +157,19 @@ async def test_a_failed_load_is_told_to_all_and_the_next_request_tries_again():
         errors = await asyncio.gather(*asking, return_exceptions=True)
         assert [str(error) for error in errors] == ["Model 'm' could not be loaded: disk on fire"] * 3
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        assert (instance.status, str(instance.error)) == ("failed", "Model 'm' could not be loaded: disk on fire")
+        assert (instance.status, instance.failure_reason) == ("failed", "Model 'm' could not be loaded: disk on fire")
         assert len(await answered(instance)) == 5
-        assert (instance.status, instance.error, factory.builds) == ("loaded", None, 2)
+        assert (instance.status, instance.failure_reason, factory.builds) == ("loaded", None, 2)
 
 
 @within_deadline
 async def test_an_engine_that_can_not_even_be_started_is_a_failed_model_too():
     async with managed() as (manager, factory):
-        instance, services = manager.instance("m"), manager.instance("m")._services
-
-        def refuse(spec, on_death, loading, metrics):
-            raise RuntimeError("can't start new thread")
-
-        instance._services = replace(services, start_engine=refuse)
+        instance = manager.instance("m")
+        factory.start_failures.append(RuntimeError("can't start new thread"))
         with pytest.raises(LoadFailed, match="RuntimeError: can't start new thread"):
             await answered(instance)
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        instance._services = services
         assert len(await answered(instance)) == 5
 
 
@@ -233,7 +228,7 @@ async def test_a_request_counts_until_the_engine_is_done_not_until_it_is_read():
 
 
 @within_deadline
-async def test_who_leaves_while_the_model_loads_no_longer_counts():
+async def test_a_request_cancelled_while_the_model_loads_no_longer_counts():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -246,10 +241,12 @@ async def test_who_leaves_while_the_model_loads_no_longer_counts():
 
 @within_deadline
 async def test_more_requests_than_may_run_and_wait_are_refused():
-    async with managed(max_running=2, max_waiting=1) as (manager, _):
+    async with managed(max_running=2, max_waiting=1) as (manager, factory):
         instance = manager.instance("m")
+        await instance.load()
+        factory.batch.slots = 2
         held = [await instance.generate(request()) for _ in range(3)]
-        assert (instance.running, instance.waiting) == (2, 1)
+        await until(lambda: (instance.running, instance.waiting) == (2, 1))
         with pytest.raises(QueueFull, match="'m' has 1 requests waiting") as caught:
             await instance.generate(request())
         assert caught.value.retry_after > 0
@@ -258,6 +255,42 @@ async def test_more_requests_than_may_run_and_wait_are_refused():
         held.pop().close()
         await until(lambda: instance.requests == 2)
         held.append(await instance.generate(request()))
+
+
+@within_deadline
+async def test_a_request_runs_while_it_holds_a_slot_however_many_choices_it_has():
+    async with managed() as (manager, factory):
+        instance = manager.instance("m")
+        await instance.load()
+        factory.batch.slots = 4
+        held = [await instance.generate(replace(request(), n=3)) for _ in range(3)]
+        await until(lambda: (instance.running, instance.waiting) == (2, 1))
+        for generation in held:
+            generation.close()
+        await until(lambda: (instance.running, instance.waiting) == (0, 0))
+
+
+@within_deadline
+async def test_a_request_that_waits_for_the_model_does_not_run():
+    async with managed() as (manager, factory):
+        instance = manager.instance("m")
+        factory.gate.clear()
+        asking = await started(answered(instance))
+        assert (instance.running, instance.waiting) == (0, 1)
+        factory.gate.set()
+        await asking
+
+
+@within_deadline
+async def test_only_complete_answers_are_measured_for_the_time_until_a_retry():
+    async with managed() as (manager, _):
+        instance = manager.instance("m")
+        (await instance.generate(request())).close()
+        await until(lambda: instance.requests == 0)
+        assert isinstance(await ended(await instance.generate(request("garble"))), RequestFailed)
+        assert instance.pace == 0
+        await answered(instance)
+        assert instance.pace > 0
 
 
 @within_deadline
@@ -293,7 +326,7 @@ async def test_a_drain_lets_running_requests_finish_and_takes_no_new_ones():
 
 
 @within_deadline
-async def test_a_drain_ends_when_its_patience_does():
+async def test_a_drain_ends_at_its_deadline():
     async with managed() as (manager, _):
         instance = manager.instance("m")
         generation = await instance.generate(request())
@@ -369,7 +402,7 @@ async def test_an_unload_during_a_load_comes_after_it():
 
 
 @within_deadline
-async def test_an_abort_during_a_load_tells_those_who_waited_for_it():
+async def test_an_abort_during_a_load_fails_the_requests_that_wait_for_it():
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.gate.clear()
@@ -406,12 +439,12 @@ async def test_a_dead_engine_is_a_failed_model_which_the_next_request_loads_agai
             await generation.accepted()
             await read(generation)
         assert repr(instance) == "<ModelInstance m FAILED requests=0>"
-        assert (instance.status, str(instance.error)) == (
+        assert (instance.status, instance.failure_reason) == (
             "failed",
             "The engine of model 'm' stopped: Death: out of luck",
         )
         assert len(await answered(instance)) == 5
-        assert (instance.status, instance.error) == ("loaded", None)
+        assert (instance.status, instance.failure_reason) == ("loaded", None)
 
 
 @within_deadline
@@ -497,4 +530,4 @@ async def test_closing_ends_every_model():
         await answered(manager.instance("b"))
         await manager.close(patience=0.01)
         assert [instance.status for instance in manager.instances] == ["unloaded", "unloaded"]
-        assert all(runtime.batch.is_closed for runtime in factory.runtimes)
+        assert all(runner.batch.is_closed for runner in factory.runners)

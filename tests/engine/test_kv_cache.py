@@ -1,4 +1,4 @@
-"""Keys and values of rows: into a batch and back, and those that are kept."""
+"""KV caches of sequences: into a batch and back, and into the prefix cache and back."""
 
 from mlxserver.engine.mlx import mx
 
@@ -33,25 +33,25 @@ def is_same(one, other):
 
 
 @pytest.mark.parametrize("lengths", [(3,), (5, 9), (300, 1, 20)])
-def test_a_row_comes_out_of_a_batch_as_it_went_in(model, lengths):
+def test_a_kv_cache_comes_out_of_a_batch_as_it_went_in(model, lengths):
     own = [filled(model, range(length)) for length in lengths]
     merged = caches.merge(own)
     assert all(is_same(caches.extract(merged, index), cache) for index, cache in enumerate(own))
     assert caches.cache_bytes(merged) == sum(layer.nbytes for layer in merged) > 0
 
 
-def test_a_cache_that_can_not_be_batched_is_said_to_be():
+def test_a_cache_that_can_not_be_batched_is_refused():
     with pytest.raises(NotImplementedError, match="can't be batched"):
         caches.merge([[object()]])
 
 
 def test_what_is_fetched_is_a_copy(model):
-    kept, tokens = PrefixCache(1 << 30), list(range(40))
-    kept.store(tokens, filled(model, tokens))
-    first, length = kept.fetch([*tokens, 50])
+    prefixes, tokens = PrefixCache(1 << 30), list(range(40))
+    prefixes.store(tokens, filled(model, tokens))
+    first, length = prefixes.fetch([*tokens, 50])
     assert length == 40
     model(mx.array([[50, 51]]), cache=first)
-    again, length = kept.fetch([*tokens, 60])
+    again, length = prefixes.fetch([*tokens, 60])
     assert (length, again[0].offset) == (40, 40)
     assert is_same(again, filled(model, tokens))
 
@@ -69,33 +69,33 @@ def test_what_is_fetched_is_a_copy(model):
         ([0], 0),
     ],
 )
-def test_a_fetch_gives_the_longest_common_prefix_but_leaves_a_token_to_feed(model, asked, length):
-    kept = PrefixCache(1 << 30)
-    kept.store(range(40), filled(model, range(40)))
-    cache, found = kept.fetch(asked)
+def test_a_fetch_returns_the_longest_common_prefix_but_leaves_a_token_to_feed(model, asked, length):
+    prefixes = PrefixCache(1 << 30)
+    prefixes.store(range(40), filled(model, range(40)))
+    cache, found = prefixes.fetch(asked)
     assert found == length
     assert cache is None if length == 0 else is_same(cache, filled(model, asked[:length]))
 
 
-def test_a_prefix_that_is_too_short_is_not_kept(model):
-    kept = PrefixCache(1 << 30)
-    kept.store(range(15), filled(model, range(15)))
-    assert kept.nbytes == 0
+def test_a_prefix_that_is_too_short_is_not_stored(model):
+    prefixes = PrefixCache(1 << 30)
+    prefixes.store(range(15), filled(model, range(15)))
+    assert prefixes.nbytes == 0
 
 
 def test_the_least_recently_stored_goes_first(model):
-    kept = PrefixCache(1 << 30)
+    prefixes = PrefixCache(1 << 30)
     for start in (0, 100, 200):
-        kept.store(range(start, start + 32), filled(model, range(start, start + 32)))
-    size = kept.nbytes // 3
-    kept.shrink(2 * size)
-    assert kept.nbytes == 2 * size
-    assert [kept.fetch(list(range(start, start + 33)))[1] for start in (0, 100, 200)] == [0, 32, 32]
+        prefixes.store(range(start, start + 32), filled(model, range(start, start + 32)))
+    size = prefixes.nbytes // 3
+    prefixes.shrink(2 * size)
+    assert prefixes.nbytes == 2 * size
+    assert [prefixes.fetch(list(range(start, start + 33)))[1] for start in (0, 100, 200)] == [0, 32, 32]
 
 
-def test_more_than_the_bytes_that_it_may_have_is_never_kept(model):
+def test_no_more_than_the_bytes_allowed_are_stored(model):
     one = filled(model, range(32))
-    kept = PrefixCache(caches.cache_bytes(one) - 1)
-    kept.store(range(32), one)
-    assert kept.nbytes == 0
+    prefixes = PrefixCache(caches.cache_bytes(one) - 1)
+    prefixes.store(range(32), one)
+    assert prefixes.nbytes == 0
     assert isinstance(caches.new_cache(model)[0], KVCache)

@@ -1,4 +1,4 @@
-"""Settings come from file, environment and flags; whatever is wrong is said with its place."""
+"""Settings come from file, environment and flags; a wrong one is reported with its place."""
 
 import re
 
@@ -37,7 +37,7 @@ def refused(argv=(), environ=None):
     return str(caught.value)
 
 
-def test_nothing_said_leaves_the_defaults():
+def test_nothing_given_leaves_the_defaults():
     assert built() == DEFAULTS
 
 
@@ -50,7 +50,7 @@ def test_flags_win_over_environment_over_file(written):
 
 @pytest.mark.parametrize("name", [name for name, setting in settings_of(Settings).items() if not setting.several])
 def test_every_scalar_has_a_flag_a_variable_and_a_key(name, written):
-    """What a setting's own default says, said in each way, is the default."""
+    """A setting's own default, given in each way, is the default."""
     value = getattr(DEFAULTS, name)
     assert built([f"--{name.replace('_', '-')}", str(value)]) == DEFAULTS
     assert built(environ={f"MLX_SERVER_{name.upper()}": str(value), "HOME": "/"}) == DEFAULTS
@@ -70,7 +70,7 @@ def test_the_defaults_can_be_left_out():
     assert built(["--no-defaults", "--model", "c=org/c"]).models == (ModelSpec("c", "org/c"),)
 
 
-def test_a_section_says_all_of_a_model(written):
+def test_a_section_sets_every_field_of_a_model(written):
     section = '[models."org/x:1"]\nsource = "org/x"\ntype = "thinking"\npreload = true\ncontext_length = 512\n'
     spec = built(["--no-defaults", *written(section + "max_running = 2\nmax_waiting = 0")]).models[0]
     assert spec == ModelSpec("org/x:1", "org/x", "thinking", None, True, 512, 2, 0)
@@ -121,7 +121,7 @@ def test_a_wrong_flag_is_one_clear_line(argv, message):
         ({"MLX_SERVER_PROT": "1"}, "environment: 'MLX_SERVER_PROT' is not valid; expected one of MLX_SERVER_HOST"),
     ],
 )
-def test_a_wrong_variable_is_said_by_name(environ, message):
+def test_a_wrong_variable_is_reported_by_name(environ, message):
     assert message in refused(environ=environ)
 
 
@@ -150,7 +150,7 @@ def test_a_wrong_variable_is_said_by_name(environ, message):
         ("x = " + "[" * 5000, "is not valid; expected a TOML file"),
     ],
 )
-def test_a_wrong_line_of_the_file_is_said_by_place(text, message, written):
+def test_a_wrong_line_of_the_file_is_reported_with_its_place(text, message, written):
     assert message in refused(written(text))
 
 
@@ -189,7 +189,7 @@ def test_keys_come_from_flags_variables_and_files_together(written, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["short-1", "with spaces in it", "x" * 513, "ümlaut-key", ""])
-def test_a_key_that_is_none_is_refused_and_not_shown(key, written, tmp_path):
+def test_a_wrong_key_is_refused_and_not_shown(key, written, tmp_path):
     (tmp_path / "keys").write_text(key + "\n")
     for message in (
         refused(["--api-key", key]),

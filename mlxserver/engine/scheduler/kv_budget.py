@@ -1,0 +1,82 @@
+"""KV budget of one model: max_kv_tokens, divided between the KV cache of its sequences and its prefix cache."""
+
+from __future__ import annotations
+
+import sys
+from collections import abc
+
+from mlxserver.engine.kv_cache.caches import Cache
+from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.scheduler.decode import DecodeBatch
+from mlxserver.engine.scheduler.prefill import Prefill
+from mlxserver.engine.scheduler.prompts import PendingPrompt
+
+Prompts = abc.Sequence[PendingPrompt]
+
+
+class KVBudget:
+    """Sequences come first: the prefix cache has what they leave. max_tokens: None for no limit."""
+
+    def __init__(
+        self,
+        running: DecodeBatch,
+        prefill: Prefill,
+        prefix_cache: PrefixCache | None,
+        max_tokens: int | None,
+        bytes_per_token: int,
+    ) -> None:
+        self._running = running
+        self._prefill = prefill
+        self._prefix_cache = prefix_cache
+        self._max_tokens = max_tokens or sys.maxsize
+        self._bytes_per_token = bytes_per_token
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Whether there is a prefix cache."""
+        return self._prefix_cache is not None
+
+    def holds(self, kv_tokens: int) -> bool:
+        """Whether so many tokens of KV cache are within the budget."""
+        return kv_tokens <= self._max_tokens
+
+    def holds_together(self, prompt: PendingPrompt) -> bool:
+        """Whether all sequences of a prompt could decode at once, with nothing beside them."""
+        return self.holds(self._running.cache.tokens_for(len(prompt.sequences), prompt.length))
+
+    def tokens_of(self, prompts: Prompts) -> int:
+        """Tokens of KV cache that the running sequences and these prompts take once they decode together.
+
+        A prompt counts twice: until it joins, its KV cache is a copy of its own.
+        """
+        lengths = [running.length for running in self._running.sequences]
+        lengths += [prompt.length for prompt in prompts for _ in prompt.sequences]
+        own = sum(self._prefill.tokens_for(prompt) for prompt in prompts)
+        return self._running.cache.tokens_for(len(lengths), max(lengths)) + own if lengths else 0
+
+    def compacted_tokens_of(self, prompts: Prompts) -> int:
+        """As tokens_of(); if that is over the limit, unused slots and capacity are given back first."""
+        kv_tokens = self.tokens_of(prompts)
+        if self.holds(kv_tokens) or not self._running.sequences:
+            return kv_tokens
+        self._running.cache.compact()
+        return self.tokens_of(prompts)
+
+    def fetch_prefix(self, tokens: abc.Sequence[int]) -> tuple[Cache | None, int]:
+        """A copy of the longest cached prefix and its length in tokens; (None, 0) without one."""
+        return self._prefix_cache.fetch(tokens) if self._prefix_cache else (None, 0)
+
+    def store_prefix(self, tokens: abc.Sequence[int], cache: Cache) -> None:
+        """Store the KV cache of exactly these tokens; shrink_prefixes_beside() afterwards."""
+        if self._prefix_cache:
+            self._prefix_cache.store(tokens, cache)
+
+    def shrink_prefixes_beside(self, kv_tokens: int) -> None:
+        """Leave to the prefix cache what so many tokens of KV cache do not need."""
+        if self._max_tokens < sys.maxsize:
+            self.shrink_prefixes(max(0, self._max_tokens - kv_tokens) * self._bytes_per_token)
+
+    def shrink_prefixes(self, max_bytes: int) -> None:
+        """Drop the least recently used prefixes until at most this many bytes are left."""
+        if self._prefix_cache:
+            self._prefix_cache.shrink(max_bytes)

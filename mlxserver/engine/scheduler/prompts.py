@@ -1,0 +1,49 @@
+"""Prompts between their arrival and the decode batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlxserver.engine.kv_cache.caches import Cache
+from mlxserver.engine.sequence import Sequence
+
+_ANSWER_TOKENS = 64  # of KV cache that a prompt must find beside its own, lest it should join only to be preempted
+
+
+@dataclass
+class PendingPrompt:
+    """A prompt that waits or is prefilled, and the sequences that share it. Times by time.monotonic().
+
+    done: how many of its tokens are in `cache`, a list of mlx-lm's caches. cached_tokens: those from the prefix cache.
+    """
+
+    sequences: list[Sequence]
+    arrived: float
+    started: float = 0.0
+    cache: Cache = field(default_factory=list)
+    done: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens of the prompt."""
+        return self.sequences[0].tokens
+
+    @property
+    def remaining(self) -> int:
+        """Number of tokens still to prefill; the last one is left for the first decode step."""
+        return len(self.tokens) - 1 - self.done
+
+    @property
+    def length(self) -> int:
+        """Tokens of KV cache that it needs: its own, and those of the beginning of an answer."""
+        return len(self.tokens) + min(_ANSWER_TOKENS, self.sequences[0].max_tokens)
+
+    def drop(self, sequence_ids: set[int]) -> bool:
+        """Remove sequences; returns whether none is left."""
+        self.sequences = [sequence for sequence in self.sequences if sequence.id not in sequence_ids]
+        return not self.sequences
+
+    def next(self, most: int) -> list[int]:
+        """Its next tokens, so many at the most."""
+        return list(self.tokens[self.done : self.done + min(self.remaining, most)])

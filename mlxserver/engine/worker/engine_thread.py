@@ -1,0 +1,195 @@
+"""The thread that owns one loaded model: it loads the model, then decodes and prefills until it is stopped.
+
+Rule 1: every MLX call for the model (load, step, free) happens on this thread.
+Rule 2: the outputs of one step cross to the event loop in one call.
+Rule 3: a fault ends what it concerns and nothing more: a request, a step (worker/recovery.py), the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import count
+
+from mlxserver.engine.errors import EngineError, EngineStopped, EngineUnloaded, LoadFailed
+from mlxserver.engine.events import Accepted
+from mlxserver.engine.metrics import EngineLoad, ModelMetrics
+from mlxserver.engine.requests import ModelFacts
+from mlxserver.engine.sequence import SampledToken
+from mlxserver.engine.worker.batch import Batch
+from mlxserver.engine.worker.faults import request_failure, without_frames
+from mlxserver.engine.worker.generation import Generation
+from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
+from mlxserver.engine.worker.recovery import MOST_IN_A_ROW, Recovery
+from mlxserver.engine.worker.runner import Runner
+from mlxserver.engine.worker.subscribers import Subscribers
+from mlxserver.engine.worker.tokenizer_worker import TokenizerWorker
+from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
+
+log = logging.getLogger("engine")
+
+
+@dataclass(frozen=True, slots=True)
+class EventLoopSide:
+    """The event loop's functions, called there from the thread. `call_soon` schedules a call, from any thread."""
+
+    key: str
+    call_soon: Callable[..., object]
+    subscribers: Subscribers
+    on_start: Callable[[ModelFacts], None]
+    on_end: Callable[[EngineError], None]
+
+    def started(self, facts: ModelFacts) -> None:
+        """Report that the model is loaded."""
+        self._call(self.on_start, facts)
+
+    def deliver(self, generation: Generation, event: Accepted | None = None, error: EngineError | None = None) -> None:
+        """Deliver the first event of a generation, or its end."""
+        self._call(self.subscribers.deliver, generation, [event] if event else [], event is None, error)
+
+    def deliver_all(self, outputs: StepOutputs) -> None:
+        """Deliver the outputs of a step, if there are any."""
+        if outputs:
+            self._call(self.subscribers.deliver_all, outputs)
+
+    def ended(self, error: EngineError) -> None:
+        """Report that the thread ends."""
+        self._call(self.on_end, error)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            self.call_soon(function, *arguments)
+        except RuntimeError:  # the loop is closed, and with it every waiter gone
+            log.debug("the event loop closed before the engine of %r", self.key)
+
+
+class EngineThread:
+    """What runs on the thread. `load` is the batch's, and may be read on any thread."""
+
+    def __init__(
+        self,
+        key: str,
+        build: Callable[[], Runner],
+        *,
+        free: Callable[[], None],
+        stream: Callable[[], AbstractContextManager[object]],
+        metrics: ModelMetrics,
+        mailbox: Mailbox,
+        tokenizer_worker: TokenizerWorker,
+        event_loop: EventLoopSide,
+    ) -> None:
+        self.load = EngineLoad()
+        self._key = key
+        self._build = build
+        self._free = free
+        self._stream = stream
+        self._mailbox = mailbox
+        self._tokenizer_worker = tokenizer_worker
+        self._event_loop = event_loop
+        self._tracker = Tracker(metrics)
+        self._recovery = Recovery(self._tracker, self._release, event_loop.deliver_all, metrics)
+        self._sequence_ids = count()
+
+    def run(self) -> None:
+        """Run until stopped. The one place that catches everything: here the thread ends."""
+        error: EngineError = EngineUnloaded(self._key)
+        try:
+            with self._stream():
+                self._serve()
+        except EngineError as cause:
+            error = without_frames(cause)
+        except BaseException as cause:
+            log.exception("engine of %r died", self._key)
+            error = EngineStopped(self._key, f"{type(cause).__name__}: {cause}")
+        finally:
+            self._tokenizer_worker.end()  # or the tokenizer would live as long as an answer of this engine
+            self._release()
+            self._event_loop.ended(error)
+
+    def _serve(self) -> None:
+        runner = self._load_model()
+        self.load = runner.batch.load
+        self._tokenizer_worker.begin(runner.preprocess, runner.answer)
+        self._event_loop.started(runner.facts)
+        batch = runner.batch
+        try:
+            while self._take_messages(runner):
+                self._attempt(batch, self._step)
+        finally:
+            self.load = EngineLoad()
+            batch.close()
+
+    def _step(self, batch: Batch) -> None:
+        self._publish(batch, batch.decode())
+        batch.prefill()
+
+    def _publish(self, batch: Batch, tokens: list[SampledToken]) -> None:
+        if tokens:
+            self._recovery.note_progress()
+        outputs, finished = self._tracker.publish(tokens)
+        self._event_loop.deliver_all(outputs)
+        if finished:
+            batch.remove(finished)
+
+    def _attempt(self, batch: Batch, work: Callable[[Batch], None]) -> None:
+        """Call the batch. If that fails, go on with a fresh one, unless that has not helped either."""
+        try:
+            work(batch)
+            return
+        except EngineError:  # raised by a batch that can't go on
+            raise
+        except Exception as error:
+            log.exception("a step of %r failed", self._key)
+            cause = without_frames(error)  # they hold KV cache
+        self._recovery.after(cause, batch)
+        if self._recovery.has_given_up:
+            raise EngineStopped(
+                self._key, f"{MOST_IN_A_ROW} steps in a row failed, the last with {type(cause).__name__}: {cause}"
+            )
+
+    def _take_messages(self, runner: Runner) -> bool:
+        """Handle the messages of the event loop; waits for one while the batch is empty. False: the end."""
+        for message in self._mailbox.take(wait=runner.batch.is_empty()):
+            match message:
+                case Submit(generation):
+                    self._admit(runner, generation)
+                case Cancel(generation):
+                    self._drop(runner.batch, generation)
+                case Stop():
+                    return False
+        return True
+
+    def _admit(self, runner: Runner, generation: Generation) -> None:
+        try:
+            choices = runner.prepare(generation.request, self._sequence_ids)
+            tracked = TrackedRequest(generation, len(choices[0][0].tokens))
+            runner.batch.insert(self._tracker.add(tracked, choices))
+        except BaseException as error:
+            self._drop(runner.batch, generation, request_failure(self._key, error))
+            return
+        self._event_loop.deliver(generation, Accepted(tracked.prompt_tokens))
+
+    def _drop(self, batch: Batch, generation: Generation, error: EngineError | None = None) -> None:
+        """Remove a generation from the batch, and deliver its end."""
+        try:
+            if sequence_ids := self._tracker.forget(generation):
+                self._attempt(batch, lambda batch: batch.remove(sequence_ids))
+        finally:  # the thread may end over it, and the tracker has forgotten the generation
+            self._event_loop.deliver(generation, error=error)
+
+    def _load_model(self) -> Runner:
+        try:
+            return self._build()
+        except EngineError:
+            raise
+        except BaseException as cause:
+            log.exception("%r could not be loaded", self._key)
+            raise LoadFailed(self._key, f"{type(cause).__name__}: {cause}") from None
+
+    def _release(self) -> None:
+        try:
+            self._free()
+        except Exception:  # the waiters must be notified all the same
+            log.exception("the memory of %r could not be released", self._key)

@@ -1,0 +1,159 @@
+"""Batched KV caches: each of them computes for a sequence what its own cache does."""
+
+from mlxserver.engine.mlx import mx
+
+import pytest
+from mlx_lm import load
+
+from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
+from mlxserver.engine.platform.policy import CUDA
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_path):
+    return load(str(tiny_llama_path))[0]
+
+
+def padded(model):
+    """Slots as a GPU has them: in powers of two, of shapes that recur, and filled together."""
+    return SlotCache(model, CUDA)
+
+
+@pytest.fixture(autouse=True)
+def without_compilation():
+    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+KINDS = pytest.mark.parametrize("make", [SlotCache, padded, MergedCache], ids=["slots", "padded", "merged"])
+
+
+def filled(model, tokens):
+    cache = caches.new_cache(model)
+    if tokens:
+        model(mx.array([tokens]), cache=cache)
+    return cache
+
+
+class Reference:
+    """A BatchCache and, beside it, all tokens of each sequence."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.tokens = model, cache, []
+
+    def join(self, *prompts):
+        self.cache.join([filled(self.model, prompt) for prompt in prompts])
+        self.tokens += [list(prompt) for prompt in prompts]
+
+    def keep(self, *order):
+        self.cache.keep(order)
+        self.tokens = [self.tokens[index] for index in order]
+
+    def advance(self, steps=1):
+        for step in range(steps):
+            inputs = [(7 * len(tokens) + step) % 300 for tokens in self.tokens]
+            logits = self.cache.advance(mx.array(inputs, dtype=mx.uint32))
+            for tokens, token in zip(self.tokens, inputs, strict=True):
+                tokens.append(token)
+        expected = mx.stack([self.model(mx.array([tokens]))[0, -1] for tokens in self.tokens])
+        assert logits.shape == expected.shape
+        assert mx.allclose(logits, expected, atol=1e-3)
+
+
+@KINDS
+def test_sequences_join_advance_and_leave(model, make):
+    batch = Reference(model, make(model))
+    batch.join([5, 6, 7], [])
+    batch.advance(3)
+    batch.join([9] * 40, [], [3, 4])
+    batch.advance(2)
+    batch.keep(4, 0, 2)
+    batch.advance(2)
+    batch.keep(1)
+    batch.advance()
+    batch.join([8] * 300)
+    batch.advance(3)
+
+
+@KINDS
+def test_slots_grow_beyond_their_first_capacity(model, make):
+    batch = Reference(model, make(model))
+    batch.join(list(range(250)), [1])
+    batch.advance(20)
+    batch.join(list(range(290)))
+    batch.advance(3)
+
+
+@KINDS
+def test_many_sequences_come_and_go(model, make):
+    batch = Reference(model, make(model))
+    for n in range(9):
+        batch.join([n] * (n + 1))
+        batch.advance()
+    while len(batch.tokens) > 1:
+        batch.keep(*range(1, len(batch.tokens)))
+        batch.advance()
+
+
+@KINDS
+def test_an_extracted_cache_is_a_copy(model, make):
+    batch = Reference(model, make(model))
+    batch.join([5, 6, 7], [1] * 30)
+    batch.advance(4)
+    cache, tokens = batch.cache.extract(1), list(batch.tokens[1])
+    batch.advance(3)
+    assert [layer.offset for layer in cache] == [len(tokens)] * len(cache)
+    logits = model(mx.array([[11]]), cache=cache)[0, -1]
+    assert mx.allclose(logits, model(mx.array([[*tokens, 11]]))[0, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [SlotCache, padded], ids=["slots", "padded"])
+def test_a_sequence_is_not_reached_by_what_an_overflow_left_in_its_slot(model, make):
+    batch = Reference(model, make(model))
+    batch.join([5] * 60)
+    overflown = filled(model, [6] * 50)
+    for layer in overflown:
+        layer.keys, layer.values = layer.keys * mx.nan, layer.values * mx.nan
+    for prompt in ([7, 8, 9], []):
+        batch.cache.join([overflown])
+        batch.cache.keep([0])
+        batch.join(prompt)
+        batch.advance(2)
+        batch.keep(0)
+
+
+def test_a_sequence_is_not_reached_by_values_behind_its_own_end(model):
+    batch = Reference(model, SlotCache(model))
+    batch.join([5] * 60)
+    batch.tokens.append([7, 8, 9])
+    trimmed = filled(model, [7, 8, 9])
+    for layer in trimmed:
+        layer.keys[:, :, 3:], layer.values[:, :, 3:] = mx.nan, mx.nan
+    batch.cache.join([trimmed])
+    batch.advance(2)
+
+
+def test_sequences_that_have_to_grow_can_still_give_slots_back(model):
+    batch = Reference(model, SlotCache(model))
+    batch.join([5] * 255, [6])
+    batch.advance()
+    batch.keep(0)
+    batch.cache.compact()
+    assert batch.cache._keys[0].shape[0] == 1
+    batch.advance(2)
+
+
+def test_plain_caches_have_slots(model):
+    assert isinstance(make_batch_cache(model), SlotCache)
+
+
+def test_slots_are_made_at_once_for_those_that_are_soon_to_join(model):
+    cache = SlotCache(model)
+    cache.join([filled(model, [1, 2, 3])], coming=6)
+    tokens = cache.tokens_for(7, 4)
+    for _ in range(6):
+        cache.join([filled(model, [4, 5])])
+    assert cache.tokens_for(7, 4) == tokens == cache._keys[0].shape[0] * cache._keys[0].shape[2]

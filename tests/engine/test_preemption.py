@@ -1,0 +1,82 @@
+"""A batch within a KV budget: a preempted sequence resumes later as if it had never waited."""
+
+from dataclasses import replace
+
+import pytest
+from mlx_lm import load
+
+from mlxserver.engine.kv_cache.caches import bytes_per_token
+from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.requests import Sampling
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, sequence
+
+PENALIZED = replace(SEEDED, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_path):
+    return load(str(tiny_llama_path))[0]
+
+
+def sequences(sampling):
+    return [sequence(n, prompt(40 + 13 * n, seed=n), sampling, max_tokens=300) for n in range(6)]
+
+
+def run(model, sequences, limit=None, **options):
+    driver = Driver(Scheduler(model, max_kv_tokens=limit, **options), *sequences)
+    most = running = 0
+    while not driver.scheduler.is_empty():
+        driver.step()
+        batch = driver.scheduler._running
+        running = max(running, len(batch.sequences))
+        if len(batch.sequences) > 1:
+            most = max(most, batch.cache.tokens_for(len(batch.sequences), 1))
+    return driver.tokens, most, running
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, PENALIZED], ids=["greedy", "seeded", "penalized"])
+def test_preempted_sequences_generate_the_same(model, sampling):
+    free, _, together = run(model, sequences(sampling))
+    bound, most, running = run(model, sequences(sampling), limit=1200)
+    assert bound == free
+    assert together == 6
+    assert 1 < running < 6
+    assert most <= 1200
+
+
+def test_the_prefix_cache_gives_way_to_sequences(model):
+    cache = PrefixCache(1 << 30)
+    limit = 1500
+    driver = Driver(Scheduler(model, max_kv_tokens=limit, prefix_cache=cache), sequence(0, prompt(600), max_tokens=4))
+    driver.finish()
+    assert cache.nbytes >= 600 * bytes_per_token(model)
+    driver.add(sequence(1, prompt(900, seed=1), max_tokens=4))
+    driver.until_generated(1)
+    assert cache.nbytes <= (limit - 900) * bytes_per_token(model)
+    driver.finish()
+
+
+def test_the_kv_cache_of_a_preempted_sequence_stays_as_a_prefix_where_it_fits(model):
+    prefixes, limit = PrefixCache(1 << 30), 1300
+    scheduler = Scheduler(model, max_kv_tokens=limit, prefix_cache=prefixes)
+    driver = Driver(scheduler, sequence(0, prompt(300), max_tokens=300))
+    driver.until_generated(0)
+    driver.add(sequence(1, prompt(250, seed=1), max_tokens=300))
+    driver.until_generated(1)
+    driver.until(lambda: scheduler.waiting() == {1})
+    assert prefixes.nbytes >= (250 + len(driver.tokens[1])) * bytes_per_token(model)
+    driver.finish()
+    assert [len(tokens) for tokens in driver.tokens.values()] == [300, 300]
+
+
+def test_a_single_sequence_may_always_go_on(model):
+    free, _, _ = run(model, sequences(GREEDY)[:1])
+    assert run(model, sequences(GREEDY)[:1], limit=16)[0] == free
+
+
+def test_choices_that_do_not_fit_together_come_one_by_one(model):
+    scheduler = Scheduler(model, max_kv_tokens=700)
+    driver = Driver(scheduler)
+    driver.add_choices(*(sequence(n, prompt(200), Sampling(temperature=1.0, seed=n), max_tokens=5) for n in range(4)))
+    assert [len(tokens) for tokens in driver.finish().values()] == [5] * 4
