@@ -1,9 +1,9 @@
-"""A weight times few rows, on a Linux CPU, as many small products.
+"""CPU matmul: a weight times few rows, on a Linux CPU, as many small products.
 
-OpenBLAS puts all of a weight into an order of its own before it multiplies, however few rows there are. Products small
-enough (its "small matrix" kernels, for CPUs with AVX-512) it does without, on one core. A step of one row read weights
-at 13 GB/s on two cores that can copy 34, and reads them at 25 in pieces on one; up to eight rows pieces are no slower,
-and the other core is left to another model.
+OpenBLAS copies a weight into another layout before it multiplies, however few rows there are. It does not for products
+that are small enough (its "small matrix" kernels, for CPUs with AVX-512), which use one core. A step of one row read
+weights at 13 GB/s on two cores that can copy 34, and reads them at 25 in pieces on one; up to eight rows pieces are no
+slower, and the other core is left to another model.
 
 Rule: a piece is some of the outputs with all of the inputs: weights stay as they are, and nothing is added up anew.
 """
@@ -15,9 +15,9 @@ import functools
 from mlxserver.engine.mlx import mx
 
 MOST_ROWS = 8
-# What OpenBLAS takes for small, as of 0.3.21: outputs of one product, and multiplications in it.
+# Limits of OpenBLAS's small matrix kernels, as of 0.3.21: outputs of one product, and multiplications in it.
 MOST_OUTPUTS, MOST_WORK = 1200, 1_000_000
-# Outputs in a piece and row: fewer cost more calls than they are worth, and more gain nothing.
+# Outputs of a piece per row: fewer cost more calls than they save, and more gain nothing.
 _LEAST_PIECE, _MOST_PIECE = 8, 64
 
 
