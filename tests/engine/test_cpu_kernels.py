@@ -1,4 +1,4 @@
-"""The functions that stand in for MLX's on a CPU say the same."""
+"""CPU kernels give what MLX's functions give."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,7 +61,7 @@ def test_attention_is_that_of_mlx(length, total, heads):
         assert ours.shape == q.shape
 
 
-def test_layer_by_layer_a_model_says_the_same(tiny_llama_path):
+def test_layer_by_layer_a_model_gives_the_same_logits(tiny_llama_path):
     model, tokens = loader.load(ModelSpec("tiny", str(tiny_llama_path))).model, mx.array([[1, 2, 3, 4, 5]])
     expected = model(tokens)
     with cpu_kernels.layer_by_layer(True):
@@ -116,7 +116,7 @@ def test_a_new_position_is_not_taken_for_the_last_one():
         assert close(cpu_kernels.rope(a, 8, offset=offset, **options), mx.fast.rope(a, 8, offset=offset, **options))
 
 
-def test_threads_remember_their_own_positions():
+def test_threads_have_their_own_last_positions():
     options = {"traditional": False, "base": 10000.0, "scale": 1.0}
     a = mx.ones((1, 1, 1, 8))
     mx.eval(a)

@@ -1,4 +1,4 @@
-"""Products in pieces are those of MLX's layers."""
+"""Products in pieces give what whole ones give."""
 
 from mlxserver.engine.mlx import mx
 

@@ -13,6 +13,6 @@ def test_memory_figures_are_bytes():
     assert device.process_bytes() > 1 << 20
 
 
-def test_the_wired_limit_can_be_asked_for_again():
+def test_the_wired_limit_can_be_set_again():
     device.set_wired_limit_once()
     device.set_wired_limit_once()

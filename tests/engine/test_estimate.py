@@ -1,4 +1,4 @@
-"""Estimates made before a load, beside what the load really took."""
+"""Estimates made before a load, compared with the memory of the load."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ SHAPES = [(64, 2), (256, 8), (512, 3)]
 
 
 def measured_load(spec):
-    """The model, and the bytes that live arrays took more after its load."""
+    """The model, and the growth of live arrays by its load in bytes."""
     gc.collect()
     before = device.active_bytes()
     loaded = loader.load(spec)
@@ -79,7 +79,7 @@ def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_pat
         ({"cache_tokens": 1000}, 2048, Limits(1000, 1000)),
     ],
 )
-def test_the_cache_has_an_ordinary_size_unless_it_is_told_another(fields, own, limits):
+def test_the_cache_has_a_default_size_unless_another_is_set(fields, own, limits):
     assert estimate_module.limits(ModelSpec("m", "x", **fields), own) == limits
 
 
@@ -92,7 +92,7 @@ def test_the_cache_has_an_ordinary_size_unless_it_is_told_another(fields, own, l
         ([], "has no object in it"),
     ],
 )
-def test_a_model_that_can_not_be_understood_is_refused_before_anything_is_read(tmp_path, config, complaint):
+def test_a_model_with_a_wrong_config_is_refused_before_anything_is_read(tmp_path, config, complaint):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoadFailed, match=complaint):
         estimate(ModelSpec("m", str(tmp_path)))

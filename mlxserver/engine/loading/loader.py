@@ -75,12 +75,9 @@ def load(
     rank's share. policy: by default the current one.
     """
     openblas.warn_if_missing()
-    policy = policy or current()
-    if policy.wire_memory:
-        device.set_wired_limit_once()
     failure: EngineError
     try:
-        loaded = _load(spec, progress or silent, divide, policy)
+        loaded = _load(spec, progress or silent, divide, policy or current())
         reset_random_state()
         return loaded
     except LoadAborted:
@@ -110,6 +107,8 @@ def disable_tokenizer_cache(tokenizer: TokenizerWrapper) -> None:
 
 
 def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> LoadedModel:
+    if policy.wire_memory:
+        device.set_wired_limit_once()
     path = resolve(spec.source, progress=report, weights=policy.weights)
     report("reading", 0, 0)
     with _naming(f"the model in {path} can't be read"):
