@@ -24,6 +24,7 @@ from mlxserver.client.errors import ClientError
 from mlxserver.client.stream import StreamReader
 from mlxserver.config import load
 from mlxserver.config.errors import ConfigInvalid
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.events import Delta, ToolCallDelta
 from mlxserver.engine.loading import sources
@@ -44,7 +45,7 @@ SCHEMAS = (
     schemas.LoadRequest,
     schemas.UnloadRequest,
 )
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}}]
+TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
 FAMILIES = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
 FORMATS = (
     PLAIN,

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mlxserver.api import responses, schemas
+from mlxserver.api.openai.field_names import wire_param
 from mlxserver.api.schema.parameters import abbreviate
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.engine.errors import (
@@ -74,7 +75,7 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and envelope of an error that a caller may meet."""
     status, kind, code = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
     default_param = "model" if isinstance(error, SourceInvalid) else None
-    param = getattr(error, "param", default_param)
+    param = wire_param(getattr(error, "param", default_param))
     body = responses.error(str(error), kind, param=param, code=getattr(error, "code", None) or code)
     if isinstance(error, NoRoom):
         body["projection"] = asdict(error.projection)

@@ -10,14 +10,14 @@ from typing import Any
 
 from mlxserver.api import model_responses, responses, schemas
 from mlxserver.config.http import HttpSettings
-from mlxserver.config.settings import GenerationDefaults, ModelSpec
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.conversation import Message
 from mlxserver.engine.events import Timings, TokenLogprob, Usage
 from mlxserver.engine.requests import (
     ChatPrompt,
     GenerationRequest,
     JsonFormat,
     Prompt,
-    SamplingOptions,
     TextPrompt,
     TokenPrompt,
     ToolChoice,
@@ -34,7 +34,7 @@ def chat_request(request: schemas.ChatCompletionRequest) -> GenerationRequest:
     mode, name = request.tool_choice
     return GenerationRequest(
         chat_prompt(request, request.messages),
-        sampling(request),
+        request.sampling,
         request.token_limit,
         request.stop,
         n=request.n,
@@ -52,7 +52,7 @@ def completion_requests(request: schemas.CompletionRequest) -> list[GenerationRe
     return [
         GenerationRequest(
             bare_prompt(prompt),
-            sampling(request),
+            request.sampling,
             request.token_limit,
             request.stop,
             n=request.n,
@@ -64,7 +64,7 @@ def completion_requests(request: schemas.CompletionRequest) -> list[GenerationRe
     ]
 
 
-def chat_prompt(request: schemas.PromptRequest, messages: Sequence[dict[str, Any]]) -> ChatPrompt:
+def chat_prompt(request: schemas.PromptRequest, messages: tuple[Message, ...]) -> ChatPrompt:
     """Messages with all that is said of how to set them. The effort "none" is what templates call enable_thinking."""
     effort = request.reasoning_effort
     thinking = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort} if effort else {}
@@ -76,21 +76,6 @@ def chat_prompt(request: schemas.PromptRequest, messages: Sequence[dict[str, Any
 def bare_prompt(prompt: str | tuple[int, ...]) -> Prompt:
     """Text or tokens to go on from."""
     return TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt)
-
-
-def sampling(request: schemas.GeneratingRequest) -> SamplingOptions:
-    """What a request says of its sampling."""
-    return SamplingOptions(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        seed=request.seed,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias,
-    )
 
 
 def total(usages: Sequence[Usage]) -> Usage:
@@ -241,6 +226,6 @@ def model_spec(request: schemas.LoadRequest) -> ModelSpec:
         shard=request.shard,
         pin=request.pin,
         ttl=request.ttl,
-        defaults=GenerationDefaults(**request.defaults),  # type: ignore[arg-type]
+        defaults=request.defaults,
         **said,
     )

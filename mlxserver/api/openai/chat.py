@@ -11,6 +11,7 @@ from mlxserver.api.openai.response_format import FORMAT, check_response_format
 from mlxserver.api.openai.tools import CHOICE, TOOLS, check_tool_choice, check_tools
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid
 from mlxserver.api.schema.validators import check_modalities
+from mlxserver.engine.conversation import Message, Tool
 
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 MAX_TOP_LOGPROBS = 20
@@ -21,8 +22,8 @@ ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
 class PromptRequest(ModelRequest):
     """How a conversation becomes a prompt."""
 
-    tools: list[dict[str, Any]] = Parameter(
-        object, "Functions that the model may call.", default=[], check=check_tools, shape=TOOLS
+    tools: tuple[Tool, ...] = Parameter(
+        object, "Functions that the model may call.", default=(), check=check_tools, shape=TOOLS
     )
     reasoning_effort: str | None = Parameter(
         str, "How much to think, given to the chat template; none turns thinking off.", enum=EFFORTS
@@ -34,9 +35,9 @@ class PromptRequest(ModelRequest):
         bool, "Go on with the last message, which is the assistant's, instead of answering it.", default=False
     )
 
-    def check_prefill(self, messages: list[dict[str, Any]] | None) -> None:
+    def check_prefill(self, messages: tuple[Message, ...] | None) -> None:
         """Refuse to continue what is no answer. Raises ValidationFailed."""
-        if self.continue_final_message and (not messages or messages[-1]["role"] != "assistant"):
+        if self.continue_final_message and (not messages or messages[-1].role != "assistant"):
             message = "'continue_final_message' needs an assistant message as the last one."
             raise ValidationFailed(message, "continue_final_message")
 
@@ -44,7 +45,7 @@ class PromptRequest(ModelRequest):
 class ChatPromptRequest(PromptRequest):
     """A conversation to answer."""
 
-    messages: list[dict[str, Any]] = Parameter(
+    messages: tuple[Message, ...] = Parameter(
         object, "The conversation so far.", required=True, check=check_messages, shape=MESSAGES
     )
 
@@ -62,7 +63,7 @@ class TokenizeRequest(PromptRequest):
     """POST /tokenize."""
 
     prompt: str | None = Parameter(str, "Text; special tokens in it count. Either this or messages.")
-    messages: list[dict[str, Any]] | None = Parameter(
+    messages: tuple[Message, ...] | None = Parameter(
         object, "A conversation, set in the model's chat template.", check=check_messages, shape=MESSAGES
     )
 
@@ -134,7 +135,7 @@ class ChatCompletionRequest(ChatPromptRequest, GeneratingRequest):
 
     def _check_tool_choice(self) -> None:
         mode, name = self.tool_choice
-        names = [tool["function"]["name"] for tool in self.tools]
+        names = [tool.name for tool in self.tools]
         if mode == "function" and name not in names:
             expected = "the name of one of 'tools'" + (
                 f": {', '.join(names)}" if names else ", of which there are none"
