@@ -137,7 +137,7 @@ def lead_or_follow(settings: Settings) -> Leader | None:
     if not launch.is_leader(os.environ):
         follower.follow(launch.join(), facts, settings)
     leader = Leader(settings.rank_timeout, settings.wedged_after)
-    leader.gather(facts, os.environ)
+    leader.start(facts, os.environ)
     return leader
 
 

@@ -1,4 +1,4 @@
-"""The models of a computing rank, by the numbers that the leader gave them."""
+"""Models of a computing rank, by the numbers that the leader has given them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mlxserver.engine.scheduler.scheduler import Scheduler
 
 
 class Models:
-    """Loads, runs and drops them as it is told. `mask` waits for the leader's reply to a question."""
+    """Loads, runs and drops models on the leader's messages. mask: waits for the leader's reply to a question."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Models:
         self._peers = FixedPeers()  # as the leader knows them
 
     def act(self, message: Message) -> None:
-        """Do what is said of a model. What it raises can't be mended."""
+        """Process a message about a model. After an exception the ranks are out of step."""
         number = message["number"]
         match message["kind"]:
             case "load":
@@ -75,11 +75,11 @@ class Models:
         )
 
     def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
-        """Make a call as it is told."""
+        """Make a call of the leader's batch."""
         scheduler = self._schedulers[number]
         match name, arguments:
-            case "insert", (rows, now):
-                scheduler.insert(decode_sequences(rows, partial(self._ask, number) if self._leads else None), now)
+            case "insert", (sequences, now):
+                scheduler.insert(decode_sequences(sequences, partial(self._ask, number) if self._leads else None), now)
             case "remove", (sequence_ids,):
                 scheduler.remove(sequence_ids)
             case "decode", (peer_step_seconds,):
@@ -111,8 +111,8 @@ class Models:
             )
 
     def _ask(self, number: int, sequence_id: int, accepted: Sequence[int]) -> bytes | None:
-        """Ask the leader what a row may say."""
-        self._send({"kind": "question", "number": number, "row": sequence_id, "accepted": accepted})
+        """Ask the leader for the token mask of a sequence."""
+        self._send({"kind": "question", "number": number, "sequence": sequence_id, "accepted": accepted})
         return decode_mask(self._mask()["mask"])
 
     def _drop(self, number: int) -> None:
