@@ -5,7 +5,9 @@ from dataclasses import fields
 import orjson
 import pytest
 
-from mlxserver.api.schemas import ChatCompletionRequest, CompletionRequest, ValidationFailed, json_schema, parse
+from mlxserver.api.openai.chat import ChatCompletionRequest
+from mlxserver.api.openai.completions import CompletionRequest
+from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 from mlxserver.client.shell.settings import PARAMETERS
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.fields import Range
