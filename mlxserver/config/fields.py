@@ -102,14 +102,18 @@ class Setting:
             return f"bytes {self.range or ''}, a number or a text such as 12GB or 512MiB"
         return f"{EXPECTATIONS[self.type]} {self.range or ''}".rstrip()
 
-    def check(self, place: str, value: object) -> Any:
+    def check(self, place: str, value: Any) -> Any:
         """The value in the setting's type. Raises ConfigInvalid, also for true as a number and NaN in a range."""
         if self.several:
             return self._check_items(place, value, self.several)
         if self.is_size and isinstance(value, str):
             return self.read(place, value)
-        accepted = (int, float) if self.type is float else (self.type,)
-        if type(value) not in accepted or not self._is_allowed(value):
+        is_right = type(value) in ((int, float) if self.type is float else (self.type,))
+        if is_right and self.type is str:
+            is_right = value in self.choices if self.choices else bool(value.strip())
+        if is_right and self.range:
+            is_right = value in self.range
+        if not is_right:
             raise ConfigInvalid(place, value, self.expected)
         return self.type(value)
 
@@ -135,11 +139,6 @@ class Setting:
         if self.type is bool:
             return BOOLEANS[text.lower()]
         return _bytes(text) if self.is_size else self.type(text)
-
-    def _is_allowed(self, value: Any) -> bool:
-        if self.type is str:
-            return value in self.choices if self.choices else bool(value.strip())
-        return self.range is None or value in self.range
 
 
 @cache

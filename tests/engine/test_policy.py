@@ -10,7 +10,6 @@ import pytest
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import budget, estimate
 from mlxserver.engine.platform import device
@@ -21,6 +20,7 @@ from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import random_model
 from tests.support.batch_driver import SEEDED, Driver, prompt, sequence
+from tests.support.prefixes import new_prefixes
 from tools.harness.models import tiny_llama
 
 POLICIES = pytest.mark.parametrize("policy", [CPU, METAL, CUDA], ids=["cpu", "metal", "cuda"])
@@ -36,8 +36,8 @@ def without_compilation():
 
 def conversation(model, policy):
     """Tokens of sequences that join at different times, some of them with a cached prefix."""
-    prefix_cache = PrefixCache(1 << 24, policy=policy)
-    driver = Driver(Scheduler(model, max_running=4, prefix_cache=prefix_cache, policy=policy))
+    prefixes = new_prefixes(1 << 24, policy=policy)
+    driver = Driver(Scheduler(model, max_running=4, prefixes=prefixes, policy=policy))
     driver.add(
         sequence(1, prompt(30, 1)), sequence(2, prompt(30, 2), SEEDED), sequence(3, prompt(300, 3), max_tokens=12)
     )

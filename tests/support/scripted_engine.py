@@ -188,16 +188,22 @@ class ScriptedBatch:
 
 @dataclass
 class ScriptedRunner:
-    """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected."""
+    """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected.
+
+    preprocess() and answer() raise `panic`, if any.
+    """
 
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
     facts: ModelFacts = FACTS
     formatting: threading.Event = field(default_factory=threading.Event)
+    panic: BaseException | None = None
 
     def __post_init__(self):
         self.formatting.set()
 
     def preprocess(self, request):
+        if self.panic:
+            raise self.panic
         if request.format:
             assert self.formatting.wait(DEADLINE)
             if request.prompt.conversation[0].text.startswith("refuse"):
@@ -228,6 +234,8 @@ class ScriptedRunner:
         ]
 
     def answer(self, question):
+        if self.panic:
+            raise self.panic
         return "answer"
 
 

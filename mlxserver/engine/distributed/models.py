@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,9 @@ from mlxserver.engine.distributed.link import Message
 from mlxserver.engine.distributed.loads import Loads
 from mlxserver.engine.distributed.sampler import FollowingSampler, LeadingSampler
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.loading import loader
+from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.platform import streams
 from mlxserver.engine.scheduler.peers import FixedPeers
 from mlxserver.engine.scheduler.prefill import ChunkBudget
@@ -38,6 +40,7 @@ class Models:
         self._mask = mask
         self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
         self._schedulers: dict[int, Scheduler] = {}
+        self._prefix_cache = PrefixCache(RamTier())
         self._peers = FixedPeers()  # as the leader knows them
 
     def act(self, message: Message) -> None:
@@ -59,11 +62,12 @@ class Models:
 
     def _open(self, number: int, bytes_per_token: int, stall_target: float) -> None:
         spec, loaded = self._loaded[number]
+        identity = replace(model_identity(spec, loaded), share=f"model {number}", bytes_per_token=bytes_per_token)
         self._schedulers[number] = Scheduler(
             loaded.model,
             max_running=spec.max_running,
             stall_target=stall_target,
-            prefix_cache=PrefixCache(spec.prefix_cache_bytes, bytes_per_token) if spec.prefix_cache_bytes else None,
+            prefixes=self._prefix_cache.open(identity, spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
