@@ -15,7 +15,7 @@ from mlxserver.api.native.apply_template import ApplyTemplateRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest
 from mlxserver.api.openai.completions import CompletionRequest
-from mlxserver.api.openai.field_names import wire_param
+from mlxserver.api.openai.errors import wire_param
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 from mlxserver.engine.conversation import Message, Text, Tool

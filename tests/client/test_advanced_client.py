@@ -141,7 +141,8 @@ def test_a_benchmark_gives_a_table_and_files(main, tmp_path):
     assert table[""] == ["talker c=1", "talker c=2", "thinker c=1", "thinker c=2"]
     assert (table["requests"], table["errors"]) == (["3"] * 4, ["0"] * 4)
     assert all(cell.endswith("(100%)") for cell in table["goodput, requests/s"])
-    rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
+    with (tmp_path / "figures.csv").open() as file:
+        rows = list(csv.DictReader(file))
     assert [row["tokens"] for row in rows] == ["12"] * 4
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
 

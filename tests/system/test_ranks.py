@@ -197,7 +197,7 @@ def test_a_rank_0_that_waits_for_the_others_ends_with_what_it_has_started(settin
         (child,) = children.read_text().split()
         processes[0].terminate()
         assert processes[0].wait(DEADLINE) == 128 + signal.SIGTERM
-        assert not Path(f"/proc/{child}").exists()
+        eventually(lambda: not Path(f"/proc/{child}").exists())  # once its new parent has taken its status
     finally:
         end(processes, logs)
 
@@ -403,6 +403,7 @@ def test_a_link_carries_messages_both_ways_and_its_end_is_noticed():
     with pytest.raises(LinkLost):
         near.receive()
         near.receive()
+    near.close()
 
 
 def test_silence_is_the_end_of_a_link_and_heartbeats_are_not_silence():
@@ -420,8 +421,10 @@ def test_what_is_no_message_ends_a_link(sent):
     stranger, connection = tcp_pair()
     stranger.sendall(sent)
     stranger.close()
+    link = Link(connection, DEADLINE)
     with pytest.raises(LinkLost):
-        Link(connection, DEADLINE).receive()
+        link.receive()
+    link.close()
 
 
 def tcp_pair():

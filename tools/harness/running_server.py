@@ -84,7 +84,8 @@ def start_server(*flags, script="mlx_api_server.py", variables=None, **options):
 def run_server(*flags):
     """Run a server that fails at its start; its end."""
     process, stderr = start_server(*flags)
-    return _ended(process, stderr)
+    with process.stdout, stderr:
+        return _ended(process, stderr)
 
 
 @contextmanager

@@ -8,7 +8,15 @@ from typing import Any
 import orjson
 
 from mlxserver.api.dialect import Failure
-from mlxserver.api.openai.field_names import wire_param
+
+# OpenAI's names of the fields of an engine request.
+FIELD_NAMES = {
+    "prompt.conversation": "messages",
+    "prompt.template_kwargs": "chat_template_kwargs",
+    "prompt.template_kwargs.reasoning_effort": "reasoning_effort",
+    "format.schema": "response_format",
+    "sampling.logit_bias": "logit_bias",
+}
 
 
 def error_object(failure: Failure) -> dict[str, Any]:
@@ -25,3 +33,8 @@ def error_object(failure: Failure) -> dict[str, Any]:
 def envelope(failure: Failure) -> bytes:
     """The envelope as JSON."""
     return orjson.dumps(error_object(failure))
+
+
+def wire_param(field: str | None) -> str | None:
+    """The parameter that a client gave for a field. A place in a message or tool is in the client's words already."""
+    return field and FIELD_NAMES.get(field, field)
