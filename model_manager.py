@@ -176,8 +176,7 @@ class ModelManager:
         self, instance: ModelInstance, on_progress: Callable[[LoadProgress], None], *, is_new: bool
     ) -> ModelInstance:
         try:
-            with instance.reporting_to(on_progress):
-                await instance.load()
+            await instance.load(on_progress)
         except EngineError:
             if is_new and instance.is_absent:
                 self._registry.remove(instance)
@@ -194,22 +193,24 @@ class ModelManager:
     ) -> ModelInstance:
         """Load the new model beside the old one, or else after it."""
         was_loaded = old.state is ModelState.READY
-        with self._registry.replacing(new), new.reporting_to(on_progress):
+        with self._registry.replacing(new):
             try:
-                await new.load()
+                await new.load(on_progress)
                 self._put(new)
             except NoRoom:
                 if not was_loaded:
                     raise
-                await self._load_after(old, new)
+                await self._load_after(old, new, on_progress)
         return new
 
-    async def _load_after(self, old: ModelInstance, new: ModelInstance) -> None:
+    async def _load_after(
+        self, old: ModelInstance, new: ModelInstance, on_progress: Callable[[LoadProgress], None]
+    ) -> None:
         """Unload the old model, then load the new one; if that fails, put the old one back."""
         self._put(new)  # requests from here on wait for it
         await old.unload("drain", self.settings.shutdown_timeout)
         try:
-            await new.load()
+            await new.load(on_progress)
         except EngineError:
             if self._registry.get(new.key) is new:
                 self._unregister(new, "abort", None)  # it may have been asked for again at once

@@ -22,8 +22,9 @@ from typing import Any
 import jsonschema
 
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.conversation import Message, Text
 from mlxserver.engine.events import Delta, Finish
-from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat, SamplingOptions
+from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.runner import Output, Runner
 
@@ -71,8 +72,8 @@ def request(
 ) -> GenerationRequest:
     """One question at temperature 1, to be answered by a schema, or by so many tokens."""
     return GenerationRequest(
-        ChatPrompt([{"role": "user", "content": f"Describe {subject} as JSON."}]),
-        SamplingOptions(temperature=1.0, seed=seed),
+        ChatPrompt((Message("user", (Text(f"Describe {subject} as JSON."),)),)),
+        {"temperature": 1.0, "seed": seed},
         max_tokens=length or MAX_TOKENS,
         ignore_eos=length is not None,
         format=JsonFormat(schema) if schema else None,

@@ -9,7 +9,7 @@ import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm i
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from mlxserver.engine.requests import Sampling
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
 
@@ -46,7 +46,7 @@ class MlxLmEngine:
         )
         self._sequence_ids[uid] = row.id
 
-    def _sampler(self, sampling: Sampling) -> Any:
+    def _sampler(self, sampling: SamplingParams) -> Any:
         made = make_sampler(sampling.temperature, top_p=sampling.top_p)
         return self._samplers.setdefault((sampling.temperature, sampling.top_p), made) if self._shared else made
 

@@ -33,8 +33,8 @@ from benchmarks.machine import has_gpu
 from benchmarks.settings import GREEDY, SAMPLED, Sizes
 from benchmarks.stats import Record, decode_rate, summarise
 from benchmarks.vocabulary import Prompts
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sequence import Sequence
 
 BANDWIDTH_BYTES = 1 << 28
@@ -70,7 +70,7 @@ class Rows:
         self._tokenizer = tokenizer
         self._length = sizes.prompt_tokens
 
-    def make(self, count: int, settings: Callable[[int], Sampling], max_tokens: int) -> list[Sequence]:
+    def make(self, count: int, settings: Callable[[int], SamplingParams], max_tokens: int) -> list[Sequence]:
         """So many; settings gives each row's by its number."""
         return [Sequence(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
 
@@ -79,9 +79,9 @@ class Rows:
         return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
-def distinct_sampling(number: int) -> Sampling:
+def distinct_sampling(number: int) -> SamplingParams:
     """Settings of which no two of 32 rows have the same."""
-    return Sampling(
+    return SamplingParams(
         temperature=0.5 + number / 40,
         top_p=0.8 + number % 5 / 25,
         top_k=20 * (number % 3),
@@ -91,7 +91,12 @@ def distinct_sampling(number: int) -> Sampling:
 
 
 def measure_engine(
-    make: Callable[[], Engine], rows: Rows, sizes: Sizes, settings: Callable[[int], Sampling], clients: int, rounds: int
+    make: Callable[[], Engine],
+    rows: Rows,
+    sizes: Sizes,
+    settings: Callable[[int], SamplingParams],
+    clients: int,
+    rounds: int,
 ) -> dict[str, float]:
     """The figures of one engine in a closed loop, with the rate of its full decode steps."""
     engine = make()
@@ -149,15 +154,15 @@ def measure_ceiling(directory: Path, sizes: Sizes) -> dict[str, dict[str, float]
     read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
 
     def figures(
-        make: Callable[[], Engine], settings: Callable[[int], Sampling], clients: int, rounds: int = 1
+        make: Callable[[], Engine], settings: Callable[[int], SamplingParams], clients: int, rounds: int = 1
     ) -> dict[str, float]:
         return measure_engine(make, rows, sizes, settings, clients, rounds)
 
-    def greedy(_: int) -> Sampling:
-        return Sampling(**GREEDY)
+    def greedy(_: int) -> SamplingParams:
+        return SamplingParams(**GREEDY)
 
-    def sampled(_: int) -> Sampling:
-        return Sampling(**SAMPLED)
+    def sampled(_: int) -> SamplingParams:
+        return SamplingParams(**SAMPLED)
 
     results = {
         "mlx-lm greedy": figures(lambda: MlxLmEngine(model, peak, shared=True), greedy, peak),

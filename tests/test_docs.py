@@ -13,7 +13,8 @@ from mlxserver.api import openapi
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.client.shell.commands import COMMANDS
 from mlxserver.config.fields import settings_of
-from mlxserver.config.load import CACHE_VARIABLE, DEFAULTS, MODEL_FIELDS
+from mlxserver.config.load import CACHE_VARIABLE, MODEL_FIELDS
+from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import Settings
 from mlxserver.manager.states import TRANSITIONS
 from mlxserver.server.errors import ERRORS
@@ -76,7 +77,7 @@ def test_the_readme_is_short_and_leads_to_every_page():
 
 def test_every_setting_is_explained():
     named = code_in("docs/configuration.md")
-    expected = {*settings_of(Settings), *MODEL_FIELDS, *DEFAULTS, "aliases", CACHE_VARIABLE}
+    expected = {*settings_of(Settings), *MODEL_FIELDS, *MODEL_DEFAULTS, "aliases", CACHE_VARIABLE}
     assert expected - named == set()
 
 

@@ -28,6 +28,7 @@ from mlxserver.client.stream import StreamReader
 from mlxserver.config import load
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.settings import Settings
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.events import Delta, ToolCallDelta
 from mlxserver.engine.loading import sources
@@ -39,7 +40,7 @@ from mlxserver.server.errors import failure_of
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 READING = ("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model")
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}}]
+TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
 FAMILIES = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
 FORMATS = (
     PLAIN,

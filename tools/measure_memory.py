@@ -21,11 +21,11 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import save_model
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.platform import device, streams
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
 
@@ -89,7 +89,7 @@ def measure(source: str) -> dict[str, float]:
 def answer(batch: Any, *, rows: int, prompt: int) -> None:
     """Let so many rows answer at once. prompt: tokens of each."""
     for n in range(rows):
-        batch.insert([Sequence(n, tuple(range(3, 3 + prompt)), Sampling(temperature=0.0), ANSWER)])
+        batch.insert([Sequence(n, tuple(range(3, 3 + prompt)), SamplingParams(temperature=0.0), ANSWER)])
     said = 0
     while said < rows * ANSWER:
         said += len(batch.decode())

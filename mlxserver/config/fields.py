@@ -27,12 +27,18 @@ UNITS = {unit + i: base**power for power, unit in enumerate("kmgt", 1) for i, ba
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Bounds of a number, both included."""
+    """Bounds of a number, both included; is_open: without the minimum."""
 
     minimum: float
     maximum: float = math.inf
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.minimum <= value <= self.maximum and not (self.is_open and value == self.minimum)
 
     def __str__(self) -> str:
+        if self.is_open:
+            return f"more than {self.minimum}" + ("" if self.maximum == math.inf else f" and at most {self.maximum}")
         if self.maximum == math.inf:
             return f"at least {self.minimum}"
         return f"from {self.minimum} to {self.maximum}"
@@ -66,7 +72,11 @@ class Identity:
     """Mark of a model's setting that makes it another model: two specs of one key that both state it must agree."""
 
 
-Mark = Size | Secret | Live | Shared | Identity
+class PerRequest:
+    """Mark of a sampling parameter of single requests, which has no default of a model."""
+
+
+Mark = Size | Secret | Live | Shared | Identity | PerRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +102,18 @@ class Setting:
             return f"bytes {self.range or ''}, a number or a text such as 12GB or 512MiB"
         return f"{EXPECTATIONS[self.type]} {self.range or ''}".rstrip()
 
-    def check(self, place: str, value: object) -> Any:
+    def check(self, place: str, value: Any) -> Any:
         """The value in the setting's type. Raises ConfigInvalid, also for true as a number and NaN in a range."""
         if self.several:
             return self._check_items(place, value, self.several)
         if self.is_size and isinstance(value, str):
             return self.read(place, value)
-        accepted = (int, float) if self.type is float else (self.type,)
-        if type(value) not in accepted or not self._is_allowed(value):
+        is_right = type(value) in ((int, float) if self.type is float else (self.type,))
+        if is_right and self.type is str:
+            is_right = value in self.choices if self.choices else bool(value.strip())
+        if is_right and self.range:
+            is_right = value in self.range
+        if not is_right:
             raise ConfigInvalid(place, value, self.expected)
         return self.type(value)
 
@@ -125,11 +139,6 @@ class Setting:
         if self.type is bool:
             return BOOLEANS[text.lower()]
         return _bytes(text) if self.is_size else self.type(text)
-
-    def _is_allowed(self, value: Any) -> bool:
-        if self.type is str:
-            return value in self.choices if self.choices else bool(value.strip())
-        return self.range is None or self.range.minimum <= value <= self.range.maximum
 
 
 @cache

@@ -20,11 +20,11 @@ from typing import Any, NoReturn
 
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.fields import Setting, settings_of
-from mlxserver.config.settings import GenerationDefaults, ModelSpec, Settings
+from mlxserver.config.sampling_params import MODEL_DEFAULTS
+from mlxserver.config.settings import ModelSpec, Settings
 
 SETTINGS = settings_of(Settings)
 MODEL_FIELDS = {name: setting for name, setting in settings_of(ModelSpec).items() if name != "key"}
-DEFAULTS = settings_of(GenerationDefaults)
 SECTION = [*MODEL_FIELDS, "aliases", "defaults"]
 ENVIRONMENT = {f"MLX_SERVER_{name.upper()}": name for name in SETTINGS}
 FLAGS = {f"--{name.replace('_', '-')}": name for name in SETTINGS}
@@ -151,8 +151,8 @@ def _section(path: Path, key: str, section: object) -> ModelSpec:
     defaults = section.get("defaults", {})
     if not isinstance(defaults, dict):
         raise ConfigInvalid(f"{place}.defaults", defaults, f"a section [models.{key}.defaults]")
-    generation = GenerationDefaults(**_checked(f"{place}.defaults", defaults, DEFAULTS, [*DEFAULTS]))
-    return ModelSpec(key, **fields | dict(_located(fields, path.parent)), aliases=aliases, defaults=generation)
+    sampling = _checked(f"{place}.defaults", defaults, MODEL_DEFAULTS, [*MODEL_DEFAULTS])
+    return ModelSpec(key, **fields | dict(_located(fields, path.parent)), aliases=aliases, defaults=sampling)
 
 
 def _checked(

@@ -7,7 +7,8 @@ environment variable and flag, and has its marks (config/fields.py).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mlxserver.config.fields import Identity, Live, Range, Shared, Size
@@ -22,23 +23,6 @@ LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """Sampling of a model where a request does not set it. None leaves it to the model's generation_config.json."""
-
-    temperature: Annotated[float | None, Range(0, 2)] = None
-    top_p: Annotated[float | None, Range(0.000001, 1)] = None
-    top_k: Annotated[int | None, Range(0)] = None
-    min_p: Annotated[float | None, Range(0, 1)] = None
-    frequency_penalty: Annotated[float | None, Range(-2, 2)] = None
-    presence_penalty: Annotated[float | None, Range(-2, 2)] = None
-    repetition_penalty: Annotated[float | None, Range(0.01, 100)] = None
-
-    def stated(self) -> dict[str, float]:
-        """Those that are not None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One registered model.
 
@@ -48,7 +32,8 @@ class ModelSpec:
     decoding together, and waiting for a slot. prefix_cache_bytes: what the prefix cache may keep, within the KV cache.
     cache_tokens: tokens in the KV cache of all requests together, None is loading/estimate.py's choice. aliases: more
     names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes the server's. defaults:
-    sampling. shard: how several ranks share it (loading/sharding.py), None: rank 0 has it alone.
+    sampling parameters by name (config/sampling_params.py). shard: how several ranks share it (loading/sharding.py),
+    None: rank 0 has it alone.
     """
 
     key: Annotated[str, Shared()]
@@ -64,7 +49,7 @@ class ModelSpec:
     aliases: Annotated[tuple[str, ...], Live()] = ()
     pin: Annotated[bool, Live()] = False
     ttl: Annotated[float | None, Range(0), Live()] = None
-    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    defaults: Mapping[str, float] = field(default_factory=dict)
     shard: Annotated[Shard | None, Shared(), Identity()] = None
 
 

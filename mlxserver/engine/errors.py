@@ -34,7 +34,7 @@ from mlxserver.config.errors import abbreviate
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of somebody else's says, in one line; its kind if it says nothing."""
+    """The message of a foreign error in one line; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -120,9 +120,13 @@ class NoRoom(EngineError):
 
 
 class PromptRejected(EngineError):
-    """The prompt can't be given to this model. `param` names the field, as in "messages[2].role"."""
+    """The prompt can't be given to this model.
 
-    def __init__(self, message: str, param: str = "messages") -> None:
+    `param` is the path of a field from GenerationRequest, "sampling.logit_bias"; in a message or a tool it is the place
+    where the client wrote it, "messages[2].role".
+    """
+
+    def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
 
@@ -130,10 +134,11 @@ class PromptRejected(EngineError):
 class ContextExceeded(PromptRejected):
     """The prompt is longer than the model's context, counts in tokens."""
 
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+    def __init__(self, prompt_tokens: int, context_length: int, param: str) -> None:
         super().__init__(
             f"The prompt has {prompt_tokens} tokens, which leaves no room to answer in this model's context of "
-            f"{context_length} tokens. Shorten the messages."
+            f"{context_length} tokens. Shorten the messages.",
+            param,
         )
 
 

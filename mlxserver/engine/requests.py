@@ -1,56 +1,24 @@
-"""What a request asks of an engine. Plain frozen data, safe to share between threads; knows neither MLX nor HTTP."""
+"""Engine requests. Plain frozen data, safe to share between threads; knows neither MLX nor HTTP."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen.
-
-    temperature 0 is greedy. Filters apply to the temperature-scaled distribution: top_k (0: off), top_p (1: off),
-    min_p (0: off). frequency_penalty and presence_penalty count generated tokens; repetition_penalty (1: off)
-    counts the prompt's too. logit_bias maps token ids to an addend. A seed makes the draw reproducible.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """What a request says of its sampling; None leaves it to the model's defaults, then to Sampling's."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Mapping[int, float] | None = None
+from mlxserver.engine.conversation import Message, Tool
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """OpenAI messages, each with a string content (or None beside tool calls), to be set in the model's template.
+    """Conversation to be set in the model's chat template.
 
-    continues_answer: the last message is the assistant's, and the answer goes on from its text.
+    template_kwargs: variables of the template. continues_answer: the last message is the assistant's, and the answer
+    goes on from its text.
     """
 
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] = ()
+    conversation: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues_answer: bool = False
 
@@ -74,14 +42,14 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """The answer is JSON. `schema` is a JSON schema; None allows any object."""
+    """Answer in JSON. `schema` is a JSON schema; None allows any object."""
 
     schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Which of the prompt's tools may be called. "function" forces the one of that name; parallel: several calls."""
+    """Choice among the prompt's tools. "function" forces the one of that name; parallel: several calls are allowed."""
 
     mode: Literal["none", "auto", "required", "function"] = "auto"
     name: str | None = None
@@ -90,7 +58,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class FormattedPrompt:
-    """A prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
+    """Prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
 
     tokens: tuple[int, ...]
     text: str
@@ -101,13 +69,14 @@ class FormattedPrompt:
 class GenerationRequest:
     """One request to one model.
 
+    sampling: the parameters that the request states, by their names in SamplingParams; the model's defaults fill in.
     max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
     no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
-    formatted: the prompt in the model's words, once it is known.
+    formatted: the prompt as the model reads it, once it is known.
     """
 
     prompt: Prompt
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     n: int = 1
@@ -122,21 +91,21 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Tokenize:
-    """Asks for the token ids of a prompt: answered with a tuple of ints."""
+    """Question for the token ids of a prompt: answered with a tuple of ints."""
 
     prompt: Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Detokenize:
-    """Asks for the text of token ids: answered with a string."""
+    """Question for the text of token ids: answered with a string."""
 
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ApplyTemplate:
-    """Asks for the text that the chat template makes of messages: answered with a string."""
+    """Question for the text that the chat template makes of a conversation: answered with a string."""
 
     prompt: ChatPrompt
 
@@ -146,7 +115,7 @@ Question = Tokenize | Detokenize | ApplyTemplate
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model once it is loaded. Context in tokens, weights in bytes as they are held.
+    """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
     capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking".
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlxserver.engine.requests import Sampling
+from mlxserver.config.sampling_params import SamplingParams
 
 
 class Constraint(Protocol):
@@ -30,7 +30,7 @@ class Sequence:
 
     id: int
     tokens: tuple[int, ...]
-    sampling: Sampling
+    sampling: SamplingParams
     max_tokens: int
     top_logprobs: int | None = None
     constraint: Constraint | None = None

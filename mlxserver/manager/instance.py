@@ -10,7 +10,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from mlxserver.config.settings import ModelSpec
@@ -39,7 +38,7 @@ class ModelInstance:
         self._settings = services.settings
         self._memory = memory
         self._queue = RequestQueue()
-        self._idle_timer = IdleTimer(lambda: self._lifecycle.evict("idle"))
+        self._idle_timer = IdleTimer(lambda: self._lifecycle.start_drain(ModelState.EVICTING, "idle"))
         self._reservation = Reservation(self, memory)
         self._loader = Loader(services, self._reservation, metrics)
         self._lifecycle = Lifecycle(
@@ -61,9 +60,8 @@ class ModelInstance:
 
     @property
     def status(self) -> str:
-        """Public name of the state."""
-        state = ModelState.DRAINING if self.state is ModelState.EVICTING else self.state
-        return str(state.value)
+        """Name of the state on the wire."""
+        return self.state.public_name
 
     @property
     def is_absent(self) -> bool:
@@ -93,7 +91,7 @@ class ModelInstance:
     @property
     def failure_reason(self) -> str | None:
         """Why the model failed, or for how long its engine has been stalled; None without a fault."""
-        if self.is_stalled and self._engine:
+        if self._engine and self.is_stalled:
             return f"The engine of model {self.key!r} has made no step for {self._engine.stalled_for:.0f} s."
         return str(self._lifecycle.error) if self._lifecycle.error else None
 
@@ -178,7 +176,7 @@ class ModelInstance:
             raise QueueFull(self.key, self.spec.max_waiting, max(1.0, self.pace))
         if self.state is ModelState.READY:
             self._queue.admit(lease)
-            self._idle_timer.stop()
+            self.restart_idle_timer()
         else:
             self._queue.add(lease)
             self._memory.reconsider()  # a load that was explicit now has a request that waits
@@ -200,13 +198,10 @@ class ModelInstance:
             self.restart_idle_timer()
             self._memory.reconsider()
 
-    async def load(self) -> None:
+    async def load(self, on_progress: Callable[[LoadProgress], None] = lambda progress: None) -> None:
         """Load the model, as Lifecycle.load(). Raises LoadFailed, LoadAborted, NoRoom, ModelUnloading."""
-        await self._lifecycle.load(self.spec)
-
-    def reporting_to(self, listener: Callable[[LoadProgress], None]) -> AbstractContextManager[None]:
-        """Call the listener with the progress of loads."""
-        return self._loader.reporting_to(listener)
+        with self._loader.reporting_to(on_progress):
+            await self._lifecycle.load(self.spec)
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
         """Unload the model, as Lifecycle.unload(). Goes on if the caller leaves. Raises ModelBusy."""
@@ -225,25 +220,18 @@ class ModelInstance:
         self._lifecycle.is_retired = is_retired
 
     def restart_idle_timer(self) -> None:
-        """(Re)arm the idle timer of an idle model: it has become idle, or its settings have changed."""
-        if self.state is not ModelState.READY or self._queue.num_admitted:
-            return
+        """Arm the timer of an idle model, disarm that of any other: its state, requests or settings have changed."""
         usual = self._settings().ttl if self.spec.ttl is None else self.spec.ttl
         timeout = usual if self._queue.idle_timeout is None else self._queue.idle_timeout
-        idle_for = time.monotonic() - self._queue.last_used
-        self._idle_timer.start(math.inf if self.spec.pin else max(0.0, timeout - idle_for))
+        if self.spec.pin or self.state is not ModelState.READY or self._queue.num_admitted:
+            timeout = math.inf
+        self._idle_timer.start(max(0.0, timeout - (time.monotonic() - self._queue.last_used)))
 
     def _follow_transition(self) -> None:
         """Update the other parts after a change of the state."""
-        self._idle_timer.stop()
         if self.state is ModelState.READY:
             self._queue.admit_waiting()
-            self.restart_idle_timer()
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether the model is being unloaded."""
-        return self._lifecycle.is_leaving
+        self.restart_idle_timer()
 
     @property
     def waiting_since(self) -> float | None:
@@ -265,4 +253,4 @@ class ModelInstance:
 
     def evict(self) -> None:
         """Unload the model after its running requests; those that arrive from now on wait until it is loaded again."""
-        self._lifecycle.evict()
+        self._lifecycle.start_drain(ModelState.EVICTING, "evict")

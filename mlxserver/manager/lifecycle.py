@@ -1,8 +1,7 @@
 """Lifecycle of one model: its state, its engine, and the tasks that load and unload it.
 
 Invariants
-1. One table of transitions (manager/states.py) and one writer, _become(). No flag beside it says in which state a model
-   is.
+1. One table of transitions (manager/states.py) and one writer, _become(). No other flag holds a part of the state.
 2. A load or an unload belongs to its own task. A caller that leaves does not end it.
 3. The lock covers load and unload of one model. It is never held while generating.
 4. A model that is evicted finishes its running requests; those that arrive meanwhile wait until it is loaded again. A
@@ -72,11 +71,6 @@ class Lifecycle:
         self._deadline = asyncio.Event()  # of the drain under way: its requests are not waited for any longer
 
     @property
-    def is_leaving(self) -> bool:
-        """Whether the model is being unloaded."""
-        return self.state in (ModelState.EVICTING, ModelState.DRAINING)
-
-    @property
     def is_absent(self) -> bool:
         """Whether the model is neither in memory nor about to be loaded."""
         return self.state in (ModelState.UNLOADED, ModelState.FAILED) and not self._pending_load
@@ -141,9 +135,15 @@ class Lifecycle:
 
     # -- unload ---------------------------------------------------------------------------------------------------
 
-    def evict(self, reason: str = "evict") -> None:
-        """Unload the model after its running requests; those that arrive from now on wait until it is loaded again."""
-        self._start_draining(ModelState.EVICTING, reason)
+    def start_drain(self, state: ModelState, reason: str) -> None:
+        """Unload the model after its running requests.
+
+        EVICTING: requests that arrive from now on wait until it is loaded again. DRAINING: they are refused.
+        """
+        self._metrics.unloads[reason] += 1
+        self._become(state)
+        self._deadline = asyncio.Event()
+        self._drain_task = asyncio.create_task(self._drain())
 
     def unload(self, mode: UnloadMode, patience: float | None) -> asyncio.Task[UnloadReport]:
         """Start to unload the model; the task ends when that is done. Raises ModelBusy.
@@ -162,7 +162,7 @@ class Lifecycle:
 
     async def _unload(self, mode: UnloadMode, patience: float | None) -> UnloadReport:
         started = time.monotonic()
-        is_over = mode == "abort" or self.is_leaving
+        is_over = mode == "abort" or self.state.is_leaving
         if (load := self._pending_load) and not is_over:
             is_over = not (await asyncio.wait({load}, timeout=patience))[0]
         if is_over:
@@ -170,7 +170,7 @@ class Lifecycle:
         if self.state is ModelState.EVICTING:
             self._become(ModelState.DRAINING)
         if self.state is ModelState.READY:
-            self._start_draining(ModelState.DRAINING, mode)
+            self.start_drain(ModelState.DRAINING, mode)
         if self.state is ModelState.FAILED:
             self.backoff.reset()
             self._become(ModelState.UNLOADED)
@@ -183,12 +183,6 @@ class Lifecycle:
             timer = asyncio.get_running_loop().call_later(left, self._deadline.set)
             self._drain_task.add_done_callback(lambda _: timer.cancel())
         return await asyncio.shield(self._drain_task)
-
-    def _start_draining(self, state: ModelState, reason: str) -> None:
-        self._metrics.unloads[reason] += 1
-        self._become(state)
-        self._deadline = asyncio.Event()
-        self._drain_task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> UnloadReport:
         """Wait for the running requests until the deadline, then stop the engine and release its memory."""

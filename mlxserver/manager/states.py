@@ -19,6 +19,16 @@ class ModelState(Enum):
     DRAINING = "draining"
     FAILED = "failed"
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the model is being unloaded, and its memory with it."""
+        return self in (ModelState.EVICTING, ModelState.DRAINING)
+
+    @property
+    def public_name(self) -> str:
+        """Name of the state on the wire, where an eviction is a drain."""
+        return "draining" if self is ModelState.EVICTING else str(self.value)
+
 
 TRANSITIONS = {
     ModelState.UNLOADED: {ModelState.LOADING},

@@ -54,7 +54,3 @@ class IdleTimer:
         self._end = time.monotonic() + seconds
         if seconds < math.inf:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._act)
-
-    def stop(self) -> None:
-        """Disarm the timer."""
-        self.start(math.inf)

@@ -15,8 +15,10 @@ from mlxserver.api.native.apply_template import ApplyTemplateRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest
 from mlxserver.api.openai.completions import CompletionRequest
+from mlxserver.api.openai.errors import wire_param
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
+from mlxserver.engine.conversation import Message, Text, Tool
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -100,7 +102,7 @@ def test_what_has_no_effect_is_described_as_such(name):
 
 @pytest.mark.parametrize("name", ["audio", "functions", "function_call", "prediction"])
 def test_what_is_refused_may_be_null_and_the_error_has_a_remedy(name):
-    assert chat(**{name: None}).messages == HELLO
+    assert chat(**{name: None}).messages == chat().messages
     with pytest.raises(ValidationFailed, match=f"'{name}' is not supported. .+"):
         chat(**{name: "x"})
     assert json_schema(ChatCompletionRequest)["properties"][name]["type"] == "null"
@@ -129,8 +131,8 @@ def test_a_tool_choice_is_a_mode_or_a_name(value, checked):
 
 def test_tools_come_out_without_nulls():
     null = {"type": "function", "function": {"name": "add", "description": None, "parameters": None, "strict": True}}
-    assert chat(tools=[null]).tools == [function(name="add", strict=True)]
-    assert chat(tools=[]).tools == []
+    assert chat(tools=[null]).tools == (Tool("add", strict=True, origin="tools[0].function"),)
+    assert chat(tools=[]).tools == ()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,8 @@ def test_a_response_format_is_a_schema_or_none():
 def test_a_last_assistant_message_may_be_continued():
     prefill = [*HELLO, {"role": "assistant", "content": "Well,"}]
     assert chat(messages=prefill, continue_final_message=True).continue_final_message
-    assert read(TokenizeRequest, prompt=None, messages=prefill, continue_final_message=True).messages == prefill
+    asked = read(TokenizeRequest, prompt=None, messages=prefill, continue_final_message=True)
+    assert asked.messages[1] == Message("assistant", (Text("Well,"),), "messages[1]")
     assert refused(ApplyTemplateRequest, continue_final_message=True) == "continue_final_message"
     assert refused(TokenizeRequest, continue_final_message=True) == "continue_final_message"
 
@@ -227,6 +230,19 @@ def test_stream_options_of_others_are_understood():
     options = {"continuous_usage_stats": True, "include_obfuscation": False, "include_usage": None}
     request = chat(stream=True, stream_options=options)
     assert (request.include_usage, request.counts_pieces) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ("prompt.conversation", "messages"),
+        ("prompt.template_kwargs.reasoning_effort", "reasoning_effort"),
+        ("sampling.logit_bias", "logit_bias"),
+        ("messages[2].role", "messages[2].role"),
+    ],
+)
+def test_a_field_of_the_engine_is_named_as_the_client_gave_it(field, param):
+    assert wire_param(field) == param
 
 
 # Bare prompts

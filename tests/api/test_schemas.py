@@ -13,9 +13,17 @@ from mlxserver.api.native.load import LoadRequest, derive_key
 from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest
 from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
+from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.engine.conversation import Message, Reasoning, Text, ToolCall, ToolResult
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def calling(arguments):
+    return {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": arguments}}]}
+
+
 SAMPLING = [
     "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias",
     "frequency_penalty", "presence_penalty", "repetition_penalty",
@@ -52,10 +60,10 @@ def messages(*conversation):
 
 def test_the_least_request_has_every_default():
     request = chat()
-    assert (request.model, request.messages) == ("m", HELLO)
+    assert (request.model, request.messages) == ("m", (Message("user", (Text("Hello"),), "messages[0]"),))
     assert {getattr(request, name) for name in SAMPLING} == {None}  # the model's defaults hold
     assert (request.token_limit, request.min_tokens, request.stop, request.ignore_eos) == (None, 0, (), False)
-    assert (request.tools, request.tool_choice, request.response_format) == ([], ("auto", None), None)
+    assert (request.tools, request.tool_choice, request.response_format) == ((), ("auto", None), None)
     assert (request.stream, request.include_usage, request.n) == (False, False, 1)
 
 
@@ -81,8 +89,7 @@ def test_null_is_the_default(name):
 
 def test_defaults_are_not_shared():
     chat().chat_template_kwargs["x"] = 1
-    chat().tools.append({})
-    assert (chat().chat_template_kwargs, chat().tools) == ({}, [])
+    assert (chat().chat_template_kwargs, chat().tools) == ({}, ())
 
 
 @pytest.mark.parametrize("name", ["model", "messages"])
@@ -106,7 +113,7 @@ def test_what_is_required_is_missed(name):
         ("max_completion_tokens", [0, -5]),
         ("frequency_penalty", [-2.1, 2.1]),
         ("presence_penalty", [-2.1, 2.1]),
-        ("repetition_penalty", [0, -1]),
+        ("repetition_penalty", [0, -1, 101, 1e300]),
         ("logit_bias", [[], "x", {"a": 1}, {"-1": 1}, {"٥": 1}, {"": 1}, {"9" * 5000: 1}]),
         ("logit_bias.7", [{"7": 101}, {"7": "1"}, {"7": True}, {"7": None}]),
         ("stop", ["", 5, {}, ["a"] * 1025]),
@@ -167,13 +174,13 @@ def test_stream_options_need_a_stream():
 
 @pytest.mark.parametrize("top_k", [-1, 0])
 def test_top_k_is_off_at_both_of_its_zeros(top_k):
-    assert chat(top_k=top_k).top_k == 0
+    assert SamplingParams(**chat(top_k=top_k).sampling).top_k == 0
 
 
 @pytest.mark.parametrize("parts", [[], ["Hel", "lo"], ["Hello"]])
 def test_text_parts_are_one_string(parts):
     content = [{"type": "text", "text": part} for part in parts]
-    assert messages({"role": "user", "content": content}) == [{"role": "user", "content": "".join(parts)}]
+    assert messages({"role": "user", "content": content}) == messages({"role": "user", "content": "".join(parts)})
 
 
 def test_every_role_is_understood():
@@ -185,26 +192,47 @@ def test_every_role_is_understood():
         {"role": "tool", "content": "t", "tool_call_id": "c1"},
         {"role": "assistant", "content": "a", "reasoning_content": "r"},
     ]
-    assert messages(*conversation) == conversation
+    assert [(message.role, message.parts, message.name) for message in messages(*conversation)] == [
+        ("system", (Text("s"),), None),
+        ("developer", (Text("d"),), None),
+        ("user", (Text("u"),), "Ann"),
+        ("assistant", (ToolCall("c1", "f", {}),), None),
+        ("tool", (ToolResult("c1", "t"),), None),
+        ("assistant", (Reasoning("r"), Text("a")), None),
+    ]
+
+
+def test_a_message_knows_where_the_client_wrote_it():
+    assert [message.origin for message in messages(*HELLO, *HELLO)] == ["messages[0]", "messages[1]"]
 
 
 def test_an_answer_can_be_sent_back_whole():
     """SDKs send all fields of an answer, null or empty where there was nothing."""
     answer = {"role": "assistant", "content": "a", "refusal": None, "audio": None, "tool_calls": [], "annotations": []}
-    assert messages(answer) == [{"role": "assistant", "content": "a"}]
+    assert messages(answer) == messages({"role": "assistant", "content": "a"})
 
 
 def test_reasoning_has_two_names():
     for name in ("reasoning", "reasoning_content"):
-        assert messages({"role": "assistant", name: "r"}) == [
-            {"role": "assistant", "content": None, "reasoning_content": "r"}
-        ]
+        assert messages({"role": "assistant", name: "r"})[0].parts == (Reasoning("r"),)
     both = {"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "q"}
     assert refused(messages=[both]).param == "messages[0].reasoning"
 
 
+@pytest.mark.parametrize(
+    ("text", "read"), [("", {}), (" ", {}), ("{}", {}), ('{"a": [1, "\\ud800"]}', {"a": [1, "\ud800"]})]
+)
+def test_arguments_are_the_object_that_their_text_stands_for(text, read):
+    assert messages(calling(text))[0].calls == [ToolCall("c1", "f", read)]
+
+
+def test_arguments_that_are_no_object_are_refused_with_the_reason():
+    assert "Expecting property name" in refused(messages=[calling("{")]).message
+    assert refused(messages=[calling("[1]")]).message.endswith("Expected an object in JSON.")
+
+
 def test_a_refusal_stands_for_its_content():
-    assert messages({"role": "assistant", "content": None, "refusal": "No."})[0]["content"] == "No."
+    assert messages({"role": "assistant", "content": None, "refusal": "No."})[0].text == "No."
 
 
 @pytest.mark.parametrize(
@@ -234,9 +262,14 @@ def test_a_refusal_stands_for_its_content():
         ({"role": "assistant", "tool_calls": [CALL | {"id": 1}]}, ".tool_calls[0].id"),
         ({"role": "assistant", "tool_calls": [CALL | {"function": "f"}]}, ".tool_calls[0].function"),
         (
-            {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": {}}}]},
-            ".tool_calls[0].function.arguments",
+            {"role": "assistant", "tool_calls": [CALL | {"function": {"arguments": "{}"}}]},
+            ".tool_calls[0].function.name",
         ),
+        (calling({}), ".tool_calls[0].function.arguments"),
+        (calling(None), ".tool_calls[0].function.arguments"),
+        (calling("{"), ".tool_calls[0].function.arguments"),
+        (calling("[1]"), ".tool_calls[0].function.arguments"),
+        (calling("[" * 100_000), ".tool_calls[0].function.arguments"),
     ],
 )
 def test_a_wrong_message_is_refused_by_place(wrong, param):
@@ -266,7 +299,7 @@ def test_deep_values_are_refused_like_others():
 
 
 def test_a_null_byte_is_text_like_other_text():
-    assert messages({"role": "user", "content": "a\0b"})[0]["content"] == "a\0b"
+    assert messages({"role": "user", "content": "a\0b"})[0].text == "a\0b"
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), JSON, max_size=5), st.booleans())

@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm import load
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import attention_heads
 from mlxserver.engine.platform.policy import CUDA
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.scheduler.chunks import BucketedPrefill, PlainPrefill
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import Sequence
@@ -39,7 +39,7 @@ STRATEGIES = pytest.mark.parametrize("make", [PlainPrefill, bucketed], ids=["pla
 
 def prompt(model, length, seed=0, done=0):
     tokens = tuple((seed + 7 * n) % 300 for n in range(length))
-    made = PendingPrompt([Sequence(seed, tokens, Sampling(), 10)], 0.0, cache=caches.new_cache(model), done=done)
+    made = PendingPrompt([Sequence(seed, tokens, SamplingParams(), 10)], 0.0, cache=caches.new_cache(model), done=done)
     if done:
         model(mx.array([tokens[:done]]), cache=made.cache)
     return made
@@ -111,7 +111,9 @@ def test_a_chunk_has_the_only_reference_to_its_slots(model):
 @given(length=st.integers(2, 20_000), remaining=st.integers(1, 4096), budget=st.integers(16, 4096))
 @example(length=4600, remaining=1025, budget=4096)
 def test_no_chunk_needs_more_capacity_than_is_budgeted(strategy, length, remaining, budget):
-    long = PendingPrompt([Sequence(0, tuple(range(length)), Sampling(), 10)], 0.0, done=max(0, length - 1 - remaining))
+    long = PendingPrompt(
+        [Sequence(0, tuple(range(length)), SamplingParams(), 10)], 0.0, done=max(0, length - 1 - remaining)
+    )
     assert strategy._capacity(long, strategy.choose([long], budget).length) <= strategy.tokens_for(long)
 
 

@@ -10,23 +10,22 @@ import numpy as np
 import pytest
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Delta, Finish, ToolCallDelta
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import (
-    ChatPrompt,
     GenerationRequest,
     JsonFormat,
-    SamplingOptions,
     TokenPrompt,
     ToolChoice,
 )
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
 from mlxserver.engine.sampling.tool_grammars import strict_calls
+from tests.support.conversations import question
 
 CITY = {
     "type": "object",
@@ -49,8 +48,8 @@ def tiny(tiny_llama_path):
 
 def ask(text="hello there", tools=(), **options):
     options.setdefault("max_tokens", 300)
-    options.setdefault("sampling", SamplingOptions(temperature=1.0, seed=5))
-    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}], tools=tools), **options)
+    options.setdefault("sampling", {"temperature": 1.0, "seed": 5})
+    return GenerationRequest(question(text, tools), **options)
 
 
 def generate(runner, *requests):
@@ -78,14 +77,14 @@ def content(events, channel="content"):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_schema_is_kept_by_a_model_of_random_weights_at_any_seed(tiny, seed):
-    sampling = SamplingOptions(temperature=1.0, seed=seed)
+    sampling = {"temperature": 1.0, "seed": seed}
     (events,) = generate(tiny, ask(format=JsonFormat(CITY), sampling=sampling))
     assert events[-1] == Finish("stop")
     jsonschema.validate(json.loads(content(events)), CITY)
 
 
 def test_json_object_gives_an_object(tiny):
-    (events,) = generate(tiny, ask(format=JsonFormat(), sampling=SamplingOptions(temperature=1.0, seed=3)))
+    (events,) = generate(tiny, ask(format=JsonFormat(), sampling={"temperature": 1.0, "seed": 3}))
     if events[-1] == Finish("stop"):
         assert isinstance(json.loads(content(events)), dict)
     assert content(events).startswith("{")
@@ -105,7 +104,7 @@ def test_a_constraint_that_is_cut_by_max_tokens_finishes_with_length(tiny):
 def test_an_impossible_schema_is_refused_with_the_reason(tiny):
     with pytest.raises(PromptRejected, match="JSON schema") as refusal:
         tiny.prepare(ask(format=JsonFormat({"type": "nonsense"})), itertools.count())
-    assert refusal.value.param == "response_format"
+    assert refusal.value.param == "format.schema"
 
 
 def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
@@ -187,7 +186,7 @@ def test_tools_without_a_strict_one_leave_the_answer_free(tiny):
 
 def test_strict_is_refused_where_calls_are_not_written_as_json():
     with pytest.raises(PromptRejected, match="format of its own") as refusal:
-        strict_calls(STRICT, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
+        strict_calls(question("a", STRICT).tools, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
     assert refusal.value.param == "tools[0].function.strict"
 
 
@@ -255,9 +254,17 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
 def test_no_prompt_has_a_token_that_the_model_has_not(tiny):
     runner = copy.copy(tiny)
     runner._vocab_size = 10  # a tokenizer may know more tokens than the model has embeddings
-    for prompt, param in ((ask("hello there").prompt, "messages"), (TokenPrompt((1, 10)), "prompt")):
+    for prompt, param in ((ask("hello there").prompt, "prompt.conversation"), (TokenPrompt((1, 10)), "prompt")):
         with pytest.raises(PromptRejected, match="no token") as refusal:
             runner.prepare(GenerationRequest(prompt), itertools.count())
+        assert refusal.value.param == param
+
+
+def test_a_prompt_longer_than_the_context_is_named_by_its_kind(tiny):
+    prompts = ((question("word " * 3000), "prompt.conversation"), (TokenPrompt((5,) * 3000), "prompt"))
+    for prompt, param in prompts:
+        with pytest.raises(ContextExceeded) as refusal:
+            tiny.prepare(GenerationRequest(prompt), itertools.count())
         assert refusal.value.param == param
 
 
@@ -311,11 +318,11 @@ def test_mixed_requests_run_in_one_batch(tiny_llama_path):
     requests = [
         ask("a", n=4, **endless),
         ask("b", top_logprobs=5, **endless),
-        ask("c", sampling=SamplingOptions(temperature=1.0, seed=7), **endless),
+        ask("c", sampling={"temperature": 1.0, "seed": 7}, **endless),
         ask("d", format=JsonFormat(), **long),
-        ask("e", sampling=SamplingOptions(logit_bias={5: 2.0}), **endless),
-        ask("f", sampling=SamplingOptions(temperature=0.0), **endless),
-        ask("g", sampling=SamplingOptions(frequency_penalty=1.0, repetition_penalty=1.1, top_k=9), **endless),
+        ask("e", sampling={"logit_bias": {5: 2.0}}, **endless),
+        ask("f", sampling={"temperature": 0.0}, **endless),
+        ask("g", sampling={"frequency_penalty": 1.0, "repetition_penalty": 1.1, "top_k": 9}, **endless),
         ask("h", min_tokens=20, **endless),
     ]
     assert len(generate(runner, *requests)) == 11
@@ -349,7 +356,7 @@ def test_more_choices_than_slots_are_refused(tiny):
 @pytest.mark.parametrize("top", [0, 1, 20])
 def test_log_probabilities_go_with_their_tokens_and_are_those_of_the_model(tiny, top):
     """At temperature 0 the chosen token is the likeliest, so that its value heads the list."""
-    (events,) = generate(tiny, ask(top_logprobs=top, max_tokens=8, sampling=SamplingOptions(temperature=0)))
+    (events,) = generate(tiny, ask(top_logprobs=top, max_tokens=8, sampling={"temperature": 0}))
     entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
     assert len(entries) == 8
     for entry in entries:
@@ -372,7 +379,7 @@ def test_log_probabilities_do_not_change_the_answer(tiny):
 def test_min_tokens_keeps_an_answer_from_ending(tiny):
     """A bias makes the end of the sequence the likeliest token everywhere."""
     (eos,) = tiny.tokenizer.eos_token_ids
-    eager = SamplingOptions(temperature=0, logit_bias={eos: 100.0})
+    eager = {"temperature": 0, "logit_bias": {eos: 100.0}}
     at_once, later = generate(
         tiny, ask(sampling=eager, top_logprobs=0), ask(sampling=eager, top_logprobs=0, min_tokens=10)
     )

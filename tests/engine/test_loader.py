@@ -68,13 +68,15 @@ def quantize(directory):
 
 
 def test_a_loaded_model_tells_what_it_is(tiny):
-    (tiny / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}')
+    (tiny / "generation_config.json").write_text(
+        '{"temperature": 0.6, "top_k": 20, "presence_penalty": 1, "do_sample": true}'
+    )
     reports = []
     loaded = load(ModelSpec("tiny", str(tiny)), progress=lambda *report: reports.append(report))
     parameters = [array for _, array in tree_flatten(loaded.model.parameters())]
     assert loaded.path == tiny
     assert loaded.context_length == CONTEXT
-    assert loaded.generation_defaults == {"temperature": 0.6, "top_k": 20}
+    assert loaded.generation_defaults == {"temperature": 0.6, "top_k": 20, "presence_penalty": 1.0}
     assert loaded.weight_bytes == sum(array.nbytes for array in parameters)
     assert loaded.config["model_type"] == "llama"
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("hé ab")) == "hé ab"
@@ -103,7 +105,10 @@ def test_the_context_length_is_found_where_configs_have_it(config, expected, cap
     assert ("key: its config.json states no context length" in caplog.text) == (expected == 4096)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"temperature": "hot", "top_p": true, "min_p": null}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"temperature": "hot", "top_p": true, "min_p": null}', '{"top_k": 2.5, "repetition_penalty": 0}'],
+)
 def test_a_generation_config_that_says_nothing_usable_is_ignored(text, tmp_path):
     (tmp_path / "generation_config.json").write_text(text)
     assert generation_defaults(tmp_path) == {}

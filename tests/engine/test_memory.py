@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.kv_cache.caches import bytes_per_token
@@ -18,7 +19,6 @@ from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Architecture
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
 from mlxserver.engine.platform.policy import CPU
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
 from tools.harness.models import tiny_llama
@@ -134,7 +134,7 @@ def test_a_prompt_as_long_as_the_context_takes_no_more_than_was_estimated(tmp_pa
     before = device.active_bytes()
     batch = builder.Builder(stall_target=10.0).build(spec).batch
     mx.reset_peak_memory()
-    batch.insert([Sequence(1, tuple(n % 300 for n in range(1000)), Sampling(temperature=0.0), 4)])
+    batch.insert([Sequence(1, tuple(n % 300 for n in range(1000)), SamplingParams(temperature=0.0), 4)])
     while not batch.decode():
         batch.prefill()
     taken = mx.get_peak_memory() - before

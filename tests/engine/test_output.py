@@ -1,4 +1,4 @@
-"""One choice's tokens become text, channels and one finish, however the text falls on tokens."""
+"""Tokens of one choice become text, channels and one finish, however the text falls on tokens."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ class Play:
         return (*texts, calls, finish.reason)
 
 
-def test_tokens_are_told_as_they_come_and_the_end_of_sequence_finishes():
+def test_tokens_are_emitted_as_they_come_and_the_end_of_sequence_finishes():
     play = Play(["Hello", " world", "!"])
     assert list(play.steps()) == [[Delta("Hello")], [Delta(" world")], [Delta("!")], [Finish("stop")]]
     assert play.stream.completion_tokens == 4
@@ -184,7 +184,7 @@ ADD = ["add", '{"a": 1}']
         ([CALL], {"stop": ["add"]}, ("", '<tool_call>{"name": "', [], "stop")),
     ],
 )
-def test_tool_calls_are_told_apart_from_the_content(pieces, options, outcome):
+def test_tool_calls_are_no_part_of_the_content(pieces, options, outcome):
     """The answer ends with "tool_calls" if at least one is whole and the answer was not cut."""
     assert Play(pieces, tools=PLAIN, **options).outcome() == outcome
 
@@ -204,8 +204,8 @@ def test_an_end_of_sequence_that_is_ignored_has_no_text():
     play = Play(["a", "b"], ignore_eos=True, max_tokens=4)
     feeds = [*play.tokens[:1], play.eos, play.eos, play.tokens[1]]
     named = [TokenLogprob(str(n), b"", 0.0) for n in range(4)]
-    told = [play.stream.feed(token, name) for token, name in zip(feeds, named, strict=True)]
-    assert told == [
+    emitted = [play.stream.feed(token, name) for token, name in zip(feeds, named, strict=True)]
+    assert emitted == [
         [Delta("a", logprobs=(named[0],))],
         [],
         [],
@@ -214,7 +214,7 @@ def test_an_end_of_sequence_that_is_ignored_has_no_text():
 
 
 @pytest.mark.parametrize(
-    ("pieces", "options", "told"),
+    ("pieces", "options", "emitted"),
     [
         (["a", "b"], {}, [("a", [0]), ("b", [1])]),
         (["a", b"\xf0\x9f", b"\x98\x80", "b"], {}, [("a", [0]), ("😀", [1, 2]), ("b", [3])]),
@@ -230,9 +230,9 @@ def test_an_end_of_sequence_that_is_ignored_has_no_text():
         ([b"a\xf0", "b"], {"max_tokens": 1}, [("a", [0])]),
     ],
 )
-def test_a_tokens_log_probabilities_go_with_the_first_of_its_text_that_is_told(pieces, options, told):
+def test_a_tokens_log_probabilities_go_with_the_first_of_its_text_that_is_emitted(pieces, options, emitted):
     deltas = Play(pieces, **options).measured()
-    assert [(delta.text, [int(token.logprob) for token in delta.logprobs]) for delta in deltas] == told
+    assert [(delta.text, [int(token.logprob) for token in delta.logprobs]) for delta in deltas] == emitted
 
 
 FRAGMENTS = ["<think>", "</think>", "<thi", "nk>", "\n", " ", "a", "b", "STOP", "ST", "OP", "aSTb", "€", "👩‍👩‍👧"]
@@ -264,7 +264,7 @@ def test_any_fall_of_a_text_on_tokens_gives_the_same_result(text, cuts, options)
 
 @given(st.lists(st.sampled_from(FRAGMENTS + CALLS), max_size=12).map("".join), CUTS, OPTIONS)
 def test_every_token_is_accounted_for_once_with_text_of_its_own(text, cuts, options):
-    """In order, and with every told character at least one of the tokens that brought it, now or before."""
+    """In order, and with every emitted character at least one of its tokens, now or before."""
     pieces = cut(text, cuts)
     deltas = list(Play(pieces, **options).measured())
     numbers = [int(token.logprob) for delta in deltas for token in delta.logprobs]
@@ -272,9 +272,9 @@ def test_every_token_is_accounted_for_once_with_text_of_its_own(text, cuts, opti
     unused = b""
     for delta in deltas:
         unused += b"".join(pieces[int(token.logprob)] for token in delta.logprobs)
-        told = delta.text.encode()
-        assert told in unused
-        unused = unused[unused.index(told) + len(told) :]
+        emitted = delta.text.encode()
+        assert emitted in unused
+        unused = unused[unused.index(emitted) + len(emitted) :]
 
 
 @given(st.lists(st.sampled_from([f for f in FRAGMENTS + CALLS if f.isascii()]), max_size=12).map("".join), OPTIONS)
@@ -313,7 +313,7 @@ def test_the_bytes_of_single_tokens_joined_are_the_text(tiny_tokenizer, text):
     assert all(token.text == token.bytes.decode(errors="replace") for token in named)
 
 
-def test_a_token_is_told_with_the_likeliest_ones(tiny_tokenizer):
+def test_a_tokens_log_probability_comes_with_the_likeliest_ones(tiny_tokenizer):
     a, b = tiny_tokenizer.encode("a", add_special_tokens=False)[0], tiny_tokenizer.eos_token_id
     assert token_logprob(tiny_tokenizer, a, -0.5, [(b, -0.25), (a, -0.5)]) == TokenLogprob(
         "a", b"a", -0.5, (TokenLogprob("<|im_end|>", b"<|im_end|>", -0.25), TokenLogprob("a", b"a", -0.5))

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from mlx_lm import load
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, sequence
 
@@ -78,5 +78,7 @@ def test_a_single_sequence_may_always_go_on(model):
 def test_choices_that_do_not_fit_together_come_one_by_one(model):
     scheduler = Scheduler(model, max_kv_tokens=700)
     driver = Driver(scheduler)
-    driver.add_choices(*(sequence(n, prompt(200), Sampling(temperature=1.0, seed=n), max_tokens=5) for n in range(4)))
+    driver.add_choices(
+        *(sequence(n, prompt(200), SamplingParams(temperature=1.0, seed=n), max_tokens=5) for n in range(4))
+    )
     assert [len(tokens) for tokens in driver.finish().values()] == [5] * 4

@@ -7,9 +7,9 @@ from mlxserver.engine.mlx import mx
 import pytest
 from mlx_lm import load
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
@@ -72,10 +72,10 @@ def prompt(length, seed):
 def sequences(constrained):
     constraint = Even if constrained else lambda: None
     return [
-        Sequence(1, prompt(30, 1), Sampling(temperature=0.0), 9, constraint=constraint()),
-        Sequence(2, prompt(5, 2), Sampling(seed=7), 6),
-        Sequence(3, prompt(90, 3), Sampling(seed=8, frequency_penalty=1.0), 12, constraint=constraint()),
-        Sequence(4, prompt(30, 1), Sampling(temperature=0.0, repetition_penalty=1.3), 4),
+        Sequence(1, prompt(30, 1), SamplingParams(temperature=0.0), 9, constraint=constraint()),
+        Sequence(2, prompt(5, 2), SamplingParams(seed=7), 6),
+        Sequence(3, prompt(90, 3), SamplingParams(seed=8, frequency_penalty=1.0), 12, constraint=constraint()),
+        Sequence(4, prompt(30, 1), SamplingParams(temperature=0.0, repetition_penalty=1.3), 4),
     ]
 
 
@@ -151,7 +151,7 @@ def test_sequences_that_do_not_stay_are_removed_wherever_they_were(model):
 
 def test_a_restart_frees_the_kv_cache(model):
     scheduler = batch(model, Fuse())
-    asked = [Sequence(1, prompt(2000, 1), Sampling(), 5)]
+    asked = [Sequence(1, prompt(2000, 1), SamplingParams(), 5)]
     scheduler.insert(asked)
     while not scheduler.decode():
         scheduler.prefill()

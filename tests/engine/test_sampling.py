@@ -7,27 +7,27 @@ from mlxserver.engine.mlx import mx
 import numpy as np
 import pytest
 
-from mlxserver.engine.requests import Sampling
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.sampling.sampler import CANDIDATES, BatchSampler
 from mlxserver.engine.sequence import Sequence
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 LOGITS = [2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 1.9]
 VOCAB = len(LOGITS)
 SETTINGS = [
-    Sampling(),
-    Sampling(temperature=0.5),
-    Sampling(temperature=2.0),
-    Sampling(top_k=1),
-    Sampling(top_k=3),
-    Sampling(top_p=0.3),
-    Sampling(top_p=0.7),
-    Sampling(top_p=0.95),
-    Sampling(min_p=0.3),
-    Sampling(min_p=1.0),
-    Sampling(temperature=1.7, top_k=5, top_p=0.9, min_p=0.1),
-    Sampling(logit_bias={3: 5.0, 0: -100.0}),
-    Sampling(top_p=0.6, logit_bias={4: 3.0}),
+    SamplingParams(),
+    SamplingParams(temperature=0.5),
+    SamplingParams(temperature=2.0),
+    SamplingParams(top_k=1),
+    SamplingParams(top_k=3),
+    SamplingParams(top_p=0.3),
+    SamplingParams(top_p=0.7),
+    SamplingParams(top_p=0.95),
+    SamplingParams(min_p=0.3),
+    SamplingParams(min_p=1.0),
+    SamplingParams(temperature=1.7, top_k=5, top_p=0.9, min_p=0.1),
+    SamplingParams(logit_bias={3: 5.0, 0: -100.0}),
+    SamplingParams(top_p=0.6, logit_bias={4: 3.0}),
 ]
 
 
@@ -78,7 +78,7 @@ def test_greedy_is_the_argmax_of_each_sequence():
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_logits_may_be_of_any_float_type(dtype):
-    sampler = make(GREEDY, Sampling(top_k=1))
+    sampler = make(GREEDY, SamplingParams(top_k=1))
     assert sampler(mx.array([LOGITS, LOGITS], dtype=dtype)).tolist() == [0, 0]
 
 
@@ -94,13 +94,15 @@ def test_draws_follow_the_filtered_distribution(sampling):
 
 
 def test_draws_of_one_sequence_follow_the_distribution_over_its_steps():
-    drawn = draws(make(Sampling(seed=5)), 0, steps=2000)
-    expected = distribution(LOGITS, Sampling())
+    drawn = draws(make(SamplingParams(seed=5)), 0, steps=2000)
+    expected = distribution(LOGITS, SamplingParams())
     frequency = np.bincount(drawn, minlength=len(LOGITS)) / 2000
     assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / 2000)).all()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=40), Sampling(top_p=0.2), Sampling(min_p=0.4)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(top_k=40), SamplingParams(top_p=0.2), SamplingParams(min_p=0.4)], ids=str
+)
 def test_filters_are_exact_in_a_large_vocabulary(sampling):
     logits = np.random.default_rng(1).normal(size=3000).astype(np.float32).tolist()
     expected = distribution(logits, sampling)
@@ -109,43 +111,43 @@ def test_filters_are_exact_in_a_large_vocabulary(sampling):
 
 
 def test_a_top_k_beyond_the_candidates_is_honoured():
-    drawn = sample(make(*[Sampling(top_k=300, seed=n) for n in range(500)], vocab=2000), list(range(2000, 0, -1)))
+    drawn = sample(make(*[SamplingParams(top_k=300, seed=n) for n in range(500)], vocab=2000), list(range(2000, 0, -1)))
     assert max(drawn) < 300
     flat = [1.0 - 1e-4 * n for n in range(2000)]
-    assert max(sample(make(*[Sampling(top_k=300, seed=n) for n in range(500)], vocab=2000), flat)) < 300
+    assert max(sample(make(*[SamplingParams(top_k=300, seed=n) for n in range(500)], vocab=2000), flat)) < 300
 
 
 @pytest.mark.parametrize("top_k", [len(LOGITS), 10**12])
 def test_a_top_k_as_large_as_the_vocabulary_keeps_all(top_k):
-    alone = draws(make(Sampling(seed=3)), 0)
-    assert draws(make(Sampling(seed=3, top_k=top_k)), 0) == alone
+    alone = draws(make(SamplingParams(seed=3)), 0)
+    assert draws(make(SamplingParams(seed=3, top_k=top_k)), 0) == alone
 
 
 def test_the_same_seed_draws_the_same_and_another_draws_otherwise():
-    assert draws(make(Sampling(seed=7)), 0) == draws(make(Sampling(seed=7)), 0)
-    assert draws(make(Sampling(seed=7)), 0) != draws(make(Sampling(seed=8)), 0)
-    assert draws(make(Sampling()), 0) != draws(make(Sampling()), 0)
+    assert draws(make(SamplingParams(seed=7)), 0) == draws(make(SamplingParams(seed=7)), 0)
+    assert draws(make(SamplingParams(seed=7)), 0) != draws(make(SamplingParams(seed=8)), 0)
+    assert draws(make(SamplingParams()), 0) != draws(make(SamplingParams()), 0)
 
 
 @pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1, 2**32, 1])
 def test_any_64_bit_seed_is_its_own(seed):
-    others = {tuple(draws(make(Sampling(seed=other)), 0)) for other in (5, 2**40)}
-    assert tuple(draws(make(Sampling(seed=seed)), 0)) not in others
+    others = {tuple(draws(make(SamplingParams(seed=other)), 0)) for other in (5, 2**40)}
+    assert tuple(draws(make(SamplingParams(seed=seed)), 0)) not in others
 
 
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(seed=7),
-        Sampling(seed=7, top_p=0.8),
-        Sampling(seed=7, min_p=0.05, temperature=1.5),
-        Sampling(seed=7, frequency_penalty=0.5, repetition_penalty=1.3),
+        SamplingParams(seed=7),
+        SamplingParams(seed=7, top_p=0.8),
+        SamplingParams(seed=7, min_p=0.05, temperature=1.5),
+        SamplingParams(seed=7, frequency_penalty=0.5, repetition_penalty=1.3),
     ],
     ids=str,
 )
 def test_a_sequence_draws_the_same_alone_and_in_any_company_and_position(sampling):
     alone = draws(make(sampling), 0)
-    for neighbours in SETTINGS, [GREEDY], [Sampling(presence_penalty=1.0, seed=1), Sampling(top_k=4)]:
+    for neighbours in SETTINGS, [GREEDY], [SamplingParams(presence_penalty=1.0, seed=1), SamplingParams(top_k=4)]:
         for position in (0, len(neighbours)):
             company = [*neighbours[:position], sampling, *neighbours[position:]]
             assert draws(make(*company), position) == alone
@@ -154,16 +156,16 @@ def test_a_sequence_draws_the_same_alone_and_in_any_company_and_position(samplin
 def test_a_wide_nucleus_does_not_depend_on_the_top_k_of_a_neighbour():
     """A nucleus of more than CANDIDATES tokens keeps the whole tail, whatever the neighbours ask for."""
     flat = [1.0 - 1e-5 * n for n in range(8 * CANDIDATES)]
-    wide = Sampling(top_p=0.5, seed=3)
+    wide = SamplingParams(top_p=0.5, seed=3)
     alone = draws(make(wide, vocab=len(flat)), 0, logits=flat)
-    assert draws(make(wide, Sampling(top_k=5 * CANDIDATES), vocab=len(flat)), 0, logits=flat) == alone
+    assert draws(make(wide, SamplingParams(top_k=5 * CANDIDATES), vocab=len(flat)), 0, logits=flat) == alone
 
 
 def test_joining_and_leaving_sequences_do_not_disturb_a_draw():
-    alone = draws(make(Sampling(seed=7)), 0, steps=12)
-    sampler = make(GREEDY, Sampling(seed=7), Sampling(top_p=0.5))
+    alone = draws(make(SamplingParams(seed=7)), 0, steps=12)
+    sampler = make(GREEDY, SamplingParams(seed=7), SamplingParams(top_p=0.5))
     drawn = draws(sampler, 1, steps=3)
-    sampler.extend(sequences(Sampling(top_k=2), Sampling(presence_penalty=1.0)))
+    sampler.extend(sequences(SamplingParams(top_k=2), SamplingParams(presence_penalty=1.0)))
     drawn += draws(sampler, 1, steps=3)
     sampler.filter([4, 1])
     drawn += draws(sampler, 1, steps=3)
@@ -173,14 +175,17 @@ def test_joining_and_leaving_sequences_do_not_disturb_a_draw():
 
 
 def test_a_sequence_that_joins_starts_its_own_stream_from_the_beginning():
-    sampler = make(Sampling(seed=1))
+    sampler = make(SamplingParams(seed=1))
     draws(sampler, 0, steps=5)
-    sampler.extend(sequences(Sampling(seed=7)))
-    assert draws(sampler, 1) == draws(make(Sampling(seed=7)), 0)
+    sampler.extend(sequences(SamplingParams(seed=7)))
+    assert draws(sampler, 1) == draws(make(SamplingParams(seed=7)), 0)
 
 
 def test_a_plain_sequence_is_not_touched_by_its_neighbours_penalties_and_bias():
-    neighbours = [Sampling(temperature=0, logit_bias={0: -100}), Sampling(temperature=0, frequency_penalty=2.0)]
+    neighbours = [
+        SamplingParams(temperature=0, logit_bias={0: -100}),
+        SamplingParams(temperature=0, frequency_penalty=2.0),
+    ]
     sampler = make(GREEDY, *neighbours)
     tokens = [sample(sampler) for _ in range(4)]
     assert [step[0] for step in tokens] == [0, 0, 0, 0]
@@ -207,10 +212,10 @@ class Reference:
 
 
 PENALTIES = [
-    Sampling(temperature=0, frequency_penalty=0.4),
-    Sampling(temperature=0, presence_penalty=1.1),
-    Sampling(temperature=0, repetition_penalty=1.5),
-    Sampling(temperature=0, frequency_penalty=-0.3, presence_penalty=0.2, repetition_penalty=1.2),
+    SamplingParams(temperature=0, frequency_penalty=0.4),
+    SamplingParams(temperature=0, presence_penalty=1.1),
+    SamplingParams(temperature=0, repetition_penalty=1.5),
+    SamplingParams(temperature=0, frequency_penalty=-0.3, presence_penalty=0.2, repetition_penalty=1.2),
     GREEDY,
 ]
 
@@ -254,13 +259,13 @@ def test_penalties_follow_the_reference_while_sequences_join_and_leave():
 def test_a_penalty_that_joins_later_starts_without_a_past():
     sampler = make(GREEDY)
     assert draws(sampler, 0, steps=3) == [0, 0, 0]
-    sampler.extend(sequences(Sampling(temperature=0, presence_penalty=1.5)))
+    sampler.extend(sequences(SamplingParams(temperature=0, presence_penalty=1.5)))
     assert [sample(sampler) for _ in range(3)] == [[0, 0], [0, 7], [0, 1]]
 
 
 def test_bias_follows_its_sequence_through_joins_and_leaves():
-    sampler = make(Sampling(temperature=0, logit_bias={4: 9.0}))
-    sampler.extend(sequences(GREEDY, Sampling(temperature=0, logit_bias={6: 9.0})))
+    sampler = make(SamplingParams(temperature=0, logit_bias={4: 9.0}))
+    sampler.extend(sequences(GREEDY, SamplingParams(temperature=0, logit_bias={6: 9.0})))
     assert sample(sampler) == [4, 0, 6]
     sampler.filter([2, 1])
     assert sample(sampler) == [6, 0]
@@ -271,12 +276,12 @@ def test_bias_follows_its_sequence_through_joins_and_leaves():
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-30, 1e-6])
 def test_a_temperature_next_to_nothing_is_greedy(temperature):
     logits = [-1.0, 0.0, 2.0, 1.0]
-    assert sample(make(Sampling(temperature=temperature, seed=1), vocab=4), logits) == [2]
+    assert sample(make(SamplingParams(temperature=temperature, seed=1), vocab=4), logits) == [2]
 
 
 def test_tokens_that_are_impossible_are_never_drawn():
     masked = [-float("inf"), 0.0, -float("inf"), 0.0]
-    settings = [Sampling(seed=n, top_p=0.99 if n % 2 else 1.0) for n in range(300)]
+    settings = [SamplingParams(seed=n, top_p=0.99 if n % 2 else 1.0) for n in range(300)]
     assert set(sample(make(*settings, vocab=4), masked)) == {1, 3}
 
 
@@ -284,7 +289,7 @@ def test_tokens_that_are_impossible_are_never_drawn_from_a_large_vocabulary():
     """A GPU adds up in parallel there, so that its sums may rise by a rounding error where they should not."""
     chance = np.random.default_rng(0)
     logits = np.where(chance.random((64, 50_000)) < 0.01, chance.normal(size=(64, 50_000)), -np.inf)
-    sampler = make(*[Sampling(seed=n) for n in range(64)], vocab=50_000)
+    sampler = make(*[SamplingParams(seed=n) for n in range(64)], vocab=50_000)
     for _ in range(5):
         drawn = sampler(mx.array(logits, dtype=mx.float32)).tolist()
         assert np.isfinite(logits[np.arange(64), drawn]).all()
@@ -294,9 +299,9 @@ def test_tokens_that_are_impossible_are_never_drawn_from_a_large_vocabulary():
 @pytest.mark.parametrize("penalty", [1.0, 1e-300, 1e300])
 def test_whatever_the_logits_are_the_token_exists_and_the_neighbours_are_spared(logit, penalty):
     """A token that does not exist would be written beyond the end of the counts, and read beyond the embeddings."""
-    settings = [Sampling(), Sampling(top_p=0.9), Sampling(top_k=3, min_p=0.1), GREEDY]
+    settings = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=3, min_p=0.1), GREEDY]
     wild = [replace(s, repetition_penalty=penalty) for s in settings]
-    tame = Sampling(seed=7, top_p=0.9)
+    tame = SamplingParams(seed=7, top_p=0.9)
     alone = draws(make(tame), 0, steps=4)
     sampler = make(*wild, tame, tokens=(0, 1))
     logits = [*([[logit] * (VOCAB - 1) + [1.0]] * len(wild)), LOGITS]
@@ -306,7 +311,7 @@ def test_whatever_the_logits_are_the_token_exists_and_the_neighbours_are_spared(
 
 
 def test_a_batch_that_emptied_takes_sequences_again():
-    sampler = make(Sampling(seed=1, presence_penalty=1.0, logit_bias={1: 1.0}))
+    sampler = make(SamplingParams(seed=1, presence_penalty=1.0, logit_bias={1: 1.0}))
     sampler.filter([])
     sampler.extend(sequences(GREEDY))
     assert sample(sampler) == [0]

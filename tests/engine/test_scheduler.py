@@ -5,9 +5,9 @@ import random
 import pytest
 from mlx_lm import load
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.metrics import EngineLoad
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.scheduler.peers import FixedPeers, ProcessPeers
 from mlxserver.engine.scheduler.prefill import ChunkBudget
 from mlxserver.engine.scheduler.scheduler import Scheduler
@@ -37,9 +37,9 @@ MIXED = [
     sequence(1, prompt(1, seed=1)),
     sequence(2, prompt(2, seed=2), SEEDED),
     sequence(3, prompt(40, seed=3), GREEDY, 20),
-    sequence(4, prompt(300, seed=4), Sampling(temperature=1.3, top_k=20, seed=5), 15),
-    sequence(5, prompt(17, seed=5), Sampling(temperature=0.0, frequency_penalty=1.0, repetition_penalty=1.2), 12),
-    sequence(6, prompt(5, seed=6), Sampling(seed=-3, min_p=0.1, logit_bias={9: 2.0}), 1),
+    sequence(4, prompt(300, seed=4), SamplingParams(temperature=1.3, top_k=20, seed=5), 15),
+    sequence(5, prompt(17, seed=5), SamplingParams(temperature=0.0, frequency_penalty=1.0, repetition_penalty=1.2), 12),
+    sequence(6, prompt(5, seed=6), SamplingParams(seed=-3, min_p=0.1, logit_bias={9: 2.0}), 1),
 ]
 
 
@@ -283,7 +283,7 @@ def test_a_random_traffic_of_joins_and_leaves_changes_no_answer(model):
     driver = Driver(Scheduler(model, max_running=4, stall_target=0.002, prefix_cache=cache()))
     for n in range(25):
         start = prompt(chance.choice([1, 20, 90]), seed=chance.randrange(3))
-        sampling = chance.choice([GREEDY, SEEDED, Sampling(temperature=0.0, presence_penalty=0.5)])
+        sampling = chance.choice([GREEDY, SEEDED, SamplingParams(temperature=0.0, presence_penalty=0.5)])
         driver.add(sequence(n, (*start, *prompt(chance.randrange(5), seed=n)), sampling, chance.randrange(1, 12)))
         for _ in range(chance.randrange(4)):
             driver.step()
@@ -329,8 +329,8 @@ def test_beside_streams_of_other_models_the_tokens_are_the_same(model):
 def test_the_load_counts_requests_with_a_slot_however_many_sequences_they_have(model):
     scheduler = Scheduler(model, max_running=3)
     driver = Driver(scheduler)
-    driver.add_choices(*(sequence(n, prompt(20), Sampling(seed=n), 4 + 4 * n) for n in (1, 2)))
-    driver.add_choices(*(sequence(n, prompt(30), Sampling(seed=n), 4) for n in (3, 4)))
+    driver.add_choices(*(sequence(n, prompt(20), SamplingParams(seed=n), 4 + 4 * n) for n in (1, 2)))
+    driver.add_choices(*(sequence(n, prompt(30), SamplingParams(seed=n), 4) for n in (3, 4)))
     assert (scheduler.load.is_busy, scheduler.load.num_running) == (True, 0)
     driver.step()
     assert scheduler.load.num_running == 1  # the other one's choices need two slots

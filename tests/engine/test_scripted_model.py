@@ -1,4 +1,4 @@
-"""The makers of test models keep their word: real mlx-lm loads them, and a script is what is said."""
+"""Test models do what their makers promise: real mlx-lm loads them, and they generate their script."""
 
 import json
 
@@ -8,15 +8,15 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.prompt.formats import FORMATS, find_type, thinking_tags
-from mlxserver.engine.requests import ChatPrompt
+from tests.support.conversations import question
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.scripts import Script
 
 
-def say(path, message, *, temperature=0.0, max_tokens=40):
+def generate(path, message, *, temperature=0.0, max_tokens=40):
     """What the model in `path` answers, end-of-sequence included as text."""
     model, tokenizer, config = load(str(path), return_config=True)
-    prompt = FORMATS[find_type(tokenizer)](tokenizer, config).format(ChatPrompt([{"role": "user", "content": message}]))
+    prompt = FORMATS[find_type(tokenizer)](tokenizer, config).format(question(message))
     sampler = make_sampler(temperature)
     tokens = [r.token for r in stream_generate(model, tokenizer, list(prompt.tokens), max_tokens, sampler=sampler)]
     detokenizer = make_detokenizer(tokenizer)
@@ -34,31 +34,31 @@ def say(path, message, *, temperature=0.0, max_tokens=40):
         ("no such word", "Hello there, and hello there again."),
     ],
 )
-def test_a_script_is_said_to_the_letter_at_any_temperature(scripted_path, message, answer, temperature):
-    assert say(scripted_path, message, temperature=temperature)[0] == answer + "<|im_end|>"
+def test_a_script_is_generated_to_the_letter_at_any_temperature(scripted_path, message, answer, temperature):
+    assert generate(scripted_path, message, temperature=temperature)[0] == answer + "<|im_end|>"
 
 
 def test_an_endless_script_begins_again(scripted_path):
-    assert say(scripted_path, "forever", max_tokens=5)[0] == "tick tock tick tock tick "
+    assert generate(scripted_path, "forever", max_tokens=5)[0] == "tick tock tick tock tick "
 
 
 def test_the_caller_chooses_the_tokens(tmp_path):
     path = scripted_model(tmp_path, {"x": Script(["<th", "ink>", "a", "a", "a", "</think>"])})
-    assert len(say(path, "x")[1]) == 7
+    assert len(generate(path, "x")[1]) == 7
 
 
 def test_a_scripted_model_can_have_its_thinking_opened_by_the_template(tmp_path):
     path = scripted_model(tmp_path, {"x": "a</think>b"}, generation_prompt="<think>\n", tokens=("<think>", "</think>"))
     _, tokenizer, config = load(str(path), return_config=True)
     assert (find_type(tokenizer), thinking_tags(tokenizer)) == ("thinking", ("<think>", "</think>"))
-    prompt = FORMATS["thinking"](tokenizer, config).format(ChatPrompt([{"role": "user", "content": "x"}]))
+    prompt = FORMATS["thinking"](tokenizer, config).format(question("x"))
     assert prompt.opens_thinking
-    assert say(path, "x")[0] == "a</think>b<|im_end|>"
+    assert generate(path, "x")[0] == "a</think>b<|im_end|>"
 
 
 def test_a_tiny_llama_is_made_from_its_seed_and_goes_on(tmp_path):
     one, again, other = (tiny_llama(tmp_path / name, seed=seed) for name, seed in (("1", 1), ("2", 1), ("3", 2)))
-    said = [say(path, "Hello", max_tokens=20)[1] for path in (one, again, other)]
-    assert said[0] == said[1] != said[2]
-    assert {len(tokens) for tokens in said} == {20}
+    generated = [generate(path, "Hello", max_tokens=20)[1] for path in (one, again, other)]
+    assert generated[0] == generated[1] != generated[2]
+    assert {len(tokens) for tokens in generated} == {20}
     assert json.loads((one / "generation_config.json").read_text())["eos_token_id"] == 1

@@ -1,4 +1,4 @@
-"""Reasoning and answer are told apart, however the text is cut."""
+"""Reasoning and answer are kept apart, however the text is cut."""
 
 from itertools import pairwise
 
@@ -13,9 +13,9 @@ from mlxserver.engine.output.thinking import ThinkingParser
 def parse(pieces, starts_inside=False, may_close_twice=False):
     """The whole reasoning and the whole content."""
     parser = ThinkingParser("<think>", "</think>", starts_inside, may_close_twice=may_close_twice)
-    told = [part for piece in pieces for part in parser.feed(piece)] + parser.flush()
-    assert all(text for _, text in told)
-    return tuple("".join(text.text for channel, text in told if channel == c) for c in ("reasoning", "content"))
+    emitted = [part for piece in pieces for part in parser.feed(piece)] + parser.flush()
+    assert all(text for _, text in emitted)
+    return tuple("".join(text.text for channel, text in emitted if channel == c) for c in ("reasoning", "content"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_only_what_may_be_a_tag_is_held_back():
     assert parser.flush() == []
 
 
-def test_it_knows_whether_the_output_is_inside_the_reasoning():
+def test_the_parser_shows_whether_the_output_is_inside_the_reasoning():
     assert ThinkingParser("<think>", "</think>", True).is_thinking
     parser = ThinkingParser("<think>", "</think>", False)
     states = [(parser.feed(piece), parser.is_thinking)[1] for piece in ("<thi", "nk>", "a", "</think>", "b")]

@@ -1,4 +1,4 @@
-"""Tool calls are told from the content, in every model family's format, however the text is cut."""
+"""Tool calls are parsed out of the content, in every model family's format, however the text is cut."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import gemma4, glm47, json_tools, kimi_k2, minicpm5, mistral, pythonic, qwen3_coder
 
+from mlxserver.engine.conversation import Message, Text, Tool
 from mlxserver.engine.events import ToolCallDelta
 from mlxserver.engine.output.json_calls import CallScanner, ScanState
 from mlxserver.engine.output.marked_text import TokenText
@@ -16,7 +17,7 @@ from mlxserver.engine.output.tool_calls import ToolCallParser, make_tool_parser
 from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, TextPrompt, ToolChoice
 
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = (Tool("add", parameters={"type": "object", "properties": {}}),)
 
 
 def native(module):
@@ -71,7 +72,7 @@ CALL = ("add", '{"a": 1}')
         (f'<tool_call>{{"name": "f"}}{ADD} b', "b", [("f", "{}"), CALL]),
     ],
 )
-def test_calls_are_told_from_the_content(text, content, calls):
+def test_calls_are_parsed_out_of_the_content(text, content, calls):
     assert parse([text]) == (content, calls, len(calls))
     assert parse(text) == (content, calls, len(calls))
 
@@ -96,7 +97,7 @@ def test_calls_are_told_from_the_content(text, content, calls):
         "a \n<tool_call>",
     ],
 )
-def test_what_is_no_call_comes_out_as_content_unchanged(text):
+def test_what_is_no_call_is_content_unchanged(text):
     assert parse([text]) == (text, [], 0)
     assert parse(text) == (text, [], 0)
 
@@ -107,13 +108,13 @@ def test_behind_a_malformed_call_another_one_is_found():
     assert parse(['<tool_call>{"name": "f"}{"x": 1}</tool_call>']) == ('{"x": 1}</tool_call>', [("f", "{}")], 1)
 
 
-def test_arguments_are_told_while_they_are_made():
+def test_arguments_are_emitted_while_the_model_writes_them():
     parser = ToolCallParser(PLAIN)
     pieces = ('a <tool_call>{"name"', ': "f", "arguments"', ': {"', "x", '": 1', "}", "}</tool_", "call>")
-    told = [parser.feed(piece) for piece in pieces]
-    call_id = told[2][0].id
+    emitted = [parser.feed(piece) for piece in pieces]
+    call_id = emitted[2][0].id
     assert re.fullmatch("call_[0-9a-f]{24}", call_id)
-    assert told == [
+    assert emitted == [
         [TokenText("a")],
         [],
         [ToolCallDelta(0, '{"', call_id, "f")],
@@ -139,7 +140,7 @@ def test_a_call_that_is_cut_is_not_whole(text, is_cut, content, calls, completed
     assert parse(text, is_cut=is_cut) == (content, calls, completed)
 
 
-def test_without_parallel_calls_nothing_is_told_after_the_first():
+def test_without_parallel_calls_nothing_is_emitted_after_the_first():
     assert parse([ADD + ADD + "x"], parallel=False) == ("", [CALL], 1)
     assert parse(ADD + ADD + "x", parallel=False) == ("", [CALL], 1)
     two = "<|tool_call_start|>[f(a=1), g(b=2)]<|tool_call_end|>"
@@ -211,14 +212,14 @@ def test_the_id_of_a_family_that_has_one_is_kept():
         (r'{"name": "a", "arguments": {"x": "\ud800"}}', "a", r'{"x": "\ud800"}'),
     ],
 )
-def test_half_a_character_that_a_model_spells_can_be_sent(call, name, arguments):
+def test_a_lone_surrogate_that_a_model_writes_can_be_sent(call, name, arguments):
     parser = ToolCallParser(PLAIN)
     events = [*parser.feed(f"<tool_call>{call}</tool_call>"), *parser.flush(is_cut=False)]
     assert [(event.name, event.arguments) for event in events] == [(name, arguments)]
     assert json.loads(events[0].arguments) is not None and arguments.encode()
 
 
-def test_half_a_character_out_of_a_familys_parser_can_be_sent():
+def test_a_lone_surrogate_out_of_a_familys_parser_can_be_sent():
     found = {"name": "a\ud800", "arguments": {"x": "\udc00"}, "id": "\udfff"}
     call = ToolFormat("<", ">", lambda body, tools: found).parse("x", [])[0]
     assert (call.name, call.arguments, call.id) == ("a\ufffd", '{"x": "\ufffd"}', "\ufffd")
@@ -234,18 +235,16 @@ def test_a_body_without_its_end_tag_is_a_call_only_if_the_model_ended_there(is_c
 @pytest.mark.parametrize(
     "found", [None, [], {}, {"name": ""}, {"name": "f", "arguments": 1}, {"name": "f", "arguments": {"a": {1}}}, [7]]
 )
-def test_whatever_a_familys_parser_says_is_checked(found):
+def test_whatever_a_familys_parser_returns_is_checked(found):
     text = "<x>body</x>"
     assert parse([text], ToolFormat("<x>", "</x>", lambda body, tools: found)) == (text, [], 0)
 
 
 def test_parsers_find_parameters_in_every_tool():
     seen = []
-    parser = ToolCallParser(
-        ToolFormat("<x>", "</x>", lambda body, tools: seen.append(tools)), [{"function": {"name": "f"}}]
-    )
+    parser = ToolCallParser(ToolFormat("<x>", "</x>", lambda body, tools: seen.append(tools)), [Tool("f")])
     parser.feed("<x>body</x>")
-    assert seen == [[{"function": {"name": "f", "parameters": {}}}]]
+    assert seen == [[{"type": "function", "function": {"name": "f", "parameters": {}}}]]
 
 
 @pytest.mark.parametrize(
@@ -256,11 +255,11 @@ def test_parsers_find_parameters_in_every_tool():
         ("required", TOOLS, '[{"name": "f"}]', 1),
         ("function", TOOLS, '[{"name": "f"}]', 1),
         ("none", TOOLS, ADD, None),
-        ("auto", [], ADD, None),
+        ("auto", (), ADD, None),
     ],
 )
-def test_the_choice_decides_what_is_read_as_a_call(mode, tools, text, calls):
-    prompt = ChatPrompt([{"role": "user", "content": "a"}], tools=tools)
+def test_the_choice_decides_what_is_parsed_as_a_call(mode, tools, text, calls):
+    prompt = ChatPrompt((Message("user", (Text("a"),)),), tools)
     parser = make_tool_parser(PLAIN, GenerationRequest(prompt, tool_choice=ToolChoice(mode)))
     assert (parser and (parser.feed(text), parser.completed)[1]) == calls
     assert make_tool_parser(PLAIN, GenerationRequest(TextPrompt("a"))) is None
@@ -330,7 +329,7 @@ JSON = st.recursive(
 @given(
     st.text(min_size=1), st.dictionaries(st.text(), JSON, max_size=4), JSON, st.booleans(), st.permutations(range(3))
 )
-def test_any_json_call_is_read_and_its_arguments_are_the_very_text(name, arguments, other, ascii_, order):
+def test_any_json_call_is_scanned_and_its_arguments_are_the_very_text(name, arguments, other, ascii_, order):
     fields = [("name", name), ("arguments", arguments), ("other", other)]
     text = json.dumps(dict(fields[n] for n in order), ensure_ascii=ascii_)
     scanner = CallScanner()

@@ -141,3 +141,16 @@ async def test_memory_that_was_granted_and_lost_to_a_lower_limit_is_granted_anew
         await until(status_is(manager, "b", "draining"))
         running[1].close()
         assert len(await waiting) == 5
+
+
+@within_deadline
+async def test_closing_refuses_a_load_whose_victims_have_not_left_yet():
+    async with managed(min_residency=0) as (manager, _):
+        running = await manager.instance("a").generate(request())
+        waiting = asyncio.create_task(answered(manager, "b"))
+        await until(status_is(manager, "a", "draining"))
+        manager.memory.close()
+        with pytest.raises(LoadAborted):
+            await waiting
+        assert states(manager) == "a:draining"
+        running.close()

@@ -2,11 +2,11 @@
 
 import random
 
-from mlxserver.engine.requests import Sampling
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.sequence import Sequence
 
-GREEDY = Sampling(temperature=0.0)
-SEEDED = Sampling(temperature=1.0, top_p=0.9, seed=11)
+GREEDY = SamplingParams(temperature=0.0)
+SEEDED = SamplingParams(temperature=1.0, top_p=0.9, seed=11)
 
 
 def prompt(length, seed=0):

@@ -11,12 +11,14 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.errors import EngineError, PromptRejected
 from mlxserver.engine.events import Delta, Finish
 from mlxserver.engine.metrics import EngineLoad
-from mlxserver.engine.requests import ChatPrompt, GenerationRequest, ModelFacts, Sampling
+from mlxserver.engine.requests import GenerationRequest, ModelFacts
 from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.engine import Engine
+from tests.support.conversations import question
 
 DEADLINE = 30.0
 ENDLESS = 10**9
@@ -34,7 +36,7 @@ def within_deadline(test):
 
 
 def request(text="hello", max_tokens=None):
-    return GenerationRequest(ChatPrompt([{"role": "user", "content": text}]), max_tokens=max_tokens)
+    return GenerationRequest(question(text), max_tokens=max_tokens)
 
 
 async def read(generation):
@@ -186,24 +188,30 @@ class ScriptedBatch:
 
 @dataclass
 class ScriptedRunner:
-    """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected."""
+    """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected.
+
+    preprocess() and answer() raise `panic`, if any.
+    """
 
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
     facts: ModelFacts = FACTS
     formatting: threading.Event = field(default_factory=threading.Event)
+    panic: BaseException | None = None
 
     def __post_init__(self):
         self.formatting.set()
 
     def preprocess(self, request):
+        if self.panic:
+            raise self.panic
         if request.format:
             assert self.formatting.wait(DEADLINE)
-            if request.prompt.messages[0]["content"].startswith("refuse"):
-                raise PromptRejected("no such schema", "response_format")
+            if request.prompt.conversation[0].text.startswith("refuse"):
+                raise PromptRejected("no such schema", "format.schema")
         return request
 
     def prepare(self, request, ids):
-        text = request.prompt.messages[0]["content"]
+        text = request.prompt.conversation[0].text
         if text.startswith("refuse"):
             raise PromptRejected("refused", "messages[0]")
         fault = Panic if text.endswith("!") else ZeroDivisionError
@@ -216,7 +224,7 @@ class ScriptedRunner:
                 Sequence(
                     next(ids),
                     tokens,
-                    Sampling(),
+                    SamplingParams(),
                     max_tokens,
                     constraint=Knot(fault) if text.startswith("bind") else None,
                 ),
@@ -226,6 +234,8 @@ class ScriptedRunner:
         ]
 
     def answer(self, question):
+        if self.panic:
+            raise self.panic
         return "answer"
 
 

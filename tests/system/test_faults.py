@@ -108,19 +108,16 @@ async def test_a_fault_of_one_of_several_choices_ends_the_whole_request():
 
 @within_deadline
 async def test_a_panic_over_a_question_or_a_prompt_fails_that_request():
-    def panic(asked):
-        raise Panic("index out of bounds")
-
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         await instance.load()
-        instance._lifecycle.engine._tokenizer_worker.begin(panic, panic)
+        factory.runners[0].panic = Panic("index out of bounds")
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.ask(Detokenize((1,)))
         with pytest.raises(RequestFailed, match="Panic: index out of bounds"):
             await instance.generate(request())
         assert isinstance(await answered(instance), RequestFailed)
-        instance._lifecycle.engine._tokenizer_worker.begin(factory.runners[0].preprocess, panic)
+        factory.runners[0].panic = None
         assert await answered(instance) == 5
         assert factory.builds == 1
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.schema.parameters import ValidationFailed, parse
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.distributed.codec import (
     RemoteConstraint,
@@ -35,7 +36,6 @@ from mlxserver.engine.distributed.membership import Follower, stuck
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.loading import estimate, loader
 from mlxserver.engine.loading.sharding import RankPosition, divider, share
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 from tools.harness.models import tiny_llama
@@ -329,7 +329,7 @@ def test_what_ranks_must_have_in_common_names_the_difference_and_holds_no_secret
 
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.floats(0, 2),
     top_k=st.integers(0, 100),
     seed=st.none() | st.integers(-(2**63), 2**64 - 1),
@@ -347,13 +347,13 @@ def test_rows_arrive_as_they_were_sent(settings_of_rows, tokens):
 
 
 def unseeded(row):
-    fields = {name: getattr(row.sampling, name) for name in Sampling.__slots__ if name != "seed"}
+    fields = {name: getattr(row.sampling, name) for name in SamplingParams.__slots__ if name != "seed"}
     return row.id, row.tokens, row.max_tokens, row.top_logprobs, fields
 
 
 def test_a_rank_that_does_not_choose_is_told_nothing_of_how():
-    bound = Sequence(1, (1, 2), Sampling(temperature=0.3), 5, top_logprobs=2, constraint=Counting())
-    assert decode_sequences(through_json(encode_sequences([bound])), None) == [Sequence(1, (1, 2), Sampling(), 5)]
+    bound = Sequence(1, (1, 2), SamplingParams(temperature=0.3), 5, top_logprobs=2, constraint=Counting())
+    assert decode_sequences(through_json(encode_sequences([bound])), None) == [Sequence(1, (1, 2), SamplingParams(), 5)]
 
 
 def test_tokens_arrive_as_they_were_sent():

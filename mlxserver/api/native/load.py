@@ -13,11 +13,8 @@ from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest
 from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
-from mlxserver.config.settings import GenerationDefaults, ModelSpec
-
-DEFAULTS = (
-    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"
-)  # fmt: skip
+from mlxserver.config.sampling_params import MODEL_DEFAULTS
+from mlxserver.config.settings import ModelSpec
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -25,15 +22,16 @@ def check_defaults(value: Any, param: str) -> dict[str, float]:
     if not isinstance(value, dict):
         raise invalid(param, value, "an object")
     for name in value:
-        if name not in DEFAULTS:
+        if name not in MODEL_DEFAULTS:
             raise ValidationFailed(
-                f"Unknown default {abbreviate(name)}. Expected some of {', '.join(DEFAULTS)}.", f"{param}.{name[:64]}"
+                f"Unknown default {abbreviate(name)}. Expected some of {', '.join(MODEL_DEFAULTS)}.",
+                f"{param}.{name[:64]}",
             )
     try:
         asked = parse(SamplingRequest, orjson.dumps({"model": "", **value}))
     except ValidationFailed as error:
         raise ValidationFailed(error.message, f"{param}.{error.param}") from None
-    return {name: getattr(asked, name) for name in value if getattr(asked, name) is not None}
+    return asked.sampling
 
 
 class LoadRequest(Request):
@@ -91,7 +89,7 @@ class LoadRequest(Request):
             shard=self.shard,
             pin=self.pin,
             ttl=self.ttl,
-            defaults=GenerationDefaults(**self.defaults),  # type: ignore[arg-type]
+            defaults=self.defaults,
             **{name: value for name, value in limits.items() if value is not None},
         )
 

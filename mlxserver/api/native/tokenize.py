@@ -11,6 +11,7 @@ from mlxserver.api.openai.generation import ModelRequest
 from mlxserver.api.openai.messages import SHAPE as MESSAGES
 from mlxserver.api.openai.messages import check_messages
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed
+from mlxserver.engine.conversation import Message
 from mlxserver.engine.requests import TextPrompt, Tokenize
 
 
@@ -18,7 +19,7 @@ class TokenizeRequest(PromptRequest):
     """POST /tokenize."""
 
     prompt: str | None = Parameter(str, "Text; special tokens in it count. Either this or messages.")
-    messages: list[dict[str, Any]] | None = Parameter(
+    messages: tuple[Message, ...] | None = Parameter(
         object, "A conversation, set in the model's chat template.", check=check_messages, shape=MESSAGES
     )
 

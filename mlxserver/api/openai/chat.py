@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mlxserver.api.dialect import Call, Failure
@@ -11,13 +10,13 @@ from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import GeneratingRequest, ModelRequest
 from mlxserver.api.openai.messages import SHAPE as MESSAGES
 from mlxserver.api.openai.messages import check_messages
-from mlxserver.api.openai.requests import sampling_options
 from mlxserver.api.openai.response_format import FORMAT, check_response_format
 from mlxserver.api.openai.tools import CHOICE, TOOLS, check_tool_choice, check_tools
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
 from mlxserver.api.schema.validators import check_modalities
 from mlxserver.config.settings import ReasoningFormat, Settings
+from mlxserver.engine.conversation import Message, Tool
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat, ToolChoice
 
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -27,8 +26,8 @@ MAX_TOP_LOGPROBS = 20
 class PromptRequest(ModelRequest):
     """How a conversation becomes a prompt."""
 
-    tools: list[dict[str, Any]] = Parameter(
-        object, "Functions that the model may call.", default=[], check=check_tools, shape=TOOLS
+    tools: tuple[Tool, ...] = Parameter(
+        object, "Functions that the model may call.", default=(), check=check_tools, shape=TOOLS
     )
     reasoning_effort: str | None = Parameter(
         str, "How much to think, given to the chat template; none turns thinking off.", enum=EFFORTS
@@ -40,16 +39,16 @@ class PromptRequest(ModelRequest):
         bool, "Go on with the last message, which is the assistant's, instead of answering it.", default=False
     )
 
-    def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> ChatPrompt:
+    def chat_prompt(self, messages: tuple[Message, ...]) -> ChatPrompt:
         """The prompt of these messages. Chat templates have the effort "none" as enable_thinking."""
         effort = self.reasoning_effort
         thinking = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort} if effort else {}
         template_kwargs = {**thinking, **self.chat_template_kwargs}
         return ChatPrompt(messages, self.tools, template_kwargs, self.continue_final_message)
 
-    def check_prefill(self, messages: list[dict[str, Any]] | None) -> None:
+    def check_prefill(self, messages: tuple[Message, ...] | None) -> None:
         """Refuse to continue what is no answer. Raises ValidationFailed."""
-        if self.continue_final_message and (not messages or messages[-1]["role"] != "assistant"):
+        if self.continue_final_message and (not messages or messages[-1].role != "assistant"):
             message = "'continue_final_message' needs an assistant message as the last one."
             raise ValidationFailed(message, "continue_final_message")
 
@@ -57,7 +56,7 @@ class PromptRequest(ModelRequest):
 class ChatPromptRequest(PromptRequest):
     """A conversation to answer."""
 
-    messages: list[dict[str, Any]] = Parameter(
+    messages: tuple[Message, ...] = Parameter(
         object, "The conversation so far.", required=True, check=check_messages, shape=MESSAGES
     )
 
@@ -128,7 +127,7 @@ class ChatCompletionRequest(ChatPromptRequest, GeneratingRequest):
 
     def _check_tool_choice(self) -> None:
         mode, name = self.tool_choice
-        names = [tool["function"]["name"] for tool in self.tools]
+        names = [tool.name for tool in self.tools]
         if mode == "function" and name not in names:
             expected = "the name of one of 'tools'" + (
                 f": {', '.join(names)}" if names else ", of which there are none"
@@ -168,7 +167,7 @@ def _generation_request(request: ChatCompletionRequest) -> GenerationRequest:
     mode, name = request.tool_choice
     return GenerationRequest(
         request.chat_prompt(request.messages),
-        sampling_options(request),
+        request.sampling,
         request.token_limit,
         request.stop,
         n=request.n,

@@ -13,7 +13,6 @@ from mlxserver.api.dialect import Call, Failure, Lookup
 from mlxserver.api.openai.encoders import CompletionEncoder
 from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import GeneratingRequest
-from mlxserver.api.openai.requests import sampling_options
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
 from mlxserver.config.settings import Settings
@@ -124,7 +123,7 @@ class CompletionDialect:
 def _generation_request(request: CompletionRequest, prompt: BarePrompt) -> GenerationRequest:
     return GenerationRequest(
         TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
-        sampling_options(request),
+        request.sampling,
         request.token_limit,
         request.stop,
         n=request.n,

@@ -9,16 +9,30 @@ import orjson
 
 from mlxserver.api.dialect import Failure
 
+# OpenAI's names of the fields of an engine request.
+PARAMETERS = {
+    "prompt.conversation": "messages",
+    "prompt.template_kwargs": "chat_template_kwargs",
+    "prompt.template_kwargs.reasoning_effort": "reasoning_effort",
+    "format.schema": "response_format",
+    "sampling.logit_bias": "logit_bias",
+}
+
 
 def error_object(failure: Failure) -> dict[str, Any]:
     """The envelope as an object. Text from outside (a file's name) may hold surrogates, which JSON has no form for."""
     error = {
         "message": failure.message.encode(errors="backslashreplace").decode(),
         "type": f"{failure.kind}_error",
-        "param": failure.param,
+        "param": wire_param(failure.param),
         "code": failure.code,
     }
     return {"error": error} | ({"projection": asdict(failure.projection)} if failure.projection else {})
+
+
+def wire_param(field: str | None) -> str | None:
+    """The parameter that a client gave for a field. A path in a message or tool is in the client's words already."""
+    return field and PARAMETERS.get(field, field)
 
 
 def envelope(failure: Failure) -> bytes:

@@ -1,10 +1,13 @@
-"""What every request that generates text may say: which model, how the next token is chosen, when to stop, how to send.
+"""Parameters of every request that generates text: model, sampling, stops, and how the answer is sent.
 
 Rule: a default of None leaves the matter to the model's own defaults.
 """
 
 from __future__ import annotations
 
+import re
+from math import inf, isfinite
+from types import new_class
 from typing import Any
 
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, invalid
@@ -12,10 +15,11 @@ from mlxserver.api.schema.validators import (
     MAX_STOPS,
     STREAM_OPTIONS,
     check_keep_alive,
-    check_logit_bias,
     check_stop,
     check_stream_options,
 )
+from mlxserver.config.fields import Range
+from mlxserver.config.sampling_params import BIAS_RANGE, NUMBERS, SamplingParams
 
 MAX_CHOICES = 128  # of any server; this one may set a lower limit (api/schema/limits.py)
 STOP: dict[str, Any] = {
@@ -24,11 +28,24 @@ STOP: dict[str, Any] = {
         {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1}},
     ]
 }
+TOKEN_ID = re.compile(r"[0-9]{1,9}")
 LOGIT_BIAS: dict[str, Any] = {
     "type": "object",
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "additionalProperties": {"type": "number", "minimum": BIAS_RANGE.minimum, "maximum": BIAS_RANGE.maximum},
 }
 KEEP_ALIVE: dict[str, Any] = {"anyOf": [{"type": "number"}, {"type": "string"}]}
+
+
+def check_logit_bias(value: Any, param: str) -> dict[int, float]:
+    """Token ids and the addend to their logits. Raises ValidationFailed."""
+    if not isinstance(value, dict):
+        raise invalid(param, value, "an object of token ids and numbers")
+    for token, bias in value.items():
+        if not TOKEN_ID.fullmatch(token):
+            raise invalid(param, token, "token ids (decimal digits) as its keys")
+        if type(bias) not in (int, float) or bias not in BIAS_RANGE:
+            raise invalid(f"{param}.{token}", bias, f"a number {BIAS_RANGE}")
+    return {int(token): float(bias) for token, bias in value.items()}
 
 
 class ModelRequest(Request):
@@ -37,26 +54,32 @@ class ModelRequest(Request):
     model: str = Parameter(str, "Key of the model that answers.", required=True)
 
 
-class SamplingRequest(ModelRequest):
-    """How the next token is chosen. What is not given is as the model's defaults have it."""
+def _declare_numbers(namespace: dict[str, Any]) -> None:
+    namespace["__annotations__"] = dict.fromkeys(NUMBERS, object)
+    for name, setting in NUMBERS.items():
+        namespace[name] = Parameter(setting.type, setting.meaning, **_bounds(setting.range or Range(-inf)))
 
-    temperature: float | None = Parameter(float, "Randomness; 0 is greedy.", ge=0, le=2)
-    top_p: float | None = Parameter(float, "Keep the likeliest tokens up to this probability.", gt=0, le=1)
-    top_k: int | None = Parameter(
-        int, "Keep this many of the likeliest tokens; 0 and -1 keep all.", ge=-1, check=lambda k, _: max(k, 0)
-    )
-    min_p: float | None = Parameter(float, "Keep tokens at least this likely, relative to the likeliest.", ge=0, le=1)
-    seed: int | None = Parameter(int, "The same seed gives the same answer.", ge=-(2**63), le=2**63 - 1)
-    frequency_penalty: float | None = Parameter(
-        float, "Lowers a token's logit for each time it was generated.", ge=-2, le=2
-    )
-    presence_penalty: float | None = Parameter(float, "Lowers a token's logit once it was generated.", ge=-2, le=2)
-    repetition_penalty: float | None = Parameter(
-        float, "Divides the logits of tokens seen in prompt or answer; 1 is off.", gt=0
-    )
+
+def _bounds(range: Range) -> dict[str, Any]:
+    bounds = {"gt" if range.is_open else "ge": range.minimum, "le": range.maximum}
+    return {name: bound for name, bound in bounds.items() if isfinite(bound)}
+
+
+_Numbers: Any = new_class("_Numbers", (ModelRequest,), exec_body=_declare_numbers)
+
+
+class SamplingRequest(_Numbers):  # type: ignore[misc]
+    """How the next token is chosen. Its numbers are declared by config/sampling_params.py."""
+
     logit_bias: dict[int, float] | None = Parameter(
         object, "Token ids and what is added to their logits.", check=check_logit_bias, shape=LOGIT_BIAS
     )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The parameters that were given, by name."""
+        values = ((name, getattr(self, name)) for name in SamplingParams.__slots__)
+        return {name: value for name, value in values if value is not None}
 
 
 class GeneratingRequest(SamplingRequest):

@@ -1,18 +1,19 @@
-"""The messages of a chat: checked, and normalised to what a prompt is made from.
+"""Messages of a chat on the wire -> a typed conversation.
 
-Rule 1: a message comes out as {"role", "content"} plus what its role may carry; content is a string, or None
-        for an assistant message that only calls tools or only reasons.
-Rule 2: text parts are joined to one string. Reasoning comes out as "reasoning_content", whichever name it had.
+Rule 1: text parts are joined to one text. Reasoning has two names. A refusal stands for the content that is missing.
+Rule 2: null and an empty list are the same as nothing: clients send whole answers back.
 Rule 3: an error names the place, as in "messages[0].content[1].type".
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from mlxserver.api.schema.parameters import ValidationFailed, abbreviate, invalid
+from mlxserver.engine.conversation import Message, Part, Reasoning, Text, ToolCall, ToolResult
 
-MAY_CARRY = {
+FIELDS = {
     "system": {"name"},
     "developer": {"name"},
     "user": {"name"},
@@ -33,7 +34,7 @@ TEXT: dict[str, Any] = {
         },
     ]
 }
-MAYBE_STRING = {"type": ["string", "null"]}
+OPTIONAL_STRING = {"type": ["string", "null"]}
 CALL: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -49,8 +50,8 @@ CALL: dict[str, Any] = {
 }
 
 
-def _said_by(*roles: str, required: tuple[str, ...] = ("content",), **fields: Any) -> dict[str, Any]:
-    properties = {"role": {"enum": list(roles)}, "content": TEXT, "name": MAYBE_STRING, **fields}
+def _message_shape(*roles: str, required: tuple[str, ...] = ("content",), **fields: Any) -> dict[str, Any]:
+    properties = {"role": {"enum": list(roles)}, "content": TEXT, "name": OPTIONAL_STRING, **fields}
     return {"type": "object", "properties": properties, "required": ["role", *required]}
 
 
@@ -59,15 +60,15 @@ SHAPE: dict[str, Any] = {
     "minItems": 1,
     "items": {
         "anyOf": [
-            _said_by("system", "developer", "user"),
-            _said_by("tool", required=("content", "tool_call_id"), tool_call_id={"type": "string"}),
-            _said_by(
+            _message_shape("system", "developer", "user"),
+            _message_shape("tool", required=("content", "tool_call_id"), tool_call_id={"type": "string"}),
+            _message_shape(
                 "assistant",
                 required=(),
                 content={"anyOf": [*TEXT["anyOf"], {"type": "null"}]},
-                refusal=MAYBE_STRING,
-                reasoning=MAYBE_STRING,
-                reasoning_content=MAYBE_STRING,
+                refusal=OPTIONAL_STRING,
+                reasoning=OPTIONAL_STRING,
+                reasoning_content=OPTIONAL_STRING,
                 tool_calls={"type": ["array", "null"], "items": CALL},
             ),
         ]
@@ -75,57 +76,58 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def check_messages(value: Any, param: str) -> list[dict[str, Any]]:
-    """Normalised messages. Raises ValidationFailed."""
+def check_messages(value: Any, param: str) -> tuple[Message, ...]:
+    """The conversation. Raises ValidationFailed."""
     if not isinstance(value, list) or not value:
         raise invalid(param, value, "a non-empty list of messages")
-    return [_message(message, f"{param}[{index}]") for index, message in enumerate(value)]
+    return tuple([_message(message, f"{param}[{index}]") for index, message in enumerate(value)])
 
 
-def _message(value: Any, param: str) -> dict[str, Any]:
+def _message(value: Any, origin: str) -> Message:
     if not isinstance(value, dict):
-        raise invalid(param, value, 'an object with "role" and "content"')
+        raise invalid(origin, value, 'an object with "role" and "content"')
     role = value.get("role")
-    if not isinstance(role, str) or role not in MAY_CARRY:
-        raise invalid(f"{param}.role", role, "one of " + ", ".join(map(repr, MAY_CARRY)))
-    carried = _carried(value, role, param)
-    return {"role": role, "content": _content(value.get("content"), role, carried, f"{param}.content"), **carried}
+    if not isinstance(role, str) or role not in FIELDS:
+        raise invalid(f"{origin}.role", role, "one of " + ", ".join(map(repr, FIELDS)))
+    fields = _fields(value, role, origin)
+    content = _content(value.get("content"), role, fields, origin)
+    name = fields.get("name")
+    parts: tuple[Part, ...] = (Text(content),) if content else ()
+    if role == "tool":
+        return Message("tool", (ToolResult(fields["tool_call_id"], content, name),), origin)
+    if role == "assistant":
+        reasoning = fields.get("reasoning_content")
+        parts = (*((Reasoning(reasoning),) if reasoning else ()), *parts, *fields.get("tool_calls", ()))
+    return Message(role, parts, origin, name)  # type: ignore[arg-type]
 
 
-def _carried(message: dict[str, Any], role: str, param: str) -> dict[str, Any]:
-    """All but role and content. Clients send whole answers back, so null and [] are the same as nothing."""
+def _fields(message: dict[str, Any], role: str, origin: str) -> dict[str, Any]:
+    """All but role and content, read."""
     given = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None and v != []}
     for name, value in given.items():
-        place = f"{param}.{name[:64]}"
-        if name not in MAY_CARRY[role]:
+        place = f"{origin}.{name[:64]}"
+        if name not in FIELDS[role]:
             raise ValidationFailed(f"Unknown field {abbreviate(name)} in a message of role '{role}'.", place)
         if name == "tool_calls":
-            _check_tool_calls(value, place)
+            given[name] = _tool_calls(value, place)
         elif not isinstance(value, str):
             raise invalid(place, value, "a string")
     if role == "tool" and "tool_call_id" not in given:
-        raise ValidationFailed("A tool message needs the id of the call that it answers.", f"{param}.tool_call_id")
-    return _one_reasoning(given, param)
+        raise ValidationFailed("A tool message needs the id of the call that it answers.", f"{origin}.tool_call_id")
+    if "reasoning" in given and given.setdefault("reasoning_content", given["reasoning"]) != given["reasoning"]:
+        conflict = "'reasoning' and 'reasoning_content' are two names of one thing, but differ. Send one of them."
+        raise ValidationFailed(conflict, f"{origin}.reasoning")
+    return given
 
 
-def _one_reasoning(carried: dict[str, Any], param: str) -> dict[str, Any]:
-    if "reasoning" not in carried:
-        return carried
-    reasoning = carried.pop("reasoning")
-    if carried.setdefault("reasoning_content", reasoning) != reasoning:
-        message = "'reasoning' and 'reasoning_content' are two names of one thing, but differ. Send one of them."
-        raise ValidationFailed(message, f"{param}.reasoning")
-    return carried
-
-
-def _content(value: Any, role: str, carried: dict[str, Any], param: str) -> str | None:
+def _content(value: Any, role: str, fields: dict[str, Any], origin: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "".join(_text(part, f"{param}[{index}]") for index, part in enumerate(value))
-    if value is None and role == "assistant" and carried.keys() & {"tool_calls", "reasoning_content", "refusal"}:
-        return carried.get("refusal")
-    raise invalid(param, value, "a string or a list of text parts")
+        return "".join([_text(part, f"{origin}.content[{index}]") for index, part in enumerate(value)])
+    if value is None and role == "assistant" and fields.keys() & {"tool_calls", "reasoning_content", "refusal"}:
+        return str(fields.get("refusal", ""))
+    raise invalid(f"{origin}.content", value, "a string or a list of text parts")
 
 
 def _text(part: Any, param: str) -> str:
@@ -138,18 +140,32 @@ def _text(part: Any, param: str) -> str:
     return str(part["text"])
 
 
-def _check_tool_calls(value: Any, param: str) -> None:
+def _tool_calls(value: Any, param: str) -> list[ToolCall]:
     if not isinstance(value, list):
         raise invalid(param, value, "a list of tool calls")
-    for index, call in enumerate(value):
-        place = f"{param}[{index}]"
-        if not isinstance(call, dict) or call.get("type", "function") != "function":
-            raise invalid(place, call, 'an object of type "function"')
-        if not isinstance(call.get("id"), str):
-            raise invalid(f"{place}.id", call.get("id"), "a string")
-        function = call.get("function")
-        if not isinstance(function, dict):
-            raise invalid(f"{place}.function", function, 'an object with "name" and "arguments"')
-        for name in ("name", "arguments"):
-            if not isinstance(function.get(name), str):
-                raise invalid(f"{place}.function.{name}", function.get(name), "a string")
+    return [_tool_call(call, f"{param}[{index}]") for index, call in enumerate(value)]
+
+
+def _tool_call(call: Any, param: str) -> ToolCall:
+    if not isinstance(call, dict) or call.get("type", "function") != "function":
+        raise invalid(param, call, 'an object of type "function"')
+    if not isinstance(call.get("id"), str):
+        raise invalid(f"{param}.id", call.get("id"), "a string")
+    function = call.get("function")
+    if not isinstance(function, dict):
+        raise invalid(f"{param}.function", function, 'an object with "name" and "arguments"')
+    for name in ("name", "arguments"):
+        if not isinstance(function.get(name), str):
+            raise invalid(f"{param}.function.{name}", function.get(name), "a string")
+    return ToolCall(call["id"], function["name"], _arguments(function["arguments"], f"{param}.function.arguments"))
+
+
+def _arguments(text: str, param: str) -> dict[str, Any]:
+    """The object that a text stands for; an empty text stands for an empty one."""
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise invalid(param, text, f"an object in JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise invalid(param, text, "an object in JSON")
+    return arguments

@@ -1,15 +1,14 @@
-"""Tools that the model may call, and which of them it may: checked, as the prompt takes them.
-
-Rule: a tool is {"type": "function", "function": {"name", "description"?, "parameters"?, "strict"?}}; what was null is
-      left out.
+"""Tools on the wire, {"type": "function", "function": {"name", "description"?, "parameters"?, "strict"?}}, and the
+choice among them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from mlxserver.api.schema.json_schema import check_shape, without_nulls
+from mlxserver.api.schema.json_schema import check_shape
 from mlxserver.api.schema.parameters import invalid
+from mlxserver.engine.conversation import Tool
 
 MODES = ["none", "auto", "required"]
 MAX_TOOLS = 256
@@ -48,14 +47,16 @@ TOOLS: dict[str, Any] = {
 CHOICE: dict[str, Any] = {"anyOf": [{"enum": MODES}, _function()]}
 
 
-def check_tools(value: Any, param: str) -> list[dict[str, Any]]:
+def check_tools(value: Any, param: str) -> tuple[Tool, ...]:
     """The tools, each with a name of its own. Raises ValidationFailed."""
     check_shape(value, TOOLS, param)
-    names = [tool["function"]["name"] for tool in value]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise invalid(f"{param}[{index}].function.name", name, "a name that no other tool has")
-    return [{"type": "function", "function": without_nulls(tool["function"])} for tool in value]
+    tools = tuple(Tool(**tool["function"], origin=f"{param}[{index}].function") for index, tool in enumerate(value))
+    names: set[str] = set()
+    for tool in tools:
+        if tool.name in names:
+            raise invalid(f"{tool.origin}.name", tool.name, "a name that no other tool has")
+        names.add(tool.name)
+    return tools
 
 
 def check_tool_choice(value: Any, param: str) -> tuple[str, str | None]:

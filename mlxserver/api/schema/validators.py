@@ -13,7 +13,6 @@ from mlxserver.api.schema.json_schema import check_shape, without_nulls
 from mlxserver.api.schema.parameters import invalid
 
 KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
-TOKEN_ID = re.compile(r"[0-9]{1,9}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_STOPS = 1024  # of any server; this one may set a lower limit (api/schema/limits.py)
 NUMBER = re.compile(r"-?[0-9]{1,12}(\.[0-9]{1,12})?")
@@ -45,18 +44,6 @@ def check_stop(value: Any, param: str) -> tuple[str, ...]:
         if not isinstance(stop, str) or not stop:
             raise invalid(param if stops is not value else f"{param}[{index}]", stop, "a non-empty string")
     return tuple(stops)
-
-
-def check_logit_bias(value: Any, param: str) -> dict[int, float]:
-    """Token ids and the addend to their logits."""
-    if not isinstance(value, dict):
-        raise invalid(param, value, "an object of token ids and numbers")
-    for token, bias in value.items():
-        if not TOKEN_ID.fullmatch(token):
-            raise invalid(param, token, "token ids (decimal digits) as its keys")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise invalid(f"{param}.{token}", bias, "a number at least -100 and at most 100")
-    return {int(token): float(bias) for token, bias in value.items()}
 
 
 def check_stream_options(value: Any, param: str) -> dict[str, bool]:

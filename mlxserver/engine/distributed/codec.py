@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from mlxserver.engine.requests import Sampling
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.sequence import Constraint, Logprobs, SampledToken, Sequence
 
 Ask = Callable[[int, abc.Sequence[int]], bytes | None]  # row id, tokens since it was asked last -> what it may say
@@ -39,7 +39,7 @@ def decode_sequences(content: Mapping[str, Any], ask: Ask | None) -> list[Sequen
     """The rows again. Without `ask`, for a rank that does not choose tokens: as if nothing were asked of them."""
     tokens = tuple(content["tokens"])
     if ask is None:
-        return [Sequence(row["id"], tokens, Sampling(), row["max_tokens"]) for row in content["rows"]]
+        return [Sequence(row["id"], tokens, SamplingParams(), row["max_tokens"]) for row in content["rows"]]
     return [
         Sequence(
             row["id"],
@@ -117,10 +117,10 @@ def _finite(logprob: float | None) -> float:
     return -math.inf if logprob is None else logprob
 
 
-def _encode_sampling(sampling: Sampling) -> dict[str, Any]:
+def _encode_sampling(sampling: SamplingParams) -> dict[str, Any]:
     seed = None if sampling.seed is None else sampling.seed & (2**64 - 1)  # all that is used of it
     return asdict(replace(sampling, seed=seed)) | {"logit_bias": list(sampling.logit_bias.items())}
 
 
-def _decode_sampling(content: Mapping[str, Any]) -> Sampling:
-    return Sampling(**{**content, "logit_bias": dict(content["logit_bias"])})
+def _decode_sampling(content: Mapping[str, Any]) -> SamplingParams:
+    return SamplingParams(**{**content, "logit_bias": dict(content["logit_bias"])})

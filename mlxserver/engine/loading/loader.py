@@ -24,6 +24,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters, load_model, load_tokenizer
 from tokenizers.models import BPE
 
+from mlxserver.config.errors import ConfigInvalid
+from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from mlxserver.engine.loading import estimate
@@ -37,7 +39,6 @@ from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, curr
 log = logging.getLogger("engine")
 
 READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; a load that was called off ends at the next one
-GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class LoadedModel:
     """A model that is ready to run.
 
     config: config.json as mlx-lm reads it. path: the local MLX directory. limits: of what requests may take.
-    generation_defaults: those of GENERATION_KEYS that the model's makers recommend. weight_bytes: in memory.
+    generation_defaults: the sampling parameters that the model's makers recommend. weight_bytes: in memory.
     """
 
     model: nn.Module
@@ -168,14 +169,21 @@ def _is_fusable(layer: nn.Module) -> bool:
 
 
 def generation_defaults(path: Path) -> dict[str, float]:
-    """Sampling values that the model's generation_config.json recommends; empty if there is none to read."""
+    """Sampling parameters that the model's generation_config.json recommends; empty if there is none to read."""
     try:
         stated = json.loads((path / "generation_config.json").read_text())
     except (OSError, ValueError):
         return {}
     if not isinstance(stated, dict):
         return {}
-    return {key: stated[key] for key in GENERATION_KEYS if type(stated.get(key)) in (int, float)}
+    recommended = {}
+    for name, setting in MODEL_DEFAULTS.items():
+        if (value := stated.get(name)) is not None:
+            try:
+                recommended[name] = setting.check(f"generation_config.json: {name}", value)
+            except ConfigInvalid as error:
+                log.warning("%s It is left out.", error)
+    return recommended
 
 
 class _Unusable(Exception):

@@ -1,8 +1,8 @@
-"""Token ids -> text, one token at a time.
+"""Detokenizer: token ids -> text, one token at a time.
 
 Rule 1: the pieces joined are what decoding all ids at once gives, special tokens included. Only where bytes make no
-        character at all may the two place their U+FFFD differently.
-Rule 2: bytes of an incomplete character wait for the rest; what stays incomplete comes out as U+FFFD at the end.
+        character at all may U+FFFD stand at another place.
+Rule 2: bytes of an incomplete character wait for the rest; what stays incomplete is U+FFFD at the end.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 class Detokenizer(Protocol):
-    """Decodes one sequence."""
+    """Decoder of one sequence."""
 
     def feed(self, token: int) -> str:
-        """The text that `token` completes; empty when that is none. Unknown ids have no text."""
+        """The text that `token` completes; empty if it completes none. Unknown ids have no text."""
 
     def flush(self) -> str:
         """The text of what is incomplete."""
 
 
 def make_detokenizer(tokenizer: TokenizerWrapper) -> Detokenizer:
-    """A fresh detokenizer. Tokenizers that are no Rust tokenizer get mlx-lm's."""
+    """A fresh detokenizer: the Rust tokenizer's, or mlx-lm's for any other tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return StreamDetokenizer(backend) if backend is not None else SlowDetokenizer(tokenizer.detokenizer)
 
 
 class StreamDetokenizer:
-    """On the Rust tokenizer's own decoding stream."""
+    """Detokenizer on the Rust tokenizer's decoding stream."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -61,7 +61,7 @@ class StreamDetokenizer:
 
 
 class SlowDetokenizer:
-    """On one of mlx-lm's streaming detokenizers."""
+    """Detokenizer on one of mlx-lm's streaming ones."""
 
     def __init__(self, detokenizer: Any) -> None:
         self._detokenizer = detokenizer

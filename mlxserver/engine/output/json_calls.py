@@ -1,8 +1,8 @@
-"""Reads a tool call that is written as a JSON object, while it is being written.
+"""Scanner of a tool call in JSON, while the model writes it.
 
-Rule 1: any cut of the same text gives the same name and arguments; arguments are told as soon as the name is known.
+Rule 1: any cut of the same text gives the same name and arguments; arguments are emitted once the name is known.
 Rule 2: the arguments are the model's own JSON text. Inside them only brackets and strings are followed.
-Rule 3: what has been told stays told: a call can be malformed only before its arguments, or behind them, where it no
+Rule 3: what was emitted stays valid: a call can be malformed only before its arguments, or behind them, where it no
         longer matters.
 """
 
@@ -28,7 +28,7 @@ class ScanState(Enum):
 
 
 class CallScanner:
-    """Reads one {"name": ..., "arguments": {...}}, in any order and with other keys between, from behind its "{".
+    """Scanner of one {"name": ..., "arguments": {...}}, in any order and with other keys between, from behind its "{".
 
     A call without arguments has {}; arguments in a JSON string are taken out of it.
     """
@@ -37,12 +37,12 @@ class CallScanner:
         self.name = ""
         self.has_arguments = False
         self.state = ScanState.READING
-        self._unpublished: list[str] = []
+        self._untaken: list[str] = []
         self._object = self._read_object()
         next(self._object)
 
     def feed(self, text: str) -> int:
-        """How much of `text` belongs to the call: all of it, unless it ends there or turns out to be none."""
+        """The number of characters that belong to the call: all, unless it ends there or turns out to be none."""
         for position, char in enumerate(text):
             try:
                 self._object.send(char)
@@ -56,11 +56,11 @@ class CallScanner:
         return len(text)
 
     def take_arguments(self) -> str:
-        """The text of the arguments that came since the last call; empty while the name is not known."""
+        """The text of the arguments that came since it was last taken; empty while the name is not known."""
         if not self.name:
             return ""
-        arguments = "".join(self._unpublished)
-        self._unpublished.clear()
+        arguments = "".join(self._untaken)
+        self._untaken.clear()
         return arguments
 
     def _read_object(self) -> Reading[None]:
@@ -77,7 +77,7 @@ class CallScanner:
         if not self.name:
             raise ValueError
         if not self.has_arguments:
-            self._unpublished.append("{}")
+            self._untaken.append("{}")
             self.has_arguments = True
 
     def _read_value(self, key: str, first: str) -> Reading[str]:
@@ -98,19 +98,17 @@ class CallScanner:
 
     def _read_arguments(self, first: str) -> Reading[None]:
         if first == "{":
-            yield from _container(first, self._unpublished.append)
+            yield from _container(first, self._untaken.append)
         else:
             text = yield from _string(first)
             if not isinstance(json.loads(text), dict):
                 raise ValueError
-            self._unpublished.append(text)
+            self._untaken.append(text)
         self.has_arguments = True
 
 
 def sendable(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair that stands alone, as an escape can spell it: UTF-8 has
-    none for it.
-    """
+    """The text with U+FFFD for each lone surrogate, which a JSON escape can write and UTF-8 can't encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -137,7 +135,7 @@ def _string(first: str) -> Reading[str]:
 
 
 def _container(first: str, keep: Callable[[str], None]) -> Reading[None]:
-    """Read the object or array that begins with `first`, and keep each of its characters."""
+    """Read the object or array that begins with `first`, and pass each of its characters to `keep`."""
     char, depth, in_string, is_escaped = first, 0, False, False
     while True:
         keep(char)

@@ -1,7 +1,7 @@
-"""Text together with the tokens that brought it, on its way through the stages of an output.
+"""Marked text: text with the tokens that it came from, as the stages of an output stream pass it on.
 
-Rule 1: a token goes with the first of its text that is told, and with no other.
-Rule 2: a token of which no text is told is dropped with its text.
+Rule 1: a token goes with the first of its text that is emitted, and with no other.
+Rule 2: a token of which no text is emitted is dropped with its text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mlxserver.engine.events import TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """A text. marks: where in it the text of each token begins, in order; only of tokens with log-probabilities."""
+    """Text. marks: offsets at which the text of each token begins, in order; only of tokens with log-probabilities."""
 
     text: str = ""
     marks: tuple[tuple[int, TokenLogprob], ...] = ()
@@ -31,11 +31,11 @@ class TokenText:
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...]:
-        """Those of its tokens."""
+        """Log-probabilities of its tokens."""
         return tuple(token for _, token in self.marks)
 
     def cut(self, length: int) -> tuple[TokenText, TokenText]:
-        """The first `length` characters, to be told, and the rest. A token that is cut goes with the first part."""
+        """The first `length` characters, to be emitted, and the rest. A token that is cut goes with the first part."""
         if length >= len(self.text):
             return self, NOTHING
         head = tuple(mark for mark in self.marks if mark[0] < length)

@@ -1,6 +1,6 @@
-"""Finding strings in text that arrives in pieces.
+"""Stop strings: search in text that arrives in pieces.
 
-Rule 1: text is held back only while it may still be the beginning of what is looked for.
+Rule 1: text is held back only while it may still be the beginning of a stop string.
 Rule 2: the match that is complete first wins, and of those the one that began first, so that any cut of the same text
         finds the same match.
 """
@@ -23,7 +23,7 @@ def overlap(text: str, wanted: str) -> int:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string. Empty stop strings are ignored."""
+    """Filter that passes text on up to the first stop string. Empty stop strings are ignored."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
@@ -42,11 +42,11 @@ class StopStrings:
         return passed, False
 
     def flush(self) -> TokenText:
-        """What is held back, now that no more text comes."""
+        """The text that is held back, at the end of the output."""
         text, self._held = self._held, TokenText()
         return text
 
     def _first_match(self, text: str) -> tuple[int, int] | None:
-        """End and start of the match that counts."""
+        """End and start of the match that wins."""
         found = ((start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0)
         return min(found, default=None)

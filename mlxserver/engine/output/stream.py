@@ -1,13 +1,13 @@
-"""One choice's token ids -> its events: detokenizer -> thinking split -> stop strings -> tool calls.
+"""Output stream of one choice: token ids -> events, by detokenizer, thinking parser, stop strings and tool calls.
 
-Rule 1: a stage sees only what the one before let pass, and no stage knows another.
-Rule 2: stop strings are looked for in the content, as the client sees it. Reasoning is not searched: a stop at the
+Rule 1: a stage gets only what the stage before it lets pass, and no stage knows another.
+Rule 2: stop strings are searched for in the content, as the client sees it. Reasoning is not searched: a stop at the
         first blank line ends an answer, not the thinking before it.
-Rule 3: there is exactly one Finish. Everything held back comes out before it, but never a stop string, what follows
+Rule 3: there is exactly one Finish. Text that was held back is emitted before it, but never a stop string, what follows
         one, or the text of an end-of-sequence token.
-Rule 4: what feed() returns is text of the tokens fed so far, the last piece of it completed by this token.
-Rule 5: a token's log-probabilities go with the first of its text that is told (output/marked_text.py). Those of tokens
-        without any, of tags, stop strings, tool calls and ends of sequence, are dropped.
+Rule 4: feed() returns text of the tokens fed so far, the last piece of it completed by this token.
+Rule 5: a token's log-probabilities go with the first of its text that is emitted (output/marked_text.py). Those of
+        tokens without any, of tags, stop strings, tool calls and ends of sequence, are dropped.
 Rule 6: a character that max_tokens cuts in two is left out; one that the model itself leaves incomplete is U+FFFD.
 """
 
@@ -30,11 +30,11 @@ OutputEvent = Delta | ToolCallDelta | Finish
 
 
 class OutputStream:
-    """Reads the tokens of one choice.
+    """Parser of the tokens of one choice.
 
-    eos: the tokens that end it; with ignore_eos they have no text and end nothing. tools: where tools may be called.
-    completion_tokens counts every token fed, an end of sequence included. reasoning_tokens counts those up to the
-    end of the reasoning, tags included.
+    eos: the tokens that end it; with ignore_eos they have no text and end nothing. tools: None where none may be
+    called. completion_tokens counts every token fed, an end of sequence included; reasoning_tokens those up to the end
+    of the reasoning, tags included.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class OutputStream:
         self._thinking = thinking
         self._tools = tools
         self._index = index
-        self._incomplete: list[TokenLogprob] = []  # of the tokens whose text is still to come
+        self._incomplete: list[TokenLogprob] = []  # of tokens whose text is still to come
 
     def feed(self, token: int, logprobs: TokenLogprob | None = None) -> list[OutputEvent]:
-        """The events that `token` brings; its Finish is the last of all.
+        """The events that `token` completes; the Finish is the last of all.
 
-        Raises ValueError when the choice has finished.
+        Raises ValueError after the end of the choice.
         """
         if self.is_finished:
             raise ValueError(f"token {token} after the end of choice {self._index}; expected none")
@@ -82,7 +82,7 @@ class OutputStream:
         return events
 
     def _finish(self, reason: FinishReason) -> list[OutputEvent]:
-        """Send what the stages hold back, each through those behind it, and the Finish."""
+        """The events of what the stages hold back, each passed through those behind it, and the Finish."""
         rest = self._detokenizer.flush()
         whole = rest.rstrip("\ufffd") if reason == "length" else rest
         pieces = self._split(whole)
@@ -92,11 +92,11 @@ class OutputStream:
         if not self.is_finished:
             events += self._read_content(self._stops.flush())
         if not self.is_finished:  # what was held back may have ended the choice
-            events += self._tell_cut() if whole != rest else []
+            events += self._cut_character() if whole != rest else []
             events += self._end(reason, is_cut=reason == "length")
         return events
 
-    def _tell_cut(self) -> list[OutputEvent]:
+    def _cut_character(self) -> list[OutputEvent]:
         """The log-probabilities of the tokens of a character that was cut: their bytes are known."""
         if self._tools or not self._incomplete:
             return []
@@ -104,7 +104,7 @@ class OutputStream:
         return [self._delta(TokenText("", tuple((0, token) for token in self._incomplete)), channel)]
 
     def _split(self, text: str) -> list[tuple[Channel, TokenText]]:
-        """The channels of the text that a token completes."""
+        """Text that a token completes, by channel."""
         marked = TokenText(text)
         if text and self._incomplete:
             marked = TokenText(text, tuple((0, token) for token in self._incomplete))
@@ -118,7 +118,7 @@ class OutputStream:
         return pieces
 
     def _pass_on(self, pieces: Iterable[tuple[Channel, TokenText]]) -> list[OutputEvent]:
-        """Send pieces up to the first stop string, or the last tool call, which ends the choice."""
+        """The events of pieces up to the first stop string, or the last tool call, which ends the choice."""
         events: list[OutputEvent] = []
         for channel, piece in pieces:
             if channel == "reasoning":
@@ -133,20 +133,20 @@ class OutputStream:
         return events
 
     def _read_content(self, text: TokenText) -> list[OutputEvent]:
-        """Tell the tool calls in the content from its text."""
+        """The events of content: its text and the tool calls in it."""
         if not self._tools:
             return [self._delta(text)] if text else []
-        events = self._tell(self._tools.feed(text))
+        events = self._to_events(self._tools.feed(text))
         return [*events, *self._end("stop", is_cut=False)] if self._tools.is_done else events
 
     def _end(self, reason: FinishReason, *, is_cut: bool) -> list[OutputEvent]:
         self.is_finished = True
-        events = self._tell(self._tools.flush(is_cut=is_cut)) if self._tools else []
+        events = self._to_events(self._tools.flush(is_cut=is_cut)) if self._tools else []
         if reason == "stop" and self._tools and self._tools.completed:
             reason = "tool_calls"
         return [*events, Finish(reason, self._index)]
 
-    def _tell(self, pieces: Iterable[TokenText | ToolCallDelta]) -> list[OutputEvent]:
+    def _to_events(self, pieces: Iterable[TokenText | ToolCallDelta]) -> list[OutputEvent]:
         return [self._delta(piece) if isinstance(piece, TokenText) else piece for piece in pieces]
 
     def _delta(self, text: TokenText, channel: Channel = "content") -> Delta:

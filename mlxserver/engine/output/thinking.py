@@ -1,8 +1,8 @@
-"""Splits a model's text into its reasoning and its answer.
+"""Thinking parser: a model's text -> reasoning and answer.
 
-Rule 1: an opening tag counts only at the very start of the output, where white space may precede it; after the closing
-        tag everything is content. So an answer may speak of tags. Only where the reasoning may have been closed for the
-        model one more closing tag is dropped: it often goes on to write its own.
+Rule 1: an opening tag counts only at the very start of the output, behind white space at most; after the closing tag
+        everything is content, so that an answer may mention tags. Only where the reasoning may have been closed for
+        the model, one more closing tag is dropped: the model often writes its own.
 Rule 2: no tag is emitted, nor the white space after the opening one and on both sides of the closing one. All other
         text is, unchanged.
 Rule 3: any cut of the same text gives the same channels. Only what may be part of a tag, or the white space beside
@@ -17,9 +17,10 @@ from mlxserver.engine.output.stop_strings import overlap
 
 
 class ThinkingParser:
-    """Reads one choice. `starts_inside`: the prompt has opened the reasoning already, so that only its end will come.
+    """Parser of one choice.
 
-    A model that repeats the opening tag in spite of that is understood. may_close_twice: the reasoning has a budget.
+    starts_inside: the prompt has opened the reasoning, so that only its end will come; an opening tag that the model
+    repeats is dropped. may_close_twice: the reasoning has a budget, so that it may be closed for the model.
     """
 
     def __init__(self, start_tag: str, end_tag: str, starts_inside: bool, *, may_close_twice: bool = False) -> None:
@@ -33,16 +34,16 @@ class ThinkingParser:
 
     @property
     def is_thinking(self) -> bool:
-        """Whether the text fed last leaves the output inside the reasoning."""
+        """Whether the output is inside the reasoning after the text fed last."""
         return (self._channel or self._untagged) == "reasoning"
 
     @property
     def is_closing(self) -> bool:
-        """Whether the text fed last may be the beginning of the closing tag."""
+        """Whether the text fed last ends in what may be the beginning of the closing tag."""
         return self.is_thinking and overlap(self._held.text, self._end_tag) > 0
 
     def feed(self, text: TokenText | str) -> list[tuple[Channel, TokenText]]:
-        """What `text` decides, in order: each piece with its channel."""
+        """Pieces that `text` decides, in order, each with its channel."""
         self._held += text
         pieces = []
         if self._channel is None:
@@ -54,7 +55,7 @@ class ThinkingParser:
         return pieces
 
     def flush(self) -> list[tuple[Channel, TokenText]]:
-        """What is held back, now that no more text comes: it was no tag."""
+        """The text that is held back, at the end of the output: it was no tag."""
         self._channel = self._channel or self._untagged
         return self._emit(len(self._held))
 
@@ -87,13 +88,13 @@ class ThinkingParser:
         return pieces + self._emit(len(self._held))
 
     def _enter(self, channel: Channel, dropped: int) -> None:
-        """Change channels, behind the `dropped` characters of a tag and the white space before it."""
+        """Change channels, and drop the characters of a tag and of the white space before it."""
         self._channel = channel
         self._held = self._held.drop(dropped)
         self._trims_left = True
 
     def _emit(self, length: int) -> list[tuple[Channel, TokenText]]:
-        """Send the first `length` characters that are held, less the white space beside a tag."""
+        """The first `length` characters that are held, less the white space beside a tag."""
         text, self._held = self._held.cut(length)
         if self._trims_left:
             text = text.drop(length - len(text.text.lstrip()))

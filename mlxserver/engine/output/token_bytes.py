@@ -1,7 +1,7 @@
-"""How single tokens are spelled: the bytes that each stands for in a text.
+"""Token bytes: the bytes that a single token stands for in a text.
 
 Rule 1: the bytes of a text's tokens joined are the text's, also where a token is no whole character.
-Rule 2: a token is spelled as it is behind another one: with the space before it, which a decoder drops at the start.
+Rule 2: a token's bytes are those that it has behind another token, with the space that a decoder drops at the start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-_spellings: WeakKeyDictionary[TokenizerWrapper, dict[int, bytes]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[TokenizerWrapper, dict[int, bytes]] = WeakKeyDictionary()
 
 
 def token_logprob(
@@ -27,19 +27,19 @@ def token_logprob(
 ) -> TokenLogprob:
     """A token with its text and bytes. top: the likeliest token ids with their log-probabilities."""
     likeliest = tuple(token_logprob(tokenizer, other, value) for other, value in top)
-    spelling = token_bytes(tokenizer, token)
-    return TokenLogprob(spelling.decode(errors="replace"), spelling, logprob, likeliest)
+    encoded = token_bytes(tokenizer, token)
+    return TokenLogprob(encoded.decode(errors="replace"), encoded, logprob, likeliest)
 
 
 def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:
-    """The bytes of a token; none for an id outside the vocabulary. Each token is spelled once a tokenizer."""
-    spellings = _spellings.setdefault(tokenizer, {})
-    if token not in spellings:
-        spellings[token] = _spell(tokenizer, token)
-    return spellings[token]
+    """The bytes of a token; none for an id outside the vocabulary. Computed once per token and tokenizer."""
+    known = _known.setdefault(tokenizer, {})
+    if token not in known:
+        known[token] = _compute(tokenizer, token)
+    return known[token]
 
 
-def _spell(tokenizer: TokenizerWrapper, token: int) -> bytes:
+def _compute(tokenizer: TokenizerWrapper, token: int) -> bytes:
     alone, twice = _decode(tokenizer, [token]), _decode(tokenizer, [token, token])
     text = twice[len(alone) :]
     if REPLACEMENT not in text:

@@ -1,8 +1,8 @@
-"""The content of one choice -> its text and its tool calls.
+"""Tool call parser: the content of one choice -> its text and its tool calls.
 
 Rule 1: text between the tags of a call is no content, nor is the white space beside a call; all other text is.
-Rule 2: calls in JSON are told while they are made; other formats are parsed when their end tag has come.
-Rule 3: what looked like a call and is none comes out as content, unchanged.
+Rule 2: calls in JSON are emitted while the model writes them; other formats are parsed at their end tag.
+Rule 3: what looked like a call and is none is content, unchanged.
 Rule 4: any cut of the same text gives the same content and calls.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any
 
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.events import ToolCallDelta
 from mlxserver.engine.output.json_calls import CallScanner, ScanState
 from mlxserver.engine.output.marked_text import TokenText
@@ -26,7 +26,7 @@ BETWEEN_CALLS = " \t\r\n,]"
 
 
 class ParserState(Enum):
-    """What the text that comes next is taken for."""
+    """What the parser expects next."""
 
     CONTENT = "content, or a start tag"
     OPENED = "the beginning of calls, in JSON or not"
@@ -37,29 +37,29 @@ class ParserState(Enum):
 
 
 class ToolCallParser:
-    """Reads the content of one choice. `completed` counts the calls that are whole.
+    """Parser of the content of one choice. `completed` counts the calls that are whole.
 
-    tools: those that may be called. Without `parallel` nothing is told after the first call. index: of the choice.
+    tools: those that may be called. Without `parallel` nothing is emitted after the first call. index: of the choice.
     """
 
     def __init__(
-        self, tool_format: ToolFormat, tools: Sequence[Mapping[str, Any]] = (), *, parallel: bool = True, index: int = 0
+        self, tool_format: ToolFormat, tools: Sequence[Tool] = (), *, parallel: bool = True, index: int = 0
     ) -> None:
         self.completed = 0
         self._format = tool_format
         self._tools = tools
         self._parallel = parallel
         self._index = index
-        self._place = ParserState.CONTENT if tool_format.start else ParserState.OPENED
+        self._state = ParserState.CONTENT if tool_format.start else ParserState.OPENED
         self._held = TokenText()
         self._read = 0  # how many characters of what is held have been understood
         self._trims_left = False
         self._begun = 0
         self._scanner = CallScanner()
-        self._is_told = False  # the call that is being read; what is told is no longer held
+        self._is_emitted = False  # the call that is being read; what is emitted is no longer held
         self._tail = re.compile(f"{re.escape(tool_format.end)}|(?={re.escape(tool_format.start)})")
         self._events: list[TokenText | ToolCallDelta] = []
-        self._subscribers = {
+        self._readers = {
             ParserState.CONTENT: self._read_content,
             ParserState.OPENED: self._read_opening,
             ParserState.CALL: self._read_call,
@@ -70,37 +70,37 @@ class ToolCallParser:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing more will be told."""
+        """Whether nothing more will be emitted."""
         return self.completed > 0 and not self._parallel
 
     def feed(self, text: TokenText | str) -> list[TokenText | ToolCallDelta]:
         """The content and the pieces of calls that `text` decides, in order."""
         self._held += text
-        while not self.is_done and (place := self._subscribers[self._place]()):
-            self._place = place
+        while not self.is_done and (state := self._readers[self._state]()):
+            self._state = state
         return self._take_events()
 
     def flush(self, *, is_cut: bool) -> list[TokenText | ToolCallDelta]:
-        """What is held back, now that no more text comes. is_cut: the model has not ended by itself."""
-        if self._place is ParserState.BODY and not (is_cut and self._format.end):
+        """The events of what is held back, at the end of the output. is_cut: the model has not ended by itself."""
+        if self._state is ParserState.BODY and not (is_cut and self._format.end):
             self._parse_body(len(self._held), len(self._held))
-        elif self._place is ParserState.CALL and self._is_told:
+        elif self._state is ParserState.CALL and self._is_emitted:
             self.completed += self._scanner.has_arguments
             self._drop(len(self._held))
-        elif self._place is ParserState.TAIL or self.is_done:
+        elif self._state is ParserState.TAIL or self.is_done:
             self._drop(len(self._held))
-        self._tell(len(self._held))
+        self._emit(len(self._held))
         return self._take_events()
 
     def _read_content(self) -> ParserState | None:
-        """Tell what stands before a start tag."""
+        """Emit the text before a start tag."""
         text, tag = self._held.text, self._format.start
         start = text.find(tag) if tag else -1
         if start < 0:
-            self._tell(len(text[: len(text) - overlap(text, tag)].rstrip()))
+            self._emit(len(text[: len(text) - overlap(text, tag)].rstrip()))
             return None
         length = len(text[:start].rstrip())
-        self._tell(length)
+        self._emit(length)
         self._read = start - length + len(tag)
         return ParserState.OPENED
 
@@ -114,22 +114,22 @@ class ToolCallParser:
     def _enter_call(self, read: int) -> ParserState:
         self._read = read
         self._scanner = CallScanner()
-        self._is_told = False
+        self._is_emitted = False
         return ParserState.CALL
 
     def _read_call(self) -> ParserState | None:
-        """Tell the arguments as they come. Until then the call is held back, since it may be none."""
+        """Emit the arguments as they come. Until then the call is held back, since it may be none."""
         self._read += self._scanner.feed(self._held.text[self._read :])
         if arguments := self._scanner.take_arguments():
-            if self._is_told:
+            if self._is_emitted:
                 self._events.append(ToolCallDelta(self._begun - 1, arguments, index=self._index))
             else:
                 self._begin_call(self._scanner.name, arguments)
-            self._is_told = True
+            self._is_emitted = True
         if self._scanner.state is ScanState.MALFORMED:
-            self._tell(self._read)
+            self._emit(self._read)
             return ParserState.CONTENT
-        if self._is_told:
+        if self._is_emitted:
             self._drop(self._read)
         if self._scanner.state is ScanState.READING:
             return None
@@ -147,11 +147,11 @@ class ToolCallParser:
         return None if end < 0 else self._parse_body(end, end + len(self._format.end))
 
     def _parse_body(self, end: int, behind: int) -> ParserState:
-        """Tell the calls that end at `end`, or if there are none all text up to `behind` as content."""
+        """Emit the calls that end at `end`, or if there are none all text up to `behind` as content."""
         try:
             calls = self._format.parse(self._held.text[self._read : end], self._tools)
         except ValueError:
-            self._tell(behind)
+            self._emit(behind)
             return ParserState.CONTENT
         self._drop(behind)
         for call in calls if self._parallel else calls[:1]:
@@ -161,7 +161,7 @@ class ToolCallParser:
         return ParserState.CONTENT
 
     def _read_tail(self) -> ParserState | None:
-        """Drop everything up to the end tag. A start tag does as well, for a model that forgets the other."""
+        """Drop everything up to the end tag, or to a start tag where the model leaves the end tag out."""
         text = self._held.text
         tag = self._tail.search(text)
         if tag is None:
@@ -176,8 +176,8 @@ class ToolCallParser:
         self._events.append(ToolCallDelta(self._begun, arguments, call_id, name, self._index))
         self._begun += 1
 
-    def _tell(self, length: int) -> None:
-        """Send the first `length` characters that are held as content, less the white space behind a call."""
+    def _emit(self, length: int) -> None:
+        """Emit the first `length` characters that are held as content, less the white space behind a call."""
         text, self._held = self._held.cut(length)
         self._read = 0
         if self._trims_left:
@@ -196,7 +196,7 @@ class ToolCallParser:
 
 
 def make_tool_parser(tool_format: ToolFormat, request: GenerationRequest, index: int = 0) -> ToolCallParser | None:
-    """What reads the calls of one choice; None for a request without tools, or whose tools may not be called."""
+    """The parser of the calls of one choice; None for a request without tools, or whose tools may not be called."""
     choice = request.tool_choice
     if not isinstance(request.prompt, ChatPrompt) or not request.prompt.tools or choice.mode == "none":
         return None

@@ -1,14 +1,14 @@
-"""How models write their tool calls.
+"""Tool formats: how models write their tool calls.
 
 Rule 1: a model whose template has tools keeps its own format, with mlx-lm's parser of that family.
-Rule 2: every other one is told the plain format in its prompt (prompt/tool_text.py).
-Rule 3: a call that must come is a bare JSON array, which a grammar enforces whatever the model's own format is.
+Rule 2: the prompt of every other model describes the plain format (prompt/tool_text.py).
+Rule 3: a forced call is a bare JSON array, which a grammar enforces whatever the model's own format is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm i
 
 from mlx_lm.tool_parsers import json_tools
 
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.output.json_calls import sendable
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class ParsedCall:
     """A whole call. arguments: JSON text of an object. id: the model's own, where its format has one."""
 
     name: str
@@ -33,10 +34,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The tags round tool calls, and the parser of what stands between them.
+    """Tags around tool calls, and the parser of the text between them.
 
-    start "": all of the content is calls. end "": they go on to the end of the answer. is_native: the model's own.
-    is_json: each call is one JSON object of a name and arguments.
+    start "": all of the content is calls. end "": they go on to the end of the answer. is_native: the model's own
+    format. is_json: each call is one JSON object of a name and arguments.
     """
 
     start: str
@@ -45,29 +46,29 @@ class ToolFormat:
     is_native: bool = False
     is_json: bool = False
 
-    def parse(self, body: str, tools: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
+    def parse(self, body: str, tools: Iterable[Tool]) -> list[ParsedCall]:
         """The calls between two tags, at least one. Raises ValueError."""
         try:
-            found = self.parser(body.strip(), [_with_parameters(tool) for tool in tools])
+            found = self.parser(body.strip(), [_for_parser(tool) for tool in tools])
             calls = [_check(call) for call in (found if isinstance(found, list) else [found])]
-        except Exception as error:  # mlx-lm's parsers raise whatever a model's text makes them meet
+        except Exception as error:  # mlx-lm's parsers let any error through
             raise ValueError(f"{body!r} is no tool call: {error}") from error
         if not calls:
             raise ValueError(f"{body!r} has no tool call")
         return calls
 
 
-def _with_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool in which parsers find the parameters that a function without any may leave out."""
-    return {**tool, "function": {"parameters": {}, **tool["function"]}}
+def _for_parser(tool: Tool) -> dict[str, Any]:
+    """A tool in which a parser finds the parameters that a function without any may leave out."""
+    return {"type": "function", "function": {"parameters": {}, **tool.function}}
 
 
-def _check(call: Any) -> ToolCall:
+def _check(call: Any) -> ParsedCall:
     name, arguments, own_id = call["name"], call.get("arguments", {}), call.get("id")
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError(f"{call!r}: expected a name and an object of arguments")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return ToolCall(sendable(name), sendable(text), sendable(own_id) if isinstance(own_id, str) and own_id else None)
+    return ParsedCall(sendable(name), sendable(text), sendable(own_id) if isinstance(own_id, str) and own_id else None)
 
 
 def _parse_json(body: str, _tools: Any) -> Any:

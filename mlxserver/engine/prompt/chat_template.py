@@ -1,9 +1,9 @@
-"""A model's chat template: messages -> text and tokens.
+"""Chat template of a model: conversation -> text and tokens.
 
 Rule 1: the template is the model's own. Without one, a Mistral gets the [INST] format, and any other model a template
         that refuses every conversation.
-Rule 2: whatever a template raises is a PromptRejected with the template's own words.
-Rule 3: control tokens come from the template alone. What looks like one in the messages is encoded as plain text.
+Rule 2: whatever a template raises is a PromptRejected with the template's message.
+Rule 3: control tokens come from the template alone. Their text in a message is encoded as plain text.
 Rule 4: what a template can do is found out by trying.
 Rule 5: a tokenizer belongs to one thread at a time; so does a template.
 """
@@ -11,16 +11,18 @@ Rule 5: a tokenizer belongs to one thread at a time; so does a template.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from mlxserver.engine.conversation import Message, Text, Tool, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
-from mlxserver.engine.prompt.tool_text import PROBE, PROBE_TOOL, PROBED, STYLES, CallStyle
-from mlxserver.engine.prompt.turns import Message, continued_field
+from mlxserver.engine.prompt.tool_text import write_json
 from mlxserver.engine.requests import ChatPrompt
 
 if TYPE_CHECKING:
@@ -53,8 +55,56 @@ INST = """\
 {%- endfor %}"""
 
 
+@dataclass(frozen=True, slots=True)
+class CallStyle:
+    """Form of past calls that a template expects: arguments as JSON text, ids of nine letters and digits."""
+
+    has_text_arguments: bool = False
+    has_short_ids: bool = False
+
+    def message(self, message: Message) -> dict[str, Any]:
+        """A message as a template reads it. Raises PromptRejected."""
+        fields: dict[str, Any] = {"role": message.role, "content": message.text}
+        if name := message.name:
+            fields["name"] = name
+        if message.role == "assistant":
+            if reasoning := message.reasoning:
+                fields["reasoning_content"] = reasoning
+            if calls := message.calls:
+                fields["tool_calls"] = [self._call(call) for call in calls]
+        elif message.role == "tool" and (result := message.result):
+            fields["tool_call_id"] = self._id(result.call_id)
+            if result.name:
+                fields["name"] = result.name
+        return fields
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        arguments = write_json(call.arguments) if self.has_text_arguments else call.arguments
+        return {"type": "function", "id": self._id(call.id), "function": {"name": call.name, "arguments": arguments}}
+
+    def _id(self, call_id: str) -> str:
+        if not self.has_short_ids:
+            return call_id
+        return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
+
+
+STYLES = tuple(CallStyle(text, short) for text in (False, True) for short in (False, True))
+
+SYSTEM_WORD = "\u2042 probe \u2042"
+SYSTEM_PROBE = ChatPrompt((Message("system", (Text(SYSTEM_WORD),)), Message("user", (Text("Hello"),))))
+CALL_WORDS = ("probe_name", "probe_description", "probe_value", "probe_result")
+CALL_PROBE = ChatPrompt(
+    (
+        Message("user", (Text("Hello"),)),
+        Message("assistant", (ToolCall("call_0123456789abcdef", "probe_name", {"probe_key": "probe_value"}),)),
+        Message("tool", (ToolResult("call_0123456789abcdef", "probe_result", "probe_name"),)),
+    ),
+    (Tool("probe_name", "probe_description", {"type": "object", "properties": {"probe_key": {"type": "string"}}}),),
+)
+
+
 class ChatTemplate:
-    """Sets messages in a model's template. `config` is the model's config.json."""
+    """Chat template of one model. `config` is the model's config.json."""
 
     def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
@@ -67,64 +117,58 @@ class ChatTemplate:
         return self._substitute or ("\n".join(own.values()) if isinstance(own, dict) else own or "")
 
     def has_variable(self, name: str) -> bool:
-        """Whether the template speaks of a variable. A model's own code may know any."""
+        """Whether the template reads a variable. A model's own code may know any."""
         return not self.source or name in self.source
 
     @functools.cached_property
     def has_system(self) -> bool:
-        """Whether a system message is understood."""
-        probe = [{"role": "system", "content": "\u2042 probe \u2042"}, {"role": "user", "content": "Hello"}]
-        return self._shows(["\u2042 probe \u2042"], probe, ChatPrompt(probe))
+        """Whether the template renders a system message."""
+        return self._shows([SYSTEM_WORD], SYSTEM_PROBE, CallStyle())
 
     @functools.cached_property
     def call_style(self) -> CallStyle | None:
         """How tool calls stand in the history; None where tools, calls or results have no place."""
         if not self._tokenizer.has_tool_calling:
             return None
-        prompt = ChatPrompt(PROBE, tools=[PROBE_TOOL])
-        return next((style for style in STYLES if self._shows(PROBED, style.apply(PROBE), prompt)), None)
+        return next((style for style in STYLES if self._shows(CALL_WORDS, CALL_PROBE, style)), None)
 
-    def _shows(self, words: Sequence[str], messages: Sequence[Message], prompt: ChatPrompt) -> bool:
+    def _shows(self, words: Sequence[str], prompt: ChatPrompt, style: CallStyle) -> bool:
         try:
-            text = self.render(messages, prompt)
+            text = str(self._apply(prompt, style, tokenize=False))
         except PromptRejected:
             return False
         return all(word in text for word in words)
 
-    def render(self, messages: Sequence[Message], prompt: ChatPrompt, *, opens_answer: bool = True) -> str:
-        """`messages` as text, with the prompt's tools and template_kwargs; up to the beginning of the answer or not.
+    def render(self, prompt: ChatPrompt, *, opens_answer: bool = True) -> str:
+        """The prompt as text, up to the beginning of the answer or not. Raises PromptRejected."""
+        return str(self._apply(prompt, self.call_style or CallStyle(), opens_answer=opens_answer, tokenize=False))
 
-        Raises PromptRejected.
-        """
-        return str(self._apply(messages, prompt, opens_answer=opens_answer, tokenize=False))
-
-    def encode(self, messages: Sequence[Message], prompt: ChatPrompt) -> tuple[int, ...]:
-        """`messages` as token ids, up to the beginning of the answer.
-
-        Raises PromptRejected.
-        """
+    def encode(self, prompt: ChatPrompt) -> tuple[int, ...]:
+        """The prompt as token ids, up to the beginning of the answer. Raises PromptRejected."""
         if not self.source:  # the model's own code renders text only
-            return tuple(self._tokenizer.encode(self.render(messages, prompt), add_special_tokens=False))
-        return tuple(self._apply(messages, prompt, tokenize=True, sanitize_control_tokens=True))
+            return tuple(self._tokenizer.encode(self.render(prompt), add_special_tokens=False))
+        style = self.call_style or CallStyle()
+        return tuple(self._apply(prompt, style, tokenize=True, sanitize_control_tokens=True))
 
-    def _apply(
-        self, messages: Sequence[Message], prompt: ChatPrompt, *, opens_answer: bool = True, **options: Any
-    ) -> Any:
+    def _apply(self, prompt: ChatPrompt, style: CallStyle, *, opens_answer: bool = True, **options: Any) -> Any:
         if reserved := RESERVED.intersection(prompt.template_kwargs):
             names = ", ".join(sorted(reserved))
-            raise PromptRejected(f"chat_template_kwargs can't set {names}.", "chat_template_kwargs")
+            raise PromptRejected(f"The variables of the chat template can't set {names}.", "prompt.template_kwargs")
         if prompt.continues_answer:
-            options["continue_final_message"] = continued_field(messages[-1])
+            options["continue_final_message"] = "content" if prompt.conversation[-1].text else "reasoning_content"
         else:
             options["add_generation_prompt"] = opens_answer
         if prompt.tools:
-            options["tools"] = list(prompt.tools)
+            options["tools"] = [{"type": "function", "function": tool.function} for tool in prompt.tools]
         if self._substitute:
             options["chat_template"] = self._substitute
+        messages = [style.message(message) for message in prompt.conversation]
         try:
-            return self._tokenizer.apply_chat_template(list(messages), **options, **prompt.template_kwargs)
+            return self._tokenizer.apply_chat_template(messages, **options, **prompt.template_kwargs)
         except RENDERING_FAILURES as error:
-            raise PromptRejected(f"The chat template of this model refuses the messages: {error}") from error
+            raise PromptRejected(
+                f"The chat template of this model refuses the messages: {error}", "prompt.conversation"
+            ) from error
 
 
 def _substitute(tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> str:
@@ -142,7 +186,7 @@ def _is_mistral(tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> bool:
 
 
 def _inst_format(vocab: Mapping[str, int]) -> str:
-    """Mistral's [INST] format. Where its words are plain text they stand apart; a tekken vocabulary has no gaps."""
+    """Mistral's [INST] format. Spaces surround its tags where they are plain text; a tekken vocabulary has no gaps."""
     spread = "" if "[INST]" in vocab else " "
     gap = " " if "\u2581" in vocab else ""
     return INST.replace("SPREAD", spread).replace("GAP", gap)

@@ -1,111 +1,86 @@
-"""What may stand in a conversation, and in which order.
+"""Turns: which messages a chat template can take, and in which order.
 
 Rule 1: what loses nothing is put right: consecutive messages of one role are joined with a blank line, "developer" is
         "system", and a system message after the first turn is read at its place, as the user's.
 Rule 2: what can't be put right is refused, and the error names the message as the client numbered it.
-Rule 3: the arguments of a tool call are an object here, as templates want them, and a tool's message has its name.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 from mlxserver.config.errors import abbreviate
+from mlxserver.engine.conversation import Message, Part, Role, Text, ToolResult
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.requests import ChatPrompt
 
-Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
+BLANK_LINE = Text("\n\n")
+FOLLOWERS: dict[Role | None, tuple[Role, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool": ("tool", "assistant", "user"),
+}
 
 
 def admit(prompt: ChatPrompt) -> list[Message]:
-    """The messages as any template can read them: known roles only, and a text in every one. Raises PromptRejected."""
-    if not prompt.messages:
-        raise PromptRejected("There are no messages; expected at least one.")
-    messages: list[Message] = []
-    for index, message in enumerate(prompt.messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise PromptRejected(
-                f"messages[{index}].role is {role!r}; expected one of {', '.join(ROLES)}.", f"messages[{index}].role"
-            )
-        check_text(content, f"messages[{index}].content")
-        messages.append({**message, "content": content or ""})
-        if calls := message.get("tool_calls"):
-            places = (f"messages[{index}].tool_calls[{n}].function" for n in range(len(calls)))
-            messages[-1]["tool_calls"] = [_admit_call(*pair) for pair in zip(calls, places, strict=True)]
-    _check_continued(prompt)
-    return _name_results(messages)
+    """The messages as any template can read them, each result with the name of its function.
+
+    Raises PromptRejected.
+    """
+    if not prompt.conversation:
+        raise PromptRejected("There are no messages; expected at least one.", "prompt.conversation")
+    for message in prompt.conversation:
+        check_text(message.text, f"{message.origin}.content")
+    if prompt.continues_answer:
+        _check_continued(prompt.conversation[-1])
+    return _name_results(prompt.conversation)
 
 
-def check_text(content: object, param: str) -> None:
-    """Refuse what is neither text nor None. Raises PromptRejected."""
-    if content is not None and not isinstance(content, str):
-        raise PromptRejected(f"{param} is a {type(content).__name__}; expected text.", param)
+def check_text(text: str, param: str) -> None:
+    """Refuse what is no Unicode text. Raises PromptRejected."""
     try:
-        (content or "").encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise PromptRejected(f"{param} has a lone surrogate at {error.start}; expected Unicode text.", param) from None
 
 
-def _admit_call(call: Message, param: str) -> Message:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise PromptRejected(f"{param} is {abbreviate(function)}; expected an object with a name and arguments.", param)
-    arguments = _read_arguments(function.get("arguments"), f"{param}.arguments")
-    called = {"name": function["name"], "arguments": arguments}
-    return {"type": "function", **call, "id": str(call.get("id") or ""), "function": called}
-
-
-def _read_arguments(arguments: object, param: str) -> dict[str, Any]:
-    """The object that the text stands for; no text stands for an empty one."""
-    read = arguments or {}
-    if isinstance(read, str):
-        try:
-            read = json.loads(read) if read.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise PromptRejected(f"{param} is {abbreviate(arguments)}; expected JSON: {error}.", param) from None
-    if not isinstance(read, dict):
-        raise PromptRejected(f"{param} is {abbreviate(arguments)}; expected a JSON object.", param)
-    return read
-
-
-def _name_results(messages: Iterable[Message]) -> list[Message]:
-    """The messages, with the name of the function that was called in each tool's."""
-    names: dict[object, str] = {}
-    named = []
-    for message in messages:
-        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
-        is_nameless = message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names
-        named.append({**message, "name": names[message["tool_call_id"]]} if is_nameless else message)
-    return named
-
-
-def _check_continued(prompt: ChatPrompt) -> None:
-    if not prompt.continues_answer:
-        return
-    last, place = prompt.messages[-1], f"messages[{len(prompt.messages) - 1}]"
-    if last["role"] != "assistant":
-        param = f"{place}.role"
-        raise PromptRejected(f"{param} is {last['role']!r}; expected 'assistant', whose answer is to go on.", param)
-    if last.get("tool_calls") or not continued_field(last):
-        param = f"{place}.content"
+def _check_continued(last: Message) -> None:
+    """Refuse to go on with what is no answer, or has no text."""
+    if last.role != "assistant":
+        param = f"{last.origin}.role"
+        raise PromptRejected(f"{param} is {last.role!r}; expected 'assistant', whose answer is to go on.", param)
+    if last.calls or not (last.text or last.reasoning):
+        param = f"{last.origin}.content"
         raise PromptRejected(
-            f"{param} is {abbreviate(last.get('content'))}; expected text for the answer to go on from.", param
+            f"{param} is {abbreviate(last.text)}; expected text for the answer to go on from, and no calls.", param
         )
 
 
-def continued_field(message: Mapping[str, Any]) -> str | None:
-    """Which field of an assistant's message an answer goes on from: its text, or its reasoning while it has none."""
-    return next((field for field in ("content", "reasoning_content") if message.get(field)), None)
+def _name_results(messages: Iterable[Message]) -> list[Message]:
+    names: dict[str, str] = {}
+    named = []
+    for message in messages:
+        if message.role == "assistant":
+            names |= {call.id: call.name for call in message.calls}
+        elif message.role == "tool":
+            parts = tuple([_name_result(part, names) for part in message.parts])
+            message = Message("tool", parts, message.origin, message.name)
+        named.append(message)
+    return named
 
 
-def name_developer_system(messages: Sequence[Message]) -> list[Message]:
+def _name_result(part: Part, names: Mapping[str, str]) -> Part:
+    if not isinstance(part, ToolResult) or part.name:
+        return part
+    return ToolResult(part.call_id, part.text, names.get(part.call_id))
+
+
+def name_developer_system(messages: Iterable[Message]) -> list[Message]:
     """The messages with "developer", the newer name, replaced by "system"."""
-    return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    return [replace(message, role="system") if message.role == "developer" else message for message in messages]
 
 
 def alternate(messages: Sequence[Message], *, continues_answer: bool = False) -> list[Message]:
@@ -116,39 +91,39 @@ def alternate(messages: Sequence[Message], *, continues_answer: bool = False) ->
     Raises PromptRejected.
     """
     turns: list[Message] = []
-    for index, message in enumerate(name_developer_system(messages)):
-        if message["role"] == "system" and turns and turns[-1]["role"] != "system":
-            message = {**message, "role": "user"}
+    for message in name_developer_system(messages):
+        if message.role == "system" and turns and turns[-1].role != "system":
+            message = replace(message, role="user")
         if turns and _is_joined(turns[-1], message):
             turns[-1] = join(turns[-1], message)
         else:
-            if message["role"] not in (expected := _followers(turns)):
-                raise _misplaced(message["role"], index, expected)
+            if message.role not in (expected := _followers(turns)):
+                raise _misplaced(message.role, message.origin, expected)
             turns.append(message)
     if not continues_answer and "assistant" not in _followers(turns):
-        raise _misplaced(turns[-1]["role"], len(messages) - 1, ("user", "tool"))
+        raise _misplaced(turns[-1].role, messages[-1].origin, ("user", "tool"))
     return turns
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """The messages with a system message as the beginning of the user's that follows it."""
-    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+    if [message.role for message in messages[:2]] != ["system", "user"]:
         return list(messages)
-    return [{**join(messages[0], messages[1]), "role": "user"}, *messages[2:]]
+    return [join(messages[0], messages[1]), *messages[2:]]
 
 
-def join(last: Message, message: Message) -> Message:
-    """Two messages as one, a blank line between their texts."""
-    texts = (last["content"], message["content"])
-    return {**last, **message, "content": "\n\n".join(text for text in texts if text)}
+def join(first: Message, second: Message) -> Message:
+    """Two messages as one of the second's role, a blank line between their texts."""
+    between = (BLANK_LINE,) if first.text and second.text else ()
+    return Message(second.role, (*first.parts, *between, *second.parts), first.origin, second.name or first.name)
 
 
 def _is_joined(last: Message, message: Message) -> bool:
-    return last["role"] == message["role"] != "tool" and not last.get("tool_calls")
+    return last.role == message.role != "tool" and not last.calls
 
 
-def _misplaced(role: str, index: int, expected: Sequence[str]) -> PromptRejected:
-    param = f"messages[{index}].role"
+def _misplaced(role: Role, origin: str, expected: Sequence[Role]) -> PromptRejected:
+    param = f"{origin}.role"
     return PromptRejected(
         f"{param} is {role!r}; expected {' or '.join(expected)}: "
         "user and assistant take turns, the user begins, and the last message is the one to answer.",
@@ -156,15 +131,8 @@ def _misplaced(role: str, index: int, expected: Sequence[str]) -> PromptRejected
     )
 
 
-def _followers(turns: Sequence[Message]) -> tuple[str, ...]:
+def _followers(turns: Sequence[Message]) -> tuple[Role, ...]:
     """The roles that may come next."""
-    last = turns[-1] if turns else {"role": None}
-    if last.get("tool_calls"):
-        return ("tool",)
-    return {
-        None: ("system", "user"),
-        "system": ("user",),
-        "user": ("assistant",),
-        "assistant": ("user",),
-        "tool": ("tool", "assistant", "user"),
-    }[last["role"]]
+    if not turns:
+        return FOLLOWERS[None]
+    return ("tool",) if turns[-1].calls else FOLLOWERS[turns[-1].role]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
@@ -13,7 +14,6 @@ from mlxserver.engine.loading import loader, sharding
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
-from mlxserver.engine.requests import Sampling
 from mlxserver.engine.runners.text import ModelBatch, TextRunner
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
@@ -79,7 +79,7 @@ def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: Execution
     sizes = [size for power in range(most.bit_length()) if (size := 1 << power) <= most]
     batch.warm_up()
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
-    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9)):
+    for sampling in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)):
         for size in sizes:
             sequences = [Sequence(-1 - n, tokens, sampling, 3) for n in range(size)]
             batch.insert(sequences)

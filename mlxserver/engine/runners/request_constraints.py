@@ -47,7 +47,7 @@ class RequestConstraints:
         if tools and request.tool_choice.mode in ("required", "function"):
             return forced_calls(tools, request.tool_choice)
         if request.format:
-            return json_grammar(request.format.schema, "response_format")
+            return json_grammar(request.format.schema, "format.schema")
         if request.tool_choice.mode == "none":
             return None
         return strict_calls(tools, self.tool_format, self._grammars.is_special)

@@ -1,15 +1,16 @@
 """Runner of text models: requests become sequences, and their tokens text.
 
 Rule 1: every fault of a request for this model is found in prepare(), before a sequence exists.
-Rule 2: the request's settings win over the model's defaults, those over Sampling's.
+Rule 2: the request's settings win over the model's defaults, those over SamplingParams'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Event
@@ -26,8 +27,6 @@ from mlxserver.engine.requests import (
     GenerationRequest,
     ModelFacts,
     Question,
-    Sampling,
-    SamplingOptions,
     Tokenize,
 )
 from mlxserver.engine.runners.request_constraints import RequestConstraints
@@ -61,7 +60,7 @@ class TextRunner:
         capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
         capabilities -= set() if grammars.is_usable else {"json_schema"}
         self.facts = ModelFacts(kind, loaded.context_length, loaded.weight_bytes, capabilities)
-        self._defaults = {**loaded.generation_defaults, **spec.defaults.stated()}
+        self._defaults: Mapping[str, Any] = {**loaded.generation_defaults, **spec.defaults}
         self._max_running = spec.max_running
         self._vocab_size = batch.vocab_size
         self._prompts = prompts
@@ -79,12 +78,13 @@ class TextRunner:
         """
         self._check(request)
         prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
-        _check_tokens(prompt.tokens, self._vocab_size, "messages" if _is_chat(request) else "prompt")
+        param = "prompt.conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
+        _check_tokens(prompt.tokens, self._vocab_size, param)
         room = self.facts.context_length - len(prompt.tokens)
         if room < 1:
-            raise ContextExceeded(len(prompt.tokens), self.facts.context_length)
+            raise ContextExceeded(len(prompt.tokens), self.facts.context_length, param)
         max_tokens = min(request.max_tokens or room, room)
-        sampling = resolve(request.sampling, self._defaults)
+        sampling = SamplingParams(**{**self._defaults, **request.sampling})
         grammar = self._constraints.grammar(request)
         choices = []
         for index in range(request.n):
@@ -104,7 +104,7 @@ class TextRunner:
             raise PromptRejected(
                 f"n is {request.n}, but this model runs at most {self._max_running} sequences at once.", "n"
             )
-        _check_tokens(request.sampling.logit_bias or (), self._vocab_size, "logit_bias")
+        _check_tokens(request.sampling.get("logit_bias", ()), self._vocab_size, "sampling.logit_bias")
         if request.thinking_budget and not self._prompts.thinks:
             raise PromptRejected(
                 f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
@@ -176,16 +176,6 @@ class TextOutput:
             return [*self.stream.feed(token.token)]
         logprob = token_logprob(self.tokenizer, token.token, token.logprobs.chosen, token.logprobs.top)
         return [*self.stream.feed(token.token, logprob)]
-
-
-def resolve(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sampling:
-    """The request's sampling over the model's defaults."""
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    return Sampling(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
-
-
-def _is_chat(request: GenerationRequest) -> bool:
-    return isinstance(request.prompt, ChatPrompt)
 
 
 def _check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:

@@ -18,7 +18,7 @@ from collections import abc
 
 from mlxserver.engine.mlx import mx
 
-from mlxserver.engine.requests import Sampling
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.sequence import Sequence
 
 # Most likely tokens among which the threshold is found. A nucleus that is larger keeps the whole tail.
@@ -28,7 +28,7 @@ _SMALLEST_TEMPERATURE = 1e-6  # below it a logit over it would leave float32; th
 _LARGEST_UNIFORM = 1.0 - 2.0**-20  # a float32 total times this stays below the total
 
 
-def _key_of(sampling: Sampling) -> tuple[int, int]:
+def _key_of(sampling: SamplingParams) -> tuple[int, int]:
     """The 64 bits that start a sequence's random stream: mixed from its seed (splitmix64), or fresh."""
     bits = secrets.randbits(64) if sampling.seed is None else sampling.seed & (2**64 - 1)
     bits = (bits + 0x9E3779B97F4A7C15) & (2**64 - 1)
@@ -38,11 +38,11 @@ def _key_of(sampling: Sampling) -> tuple[int, int]:
     return bits >> 32, bits & (2**32 - 1)
 
 
-def _is_penalized(sampling: Sampling) -> bool:
+def _is_penalized(sampling: SamplingParams) -> bool:
     return bool(sampling.frequency_penalty or sampling.presence_penalty or sampling.repetition_penalty != 1.0)
 
 
-def _is_filtered(sampling: Sampling) -> bool:
+def _is_filtered(sampling: SamplingParams) -> bool:
     return sampling.temperature > 0 and bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0)
 
 
@@ -55,7 +55,7 @@ class BatchSampler:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._settings: list[Sampling] = []
+        self._settings: list[SamplingParams] = []
         self._keys = mx.zeros((0, 2), dtype=mx.uint32)
         self._generated: mx.array | None = None  # [batch, vocab], how often each token was generated
         self._prompted: mx.array | None = None  # [batch, vocab], whether the prompt has the token
@@ -183,7 +183,7 @@ class BatchSampler:
         bias = mx.zeros((len(self._settings), self._vocab_size)) if self._bias is None else self._bias
         self._bias = mx.concatenate([bias, mx.stack([self._bias_of(sequence.sampling) for sequence in sequences])])
 
-    def _bias_of(self, sampling: Sampling) -> mx.array:
+    def _bias_of(self, sampling: SamplingParams) -> mx.array:
         bias = mx.zeros((self._vocab_size,))
         if sampling.logit_bias:
             bias[mx.array(list(sampling.logit_bias))] = mx.array(list(sampling.logit_bias.values()), dtype=mx.float32)

@@ -8,15 +8,14 @@ Rule 2: under tool_choice "auto" the text is free, and the body of a call is con
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import ToolChoice
 from mlxserver.engine.sampling.grammars import Grammar, json_grammar
-
-Tools = Sequence[Mapping[str, Any]]
 
 # Separators as in the examples of chat templates, which models follow.
 SPACED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -32,24 +31,24 @@ TEXT: /(.|\\n)*/
 """
 
 
-def forced_calls(tools: Tools, choice: ToolChoice) -> Grammar:
+def forced_calls(tools: Sequence[Tool], choice: ToolChoice) -> Grammar:
     """Grammar of required calls: a JSON array of names with arguments. Raises PromptRejected."""
-    callable = [tool for tool in tools if choice.mode == "required" or _name(tool) == choice.name]
+    callable = [tool for tool in tools if choice.mode == "required" or tool.name == choice.name]
     calls = [_call(tool, f"/items/anyOf/{index}") for index, tool in enumerate(callable)]
     # At most one call per tool: a small model would never stop calling.
     most = len(calls) if choice.parallel else 1
     return json_grammar({"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}, "tools")
 
 
-def strict_calls(tools: Tools, tool_format: ToolFormat, is_special: Callable[[str], bool]) -> Grammar | None:
+def strict_calls(tools: Sequence[Tool], tool_format: ToolFormat, is_special: Callable[[str], bool]) -> Grammar | None:
     """Grammar of free text with calls of these tools; None if no tool is strict.
 
     is_special: whether a tag is a control token. Raises PromptRejected.
     """
-    strict = [index for index, tool in enumerate(tools) if tool["function"].get("strict")]
+    strict = [index for index, tool in enumerate(tools) if tool.strict]
     if not strict:
         return None
-    param = f"tools[{strict[0]}].function.strict"
+    param = f"{tools[strict[0]].origin}.strict"
     if not tool_format.is_json:
         raise PromptRejected(
             "This model writes its calls in a format of its own, in which a schema can't be enforced while it may also "
@@ -68,20 +67,17 @@ def strict_calls(tools: Tools, tool_format: ToolFormat, is_special: Callable[[st
     return Grammar(lark, param, is_lark=True)
 
 
-def _name(tool: Mapping[str, Any]) -> str:
-    return str(tool["function"]["name"])
-
-
-def _call(tool: Mapping[str, Any], path: str, *, is_strict: bool = True) -> dict[str, Any]:
+def _call(tool: Tool, path: str, *, is_strict: bool = True) -> dict[str, Any]:
     """Schema of a call, at this path of a document. is_strict: its arguments follow the function's parameters."""
-    parameters = tool["function"].get("parameters") if is_strict else None
     try:
-        parameters = _moved(parameters, f"{path}/properties/arguments")
+        parameters = _moved(tool.parameters if is_strict else None, f"{path}/properties/arguments")
     except RecursionError:
-        raise PromptRejected(f"The parameters of {_name(tool)!r} are nested too deeply.", "tools") from None
+        raise PromptRejected(
+            f"The parameters of {tool.name!r} are nested too deeply.", f"{tool.origin}.parameters"
+        ) from None
     return {
         "type": "object",
-        "properties": {"name": {"const": _name(tool)}, "arguments": parameters or {"type": "object"}},
+        "properties": {"name": {"const": tool.name}, "arguments": parameters or {"type": "object"}},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }

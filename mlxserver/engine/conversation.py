@@ -1,0 +1,103 @@
+"""Conversation: messages and tools as every dialect means them.
+
+A dialect parses its wire format into these types and refuses what is malformed there. The engine reads nothing else,
+and decides only what the chat template of a model can take. Plain frozen data; knows neither MLX nor HTTP.
+
+Rule 1: only an assistant's message has Reasoning and ToolCall parts.
+Rule 2: a tool's message is one ToolResult.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text that is meant for the reader."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """What the model thought before it answered."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model made. The id pairs it with its result; arguments are the object that the model wrote."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """The outcome of a call. name: of the function, None where the client leaves it out."""
+
+    call_id: str
+    text: str
+    name: str | None = None
+
+
+Part = Text | Reasoning | ToolCall | ToolResult
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. origin: where the client wrote it, as its dialect names it: "messages[2]". name: of the author."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    origin: str = ""
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text, or that of the tool's result; empty where there is none."""
+        return "".join([part.text for part in self.parts if isinstance(part, (Text, ToolResult))])
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning, a blank line between its parts; empty where there is none."""
+        return "\n\n".join([part.text for part in self.parts if isinstance(part, Reasoning)])
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The tool calls, in order."""
+        return [part for part in self.parts if isinstance(part, ToolCall)]
+
+    @property
+    def result(self) -> ToolResult | None:
+        """The tool's result."""
+        return next((part for part in self.parts if isinstance(part, ToolResult)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call.
+
+    parameters: JSON Schema of its arguments. strict: whether they are held to it. origin: where the client wrote the
+    function, as its dialect names it: "tools[0].function".
+    """
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    strict: bool | None = None
+    origin: str = ""
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """The function in OpenAI's JSON, which chat templates and the parsers of calls take, without what is None."""
+        fields = {"description": self.description, "parameters": self.parameters, "strict": self.strict}
+        return {"name": self.name} | {name: value for name, value in fields.items() if value is not None}
