@@ -24,7 +24,7 @@ serve: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements-common.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
+$(VENV)/.installed: requirements/common.txt requirements/cpu.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (once, a minute or two) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
@@ -33,8 +33,8 @@ $(VENV)/.installed: requirements-common.txt $(REQUIREMENTS) Makefile tools/insta
 	@sh tools/install_openblas.sh
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	@$(PIP) -r requirements-common.txt -r requirements-dev.txt  # not MLX again: the venv may hold the CUDA build
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+	@$(PIP) -r requirements/common.txt -r requirements/dev.txt  # not MLX again: the venv may hold the CUDA build
 	@touch $@
 
 test: $(VENV)/.installed-dev
@@ -64,12 +64,9 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.soak --minutes $(MINUTES)
 .PHONY: soak
 
-# Findings that do not apply here: SECURITY.md says why, and tests/test_security.py that it stays so.
-EXPLAINED := CVE-2026-48710 CVE-2026-48817 CVE-2026-48818 CVE-2026-54282 CVE-2026-54283
-
 audit: install  # not part of lint: it needs PyPI's JSON API, and must fail, not pass, where there is none
 	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --disable-pip-version-check -qq pip-audit==2.10.1; }
-	@$(VENV)/audit/bin/pip-audit --strict --progress-spinner off $(EXPLAINED:%=--ignore-vuln %) $(ARGS) \
+	@$(VENV)/audit/bin/pip-audit --strict --progress-spinner off $(ARGS) \
 		--path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		|| { echo 'Either there are findings, in the table above, or nothing was checked: "not found on PyPI" and "Could not' >&2; \
 		echo 'connect" mean that the JSON API of PyPI can not be reached. ARGS="-s osv" asks osv.dev instead.' >&2; exit 1; }

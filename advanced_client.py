@@ -1,4 +1,4 @@
-"""Live with local models, or any OpenAI-compatible server, in a terminal: a shell, comparisons, benchmarks.
+"""Advanced client of this server or any OpenAI-compatible one: a shell, comparisons, benchmarks.
 
 Rule 1: run() does the work and raises; main() catches and returns the exit status.
 Rule 2: results go to stdout, plain where it is no terminal; progress, thinking and errors go to stderr.
@@ -20,9 +20,7 @@ from mlxserver.client import transcript, views
 from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient
 from mlxserver.client.bench.command import benchmark, interference
 from mlxserver.client.bench.options import add_options
-from mlxserver.client.choice import choose_model
-from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
-from mlxserver.client.compare import compare
+from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, choose_model, conclude, read_prompt
 from mlxserver.client.compare_views import (
     format_answer,
     format_figures,
@@ -34,17 +32,15 @@ from mlxserver.client.compare_views import (
 from mlxserver.client.conversation import Conversation
 from mlxserver.client.errors import ClientError, SettingInvalid
 from mlxserver.client.events import Event, Reasoning
-from mlxserver.client.files import quote_file
 from mlxserver.client.live import LiveAnswer
-from mlxserver.client.load_view import load_with_bar
-from mlxserver.client.progress import Progress
-from mlxserver.client.prompts import read_prompt
-from mlxserver.client.reply import Reply, ask
+from mlxserver.client.models import Progress
+from mlxserver.client.printer import AnswerPrinter
+from mlxserver.client.reply import Reply, ask, compare
 from mlxserver.client.shell.loop import run_shell
 from mlxserver.client.shell.measuring import split_keys
 from mlxserver.client.shell.session import Session
 from mlxserver.client.shell.settings import VIEWS, read_parameter
-from mlxserver.client.status import format_status
+from mlxserver.client.transcript import quote_file
 
 DESCRIPTION = """Talk with models, compare them, measure them.
 
@@ -53,7 +49,7 @@ it is one answer. Every other command of the shell has a flag here."""
 
 
 def parse_arguments() -> Namespace:
-    """The command line. Wrong usage is told on stderr and exits with status 2."""
+    """Parse the command line. Wrong usage is an error on stderr and exit status 2."""
     parser = ArgumentParser(
         description=DESCRIPTION, epilog=EXIT_STATUSES, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -86,16 +82,16 @@ def _add_request_options(parser: ArgumentParser) -> None:
     group.add_argument("--system", metavar="TEXT", help="a system message")
     group.add_argument("--set", metavar="NAME=VALUE", type=_parameter, action="append", default=[], dest="params")
     group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="stop an answer after so many tokens")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="the most tokens of an answer")
     group.add_argument("--file", metavar="PATH", type=Path, action="append", default=[], help="put before the PROMPT")
-    group.add_argument("--open", metavar="FILE", type=Path, help="go on with a conversation from .json or .md")
+    group.add_argument("--open", metavar="FILE", type=Path, help="continue a conversation from .json or .md")
 
 
 def _add_output_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--stream", choices=("on", "off"), default="on", help="answers as they are made, or whole")
+    group.add_argument("--stream", choices=("on", "off"), default="on", help="stream answers, or print them whole")
     group.add_argument("--think", choices=VIEWS, default="show", help="how thinking is shown")
-    group.add_argument("--save", metavar="FILE", type=Path, help="keep the conversation as .json or .md")
+    group.add_argument("--save", metavar="FILE", type=Path, help="write the conversation as .json or .md")
     group.add_argument("--sequential", action="store_true", help="with --compare: one model after the other")
     form = group.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for a program to read")
@@ -111,7 +107,7 @@ def _parameter(text: str) -> dict[str, Any]:
 
 
 async def run(arguments: Namespace) -> bool:
-    """Do what the command line says; whether all of it went well. Raises ClientError, and OSError of the streams."""
+    """Run the command; whether all of it succeeded. Raises ClientError, and OSError of the standard streams."""
     acts = {"load": load, "unload": unload, "compare": compare_, "benchmark": measure, "interference": measure}
     act = list_models if arguments.models else converse
     for name, named in acts.items():
@@ -132,7 +128,7 @@ async def list_models(arguments: Namespace, client: ChatClient) -> bool:
 
 async def load(arguments: Namespace, client: ChatClient) -> bool:
     """--load."""
-    loaded = await load_with_bar(client, views.console(stderr=True), arguments.load, arguments.key)
+    loaded = await views.load_with_bar(client, views.console(stderr=True), arguments.load, arguments.key)
     views.print_line(json.dumps(dict(loaded.fields)) if arguments.json else views.format_loaded(loaded))
     return True
 
@@ -194,17 +190,17 @@ async def converse(arguments: Namespace, client: ChatClient) -> bool:
 
 
 async def answer(arguments: Namespace, client: ChatClient, model: str, asked: str) -> bool:
-    """Print one answer, as the arguments say."""
+    """Print one answer."""
     conversation, reply = opening(arguments), Reply(model)
 
-    async def fill(show: Callable[[Event], None], tell: Callable[[Progress], None] = lambda _: None) -> None:
+    async def fill(show: Callable[[Event], None], show_progress: Callable[[Progress], None] = lambda _: None) -> None:
         await ask(
             client,
             reply,
             conversation.asking(asked),
             stream=arguments.stream == "on",
             on_event=show,
-            on_progress=tell,
+            on_progress=show_progress,
             **parameters(arguments),
         )
 
@@ -213,9 +209,9 @@ async def answer(arguments: Namespace, client: ChatClient, model: str, asked: st
         views.print_line(json.dumps(reply.to_object(), indent=2))
     elif views.console().is_terminal:
         with LiveAnswer(views.console(), arguments.think) as shown:
-            await fill(shown.write, shown.tell)
+            await fill(shown.write, shown.show_progress)
         if reply.timing:
-            views.print_status(format_status(model, reply.timing, None))
+            views.print_status(views.format_status(model, reply.timing, None))
     else:
         await fill_plainly(fill, arguments.think)
     if arguments.save:
@@ -226,21 +222,21 @@ async def answer(arguments: Namespace, client: ChatClient, model: str, asked: st
 async def fill_plainly(
     fill: Callable[[Callable[[Event], None], Callable[[Progress], None]], Awaitable[None]], thinking: str
 ) -> None:
-    """The answer to stdout as it is; the thinking to stderr where it is to be shown."""
-    printer = views.AnswerPrinter()
+    """Print the answer to stdout as it is, and the thinking, if it is to be shown, to stderr."""
+    printer = AnswerPrinter()
 
     def show(event: Event) -> None:
         if thinking == "show" or not isinstance(event, Reasoning):
             printer.write(event)
 
     try:
-        await fill(show, printer.tell)
+        await fill(show, printer.show_progress)
     finally:
         printer.end()
 
 
 def opening(arguments: Namespace) -> Conversation:
-    """What comes before the PROMPT. Raises FileUnusable."""
+    """The conversation before the PROMPT. Raises FileUnusable."""
     conversation = transcript.load(arguments.open) if arguments.open else Conversation()
     return conversation if arguments.system is None else conversation.with_system(arguments.system)
 
@@ -251,7 +247,7 @@ def question(arguments: Namespace, prompt: str) -> str:
 
 
 def parameters(arguments: Namespace) -> dict[str, Any]:
-    """What goes into every request."""
+    """The parameters of every request."""
     named = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
     return {name: value for name, value in named.items() if value is not None} | dict(ChainMap(*arguments.params))
 

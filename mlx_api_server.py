@@ -6,8 +6,9 @@ The dialects of api/ translate between the wire and the engine; server/ is HTTP.
 from __future__ import annotations
 
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" or sys.argv[0].endswith("mlx-server"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below ends it without a traceback
 
 import asyncio
@@ -15,9 +16,9 @@ import gc
 import logging
 import os
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -49,7 +50,7 @@ from model_manager import ModelManager
 
 log = logging.getLogger("server")
 
-ADAPTERS = Path(__file__).parent / "adapters"
+ADAPTERS = Path(__file__).parent / "mlxserver" / "adapters"
 
 DEFAULT_MODELS = (
     ModelSpec("smollm2", "embedded:smollm2", type="instruction", preload=True),
@@ -85,10 +86,11 @@ def main() -> int:
 def run(arguments: list[str]) -> None:
     """Read the settings, bind the address and serve. Raises ConfigInvalid, OSError."""
     settings = read_settings(arguments)
+    logs.configure(settings.log_level, settings.log_format)
+    settings = check_sources(settings)
     if load.only_checks(arguments):
         print(f"The settings are right. Models: {', '.join(spec.key for spec in settings.models) or 'none'}.")
         return
-    logs.configure(settings.log_level, settings.log_format)
     # Imported modules stay for good. A full garbage collection that scans them pauses every stream for 50 to 300 ms;
     # without them, for 2 ms.
     gc.freeze()
@@ -97,18 +99,31 @@ def run(arguments: list[str]) -> None:
         log.warning("Every client that reaches %s may use this server: it has no keys (--api-key).", settings.host)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    uvloop.run(serve(settings, listener, lambda: read_settings(arguments), leader))
+    uvloop.run(serve(settings, listener, lambda: check_sources(read_settings(arguments)), leader))
 
 
 def read_settings(arguments: list[str]) -> Settings:
-    """The settings, their sources checked as far as that goes without the network. Raises ConfigInvalid."""
-    settings = load.build(arguments, os.environ, Settings(models=DEFAULT_MODELS))
+    """The settings of the command line, the environment and the file, over the defaults. Raises ConfigInvalid."""
+    return load.build(arguments, os.environ, Settings(models=DEFAULT_MODELS))
+
+
+def check_sources(settings: Settings) -> Settings:
+    """The settings, their sources checked as far as that goes without the network. Raises ConfigInvalid.
+
+    Default models whose package is not installed are left out; the log has the command that installs it.
+    """
+    left_out: dict[str, list[str]] = {}
     for spec in settings.models:
         try:
             sources.check(spec.source)
         except SourceInvalid as error:
-            raise ConfigInvalid(f"model {spec.key}", spec.source, str(error)) from None
-    return settings
+            if spec not in DEFAULT_MODELS:
+                raise ConfigInvalid(f"model {spec.key}", spec.source, str(error)) from None
+            left_out.setdefault(str(error), []).append(spec.key)
+    for reason, keys in left_out.items():
+        log.warning("Without %s. %s", ", ".join(keys), reason)
+    missing = {key for keys in left_out.values() for key in keys}
+    return replace(settings, models=tuple(spec for spec in settings.models if spec.key not in missing))
 
 
 def lead_or_follow(settings: Settings) -> Leader | None:
@@ -122,7 +137,7 @@ def lead_or_follow(settings: Settings) -> Leader | None:
     if not launch.is_leader(os.environ):
         follower.follow(launch.join(), facts, settings)
     leader = Leader(settings.rank_timeout, settings.wedged_after)
-    leader.gather(facts, os.environ)
+    leader.start(facts, os.environ)
     return leader
 
 

@@ -1,9 +1,9 @@
-"""Ask a local model, or any OpenAI-compatible server, from the command line: one prompt, one answer, an exit status.
+"""Simple client of this server or any OpenAI-compatible one: one prompt, one answer, an exit status.
 
 Rule 1: the answer alone goes to stdout; thinking, status and errors go to stderr.
 Rule 2: run() does the work and raises; main() catches and returns the exit status.
-Rule 3: a conversation remembers what was shown. An answer that was stopped stays as far as it came; one that was
-        stopped before its first word, or failed, is forgotten together with its question.
+Rule 3: a conversation holds what was shown. An answer that was stopped is kept as far as it came; one that was stopped
+        before its first word, or failed, is dropped together with its question.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
 from mlxserver.client import views
 from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient, Message
-from mlxserver.client.choice import choose_model
-from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
+from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, choose_model, conclude, read_prompt
 from mlxserver.client.errors import ClientError
-from mlxserver.client.prompts import read_prompt, typed_lines
+from mlxserver.client.printer import AnswerPrinter
 
 Result = TypeVar("Result")
 
@@ -31,15 +30,15 @@ With neither, every line is a turn of one conversation: Ctrl-C stops an answer, 
 
 
 def parse_arguments() -> Namespace:
-    """The command line. Wrong usage is told on stderr and exits with status 2."""
+    """Parse the command line. Wrong usage is an error on stderr and exit status 2."""
     parser = ArgumentParser(
         description=DESCRIPTION, epilog=EXIT_STATUSES, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to ask")
     parser.add_argument("--model", metavar="KEY", help="the model to ask (default: the first that is loaded)")
-    parser.add_argument("--stream", action="store_true", help="print the answer as it is made, as conversations do")
+    parser.add_argument("--stream", action="store_true", help="stream the answer, as conversations do")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop an answer after so many tokens")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="the most tokens of an answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     act = parser.add_mutually_exclusive_group()
     act.add_argument("--list", action="store_true", help="list the models")
@@ -57,7 +56,7 @@ def parse_arguments() -> Namespace:
 
 
 def run(arguments: Namespace) -> None:
-    """Do what the command line says. Raises ClientError, KeyboardInterrupt, and OSError of stdin and stdout."""
+    """Run the command. Raises ClientError, KeyboardInterrupt, and OSError of stdin and stdout."""
     if arguments.list:
         return views.print_models(call(arguments, ChatClient.models))
     if arguments.load is not None:
@@ -71,14 +70,14 @@ def run(arguments: Namespace) -> None:
     messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if prompt is None:
         return converse(arguments, messages)
-    return ask(arguments, [*messages, {"role": "user", "content": prompt}], views.AnswerPrinter())
+    return ask(arguments, [*messages, {"role": "user", "content": prompt}], AnswerPrinter())
 
 
 def converse(arguments: Namespace, opening: list[Message]) -> None:
-    """Turn after turn until Ctrl-D. An error ends it before the first answer; after that it is told."""
+    """Turn after turn until Ctrl-D. An error before the first answer ends it; a later one is printed."""
     arguments.stream, messages = True, opening
     for line in typed_lines():
-        question, printer = {"role": "user", "content": line}, views.AnswerPrinter()
+        question, printer = {"role": "user", "content": line}, AnswerPrinter()
         try:
             ask(arguments, [*messages, question], printer)
         except KeyboardInterrupt:
@@ -92,8 +91,8 @@ def converse(arguments: Namespace, opening: list[Message]) -> None:
             messages = [*messages, question, {"role": "assistant", "content": printer.content}]
 
 
-def ask(arguments: Namespace, messages: list[Message], printer: views.AnswerPrinter) -> None:
-    """Print one answer. An event loop of its own lets Ctrl-C end this answer and nothing else."""
+def ask(arguments: Namespace, messages: list[Message], printer: AnswerPrinter) -> None:
+    """Print one answer. It has an event loop of its own, so Ctrl-C stops this answer and nothing else."""
     params = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
 
     async def print_answer(client: ChatClient) -> None:
@@ -101,7 +100,9 @@ def ask(arguments: Namespace, messages: list[Message], printer: views.AnswerPrin
             for event in (await client.complete(messages, arguments.model, **params)).events:
                 printer.write(event)
             return
-        async with aclosing(client.stream(messages, arguments.model, on_progress=printer.tell, **params)) as events:
+        async with aclosing(
+            client.stream(messages, arguments.model, on_progress=printer.show_progress, **params)
+        ) as events:
             async for event in events:
                 printer.write(event)
 
@@ -111,8 +112,33 @@ def ask(arguments: Namespace, messages: list[Message], printer: views.AnswerPrin
         printer.end()
 
 
+def typed_lines() -> Iterator[str]:
+    """Lines that are typed until Ctrl-D, without empty ones. Ctrl-C drops a line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() edits lines once it is imported
+    while True:
+        try:
+            line = input(_invite())
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if line.strip():
+            yield line
+
+
+def _invite() -> str:
+    """The prompt of input(), which goes to stdout; to stderr instead where stdout is no terminal."""
+    if sys.stdout.isatty():
+        return "> "
+    print("> ", end="", file=sys.stderr, flush=True)
+    return ""
+
+
 def call(arguments: Namespace, act: Callable[[ChatClient], Awaitable[Result]]) -> Result:
-    """What `act` returns for a client of the server."""
+    """Run `act` with a client of the server; its result."""
 
     async def act_once() -> Result:
         async with ChatClient(arguments.base_url, arguments.api_key) as client:

@@ -1,12 +1,12 @@
-"""What a JSON schema costs, and that it holds: sampled answers of a real model, in-process, in one batch.
+"""Cost and validity of constrained decoding by JSON Schema: sampled answers of a real model, in-process, in one batch.
 
 python -m benchmarks.constrained --model embedded:smollm2
 
 Rule 1: the same prompts, seeds and temperature 1 with the schemas and without them, each free answer as long as the
-        bound one: the batch is as full in both.
-Rule 2: both in turns, a round of each, so that what else the machine does falls on both.
-Rule 3: every value is bounded, as a user who wants whole answers writes a schema. JSON numbers can't be: the digits
-        behind a decimal point have no limit, so there are integers, and text with a pattern.
+        constrained one: the batch is as full in both.
+Rule 2: both take turns, a round of each, so that other load on the machine affects both.
+Rule 3: every value is bounded, as in a schema of a user who wants whole answers. The digits behind a decimal point have
+        no limit, so there are integers, and strings with a pattern, but no numbers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.runner import Output, Runner
 
-ROUNDS, SEEDS = 5, 2  # every schema once a seed, in every round
+ROUNDS, SEEDS = 5, 2  # every schema once per seed, in every round
 MAX_TOKENS = 1000
 WORD: dict[str, Any] = {"type": "string", "maxLength": 16}
 
 
 def of(**properties: Any) -> dict[str, Any]:
-    """The schema of an object with all of these properties and no others."""
+    """Schema of an object with all of these properties and no others."""
     return {
         "type": "object",
         "properties": properties,
@@ -44,12 +44,12 @@ def of(**properties: Any) -> dict[str, Any]:
 
 
 def integer(least: int, most: int) -> dict[str, Any]:
-    """The schema of an integer."""
+    """Schema of an integer."""
     return {"type": "integer", "minimum": least, "maximum": most}
 
 
 def text_like(pattern: str) -> dict[str, Any]:
-    """The schema of a text."""
+    """Schema of a string that matches a pattern."""
     return {"type": "string", "pattern": pattern}
 
 
@@ -70,7 +70,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 def request(
     subject: str, seed: int, schema: dict[str, Any] | None = None, length: int | None = None
 ) -> GenerationRequest:
-    """One question at temperature 1, to be answered by a schema, or by so many tokens."""
+    """A request at temperature 1, answered by a schema, or by `length` tokens."""
     return GenerationRequest(
         ChatPrompt((Message("user", (Text(f"Describe {subject} as JSON."),)),)),
         {"temperature": 1.0, "seed": seed},
@@ -82,7 +82,7 @@ def request(
 
 @dataclass(frozen=True)
 class Answers:
-    """What requests came to: the events and the number of tokens of each, and the seconds of all."""
+    """Answers to a batch of requests: the events and the number of tokens of each, and the seconds of all."""
 
     events: list[list[Any]]
     lengths: list[int]
@@ -90,14 +90,14 @@ class Answers:
 
 
 def generate(runner: Runner, requests: Sequence[GenerationRequest]) -> Answers:
-    """Answer requests, all in one batch."""
+    """Answer all requests in one batch."""
     ids = itertools.count()
     outputs: dict[int, tuple[Output, list[Any]]] = {}
     started = time.perf_counter()
     for one in requests:
         choices = runner.prepare(one, ids)
-        runner.batch.insert([sequence for sequence, _ in choices])
-        outputs |= {sequence.id: (output, []) for sequence, output in choices}
+        runner.batch.insert([row for row, _ in choices])
+        outputs |= {row.id: (output, []) for row, output in choices}
     while not runner.batch.is_empty():
         finished = []
         for token in runner.batch.decode():
@@ -123,7 +123,7 @@ def is_valid(events: list[Any], schema: dict[str, Any]) -> bool:
 
 
 def compile_all(runner: Runner) -> float:
-    """Seconds that the first use of all schemas takes."""
+    """Compile all schemas; the seconds it takes."""
     started = time.perf_counter()
     for subject, schema in SCHEMAS.items():
         runner.preprocess(request(subject, 0, schema))
@@ -134,26 +134,26 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="embedded:smollm2")
-    parser.add_argument("--rows", type=int, default=16, help="rows of the batch")
+    parser.add_argument("--rows", type=int, default=16, help="sequences of the batch")
     options = parser.parse_args()
     spec = ModelSpec("bench", options.model, type="instruction", max_running=options.rows)
     runner = Builder(0.25).build(spec)
     compiling = compile_all(runner)
-    generate(runner, [request(subject, 0, length=2) for subject in SCHEMAS])  # the prompts are read once
+    generate(runner, [request(subject, 0, length=2) for subject in SCHEMAS])  # the prefix cache has the prompts now
     valid = tokens = 0
-    seconds = {"bound": 0.0, "free": 0.0}
+    seconds = {"constrained": 0.0, "free": 0.0}
     for first in range(0, ROUNDS * SEEDS, SEEDS):
         asked = [(subject, seed) for seed in range(first, first + SEEDS) for subject in SCHEMAS]
-        bound = generate(runner, [request(*one, SCHEMAS[one[0]]) for one in asked])
-        free = generate(runner, [request(*one, length=n) for one, n in zip(asked, bound.lengths, strict=True)])
+        constrained = generate(runner, [request(*one, SCHEMAS[one[0]]) for one in asked])
+        free = generate(runner, [request(*one, length=n) for one, n in zip(asked, constrained.lengths, strict=True)])
         valid += sum(
-            is_valid(events, SCHEMAS[subject]) for events, (subject, _) in zip(bound.events, asked, strict=True)
+            is_valid(events, SCHEMAS[subject]) for events, (subject, _) in zip(constrained.events, asked, strict=True)
         )
-        tokens += sum(bound.lengths)
-        seconds["bound"] += bound.seconds
+        tokens += sum(constrained.lengths)
+        seconds["constrained"] += constrained.seconds
         seconds["free"] += free.seconds
     runner.batch.close()
-    rates = tokens / seconds["bound"], tokens / seconds["free"]
+    rates = tokens / seconds["constrained"], tokens / seconds["free"]
     print(f"valid: {valid} of {ROUNDS * SEEDS * len(SCHEMAS)} answers over {len(SCHEMAS)} schemas at temperature 1")
     print(f"with schemas {rates[0]:.1f} tokens/s, free {rates[1]:.1f} tokens/s, ratio {rates[0] / rates[1]:.2f}")
     print(f"first use of all schemas: {compiling * 1000:.0f} ms")

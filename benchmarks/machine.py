@@ -1,4 +1,4 @@
-"""The facts of the machine that figures depend on. No names of hosts, users or directories."""
+"""Facts of the machine that figures depend on. No names of hosts, users or directories."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OPENBLAS = "libopenblas.so.0"
 
 
 def has_gpu() -> bool:
-    """Whether MLX computes on a GPU here."""
+    """Whether MLX's default device is a GPU."""
     from mlxserver.engine.mlx import mx
 
     return bool(mx.default_device() == mx.Device(mx.gpu, 0))
 
 
 def needs_openblas() -> bool:
-    """Whether MLX would compute with its slow bundled BLAS, and the system has a fast one."""
+    """Whether MLX computes with its slow bundled BLAS although the system has a fast one."""
     return platform.system() == "Linux" and not has_gpu() and _openblas_config() is not None
 
 

@@ -1,9 +1,9 @@
-"""Model directories that both servers can load: random weights in a given shape, or the embedded SmolLM2.
+"""Model directories for both servers: random weights of a given shape, or the embedded SmolLM2.
 
-Rule 1: a directory appears complete or not at all, and is made once.
+Rule 1: a directory appears complete or not at all, and is written once.
 Rule 2: all of them have an endless tokenizer (vocabulary.py).
-Rule 3: random logits are spread about as widely as a trained model's, so that top_p 0.9 keeps one to some hundred
-        tokens, as with SmolLM2, and not most of the vocabulary: a sampler then does the work of real use.
+Rule 3: random logits are distributed about as widely as a trained model's, so that top_p 0.9 keeps one to some hundred
+        tokens, as with SmolLM2, and not most of the vocabulary: sampling costs what it does in real use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16", "4bit")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a llama."""
+    """Sizes of a llama."""
 
     layers: int
     hidden: int
@@ -38,7 +38,7 @@ class Shape:
     tied: bool
 
     def config(self) -> dict[str, Any]:
-        """The model's config.json. It names no end-of-text id: the tokenizer's is the only one."""
+        """The model's config.json. It has no end-of-text id: the tokenizer's is the only one."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -67,10 +67,10 @@ EMBEDDED = "smollm2"
 
 
 def prepare_pair(shape: str, dtype: str, work: Path, tokenizer: Path | None = None) -> tuple[Path, Path]:
-    """Two directories of the same weights under `work`, made when missing: a server sees two models.
+    """Two directories of the same weights under `work`, two models to a server; written if missing.
 
-    shape: a key of SHAPES, or "smollm2". tokenizer: a directory to take the tokenizer from, the embedded model's
-    when None. Raises ValueError for a combination that can't be made, FileNotFoundError without a tokenizer.
+    shape: a key of SHAPES, or "smollm2". tokenizer: the directory of the tokenizer, None for the embedded model's.
+    Raises ValueError for an impossible combination, FileNotFoundError without a tokenizer.
     """
     first = work / f"{shape}-{dtype}"
     if shape == EMBEDDED:
@@ -85,7 +85,7 @@ def prepare_pair(shape: str, dtype: str, work: Path, tokenizer: Path | None = No
 
 
 def embedded_directory(work: Path, dtype: str) -> Path:
-    """The embedded SmolLM2 as an MLX directory, converted when missing.
+    """The embedded SmolLM2 as an MLX directory, converted if missing.
 
     Raises ValueError for a dtype that it is not converted to, FileNotFoundError if its wheel is not installed.
     """

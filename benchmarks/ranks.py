@@ -1,7 +1,7 @@
-"""Servers for a measurement whose model is in one process, or shared by ranks on this machine.
+"""Servers under measurement whose model is in one process, or divided among ranks on this machine.
 
-Rule 1: ranks are started with what mlx.launch gives them; with nccl each has a GPU of its own.
-Rule 2: nothing waits without a limit, and whatever was started is gone at the end, the processes that it started too.
+Rule 1: ranks get the environment that mlx.launch gives them; with nccl each has a GPU of its own.
+Rule 2: every wait has a limit, and every process that was started is gone at the end, with its own child processes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ preload = true
 max_running = {most}
 prefix_cache_bytes = 0
 """
-LAST_WORDS = 6000  # bytes
-STOP_SECONDS = 10.0  # until what has not ended is killed
-_LOOK_AGAIN = 0.2
+LOG_TAIL = 6000  # bytes
+STOP_SECONDS = 10.0  # until a process that has not ended is killed
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """How the model is served: by so many ranks over a backend, divided by `shard`, with more variables set."""
+    """Deployment of the model: by `size` ranks over a backend, divided by `shard`, with extra environment variables."""
 
     backend: str
     size: int
@@ -46,13 +46,13 @@ class Deployment:
 
     @property
     def name(self) -> str:
-        """For a table."""
+        """Name in a table."""
         if self.size == 1:
             return "one process"
         return " ".join([f"{self.size} ranks", *(f"{name}={value}" for name, value in self.variables.items())])
 
     def environments(self, directory: Path) -> list[dict[str, str]]:
-        """What mlx.launch sets for each rank, and `variables`; what it writes to files is put into the directory."""
+        """Environment of each rank: what mlx.launch sets, and `variables`. directory: for the host file."""
         if self.size == 1:
             return [{"CUDA_VISIBLE_DEVICES": "0"} if self.backend == "nccl" else {}]
         if self.backend == "nccl":
@@ -67,9 +67,9 @@ class Deployment:
 
 @contextmanager
 def running(directory: Path, deployment: Deployment, most: int, start_seconds: float) -> Iterator[int]:
-    """A server whose model is loaded; its port. most: rows that decode together.
+    """Port of a server whose model is loaded. most: sequences that decode together.
 
-    Raises ServerFailed if it ends, or is not there in time. What the processes said goes with every error as a note.
+    Raises ServerFailed if it ends, or is not ready in time. Every error has the end of the processes' log as a note.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
@@ -84,7 +84,7 @@ def running(directory: Path, deployment: Deployment, most: int, start_seconds: f
             _await_ready(processes, port, start_seconds)
             yield port
         except BaseException as error:
-            error.add_note(f"Last words of {deployment.name}:\n{tail(log, LAST_WORDS)}")
+            error.add_note(f"Last output of {deployment.name}:\n{tail(log, LOG_TAIL)}")
             raise
         finally:
             end(processes)
@@ -99,7 +99,7 @@ def _start(settings: Path, port: int, environment: Mapping[str, str], log: IO[by
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        process_group=0,  # what it starts is ended with it
+        process_group=0,  # its child processes are ended with it
     )
 
 
@@ -109,15 +109,15 @@ def _await_ready(processes: Sequence[subprocess.Popen[bytes]], port: int, second
         for rank, process in enumerate(processes):
             if process.poll() is not None:
                 raise ServerFailed(f"rank {rank} ended with status {process.returncode} at its start")
-        with suppress(OSError):  # nobody listens yet, or 503: the model is not loaded
+        with suppress(OSError):  # the port is closed, or 503: the model is not loaded
             urllib.request.urlopen(f"http://{HOST}:{port}/health/ready", timeout=5).close()
             return
-        time.sleep(_LOOK_AGAIN)
+        time.sleep(_POLL_SECONDS)
     raise ServerFailed(f"the model was not loaded within {seconds:g} s")
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Stop the server and the other ranks; kill what does not stop."""
+    """Stop all processes; kill those that do not stop."""
     for process in processes:
         process.terminate()
     until = time.monotonic() + STOP_SECONDS

@@ -1,9 +1,9 @@
-"""The ceiling: engines in-process, without HTTP, and the limit that the memory's bandwidth sets.
+"""Ceiling of the servers: engines in-process, without HTTP, and the limit set by the memory's bandwidth.
 
-Run as a process of its own (python -m benchmarks.raw), so that its memory and its BLAS library are its own.
+Run as a separate process (python -m benchmarks.raw), so that it shares no memory and no BLAS library with the rest.
 
-Rule 1: an engine is driven by the same closed loop as a server, with prompts as long as there, and its figures are
-        computed by the same summary.
+Rule 1: the load on an engine is the closed loop of a server's load, with prompts of the same length, and its figures
+        are those of the same summary.
 Rule 2: a loop is run once, shorter, before it is measured.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.loading import loader  # first: this prepares the process for MLX
 
 # isort: split
@@ -31,9 +32,11 @@ from mlx_lm import load
 from benchmarks.engines import Engine, MlxLmEngine, OurEngine
 from benchmarks.machine import has_gpu
 from benchmarks.settings import GREEDY, SAMPLED, Sizes
-from benchmarks.stats import Record, decode_rate, summarise
+from benchmarks.stats import decode_rate, summarise
 from benchmarks.vocabulary import Prompts
-from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.client.bench.load import Sample
+from mlxserver.client.events import Usage
+from mlxserver.client.stats import Timing
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.sequence import Sequence
 
@@ -42,28 +45,28 @@ BANDWIDTH_ROW = 8192
 BANDWIDTH_TRIES = 5
 
 
-def drive(engine: Engine, rows: abc.Sequence[Sequence], clients: int) -> list[Record]:
-    """Decode all rows, `clients` at a time; the arrivals are the steps that gave each token."""
-    waiting, records = deque(rows), []
+def drive(engine: Engine, sequences: abc.Sequence[Sequence], clients: int) -> list[Timing]:
+    """Decode all sequences, `clients` at a time. A token's arrival is the end of its step."""
+    waiting, timings = deque(sequences), []
     running: dict[int, tuple[float, Sequence, list[float]]] = {}
     while waiting or running:
         while waiting and len(running) < clients:
-            row = waiting.popleft()
-            running[row.id] = perf_counter(), row, []
-            engine.insert(row)
+            sequence = waiting.popleft()
+            running[sequence.id] = perf_counter(), sequence, []
+            engine.insert(sequence)
         advanced, now = engine.step(), perf_counter()
         for sequence_id in advanced:
-            sent, row, arrivals = running[sequence_id]
+            start, sequence, arrivals = running[sequence_id]
             arrivals.append(now)
-            if len(arrivals) == row.max_tokens:
+            if len(arrivals) == sequence.max_tokens:
                 del running[sequence_id]
                 engine.remove(sequence_id)
-                records.append(Record(sent, now, tuple(arrivals), len(arrivals)))
-    return records
+                timings.append(Timing(start, now, tuple(arrivals), usage=Usage(completion_tokens=len(arrivals))))
+    return timings
 
 
-class Rows:
-    """Makes rows as a server would: from chats with distinct prompts, in the model's template."""
+class SequenceMaker:
+    """Maker of sequences as a server would prepare them: chats with distinct prompts, in the model's template."""
 
     def __init__(self, directory: Path, tokenizer: Any, sizes: Sizes) -> None:
         self._prompts = Prompts(directory)
@@ -71,7 +74,7 @@ class Rows:
         self._length = sizes.prompt_tokens
 
     def make(self, count: int, settings: Callable[[int], SamplingParams], max_tokens: int) -> list[Sequence]:
-        """So many; settings gives each row's by its number."""
+        """`count` sequences. settings: the sampling of each by its number."""
         return [Sequence(number, self._prompt(), settings(number), max_tokens) for number in range(count)]
 
     def _prompt(self) -> tuple[int, ...]:
@@ -80,7 +83,7 @@ class Rows:
 
 
 def distinct_sampling(number: int) -> SamplingParams:
-    """Settings of which no two of 32 rows have the same."""
+    """SamplingParams settings that differ between any two of 32 sequences."""
     return SamplingParams(
         temperature=0.5 + number / 40,
         top_p=0.8 + number % 5 / 25,
@@ -92,24 +95,25 @@ def distinct_sampling(number: int) -> SamplingParams:
 
 def measure_engine(
     make: Callable[[], Engine],
-    rows: Rows,
+    maker: SequenceMaker,
     sizes: Sizes,
     settings: Callable[[int], SamplingParams],
     clients: int,
     rounds: int,
 ) -> dict[str, float]:
-    """The figures of one engine in a closed loop, with the rate of its full decode steps."""
+    """The figures of one engine in a closed loop, and the rate of its decode steps with all clients."""
     engine = make()
     try:
-        drive(engine, rows.make(clients, settings, sizes.warmup_tokens), clients)
-        records = drive(engine, rows.make(clients * rounds, settings, sizes.max_tokens), clients)
+        drive(engine, maker.make(clients, settings, sizes.warmup_tokens), clients)
+        timings = drive(engine, maker.make(clients * rounds, settings, sizes.max_tokens), clients)
     finally:
         engine.close()
-    return {**summarise(records).figures(), "decode_tokens_per_second": decode_rate(records, clients)}
+    figures = summarise(list(map(Sample, timings))).figures()
+    return {**figures, "decode_tokens_per_second": decode_rate(timings, clients)}
 
 
 def measure_bandwidth() -> float:
-    """Bytes/s of the device's memory: the best of a copy, a sum and a product with a vector."""
+    """Bandwidth of the device's memory in bytes/s: the best of a copy, a sum and a product with a vector."""
     matrix = mx.random.normal((BANDWIDTH_BYTES // 4 // BANDWIDTH_ROW, BANDWIDTH_ROW))
     vector = mx.random.normal((1, len(matrix)))
     mx.eval(matrix, vector)
@@ -142,21 +146,21 @@ def _shortest(act: Callable[[], object]) -> float:
 
 
 def weight_bytes(model: Any, tied: bool) -> int:
-    """What a decode step reads of the weights. An embedding that is no output layer gives only a row a token."""
+    """Bytes of the weights that a decode step reads. An embedding that is no output layer is read one row per token."""
     skip = () if tied else ("model.embed_tokens.",)
     return sum(array.nbytes for name, array in tree_flatten(model.parameters()) if not name.startswith(skip))
 
 
 def measure_ceiling(directory: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """All figures by name."""
+    """All figures by engine and name."""
     model, tokenizer, config = load(str(directory), return_config=True)
-    rows, peak, batch = Rows(directory, tokenizer, sizes), sizes.peak, sizes.raw_batch
+    maker, peak, batch = SequenceMaker(directory, tokenizer, sizes), sizes.peak, sizes.raw_batch
     read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
 
     def figures(
         make: Callable[[], Engine], settings: Callable[[int], SamplingParams], clients: int, rounds: int = 1
     ) -> dict[str, float]:
-        return measure_engine(make, rows, sizes, settings, clients, rounds)
+        return measure_engine(make, maker, sizes, settings, clients, rounds)
 
     def greedy(_: int) -> SamplingParams:
         return SamplingParams(**GREEDY)

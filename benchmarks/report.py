@@ -1,7 +1,7 @@
-"""Results -> one table. Pure but for reading the file it is given.
+"""Table of a run's results. Pure, except for reading the file.
 
-Rule 1: a ratio is ours / mlx_lm.server of one run, or a ratio of two of our own figures where the row says so.
-Rule 2: what was not measured is a dash, never a guess.
+Rule 1: a ratio is ours / mlx_lm.server of one run, or a ratio of two of our own figures if the row's label is one.
+Rule 2: a dash stands for what was not measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DASH = "-"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure of a load. factor: from seconds to the unit shown."""
+    """Figure of a load. factor: from its unit to the unit shown."""
 
     key: str
     label: str
@@ -41,13 +41,13 @@ LOAD_METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a ratio has to reach."""
+    """Limit that a ratio has to reach."""
 
     limit: float
     at_least: bool
 
     def is_met(self, ratio: float) -> bool:
-        """Whether this ratio is enough."""
+        """Whether a ratio reaches the limit."""
         return ratio >= self.limit if self.at_least else ratio <= self.limit
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of the table. ours and theirs are None when not measured; ratio is first / second."""
+    """Row of the table. ours, theirs: None if not measured. ratio: of the first to the second."""
 
     label: str
     ours: float | None
@@ -77,7 +77,7 @@ def _number(value: float | None) -> str:
 
 
 class Results:
-    """What a run measured: figures by server (or "raw"), scenario and name."""
+    """Results of a run: figures by server (or "raw"), scenario and name."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._figures: Mapping[str, Any] = content["results"]
@@ -91,7 +91,7 @@ class Results:
         return None if value is None or isnan(value) else value * factor
 
     def scenarios(self) -> list[str]:
-        """The loads that either server was measured under."""
+        """The loads of either server."""
         names = [*self._figures.get(OURS, {}), *self._figures.get(MLX_LM, {})]
         return [name for name in dict.fromkeys(names) if " c=" in name]
 
@@ -106,7 +106,7 @@ class Results:
 
 
 def divide(first: float | None, second: float | None) -> float | None:
-    """first / second, or None where that has no meaning."""
+    """first / second; None if either is None, or the second is 0."""
     return None if first is None or not second else first / second
 
 
@@ -139,7 +139,7 @@ def _own(label: str, results: Results, scenario: str, name: str, limits: tuple[f
 
 
 def detail_lines(results: Results) -> Iterator[Line]:
-    """Everything else that was measured, loads first, the ceiling last."""
+    """All other figures: loads first, the ceiling last."""
     for scenario in results.scenarios():
         for metric in LOAD_METRICS:
             yield results.compare(f"{scenario}, {metric.label}", scenario, metric)
@@ -163,7 +163,7 @@ def detail_lines(results: Results) -> Iterator[Line]:
 
 
 def render(content: Mapping[str, Any]) -> str:
-    """The table of one run's results, as Markdown that also reads well in a terminal."""
+    """The table of one run's results, as aligned Markdown."""
     results = Results(content)
     lines = [line.cells() for line in [*promised_lines(results), *detail_lines(results)]]
     kept = [cells for cells in lines if any(cell != DASH for cell in cells[1:4])]

@@ -1,7 +1,7 @@
-"""The whole measurement: both servers, one after the other, then the ceiling; one table to stdout, JSON to a file.
+"""Whole measurement: both servers, one after the other, then the ceiling; one table to stdout, JSON to a file.
 
 Rule 1: the table goes to stdout, progress to stderr.
-Rule 2: what was measured is kept, even if a later part fails.
+Rule 2: what was measured is written, even if a later part fails.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import settings
-from benchmarks.load import LoadGenerator
+from benchmarks.load import target
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import DTYPES, EMBEDDED, SHAPES, prepare_pair
 from benchmarks.report import RAW, render
-from benchmarks.scenarios import Bench, Figures, measure, scenarios
-from benchmarks.servers import MLX_LM, OURS, ROOT, child_environment, running
+from benchmarks.scenarios import Bench, Figures, Scenario, measure, scenarios
+from benchmarks.servers import MLX_LM, OURS, ROOT, Server, child_environment, running
 from benchmarks.settings import Sizes
 from benchmarks.vocabulary import Prompts
 
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
-    """The command line; defaults by device."""
+    """Parse the command line. Defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shape", choices=[EMBEDDED, *SHAPES], default="1b" if gpu else EMBEDDED)
@@ -49,7 +49,7 @@ def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
 
 
 def choose_sizes(arguments: argparse.Namespace, gpu: bool) -> Sizes:
-    """The device's sizes with what the command line changes."""
+    """The sizes of the device, with the command line's changes."""
     sizes = settings.QUICK if arguments.quick else settings.GPU if gpu else settings.CPU
     given = {name: value for name, value in vars(arguments).items() if name in asdict(sizes) and value is not None}
     return replace(sizes, **given)
@@ -58,20 +58,27 @@ def choose_sizes(arguments: argparse.Namespace, gpu: bool) -> Sizes:
 def measure_server(
     name: str, pair: tuple[Path, Path], sizes: Sizes, only: Sequence[str] | None, results: dict[str, Figures]
 ) -> None:
-    """All chosen scenarios on one server, put into results as they come."""
+    """Measure the chosen scenarios on one server, and put their figures into results one by one."""
     chosen = {key: scenario for key, scenario in scenarios(sizes).items() if only is None or key in only}
     if not chosen:
         return
     with running(name, pair) as server:
-        _tell(f"{name} is up")
-        bench = Bench(LoadGenerator(server.port), server.models, Prompts(pair[0]), sizes)
-        asyncio.run(measure(bench, chosen, results, lambda line: _tell(f"  {line}")))
+        _report(f"{name} is up")
+        asyncio.run(_measure_scenarios(server, Prompts(pair[0]), sizes, chosen, results))
         if memory := server.peak_memory():
             results["process"] = {"peak_memory": memory}
 
 
+async def _measure_scenarios(
+    server: Server, prompts: Prompts, sizes: Sizes, chosen: Mapping[str, Scenario], results: dict[str, Figures]
+) -> None:
+    async with target(server.port) as under_load:
+        bench = Bench(under_load, server.models, prompts, sizes)
+        await measure(bench, chosen, results, lambda line: _report(f"  {line}"))
+
+
 def measure_raw(directory: Path, sizes: Sizes) -> dict[str, Figures]:
-    """The ceiling, in a process of its own."""
+    """Measure the ceiling in a separate process."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "raw.json"
         command = [sys.executable, "-m", "benchmarks.raw", "--model", str(directory), "--out", str(out)]
@@ -91,14 +98,14 @@ def check_names(only: Sequence[str] | None, sizes: Sizes) -> None:
 
 
 def run(arguments: argparse.Namespace, sizes: Sizes, content: dict[str, Any]) -> None:
-    """Measure, putting results into content as they come."""
+    """Measure, and put results into content one by one."""
     pair = prepare_pair(arguments.shape, arguments.dtype, arguments.work.resolve(), arguments.tokenizer)
     for server in arguments.server or (MLX_LM, OURS):
         content["results"][server] = {}
         measure_server(server, pair, sizes, arguments.only, content["results"][server])
     if arguments.only is None or RAW in arguments.only:
         content["results"][RAW] = measure_raw(pair[0], sizes)
-        _tell("raw engines measured")
+        _report("raw engines measured")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(render(content))
-    _tell(f"kept in {out}")
+    _report(f"written to {out}")
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

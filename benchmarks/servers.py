@@ -1,7 +1,7 @@
-"""The two servers as child processes: started on a free port, waited for, stopped.
+"""Both servers as child processes on free ports.
 
 Rule 1: both get the same model directories, the same BLAS library and their own default settings.
-Rule 2: what a server wrote is shown when it fails, and only then.
+Rule 2: a server's output is shown if it fails, and only then.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LOG_TAIL = 4000
 
 
 class ServerFailed(Exception):
-    """A server did not start or ended early; its last words are in the message."""
+    """A server did not start, or ended early; its last output is in the message or in a note."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server. models: the names that requests use, one for each directory it was given."""
+    """Running server. models: the names for requests, one per directory."""
 
     name: str
     port: int
@@ -44,7 +44,7 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def peak_memory(self) -> int | None:
-        """The most resident memory it had so far, in bytes; None where the system does not tell."""
+        """Peak of resident memory in bytes; None where the system does not report it."""
         status = Path(f"/proc/{self.process.pid}/status")
         if not status.exists():
             return None
@@ -54,9 +54,9 @@ class Server:
 
 @contextmanager
 def running(name: str, directories: Sequence[Path]) -> Iterator[Server]:
-    """Start a server (OURS or MLX_LM) for the directories and stop it at the end.
+    """Start a server (OURS or MLX_LM) for the directories, and stop it at the end.
 
-    Raises ServerFailed if it does not come up, or is found dead at the end.
+    Raises ServerFailed if it does not start, or has ended before.
     """
     port = free_port()
     names, command = (_our_command if name == OURS else _mlx_lm_command)(directories, port)
@@ -89,7 +89,7 @@ def _mlx_lm_command(directories: Sequence[Path], port: int) -> tuple[tuple[str, 
 
 
 def child_environment(*, preload: bool = False) -> dict[str, str]:
-    """For a process that uses MLX: no network. preload: on a Linux CPU it gets the BLAS library that ours loads."""
+    """Environment of a process with MLX, without network. preload: on a Linux CPU, the BLAS library that ours loads."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if preload and needs_openblas():
         environment["LD_PRELOAD"] = OPENBLAS
@@ -97,7 +97,7 @@ def child_environment(*, preload: bool = False) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody has now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -118,7 +118,7 @@ def _wait_until_up(name: str, process: subprocess.Popen[bytes], port: int, log: 
 
 
 def tail(log: IO[bytes], most: int = LOG_TAIL) -> str:
-    """The last that was written, so many bytes at the most."""
+    """The end of a log, at most `most` bytes."""
     end = log.seek(0, os.SEEK_END)
     log.seek(max(0, end - most))
     return log.read().decode(errors="replace")

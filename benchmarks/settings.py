@@ -1,4 +1,4 @@
-"""How much is measured: counts and lengths, chosen by the kind of device.
+"""Sizes of a measurement: counts and lengths, by the kind of device.
 
 Rule 1: both servers of a run are measured with the same Sizes; they are kept with the results.
 """
@@ -20,9 +20,9 @@ class Sizes:
     """Lengths in tokens, counts in requests.
 
     concurrency: clients of the closed loops; the last is the peak, which the seeded, raw and target measures use.
-    rounds, seeded_rounds: requests a client. pair_clients: clients of the two models used at once.
-    conversations: how many two-turn conversations. stream_tokens: length of the stream beside the long prefill.
-    warmup_tokens: what each warm-up request generates. raw_batch: rows of the batch with distinct settings.
+    rounds, seeded_rounds: requests per client. pair_clients: clients of the two models used at once.
+    conversations: number of two-turn conversations. stream_tokens: length of the stream beside the long prefill.
+    warmup_tokens: length of the warm-up answers. raw_batch: sequences of the batch with distinct settings.
     """
 
     prompt_tokens: int

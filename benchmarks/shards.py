@@ -1,12 +1,12 @@
-"""One process against several ranks that share the same model: tokens/s and time to the first token, in one run.
+"""One process against several ranks with the same model: tokens/s and time to first token, in one run.
 
 Run: python -m benchmarks.shards --backend nccl [--ranks 2] [--shape 8b] [--dtype bfloat16] [--shard tensor]
 [--variables NAME=VALUE[,NAME=VALUE]]... All ranks are on this machine. Each --variables measures the ranks once more,
 with these variables set. Prints a table, and writes the figures as JSON. Exit status 1 if a part failed, 128 and the
 signal's number if it was interrupted, 142 after --limit seconds.
 
-Rule 1: all are measured by the same load generator, with the same prompts, each load once before it counts.
-Rule 2: what was measured is kept, even if a later part fails or the run is interrupted. Every part has a time limit.
+Rule 1: all are measured by the same load generator, with the same prompts, after one warm-up of each load.
+Rule 2: what was measured is written, even if a later part fails or the run is interrupted. Every part has a time limit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.load import Job, LoadGenerator
+from benchmarks.load import Target, run_load, target
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import DTYPES, SHAPES, prepare_pair
 from benchmarks.ranks import Deployment, running
 from benchmarks.settings import GREEDY
 from benchmarks.stats import summarise
 from benchmarks.vocabulary import Prompts
+from mlxserver.client.recorder import PreparedRequest
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("tokens_per_second", "ttft_p50", "ttft_p95", "gap_p50")
@@ -39,7 +40,7 @@ Figures = Mapping[str, float]
 
 
 class Run:
-    """What is measured, and the file that keeps it."""
+    """Figures of a run, and the file that they are written to."""
 
     def __init__(self, arguments: argparse.Namespace, out: Path) -> None:
         self._arguments = arguments
@@ -49,44 +50,43 @@ class Run:
         self.failures: dict[str, str] = {}
 
     def measure(self, directory: Path, deployment: Deployment) -> None:
-        """The figures of one way to serve, at each concurrency. What fails is kept as a failure."""
+        """Measure one deployment at each concurrency. An error is recorded as a failure."""
         name, limit = deployment.name, self._arguments.start_seconds
         try:
             with running(directory, deployment, max(self._arguments.concurrency), limit) as port:
-                self.tell(f"{name}: ready")
+                self.report(f"{name}: ready")
                 for clients in self._arguments.concurrency:
                     figures = asyncio.run(self._load(port, Prompts(directory), clients))
                     self.figures.setdefault(name, {})[str(clients)] = figures
-                    self._keep()
-                    self.tell(f"{name}, c={clients}: {figures['tokens_per_second']:.1f} tokens/s")
+                    self._write()
+                    self.report(f"{name}, c={clients}: {figures['tokens_per_second']:.1f} tokens/s")
         except BaseException as error:
             self.failures[name] = f"{type(error).__name__}: {error}"
-            self._keep()
-            self.tell("\n".join([f"{name} failed: {self.failures[name]}", *getattr(error, "__notes__", ())]))
+            self._write()
+            self.report("\n".join([f"{name} failed: {self.failures[name]}", *getattr(error, "__notes__", ())]))
             if not isinstance(error, Exception):
                 raise
 
     async def _load(self, port: int, prompts: Prompts, clients: int) -> Figures:
-        """The figures of a load. Raises TimeoutError."""
-        generator = LoadGenerator(port)
+        """The figures of one load. Raises TimeoutError."""
         rounds, tokens, length = self._arguments.rounds, self._arguments.max_tokens, self._arguments.prompt_tokens
 
-        def jobs(count: int) -> list[Job]:
-            texts = [prompts.make(length) for _ in range(count)]
-            return [Job("m", [{"role": "user", "content": text}], tokens, GREEDY) for text in texts]
+        def requests(server: Target, count: int) -> list[PreparedRequest]:
+            questions = [{"role": "user", "content": prompts.make(length)} for _ in range(count)]
+            return [server.prepare("m", [question], tokens, GREEDY) for question in questions]
 
         try:
-            async with asyncio.timeout(self._arguments.load_seconds):
-                await generator.run(jobs(clients), clients)
-                return summarise(await generator.run(jobs(clients * rounds), clients)).figures()
+            async with asyncio.timeout(self._arguments.load_seconds), target(port) as server:
+                await run_load(requests(server, clients), clients)
+                return summarise(await run_load(requests(server, clients * rounds), clients)).figures()
         except TimeoutError:
             raise TimeoutError(f"c={clients} took longer than {self._arguments.load_seconds:g} s") from None
 
-    def tell(self, line: str) -> None:
-        """Progress, with the seconds since the beginning."""
+    def report(self, line: str) -> None:
+        """Print a line of progress, with the seconds since the beginning."""
         print(f"{time.monotonic() - self._begun:6.1f} s  {line}", file=sys.stderr, flush=True)
 
-    def _keep(self) -> None:
+    def _write(self) -> None:
         settings = {key: value for key, value in vars(self._arguments).items() if not isinstance(value, Path)}
         content = {"machine": read_machine(), "settings": settings, "results": self.figures, "failures": self.failures}
         self._out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class Run:
 
 
 def render(results: Mapping[str, Mapping[str, Figures]]) -> str:
-    """A table, with each one's ratio to the first; a blank where something is missing."""
+    """A table with ratios to the first deployment; blank where there is no figure."""
     first = next(iter(results.values()))
     width = max(14, *(2 + len(name) for name in results))
     lines = [f"{'c':>4}  {'figure':<18}" + "".join(f"{name:>{width}}{'ratio':>7}" for name in results)]
@@ -111,7 +111,7 @@ def _cell(value: float | None, first: float | None, width: int) -> str:
 
 
 def variables(text: str) -> dict[str, str]:
-    """NAME=VALUE,NAME=VALUE. Raises ValueError."""
+    """Parse NAME=VALUE,NAME=VALUE. Raises ValueError."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(name and sign for name, sign, _ in pairs):
         raise ValueError(f"{text!r} is not valid; expected NAME=VALUE[,NAME=VALUE]")
@@ -119,7 +119,7 @@ def variables(text: str) -> dict[str, str]:
 
 
 def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
-    """The command line; defaults by device."""
+    """Parse the command line. Defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shards", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--backend", choices=("nccl", "ring"), default="nccl" if gpu else "ring")
@@ -130,7 +130,7 @@ def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="bfloat16" if gpu else "float32")
     add("--tokenizer", type=Path, metavar="DIR", help="where random models take their tokenizer from")
     add("--concurrency", type=int, nargs="+", default=[1, 16])
-    add("--rounds", type=int, default=4, help="requests of each client")
+    add("--rounds", type=int, default=4, help="requests per client")
     add("--prompt-tokens", type=int, default=250)
     add("--max-tokens", type=int, default=128)
     add("--start-seconds", type=float, default=150.0, help="until a model must be loaded")
@@ -148,30 +148,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = arguments.out or RESULTS / f"shards-{arguments.shape}-{arguments.backend}-{arguments.ranks}.json"
     run = Run(arguments, out)
     alone = Deployment(arguments.backend, 1, arguments.shard)
-    ways = [
+    deployments = [
         Deployment(arguments.backend, arguments.ranks, arguments.shard, more) for more in [{}, *arguments.variables]
     ]
-    _be_interruptible(run.tell)
+    _be_interruptible(run.report)
     signal.alarm(arguments.limit)
     try:
         directory, _ = prepare_pair(arguments.shape, arguments.dtype, arguments.work.resolve(), arguments.tokenizer)
-        run.tell("the model's files are there")
-        for way in (alone, *ways):
-            run.measure(directory, way)
+        run.report("the model's files are there")
+        for deployment in (alone, *deployments):
+            run.measure(directory, deployment)
     finally:
         if run.figures:
             print(render(run.figures))
-            run.tell(f"kept in {out}")
+            run.report(f"written to {out}")
     return 1 if run.failures else 0
 
 
-def _be_interruptible(tell: Callable[[str], None]) -> None:
-    """End in order at the first signal, and ignore those that come meanwhile."""
+def _be_interruptible(report: Callable[[str], None]) -> None:
+    """Clean up and exit at the first signal; ignore later ones."""
 
     def stop(number: int, frame: object) -> NoReturn:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
-        tell(f"interrupted by {signal.Signals(number).name}")
+        report(f"interrupted by {signal.Signals(number).name}")
         raise SystemExit(128 + number)
 
     for each in SIGNALS:

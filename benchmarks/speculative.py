@@ -1,10 +1,10 @@
-"""What speculative decoding could gain: the costs of its parts, and the acceptance at which it would begin to pay.
+"""Gain of speculative decoding: the cost of its parts, and the acceptance rate at which it breaks even.
 
 Run: python -m benchmarks.speculative [--target 8b] [--draft 1b] [--dtype bfloat16]. One stream, greedy, on the device.
 
-A round drafts k tokens one by one and checks them in one step of the target. With a probability a that a drafted token
-is accepted, it gives (1 - a^(k+1)) / (1 - a) tokens on average (Leviathan et al., 2023, arXiv:2211.17192). The
-acceptance itself is a matter of two real models and is not measured here.
+A round drafts k tokens one by one and verifies them in one step of the target. If a is the probability that a drafted
+token is accepted, a round yields (1 - a^(k+1)) / (1 - a) tokens on average (Leviathan et al., 2023, arXiv:2211.17192).
+The acceptance rate depends on two real models and is not measured here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
 
 
 def make_model(shape: str, dtype: str) -> Any:
-    """A random model of a shape, or the embedded one."""
+    """A model of a shape with random weights, or the embedded one."""
     if shape == EMBEDDED:
         return load(str(embedded_directory(ROOT / "build" / "benchmarks", dtype)))[0]
     model = llama.Model(llama.ModelArgs.from_dict(SHAPES[shape].config()))
@@ -46,7 +46,7 @@ def make_model(shape: str, dtype: str) -> Any:
 
 
 def step_seconds(model: Any, tokens: int) -> float:
-    """Median seconds of a step that feeds so many tokens at once behind a prompt, its choice read as a draft's is."""
+    """Median seconds of a greedy step over `tokens` tokens at once behind a prompt, each evaluated before the next."""
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, PROMPT_TOKENS), dtype=mx.uint32), cache=cache))
     chosen = mx.zeros((1, tokens), dtype=mx.uint32)
@@ -60,24 +60,24 @@ def step_seconds(model: Any, tokens: int) -> float:
     return median(times[WARM_UP:])
 
 
-def tokens_a_round(acceptance: float, drafted: int) -> float:
-    """Tokens that a round gives on average."""
+def tokens_per_round(acceptance: float, drafted: int) -> float:
+    """Tokens that a round yields on average."""
     return sum(acceptance**n for n in range(drafted + 1))
 
 
 def break_even(cost: float, drafted: int) -> float | None:
-    """The acceptance at which a round of this cost, in steps of the target, gains nothing; None where it never does."""
+    """Acceptance rate at which a round breaks even; None if it never does. cost: of a round, in steps of the target."""
     if cost >= drafted + 1:
         return None
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if tokens_a_round(middle, drafted) < cost else (low, middle)
+        low, high = (middle, high) if tokens_per_round(middle, drafted) < cost else (low, middle)
     return high
 
 
 def measure(target: str, draft: str, dtype: str) -> dict[str, Any]:
-    """All figures: seconds, and ratios to the target's own step."""
+    """All figures: seconds, and ratios to one step of the target."""
     drafting = step_seconds(make_model(draft, dtype), 1)
     model = make_model(target, dtype)
     own = step_seconds(model, 1)
@@ -85,7 +85,7 @@ def measure(target: str, draft: str, dtype: str) -> dict[str, Any]:
     for drafted in DRAFTED:
         checking = step_seconds(model, drafted + 1)
         cost = (drafted * drafting + checking) / own
-        speedups = {str(a): tokens_a_round(a, drafted) / cost for a in ACCEPTANCES}
+        speedups = {str(a): tokens_per_round(a, drafted) / cost for a in ACCEPTANCES}
         rounds.append({
             "drafted": drafted, "checking": checking, "break_even": break_even(cost, drafted), "speedup": speedups
         })  # fmt: skip
@@ -106,7 +106,7 @@ def render(figures: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure and print; --out keeps the figures with the machine's facts."""
+    """Measure and print. --out writes the figures with the facts of the machine."""
     gpu = has_gpu()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [EMBEDDED, *SHAPES]

@@ -1,10 +1,10 @@
-"""Tokenizer directories for measuring, and prompts of a given length.
+"""Tokenizer directories for measurements, and prompts of a given length.
 
-Rule 1: a model that uses an endless tokenizer never ends by itself: the end-of-text token has an id beyond the
+Rule 1: a model with an endless tokenizer never ends an answer: the id of its end-of-text token is beyond the
         vocabulary, so each server generates exactly max_tokens.
 Rule 2: every token id below the vocabulary size has a text of its own, as in a trained model.
-Rule 3: the same seed gives the same prompts, and no two prompts of a run begin alike, so that a prefix cache only
-        finds what a conversation really repeats.
+Rule 3: the same seed gives the same prompts, and no two prompts of a run begin alike, so that a prefix cache matches
+        repeated turns of a conversation and nothing else.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _special(token_id: int) -> dict[str, object]:
 
 
 class Prompts:
-    """Distinct texts of a given token length, the same sequence for the same seed."""
+    """Generator of distinct texts of a given length in tokens, the same texts for the same seed."""
 
     def __init__(self, directory: Path, seed: int = 0) -> None:
         self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -63,7 +63,7 @@ class Prompts:
         self._made = 0
 
     def make(self, tokens: int) -> str:
-        """A text of `tokens` tokens (without the chat template's own), unlike any made before."""
+        """A text of `tokens` tokens (without the chat template's), unlike any before."""
         self._made += 1
         words = [f"{self._made} notes:", *self._random.choices(WORDS, k=tokens)]
         ids = self._tokenizer.encode(" ".join(words), add_special_tokens=False).ids

@@ -16,7 +16,7 @@ ALLOWED = {
     "engine.kv_cache": "engine engine.platform",
     "engine.output": "engine",
     "engine.prompt": "config engine engine.output",
-    "engine.sampling": "config engine engine.output",
+    "engine.sampling": "config engine engine.output engine.platform",
     "engine.worker": "engine",
     "engine.loading": "config engine engine.platform engine.kv_cache",
     "engine.scheduler": "engine engine.platform engine.kv_cache engine.loading engine.sampling",

@@ -1,8 +1,8 @@
-"""A/B/A/B traffic on a memory that holds one model: how often it is switched, and how long a request waits.
+"""Thrashing: alternating requests to two models in memory for one. Counts the loads and times the requests.
 
 Run: python -m tools.alternate [--requests 40] [--clients 8]. "mixed": the clients take requests from one list, in which
-the models alternate. "apart": half of the clients ask one model only, half the other. Each once without the rules
-against thrashing, and once with them. Times in seconds.
+the models alternate. "apart": half of the clients send to one model only, half to the other. Each once without the
+rules against thrashing, and once with them. Times in seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEYS = ("a", "b")
 
 
 async def alternate(url: str, requests: int, clients: int, is_mixed: bool) -> tuple[float, float, float, int]:
-    """The longest and the median time of a request, the time of all, and the loads that it took."""
+    """Send all requests: the longest and the median latency, the time of all, and the number of loads."""
     one_list = iter(range(requests))
     lists = [one_list if is_mixed else iter([n % 2] * (requests // clients)) for n in range(clients)]
     times: list[float] = []
@@ -41,7 +41,7 @@ async def alternate(url: str, requests: int, clients: int, is_mixed: bool) -> tu
 
 
 async def client(session: aiohttp.ClientSession, url: str, work: Iterator[int], times: list[float]) -> None:
-    """Take one request after the other."""
+    """Send one request after the other."""
     for number in work:
         body = {
             "model": KEYS[number % 2],
@@ -56,7 +56,7 @@ async def client(session: aiohttp.ClientSession, url: str, work: Iterator[int], 
 
 
 def main() -> int:
-    """Print both runs."""
+    """Measure and print all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--clients", type=int, default=8)

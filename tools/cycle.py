@@ -1,4 +1,4 @@
-"""Load and unload one model many times: whether the process's memory stays where it was.
+"""Memory leaks of loading: loads and unloads one model many times, and compares the memory of the process.
 
 Run: python -m tools.cycle [--cycles 200] [--source embedded:smollm2]. Between load and unload one request is answered.
 Exit status 1 if the memory after the last cycle is more than 5 % above that after the tenth.
@@ -11,12 +11,12 @@ import sys
 
 from tools.harness.running_server import RunningServer, running_server
 
-SETTLED = 10  # cycles after which the memory is the measure
+SETTLED = 10  # cycles before the memory that is compared
 ALLOWED_GROWTH = 1.05
 
 
 def cycle(server: RunningServer, source: str) -> int:
-    """One load, request and unload; the process's memory after it, in bytes."""
+    """Load, send one request and unload; the memory of the process afterwards, in bytes."""
     assert server.post("/v1/models/load", {"model": source, "key": "model"}).status == 200
     assert server.chat("model", "Hello", max_tokens=3).status == 200
     assert server.post("/v1/models/unload", {"key": "model"}).status == 200
@@ -25,7 +25,7 @@ def cycle(server: RunningServer, source: str) -> int:
 
 
 def main() -> int:
-    """Run the cycles and tell the memory."""
+    """Run the cycles and print the memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=200)
     parser.add_argument("--source", default="embedded:smollm2")

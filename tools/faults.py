@@ -1,4 +1,4 @@
-"""Makes a real server fail in every way that it promises to survive, and prints what a client saw.
+"""Fault injection: makes a real server fail in every way that it must survive, and prints what clients received.
 
 Run: python -m tools.faults. Exit status 1 if a request after a fault did not work.
 """
@@ -22,13 +22,13 @@ from tools.harness.tiny_gguf import write_tiny_gguf
 
 ANSWER = "Hello there, and hello there again."
 SCRIPTS: dict[str, Script | str] = {"hello": ANSWER, "forever": Script(["tick ", "tock "], endless=True)}
-TOKENS = 200  # of an answer that a fault is to meet
-DISK = 20_000  # bytes that one file may have on the small disk
+TOKENS = 200  # of an answer during which a fault happens
+DISK = 20_000  # bytes per file on the small disk
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """What there is to tell of one fault. stream, plain: how a request that it met ended; next: how the one after."""
+class Row:
+    """Row of the table. stream, plain: the end of a request during the fault; next: the end of the one after it."""
 
     fault: str
     stream: str
@@ -38,28 +38,28 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Bench:
-    """A server with the model "m", and the directory through which faults are asked for."""
+    """Server with the model "m", and the directory by which faults are requested."""
 
     server: RunningServer
     faults: Path
 
     def ask_for(self, *faults: str) -> None:
-        """Have these happen, each once."""
+        """Make these faults happen, each once."""
         for fault in faults:
             (self.faults / fault).touch()
 
-    def row(self, name: str, *faults: str) -> Sequence:
-        """Let the faults meet a stream that runs, and then a plain request."""
+    def row(self, name: str, *faults: str) -> Row:
+        """Make the faults happen during a stream, and the last one again during a plain request."""
         with self.server.stream("m", "forever", max_tokens=TOKENS) as stream:
             stream.read(5)
             self.ask_for(*faults)
-            met = told(list(stream))
+            met = stream_end(list(stream))
         for fault in faults[-1:]:
             self.ask_for(fault)
-        return Sequence(name, met, self.plain("forever", max_tokens=TOKENS), self.after())
+        return Row(name, met, self.plain("forever", max_tokens=TOKENS), self.after())
 
     def after(self) -> str:
-        """How the next request ends; one that is told to come back later does."""
+        """The end of the next request, and of its retry if Retry-After asks for one."""
         answer = self.server.chat("m", "hello")
         if "retry-after" not in answer.headers:
             return "answered" if answer.json.get("choices") else str(answer.status)
@@ -67,22 +67,22 @@ class Bench:
         return f"{answer.status} {answer.error['code']}, after Retry-After {self.plain('hello')}"
 
     def plain(self, text: str, **parameters: Any) -> str:
-        """How a request that does not stream ends."""
+        """The end of a request without streaming."""
         answer = self.server.chat("m", text, **parameters)
         return "answered" if answer.status == 200 else f"{answer.status} {answer.error['code'] or ''}".strip()
 
 
 def streamed(server: RunningServer, text: str, **parameters: Any) -> str:
-    """How a whole request that streams ends."""
+    """The end of a streamed request."""
     answer = server.chat("m", text, stream=True, **parameters)
     if answer.status != 200:
         return f"{answer.status} {answer.error['code'] or ''}".strip()
     events = [line.removeprefix("data: ") for line in answer.body.decode().splitlines() if line.startswith("data: ")]
-    return told([event if event == "[DONE]" else json.loads(event) for event in events[-1:]])
+    return stream_end([event if event == "[DONE]" else json.loads(event) for event in events[-1:]])
 
 
-def told(payloads: list[Any]) -> str:
-    """How a stream ended."""
+def stream_end(payloads: list[Any]) -> str:
+    """The end of a stream, by its last payload."""
     last = payloads[-1] if payloads else {}
     if last == "[DONE]":
         return "answered"
@@ -91,7 +91,7 @@ def told(payloads: list[Any]) -> str:
 
 @contextmanager
 def bench(directory: Path) -> Iterator[Bench]:
-    """A server that fails when it is told to."""
+    """A server that fails on request."""
     faults = directory / "faults"
     faults.mkdir()
     model = scripted_model(directory / "scripted", SCRIPTS)
@@ -104,8 +104,8 @@ def bench(directory: Path) -> Iterator[Bench]:
         yield Bench(server, faults)
 
 
-def in_the_engine(directory: Path) -> Iterator[Sequence]:
-    """Faults of requests, steps and threads, one after the other on one server; at last a step that never ends."""
+def in_the_engine(directory: Path) -> Iterator[Row]:
+    """Faults of requests, steps and threads, one after the other on one server; a step that never ends as the last."""
     with bench(directory) as on:
         yield one_request(on, "a tokenizer that fails on a prompt", "tokenizer")
         yield one_request(on, "a tokenizer whose Rust code panics", "panic")
@@ -117,32 +117,30 @@ def in_the_engine(directory: Path) -> Iterator[Sequence]:
         yield wedged(on)
 
 
-def one_request(on: Bench, name: str, fault: str) -> Sequence:
-    """A fault that meets one request, while another one runs."""
+def one_request(on: Bench, name: str, fault: str) -> Row:
+    """A fault of one request, while another one runs."""
     with on.server.stream("m", "forever", max_tokens=TOKENS) as other:
         other.read(5)
         on.ask_for(fault)
         plain = on.plain("hello")
         on.ask_for(fault)
         first = streamed(on.server, "hello")
-        return Sequence(name, f"{first}; others: {told(list(other))}", plain, on.plain("hello"))
+        return Row(name, f"{first}; others: {stream_end(list(other))}", plain, on.plain("hello"))
 
 
-def wedged(on: Bench) -> Sequence:
-    """A step that never ends: what /health says of it, and that the process ends all the same."""
+def wedged(on: Bench) -> Row:
+    """A step that never ends: the server's health, and the end of the process."""
     with on.server.stream("m", "forever") as stream:
         stream.read(5)
         on.ask_for("wedge")
         eventually(lambda: on.server.get("/health").json["status"] == "degraded")
         ready = on.server.get("/health/ready?model=m").status
         ended = on.server.stop()
-        met = told(list(stream))
-    return Sequence(
-        "a step that never ends, then SIGTERM", met, f"/health/ready {ready}", f"process ended: {ended.status}"
-    )
+        met = stream_end(list(stream))
+    return Row("a step that never ends, then SIGTERM", met, f"/health/ready {ready}", f"process ended: {ended.status}")
 
 
-def with_files(directory: Path) -> Iterator[Sequence]:
+def with_files(directory: Path) -> Iterator[Row]:
     """Faults of disks and files."""
     source = write_tiny_gguf(directory / "tiny.gguf")
     yield truncated(directory)
@@ -151,8 +149,8 @@ def with_files(directory: Path) -> Iterator[Sequence]:
         yield killed(directory / f"cache{len(moment)}", source, moment)
 
 
-def truncated(directory: Path) -> Sequence:
-    """Weights that lack their end."""
+def truncated(directory: Path) -> Row:
+    """A truncated weights file."""
     model = scripted_model(directory / "cut", SCRIPTS)
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
@@ -162,12 +160,12 @@ def truncated(directory: Path) -> Sequence:
         met = streamed(server, "hello")
         plain = on.plain("hello")
         weights.write_bytes(whole)
-        server.post("/v1/models/unload", {"key": "m"})  # or else the next request would have to wait a second
-        return Sequence("a truncated weights file, then repaired", met, plain, on.plain("hello"))
+        server.post("/v1/models/unload", {"key": "m"})  # otherwise the next request gets a Retry-After
+        return Row("a truncated weights file, then repaired", met, plain, on.plain("hello"))
 
 
-def full_disk(directory: Path, source: Path) -> Sequence:
-    """A disk on which a converted model has no place; then one on which it has."""
+def full_disk(directory: Path, source: Path) -> Row:
+    """A disk too small for a converted model, then a larger one."""
     cache = {"MLX_SERVER_CACHE": str(directory / "small")}
     with running_server("--no-defaults", "--model", f"m={source}", variables=cache, preexec_fn=limit_files) as server:
         on = Bench(server, directory)
@@ -177,18 +175,18 @@ def full_disk(directory: Path, source: Path) -> Sequence:
     assert not left, left
     with running_server("--no-defaults", "--model", f"m={source}", variables=cache) as server:
         after = Bench(server, directory).plain("hello", max_tokens=3)
-    return Sequence("a disk that is full, then more memory", met, plain, after)
+    return Row("a disk that is full, then more memory", met, plain, after)
 
 
 def limit_files() -> None:
-    """No file of this process, nor of those it starts, may be longer."""
+    """Limit the size of files that this process and its children write."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (DISK, DISK))
 
 
-def killed(cache: Path, source: Path, moment: str) -> Sequence:
-    """kill -9 as soon as a file of this name is there, and a new start."""
+def killed(cache: Path, source: Path, moment: str) -> Row:
+    """kill -9 as soon as a file of this name exists, then a new start."""
     flags = ("--no-defaults", "--model", f"m={source}")
     with running_server(*flags, variables={"MLX_SERVER_CACHE": str(cache)}) as server:
         connection = server.connect()
@@ -202,22 +200,22 @@ def killed(cache: Path, source: Path, moment: str) -> Sequence:
     with running_server(*flags, variables={"MLX_SERVER_CACHE": str(cache)}) as server:
         after = Bench(server, cache).plain("hello", max_tokens=3)
     assert not list(cache.glob("*.partial"))
-    return Sequence(f"kill -9 when {moment.rpartition('/')[2]} was there, then a start", met, met, after)
+    return Row(f"kill -9 when {moment.rpartition('/')[2]} was there, then a start", met, met, after)
 
 
-def rows() -> Iterator[Sequence]:
-    """All faults."""
+def rows() -> Iterator[Row]:
+    """The rows of all faults."""
     for cause in CAUSES:
         with tempfile.TemporaryDirectory() as directory:
             yield from cause(Path(directory))
 
 
-CAUSES: tuple[Callable[[Path], Iterator[Sequence]], ...] = (in_the_engine, with_files)
+CAUSES: tuple[Callable[[Path], Iterator[Row]], ...] = (in_the_engine, with_files)
 
 
 def main() -> int:
-    """The table. 1: a request after a fault did not work."""
-    print("| fault | a stream saw | a plain request saw | the next request |\n| --- | --- | --- | --- |")
+    """Print the table. Returns 1 if a request after a fault did not work."""
+    print("| fault | a stream received | a plain request received | the next request |\n| --- | --- | --- | --- |")
     started, failed = time.monotonic(), 0
     for row in rows():
         print(f"| {row.fault} | {row.stream} | {row.plain} | {row.next} |", flush=True)

@@ -1,10 +1,10 @@
-"""Thousands of hostile requests (tools/hostile.py) against a server, and what it made of them.
+"""Fuzzing of a running server with thousands of hostile requests (tools/hostile.py).
 
 Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0]. Exit status 1 if a promise was broken:
 
-Promise 1: every request is answered, or its connection closed, within PATIENCE seconds; never with a 5xx.
-Promise 2: an answer is right, or OpenAI's error object, and short.
-Promise 3: the server stays healthy, and ends with the memory that it had after the warm-up, within 5 %.
+Promise 1: every request is answered, or its connection closed, within TIMEOUT seconds; never with a 5xx.
+Promise 2: an answer is valid, or OpenAI's error object, and short.
+Promise 3: the server stays healthy, and its memory at the end is that after the warm-up, within 5 %.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tools.harness.running_server import running_server
 from tools.hostile import MODEL, Case, Hostile
 from tools.raw_http import Answer, Malformed, Wire, request
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 WORKERS = 16
 LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
-PARTS = 4  # of the requests, after each of which the memory is measured
-KEPT = "512KiB"  # of finished prompts: full after a few hundred requests, so that it is not taken for a leak
+PARTS = 4  # the memory is measured after each part of the requests
+PREFIX_CACHE = "512KiB"  # full after a few hundred requests, so that it does not look like a leak
 FLAGS = ("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1")
 
 
@@ -36,7 +36,7 @@ class Broken(Exception):
 
 
 class Fuzz:
-    """The clients of one run."""
+    """Clients of one run. outcomes: counts of answers by status."""
 
     def __init__(self, port: int, seed: int) -> None:
         self._port = port
@@ -44,7 +44,7 @@ class Fuzz:
         self.outcomes: Counter[str] = Counter()
 
     async def run(self, requests: int) -> None:
-        """Send so many. Raises Broken."""
+        """Send `requests` hostile requests. Raises Broken."""
         cases = (self._hostile.case() for _ in range(requests))
 
         async def work() -> None:
@@ -59,13 +59,13 @@ class Fuzz:
             raise broken.exceptions[0] from None
 
     async def check_health(self) -> int:
-        """See that the server is well; the bytes of its process. Raises Broken."""
+        """Check that the server answers and has no request left; the memory of its process in bytes. Raises Broken."""
         body = json.dumps(
             {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
         ).encode()
         answer = await self._ask(request("POST", "/v1/chat/completions", body, "Connection: close"))
         if answer.status != 200:
-            raise Broken(f"a right request was answered with {answer.status} {answer.body!r}")
+            raise Broken(f"a valid request was answered with {answer.status} {answer.body!r}")
         model = json.loads((await self._ask(request("GET", f"/v1/models/{MODEL}", b"", "Connection: close"))).body)
         if (model["running_requests"], model["queued_requests"]) != (0, 0):
             raise Broken(f"requests are left: {model}")
@@ -75,18 +75,18 @@ class Fuzz:
         return int(float(figure[1]))
 
     async def _ask(self, data: bytes) -> Answer:
-        wire = await Wire.connect(self._port, PATIENCE)
+        wire = await Wire.connect(self._port, TIMEOUT)
         try:
             await wire.send(data)
             answer = await wire.answer()
         finally:
             wire.hang_up()
         if answer is None:
-            raise Broken("the server hung up on a right request")
+            raise Broken("the server closed the connection of a valid request")
         return answer
 
     async def _try(self, case: Case) -> None:
-        wire = await Wire.connect(self._port, PATIENCE)
+        wire = await Wire.connect(self._port, TIMEOUT)
         try:
             await wire.send(case.data)
             if case.is_cut:
@@ -100,21 +100,21 @@ class Fuzz:
                 if method == "HEAD":  # an error before the method is known has a body all the same, and is the last
                     break
         except TimeoutError:
-            raise Broken(f"{case.name}: no answer after {PATIENCE:g} seconds to {case.data[:2000]!r}") from None
+            raise Broken(f"{case.name}: no answer after {TIMEOUT:g} seconds to {case.data[:2000]!r}") from None
         except (Malformed, asyncio.IncompleteReadError, ValueError, KeyError) as error:
             raise Broken(f"{case.name}: {type(error).__name__} {error}; asked {case.data[:2000]!r}") from None
         finally:
             wire.hang_up()
 
     def _judge(self, case: Case, answer: Answer, *, has_body: bool) -> None:
-        """Count an answer. Raises Broken for one that is neither right nor an error object."""
+        """Count an answer. Raises Broken for one that is neither valid nor an error object."""
         if fault := _fault(answer, has_body):
             raise Broken(f"{case.name}: {fault}; {answer.status} {answer.body[:500]!r}; asked {case.data[:2000]!r}")
         self.outcomes[str(answer.status)] += 1
 
 
 def _fault(answer: Answer, has_body: bool) -> str | None:
-    """What is wrong with an answer."""
+    """The fault of an answer; None if it has none."""
     if answer.status >= 500:
         return "a 5xx"
     if not has_body or answer.status == 204:
@@ -135,13 +135,13 @@ def _fault_of_error(content: object) -> str | None:
         return "no error object"
     if content["error"].keys() != {"message", "type", "param", "code"} or not content["error"]["message"]:
         return "an error object without its four fields"
-    return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes what is long"
+    return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes a long value"
 
 
 async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0) -> tuple[Counter[str], list[int]]:
-    """How the requests were answered, and the bytes of the server's process before them and after each part of them.
+    """Send hostile requests: counts by outcome, and the server's memory in bytes before them and after each part.
 
-    warm: as many others come first: the space that the allocator keeps for several large bodies at once is no leak.
+    warm: number of other requests before, as what the allocator keeps for several large bodies at once is no leak.
     Raises Broken.
     """
     run = Fuzz(port, seed)
@@ -155,24 +155,24 @@ async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0) -> tuple[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make a model, start a server, and treat it badly."""
+    """Make a model, start a server, and fuzz it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--warm", type=int, default=10_000, help="requests before the memory is measured")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--growth", type=float, default=1.05, help="how much of the memory may be there in the end")
+    parser.add_argument("--growth", type=float, default=1.05, help="allowed ratio of the memory at the end")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         path = tiny_llama(Path(directory) / MODEL, context=256)
         config = Path(directory) / "models.toml"
-        config.write_text(f'[models.{MODEL}]\nsource = "{path}"\nprefix_cache_bytes = "{KEPT}"\n')
+        config.write_text(f'[models.{MODEL}]\nsource = "{path}"\nprefix_cache_bytes = "{PREFIX_CACHE}"\n')
         with running_server(*FLAGS, "--config", str(config)) as server:
             outcomes, sizes = asyncio.run(fuzz(server.port, arguments.requests, arguments.warm, arguments.seed))
             ended = server.stop()
     print("\n".join(f"{count:>7}  {outcome}" for outcome, count in sorted(outcomes.items())))
     growth = sizes[-1] / sizes[0]
-    told = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
-    print(f"MiB before, and after each part: {told}; the last by the first: {growth:.3f}")
+    in_mib = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
+    print(f"MiB before, and after each part: {in_mib}; ratio of the last to the first: {growth:.3f}")
     return 0 if growth <= arguments.growth and ended.status == 0 and "Traceback" not in ended.stderr else 1
 
 

@@ -1,8 +1,8 @@
-"""Looks for bytes that a parser does not expect, led by which of its branches they reach (atheris, libFuzzer).
+"""Coverage-guided fuzzing of the parsers (atheris, libFuzzer).
 
 Run: python -m tools.fuzz_parsers [TARGET ...] [--seconds 120]. The targets are in tools/fuzz_targets.py; each runs in a
-process of its own. One that fails leaves its input in the directory of --finds, and the exit status is 1. atheris is
-needed (pip install atheris), which has wheels for Linux only.
+separate process. The input of one that fails is written to the directory of --finds, and the exit status is 1. It needs
+atheris (pip install atheris), which has wheels for Linux only.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("requests", "calls", "thinking", "settings", "events", "conversations")
-OURS = ["client", "engine", "protocol", "server", "mlx_lm.tool_parsers"]
+INSTRUMENTED = ["mlxserver", "mlx_lm.tool_parsers"]
 
 
 def fuzz(target: str, seconds: int, finds: Path) -> None:
     """Run one target; ends the process."""
     atheris: Any = import_module("atheris")
-    with atheris.instrument_imports(include=OURS):
+    with atheris.instrument_imports(include=INSTRUMENTED):
         from tools.fuzz_targets import TARGETS
     test, seeds = TARGETS[target]
     corpus = Path(tempfile.mkdtemp())
@@ -36,11 +36,13 @@ def fuzz(target: str, seconds: int, finds: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the targets of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", choices=[[], *NAMES], metavar="TARGET", help=", ".join(NAMES))
-    parser.add_argument("--seconds", type=int, default=120, help="of each target")
-    parser.add_argument("--finds", type=Path, default=Path(tempfile.gettempdir()) / "finds", help="where inputs go")
+    parser.add_argument("--seconds", type=int, default=120, help="per target")
+    parser.add_argument(
+        "--finds", type=Path, default=Path(tempfile.gettempdir()) / "finds", help="directory for the inputs of failures"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if find_spec("atheris") is None:

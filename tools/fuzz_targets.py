@@ -1,7 +1,7 @@
-"""The parsers that meet other people's bytes, each as a function of any bytes, with examples to begin from.
+"""Fuzz targets: the parsers of foreign bytes, each as a function of any bytes, with seed inputs.
 
-Rule 1: whatever the bytes are, a parser gives what it promises, or the one error that it documents.
-Rule 2: where a parser reads a stream, every cut of it gives the same.
+Rule 1: any bytes give a documented result or the one documented error.
+Rule 2: any cut of a stream gives the same result.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def calls(data: bytes) -> None:
 
 
 def _calls(tool_format: ToolFormat, pieces: Iterable[str], *, is_cut: bool) -> tuple[str, list[tuple[Any, str]]]:
-    """The content, and of each call its number with its name, and its arguments."""
+    """The content, and each call as ((number, name), arguments)."""
     parser = ToolCallParser(tool_format, TOOLS)
     events = [event for piece in pieces for event in parser.feed(piece)] + parser.flush(is_cut=is_cut)
     content = ""
@@ -98,26 +98,26 @@ def _calls(tool_format: ToolFormat, pieces: Iterable[str], *, is_cut: bool) -> t
 
 
 def thinking(data: bytes) -> None:
-    """Reasoning and answer: no cut of the text changes which is which."""
+    """Reasoning and content: no cut of the text changes them."""
     if len(data) < 2:
         return
     text = data[2:].decode(errors="replace")
-    told = [
-        _thoughts(ThinkingParser("<think>", "</think>", bool(data[0] & 1), may_close_twice=bool(data[0] & 2)), pieces)
+    outcomes = [
+        _channels(ThinkingParser("<think>", "</think>", bool(data[0] & 1), may_close_twice=bool(data[0] & 2)), pieces)
         for pieces in ([text], _pieces(text, data[1]))
     ]
-    assert told[0] == told[1], text
+    assert outcomes[0] == outcomes[1], text
 
 
-def _thoughts(parser: ThinkingParser, pieces: Iterable[str]) -> dict[str, str]:
-    told = {"reasoning": "", "content": ""}
+def _channels(parser: ThinkingParser, pieces: Iterable[str]) -> dict[str, str]:
+    texts = {"reasoning": "", "content": ""}
     for channel, text in [part for piece in pieces for part in parser.feed(piece)] + parser.flush():
-        told[channel] += text.text
-    return told
+        texts[channel] += text.text
+    return texts
 
 
 def settings(data: bytes) -> None:
-    """A file of settings, or what variables say: settings, or ConfigInvalid."""
+    """A settings file, or an environment variable: settings, or ConfigInvalid."""
     try:
         if data[:1] < b"\x80":
             with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
@@ -132,26 +132,26 @@ def settings(data: bytes) -> None:
 
 
 def events(data: bytes) -> None:
-    """What a server sends to the clients: events, or ClientError; no cut of the bytes changes them."""
+    """A stream as the client reads it: events, or ClientError; no cut of the bytes changes them."""
     if not data:
         return
     assert _events([data[1:]]) == _events(_pieces(data[1:], data[0])), data
 
 
 def _events(pieces: Iterable[bytes]) -> list[object]:
-    told: list[object] = []
-    reader = StreamReader(lambda step: None)  # steps are told as they are read, also behind what ends the stream
+    found: list[object] = []
+    reader = StreamReader(lambda step: None)  # progress is left out: it is reported even behind the end of a stream
     try:
         for piece in pieces:
-            told += reader.feed(piece, 0.0)
-        told += reader.end(0.0)
+            found += reader.feed(piece, 0.0)
+        found += reader.end(0.0)
     except ClientError as error:
-        told.append(str(error))
-    return told
+        found.append(str(error))
+    return found
 
 
 def conversations(data: bytes) -> None:
-    """Files that a person opens in the shell: a conversation, or ValueError."""
+    """Files that the shell opens: a conversation, or ValueError."""
     text = data.decode(errors="replace")
     for read, write in (
         (transcript.parse_json, transcript.format_json),
@@ -210,7 +210,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
 
 
 def _pieces(text: Any, step: int) -> Iterator[Any]:
-    """Any cut of it, chosen by a number."""
+    """A cut of a text or of bytes, chosen by `step`."""
     start = 0
     while start < len(text):
         length = 1 + (step * (start + 3)) % 7

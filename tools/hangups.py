@@ -1,16 +1,16 @@
-"""Clients that hang up at random moments, beside others that stay: what the server keeps of them.
+"""Hang-ups: clients that close their connection at random moments, beside streams that stay; leaks and costs.
 
 Run: python -m tools.hangups [--hangups 1000] [--seed 0]. Exit status 1 if a promise was broken:
 
-Promise 1: those who stay get every token, in order.
-Promise 2: a second after the last has left, no request is running or waiting, and no connection is left open.
+Promise 1: the streams that stay get every token, in order.
+Promise 2: a second after the last hang-up, no request is running or waiting, and no connection is left open.
 
-How fast those are who stay is told as a ratio. Visitors of two kinds come in turns, in rounds: at the same times, with
-the same requests. One kind hangs up on an endless answer after some time; the other asks for as many tokens as the
-server was seen to compute for the first in that time, and reads them all. So the ratio of the stayers' tokens/s,
-hang-ups to readers, is what hanging up itself costs them: below 1 it costs more than an answer that is read. On a busy
-machine visits take longer, and fewer come in a second; so it is also told (on Linux) what one visit of each kind takes
-of the server's processor time, beyond that which the stayers' tokens take when they are alone.
+The cost of hang-ups is a ratio of the staying streams' tokens/s. Visitors of two kinds take turns, in rounds, at the
+same times, with the same requests. Leavers hang up on an endless answer after some time; readers ask for as many tokens
+as the server computed for the leavers in that time, and read them all. The ratio, leavers to readers, is the cost of
+hanging up itself: below 1, a hang-up costs more than an answer that is read. On a busy machine visits take longer, and
+there are fewer per second; so the server's processor time per visit of each kind is printed, too (on Linux), less the
+time that the tokens of the staying streams take alone.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from tools.raw_http import Wire, request
 
 MODEL = "talker"
 FOREVER = Script(["tick ", "tock "], endless=True)
-CONTEXT = 10**8  # the endless script never comes to its end
+CONTEXT = 10**8  # more than the endless script generates in a run
 STAYING, VISITING = 4, 8  # clients at a time
-LONGEST = 0.15  # seconds that a visit lasts
+LONGEST = 0.15  # seconds of the longest visit
 PACE = 0.2  # seconds from one visit of a client to its next
-ROUNDS = 10  # of readers and of those that hang up
-HASTY = 0.2  # part of the visitors that leave before they have asked
-CALM = 3.0  # seconds in which those who stay are alone
+ROUNDS = 10  # of readers and of leavers
+HASTY = 0.2  # share of the visitors that leave before their request is sent
+CALM = 3.0  # seconds in which the staying streams are alone
 WORDS = re.compile(r'"content":"(tick|tock) "')
 
 
@@ -52,7 +52,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens that came, and in how many seconds, by the clock and of the server's processors."""
+    """Speed of the staying streams: their tokens, the seconds by the clock, and the server's processor seconds."""
 
     tokens: int
     seconds: float
@@ -60,23 +60,23 @@ class Speed:
 
     @property
     def by_clock(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
     def beyond(self, alone: Speed) -> float:
-        """Seconds of the processors that so many tokens would not have taken alone."""
+        """Processor seconds beyond those that as many tokens take alone."""
         return self.processor - self.tokens * alone.processor / alone.tokens
 
 
 class Stayer:
-    """A stream that is read for as long as it lasts."""
+    """Staying stream. tokens: how many were received."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self.tokens = 0
 
     async def read(self) -> None:
-        """Read on, for ever. Raises Broken where a token is missing or wrong."""
+        """Read without end. Raises Broken if a token is missing or wrong, or the stream ends."""
         rest = ""
         while data := await self._wire.lines():
             *lines, rest = (rest + data.decode()).split("\n\n")
@@ -88,14 +88,14 @@ class Stayer:
 
 
 def chat(stream: bool, **parameters: int) -> bytes:
-    """A request whose answer never ends by itself."""
+    """A request whose answer has no end."""
     messages = [{"role": "user", "content": "forever"}]
     body = {"model": MODEL, "messages": messages, "stream": stream, **parameters}
     return request("POST", "/v1/chat/completions", json.dumps(body).encode())
 
 
 class HangUps:
-    """The clients of one run."""
+    """Clients of one run."""
 
     def __init__(self, port: int, process_id: int, seed: int) -> None:
         self._port = port
@@ -104,11 +104,11 @@ class HangUps:
         self._random = random.Random(seed)
         self._stayers: list[Stayer] = []
         self._wires: list[Wire] = []
-        self._pace = 0.0  # tokens/s that are computed for one visitor
-        self._visited = 0.0  # seconds that requests had which were hung up on
+        self._rate = 0.0  # tokens/s that are computed for one leaver
+        self._visited = 0.0  # seconds of all requests that were hung up on
 
     async def run(self, hangups: int) -> bool:
-        """Come, leave, and tell what was kept. Raises Broken."""
+        """Run all rounds and print the figures; whether all promises were kept. Raises Broken."""
         open_before = self._open_files()
         reading = [await self._stay() for _ in range(STAYING)]
         alone = await self._speed(asyncio.sleep(CALM))
@@ -125,13 +125,13 @@ class HangUps:
             wire.hang_up()
         seconds = await self._until_idle()
         leaked = await self._leaked(open_before)
-        self._tell(hangups // ROUNDS, alone, readers, leavers)
+        self._report(hangups // ROUNDS, alone, readers, leavers)
         print(f"no request was left after {seconds:.3f} s; connections left open: {leaked}")
         return seconds <= 1.0 and leaked <= 0
 
     @staticmethod
-    def _tell(visits: int, alone: Speed, readers: Sequence[Speed], leavers: Sequence[Speed]) -> None:
-        """Print how fast those were who stayed, and what the visitors cost."""
+    def _report(visits: int, alone: Speed, readers: Sequence[Speed], leavers: Sequence[Speed]) -> None:
+        """Print the speeds of the staying streams, and the costs of the visitors."""
         ratios = sorted(one.by_clock / other.by_clock for one, other in zip(leavers, readers, strict=True))
         print(
             f"{visits * (ROUNDS + 1)} hang-ups; {STAYING} streams that stayed got {alone.by_clock:.0f} tokens/s alone"
@@ -148,13 +148,13 @@ class HangUps:
             )
 
     async def _calibrate(self, hangups: int) -> None:
-        """See how many tokens the server computes in a second for one who hangs up."""
-        tokens, rows = self._tokens, await self._rows()
+        """Measure how many tokens per second the server computes for one leaver."""
+        tokens, computed = self._tokens, await self._computed_tokens()
         await self._visits(hangups, self._hang_up)
-        visitors = await self._rows() - rows - (self._tokens - tokens)
-        self._pace = max(0.0, visitors) / self._visited
+        visitors = await self._computed_tokens() - computed - (self._tokens - tokens)
+        self._rate = max(0.0, visitors) / self._visited
 
-    async def _rows(self) -> float:
+    async def _computed_tokens(self) -> float:
         """Tokens that the server has computed so far."""
         wire = await Wire.connect(self._port)
         await wire.send(request("GET", "/metrics"))
@@ -164,7 +164,7 @@ class HangUps:
             rf'mlx_server_batch_rows_sum{{model="{MODEL}"}} (\S+)', answer.body.decode() if answer else ""
         )
         if not found:
-            raise Broken("the figures do not tell how many rows were computed")
+            raise Broken("/metrics lacks mlx_server_batch_rows")
         return float(found[1])
 
     async def _stay(self) -> asyncio.Task[None]:
@@ -175,14 +175,14 @@ class HangUps:
         return asyncio.create_task(self._stayers[-1].read())
 
     async def _speed(self, meanwhile: Awaitable[None]) -> Speed:
-        """How fast those are who stay, while something else goes on."""
+        """The speed of the staying streams during something else."""
         started, tokens, processor = time.monotonic(), self._tokens, self._processor_seconds()
         await meanwhile
         seconds = time.monotonic() - started
         return Speed(self._tokens - tokens, seconds, self._processor_seconds() - processor)
 
     def _processor_seconds(self) -> float:
-        """What the server has computed so far; 0 where that can't be told."""
+        """Processor seconds of the server so far; 0 where the system does not report them."""
         if not self._stat.exists():
             return 0.0
         ticks = self._stat.read_text().rpartition(")")[2].split()[11:13]
@@ -193,7 +193,7 @@ class HangUps:
         return sum(stayer.tokens for stayer in self._stayers)
 
     async def _visits(self, count: int, visit: Callable[[float], Awaitable[None]]) -> None:
-        """Let clients come so often, each at its pace, for a part of LONGEST seconds."""
+        """Let VISITING clients make `count` visits, each of up to LONGEST seconds, one per PACE seconds and client."""
         started = time.monotonic()
 
         async def client(first: int) -> None:
@@ -206,16 +206,16 @@ class HangUps:
                 tasks.create_task(client(first))
 
     async def _read(self, seconds: float) -> None:
-        """Come, ask for what is made in so many seconds, read all of it, and leave."""
+        """Visit of a reader: request as many tokens as are generated in `seconds`, and read them all."""
         wire = await Wire.connect(self._port)
         if self._random.random() >= HASTY:
-            await wire.send(chat(self._random.random() < 0.5, max_tokens=max(1, round(seconds * self._pace))))
+            await wire.send(chat(self._random.random() < 0.5, max_tokens=max(1, round(seconds * self._rate))))
             if (answer := await wire.answer()) is None or answer.status != 200:
                 raise Broken(f"a request that was to be read got {answer}")
         wire.hang_up()
 
     async def _hang_up(self, seconds: float) -> None:
-        """Come, ask, and leave: mostly while the answer is made, sometimes within the request."""
+        """Visit of a leaver: hang up after `seconds`, mostly during the answer, sometimes within the request."""
         wire = await Wire.connect(self._port)
         data = chat(stream=self._random.random() < 0.5)
         if self._random.random() < HASTY:
@@ -227,7 +227,7 @@ class HangUps:
         wire.hang_up()
 
     async def _until_idle(self) -> float:
-        """Seconds until no request is running or waiting, and none of the clients' connections is open."""
+        """Seconds until no request is running or waiting. Raises Broken after 30."""
         started = time.monotonic()
         while time.monotonic() - started < 30:
             wire = await Wire.connect(self._port)
@@ -241,7 +241,7 @@ class HangUps:
         raise Broken(f"requests are left after 30 seconds: {model}")
 
     async def _leaked(self, before: int) -> int:
-        """Open files more than before, once the last connections had a second to close."""
+        """How many more files are open than before, after up to a second for connections to close."""
         for _ in range(10):
             if (leaked := self._open_files() - before) <= 0:
                 return 0
@@ -253,7 +253,7 @@ class HangUps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make a model, start a server, come and go."""
+    """Make a model, start a server, and run the clients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hangups", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         path = scripted_model(Path(directory) / MODEL, {"forever": FOREVER})
         config = Path(directory) / "models.toml"
         section = f'[models.{MODEL}]\nsource = "{path}"\ncontext_length = {CONTEXT}\npreload = true\n'
-        config.write_text(f'memory_limit = "100TB"\n{section}')  # of what such a context would take if it were used
+        config.write_text(f'memory_limit = "100TB"\n{section}')  # enough for the KV cache of such a context
         with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
             clients = HangUps(server.port, server.process.pid, arguments.seed)
             is_kept = asyncio.run(clients.run(arguments.hangups))

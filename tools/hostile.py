@@ -1,7 +1,7 @@
-"""RequestQueue that nobody should send: from almost right to no HTTP at all. Pure; the same seed makes the same ones.
+"""Generator of hostile requests, from almost valid ones to no HTTP at all. Pure; one seed gives the same requests.
 
-Rule 1: no request asks for what would rightly be answered with a 5xx: nothing is downloaded, nothing is unloaded.
-Rule 2: what is generated is short: the model has a small context.
+Rule 1: no request deserves a 5xx: nothing is downloaded, nothing is unloaded.
+Rule 2: answers are short: the model has a small context.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": MODEL, "messages": HELLO, "max_tokens": 3},
     "/v1/completions": {"model": MODEL, "prompt": "hello", "max_tokens": 3},
     "/v1/models/load": {"model": "/no/such/model", "key": "nothing"},
-    "/v1/models/unload": {"key": "nobody"},
+    "/v1/models/unload": {"key": "unknown"},
     "/tokenize": {"model": MODEL, "prompt": "hello"},
     "/detokenize": {"model": MODEL, "tokens": [5, 6, 7]},
     "/apply-template": {"model": MODEL, "messages": HELLO},
@@ -101,7 +101,7 @@ PARAMETERS = (
     "\u0000",
     "",
 )
-# Values as JSON text, since some are none.
+# Values as JSON text, since some are not valid JSON.
 VALUES = (
     "null",
     "true",
@@ -225,10 +225,7 @@ CHUNKS = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Bytes to send. is_cut: the client hangs up in the middle. answers: how many there can be at most.
-
-    methods: of the requests, for what tells whether an answer has a body.
-    """
+    """Bytes to send. is_cut: the client hangs up in the middle. methods: one per request; HEAD has no body."""
 
     name: str
     data: bytes
@@ -237,7 +234,7 @@ class Case:
 
 
 class Hostile:
-    """Makes cases."""
+    """Generator of cases from a seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -253,13 +250,13 @@ class Hostile:
         )
 
     def case(self) -> Case:
-        """One of any kind."""
+        """A case of a random kind."""
         makers, weights = zip(*self._kinds, strict=True)
         made: Case = self._random.choices(makers, weights)[0]()
         return made
 
     def wrong_value(self) -> Case:
-        """JSON of which one to three parameters are wrong, or too much."""
+        """JSON with one to three wrong or unknown parameters."""
         path, body = self._body()
         fields = {name: json.dumps(value) for name, value in body.items()}
         for _ in range(self._random.randint(1, 3)):
@@ -269,16 +266,16 @@ class Hostile:
         return Case(f"value {path}", request("POST", path, _object(fields), CLOSE))
 
     def broken_json(self) -> Case:
-        """A right body with some bytes changed, inserted or lost."""
+        """A valid body with some bytes changed, inserted or removed."""
         path, body = self._body()
         raw = bytearray(json.dumps(body).encode())
         for _ in range(self._random.randint(1, 4)):
-            place = self._random.randrange(len(raw) + 1)
-            raw[place : place + self._random.randint(0, 3)] = self._random.randbytes(self._random.randint(0, 3))
+            position = self._random.randrange(len(raw) + 1)
+            raw[position : position + self._random.randint(0, 3)] = self._random.randbytes(self._random.randint(0, 3))
         return Case(f"json {path}", request("POST", path, bytes(raw), CLOSE))
 
     def odd_request(self) -> Case:
-        """Any method on any path."""
+        """A random method on a random path."""
         method, path = self._random.choice(METHODS), self._random.choice(PATHS)
         if self._random.random() < 0.2:
             path = "/" + "".join(
@@ -288,7 +285,7 @@ class Hostile:
         return Case(f"{method} {path[:40]}", request(method, path, body, CLOSE), methods=(method,))
 
     def odd_header(self) -> Case:
-        """A right request with wrong headers."""
+        """A valid request with wrong headers."""
         path, body = self._body()
         headers = self._random.sample(HEADERS, self._random.randint(1, 3))
         if self._random.random() < 0.1:
@@ -296,19 +293,19 @@ class Hostile:
         return Case(f"headers {headers}"[:80], request("POST", path, json.dumps(body).encode(), CLOSE, *headers))
 
     def garbage(self) -> Case:
-        """No HTTP."""
+        """Bytes that are no HTTP."""
         data = self._random.choice((*GARBAGE, self._random.randbytes(self._random.randint(1, 300))))
         return Case(f"garbage {data[:30]!r}", data + b"\r\n\r\n")
 
     def chunked(self) -> Case:
-        """Chunks that are none."""
+        """A body of invalid chunks."""
         path, _ = self._body()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n{CLOSE}\r\n\r\n".encode()
         chunks = b"".join(self._random.choices(CHUNKS, k=self._random.randint(1, 3)))
         return Case("chunks", head + chunks)
 
     def pipelined(self) -> Case:
-        """Several requests at once, before any answer."""
+        """Several requests before the first answer."""
         cases = []
         for _ in range(self._random.randint(2, 6)):
             path, body = self._body()
@@ -322,7 +319,7 @@ class Hostile:
         return Case("pipelined", data, methods=tuple(method for method, _, _ in cases))
 
     def cut(self) -> Case:
-        """A client that leaves within what it says."""
+        """A client that hangs up within its request."""
         whole = self._random.choice((self.wrong_value, self.odd_header, self.chunked))()
         return Case("cut", whole.data[: self._random.randrange(len(whole.data))], is_cut=True)
 

@@ -2,8 +2,8 @@
 
 Run: python -m tools.many_streams [--streams 512]. Exit status 1 if a promise was broken:
 
-Promise 1: all are open at once, and all complete: a role, the text, a finish reason, [DONE].
-Promise 2: none is mixed up with another: each text is what the same request, greedy, gets alone.
+Promise 1: all are open at once, and all are complete: a role, the text, a finish reason, [DONE].
+Promise 2: no two are mixed up: each text is that of the same greedy request alone.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Broken(Exception):
     """A promise was not kept."""
 
 
-class Crowd:
-    """The clients of one run."""
+class Clients:
+    """Clients of one run."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, streams: int) -> None:
         self._session = session
@@ -38,12 +38,12 @@ class Crowd:
         self._all_open = asyncio.Barrier(streams)
 
     async def alone(self, n: int) -> str:
-        """The text of a whole answer."""
+        """The text of a request alone."""
         async with self._session.post(self._url, json=_body(n)) as response:
             return str((await response.json())["choices"][0]["message"]["content"])
 
     async def together(self, n: int) -> tuple[str, str]:
-        """The id and the text of a stream, which is read once all are open. Raises Broken."""
+        """The id and the text of a stream, read once all are open. Raises Broken."""
         async with self._session.post(self._url, json=_body(n) | {"stream": True}) as response:
             if response.status != 200:
                 raise Broken(f"stream {n}: {response.status} {await response.text()}")
@@ -51,7 +51,7 @@ class Crowd:
             payloads = [line[6:].strip() async for line in response.content if line.startswith(b"data: ")]
         if payloads[-1:] != [b"[DONE]"]:
             raise Broken(f"stream {n} has no end: {payloads[-1:]}")
-        return _told(n, [json.loads(payload) for payload in payloads[:-1]])
+        return _read(n, [json.loads(payload) for payload in payloads[:-1]])
 
 
 def _body(n: int) -> dict[str, object]:
@@ -60,8 +60,8 @@ def _body(n: int) -> dict[str, object]:
     return {"model": MODEL, "messages": messages, "max_tokens": TOKENS, "temperature": 0}
 
 
-def _told(n: int, chunks: list[dict[str, object]]) -> tuple[str, str]:
-    """The one id and the text of a stream's chunks. Raises Broken."""
+def _read(n: int, chunks: list[dict[str, object]]) -> tuple[str, str]:
+    """The id and the text of a stream's chunks. Raises Broken."""
     choices = [chunk["choices"][0] for chunk in chunks]  # type: ignore[index]
     ids = {str(chunk["id"]) for chunk in chunks}
     if len(ids) != 1 or choices[0]["delta"].get("role") != "assistant" or not choices[-1]["finish_reason"]:
@@ -70,28 +70,28 @@ def _told(n: int, chunks: list[dict[str, object]]) -> tuple[str, str]:
 
 
 async def compare(url: str, streams: int) -> float:
-    """Ask one by one, then all at once; the seconds of the latter. Raises Broken."""
+    """Send the requests one by one, then all at once; the seconds of the latter. Raises Broken."""
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        crowd = Crowd(session, url, streams)
-        alone = [await crowd.alone(n) for n in range(streams)]
+        clients = Clients(session, url, streams)
+        alone = [await clients.alone(n) for n in range(streams)]
         started = time.monotonic()
-        told = await asyncio.gather(*(crowd.together(n) for n in range(streams)))
+        together = await asyncio.gather(*(clients.together(n) for n in range(streams)))
         seconds = time.monotonic() - started
-    different = [n for n in range(streams) if told[n][1] != alone[n]]
+    different = [n for n in range(streams) if together[n][1] != alone[n]]
     if different:
         n = different[0]
-        raise Broken(f"{len(different)} of {streams} differ; stream {n}: {told[n][1]!r}, alone {alone[n]!r}")
-    if len({id for id, _ in told}) != streams:
+        raise Broken(f"{len(different)} of {streams} differ; stream {n}: {together[n][1]!r}, alone {alone[n]!r}")
+    if len({id for id, _ in together}) != streams:
         raise Broken("two streams have one id")
     return seconds
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make a model, start a server, and stream."""
+    """Make a model, start a server, and run the clients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=512)
-    parser.add_argument("--running", type=int, default=128, help="how many decode together; the others wait")
+    parser.add_argument("--running", type=int, default=128, help="streams that decode together; the others wait")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         path = tiny_llama(Path(directory) / MODEL, context=256)

@@ -1,10 +1,10 @@
-"""How true the figures of advanced_client.py's benchmark are: measured against a server that knows when it sent what.
+"""Accuracy of the load generator (mlxserver/client/bench), measured against a server that logs when it sends a token.
 
     python tools/measure_load_generator.py [STREAMS] [TOKENS]
 
-Prints each figure as it was (from the client's writing of a request to the server's writing of a token) and as the
-client measured it. The server runs in a process of its own; both read the same clock (perf_counter is the machine's on
-Linux and macOS).
+Prints each figure twice: true (from the client's writing of a request to the server's writing of a token) and as the
+load generator measured it. The server runs in a separate process; both read the same clock (perf_counter is the
+machine's on Linux and macOS).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mlxserver.client.bench.plan import Level, Plan, user  # noqa: E402
 
 
 async def measure(url: str, streams: int, tokens: int) -> Run:
-    """Three rounds of `streams` at once."""
+    """Run three rounds of `streams` concurrent requests."""
     prompts = tuple(user(f"Question {n}") for n in range(16))
     params = {"max_tokens": tokens}
     plan = Plan(("clock",), prompts, concurrency=(streams,), requests=3 * streams, warmup=0, params=params)
@@ -36,7 +36,7 @@ async def measure(url: str, streams: int, tokens: int) -> Run:
 
 
 def main() -> None:
-    """Run it and print the comparison, in milliseconds."""
+    """Measure and print the comparison, in milliseconds."""
     streams, tokens = (int(value) for value in [*sys.argv[1:], "64", "100"][:2])
     command = [sys.executable, str(ROOT / "tools" / "streaming_server.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -49,7 +49,7 @@ def main() -> None:
         finally:
             server.kill()
     starts = sorted(timing.start for timing in run.timings)
-    # Both in the order of time: the server takes requests in the order in which they were written.
+    # Both in the order of time: the server receives requests in the order in which they were written.
     ttft = [first - start for start, (_, first, *_) in zip(starts, sorted(sent), strict=True)]
     latency = [times[-1] - start for start, times in zip(starts, sorted(sent), strict=True)]
     gaps = [later - earlier for times in sent for earlier, later in pairwise(times[1:])]

@@ -1,8 +1,8 @@
-"""Estimates of memory beside what is measured: after the load, and at the highest of what requests can bring about.
+"""Memory estimates against measurements: after the load, and at the peak that requests can cause.
 
 Run: python -m tools.measure_memory [SOURCE ...]; by default the embedded model and three shapes of random weights.
-Each model is measured in a process of its own: eight rows fill the cache, then a prompt fills the context. MLX is what
-MLX's arrays held at most, RSS what the process held at most; on a CPU that is what the estimate is of, elsewhere MLX.
+Each model is measured in a separate process: eight sequences fill the KV cache, then one prompt fills the context. MLX
+is the peak of MLX's arrays, RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
 
-# hidden size, layers, heads, heads of keys and values, width of the feed-forward part, vocabulary
+# hidden size, layers, heads, KV heads, width of the MLP, vocabulary
 SHAPES = {
     "small": (512, 8, 8, 8, 1408, 32_000),
     "wide": (2048, 4, 16, 4, 5632, 32_000),
     "deep": (768, 24, 12, 4, 2048, 50_000),
 }
 CACHE_TOKENS, CONTEXT = 2048, 2048
-ROWS, ANSWER = 8, 32
+SEQUENCES, ANSWER = 8, 32
 MIB = 1 << 20
 
 
 def write_shape(path: Path, shape: tuple[int, ...]) -> Path:
-    """A llama of random weights in float16, with the embedded model's tokenizer."""
+    """Write a llama of random float16 weights with the embedded model's tokenizer."""
     hidden, layers, heads, kv_heads, width, vocab = shape
     config = {
         "model_type": "llama",
@@ -68,17 +68,17 @@ def write_shape(path: Path, shape: tuple[int, ...]) -> Path:
 
 
 def measure(source: str) -> dict[str, float]:
-    """Load the model, let requests take all that they may, and tell the sizes in MiB."""
-    spec = ModelSpec("model", source, type="instruction", cache_tokens=CACHE_TOKENS, max_running=ROWS)
+    """Load the model and run the largest requests; the sizes in MiB, and the deviation of the estimate in percent."""
+    spec = ModelSpec("model", source, type="instruction", cache_tokens=CACHE_TOKENS, max_running=SEQUENCES)
     expected = estimate(spec)
     rss, active = device.process_bytes(), device.active_bytes()
     with streams.thread_stream():
-        # A target that no chunk reaches: chunks are as long as they may ever be, however slow the machine.
+        # A target that no chunk reaches: chunks have their greatest length, however slow the machine.
         batch: Any = builder.Builder(stall_target=60.0).build(spec).batch
         loaded = device.active_bytes() - active
         mx.reset_peak_memory()
-        answer(batch, rows=ROWS, prompt=CACHE_TOKENS // ROWS - ANSWER - 2)
-        answer(batch, rows=1, prompt=CONTEXT - ANSWER - 2)
+        answer(batch, sequences=SEQUENCES, prompt=CACHE_TOKENS // SEQUENCES - ANSWER - 2)
+        answer(batch, sequences=1, prompt=CONTEXT - ANSWER - 2)
         mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
         batch.close()
     is_off = expected.total / (process if device.is_cpu() else mlx) - 1
@@ -86,22 +86,22 @@ def measure(source: str) -> dict[str, float]:
     return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
 
 
-def answer(batch: Any, *, rows: int, prompt: int) -> None:
-    """Let so many rows answer at once. prompt: tokens of each."""
-    for n in range(rows):
+def answer(batch: Any, *, sequences: int, prompt: int) -> None:
+    """Generate the answers of `sequences` at once. prompt: tokens of each."""
+    for n in range(sequences):
         batch.insert([Sequence(n, tuple(range(3, 3 + prompt)), SamplingParams(temperature=0.0), ANSWER)])
-    said = 0
-    while said < rows * ANSWER:
-        said += len(batch.decode())
+    generated = 0
+    while generated < sequences * ANSWER:
+        generated += len(batch.decode())
         batch.prefill()
-    batch.remove(range(rows))
+    batch.remove(range(sequences))
 
 
 def highest_process_bytes() -> int:
-    """The most that was resident of this process."""
+    """Peak of the resident memory of this process."""
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status").read_text()  # where getrusage counts the parent in
+    status = Path("/proc/self/status").read_text()  # getrusage would include the parent's memory
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 

@@ -1,7 +1,4 @@
-"""HTTP/1.1 by the byte: what is sent is any bytes, what comes back is read strictly.
-
-Rule: an exchange ends when the server closes the connection, or when it has given the number of answers asked for.
-"""
+"""Raw HTTP/1.1 connections: any bytes are sent, and answers are parsed strictly."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ STATUS_LINE = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 
 class Malformed(Exception):
-    """What came back is no answer."""
+    """The received bytes are no answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. Names of headers are in lower case."""
+    """Whole answer. headers: names in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -29,29 +26,29 @@ class Answer:
 
 
 class Wire:
-    """One connection. Every wait ends after `patience` seconds, with TimeoutError."""
+    """Connection to a server. Every wait raises TimeoutError after `max_wait` seconds."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, patience: float) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_wait: float) -> None:
         self._reader, self._writer = reader, writer
-        self._patience = patience
+        self._max_wait = max_wait
 
     @classmethod
-    async def connect(cls, port: int, patience: float = 30.0) -> Wire:
-        """A connection to this machine's port."""
-        return cls(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 26), patience)
+    async def connect(cls, port: int, max_wait: float = 30.0) -> Wire:
+        """Connect to a port of this machine."""
+        return cls(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 26), max_wait)
 
     async def send(self, data: bytes) -> None:
-        """Send, as far as the server takes it: one that has answered and hung up takes no more."""
+        """Send bytes. A server that has answered and closed the connection may leave some unread."""
         self._writer.write(data)
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._max_wait):
                 await self._writer.drain()
         except ConnectionError:
             return
 
     async def answer(self, *, has_body: bool = True) -> Answer | None:
-        """The next answer; None if the server hung up instead. An answer to HEAD has no body. Raises Malformed."""
-        async with asyncio.timeout(self._patience):
+        """The next answer; None if the server closed the connection. has_body: False for HEAD. Raises Malformed."""
+        async with asyncio.timeout(self._max_wait):
             try:
                 head = await self._reader.readuntil(HEAD_END)
             except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -61,12 +58,12 @@ class Wire:
             return await self._answer(head, has_body)
 
     async def lines(self) -> bytes:
-        """The next bytes, as they come; empty at the end."""
-        async with asyncio.timeout(self._patience):
+        """The next bytes as they arrive; empty at the end."""
+        async with asyncio.timeout(self._max_wait):
             return await self._reader.read(1 << 16)
 
     def hang_up(self) -> None:
-        """Close the connection at once, whatever has not been read or sent."""
+        """Close the connection at once, with whatever is unread or unsent."""
         self._writer.transport.abort()
 
     async def _answer(self, head: bytes, has_body: bool) -> Answer:
@@ -93,7 +90,7 @@ class Wire:
 
 
 def request(method: str, path: str, body: bytes = b"", *headers: str) -> bytes:
-    """The bytes of an ordinary request."""
+    """Encode an ordinary request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers]
     if body or method == "POST":
         lines.append(f"Content-Length: {len(body)}")

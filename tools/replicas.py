@@ -1,9 +1,9 @@
-"""Two servers behind nginx, as deploy/nginx sets it up, while one of them is restarted.
+"""Two servers behind nginx with the configuration of deploy/nginx, while one of them is restarted.
 
 Run: python -m tools.replicas [--conversations 100] [--turns 10]. It needs nginx and its JavaScript module
-(apt install nginx libnginx-mod-http-js). Conversations grow turn by turn, half of the turns as streams. Printed, with
-and without the routing by conversation: the requests that failed, and the share of prompt tokens that the prefix
-caches had. Exit status 1 if a request failed other than a stream that was open on the restarted server.
+(apt install nginx libnginx-mod-http-js). Conversations grow turn by turn, half of the turns as streams. Prints, with
+and without the routing by conversation, the failed requests, and the share of prompt tokens found in the prefix caches.
+Exit status 1 if a request failed other than a stream that was open on the restarted server.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ANSWER = 16  # tokens
 
 @dataclass
 class Outcome:
-    """What the clients of one run saw."""
+    """Counts of the clients of one run."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -50,7 +50,7 @@ class Outcome:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, turn: int, usage: dict[str, Any]) -> None:
-        """Count an answer that came whole."""
+        """Count a whole answer."""
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         with self.lock:
             self.prompt_tokens += usage["prompt_tokens"]
@@ -67,12 +67,12 @@ class Outcome:
 
 
 class StreamCut(Exception):
-    """A stream ended before it was done."""
+    """A stream ended before its [DONE]."""
 
 
 @contextmanager
 def balancer(directory: Path, ports: tuple[int, int], is_routed: bool) -> Iterator[int]:
-    """nginx in front of two servers; gives its port. The configuration is deploy's, with other ports."""
+    """Port of an nginx in front of two servers. The configuration is deploy's, with other ports."""
     port = free_port()
     text = (DEPLOY / "mlx-servers.conf").read_text()
     for before, after in ((8001, ports[0]), (8002, ports[1]), (8080, port)):
@@ -95,13 +95,13 @@ def balancer(directory: Path, ports: tuple[int, int], is_routed: bool) -> Iterat
 
 
 def free_port() -> int:
-    """A port that nobody has now."""
+    """A port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def answers(port: int, path: str) -> bool:
-    """Whether somebody answers there."""
+    """Whether a server answers there with success."""
     try:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         connection.request("GET", path)
@@ -111,7 +111,7 @@ def answers(port: int, path: str) -> bool:
 
 
 class Clients:
-    """Conversations with the balancer."""
+    """Clients of the balancer."""
 
     def __init__(self, port: int, turns: int) -> None:
         self._port = port
@@ -119,7 +119,7 @@ class Clients:
         self.outcome = Outcome()
 
     def converse(self, number: int) -> None:
-        """One conversation, turn by turn. A turn that fails has no answer, and the next one goes on without."""
+        """Run one conversation, turn by turn. A turn that fails has no answer, and the next one follows without it."""
         draw = random.Random(number)
         messages = [{"role": "system", "content": f"{number}. {' '.join(draw.choices(SENTENCES, k=3))}"}]
         for turn in range(self._turns):
@@ -153,7 +153,7 @@ class Clients:
 
 
 def whole(response: http.client.HTTPResponse) -> tuple[str, dict[str, Any]]:
-    """Text and usage of a plain answer."""
+    """Text and usage of an answer without streaming."""
     answer = json.loads(response.read())
     return answer["choices"][0]["message"]["content"], answer["usage"]
 
@@ -184,22 +184,22 @@ class Replica:
         self.start()
 
     def start(self) -> None:
-        """Start it, and load its model."""
+        """Start the server, and load its model."""
         self._server: RunningServer = self._running.enter_context(running_server(*self._flags))
         self._server.post("/v1/models/load", {"model": self._flags[2].partition("=")[2], "key": "tiny"})
 
     def restart(self) -> None:
-        """Stop it as a service manager does, and start it again."""
+        """Stop the server as a service manager does, and start it again."""
         self._server.stop()
         self.start()
 
     def close(self) -> None:
-        """Stop it for good."""
+        """Stop the server."""
         self._running.close()
 
 
 def run(model: Path, directory: Path, conversations: int, turns: int, is_routed: bool) -> Outcome:
-    """All conversations, with a restart in between."""
+    """Run all conversations, with a restart of one server among them."""
     with ExitStack() as stack:
         replicas = [stack.enter_context(closing_replica(model)) for _ in range(2)]
         port = stack.enter_context(balancer(directory, (replicas[0].port, replicas[1].port), is_routed))
@@ -231,7 +231,7 @@ def restart_midway(replica: Replica, outcome: Outcome, total: int) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Run with and without routing, and print the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--conversations", type=int, default=100)
     parser.add_argument("--turns", type=int, default=10)
@@ -243,7 +243,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         model = tiny_llama(Path(name) / "tiny", context=4096)
         for is_routed in (True, False):
-            print("by conversation:" if is_routed else "in turn:", flush=True)
+            print("by conversation:" if is_routed else "round robin:", flush=True)
             outcome = run(model, Path(name), arguments.conversations, arguments.turns, is_routed)
             print(f"  {outcome}", flush=True)
             for failure, count in outcome.failures.items():

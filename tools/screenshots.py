@@ -1,9 +1,9 @@
-"""The documents' pictures of advanced_client.py, from a real run: docs/shell.png, docs/compare.png, docs/benchmark.png.
+"""Screenshots of advanced_client.py from a real run: docs/shell.png, docs/compare.png, docs/benchmark.png.
 
     python tools/screenshots.py [shell] [compare] [benchmark]
 
-Starts the server with its default models, runs the client in a terminal, types, and paints what the terminal shows:
-cell by cell, in the font that matplotlib brings along, so that frames meet whatever fonts a reader has.
+Starts the server with its default models, runs the client in a terminal, types, and paints the terminal's screen cell
+by cell, in the font of matplotlib, so that frames are unbroken whatever fonts a reader has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from tools.harness import terminal as terminals  # noqa: E402
 from tools.harness.running_server import running_server  # noqa: E402
 
-PATIENCE = 300.0
+TIMEOUT = 300.0
 DOCUMENTS = ROOT / "docs"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 SIZE = 24  # pixels of the font: twice as large as it is shown, for sharp screens
@@ -44,7 +44,7 @@ Row = Mapping[int, Any]  # cells of pyte by column
 
 
 class Screen(terminals.Screen):
-    """A screen that shows faint text as grey: pyte knows no faint."""
+    """Screen with faint text in grey, as pyte does not support faint text."""
 
     def select_graphic_rendition(self, *attributes: int, private: bool = False) -> None:
         """Called by pyte for each change of colours."""
@@ -58,15 +58,15 @@ def shell(url: str, home: Path) -> None:
     """A conversation with Markdown, thinking, and a switch of the model."""
     options = ("--base-url", url, "--model", "smollm2", "--temperature", "0", "--max-tokens", "120")
     with terminals.terminal(*options, home=home, screen=Screen) as shown:
-        shown.expect("\n>", within=PATIENCE)
+        shown.expect("\n>", within=TIMEOUT)
         shown.enter("What is the capital of France?")
-        shown.expect("TTFT", within=PATIENCE)
+        shown.expect("TTFT", within=TIMEOUT)
         shown.enter("/model smollm2-think")
         shown.expect("Now talking to smollm2-think.")
         shown.enter("/new")
         shown.expect("A new conversation.")
         shown.enter("What is 17 + 25?")
-        shown.expect("17 + 25?", "TTFT", within=PATIENCE)
+        shown.expect("17 + 25?", "TTFT", within=TIMEOUT)
         shown.enter("/models")
         shown.expect("requests", "QwQ", "\n>")
         export(shown, "shell", "advanced_client.py")
@@ -76,7 +76,7 @@ def compare(url: str, home: Path) -> None:
     """One question to two models."""
     options = ("--base-url", url, "--temperature", "0", "--max-tokens", "60", "--compare", "smollm2,smollm2-think")
     with terminals.terminal(*options, "What is 3 + 4?", home=home, screen=Screen) as shown:
-        shown.expect("finish reason", "smollm2-think", within=PATIENCE)
+        shown.expect("finish reason", "smollm2-think", within=TIMEOUT)
         shown.exit_status()
         export(shown, "compare", 'advanced_client.py --compare smollm2,smollm2-think "What is 3 + 4?"')
 
@@ -85,13 +85,13 @@ def benchmark(url: str, home: Path) -> None:
     """One model at three loads."""
     load = ("--concurrency", "1,4,8", "--requests", "16", "--max-tokens", "24", "--slo", "ttft=2000,itl=500")
     with terminals.terminal("--base-url", url, "--benchmark", "smollm2", *load, home=home, screen=Screen) as shown:
-        shown.expect("end-to-end latency", within=PATIENCE)
+        shown.expect("end-to-end latency", within=TIMEOUT)
         shown.exit_status()
         export(shown, "benchmark", "advanced_client.py --benchmark smollm2 --concurrency 1,4,8")
 
 
 def export(shown: terminals.Terminal, name: str, title: str) -> None:
-    """Write what a terminal shows, all that scrolled away too, as docs/NAME.png."""
+    """Write the screen and the scrollback of a terminal as docs/NAME.png."""
     screen = shown.screen
     rows = [*screen.history.top, *(screen.buffer[row] for row in range(screen.lines))]
     DOCUMENTS.mkdir(exist_ok=True)
@@ -159,7 +159,7 @@ PICTURES: dict[str, Callable[[str, Path], None]] = {"shell": shell, "compare": c
 
 
 def main() -> None:
-    """Make those that are named, or all three."""
+    """Make the named screenshots, or all three."""
     with tempfile.TemporaryDirectory() as home, running_server() as server:
         for name in sys.argv[1:] or PICTURES:
             PICTURES[name](server.url, Path(home))

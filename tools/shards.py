@@ -1,11 +1,11 @@
-"""Two ranks on this machine: whether they say what one process says, and what clients see when one is killed.
+"""Two ranks on this machine: the same answers as one process, and errors for clients when a rank is lost.
 
 Run: python -m tools.shards [--prompts 50] [--rank-timeout 3]. Tiny models of random weights, one divided by tensor,
-one in a pipeline, each beside its like in rank 0 alone. Exit status 1 if a promise was broken:
+one as a pipeline, each beside the same model in rank 0 alone. Exit status 1 if a promise was broken:
 
 Promise 1: the same answers, greedy and with seeds, eight at a time, while other streams are hung up at random.
-Promise 2: when rank 1 is killed, or falls silent, its streams end with an error that names it, in time; /health names
-           it, and what rank 0 has alone is served on.
+Promise 2: when rank 1 is killed or stops responding, its streams end in time with an error that names it; /health names
+           it, and the models of rank 0 alone are still served.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ preload = true
 source = "{directory}/qwen"
 preload = true
 """
-LIKE = {"tensor": "llama", "pipeline": "qwen"}
+UNSHARDED = {"tensor": "llama", "pipeline": "qwen"}
 
 
 def write_settings(directory: Path, timeout: float) -> Path:
-    """Models and the settings that name them, in a directory."""
+    """Write the models and a settings file into a directory; the file."""
     tiny_llama(directory / "llama")
     tiny_qwen(directory / "qwen", layers=3)  # an uneven pipeline
     file = directory / "settings.toml"
@@ -61,7 +61,7 @@ def write_settings(directory: Path, timeout: float) -> Path:
 
 
 def ask(server: RunningServer, key: str, number: int, seeded: bool) -> dict[str, Any]:
-    """What a model says to a prompt."""
+    """Answer of a model to a prompt: its text, tokens and finish reason."""
     draw = random.Random(number)
     prompt = " ".join(draw.choices(SENTENCES, k=draw.randint(1, 12)))
     sampling = {"temperature": 0.9, "top_p": 0.95, "seed": number} if seeded else {"temperature": 0}
@@ -72,33 +72,35 @@ def ask(server: RunningServer, key: str, number: int, seeded: bool) -> dict[str,
 
 
 def compare(server: RunningServer, key: str, prompts: int, seeded: bool) -> int:
-    """How many of the prompts the sharded model and its like in one process answer differently."""
+    """The number of prompts that the sharded model and the same model in one process answer differently."""
 
     def both(number: int) -> bool:
-        return ask(server, key, number, seeded) == ask(server, LIKE[key], number, seeded)
+        return ask(server, key, number, seeded) == ask(server, UNSHARDED[key], number, seeded)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return prompts - sum(pool.map(both, range(prompts)))
 
 
 def hang_up(server: RunningServer, done: threading.Event, seed: int) -> int:
-    """Begin streams and leave them after a few tokens, until it is done; how many."""
+    """Start streams and hang up after a few tokens, until `done`; the number of streams."""
     draw, count = random.Random(seed), 0
     while not done.is_set():
-        with server.stream(draw.choice(list(LIKE)), draw.choice(SENTENCES), max_tokens=500, temperature=0) as stream:
+        with server.stream(
+            draw.choice(list(UNSHARDED)), draw.choice(SENTENCES), max_tokens=500, temperature=0
+        ) as stream:
             stream.read(draw.randint(1, 6))
         count += 1
     return count
 
 
 def same_answers(server: RunningServer, prompts: int) -> int:
-    """Compare all, with hang-ups in between. Gives the number of differences."""
+    """Compare all answers, with hang-ups meanwhile; the number of differences."""
     different = 0
     done = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         leaving = [pool.submit(hang_up, server, done, seed) for seed in range(2)]
         try:
-            for key in LIKE:
+            for key in UNSHARDED:
                 for seeded in (False, True):
                     found = compare(server, key, prompts, seeded)
                     print(
@@ -112,34 +114,34 @@ def same_answers(server: RunningServer, prompts: int) -> int:
 
 
 def lose_rank(ranks: Ranks, key: str, remove: Callable[[], None], limit: float) -> list[str]:
-    """Strike rank 1 in the middle of eight streams of one model; what went wrong. Prints what each client saw.
+    """Remove rank 1 in the middle of eight streams of one model; the broken promises. Prints what each client received.
 
-    limit: the seconds that may go by until the last has heard of it.
+    limit: seconds until the last stream must have ended.
     """
     begun = threading.Barrier(AT_ONCE + 1)
-    struck = [0.0]
+    removed = [0.0]
 
     def read(number: int) -> tuple[int, float, object]:
         with ranks.server.stream(key, SENTENCES[number % 4], max_tokens=2000, temperature=0) as stream:
             payloads = stream.read(3)
             begun.wait()
             payloads += list(stream)
-            return len(payloads), time.monotonic() - struck[0], payloads[-1]
+            return len(payloads), time.monotonic() - removed[0], payloads[-1]
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         readers = [pool.submit(read, number) for number in range(AT_ONCE)]
         begun.wait()
-        struck[0] = time.monotonic()
+        removed[0] = time.monotonic()
         remove()
         seen = [reader.result() for reader in readers]
     for number, (count, seconds, last) in enumerate(seen):
-        print(f"  client {number}: {count} events, the last {seconds:.3f} s after it: {last}")
-    wrong = [f"client saw {last}" for _, _, last in seen if "Rank 1" not in str(last)]
+        print(f"  client {number}: {count} events, the last {seconds:.3f} s after the loss: {last}")
+    wrong = [f"client received {last}" for _, _, last in seen if "Rank 1" not in str(last)]
     return wrong + [f"took {seconds:.1f} s" for _, seconds, _ in seen if seconds > limit]
 
 
 def after_loss(ranks: Ranks) -> list[str]:
-    """What of the rest does not hold once rank 1 is lost."""
+    """The promises about the rest that are broken after the loss of rank 1."""
     health = ranks.server.get("/health").json
     print(f"  /health: {health['status']}, ranks {health['ranks']}")
     alone = ranks.server.chat("llama", "Hello", max_tokens=4)
@@ -158,17 +160,17 @@ def after_loss(ranks: Ranks) -> list[str]:
 
 
 def kill(ranks: Ranks) -> None:
-    """End rank 1 without a word."""
+    """Kill rank 1."""
     ranks.processes[1].kill()
 
 
 def silence(ranks: Ranks) -> None:
-    """Make rank 1 stand still."""
+    """Stop rank 1 without ending it."""
     ranks.processes[1].send_signal(signal.SIGSTOP)
 
 
 def main() -> int:
-    """The command line."""
+    """Compare, then lose a rank in every way, and print the broken promises."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--rank-timeout", type=float, default=3.0, help="seconds")
@@ -180,7 +182,7 @@ def main() -> int:
             ranks.server.stop()
             eventually(lambda: ranks.processes[1].poll() is not None)
             print(f"stopped: rank 1 ended with status {ranks.processes[1].returncode}")
-        for key in LIKE:
+        for key in UNSHARDED:
             for remove in (kill, silence):
                 with running_ranks(settings) as ranks:
                     print(f"{key}: {remove.__name__} rank 1 in the middle of {AT_ONCE} streams", flush=True)

@@ -1,14 +1,14 @@
-"""Random loads, unloads, evictions, chats and hang-ups against a server whose memory holds two of five small models.
+"""Soak test: random loads, unloads, evictions, chats and hang-ups on a server with memory for two of five models.
 
 Run: python -m tools.soak [--minutes 10] [--seed 0]. Exit status 1 if a promise was broken:
 
-Promise 1: every request that was accepted is answered whole, or with an error object that says why.
-Promise 2: no model is stuck: in the end each one is unloaded, without a request.
-Promise 3: the memory returns to where it was, within 5 %.
+Promise 1: every accepted request is answered whole, or with an error object.
+Promise 2: no model is stalled: at the end each one is unloaded and has no request.
+Promise 3: the memory returns to its size at the start, within 5 %.
 
-It prints a line a part: requests answered, refused and left by their clients, the median, the 99th percentile and the
-longest of an answer's times in seconds, and the memory when all models are gone; in the end how every request ended.
-Ctrl-C or SIGTERM ends it early: it tells what it has seen until then, and its exit status is 130.
+It prints one line per part: the requests that were answered, refused and hung up on, the median, the 99th percentile
+and the maximum of the latencies in seconds, and the memory without models; at the end the counts of all outcomes.
+Ctrl-C or SIGTERM ends it early: it prints what it has so far, and its exit status is 130.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from tools.harness.models import tiny_llama
 from tools.harness.running_server import running_server
 
 KEYS = ("a", "b", "c", "d", "e")
-TOKENS = 2048  # of each model's cache
+TOKENS = 2048  # of each model's KV cache
 WORKERS = 12
-PART = 5.0  # minutes after which everything is unloaded and measured; a short run has five parts
-# How a request may end, other than with an answer.
+PART = 5.0  # minutes between two measurements without models; a short run has five parts
+# Statuses with which a request may end, other than 200.
 ERRORS = {409, 429, 503, 507}
 STOPPED = 130  # the exit status of a run that was ended early
 
@@ -47,7 +47,7 @@ class Broken(Exception):
 
 
 class Tally:
-    """What became of requests. times: seconds that each whole answer took."""
+    """Outcomes of requests. times: latencies of whole answers in seconds."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -62,13 +62,13 @@ class Tally:
         return f"{len(self.times)} answers, {errors} errors, {left} hang-ups, {times}"
 
     def add(self, other: Tally) -> None:
-        """Count another one's in."""
+        """Add the counts and times of another tally."""
         self.outcomes.update(other.outcomes)
         self.times += other.times
 
 
 class Soak:
-    """The clients of one run."""
+    """Clients of one run."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, sources: dict[str, str], seed: int) -> None:
         self._session = session
@@ -78,14 +78,14 @@ class Soak:
         self.tally = Tally()
 
     async def work(self, until: float) -> None:
-        """One client, until that time."""
-        deeds = (self.chat, self.stream, self.hang_up, self.load, self.unload)
+        """Run one client until a time of time.monotonic()."""
+        actions = (self.chat, self.stream, self.hang_up, self.load, self.unload)
         while time.monotonic() < until:
-            deed = self._random.choices(deeds, weights=(6, 6, 4, 1, 2))[0]
-            await deed(self._random.choice(KEYS))
+            act = self._random.choices(actions, weights=(6, 6, 4, 1, 2))[0]
+            await act(self._random.choice(KEYS))
 
     async def chat(self, key: str) -> None:
-        """A whole answer."""
+        """Request an answer without streaming."""
         started = time.monotonic()
         async with self._ask(key) as response:
             content = await response.json()
@@ -96,7 +96,7 @@ class Soak:
                 self.tally.times.append(time.monotonic() - started)
 
     async def stream(self, key: str) -> None:
-        """A stream that is read to its end."""
+        """Request a stream and read it to its end."""
         started = time.monotonic()
         async with self._ask(key, stream=True) as response:
             text = (await response.read()).decode()
@@ -112,21 +112,21 @@ class Soak:
                 raise Broken(f"a stream without an end: {events[-1:]}")
 
     async def hang_up(self, key: str) -> None:
-        """A request whose client leaves: before the answer, or in the middle."""
-        patience = self._random.choice((0.01, 0.05, 0.3))
+        """Request a stream and hang up before the answer, or during it."""
+        seconds = self._random.choice((0.01, 0.05, 0.3))
         try:
-            async with asyncio.timeout(patience), self._ask(key, stream=True, max_tokens=500) as response:
+            async with asyncio.timeout(seconds), self._ask(key, stream=True, max_tokens=500) as response:
                 await response.read()
         except TimeoutError:
             self.tally.outcomes["hang-up"] += 1
 
     async def load(self, key: str) -> None:
-        """A load that nobody waits for."""
+        """Load a model without sending a request to it."""
         source = await self._post("/v1/models/load", {"model": self._sources[key], "key": key})
         self._note("load", *source)
 
     async def unload(self, key: str) -> None:
-        """An unload in any mode."""
+        """Unload a model in a random mode."""
         mode = self._random.choice(("drain", "abort", "reject"))
         body: dict[str, Any] = {"key": key, "mode": mode}
         if mode == "drain" and self._random.random() < 0.5:
@@ -134,19 +134,19 @@ class Soak:
         self._note(f"unload {mode}", *await self._post("/v1/models/unload", body))
 
     async def settle(self) -> int:
-        """Unload everything, see that nothing is stuck, and give the process's memory in bytes."""
+        """Unload all models and check that none is stalled; the memory of the process in bytes. Raises Broken."""
         for key in KEYS:
             await self._post("/v1/models/unload", {"key": key, "mode": "drain"})
         async with self._session.get(f"{self._url}/v1/models") as response:
             for model in (await response.json())["data"]:
                 state = model["status"]["value"], model["running_requests"], model["queued_requests"]
                 if state != ("unloaded", 0, 0) or model["reserved_bytes"]:
-                    raise Broken(f"{model['id']} is stuck: {model}")
+                    raise Broken(f"{model['id']} is stalled: {model}")
         figures = await self.figures()
         return int(figures["process_bytes"])
 
     async def figures(self) -> dict[str, float]:
-        """The figures of /metrics that are of the whole process, and the sums of what is counted of each model."""
+        """The figures of /metrics, summed over models."""
         async with self._session.get(f"{self._url}/metrics") as response:
             lines = re.findall(r"^mlx_server_(\w+?)(?:\{(.*?)\})? (\S+)$", await response.text(), re.MULTILINE)
         sums: defaultdict[str, float] = defaultdict(float)
@@ -169,16 +169,16 @@ class Soak:
         async with self._session.post(self._url + path, json=body) as response:
             return response.status, await response.json()
 
-    def _note(self, deed: str, status: int, content: Any) -> None:
-        """Count an outcome; one that is neither an answer nor an error object breaks the promise."""
+    def _note(self, action: str, status: int, content: Any) -> None:
+        """Count an outcome. Raises Broken for one that is neither an answer nor an error object."""
         if status != 200 and (status not in ERRORS or not content.get("error", {}).get("message")):
-            raise Broken(f"{deed}: {status} {content}")
+            raise Broken(f"{action}: {status} {content}")
         code = "" if status == 200 else f" {content['error']['code']}"
-        self.tally.outcomes[f"{deed} {status}{code}"] += 1
+        self.tally.outcomes[f"{action} {status}{code}"] += 1
 
 
 async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace) -> bool:
-    """Run it and tell what happened. Whether every promise was kept. Raises CancelledError if it was stopped."""
+    """Run all parts and print the figures; whether every promise was kept. Raises CancelledError if stopped."""
     this_task = asyncio.current_task()
     assert this_task
     for stop in (signal.SIGINT, signal.SIGTERM):
@@ -186,7 +186,7 @@ async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace)
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         clients = Soak(session, url, sources, arguments.seed)
-        # What a process keeps of its first steps is not a leak.
+        # What the process allocates once, in its first steps, is not a leak.
         await run(clients, min(60.0, arguments.minutes * 20))
         before = await clients.settle()
         print(f"start: {before / 2**20:.1f} MiB", flush=True)
@@ -199,7 +199,7 @@ async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace)
 
 
 async def run_parts(clients: Soak, minutes: float) -> int:
-    """Part after part, each with its line; then all together, however it ends. The memory after the last one."""
+    """Run part after part and print a line for each, and one for all, however they end; the memory after the last."""
     parts = max(5, round(minutes / PART))
     total, bytes = Tally(), 0
     try:
@@ -219,7 +219,7 @@ async def run_parts(clients: Soak, minutes: float) -> int:
 
 
 async def run(clients: Soak, seconds: float) -> None:
-    """All clients at once."""
+    """Run all clients at once."""
     end = time.monotonic() + seconds
     async with asyncio.TaskGroup() as tasks:
         for _ in range(WORKERS):
@@ -227,7 +227,7 @@ async def run(clients: Soak, seconds: float) -> None:
 
 
 def write_config(directory: Path, sources: dict[str, str]) -> Path:
-    """Settings under which two of the models fit, and switches are frequent."""
+    """Write settings with memory for two of the models, and frequent evictions."""
     each = estimate.estimate(ModelSpec("a", sources["a"], cache_tokens=TOKENS)).total
     lines = [f"memory_limit = {int(each * 2.5)}", "min_residency = 0.5", "max_wait = 2"]
     for key, source in sources.items():
@@ -238,11 +238,11 @@ def write_config(directory: Path, sources: dict[str, str]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the models, start a server, and soak it."""
+    """Make the models, start a server, and run the soak test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--growth", type=float, default=1.05, help="how much of the memory may be there in the end")
+    parser.add_argument("--growth", type=float, default=1.05, help="allowed ratio of the memory at the end")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         sources = {key: str(tiny_llama(Path(directory) / key, seed=n)) for n, key in enumerate(KEYS)}

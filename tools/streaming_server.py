@@ -1,7 +1,7 @@
-"""A chat server that sends a token at exact moments and says how exact it was: what a load generator is judged by.
+"""Reference server for a load generator: sends tokens at exact times, and logs when it sent each.
 
 Rule 1: the n-th token of an answer is due TTFT + n * INTERVAL after its request arrived; nothing depends on the client.
-Rule 2: what was sent when is kept, on the clock of the whole machine (perf_counter), and told at GET /sent.
+Rule 2: GET /sent returns when each token was sent, on the clock of the whole machine (perf_counter).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nConnection: close\r\n"
 
 
 class Connection(asyncio.Protocol):
-    """One connection, and the one request on it."""
+    """Connection with one request."""
 
-    sent: list[list[float]] = []  # noqa: RUF012  (one list a stream, of all connections)
+    sent: list[list[float]] = []  # noqa: RUF012  (one list per stream, of all connections)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember where to write."""
+        """Called by the event loop."""
         self._transport = cast(asyncio.Transport, transport)
         self._received = b""
 
     def data_received(self, data: bytes) -> None:
-        """Take a request in, and answer it when it is whole."""
+        """Called by the event loop. Answers the request once it is complete."""
         at = perf_counter()
         self._received += data
         head, found, body = self._received.partition(b"\r\n\r\n")
@@ -80,7 +80,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 def _length(request: dict[str, int]) -> int:
-    """The tokens that are asked for, by either name."""
+    """The number of tokens requested, by either name."""
     return request.get("max_completion_tokens") or request["max_tokens"]
 
 

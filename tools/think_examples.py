@@ -1,4 +1,4 @@
-"""Questions with reasoned answers, made up from a seed: what the embedded model learns to think from.
+"""Training examples of the thinking adapter: questions with reasoned answers, generated from a seed.
 
 Rule 1: the same seed gives the same examples.
 Rule 2: every answer is "<think>\nreasoning\n</think>\n\nanswer", and the tags occur nowhere else.
@@ -81,7 +81,7 @@ FIXED: list[Example] = [
 def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
     """Chats that end with a reasoned answer, as messages.
 
-    One in ten has a system message of its own; one in ten an earlier turn, whose reasoning is gone as in real chats.
+    One in ten has a system message; one in ten has an earlier turn, without its reasoning as in real chats.
     """
     chance = random.Random(seed)
     kinds: list[tuple[Callable[[random.Random], Example], int]] = [

@@ -1,9 +1,9 @@
-"""Trains adapters/smollm2-think: the LoRA adapter with which the embedded model reasons inside <think> tags.
+"""Training of mlxserver/adapters/smollm2-think, the LoRA adapter that makes the embedded model reason inside <think>.
 
     python -m tools.train_think_adapter --output DIRECTORY [--steps N]
 
-Rule 1: mlx-lm's own trainer does the work, in float32, on examples that tools/think_examples.py makes up.
-Rule 2: examples and first weights come from SEED; what is saved names no path of this machine.
+Rule 1: mlx-lm's own trainer runs in float32, on the examples of tools/think_examples.py.
+Rule 2: examples and initial weights come from SEED; the saved files hold no path of this machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 4
 
 
 def run(output: Path, steps: int) -> None:
-    """Train for so many steps of BATCH examples each and write the adapter into the directory."""
+    """Train for `steps` steps of BATCH examples each, and write the adapter into the directory."""
     mx.random.seed(SEED)
     np.random.seed(SEED)  # the trainer shuffles with it
     loaded = load(ModelSpec("smollm2", "embedded:smollm2"))
@@ -66,7 +66,7 @@ def _examples(loaded: LoadedModel, count: int, seed: int) -> CacheDataset:
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description="Train the LoRA adapter that makes the embedded model think.")
-    parser.add_argument("--output", type=Path, default=Path("adapters/smollm2-think"))
+    parser.add_argument("--output", type=Path, default=Path("mlxserver/adapters/smollm2-think"))
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     run(options.output, options.steps)

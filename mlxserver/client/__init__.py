@@ -1,1 +1,1 @@
-"""What the two command-line clients share. Knows the HTTP API only."""
+"""Parts that the two command-line clients share. Of the server they know the HTTP API and mlxserver.api.sse."""

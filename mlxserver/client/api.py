@@ -1,7 +1,7 @@
-"""ChatClient: the API of this server, and of any other that speaks OpenAI's.
+"""ChatClient: client of this server's API, and of any other that follows OpenAI's.
 
-Rule 1: answers come as typed events (client/events.py), failures as typed errors (client/errors.py), never as JSON.
-Rule 2: a stream that ends has ended well. Anything else raises StreamBroken, whatever was already given out.
+Rule 1: answers are typed events (client/events.py), failures are typed errors (client/errors.py), never JSON.
+Rule 2: a stream that ends is complete. Any other end raises StreamBroken, whatever was yielded before.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ from aiohttp import ClientResponse
 
 from mlxserver.client.errors import ApiError, NotSupported, StreamBroken
 from mlxserver.client.events import Answer, Event, Finished, read_answer
-from mlxserver.client.models import Loaded, ModelCard, Unloaded, read_card, read_loaded, read_unloaded
-from mlxserver.client.progress import LoadReader, Progress
-from mlxserver.client.recorder import Recording
+from mlxserver.client.models import (
+    Loaded,
+    LoadReader,
+    ModelCard,
+    Progress,
+    Unloaded,
+    read_card,
+    read_loaded,
+    read_unloaded,
+)
+from mlxserver.client.recorder import PreparedRequest
 from mlxserver.client.stream import StreamReader
 from mlxserver.client.transport import Transport, read_object
 from mlxserver.client.wire import mappings
@@ -30,11 +38,11 @@ Message = Mapping[str, Any]
 
 
 class ChatClient:
-    """One server. Use it as an async context manager.
+    """Client of one server, an async context manager.
 
     base_url: with or without /v1; None takes OPENAI_BASE_URL, else DEFAULT_BASE_URL. api_key: None takes
-    OPENAI_API_KEY, which may be missing. connect_timeout and read_timeout are in seconds, None waits for ever;
-    read_timeout is how long an open connection may be silent. Raises SettingInvalid.
+    OPENAI_API_KEY, which may be missing. connect_timeout, read_timeout: seconds that connecting may take, and that an
+    open connection may be silent; None for no limit. Raises SettingInvalid.
     """
 
     def __init__(
@@ -72,12 +80,12 @@ class ChatClient:
         on_progress: Callable[[Progress], None] = lambda _: None,
         **params: Any,
     ) -> AsyncGenerator[Event, None]:
-        """The events of one answer as they arrive, Finished at the end.
+        """The events of one answer as they arrive, Finished as the last.
 
-        params are OpenAI's; those that are None are left out. Close the generator (contextlib.aclosing) to stop an
-        answer: that closes the connection, which is how the server knows. on_progress is told how far the load of
-        the model is while the answer waits for it. Raises ServerUnreachable, ApiError (before the first event) and
-        StreamBroken (at any point).
+        params: OpenAI's; those that are None are left out. on_progress: called with the progress of the load that the
+        answer waits for. Close the generator (contextlib.aclosing) to stop an answer: that closes the connection, and
+        the server stops generating. Raises ServerUnreachable, ApiError (before the first event) and StreamBroken (at
+        any point).
         """
         body, reader = _streamed(messages, model, params), StreamReader(on_progress)
         async with self._transport.open("POST", "/chat/completions", body, self._read_timeout) as response:
@@ -91,26 +99,25 @@ class ChatClient:
         for event in reader.end(perf_counter()):
             yield event
 
-    async def record(self, messages: Sequence[Message], model: str, **params: Any) -> Recording:
-        """One streamed answer as its bytes came, for measuring many at once. Raises ServerUnreachable.
+    def prepare(self, messages: Sequence[Message], model: str, **params: Any) -> PreparedRequest:
+        """Encode a request for a streamed answer that is to be recorded, for measuring many at once.
 
-        The answer is not read: Recording.events() does that, and raises what stream() would.
+        Call the result to send it. It raises ServerUnreachable; Recording.events() raises what stream() would.
         """
-        body = _streamed(messages, model, params)
-        return await self._transport.record("/chat/completions", body, self._read_timeout)
+        return self._transport.prepare("/chat/completions", _streamed(messages, model, params), self._read_timeout)
 
     async def complete(self, messages: Sequence[Message], model: str, **params: Any) -> Answer:
-        """One whole answer. Raises as stream() does."""
+        """One whole answer, not streamed. Raises as stream() does."""
         answer = await self._json("POST", "/chat/completions", _chat(messages, model, params))
         return read_answer(answer, perf_counter())
 
     async def models(self) -> list[ModelCard]:
-        """Every model that the server offers, in its order."""
+        """All models of the server, in its order."""
         answer = await self._json("GET", "/models")
         return [read_card(model) for model in mappings(answer.get("data")) if model.get("id")]
 
     async def model(self, key: str) -> ModelCard:
-        """One model. Raises ApiError with status 404 when there is no such key."""
+        """One model. Raises ApiError with status 404 for an unknown key."""
         return read_card(await self._json("GET", f"/models/{quote(key, safe='')}"))
 
     async def load(self, source: str, key: str | None = None, **options: Any) -> Loaded:
@@ -122,9 +129,9 @@ class ChatClient:
     async def load_stepwise(
         self, source: str, key: str | None = None, **options: Any
     ) -> AsyncGenerator[Progress | Loaded, None]:
-        """Load a model and tell how far it is, Loaded as the last event. A server that can't tell gives only that.
+        """Load a model: its progress, Loaded as the last event; only Loaded where the server streams no progress.
 
-        Raises as load() does, LoadFailed when the load fails on the way, and StreamBroken.
+        Raises as load() does, LoadFailed if the load fails after its start, and StreamBroken.
         """
         body = _given({"model": source, "key": key, **options, "stream": True})
         reader = LoadReader(key or source)
@@ -138,16 +145,16 @@ class ChatClient:
                         yield event
                         if isinstance(event, Loaded):
                             return
-            raise StreamBroken("the load ended without a word on how.")
+            raise StreamBroken("the load ended without a result.")
         except ApiError as error:
             if error.param != "stream":
                 raise
         yield await self.load(source, key, **options)
 
     async def unload(self, key: str, mode: str = "drain", **options: Any) -> Unloaded:
-        """Unload a model: mode is drain | abort | reject, options are the server's (timeout, in seconds).
+        """Unload a model. mode: drain | abort | reject. options: the server's (timeout, in seconds).
 
-        Raises NotSupported, and ApiError with status 404 when there is no such key.
+        Raises NotSupported, and ApiError with status 404 for an unknown key.
         """
         body = _given({"key": key, "mode": mode, **options})
         async with self._extension("/models/unload", body) as response:
@@ -158,12 +165,12 @@ class ChatClient:
 
     @asynccontextmanager
     async def _extension(self, path: str, body: dict[str, Any]) -> AsyncIterator[ClientResponse]:
-        """A response of an endpoint that OpenAI's API does not have. It may take long, so silence is no failure."""
+        """A response of an endpoint that OpenAI's API does not have. It may take long: silence has no limit."""
         try:
             async with self._transport.open("POST", path, body, read_timeout=None) as response:
                 yield response
         except ApiError as error:
-            # A server that has the endpoint says which model or field it misses.
+            # A 404 of a server that has the endpoint names the unknown model or the missing field.
             if error.status == 405 or (error.status == 404 and not error.param and error.code != "model_not_found"):
                 raise NotSupported(self.base_url, path, error.status) from error
             raise

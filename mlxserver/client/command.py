@@ -1,4 +1,4 @@
-"""How a command of ours starts and ends: its standard streams and its exit status."""
+"""What the two command lines share: standard streams, the prompt, the default model, the exit status."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import io
 import os
 import sys
 
+from mlxserver.client.api import ChatClient
 from mlxserver.client.errors import ClientError, ServerUnreachable, SettingInvalid
-from mlxserver.client.views import print_error
+from mlxserver.client.views import print_error, print_status
 
 EXIT_STATUSES = """exit status:
   0    fine
@@ -20,16 +21,46 @@ INTERRUPTED = 130
 
 
 def accept_any_text() -> None:
-    """Let no character fail that stdin or stdout can't encode: it becomes a question mark."""
+    """Let characters that stdin or stdout can't encode become question marks instead of an exception."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
+def read_prompt(argument: str | None) -> str | None:
+    """The argument, then a blank line and what is piped in; None when stdin is a terminal and there is no argument.
+
+    Reads a pipe to its end. Raises SettingInvalid for an empty prompt.
+    """
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    if is_typed and argument is None:
+        return None
+    piped = "" if is_typed or sys.stdin is None else sys.stdin.read().strip("\n")
+    prompt = "\n\n".join(text for text in (argument, piped) if text)
+    if not prompt.strip():
+        raise SettingInvalid("PROMPT", prompt, "text as the argument or on stdin")
+    return prompt
+
+
+async def choose_model(client: ChatClient) -> str:
+    """The first model that is loaded, or the only one; a model without a state counts as loaded. Logged on stderr.
+
+    Raises SettingInvalid, and what ChatClient.models() raises.
+    """
+    cards = await client.models()
+    keys = [card.key for card in cards]
+    loaded = [card.key for card in cards if card.state in ("loaded", None)]
+    if not loaded and len(keys) != 1:
+        raise SettingInvalid("--model", "", f"a key, as no model is loaded; known: {', '.join(keys) or 'none'}")
+    model = (loaded or keys)[0]
+    print_status(f"model: {model}")
+    return model
+
+
 def conclude(error: ClientError | OSError) -> int:
-    """Tell the error in one line; the exit status for it. That stdout's reader has left is no error."""
+    """Print the error in one line on stderr; the exit status for it. A closed stdout (as by `| head`) is no error."""
     if isinstance(error, OSError):
-        # What stdout still holds can't be written; the interpreter would try once more at its end.
+        # What stdout still buffers can't be written; the interpreter would try once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if isinstance(error, BrokenPipeError):
         return 0

@@ -1,4 +1,4 @@
-"""How a comparison looks: side by side while it runs, and then with a table of figures. format_* is pure."""
+"""Views of a comparison: replies side by side while it runs, then with a table of figures. format_* is pure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from mlxserver.client.load_view import format_progress
 from mlxserver.client.reply import Reply
+from mlxserver.client.views import format_progress
 
 FRAMES_PER_SECOND = 10
 FIGURES = ("model", "TTFT ms", "tokens", "tokens/s", "thinking tokens", "finish reason")
 
 
 def live_replies(console: Console, replies: Sequence[Reply]) -> Live:
-    """The last lines of every answer, drawn again while the `with` block lasts and gone after it."""
+    """Live view of the last lines of all replies, while its `with` block lasts."""
 
     def draw() -> RenderableType:
         return format_side_by_side(replies, lambda reply: Tail(format_answer(reply), console.height - 6))
@@ -28,18 +28,18 @@ def live_replies(console: Console, replies: Sequence[Reply]) -> Live:
 
 
 class Tail:
-    """The last lines of what is inside."""
+    """The last lines of another renderable."""
 
-    def __init__(self, inside: RenderableType, height: int) -> None:
-        self._inside, self._height = inside, max(1, height)
+    def __init__(self, renderable: RenderableType, height: int) -> None:
+        self._renderable, self._height = renderable, max(1, height)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._inside, options, pad=False)[-self._height :]
+        lines = console.render_lines(self._renderable, options, pad=False)[-self._height :]
         yield Segments([segment for line in lines for segment in (*line, Segment.line())])
 
 
 def format_side_by_side(replies: Sequence[Reply], cell: Callable[[Reply], RenderableType]) -> Table:
-    """The answers in columns of equal width."""
+    """The replies in columns of equal width."""
     table = Table(expand=True, header_style="bold")
     for reply in replies:
         table.add_column(Text(reply.model), ratio=1, overflow="fold")
@@ -48,7 +48,7 @@ def format_side_by_side(replies: Sequence[Reply], cell: Callable[[Reply], Render
 
 
 def format_answer(reply: Reply) -> RenderableType:
-    """Thinking dim, the answer as Markdown, an error red; how far the load is, as long as nothing else is there."""
+    """Reasoning dim, content as Markdown, an error red; the progress of the load before any of these."""
     parts: list[RenderableType] = []
     if reply.progress and not reply.events and not reply.error:
         parts.append(Text(format_progress(reply.progress), "dim"))
@@ -62,7 +62,7 @@ def format_answer(reply: Reply) -> RenderableType:
 
 
 def format_figures(replies: Sequence[Reply]) -> Table:
-    """A row of figures for each answer."""
+    """A table of figures with one row per reply."""
     table = Table(*FIGURES, box=None, header_style="bold", pad_edge=False)
     for reply in replies:
         table.add_row(*figures_row(reply))
@@ -70,7 +70,7 @@ def format_figures(replies: Sequence[Reply]) -> Table:
 
 
 def figures_row(reply: Reply) -> tuple[str, ...]:
-    """The cells of one answer, in the order of FIGURES. What is not known is a dash."""
+    """The cells of one reply, in the order of FIGURES. A dash stands for what is not known."""
     timing = reply.timing
     usage = timing.usage if timing else None
     return (
@@ -84,7 +84,7 @@ def figures_row(reply: Reply) -> tuple[str, ...]:
 
 
 def format_markdown(replies: Sequence[Reply]) -> str:
-    """A Markdown document: a section a model, and the table."""
+    """A Markdown document: one section per model, and the table."""
     sections = [f"## {reply.model}\n\n{_quoted(reply)}\n" for reply in replies]
     rows = [FIGURES, ("---",) * len(FIGURES), *(figures_row(reply) for reply in replies)]
     table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
@@ -92,7 +92,7 @@ def format_markdown(replies: Sequence[Reply]) -> str:
 
 
 def format_plain(replies: Sequence[Reply]) -> str:
-    """The answers one after the other, and the figures between tabs."""
+    """The replies one after the other, and the figures between tabs."""
     answers = [f"[{reply.model}]\n{reply.content.strip() or str(reply.error or '')}\n" for reply in replies]
     rows = ["\t".join(row) + "\n" for row in (FIGURES, *map(figures_row, replies))]
     return "\n".join([*answers, "".join(rows)])

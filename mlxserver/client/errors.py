@@ -1,15 +1,15 @@
-"""What can go wrong between a client and a server, named for what happened.
+"""Errors of the client, named for what happened.
 
 ClientError
-├── SettingInvalid     the base URL or the key can't be used; nothing was sent
+├── SettingInvalid     a setting of the client can't be used; nothing was sent
 ├── ServerUnreachable  no connection, or no answer on it
 ├── ApiError           the server answered with an error
 │   └── NotSupported   the server does not know this endpoint
 ├── LoadFailed         a model's load began and failed
-├── FileUnusable       a file of ours can't be read or written
+├── FileUnusable       a local file can't be read or written
 └── StreamBroken       an answer began and stopped before its end
 
-Rule: whatever a server sends, a caller meets one of these and nothing else.
+Rule: whatever a server sends, a caller gets one of these errors and no other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEY_HINT = "Give the server's key with --api-key, or in OPENAI_API_KEY."
 
 
 class ClientError(Exception):
-    """Base of all that callers of the client may meet."""
+    """Base of all errors that the client raises."""
 
 
 class SettingInvalid(ClientError):
@@ -36,7 +36,7 @@ class SettingInvalid(ClientError):
 
 
 class ServerUnreachable(ClientError):
-    """There is no server at `url`, or it does not answer. `cause` says which in words."""
+    """There is no server at `url`, or it does not answer. cause: which of the two, in words."""
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(f"No answer from a server at {url}: {cause}.")
@@ -75,21 +75,21 @@ class LoadFailed(ClientError):
 
 
 class FileUnusable(ClientError):
-    """A file can't be read or written, or does not hold what was expected. `cause` says which in words."""
+    """A file can't be read or written, or does not hold what was expected. cause: which of these, in words."""
 
     def __init__(self, path: str, cause: str) -> None:
         super().__init__(f"{path}: {cause}.")
 
 
 class StreamBroken(ClientError):
-    """The answer stopped before its end: the connection was lost, or the server sent an error in the middle."""
+    """The answer stopped before its end: the connection was lost, or the server sent an error instead of the rest."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"The answer broke off: {cause}")
 
 
 def api_error(status: int, body: str) -> ApiError:
-    """The error in a body of any kind: OpenAI's error object, another JSON object, or plain text."""
+    """The error in a body: of OpenAI's error object, of another JSON object, or of plain text."""
     answer = mapping(parse(body))
     fields = mapping(answer.get("error"))
     message = text(fields.get("message")) or text(answer.get("error")) or _described(status, body)
@@ -99,7 +99,7 @@ def api_error(status: int, body: str) -> ApiError:
 
 
 def stream_error(error: Any) -> StreamBroken:
-    """The error event of a stream: OpenAI's error object, or whatever came in its place."""
+    """The error of a stream's error event: OpenAI's error object, or any other JSON."""
     return StreamBroken(text(mapping(error).get("message")) or text(error) or json.dumps(error)[:QUOTED_CHARACTERS])
 
 

@@ -1,6 +1,6 @@
-"""What an answer is made of: the JSON of a stream or of a whole answer, as typed events. Pure.
+"""Typed events of an answer, parsed from the JSON of a stream or of a whole answer. Pure.
 
-Rule 1: a stream is any number of Reasoning, Content and ToolCall pieces, then one Finished; or it raises StreamBroken.
+Rule 1: a stream is any number of Reasoning, Content and ToolCall deltas, then one Finished; or it raises StreamBroken.
 Rule 2: `at` is when the bytes of an event were read, in seconds of time.perf_counter(). Events of one read share it.
 Rule 3: an answer has one choice. Of a server that sends more, only the first is read.
 Rule 4: reasoning is read from `reasoning_content` and from `reasoning`, whichever the server uses.
@@ -28,7 +28,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of the thinking."""
+    """Delta of the reasoning."""
 
     text: str
     at: float = 0.0
@@ -36,7 +36,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A piece of the answer."""
+    """Delta of the content."""
 
     text: str
     at: float = 0.0
@@ -44,7 +44,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A piece of the call number `index`. id and name come with its first piece, arguments is JSON text in pieces."""
+    """Delta of tool call number `index`. id and name come with its first delta, arguments is JSON text in parts."""
 
     index: int
     id: str = ""
@@ -55,54 +55,54 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The answer is complete. `usage` is None when the server does not tell it."""
+    """End of a complete answer. `usage` is None if the server sends none."""
 
     reason: str
     usage: Usage | None = None
     at: float = 0.0
 
 
-Piece = Reasoning | Content | ToolCall
-Event = Piece | Finished
+Delta = Reasoning | Content | ToolCall
+Event = Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer: the pieces that a stream of it would have given, and its end."""
+    """Whole answer: the deltas that its stream would have had, and its end."""
 
-    pieces: tuple[Piece, ...]
+    deltas: tuple[Delta, ...]
     finished: Finished
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """All of it, as a stream would have given it."""
-        return (*self.pieces, self.finished)
+        """All events, as its stream would have had them."""
+        return (*self.deltas, self.finished)
 
     @property
     def reasoning(self) -> str:
-        """The thinking; empty when there was none."""
-        return "".join(piece.text for piece in self.pieces if isinstance(piece, Reasoning))
+        """The reasoning; empty if there was none."""
+        return "".join(delta.text for delta in self.deltas if isinstance(delta, Reasoning))
 
     @property
     def content(self) -> str:
-        """The answer's text."""
-        return "".join(piece.text for piece in self.pieces if isinstance(piece, Content))
+        """The text of the answer."""
+        return "".join(delta.text for delta in self.deltas if isinstance(delta, Content))
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls, each whole."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, ToolCall))
+        """The tool calls, each whole."""
+        return tuple(delta for delta in self.deltas if isinstance(delta, ToolCall))
 
 
 class ChunkReader:
-    """The chunks of one stream, in: events, out."""
+    """Parser of the chunks of one stream: payloads in, events out."""
 
     def __init__(self) -> None:
         self._reason = ""
         self._usage: Usage | None = None
 
     def read(self, payload: str, at: float) -> list[Event]:
-        """The events in the data of one server-sent event. Raises StreamBroken for an error event and for no JSON."""
+        """The events in one payload of the stream. Raises StreamBroken for an error and for what is no JSON object."""
         chunk = parse(payload)
         if not isinstance(chunk, dict):
             raise StreamBroken(f"the server sent {payload[:80]!r} where a JSON object was expected.")
@@ -112,39 +112,39 @@ class ChunkReader:
         events: list[Event] = []
         for choice in _first(chunk):
             self._reason = text(choice.get("finish_reason")) or self._reason
-            events += pieces(mapping(choice.get("delta")), at)
+            events += read_deltas(mapping(choice.get("delta")), at)
         return events
 
     def finish(self, at: float) -> Finished:
-        """The last event, at the end of the stream. Raises StreamBroken when no finish_reason came before it."""
+        """The last event, at the end of the stream. Raises StreamBroken if no finish_reason came before it."""
         if not self._reason:
             raise StreamBroken("the stream ended without a finish_reason.")
         return Finished(self._reason, self._usage, at)
 
 
 def read_answer(body: dict[str, Any], at: float) -> Answer:
-    """The wire's whole answer. Raises StreamBroken when it holds no choice."""
+    """Parse a whole answer. Raises StreamBroken if it has no choice."""
     for choice in _first(body):
         finished = Finished(text(choice.get("finish_reason")), read_usage(body.get("usage")), at)
-        return Answer(tuple(pieces(mapping(choice.get("message")), at)), finished)
+        return Answer(tuple(read_deltas(mapping(choice.get("message")), at)), finished)
     raise StreamBroken("the server sent an answer without a choice.")
 
 
-def pieces(delta: dict[str, Any], at: float) -> Iterator[Piece]:
-    """The pieces in a delta, or in a whole message, without the empty ones."""
-    if reasoning := text(delta.get("reasoning_content")) or text(delta.get("reasoning")):
+def read_deltas(message: dict[str, Any], at: float) -> Iterator[Delta]:
+    """Parse a chunk's delta or a whole message: its deltas, without the empty ones."""
+    if reasoning := text(message.get("reasoning_content")) or text(message.get("reasoning")):
         yield Reasoning(reasoning, at)
-    if content := text(delta.get("content")):
+    if content := text(message.get("content")):
         yield Content(content, at)
-    for place, call in enumerate(mappings(delta.get("tool_calls"))):
+    for position, call in enumerate(mappings(message.get("tool_calls"))):
         function = mapping(call.get("function"))
-        # A whole message numbers its calls by their place alone.
-        index = count(call.get("index", place))
+        # The calls of a whole message have no index field.
+        index = count(call.get("index", position))
         yield ToolCall(index, text(call.get("id")), text(function.get("name")), text(function.get("arguments")), at)
 
 
 def read_usage(usage: Any) -> Usage | None:
-    """The wire's usage object; None when there is none."""
+    """Parse a usage object; None if there is none."""
     if not isinstance(usage, dict):
         return None
     return Usage(

@@ -1,36 +1,59 @@
-"""An answer on a terminal as it comes: finished parts are printed once, and only the last few lines are drawn again.
+"""Live view of an answer on a terminal: complete blocks are printed once, and only the last lines are drawn again.
 
-Rule 1: a line that was printed is never touched again, so that a long answer neither flickers nor jumps.
-Rule 2: what is drawn again fits on the screen. A block that is taller gives up its top lines: they are printed.
-Rule 3: drawing waits for FRAME seconds, so that the speed of the tokens is not the speed of the terminal.
+Rule 1: a line that was printed is never touched again, so a long answer neither flickers nor jumps.
+Rule 2: what is drawn again fits on the screen. The top lines of a taller block are printed.
+Rule 3: drawing waits for FRAME seconds, so the terminal does not slow the tokens down.
+Rule 4: a block of Markdown is complete when a complete line has begun the next one. CommonMark reads line by line, and
+        no later line changes a block that is closed, so a complete block can be printed once and for all.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
+from markdown_it import MarkdownIt
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from mlxserver.client.blocks import split_blocks, split_lines
 from mlxserver.client.events import Content, Event, Finished, Reasoning
-from mlxserver.client.load_view import format_progress
-from mlxserver.client.progress import Progress
+from mlxserver.client.models import Progress
+from mlxserver.client.views import format_progress
 
 FRAME = 0.05
-FOLDED_LINES = 4
+COLLAPSED_LINES = 4
+# The parser that rich renders with.
+PARSER = MarkdownIt().enable("strikethrough").enable("table")
 
 ThinkingView = Literal["show", "hide", "collapse"]
 Line = list[Segment]
 
 
+def split_blocks(text: str) -> tuple[list[str], str]:
+    """The complete blocks of a Markdown text, and the rest that may still change. Together they are the text."""
+    lines = text.split("\n")
+    complete = lines[:-1]
+    # A carriage return alone would be a line to the parser, and the lines are counted by line feeds here.
+    tokens = PARSER.parse("\n".join(complete).replace("\r", " ")) if complete else []
+    starts = [token.map[0] for token in tokens if token.level == 0 and token.map and token.nesting >= 0]
+    cuts = [0, *starts[1:]]
+    blocks = ["".join(f"{line}\n" for line in lines[cut:end]) for cut, end in pairwise(cuts)]
+    return blocks, "\n".join(lines[cuts[-1] :])
+
+
+def split_lines(text: str) -> tuple[list[str], str]:
+    """The complete lines of a plain text, and the rest."""
+    *lines, rest = text.split("\n")
+    return lines, rest
+
+
 class GrowingText:
-    """One text at the bottom of the terminal. height: how many lines may be drawn again."""
+    """Text that grows at the bottom of the terminal. height: how many of its lines may be drawn again."""
 
     def __init__(
         self,
@@ -47,7 +70,7 @@ class GrowingText:
         self._blocks = 0
 
     def add(self, text: str) -> None:
-        """More of the text; draw() shows it."""
+        """Append text; draw() shows it."""
         self._rest += text
 
     def draw(self) -> None:
@@ -63,14 +86,14 @@ class GrowingText:
         self._live.update(_renderable(lines[self._printed :]), refresh=True)
 
     def end(self) -> None:
-        """Print all that is left."""
+        """Print the rest."""
         self.draw()
         self._live.update("")
         self._print_block(self._rest)
         self._rest = ""
 
     def drop(self) -> None:
-        """Take away what is drawn, without printing it."""
+        """Remove what is drawn, without printing it."""
         self._rest = ""
         self._live.update("", refresh=True)
 
@@ -96,16 +119,16 @@ class GrowingText:
 
 
 class LiveAnswer:
-    """Shows one answer: the thinking dim above it, the answer as Markdown. Needs a running event loop."""
+    """Live view of one answer: the thinking dim above, the content as Markdown. Needs a running event loop."""
 
     def __init__(self, console: Console, thinking: ThinkingView = "show") -> None:
         self._view = thinking
         self._live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
         height = max(4, console.height - 4)
-        folded = FOLDED_LINES if thinking == "collapse" else height
-        self._thinking = GrowingText(self._live, lambda text: Text(text, "dim"), split_lines, folded)
+        thinking_height = COLLAPSED_LINES if thinking == "collapse" else height
+        self._thinking = GrowingText(self._live, lambda text: Text(text, "dim"), split_lines, thinking_height)
         self._answer = GrowingText(self._live, Markdown, split_blocks, height, gap=1)
-        self._thought: tuple[float, float] | None = None  # when it began, and when its last piece came
+        self._thought: tuple[float, float] | None = None  # arrivals of its first and last delta
         self._frame: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> LiveAnswer:
@@ -131,14 +154,17 @@ class LiveAnswer:
             case Finished("length"):
                 self._answer.add("\n\n*(the answer reached its limit of tokens)*\n")
         if not self._frame:
-            self._frame = asyncio.get_running_loop().call_later(FRAME, self._draw)
+            self._frame = asyncio.get_running_loop().call_later(FRAME, self.draw)
 
-    def tell(self, step: Progress) -> None:
-        """Draw how far the load is that the answer waits for. The answer is drawn in its place."""
+    def show_progress(self, step: Progress) -> None:
+        """Draw the progress of the load that the answer waits for. The answer replaces it."""
         line = Text(format_progress(step), "dim", no_wrap=True, overflow="ellipsis")
         self._live.update(line, refresh=True)
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Draw all events so far, without waiting for the next frame."""
+        if self._frame:
+            self._frame.cancel()
         self._frame = None
         if not self._thought:
             self._answer.draw()
@@ -164,13 +190,13 @@ class LiveAnswer:
 
 
 def _trimmed(lines: list[Line]) -> list[Line]:
-    """Lines without the empty ones around them. A line with a colour behind it is not empty."""
+    """Lines without the empty ones around them. A line with a background colour is not empty."""
     kept = [
-        place for place, line in enumerate(lines) if any(s.text.strip() or (s.style and s.style.bgcolor) for s in line)
+        index for index, line in enumerate(lines) if any(s.text.strip() or (s.style and s.style.bgcolor) for s in line)
     ]
     return lines[kept[0] : kept[-1] + 1] if kept else []
 
 
 def _renderable(lines: list[Line]) -> RenderableType:
-    """Lines as they are, each ended; nothing for none."""
+    """Lines, each with a line end."""
     return Segments([segment for line in lines for segment in (*line, Segment.line())])

@@ -1,20 +1,23 @@
-"""What a server tells of its models, and of their loading and unloading.
+"""What a server reports about its models: cards, the progress of a load, results of loading and unloading. Pure.
 
-Rule: only `key` is sure. Fields that are this server's own extension are None where another server does not send them.
+Rule 1: only `key` is always there. Fields that are this server's own extension are None if another server omits them.
+Rule 2: the stream of a load is any number of Progress, then Loaded; or it raises LoadFailed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxserver.client.wire import count, mapping, number, text
+from mlxserver.api.sse import SSEDecoder
+from mlxserver.client.errors import LoadFailed, StreamBroken
+from mlxserver.client.wire import count, mapping, number, parse, text
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """One registered model. state: unloaded | loading | loaded | draining | failed. fields: all that was sent."""
+    """One registered model. state: unloaded | loading | loaded | draining | failed. fields: the whole JSON object."""
 
     key: str
     state: str | None = None
@@ -28,8 +31,20 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """One step of a load. done, total: bytes of a download or of a read, else items; None if not known.
+
+    stage: waiting | downloading | converting | reading | warming up, or another word of the server.
+    """
+
+    stage: str
+    done: float | None = None
+    total: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model is ready under `key`. fields: all that the server sent."""
+    """Result of a load: the model is ready under `key`. fields: the whole JSON object."""
 
     key: str
     seconds: float | None = None
@@ -38,7 +53,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A model is gone: requests that ended whole, requests that were cut, and the memory that came back."""
+    """Result of an unload: requests that were completed, requests that were aborted, and the memory freed."""
 
     key: str
     completed: int = 0
@@ -47,8 +62,40 @@ class Unloaded:
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
+class LoadReader:
+    """Parser of a load's stream: bytes in, events out."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._decoder = SSEDecoder()
+
+    def feed(self, received: bytes) -> Iterator[Progress | Loaded]:
+        """The events that these bytes complete. Raises LoadFailed, and StreamBroken for what is no JSON object."""
+        for payload in self._decoder.feed(received):
+            if payload != "[DONE]":
+                yield from self._read(payload)
+
+    def _read(self, payload: str) -> Iterator[Progress | Loaded]:
+        event = parse(payload)
+        if not isinstance(event, dict):
+            raise StreamBroken(f"the server sent {payload[:80]!r} where a JSON object was expected.")
+        if error := event.get("error"):
+            raise LoadFailed(text(mapping(error).get("message")) or text(error) or "the server gave no reason.")
+        if event.get("event") == "progress":
+            yield _read_progress(event)
+        if event.get("event") == "loaded":
+            yield read_loaded(event, self._key)
+
+
+def read_comment(comment: str) -> Progress | None:
+    """The progress in a comment of the form `loading {JSON}`; None for any other comment."""
+    name, _, payload = comment.partition(" ")
+    event = parse(payload) if name == "loading" else None
+    return _read_progress(event) if isinstance(event, dict) else None
+
+
 def read_card(model: dict[str, Any]) -> ModelCard:
-    """The wire's model object."""
+    """Parse a model object."""
     return ModelCard(
         key=text(model.get("id")),
         state=text(mapping(model.get("status")).get("value")) or None,
@@ -63,12 +110,12 @@ def read_card(model: dict[str, Any]) -> ModelCard:
 
 
 def read_loaded(answer: dict[str, Any], key: str) -> Loaded:
-    """The wire's answer to a load; `key` is what was asked for, should the answer not name it."""
+    """Parse the response to a load. key: the one of the request, for a response that names none."""
     return Loaded(text(answer.get("key")) or key, number(answer.get("load_time_seconds")), answer)
 
 
 def read_unloaded(answer: dict[str, Any], key: str) -> Unloaded:
-    """The wire's answer to an unload."""
+    """Parse the response to an unload. key: as in read_loaded()."""
     return Unloaded(
         text(answer.get("key")) or key,
         count(answer.get("completed_requests")),
@@ -76,6 +123,10 @@ def read_unloaded(answer: dict[str, Any], key: str) -> Unloaded:
         count(answer.get("freed_bytes")),
         answer,
     )
+
+
+def _read_progress(event: dict[str, Any]) -> Progress:
+    return Progress(text(event.get("stage")), number(event.get("done")), number(event.get("total")) or None)
 
 
 def _known(model: dict[str, Any], name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The figures of requests: when things arrived, in; latencies, rates and percentiles, out. Pure.
+"""Figures of requests: arrival times in; latencies, rates and percentiles out. Pure.
 
 Rule 1: times are seconds of one monotonic clock, latencies are seconds, rates are per second.
 Rule 2: token counts are the server's usage. A request without usage has no rates; nothing is guessed from the text.
@@ -19,10 +19,10 @@ from mlxserver.client.events import Content, Event, Finished, Usage
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One request that was answered whole.
+    """Timing of one request that was answered whole.
 
-    start: when it was sent. end: when its stream ended. arrivals: when each piece came (thinking, answer or tool
-    call). first_content: when the first piece of the answer came, None when there was none.
+    start: when it was sent. end: when its stream ended. arrivals: of each delta (reasoning, content or tool call).
+    first_content: arrival of the first delta of content, None if there was none.
     """
 
     start: float
@@ -33,45 +33,45 @@ class Timing:
 
     @property
     def latency(self) -> float:
-        """From sending to the end."""
+        """Seconds from sending to the end."""
         return self.end - self.start
 
     @property
     def ttft(self) -> float | None:
-        """Time to the first token of any kind."""
+        """Seconds to the first token of any kind."""
         return self.arrivals[0] - self.start if self.arrivals else None
 
     @property
     def time_to_content(self) -> float | None:
-        """Time to the first token of the answer: the thinking is in it."""
+        """Seconds to the first token of the content, reasoning included."""
         return None if self.first_content is None else self.first_content - self.start
 
     @property
     def gaps(self) -> tuple[float, ...]:
-        """Between each arrival and the next: the inter-token latencies of a server that sends each token by itself."""
+        """Seconds between successive arrivals: inter-token latencies where the server sends each token by itself."""
         return tuple(later - earlier for earlier, later in pairwise(self.arrivals))
 
     @property
     def tokens(self) -> int | None:
-        """Generated tokens, thinking included."""
+        """Generated tokens, reasoning included."""
         return None if self.usage is None else self.usage.completion_tokens
 
     @property
     def time_per_token(self) -> float | None:
-        """From the first arrival to the last, over the tokens after the first: right for chunks of any size."""
+        """Seconds from the first arrival to the last over the tokens after the first: right for chunks of any size."""
         if not self.arrivals or self.tokens is None or self.tokens < 2:
             return None
         return (self.arrivals[-1] - self.arrivals[0]) / (self.tokens - 1)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The speed of generation: time_per_token's inverse, so without the wait for the first token."""
+        """Speed of decoding: the inverse of time_per_token, so without the time to the first token."""
         return 1 / self.time_per_token if self.time_per_token else None
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """How values of one kind are spread."""
+    """Distribution of values of one kind."""
 
     count: int
     mean: float
@@ -83,9 +83,9 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The figures of requests that ran in one window, from the first one's start to the last one's end.
+    """Figures of requests that ran in one window, from the first start to the last end.
 
-    gaps are pooled over all requests; every other distribution has one value a request. tokens_per_second is of one
+    gaps are pooled over all requests; every other distribution has one value per request. tokens_per_second is per
     request, total_tokens_per_second of all together over the window.
     """
 
@@ -103,21 +103,21 @@ class Summary:
 
 
 def timing(start: float, events: Sequence[Event]) -> Timing:
-    """The timing of a whole stream: its events in order, Finished at the end. Raises ValueError without Finished."""
+    """Timing of a whole stream. events: in order, Finished as the last. Raises ValueError without Finished."""
     if not events or not isinstance(events[-1], Finished):
         raise ValueError(f"events: {len(events)} without an end; expected Finished as the last.")
-    *pieces, finished = events
+    *deltas, finished = events
     return Timing(
         start=start,
         end=finished.at,
-        arrivals=tuple(piece.at for piece in pieces),
-        first_content=next((piece.at for piece in pieces if isinstance(piece, Content)), None),
+        arrivals=tuple(delta.at for delta in deltas),
+        first_content=next((delta.at for delta in deltas if isinstance(delta, Content)), None),
         usage=events[-1].usage,
     )
 
 
 def summarise(timings: Sequence[Timing]) -> Summary:
-    """The figures of requests that ran together. tokens is None when one of them has no usage."""
+    """Summary of requests that ran together. tokens is None if one of them has no usage."""
     seconds = max((t.end for t in timings), default=0.0) - min((t.start for t in timings), default=0.0)
     counts = [t.tokens for t in timings if t.tokens is not None]
     tokens = sum(counts) if len(counts) == len(timings) else None
@@ -137,7 +137,7 @@ def summarise(timings: Sequence[Timing]) -> Summary:
 
 
 def distribution(values: Iterable[float | None]) -> Distribution | None:
-    """The spread of the values that are known; None when none is."""
+    """Distribution of the values that are not None; None if all are."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return None
@@ -146,8 +146,13 @@ def distribution(values: Iterable[float | None]) -> Distribution | None:
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
-    """The p-th percentile (0 to 100) of sorted values, one at least. See rule 3."""
+    """The p-th percentile (0 to 100) of sorted values, at least one. See rule 3."""
     rank = p / 100 * (len(ordered) - 1)
     below = int(rank)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """Seconds as milliseconds; None stays None."""
+    return None if seconds is None else seconds * 1000

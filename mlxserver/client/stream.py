@@ -1,8 +1,7 @@
-"""A stream of an answer, from the bytes of its body to events. Pure.
+"""Parser of an answer's stream: from the bytes of its body to events. Pure.
 
 Rule 1: an event's time is that of the read whose bytes completed it.
-Rule 2: how far the load of the model is, which an answer may have to wait for, is told in comments and is no event:
-        nothing of the answer has come yet.
+Rule 2: the progress of the load that an answer may wait for comes in comments and is no event: it precedes the answer.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from collections.abc import Callable, Iterator
 
 from mlxserver.api.sse import SSEDecoder
 from mlxserver.client.events import ChunkReader, Event, Finished
-from mlxserver.client.progress import Progress, read_comment
+from mlxserver.client.models import Progress, read_comment
 
 END_OF_STREAM = "[DONE]"
 
 
 class StreamReader:
-    """The bytes of one stream, in: events, out. The last is Finished; what is fed after it is read over.
+    """Parser of one stream: bytes in, events out. The last event is Finished; what is fed after it is ignored.
 
-    on_progress: called with each step of the load that the answer waits for.
+    on_progress: called with the progress of the load that the answer waits for.
     """
 
     def __init__(self, on_progress: Callable[[Progress], None] = lambda _: None) -> None:
@@ -29,7 +28,7 @@ class StreamReader:
         self._is_finished = False
 
     def feed(self, received: bytes, at: float) -> Iterator[Event]:
-        """The events that these bytes complete. Raises StreamBroken, after what came before it."""
+        """The events that these bytes complete. Raises StreamBroken, after the events before the fault."""
         for payload in self._decoder.feed(received):
             if self._is_finished:
                 return
@@ -39,13 +38,13 @@ class StreamReader:
                 yield from self._chunks.read(payload, at)
 
     def end(self, at: float) -> Iterator[Event]:
-        """What is left when the connection ends. Raises StreamBroken when the answer is not complete."""
+        """The last event, at the end of the connection. Raises StreamBroken if the answer is not complete."""
         if not self._is_finished:
             yield self._finish(at)
 
     def _take_comment(self, comment: str) -> None:
-        if step := read_comment(comment):
-            self._on_progress(step)
+        if progress := read_comment(comment):
+            self._on_progress(progress)
 
     def _finish(self, at: float) -> Finished:
         finished = self._chunks.finish(at)

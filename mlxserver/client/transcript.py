@@ -1,9 +1,9 @@
-"""Conversations in files: JSON as the API has messages, or Markdown for people.
+"""Conversations in files, as JSON or Markdown, and files quoted in a prompt.
 
 Rule 1: what is saved opens as the same conversation, whatever its text, as long as every content is a text.
-Rule 2: in Markdown each message follows a line `## ROLE`. A line of a message that reads like one, or like one that
-        was escaped, gets a backslash more.
-Rule 3: a file's name ends in .json or .md, and that is its format.
+Rule 2: in Markdown each message follows a line `## ROLE`. A line of a message that reads like such a heading, or like
+        an escaped one, is escaped by one more backslash.
+Rule 3: the format of a conversation's file is the end of its name: .json or .md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ESCAPED_HEADING = re.compile(rf"^\\(?=\\*## (?:{'|'.join(ROLES)})$)", re.MULTILI
 
 
 def save(path: Path, conversation: Conversation) -> None:
-    """Write a conversation. Raises SettingInvalid for a name that tells no format, FileUnusable."""
+    """Write a conversation. Raises SettingInvalid for a name of neither format, FileUnusable."""
     write = {".json": format_json, ".md": format_markdown}[_format(path)]
     try:
         path.expanduser().write_text(write(conversation), encoding="utf-8", newline="")
@@ -31,7 +31,7 @@ def save(path: Path, conversation: Conversation) -> None:
 
 
 def load(path: Path) -> Conversation:
-    """Read a conversation. Raises SettingInvalid for a name that tells no format, FileUnusable."""
+    """Read a conversation. Raises SettingInvalid for a name of neither format, FileUnusable."""
     parse = {".json": parse_json, ".md": parse_markdown}[_format(path)]
     try:
         return parse(read_text(path))
@@ -40,7 +40,7 @@ def load(path: Path) -> Conversation:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, as it is. Raises FileUnusable."""
+    """Read a UTF-8 file with its line ends as they are. Raises FileUnusable."""
     try:
         with path.expanduser().open(encoding="utf-8", newline="") as file:
             return file.read()
@@ -50,13 +50,21 @@ def read_text(path: Path) -> str:
         raise FileUnusable(str(path), _cause(error)) from error
 
 
+def quote_file(path: Path) -> str:
+    """A file's name, and its text in a fence that the text can't close. Raises FileUnusable."""
+    text = read_text(path)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{path.name}:\n{fence}\n{text.removesuffix(chr(10))}\n{fence}"
+
+
 def format_json(conversation: Conversation) -> str:
-    """The messages as a request has them."""
+    """Messages as a request has them."""
     return json.dumps({"messages": list(conversation.messages)}, indent=2) + "\n"
 
 
 def parse_json(text: str) -> Conversation:
-    """Messages from a request's body, or a bare list of them. Raises ValueError."""
+    """Messages of a request's body, or of a bare list. Raises ValueError."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -70,12 +78,12 @@ def parse_json(text: str) -> Conversation:
 
 
 def format_markdown(conversation: Conversation) -> str:
-    """A section a message."""
+    """A document with one section per message."""
     return "".join(_section(message) for message in conversation.messages)
 
 
 def parse_markdown(text: str) -> Conversation:
-    """The messages of what format_markdown made, edited by hand or not. Raises ValueError when there is none."""
+    """Messages of a document of format_markdown(), edited by hand or not. Raises ValueError if there is none."""
     before, *parts = HEADING.split(text)
     if not parts or before.strip():
         raise ValueError(f"expected sections that begin with a line such as {'## user'!r}")
@@ -89,7 +97,7 @@ def _section(message: Message) -> str:
 
 
 def _content(section: str) -> str:
-    """A section's text without the two line ends before and after it, where they are."""
+    """The text of a section without the line ends that _section() put around it."""
     return ESCAPED_HEADING.sub("", section.removeprefix("\n").removeprefix("\n").removesuffix("\n").removesuffix("\n"))
 
 

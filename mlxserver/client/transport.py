@@ -1,7 +1,7 @@
-"""HTTP to one server: connects, judges the status, and turns every failure into a ClientError.
+"""HTTP transport to one server: connects, checks the status, and turns every failure into a ClientError.
 
 Rule 1: what fails before a good status is ServerUnreachable or ApiError; what fails after it is StreamBroken.
-Rule 2: no request has a time limit of its own; connecting has one, and so has an open connection's silence.
+Rule 2: a request has no time limit; connecting has one, and so has the silence of an open connection.
 Rule 3: the key appears in the Authorization header and nowhere else.
 """
 
@@ -19,12 +19,12 @@ import aiohttp
 from yarl import URL
 
 from mlxserver.client.errors import ServerUnreachable, SettingInvalid, StreamBroken, api_error
-from mlxserver.client.recorder import Recording, record
+from mlxserver.client.recorder import PreparedRequest, Recording, encode_post, record
 from mlxserver.client.wire import parse
 
 
 class Transport:
-    """The connections to one server. Use it as an async context manager. Raises SettingInvalid."""
+    """Connections to one server, an async context manager. Raises SettingInvalid."""
 
     def __init__(self, base_url: str, api_key: str, connect_timeout: float | None) -> None:
         self.url = normalise_url(base_url)
@@ -32,7 +32,7 @@ class Transport:
         self._connect_timeout = connect_timeout
 
     async def __aenter__(self) -> Self:
-        # No limit of connections: a load generator opens as many as it was told to.
+        # No limit of connections: a comparison opens one for each model.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self._headers)
         return self
 
@@ -43,7 +43,7 @@ class Transport:
     async def open(
         self, method: str, path: str, body: Any, read_timeout: float | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A response with a good status. read_timeout: seconds that the connection may be silent, None for ever."""
+        """A response with a good status. read_timeout: seconds that the connection may be silent, None for no limit."""
         url = URL(self.url + path, encoded=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout, sock_read=read_timeout)
         try:
@@ -59,23 +59,26 @@ class Transport:
             raise StreamBroken(f"the connection was lost ({_cause(error)}).") from error
 
     async def json(self, method: str, path: str, body: Any, read_timeout: float | None) -> dict[str, Any]:
-        """The JSON object of an answer. What is none, or holds an error, raises ApiError."""
+        """The JSON object of a response. Raises ApiError for anything else, and for an object with an error."""
         async with self.open(method, path, body, read_timeout) as response:
             return await read_object(response)
 
-    async def record(self, path: str, body: Any, read_timeout: float | None) -> Recording:
-        """The raw answer to a POST, on a connection of its own (client/recorder.py). Raises ServerUnreachable."""
+    def prepare(self, path: str, body: Any, read_timeout: float | None) -> PreparedRequest:
+        """Encode a POST whose response is to be recorded, on a connection of its own (client/recorder.py)."""
         url = URL(self.url + path, encoded=True)
-        try:
-            return await record(
-                url, self._headers, json.dumps(body).encode(), connect=self._connect_timeout, read=read_timeout
-            )
-        except OSError as error:
-            raise ServerUnreachable(self.url, _cause(error)) from error
+        request = encode_post(url, self._headers, json.dumps(body).encode())
+
+        async def send() -> Recording:
+            try:
+                return await record(url, request, connect=self._connect_timeout, read=read_timeout)
+            except OSError as error:
+                raise ServerUnreachable(self.url, _cause(error)) from error
+
+        return send
 
 
 async def read_object(response: aiohttp.ClientResponse) -> dict[str, Any]:
-    """The JSON object that a response holds. What is none, or holds an error, raises ApiError."""
+    """The JSON object of a response. Raises ApiError for anything else, and for an object with an error."""
     received = await response.text(errors="replace")
     answer = parse(received)
     if not isinstance(answer, dict) or answer.get("error"):
@@ -104,7 +107,7 @@ def _authorization(key: str) -> dict[str, str]:
 
 
 def _cause(error: BaseException) -> str:
-    """A failure of the network in words, without the addresses and codes around it."""
+    """The reason of a network failure, without the addresses and codes around it."""
     system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(system, socket.gaierror):
         return system.strerror or "the name is not known"

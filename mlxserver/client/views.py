@@ -1,35 +1,34 @@
-"""What people see. format_* makes it, print_* and AnswerPrinter write it.
+"""Output of the command lines. format_* is pure, print_* writes one result or one status line.
 
-Rule 1: the answer goes to stdout as the model wrote it, and ends with exactly one newline.
-Rule 2: thinking, status and errors go to stderr, so that a pipe carries the answer alone.
-Rule 3: no escape sequence is written where NO_COLOR is set or where the stream is no terminal.
+Rule 1: results go to stdout, status and errors to stderr, so a pipe carries the result alone.
+Rule 2: no escape sequence is written where NO_COLOR is set or the stream is no terminal.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from contextlib import aclosing
 
+from rich import progress
 from rich.console import Console
-from rich.control import Control
 from rich.filesize import decimal
-from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from mlxserver.client.events import Content, Event, Finished, Reasoning
-from mlxserver.client.load_view import format_progress
-from mlxserver.client.models import Loaded, ModelCard, Unloaded
-from mlxserver.client.progress import Progress
+from mlxserver.client.api import ChatClient
+from mlxserver.client.errors import StreamBroken
+from mlxserver.client.events import Usage
+from mlxserver.client.models import Loaded, ModelCard, Progress, Unloaded
+from mlxserver.client.stats import Timing
 
 COLUMNS = ("key", "state", "type", "memory", "requests", "context", "source")
 STATE_STYLES = {"loaded": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
-LINE_START = Control(ControlType.CARRIAGE_RETURN)
+BYTE_STAGES = ("downloading", "reading")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr that keeps rule 3."""
+    """A rich console on stdout or stderr that follows rule 2."""
     return Console(stderr=stderr, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
 
 
@@ -43,12 +42,12 @@ def format_models(cards: Sequence[ModelCard]) -> Table:
 
 
 def format_model_lines(cards: Sequence[ModelCard]) -> str:
-    """One line a model with the cells of the table between tabs, for a program to read. No header."""
+    """One line per model with the cells of the table between tabs, for programs. No header."""
     return "".join("\t".join(" ".join(cell.split()) for cell in model_row(card)) + "\n" for card in cards)
 
 
 def model_row(card: ModelCard) -> tuple[str, ...]:
-    """The cells of one model, in the order of COLUMNS. What the server does not tell is a dash."""
+    """The cells of one model, in the order of COLUMNS. A dash stands for what the server does not report."""
     requests = "-" if card.running is None else f"{card.running} + {card.queued or 0} waiting"
     memory = decimal(card.memory_bytes) if card.memory_bytes else "-"
     context = "-" if card.context_length is None else str(card.context_length)
@@ -56,123 +55,97 @@ def model_row(card: ModelCard) -> tuple[str, ...]:
 
 
 def format_loaded(loaded: Loaded) -> str:
-    """One line that tells what is ready."""
+    """The result of a load in one line."""
     return f"Loaded {loaded.key}." if loaded.seconds is None else f"Loaded {loaded.key} in {loaded.seconds:.1f} s."
 
 
 def format_unloaded(unloaded: Unloaded) -> str:
-    """One line that tells what is gone and what came back."""
+    """The result of an unload in one line."""
     return (
         f"Unloaded {unloaded.key}: {unloaded.completed} requests completed, {unloaded.aborted} aborted, "
         f"{decimal(unloaded.freed_bytes)} freed."
     )
 
 
+def format_progress(step: Progress) -> str:
+    """The progress of a load in one line, for an answer that waits for its model."""
+    stage = " ".join(step.stage.split()) or "begun"
+    return ", ".join(part for part in (f"The model is being loaded: {stage}", format_amount(step)) if part)
+
+
+def format_amount(step: Progress) -> str:
+    """How much of a load's stage is done, in bytes or in items; empty if not known."""
+    if step.done is None or step.total is None:
+        return ""
+    write = decimal if step.stage in BYTE_STAGES else str
+    return f"{write(int(step.done))} of {write(int(step.total))}"
+
+
+def format_status(model: str, timing: Timing, context_length: int | None) -> str:
+    """Model, tokens, tokens/s, TTFT, cached tokens and context used by an answer; what is not known is left out."""
+    parts = [model]
+    if usage := timing.usage:
+        thinking = f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""
+        parts.append(f"{usage.completion_tokens} tokens{thinking}")
+    if timing.tokens_per_second is not None:
+        parts.append(f"{timing.tokens_per_second:.1f} tokens/s")
+    if timing.ttft is not None:
+        parts.append(f"TTFT {timing.ttft * 1000:.0f} ms")
+    if usage:
+        parts.append(f"{usage.cached_tokens} cached")
+        parts.append(f"context {format_context(usage, context_length)}")
+    return " · ".join(parts)
+
+
+def format_context(usage: Usage, context_length: int | None) -> str:
+    """Tokens of the conversation so far, over the most there may be."""
+    used = usage.prompt_tokens + usage.completion_tokens
+    return f"{used}/{context_length}" if context_length else str(used)
+
+
+async def load_with_bar(client: ChatClient, terminal: Console, source: str, key: str | None) -> Loaded:
+    """Load a model and show its progress where the console is a terminal. Raises ClientError."""
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[amount]}"),
+        progress.TimeElapsedColumn(),
+    )
+    with progress.Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task(f"Loading {key or source}", total=None, amount="")
+        async with aclosing(client.load_stepwise(source, key)) as events:
+            async for event in events:
+                if isinstance(event, Loaded):
+                    return event
+                bar.update(task, description=f"{event.stage.capitalize()} {key or source}", amount=format_amount(event))
+                bar.update(task, completed=event.done or 0, total=event.total)
+    raise StreamBroken("the load ended without a result.")
+
+
 def print_models(cards: Sequence[ModelCard]) -> None:
-    """The models on stdout: a table on a terminal, tab-separated lines elsewhere."""
+    """Print models on stdout: a table on a terminal, tab-separated lines elsewhere."""
     stdout = console()
     if stdout.is_terminal:
         stdout.print(format_models(cards))
     else:
-        _write(format_model_lines(cards))
+        write(format_model_lines(cards))
 
 
 def print_line(text: str) -> None:
-    """A result, as one line on stdout."""
-    _write(f"{text}\n")
+    """Print a result as one line on stdout."""
+    write(f"{text}\n")
 
 
 def print_status(text: str, style: str = "dim") -> None:
-    """One line on stderr, whatever newlines the text holds."""
+    """Print one line on stderr, whatever newlines the text has."""
     console(stderr=True).out(" ".join(text.split()), style=style, highlight=False)
 
 
 def print_error(error: Exception) -> None:
-    """An error as one line on stderr."""
+    """Print an error as one line on stderr."""
     print_status(f"error: {error}", style="red")
 
 
-class AnswerPrinter:
-    """Writes one answer as its events come: the content to stdout, the thinking dim to stderr."""
-
-    def __init__(self) -> None:
-        self.content = ""
-        self._stderr = console(stderr=True)
-        self._answer = Paragraph(_write)
-        self._thinking = Paragraph(partial(self._stderr.out, style="dim", end="", highlight=False))
-        self._waiting = StatusLine(self._stderr)
-
-    def write(self, event: Event) -> None:
-        """Write one event at once. Tool calls are not shown."""
-        self._waiting.clear()
-        match event:
-            case Reasoning(text):
-                self._thinking.add(text)
-            case Content(text):
-                self._thinking.end()
-                self._answer.add(text)
-                self.content += text
-            case Finished("length"):
-                self.end()
-                print_status("(the answer reached its limit of tokens)")
-
-    def tell(self, step: Progress) -> None:
-        """Show how far the load is that the answer waits for; gone with the first event."""
-        self._waiting.show(format_progress(step))
-
-    def end(self) -> None:
-        """End the lines that are open, for an answer that stopped halfway too."""
-        self._waiting.clear()
-        self._thinking.end()
-        self._answer.end()
-
-
-class StatusLine:
-    """One dim line that can be replaced and taken away. Nothing is written where the console can't do that."""
-
-    def __init__(self, terminal: Console) -> None:
-        self._terminal = terminal
-        self._width = 0
-
-    def show(self, text: str) -> None:
-        """Write the line in place of the one before. It is cut to the terminal's width."""
-        if self._terminal.is_interactive:
-            line = text[: self._terminal.width - 1]
-            self._terminal.control(LINE_START)
-            # Spaces, as an escape sequence is not always allowed.
-            self._terminal.out(line.ljust(self._width), style="dim", end="", highlight=False)
-            self._width = len(line)
-
-    def clear(self) -> None:
-        """Take the line away, if there is one."""
-        if self._width:
-            self.show("")
-            self._terminal.control(LINE_START)
-
-
-class Paragraph:
-    """Text that comes in pieces and ends with exactly one newline, however many it came with."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._is_open = False
-        self._newlines = ""
-
-    def add(self, text: str) -> None:
-        """Write a piece, but for the newlines at its end: they are written when more follows."""
-        whole = self._newlines + text
-        line = whole.rstrip("\n")
-        self._newlines = whole[len(line) :]
-        if line:
-            self._is_open = True
-            self._write(line)
-
-    def end(self) -> None:
-        """Close the last line. Nothing is written for a paragraph that has no text."""
-        if self._is_open:
-            self._write("\n")
-        self._is_open, self._newlines = False, ""
-
-
-def _write(text: str) -> None:
+def write(text: str) -> None:
+    """Write to stdout at once."""
     print(text, end="", flush=True)

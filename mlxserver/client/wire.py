@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote: a value of another type than expected reads as empty, and nothing raises."""
+"""Tolerant reading of JSON from a server: a value of an unexpected type reads as empty, and nothing raises."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def parse(payload: str) -> Any:
-    """The JSON value of a text; None for what is no JSON."""
+    """The JSON value of a text; None if it is no JSON."""
     try:
         return json.loads(payload)
     except (ValueError, RecursionError):
@@ -21,7 +21,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def mappings(value: Any) -> list[dict[str, Any]]:
-    """The objects of a JSON list, or none."""
+    """The objects of a JSON list, or an empty list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
-from turboapi import TurboAPI
+from turboapi import APIRouter, TurboAPI
 
+from mlxserver import __version__
 from mlxserver.api.endpoints import ENDPOINTS, Endpoint
 from mlxserver.manager.reload import Reload
 from mlxserver.server.errors import exception_handlers
@@ -21,16 +23,19 @@ from model_manager import ModelManager
 ReloadSettings = Callable[[], Awaitable[Reload]]
 
 
-def make_app(manager: ModelManager, reload: ReloadSettings) -> TurboAPI:
-    """The application behind auth."""
-    app = TurboAPI(
-        title=TITLE,
-        routes=routes(manager, reload),
-        openapi_url=None,  # the route that turboapi 0.2.8 would add does not work; ours is one of the handlers
-        exception_handlers=exception_handlers(),
-    )
-    app.app.router.redirect_slashes = False  # app.router is another one, which routes nothing
-    return app
+class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
+    """Application behind auth.
+
+    It builds the Starlette application itself: TurboAPI 0.2.8 passes `on_startup`, which Starlette 1.x does not take.
+    """
+
+    def __init__(self, manager: ModelManager, reload: ReloadSettings) -> None:
+        self.router = APIRouter()  # of routes that are added later; those of the handlers are Starlette's
+        self.title, self.description, self.version = TITLE, "", __version__
+        # The pages that TurboAPI would add do not work; /openapi.json and /docs are handlers.
+        self.openapi_url = self.docs_url = self.redoc_url = self.openapi_generator = None
+        self.app = Starlette(routes=routes(manager, reload), exception_handlers=exception_handlers())
+        self.app.router.redirect_slashes = False
 
 
 def routes(manager: ModelManager, reload: ReloadSettings) -> list[Route]:

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlxserver.api.dialect import Failure
 from mlxserver.manager.reload import Reload
-from mlxserver.server.app import ReloadSettings, make_app
+from mlxserver.server.app import App, ReloadSettings
 from mlxserver.server.auth import Auth
 from mlxserver.server.connection import Connection
 from mlxserver.server.errors import failure_response
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         settings = manager.settings
         super().__init__(
             uvicorn.Config(
-                RequestLog(Interruptible(Auth(make_app(manager, reload), manager))),
+                RequestLog(Interruptible(Auth(App(manager, reload), manager))),
                 http=partial(Connection, settings),  # type: ignore[arg-type]
                 ws="none",
                 log_config=None,

@@ -1,4 +1,4 @@
-"""advanced_client.py without a terminal: what a program reads from it, and its exit statuses."""
+"""advanced_client.py without a terminal: its output for programs, and its exit statuses."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ def server():
 
 @pytest.fixture
 def main(server, monkeypatch, capsys):
-    """(exit status, stdout, stderr) of a run in this process."""
+    """A run in this process: (exit status, stdout, stderr)."""
 
     def run_main(*arguments, piped="", url=server.url):
         monkeypatch.setattr("sys.argv", ["advanced_client.py", "--base-url", url, *arguments])
@@ -40,7 +40,7 @@ def main(server, monkeypatch, capsys):
     return run_main
 
 
-def test_it_runs_as_a_process_with_its_settings_from_the_environment(server):
+def test_it_runs_as_a_process_with_settings_from_the_environment(server):
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(
         [sys.executable, str(ROOT / "advanced_client.py"), "--model", "talker", "Capital?"],
@@ -51,6 +51,13 @@ def test_it_runs_as_a_process_with_its_settings_from_the_environment(server):
         env=environment | {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "secret"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "The capital is Paris.\n", "")
+
+
+def test_the_usage_names_the_program_that_was_started(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["/usr/local/bin/mlx-shell", "--help"])
+    with pytest.raises(SystemExit):
+        advanced_client.main()
+    assert capsys.readouterr().out.startswith("usage: mlx-shell ")
 
 
 def test_one_answer_is_plain_text_or_json(main):
@@ -103,14 +110,14 @@ def test_models_are_listed_loaded_and_unloaded(main):
     [
         ("org/stumbler", "Model 'stumbler' could not be loaded: no weights."),
         ("org/broken", "Model 'broken' could not be loaded: no weights."),
-        ("org/leaver", "The answer broke off: the load ended without a word on how."),
+        ("org/leaver", "The answer broke off: the load ended without a result."),
     ],
 )
-def test_a_load_that_fails_says_why(main, source, error):
+def test_a_failed_load_is_the_servers_message(main, source, error):
     assert main("--load", source) == (1, "", f"error: {error}\n")
 
 
-def test_models_are_compared_and_a_failure_is_told_in_its_place(main):
+def test_models_are_compared_and_a_failure_is_shown_in_its_place(main):
     status, out, _ = main("--compare", "talker,breaker", "--json", "Hi")
     one, other = json.loads(out)
     assert status == 1
@@ -148,7 +155,7 @@ def test_a_benchmark_can_send_at_a_rate_and_counts_errors(main, tmp_path):
     assert err == "breaker 500/s: 4 x The answer broke off: The engine stopped.\n"
 
 
-def test_a_benchmark_asks_every_prompt_before_it_repeats_one(main, server, tmp_path):
+def test_a_benchmark_sends_every_prompt_before_it_repeats_one(main, server, tmp_path):
     (tmp_path / "prompts.txt").write_text("A\n\nB\nC\n")
     options = ("--prompt-file", f"{tmp_path}/prompts.txt", "--concurrency", "1", "--requests", "6", "--warmup", "0")
     asked = []
@@ -160,7 +167,7 @@ def test_a_benchmark_asks_every_prompt_before_it_repeats_one(main, server, tmp_p
     assert all(sorted(order[:3]) == sorted(order[3:]) == ["A", "B", "C"] for order in asked)
 
 
-def test_interference_has_a_phase_for_each_kind_of_work(main):
+def test_interference_has_a_phase_per_kind_of_work(main):
     status, out, _ = main("--interference", "talker,thinker", "--requests", "2", "--json")
     phases = json.loads(out)
     assert [phase["phase"] for phase in phases] == [
@@ -178,7 +185,7 @@ def test_interference_has_a_phase_for_each_kind_of_work(main):
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv"])
-def test_interference_is_kept_in_a_file(main, tmp_path, suffix):
+def test_interference_is_written_to_a_file(main, tmp_path, suffix):
     path = tmp_path / f"figures.{suffix}"
     assert main("--interference", "thinker,talker", "--requests", "2", "--output", str(path))[0] == 0
     with path.open() as file:
@@ -188,7 +195,7 @@ def test_interference_is_kept_in_a_file(main, tmp_path, suffix):
         assert all(float(phase["ttft_p50_ms"]) > 0 and float(phase["ttft_p50_ms_ratio"]) > 0 for phase in phases)
 
 
-def test_a_server_without_extensions_is_told_of(main):
+def test_load_and_unload_are_not_supported_by_a_server_without_them(main):
     with scripted_server(has_extensions=False) as server:
         assert "does not support /models/load" in main("--load", "org/x", url=server.url)[2]
         assert "does not support /models/unload" in main("--unload", "talker", url=server.url)[2]
@@ -197,8 +204,8 @@ def test_a_server_without_extensions_is_told_of(main):
 @pytest.mark.parametrize(
     ("arguments", "status", "error"),
     [
-        (("--model", "nobody", "Hi"), 1, "Model 'nobody' does not exist."),
-        (("--benchmark", "nobody", *QUICK), 1, "Model 'nobody' does not exist."),
+        (("--model", "unknown", "Hi"), 1, "Model 'unknown' does not exist."),
+        (("--benchmark", "unknown", *QUICK), 1, "Model 'unknown' does not exist."),
         (("--benchmark", "talker", "--prompt-file", "/nowhere"), 1, "/nowhere: No such file or directory."),
         (("--benchmark", "talker", "--output", "x.txt"), 2, "expected a name that ends in .json or .csv."),
         (("--benchmark", "talker", "--plot", "x.svg"), 2, "expected a name that ends in .png."),
@@ -213,19 +220,19 @@ def test_a_server_without_extensions_is_told_of(main):
         (("--key", "x"), 2, "--key belongs to --load"),
     ],
 )
-def test_what_can_not_be_done_is_one_clear_line_and_a_status(main, arguments, status, error):
+def test_a_failure_is_one_line_on_stderr_and_an_exit_status(main, arguments, status, error):
     ended, out, err = main(*arguments)
     assert (ended, out) == (status, "")
     assert error in err
 
 
-def test_an_answer_that_breaks_off_keeps_what_came(main):
+def test_a_broken_answer_keeps_what_came(main):
     status, out, err = main("--model", "cutter", "Hi")
     assert (status, out) == (1, "The cap\n")
     assert err.startswith("error: The answer broke off: the connection was lost")
 
 
-def test_no_server_is_its_own_status(main):
+def test_a_missing_server_is_exit_status_3(main):
     assert main("--models", url="http://127.0.0.1:1")[0] == 3
 
 
@@ -238,7 +245,7 @@ def test_the_shell_needs_a_terminal_and_a_server(server, tmp_path):
         shown.expect("talker", "thinker", "The capital is Paris.", "finish reason")
 
 
-def test_no_color_is_respected(server, tmp_path):
+def test_no_color_means_no_escape_sequences(server, tmp_path):
     with terminal("--base-url", server.url, "--models", home=tmp_path, NO_COLOR="1") as shown:
         shown.child.expect("talker")
         assert "\x1b" not in shown.child.before

@@ -1,71 +1,36 @@
-"""The load generator and what is computed from its records. Nothing here is about speed."""
+"""Parts of the benchmarks: loads on a real socket server, and the figures computed from them. No speed is tested."""
 
 import asyncio
-import itertools
 import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks.load import Job, LoadGenerator
+from benchmarks.load import run_load, run_one, target
 from benchmarks.ranks import Deployment
 from benchmarks.report import render
 from benchmarks.shards import render as render_shards
 from benchmarks.shards import variables
-from benchmarks.stats import Record, decode_rate, percentile, summarise
+from benchmarks.stats import decode_rate, percentile, summarise
 from benchmarks.vocabulary import END, Prompts, write_endless_tokenizer
-from benchmarks.wire import Segment, read_reply
-
-EVENTS = [b'data: {"a": 1}\n\n', b": a comment\n\n", b'data: {"text": "\xc3\xa9"}\n\n', b"data: [DONE]\n\n"]
-PLAIN = b"HTTP/1.0 200 OK\r\nContent-type: text/event-stream\r\n\r\n" + b"".join(EVENTS)
-CHUNKED = (
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    + b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in EVENTS)
-    + b"0\r\n\r\n"
-)
+from mlxserver.client.bench.load import Sample
+from mlxserver.client.errors import StreamBroken
+from mlxserver.client.events import Usage
+from mlxserver.client.stats import Timing
 
 
-def cut(raw, places):
-    """The pieces between the places, the nth with arrival time n."""
-    edges = [0, *sorted(places), len(raw)]
-    return [Segment(float(n), raw[a:b]) for n, (a, b) in enumerate(itertools.pairwise(edges))]
+def chunk(text, reason=None):
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
 
 
-@pytest.mark.parametrize("raw", [PLAIN, CHUNKED], ids=["plain", "chunked"])
-@given(fractions=st.lists(st.floats(0, 1), max_size=8))
-def test_every_cut_gives_the_same_events_and_each_comes_with_its_last_byte(raw, fractions):
-    segments = cut(raw, [int(f * len(raw)) for f in fractions])
-    reply = read_reply(segments)
-    assert reply.status == 200
-    assert [event.data for event in reply.events] == [b'{"a": 1}', b'{"text": "\xc3\xa9"}', b"[DONE]"]
-    for event in reply.events:
-        received = b"".join(segment.data for segment in segments if segment.at <= event.at)
-        before = b"".join(segment.data for segment in segments if segment.at < event.at)
-        assert event.data + b"\n\n" in received
-        assert event.data + b"\n\n" not in before
-
-
-@given(length=st.integers(0, len(CHUNKED) - 1))
-def test_a_response_cut_short_gives_what_came_or_says_that_its_head_is_missing(length):
-    segments = [Segment(0.0, CHUNKED[:length])]
-    if length < CHUNKED.index(b"\r\n\r\n") + 4:
-        with pytest.raises(ValueError, match="expected a whole response head"):
-            read_reply(segments)
-    else:
-        assert len(read_reply(segments).events) <= 3
-
-
-def chunk(text):
-    return b"data: " + json.dumps({"choices": [{"delta": {"content": text}}]}).encode() + b"\n\n"
-
-
-USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 5, "prompt_tokens": 7}}\n\ndata: [DONE]\n\n'
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 5, "prompt_tokens": 7}}\n\n'
+DONE = b"data: [DONE]\n\n"
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 ANSWERS = {
-    "fine": HEAD + chunk("") + chunk("one") + chunk("two") + USAGE,
+    "fine": HEAD + chunk("") + chunk("one") + chunk("two") + chunk("", "stop") + USAGE + DONE,
+    "no usage": HEAD + chunk("one") + chunk("two", "stop") + DONE,
     "refused": b'HTTP/1.1 429 Too Many Requests\r\n\r\n{"error": "full"}',
     "broken": HEAD + chunk("one"),
     "silent": b"",
@@ -74,7 +39,7 @@ ANSWERS = {
 
 
 async def load(model, requests, clients):
-    """Records of a load against a real socket server that answers by the model's name; and the most clients at once."""
+    """Samples of a load on a real socket server that answers by the model's name; and the most clients at once."""
     running, most = 0, 0
 
     async def answer(reader, writer):
@@ -88,60 +53,76 @@ async def load(model, requests, clients):
         running -= 1
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server:
-        generator = LoadGenerator(server.sockets[0].getsockname()[1])
-        jobs = [Job(model, [{"role": "user", "content": "hi"}], 5) for _ in range(requests)]
-        return await generator.run(jobs, clients), most
+    async with (
+        await asyncio.start_server(answer, "127.0.0.1", 0) as server,
+        target(server.sockets[0].getsockname()[1]) as under_load,
+    ):
+        question = {"role": "user", "content": "hi"}
+        prepared = [under_load.prepare(model, [question], 5, {}) for _ in range(requests)]
+        return await run_load(prepared, clients), most
 
 
-def test_a_load_records_text_tokens_and_times_of_each_request():
-    records, most = asyncio.run(load("fine", 6, 3))
-    assert len(records) == 6
+def test_a_load_samples_text_tokens_and_times_of_each_request():
+    samples, most = asyncio.run(load("fine", 6, 3))
+    assert len(samples) == 6
     assert most <= 3
-    for record in records:
-        assert (record.text, record.tokens, record.prompt_tokens, record.error) == ("onetwo", 5, 7, None)
-        assert len(record.arrivals) == 2
-        assert record.sent <= record.arrivals[0] <= record.ended
+    for sample in samples:
+        assert (sample.text, sample.timing.usage, sample.error) == ("onetwo", Usage(7, 5), None)
+        assert len(sample.timing.arrivals) == 2
+        assert sample.timing.start <= sample.timing.arrivals[0] <= sample.timing.end
+        assert sample.connecting > 0
+
+
+def test_tokens_are_counted_by_their_arrivals_where_a_server_sends_no_usage():
+    samples, _ = asyncio.run(load("no usage", 1, 1))
+    assert summarise(samples).tokens == 2
 
 
 @pytest.mark.parametrize(
     ("model", "error"),
     [
-        ("refused", "status 429"),
+        ("refused", "full"),
         ("broken", "broke off"),
-        ("silent", "whole response head"),
-        ("garbled", "property name"),
+        ("silent", "the connection ended before the head of a response"),
+        ("garbled", "where a JSON object was expected"),
     ],
 )
-def test_a_request_that_fails_is_a_record_with_its_error(model, error):
-    records, _ = asyncio.run(load(model, 1, 1))
-    assert error in records[0].error
+def test_a_request_that_fails_is_a_sample_with_its_error(model, error):
+    samples, _ = asyncio.run(load(model, 1, 1))
+    assert samples[0].timing is None
+    assert error in str(samples[0].error)
 
 
-def test_a_server_that_is_not_there_is_a_record_too():
-    record = asyncio.run(LoadGenerator(1).send(Job("m", [], 1)))
-    assert "connecting" in record.error
+def test_a_missing_server_is_a_sample_with_an_error():
+    async def send():
+        async with target(1) as under_load:
+            return await run_one(under_load.prepare("m", [], 1, {}))
+
+    assert "Connection refused" in str(asyncio.run(send()).error)
+
+
+def sample(start, end, arrivals, tokens):
+    return Sample(Timing(start, end, arrivals, usage=Usage(completion_tokens=tokens)))
 
 
 def test_the_summary_counts_tokens_while_all_clients_run():
     """Two clients: the first request of three ends at 2, the last at 6; from 4 on only one runs."""
-    records = [
-        Record(0.0, 2.0, (1.0, 2.0), 2),
-        Record(0.0, 4.0, (1.0, 4.0), 2),
-        Record(2.0, 6.0, (3.0, 4.0, 5.0, 6.0), 4),
-        Record(2.0, 3.0, (), 0, error="status 500"),
-        Record(2.0, 3.0, (), 9),  # parts of characters
+    samples = [
+        sample(0.0, 2.0, (1.0, 2.0), 2),
+        sample(0.0, 4.0, (1.0, 4.0), 2),
+        sample(2.0, 6.0, (3.0, 4.0, 5.0, 6.0), 4),
+        Sample(error=StreamBroken("status 500")),
+        sample(2.0, 3.0, (), 9),  # parts of characters
     ]
-    summary = summarise(records)
+    summary = summarise(samples)
     assert summary.tokens_per_second == pytest.approx(6 / 4)
     assert summary.overall_tokens_per_second == pytest.approx(8 / 6)
     assert (summary.requests, summary.errors, summary.ttft_p50) == (5, 1, 1.0)
 
 
-def test_a_load_without_any_success_says_why():
+def test_a_load_whose_requests_all_failed_has_no_summary_but_the_first_error():
     with pytest.raises(ValueError, match="status 500"):
-        summarise([Record(0.0, 1.0, (), 0, error="status 500")])
+        summarise([Sample(error=StreamBroken("status 500"))])
 
 
 def test_percentiles_lie_between_neighbours():
@@ -150,9 +131,9 @@ def test_percentiles_lie_between_neighbours():
 
 
 def test_the_decode_rate_looks_at_full_steps_only():
-    """Steps at 1, 2 and 3 have both rows, that at 9 only one."""
-    records = [Record(0.0, 3.0, (1.0, 2.0, 3.0), 3), Record(0.0, 9.0, (1.0, 2.0, 3.0, 9.0), 4)]
-    assert decode_rate(records, 2) == 2.0
+    """Steps at 1, 2 and 3 have both sequences, that at 9 only one."""
+    timings = [Timing(0.0, 3.0, (1.0, 2.0, 3.0)), Timing(0.0, 9.0, (1.0, 2.0, 3.0, 9.0))]
+    assert decode_rate(timings, 2) == 2.0
 
 
 @pytest.fixture

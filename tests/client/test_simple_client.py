@@ -1,4 +1,4 @@
-"""simple_client.py as a person runs it: a process, its streams, its terminal, its exit status."""
+"""simple_client.py as a process: its streams, its terminal, its exit status."""
 
 import codecs
 import io
@@ -33,7 +33,7 @@ def server():
 
 
 def ran(url, *arguments, piped="", **environment):
-    """(exit status, stdout, stderr) of one run with a pipe as stdin."""
+    """Run with a pipe as stdin: (exit status, stdout, stderr)."""
     done = subprocess.run(
         [*COMMAND, "--base-url", url, *arguments],
         input=piped,
@@ -48,7 +48,7 @@ def ran(url, *arguments, piped="", **environment):
 
 @pytest.fixture
 def main(server, monkeypatch, capsys):
-    """The same in this process, for what does not depend on the process: one run costs a tenth."""
+    """The same in this process, which takes a tenth of the time, for what does not depend on a process."""
 
     def run_main(*arguments, piped=""):
         monkeypatch.setattr("sys.argv", ["simple_client.py", "--base-url", server.url, *arguments])
@@ -63,7 +63,7 @@ def main(server, monkeypatch, capsys):
 
 
 class Terminal:
-    """A process on a pseudo-terminal of its own: what it shows, and what is typed into it."""
+    """Process on its own pseudo-terminal: its output and its input."""
 
     def __init__(self, arguments):
         self._end, process_end = pty.openpty()
@@ -74,7 +74,7 @@ class Terminal:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def expect(self, text, within=30):
-        """Wait until `text` is shown; what came before it is forgotten then."""
+        """Wait until `text` is shown; the text before it. Both are dropped."""
         deadline = monotonic() + within
         while text not in self.shown:
             assert select.select([self._end], [], [], max(0, deadline - monotonic()))[0], (
@@ -88,7 +88,7 @@ class Terminal:
         os.write(self._end, text.encode())
 
     def interrupt(self, until):
-        """Press Ctrl-C until it is heard: readline is deaf to it between showing its prompt and waiting for a key."""
+        """Press Ctrl-C until it has an effect: readline ignores it between showing its prompt and waiting for a key."""
         for _ in range(15):
             self.process.send_signal(signal.SIGINT)
             with suppress(AssertionError):
@@ -153,11 +153,11 @@ def test_an_empty_prompt_is_wrong_usage(main):
     assert err == "error: PROMPT: '' is not valid; expected text as the argument or on stdin.\n"
 
 
-def test_without_a_model_the_first_loaded_one_is_asked_and_named(server):
+def test_without_a_model_the_first_loaded_one_answers_and_is_named(server):
     assert ran(server.url, "Hi") == (0, "The capital is Paris.\n", "model: talker\n")
 
 
-def test_without_a_model_and_with_none_loaded_the_only_one_is_asked():
+def test_without_a_model_and_with_none_loaded_the_only_one_answers():
     with scripted_server(cards=[{"id": "wordy", "status": {"value": "unloaded"}}]) as server:
         assert ran(server.url, "--stream", "Hi")[:2] == (0, "So\n")
     with scripted_server(cards=[CARDS[0], {**CARDS[0], "id": "other"}]) as server:
@@ -166,7 +166,7 @@ def test_without_a_model_and_with_none_loaded_the_only_one_is_asked():
         assert err.endswith("known: sleeper, other.\n")
 
 
-def test_the_list_is_one_line_a_model_in_a_pipe_and_a_table_on_a_terminal(server):
+def test_the_list_is_one_line_per_model_in_a_pipe_and_a_table_on_a_terminal(server):
     status, out, _ = ran(server.url, "--list")
     assert status == 0
     assert [line.split("\t")[:3] for line in out.splitlines()] == [
@@ -190,8 +190,8 @@ def test_a_model_is_loaded_and_unloaded(server):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--model", "nobody", "Hi"], "Model 'nobody' does not exist. Known models: sleeper, talker."),
-        (["--unload", "nobody"], "Model 'nobody' does not exist. Known models: sleeper, talker."),
+        (["--model", "unknown", "Hi"], "Model 'unknown' does not exist. Known models: sleeper, talker."),
+        (["--unload", "unknown"], "Model 'unknown' does not exist. Known models: sleeper, talker."),
         (["--load", "org/broken"], "Model 'broken' could not be loaded: no weights."),
         (["--model", "gateway", "Hi"], "HTTP 502 (Bad Gateway): <html> <h1>Bad Gateway</h1>"),
         (
@@ -206,17 +206,17 @@ def test_an_error_of_the_server_is_one_line_and_exit_status_1(main, arguments, e
     assert (status, err) == (1, f"error: {error}\n")
 
 
-def test_an_answer_that_breaks_off_keeps_what_came_and_ends_its_line(server):
+def test_a_broken_answer_keeps_what_came_and_ends_its_line(server):
     assert ran(server.url, "--model", "breaker", "--stream", "Hi")[:2] == (1, "The cap\n")
 
 
-def test_a_server_without_load_is_said_to_be_one():
+def test_load_is_not_supported_by_a_server_without_it():
     with scripted_server(has_extensions=False) as server:
         status, _, err = ran(server.url, "--load", "org/new")
     assert (status, err) == (1, f"error: The server at {server.url}/v1 does not support /models/load (HTTP 405).\n")
 
 
-def test_a_server_that_is_not_there_is_one_line_and_exit_status_3():
+def test_a_missing_server_is_one_line_and_exit_status_3():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -239,7 +239,14 @@ def test_wrong_usage_is_exit_status_2(main, arguments):
     assert "error: " in err
 
 
-def test_the_help_tells_the_exit_statuses(main):
+def test_the_usage_names_the_program_that_was_started(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["/usr/local/bin/mlx-chat", "--help"])
+    with pytest.raises(SystemExit):
+        simple_client.main()
+    assert capsys.readouterr().out.startswith("usage: mlx-chat ")
+
+
+def test_the_help_lists_the_exit_statuses(main):
     status, out, _ = main("--help")
     assert status == 0
     assert "130  interrupted" in out
@@ -253,7 +260,7 @@ def test_the_url_and_the_key_come_from_the_environment():
         assert ran(server.url, "--list")[::2] == (1, f"error: Incorrect API key. {KEY_HINT}\n")
 
 
-def test_a_reader_that_leaves_ends_it_quietly(server):
+def test_a_closed_stdout_ends_it_without_an_error(server):
     """As with `| head -1`: no traceback, nothing on stderr."""
     command = [*COMMAND, "--base-url", server.url, "--model", "talker", "--stream", "Hi"]
     reader, writer = os.pipe()
@@ -283,7 +290,7 @@ def test_ctrl_c_stops_a_streamed_answer_with_exit_status_130(server):
     assert server.left.wait(10)
 
 
-def test_a_conversation_remembers_and_ends_with_ctrl_d(server):
+def test_a_conversation_sends_its_history_and_ends_with_ctrl_d(server):
     with terminal(server.url, "--model", "echo", "--system", "Be brief.") as shown:
         shown.expect("> ")
         shown.type("one\n")
@@ -300,7 +307,7 @@ def test_a_conversation_remembers_and_ends_with_ctrl_d(server):
 
 @pytest.mark.parametrize(("model", "kept"), [("hanger", [{"role": "user", "content": "one"}]), ("ponderer", [])])
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(server, model, kept):
-    """What was shown of the answer is remembered; an answer stopped in its thinking is forgotten with its question."""
+    """The shown part of the answer is kept; an answer stopped in its thinking is dropped with its question."""
     with terminal(server.url, "--model", model) as shown:
         shown.expect("> ")
         shown.type("one\n")
@@ -318,7 +325,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(server, model, kept
     assert server.requests[-1]["messages"] == [*answered, {"role": "user", "content": "two"}]
 
 
-def test_a_load_that_an_answer_waits_for_is_told_on_a_terminal_alone(server):
+def test_the_load_that_an_answer_waits_for_is_shown_on_a_terminal_only(server):
     server.gate.clear()
     with terminal(server.url, "--model", "loader", "--stream", "Capital?") as shown:
         shown.expect("The model is being loaded: reading, 1.0 MB of 4.0 MB")
@@ -331,14 +338,14 @@ def test_a_load_that_an_answer_waits_for_is_told_on_a_terminal_alone(server):
 
 
 def test_an_error_in_the_first_turn_ends_the_conversation(server):
-    with terminal(server.url, "--model", "nobody") as shown:
+    with terminal(server.url, "--model", "unknown") as shown:
         shown.expect("> ")
         shown.type("one\n")
-        shown.expect("Model 'nobody' does not exist.")
+        shown.expect("Model 'unknown' does not exist.")
         assert shown.exit_status() == 1
 
 
-def test_a_server_that_dies_is_told_and_the_conversation_goes_on():
+def test_a_killed_server_is_an_error_and_the_conversation_goes_on():
     with scripted_server() as server:
         shown = Terminal(["--base-url", server.url, "--model", "talker"])
         shown.expect("> ")
@@ -369,7 +376,7 @@ def real_server(settings):
             process.communicate(timeout=60)
 
 
-def test_it_talks_to_the_real_server(scripted_path, tmp_path):
+def test_it_works_with_the_real_server(scripted_path, tmp_path):
     settings = tmp_path / "models.toml"
     settings.write_text(f'[models.script]\nsource = "{scripted_path}"\ntype = "thinking"\n')
     with real_server(settings) as url:

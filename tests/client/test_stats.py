@@ -1,4 +1,4 @@
-"""The figures of made-up timings, worked out by hand."""
+"""Figures of made-up timings, computed by hand."""
 
 import statistics
 
@@ -38,7 +38,7 @@ def test_the_figures_of_one_request_are_the_differences_of_its_times():
     ],
     ids=["no tokens", "one token", "no usage", "no time between"],
 )
-def test_a_rate_that_cannot_be_known_is_none(one):
+def test_an_unknown_rate_is_none(one):
     assert one.tokens_per_second is None
     assert one.time_to_content is None
 
@@ -61,13 +61,13 @@ def test_a_request_without_usage_leaves_the_totals_unknown():
     assert summary.ttft.count == 2
 
 
-def test_no_requests_have_a_summary_without_figures():
+def test_the_summary_of_no_requests_has_no_figures():
     summary = summarise([])
     assert (summary.requests, summary.tokens, summary.seconds) == (0, 0, 0.0)
     assert (summary.ttft, summary.requests_per_second, summary.total_tokens_per_second) == (None, None, None)
 
 
-def test_values_that_are_not_known_are_left_out():
+def test_unknown_values_are_left_out_of_a_distribution():
     assert distribution([None, 2.0, None]) == Distribution(1, 2.0, 2.0, 2.0, 2.0, 2.0)
     assert distribution([None]) is None
 

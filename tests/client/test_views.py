@@ -1,4 +1,4 @@
-"""What is made for people to see, and what is written where."""
+"""Output of the clients: formats, and the streams that they are written to."""
 
 import io
 
@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mlxserver.client import views
-from mlxserver.client.events import Content, Finished, Reasoning
+from mlxserver.client.events import Content, Finished, Reasoning, Usage
 from mlxserver.client.models import Loaded, ModelCard, Unloaded
+from mlxserver.client.printer import AnswerPrinter, Paragraph
+from mlxserver.client.stats import Timing
 
 CARDS = [
     ModelCard("smollm2", "loaded", "instruction", "embedded:smollm2", 8192, 540_000_000, 1, 2),
@@ -24,7 +26,7 @@ def drawn(renderable):
     return page.getvalue()
 
 
-def test_the_table_of_models_shows_what_is_known_and_a_dash_for_the_rest():
+def test_the_table_of_models_has_a_dash_for_unknown_fields():
     header, *rows = [line.split() for line in drawn(views.format_models(CARDS)).splitlines()]
     assert header == ["key", "state", "type", "memory", "requests", "context", "source"]
     assert rows[0] == [
@@ -59,13 +61,13 @@ def test_loading_and_unloading_are_one_line_each():
     )
 
 
-def test_a_list_that_is_piped_is_lines_without_escape_sequences(capsys):
+def test_a_piped_list_is_lines_without_escape_sequences(capsys):
     views.print_models(CARDS)
     assert capsys.readouterr().out == views.format_model_lines(CARDS)
 
 
 def test_the_answer_goes_to_stdout_and_the_thinking_to_stderr(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     for event in (Reasoning("17 +"), Reasoning(" 25\n"), Content("4"), Content("2\n\n"), Finished("stop")):
         printer.write(event)
     printer.end()
@@ -74,28 +76,28 @@ def test_the_answer_goes_to_stdout_and_the_thinking_to_stderr(capsys):
 
 
 def test_an_answer_that_stops_halfway_ends_its_line(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     printer.write(Content("The cap"))
     printer.end()
     assert capsys.readouterr() == ("The cap\n", "")
 
 
-def test_an_answer_cut_at_the_limit_says_so_on_stderr(capsys):
-    printer = views.AnswerPrinter()
+def test_an_answer_cut_at_the_limit_is_noted_on_stderr(capsys):
+    printer = AnswerPrinter()
     printer.write(Content("So"))
     printer.write(Finished("length"))
     assert capsys.readouterr() == ("So\n", "(the answer reached its limit of tokens)\n")
 
 
-def test_an_answer_of_nothing_writes_nothing(capsys):
-    printer = views.AnswerPrinter()
+def test_an_empty_answer_writes_nothing(capsys):
+    printer = AnswerPrinter()
     printer.write(Finished("stop"))
     printer.end()
     assert capsys.readouterr() == ("", "")
 
 
 def test_markup_and_escapes_of_an_answer_are_left_as_they_are(capsys):
-    printer = views.AnswerPrinter()
+    printer = AnswerPrinter()
     printer.write(Reasoning("[red]x[/red] :smile: 123"))
     printer.write(Content("[bold]\ty"))
     printer.end()
@@ -130,8 +132,15 @@ def test_no_color_means_no_escape_sequences_on_a_terminal(monkeypatch, no_color,
 def test_any_cut_of_a_text_is_written_the_same_with_one_newline_at_its_end(text, data):
     cut = data.draw(st.integers(0, len(text)))
     written = []
-    paragraph = views.Paragraph(written.append)
+    paragraph = Paragraph(written.append)
     for piece in (text[:cut], text[cut:]):
         paragraph.add(piece)
     paragraph.end()
     assert "".join(written) == (text.rstrip("\n") + "\n" if text.strip("\n") else "")
+
+
+def test_the_status_of_an_answer_leaves_out_unknown_figures():
+    whole = Timing(0.0, 1.0, (0.25, 0.5, 0.75), 0.25, Usage(20, 3, 1, 8))
+    expected = "m · 3 tokens (1 thinking) · 4.0 tokens/s · TTFT 250 ms · 8 cached · context 23/100"
+    assert views.format_status("m", whole, 100) == expected
+    assert views.format_status("m", Timing(0.0, 1.0), None) == "m"

@@ -1,55 +1,4 @@
-import subprocess
-import sys
-
-import pytest
-
-from mlxserver.engine.platform import device, openblas
-
-
-def in_a_fresh_process(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_importing_the_engine_never_lowers_the_limit_of_open_files():
-    """mlx_lm does, when it is imported."""
-    code = """if True:
-        import resource
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        import mlxserver.engine.mlx, mlx_lm.utils
-        now = resource.getrlimit(resource.RLIMIT_NOFILE)
-        print(now[0] >= limits[0], now[1] == limits[1])"""
-    assert in_a_fresh_process(code) == "True True"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only the Linux CPU build needs OpenBLAS")
-def test_openblas_is_in_the_process_before_mlx_where_it_is_installed():
-    code = """if True:
-        import mlxserver.engine.mlx
-        from mlxserver.engine.platform import openblas
-        print(openblas.preload(), 'openblas' in open('/proc/self/maps').read())"""
-    wanted, loaded = in_a_fresh_process(code).split()
-    assert wanted == loaded or not openblas._is_wanted()
-
-
-def test_a_missing_openblas_is_logged_once_with_what_to_install(monkeypatch, caplog):
-    monkeypatch.setattr(openblas, "LIBRARY", "libmissing.so.0")
-    monkeypatch.setattr(openblas, "_is_wanted", lambda: True)
-    for cached in (openblas._library, openblas.warn_if_missing):
-        cached.cache_clear()
-    openblas.warn_if_missing()
-    openblas.warn_if_missing()
-    for cached in (openblas._library, openblas.warn_if_missing):
-        cached.cache_clear()
-    assert [record.name for record in caplog.records] == ["engine"]
-    assert "apt-get install libopenblas0-pthread" in caplog.text
-
-
-def test_openblas_uses_as_many_threads_as_it_is_told():
-    library, most = openblas._library(), openblas.threads()
-    for count in (1, most):
-        openblas.use_threads(count)
-        assert library is None or library.openblas_get_num_threads() == count
-    assert openblas.threads() == most
+from mlxserver.engine.platform import device
 
 
 def test_the_device_is_described():
@@ -64,6 +13,6 @@ def test_memory_figures_are_bytes():
     assert device.process_bytes() > 1 << 20
 
 
-def test_the_wired_limit_can_be_asked_for_again():
+def test_the_wired_limit_can_be_set_again():
     device.set_wired_limit_once()
     device.set_wired_limit_once()

@@ -1,4 +1,4 @@
-"""Projections that are computed together give what they gave alone."""
+"""Fused projections give what they gave alone."""
 
 from mlxserver.engine.mlx import mx
 
@@ -83,7 +83,7 @@ def test_quantized_layers_stay():
 
 
 class Halfway(nn.Module):
-    """Asks for its values only as long as there is no cache that could have them, as layers that share keys do."""
+    """A model that computes values only without a cache, like layers that share keys."""
 
     def __init__(self):
         super().__init__()

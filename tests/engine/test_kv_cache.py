@@ -7,7 +7,7 @@ from mlx_lm import load
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from tests.support.prefixes import new_prefixes
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_cache_that_can_not_be_batched_is_refused():
 
 
 def test_what_is_fetched_is_a_copy(model):
-    prefixes, tokens = PrefixCache(1 << 30), list(range(40))
+    prefixes, tokens = new_prefixes(), list(range(40))
     prefixes.store(tokens, filled(model, tokens))
     first, length = prefixes.fetch([*tokens, 50])
     assert length == 40
@@ -70,7 +70,7 @@ def test_what_is_fetched_is_a_copy(model):
     ],
 )
 def test_a_fetch_returns_the_longest_common_prefix_but_leaves_a_token_to_feed(model, asked, length):
-    prefixes = PrefixCache(1 << 30)
+    prefixes = new_prefixes()
     prefixes.store(range(40), filled(model, range(40)))
     cache, found = prefixes.fetch(asked)
     assert found == length
@@ -78,13 +78,13 @@ def test_a_fetch_returns_the_longest_common_prefix_but_leaves_a_token_to_feed(mo
 
 
 def test_a_prefix_that_is_too_short_is_not_stored(model):
-    prefixes = PrefixCache(1 << 30)
+    prefixes = new_prefixes()
     prefixes.store(range(15), filled(model, range(15)))
     assert prefixes.nbytes == 0
 
 
 def test_the_least_recently_stored_goes_first(model):
-    prefixes = PrefixCache(1 << 30)
+    prefixes = new_prefixes()
     for start in (0, 100, 200):
         prefixes.store(range(start, start + 32), filled(model, range(start, start + 32)))
     size = prefixes.nbytes // 3
@@ -95,7 +95,7 @@ def test_the_least_recently_stored_goes_first(model):
 
 def test_no_more_than_the_bytes_allowed_are_stored(model):
     one = filled(model, range(32))
-    prefixes = PrefixCache(caches.cache_bytes(one) - 1)
+    prefixes = new_prefixes(caches.cache_bytes(one) - 1)
     prefixes.store(range(32), one)
     assert prefixes.nbytes == 0
     assert isinstance(caches.new_cache(model)[0], KVCache)

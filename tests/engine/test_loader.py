@@ -22,7 +22,7 @@ from mlxserver.engine.platform import device
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
 
-THINK_ADAPTER = str(Path(__file__).parent.parent.parent / "adapters" / "smollm2-think")
+THINK_ADAPTER = str(Path(__file__).parent.parent.parent / "mlxserver" / "adapters" / "smollm2-think")
 LORA = {"rank": 2, "dropout": 0.0, "scale": 20.0}
 
 
@@ -67,7 +67,7 @@ def quantize(directory):
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def test_a_loaded_model_tells_what_it_is(tiny):
+def test_a_loaded_model_states_its_facts(tiny):
     (tiny / "generation_config.json").write_text(
         '{"temperature": 0.6, "top_k": 20, "presence_penalty": 1, "do_sample": true}'
     )
@@ -109,7 +109,7 @@ def test_the_context_length_is_found_where_configs_have_it(config, expected, cap
     "text",
     ["", "[]", "{", '{"temperature": "hot", "top_p": true, "min_p": null}', '{"top_k": 2.5, "repetition_penalty": 0}'],
 )
-def test_a_generation_config_that_says_nothing_usable_is_ignored(text, tmp_path):
+def test_a_generation_config_without_usable_values_is_ignored(text, tmp_path):
     (tmp_path / "generation_config.json").write_text(text)
     assert generation_defaults(tmp_path) == {}
 
@@ -252,7 +252,7 @@ def test_an_adapter_for_another_model_fails(tiny):
         load(ModelSpec("tiny", str(tiny), adapter=THINK_ADAPTER))
 
 
-def test_a_source_that_does_not_exist_fails_with_its_own_words():
+def test_a_source_that_does_not_exist_fails_with_its_name():
     with pytest.raises(LoadFailed, match="Model 'x' could not be loaded: Model source '/nowhere': there is no such"):
         load(ModelSpec("x", "/nowhere"))
 
@@ -283,7 +283,7 @@ def test_the_think_adapter_is_small_and_names_no_path():
     assert "/" not in files["adapter_config.json"].read_text()
 
 
-def test_words_that_a_tokenizer_has_split_go_with_it(tmp_path):
+def test_a_thread_keeps_no_words_of_a_tokenizer(tmp_path):
     """Each of these loads would otherwise leave some 2 MiB in the thread."""
     spec = ModelSpec("tiny", str(tiny_llama(tmp_path / "tiny")))
     text = " ".join(f"word{n}" for n in range(10_000))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from typing import get_args
 
 from mlxserver.engine.mlx import mx
 
@@ -10,17 +11,25 @@ import pytest
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import budget, estimate
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.attention_memory import AttentionMemory
-from mlxserver.engine.platform.device import Device
-from mlxserver.engine.platform.policy import CPU, CUDA, METAL, ExecutionPolicy, WeightPolicy, current, policy_for
+from mlxserver.engine.platform.policy import (
+    CPU,
+    CUDA,
+    METAL,
+    DeviceKind,
+    ExecutionPolicy,
+    WeightPolicy,
+    current,
+    policy_for,
+)
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import random_model
 from tests.support.batch_driver import SEEDED, Driver, prompt, sequence
+from tests.support.prefixes import new_prefixes
 from tools.harness.models import tiny_llama
 
 POLICIES = pytest.mark.parametrize("policy", [CPU, METAL, CUDA], ids=["cpu", "metal", "cuda"])
@@ -36,8 +45,8 @@ def without_compilation():
 
 def conversation(model, policy):
     """Tokens of sequences that join at different times, some of them with a cached prefix."""
-    prefix_cache = PrefixCache(1 << 24, policy=policy)
-    driver = Driver(Scheduler(model, max_running=4, prefix_cache=prefix_cache, policy=policy))
+    prefixes = new_prefixes(1 << 24, policy=policy)
+    driver = Driver(Scheduler(model, max_running=4, prefixes=prefixes, policy=policy))
     driver.add(
         sequence(1, prompt(30, 1)), sequence(2, prompt(30, 2), SEEDED), sequence(3, prompt(300, 3), max_tokens=12)
     )
@@ -49,10 +58,8 @@ def conversation(model, policy):
 
 
 def test_every_kind_of_device_has_a_policy():
-    assert policy_for(Device("a processor", "cpu", 1 << 30)) == CPU
-    assert policy_for(Device("a laptop", "metal", 1 << 30)) == METAL
-    assert policy_for(Device("a card", "cuda", 1 << 30)) == CUDA
-    assert current() == policy_for(device.describe())
+    assert {kind: policy_for(kind) for kind in get_args(DeviceKind)} == {"cpu": CPU, "metal": METAL, "cuda": CUDA}
+    assert current() == policy_for(device.describe().kind)
 
 
 def test_compiled_steps_need_padded_slots():

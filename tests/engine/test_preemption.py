@@ -7,9 +7,9 @@ from mlx_lm import load
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.caches import bytes_per_token
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, sequence
+from tests.support.prefixes import new_prefixes
 
 PENALIZED = replace(SEEDED, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2)
 
@@ -46,20 +46,20 @@ def test_preempted_sequences_generate_the_same(model, sampling):
 
 
 def test_the_prefix_cache_gives_way_to_sequences(model):
-    cache = PrefixCache(1 << 30)
+    prefixes = new_prefixes()
     limit = 1500
-    driver = Driver(Scheduler(model, max_kv_tokens=limit, prefix_cache=cache), sequence(0, prompt(600), max_tokens=4))
+    driver = Driver(Scheduler(model, max_kv_tokens=limit, prefixes=prefixes), sequence(0, prompt(600), max_tokens=4))
     driver.finish()
-    assert cache.nbytes >= 600 * bytes_per_token(model)
+    assert prefixes.nbytes >= 600 * bytes_per_token(model)
     driver.add(sequence(1, prompt(900, seed=1), max_tokens=4))
     driver.until_generated(1)
-    assert cache.nbytes <= (limit - 900) * bytes_per_token(model)
+    assert prefixes.nbytes <= (limit - 900) * bytes_per_token(model)
     driver.finish()
 
 
 def test_the_kv_cache_of_a_preempted_sequence_stays_as_a_prefix_where_it_fits(model):
-    prefixes, limit = PrefixCache(1 << 30), 1300
-    scheduler = Scheduler(model, max_kv_tokens=limit, prefix_cache=prefixes)
+    prefixes, limit = new_prefixes(), 1300
+    scheduler = Scheduler(model, max_kv_tokens=limit, prefixes=prefixes)
     driver = Driver(scheduler, sequence(0, prompt(300), max_tokens=300))
     driver.until_generated(0)
     driver.add(sequence(1, prompt(250, seed=1), max_tokens=300))

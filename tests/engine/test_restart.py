@@ -9,10 +9,10 @@ from mlx_lm import load
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.caches import bytes_per_token
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
+from tests.support.prefixes import new_prefixes
 
 
 class Fault(Exception):
@@ -110,7 +110,7 @@ def batch(model, fuse, *, sampler_fails=False, max_running=3, **options):
             fuse.burn()
             return super().__call__(*args)
 
-    options["prefix_cache"] = PrefixCache(1 << 30)
+    options["prefixes"] = new_prefixes()
     if sampler_fails:
         return Scheduler(model, max_running=max_running, make_sampler=FailingSampler, **options)
     return Scheduler(FailingModel(model, fuse), max_running=max_running, **options)

@@ -6,14 +6,12 @@ import pytest
 from mlx_lm import load
 
 from mlxserver.config.sampling_params import SamplingParams
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.metrics import EngineLoad
 from mlxserver.engine.scheduler.peers import FixedPeers, ProcessPeers
 from mlxserver.engine.scheduler.prefill import ChunkBudget
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, sequence
-
-MANY = 1 << 30
+from tests.support.prefixes import new_prefixes
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +25,6 @@ def run(model, *sequences, **options):
 
 def alone(model, one):
     return run(model, one)[one.id]
-
-
-def cache(size=MANY):
-    return PrefixCache(size)
 
 
 MIXED = [
@@ -86,7 +80,7 @@ def test_sequences_leave_a_running_batch_and_disturb_no_other(model):
 
 
 def test_a_sequence_may_leave_before_its_prompt_is_done_or_even_begun(model):
-    scheduler = Scheduler(model, max_running=2, stall_target=0.001, prefix_cache=cache())
+    scheduler = Scheduler(model, max_running=2, stall_target=0.001, prefixes=new_prefixes())
     scheduler._prefill.times.each = 0.1
     driver = Driver(
         scheduler, sequence(1, prompt(500, seed=1)), sequence(2, prompt(400, seed=2)), sequence(3, prompt(9, seed=3))
@@ -181,7 +175,7 @@ def turns(model, scheduler, count=4, sampling=GREEDY):
 
 
 def test_a_growing_conversation_prefills_only_what_is_new(model):
-    history = turns(model, Scheduler(model, prefix_cache=cache()))
+    history = turns(model, Scheduler(model, prefixes=new_prefixes()))
     before = 0
     for tokens, answer, cached in history:
         assert cached == before
@@ -190,7 +184,7 @@ def test_a_growing_conversation_prefills_only_what_is_new(model):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_the_prefix_cache_changes_no_answer(model, sampling):
-    with_cache = turns(model, Scheduler(model, prefix_cache=cache()), sampling=sampling)
+    with_cache = turns(model, Scheduler(model, prefixes=new_prefixes()), sampling=sampling)
     without = turns(model, Scheduler(model), sampling=sampling)
     assert [answer for _, answer, _ in with_cache] == [answer for _, answer, _ in without]
     assert [cached for _, _, cached in without] == [0, 0, 0, 0]
@@ -209,7 +203,7 @@ def test_the_prefix_cache_changes_no_answer(model, sampling):
     ],
 )
 def test_the_longest_common_prefix_is_reused(model, again, cached):
-    scheduler = Scheduler(model, prefix_cache=cache())
+    scheduler = Scheduler(model, prefixes=new_prefixes())
     Driver(scheduler, sequence(1, prompt(60))).finish()
     driver = Driver(scheduler, sequence(2, again))
     assert driver.finish()[2] == alone(model, driver.sequences[2])
@@ -217,7 +211,7 @@ def test_the_longest_common_prefix_is_reused(model, again, cached):
 
 
 def test_a_prefix_may_be_used_by_several_sequences_at_once(model):
-    scheduler = Scheduler(model, prefix_cache=cache())
+    scheduler = Scheduler(model, prefixes=new_prefixes())
     Driver(scheduler, sequence(0, prompt(60))).finish()
     sequences = [sequence(n, (*prompt(60), *prompt(3 * n, seed=n)), SEEDED) for n in (1, 2, 3)]
     driver = Driver(scheduler, *sequences, sequence(4, prompt(30, seed=4)))
@@ -226,7 +220,7 @@ def test_a_prefix_may_be_used_by_several_sequences_at_once(model):
 
 
 def test_the_kv_cache_of_a_cancelled_sequence_is_reused(model):
-    scheduler = Scheduler(model, prefix_cache=cache())
+    scheduler = Scheduler(model, prefixes=new_prefixes())
     driver = Driver(scheduler, sequence(1, prompt(60), GREEDY, 2000))
     driver.until_generated(1, 5)
     scheduler.remove([1])
@@ -236,12 +230,12 @@ def test_the_kv_cache_of_a_cancelled_sequence_is_reused(model):
 
 
 def test_the_prefix_cache_stays_within_its_bytes(model):
-    prefixes = cache()
-    Driver(Scheduler(model, prefix_cache=prefixes), sequence(1, prompt(100))).finish()
+    prefixes = new_prefixes()
+    Driver(Scheduler(model, prefixes=prefixes), sequence(1, prompt(100))).finish()
     size = prefixes.nbytes
     assert size > 0
-    bounded = cache(3 * size)
-    scheduler = Scheduler(model, prefix_cache=bounded)
+    bounded = new_prefixes(3 * size)
+    scheduler = Scheduler(model, prefixes=bounded)
     for n in range(8):
         Driver(scheduler, sequence(n, prompt(100, seed=n))).finish()
         assert bounded.nbytes <= 3 * size
@@ -252,8 +246,8 @@ def test_the_prefix_cache_stays_within_its_bytes(model):
 
 
 def test_prefixes_can_be_given_back(model):
-    prefixes = cache()
-    scheduler = Scheduler(model, prefix_cache=prefixes)
+    prefixes = new_prefixes()
+    scheduler = Scheduler(model, prefixes=prefixes)
     for n in range(4):
         Driver(scheduler, sequence(n, prompt(100, seed=n))).finish()
     half = prefixes.nbytes // 2
@@ -266,8 +260,8 @@ def test_prefixes_can_be_given_back(model):
 
 
 def test_close_gives_everything_back(model):
-    prefixes = cache()
-    scheduler = Scheduler(model, prefix_cache=prefixes, max_running=2)
+    prefixes = new_prefixes()
+    scheduler = Scheduler(model, prefixes=prefixes, max_running=2)
     driver = Driver(scheduler, *(sequence(n, prompt(50, seed=n), GREEDY, 50) for n in range(4)))
     driver.until_generated(0, 3)
     scheduler.remove([1])
@@ -280,7 +274,7 @@ def test_close_gives_everything_back(model):
 def test_a_random_traffic_of_joins_and_leaves_changes_no_answer(model):
     """Every sequence's tokens are the beginning of those it has alone."""
     chance = random.Random(3)
-    driver = Driver(Scheduler(model, max_running=4, stall_target=0.002, prefix_cache=cache()))
+    driver = Driver(Scheduler(model, max_running=4, stall_target=0.002, prefixes=new_prefixes()))
     for n in range(25):
         start = prompt(chance.choice([1, 20, 90]), seed=chance.randrange(3))
         sampling = chance.choice([GREEDY, SEEDED, SamplingParams(temperature=0.0, presence_penalty=0.5)])

@@ -1,4 +1,4 @@
-"""Test models do what their makers promise: real mlx-lm loads them, and they generate their script."""
+"""Test models: real mlx-lm loads them, and a scripted one generates its script."""
 
 import json
 

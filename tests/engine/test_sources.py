@@ -157,7 +157,7 @@ def test_a_conversion_whose_process_was_killed_is_done_anew(tiny_gguf, cache):
     assert not unfinished(cache)
 
 
-def test_leftovers_of_other_files_are_removed_unless_their_owner_lives(tiny_gguf, cache):
+def test_leftovers_of_other_files_are_removed_unless_they_are_locked(tiny_gguf, cache):
     for name in ("dead", "alive"):
         (cache / f"{name}.partial" / "model").mkdir(parents=True)
     with gguf._locked(cache / "alive.lock"):
@@ -165,7 +165,7 @@ def test_leftovers_of_other_files_are_removed_unless_their_owner_lives(tiny_gguf
     assert [path.name for path in unfinished(cache)] == ["alive.partial"]
 
 
-def test_a_truncated_gguf_file_is_refused_in_the_converters_words(tiny_gguf, tmp_path, cache):
+def test_a_truncated_gguf_file_is_refused_with_the_converter_s_message(tiny_gguf, tmp_path, cache):
     half = tmp_path / "half.gguf"
     half.write_bytes(tiny_gguf.read_bytes()[: tiny_gguf.stat().st_size // 2])
     with pytest.raises(SourceInvalid, match="could not be converted: .*cannot reshape|could not be converted: .*GGUF"):
@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_be_written_is_named(tiny_gguf, tmp_path, monkeypatc
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as one repository needs."""
+    """A Hugging Face hub with one repository."""
 
     COMMIT = "c" * 40
     FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w" * 300_000, "run.py": b"print()"}
@@ -216,7 +216,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub of our own with the repository org/tiny, and an empty download cache."""
+    """A local hub with the repository org/tiny, and an empty download cache."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     constants = huggingface_hub.constants
@@ -250,7 +250,7 @@ def test_an_unknown_repository_is_named(hub):
         sources.resolve("org/missing")
 
 
-def test_a_hub_that_cannot_be_reached_is_said_so(hub):
+def test_a_hub_that_cannot_be_reached_is_named(hub):
     hub.shutdown()
     hub.server_close()
     with pytest.raises(SourceInvalid, match="expected a network connection"):

@@ -99,10 +99,14 @@ def test_a_second_signal_ends_it_at_once(flags, second):
         assert server.process.wait(DEADLINE) == -second
 
 
+COMMAND = "import sys; sys.argv[0] = '/bin/mlx-server'; from mlx_api_server import main; sys.exit(main())"
+
+
 @pytest.mark.parametrize("module", ["uvloop", "mlx_lm"])
-def test_an_interruption_while_it_starts_has_no_traceback(module):
+@pytest.mark.parametrize("program", [["mlx_api_server.py"], ["-c", COMMAND]], ids=["from a clone", "installed"])
+def test_an_interruption_while_it_starts_has_no_traceback(module, program):
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "mlx_api_server.py", "--no-defaults", "--port", "0"],
+        [sys.executable, "-X", "importtime", *program, "--no-defaults", "--port", "0"],
         cwd=ROOT,
         env=server_environment() | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ from mlxserver.engine.distributed import models
 WEDGE = Path(os.environ["FAULTS"]) / "wedge"
 
 
-class WedgedBatcher(models.Scheduler):
+class StalledScheduler(models.Scheduler):
     def decode(self):
         while WEDGE.exists():
             time.sleep(0.01)
@@ -21,5 +21,5 @@ class WedgedBatcher(models.Scheduler):
 
 
 if __name__ == "__main__":
-    models.Scheduler = WedgedBatcher
+    models.Scheduler = StalledScheduler
     sys.exit(mlx_api_server.main())

@@ -1,4 +1,4 @@
-"""The server with faults that files ask for: real models, batches and threads, which fail when told to.
+"""The server with faults on demand: real models, batches and threads, which fail when a file asks for it.
 
 A file in the directory $FAULTS, named after a fault, makes it happen once, and is removed by that; "wedge" holds a step
 up until the file is removed by the test.

@@ -1,7 +1,7 @@
-"""A server that speaks the wire over a real socket and does what the requested model's name says.
+"""Scripted server: the HTTP API over a real socket, with one model per script.
 
-Rule: each script is one model. What was asked is kept in `requests`, and `left` is set when a client leaves a stream
-that never ends, so that tests wait for facts and not for time.
+Rule: `requests` holds the bodies of all requests, and `left` is set when a client hangs up on an endless stream, so
+that tests wait for a condition and not for time.
 """
 
 import asyncio
@@ -57,8 +57,8 @@ def words(*texts, field="content"):
     return [chunk({field: text}) for text in texts]
 
 
-def told(*steps):
-    """How far a load is, in comments."""
+def progress(*steps):
+    """Progress of a load, in comments."""
     return [b": loading " + json.dumps(step).encode() + b"\n\n" for step in steps]
 
 
@@ -84,9 +84,9 @@ STREAMS = {
     "caller": [call(0, name="add", arguments='{"a"'), call(0, arguments=": 1}"), chunk({}, "tool_calls"), *END[1:]],
     "wordy": [*words("So"), chunk({}, "length"), *END[1:]],
     "waiter": [b": loading\n\n" * 3, *words(*ANSWER), *END],
-    "loader": [*told(*STEPS), b": keep-alive\n\n", GATE, *words(*ANSWER), *END],
-    "ponderous": [*told(*STEPS), GATE, *words("Hm", field="reasoning_content"), HANG],
-    "stumbler": [*told(*STEPS), GATE, data({"error": {"message": "No weights.", "type": "server_error"}})],
+    "loader": [*progress(*STEPS), b": keep-alive\n\n", GATE, *words(*ANSWER), *END],
+    "ponderous": [*progress(*STEPS), GATE, *words("Hm", field="reasoning_content"), HANG],
+    "stumbler": [*progress(*STEPS), GATE, data({"error": {"message": "No weights.", "type": "server_error"}})],
     "breaker": [*words("The cap"), data({"error": {"message": "The engine stopped.", "type": "server_error"}})],
     "babbler": [b"data: {nonsense\n\n"],
     "cutter": [*words("The cap"), CUT],
@@ -121,7 +121,7 @@ LOADS = {
 
 
 class ScriptedServer:
-    """has_extensions: whether load and unload exist. api_key: what must be sent, None asks for none."""
+    """Server with its own event loop. has_extensions: whether load and unload exist. api_key: None for no auth."""
 
     def __init__(self, cards, has_extensions, api_key):
         self.cards, self.api_key = cards, api_key
@@ -171,8 +171,8 @@ class ScriptedServer:
         match body["model"]:
             case "gateway":
                 return web.Response(status=502, text="<html>\n<h1>Bad Gateway</h1>", content_type="text/html")
-            case "teller":
-                return web.json_response({"error": "told as a string"}, status=400)
+            case "string-error":
+                return web.json_response({"error": "an error as a string"}, status=400)
             case "page":
                 return web.Response(text="<html>hello</html>", content_type="text/html")
             case "mute":
@@ -233,7 +233,7 @@ def missing(key):
 
 @contextmanager
 def scripted_server(*, cards=CARDS, has_extensions=True, api_key=None):
-    """A running ScriptedServer on a free port, with an event loop and a thread of its own."""
+    """A ScriptedServer that runs on a free port, with its own event loop and thread."""
     server, loop, started = ScriptedServer(cards, has_extensions, api_key), asyncio.new_event_loop(), threading.Event()
 
     async def start():

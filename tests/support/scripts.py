@@ -1,4 +1,4 @@
-"""What the scripted model of the suite says, by the word in the last user message."""
+"""Answers of the suite's scripted model, by the word in the last user message."""
 
 from tools.harness.scripts import Script
 

@@ -1,4 +1,4 @@
-"""Models that ranks share: what is told, what is answered, and who notices what. Real processes, MLX's ring."""
+"""Models that ranks share: messages, answers, and the loss of a rank. Real processes, MLX's ring."""
 
 import json
 import queue
@@ -32,7 +32,7 @@ from mlxserver.engine.distributed.codec import (
 from mlxserver.engine.distributed.launch import RanksDiffer, compare, shared_facts
 from mlxserver.engine.distributed.link import Link, LinkLost
 from mlxserver.engine.distributed.loads import Loads
-from mlxserver.engine.distributed.membership import Follower, stuck
+from mlxserver.engine.distributed.membership import Follower, stalled
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.loading import estimate, loader
 from mlxserver.engine.loading.sharding import RankPosition, divider, share
@@ -68,7 +68,7 @@ def settings(tmp_path_factory):
     return directory / "settings.toml"
 
 
-def test_two_ranks_say_what_one_process_says_and_a_lost_rank_ends_what_it_shared(settings):
+def test_two_ranks_generate_what_one_process_does_and_a_lost_rank_ends_what_it_shared(settings):
     """One start of the processes for all of it: that is what takes the time."""
     with running_ranks(settings) as ranks:
         server = ranks.server
@@ -146,9 +146,9 @@ def test_a_rank_that_falls_silent_ends_what_it_shared_and_leaves_when_it_wakes(s
             stream.read(3)
             ranks.processes[1].send_signal(signal.SIGSTOP)
             *_, last = stream
-        assert "Rank 1 (127.0.0.1) is lost: not a word for 2 s" in last["error"]["message"]
+        assert "Rank 1 (127.0.0.1) is lost: no message for 2 s" in last["error"]["message"]
         assert ranks.server.chat("llama", "Hello", max_tokens=2).status == 200
-        assert ranks.server.get("/health").json["ranks"][1]["error"] == "not a word for 2 s"
+        assert ranks.server.get("/health").json["ranks"][1]["error"] == "no message for 2 s"
         ranks.processes[0].kill()
         ranks.processes[1].send_signal(signal.SIGCONT)
         ranks.processes[1].wait(DEADLINE)
@@ -193,7 +193,7 @@ def test_a_rank_0_that_waits_for_the_others_ends_with_what_it_has_started(settin
     try:
         children = Path(f"/proc/{processes[0].pid}/task/{processes[0].pid}/children")
         if not children.exists():
-            pytest.skip("this system does not tell a process's children")
+            pytest.skip("this system does not list a process's children")
         (child,) = children.read_text().split()
         processes[0].terminate()
         assert processes[0].wait(DEADLINE) == 128 + signal.SIGTERM
@@ -206,16 +206,16 @@ def test_a_rank_0_that_waits_for_the_others_ends_with_what_it_has_started(settin
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_share_takes_what_it_was_expected_to(settings, shard, number):
     directory = settings.with_name({"tensor": "llama", "pipeline": "qwen"}[shard])
-    spec, seat = ModelSpec("a", str(directory), shard=shard), RankPosition(number, 2)
+    spec, position = ModelSpec("a", str(directory), shard=shard), RankPosition(number, 2)
     whole = estimate.estimate(spec)
-    expected = share(whole, spec, seat)
-    assert loader.load(spec, divide=divider(spec, seat)).weight_bytes == expected.weights < whole.weights
+    expected = share(whole, spec, position)
+    assert loader.load(spec, divide=divider(spec, position)).weight_bytes == expected.weights < whole.weights
     parts = {"tensor": (1, 2), "pipeline": ((2, 3), (1, 3))[number]}[shard]
     assert expected.cache == whole.cache * parts[0] // parts[1]
 
 
 @pytest.mark.parametrize(
-    ("beats", "expected"),
+    ("heartbeats", "expected"),
     [
         ([(7, 2.0), (7, 4.0)], []),
         ([(7, 11.0), (7, 0.0)], [0]),
@@ -225,21 +225,21 @@ def test_a_share_takes_what_it_was_expected_to(settings, shard, number):
     ],
     ids=["none", "one", "the one behind", "both that are behind", "one reads a model"],
 )
-def test_of_ranks_that_make_no_step_those_behind_are_at_fault(beats, expected):
-    followers = [Follower(number, "10.0.0.1", None) for number in range(len(beats))]
-    for follower, (done, seconds, *reading) in zip(followers, beats, strict=True):
+def test_of_ranks_that_make_no_step_those_behind_are_stalled(heartbeats, expected):
+    followers = [Follower(number, "10.0.0.1", None) for number in range(len(heartbeats))]
+    for follower, (done, seconds, *reading) in zip(followers, heartbeats, strict=True):
         follower.note_heartbeat({"memory_bytes": 0, "done": done, "step_seconds": seconds, "is_reading": bool(reading)})
-    assert [follower.rank for follower in stuck(followers, 10.0)] == expected
+    assert [follower.rank for follower in stalled(followers, 10.0)] == expected
 
 
-def test_who_has_waited_for_a_rank_that_was_reading_is_not_at_fault():
+def test_a_rank_that_has_waited_for_one_that_was_reading_is_not_at_fault():
     followers = [Follower(number, "10.0.0.1", None) for number in range(2)]
     reader, waiter = followers
     heartbeat = {"memory_bytes": 0, "done": 7, "step_seconds": 0.0}
     reader.note_heartbeat(heartbeat | {"is_reading": True})
     reader.note_heartbeat(heartbeat | {"is_reading": False})
     waiter.note_heartbeat(heartbeat | {"step_seconds": 90.0, "is_reading": False})
-    assert stuck(followers, 10.0) == []
+    assert stalled(followers, 10.0) == []
 
 
 def test_a_load_names_one_of_the_two_ways_to_share():
@@ -253,27 +253,27 @@ class Rank:
     """The loads of the only rank that there is. `meanwhile` is called as often as it may do something else."""
 
     def __init__(self, memory_limit=0):
-        self.told, self.fetched = [], queue.SimpleQueue()
+        self.sent, self.fetched = [], queue.SimpleQueue()
         self.meanwhile = lambda: None
         self.pauses = 0
-        self.loads = Loads(mx.distributed.init(), memory_limit, self.told.append, self.fetched.put, self._pause)
+        self.loads = Loads(mx.distributed.init(), memory_limit, self.sent.append, self.fetched.put, self._pause)
 
     def _pause(self):
         self.pauses += 1
         self.meanwhile()
 
     def load(self, source):
-        """What begin() and load() tell the leader, and what was loaded."""
+        """What begin() and load() send to the leader, and what was loaded."""
         spec = {"key": "a", "source": str(source), "shard": "tensor", "cache_tokens": 100}
         self.loads.begin({"kind": "load", "number": 1, "spec": spec})
         loaded = self.loads.load(self.fetched.get(timeout=DEADLINE))
-        return loaded, self.told
+        return loaded, self.sent
 
 
-def test_a_rank_pauses_while_it_reads_and_tells_what_it_has(settings):
+def test_a_rank_pauses_while_it_reads_and_reports_what_it_has(settings):
     rank = Rank()
-    (spec, loaded), (told,) = rank.load(settings.with_name("llama"))
-    assert (told["kind"], told["number"], told["weight_bytes"]) == ("loaded", 1, loaded.weight_bytes)
+    (spec, loaded), (reply,) = rank.load(settings.with_name("llama"))
+    assert (reply["kind"], reply["number"], reply["weight_bytes"]) == ("loaded", 1, loaded.weight_bytes)
     assert rank.pauses > 1
     assert not rank.loads.is_reading
 
@@ -287,17 +287,17 @@ def test_a_load_that_is_forgotten_ends_at_its_next_pause_and_holds_nothing(setti
 
 
 def test_a_share_without_room_is_refused_with_a_projection(settings):
-    loaded, (told,) = Rank(memory_limit=1_000_000).load(settings.with_name("llama"))
+    loaded, (reply,) = Rank(memory_limit=1_000_000).load(settings.with_name("llama"))
     assert loaded is None
-    assert told["projection"]["needed"] > told["projection"]["free"] == told["projection"]["budget"] == 1_000_000
+    assert reply["projection"]["needed"] > reply["projection"]["free"] == reply["projection"]["budget"] == 1_000_000
 
 
-def test_what_can_not_be_fetched_is_told(settings):
-    told = []
-    loads = Loads(mx.distributed.init(), 0, told.append, None, lambda: None)
+def test_what_can_not_be_fetched_is_reported(settings):
+    sent = []
+    loads = Loads(mx.distributed.init(), 0, sent.append, None, lambda: None)
     loads.begin({"kind": "load", "number": 3, "spec": {"key": "a", "source": "/nowhere"}})
-    eventually(lambda: told)
-    assert told == [
+    eventually(lambda: sent)
+    assert sent == [
         {"kind": "loaded", "number": 3, "error": "Model source '/nowhere': there is no such file or directory"}
     ]
 
@@ -319,8 +319,8 @@ def test_a_shared_model_needs_ranks():
 
 
 def test_what_ranks_must_have_in_common_names_the_difference_and_holds_no_secrets():
-    ours = shared_facts("1", Settings(models=(ModelSpec("a", "b", shard="tensor"),), api_key=("not-to-be-told",)))
-    assert "not-to-be-told" not in repr(ours)
+    ours = shared_facts("1", Settings(models=(ModelSpec("a", "b", shard="tensor"),), api_key=("not-to-be-sent",)))
+    assert "not-to-be-sent" not in repr(ours)
     compare(1, dict(ours), ours)
     with pytest.raises(RanksDiffer, match=re.escape("Rank 1 was started with another mlx than rank 0: 0.1 instead of")):
         compare(1, ours | {"mlx": "0.1"}, ours)
@@ -351,7 +351,7 @@ def unseeded(row):
     return row.id, row.tokens, row.max_tokens, row.top_logprobs, fields
 
 
-def test_a_rank_that_does_not_choose_is_told_nothing_of_how():
+def test_a_rank_that_does_not_sample_gets_no_sampling_parameters():
     bound = Sequence(1, (1, 2), SamplingParams(temperature=0.3), 5, top_logprobs=2, constraint=Counting())
     assert decode_sequences(through_json(encode_sequences([bound])), None) == [Sequence(1, (1, 2), SamplingParams(), 5)]
 
@@ -405,11 +405,11 @@ def test_a_link_carries_messages_both_ways_and_its_end_is_noticed():
         near.receive()
 
 
-def test_silence_is_the_end_of_a_link_and_beats_are_not_silence():
+def test_silence_is_the_end_of_a_link_and_heartbeats_are_not_silence():
     near, far = (Link(each, 0.2) for each in tcp_pair())
     near.heartbeat(lambda: {"memory_bytes": 5})
     assert [far.receive() for _ in range(6)] == [{"kind": "heartbeat", "memory_bytes": 5}] * 6  # longer than the limit
-    with pytest.raises(LinkLost, match=re.escape("not a word for 0.2 s")):
+    with pytest.raises(LinkLost, match=re.escape("no message for 0.2 s")):
         near.receive()
     near.close()
     far.close()

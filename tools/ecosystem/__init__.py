@@ -1,1 +1,1 @@
-"""Round trips with the clients that people use (python -m tools.ecosystem)."""
+"""Round trips with widely used clients (python -m tools.ecosystem)."""

@@ -1,7 +1,7 @@
-"""Round trips with the clients that people use, against a running server with the embedded model.
+"""Round trips with widely used clients, against a running server with the embedded model.
 
-Each client is installed into an environment of its own, which is thrown away (or kept with --keep DIRECTORY, so that
-a second run starts at once), and says in one line what it did. The exit status is the number of clients that failed.
+Each client is installed into a separate environment, which is removed afterwards (or kept with --keep DIRECTORY, so
+that a second run starts at once), and prints one line on what it did. The exit status is the number of failed clients.
 
     python -m tools.ecosystem [--keep DIRECTORY] [NAME ...]
 """
@@ -22,19 +22,19 @@ ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
 GREETING = "Serving on "
 MODEL = "smollm2"
-PATIENCE = 600  # seconds that an installation or a client's round trips may take
+TIMEOUT = 600  # seconds for an installation, and for the round trips of one client
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A client: its script, and the packages that it needs (from PyPI for .py, from npm for .mjs)."""
+    """Client under test: its script, and the packages that it needs (from PyPI for .py, from npm for .mjs)."""
 
     name: str
     script: str
     packages: tuple[str, ...]
 
     def install(self, directory: Path) -> list[str]:
-        """Install into a directory; the command that runs the script there."""
+        """Install the client into a directory; the command that runs its script there."""
         directory.mkdir(parents=True, exist_ok=True)
         if self.script.endswith(".mjs"):
             return self._install_node(directory)
@@ -67,7 +67,7 @@ ALL = (
 
 def call(*command: str) -> None:
     """Run a command to its end. Raises CalledProcessError."""
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 @contextmanager
@@ -84,27 +84,27 @@ def running_server() -> Iterator[str]:
 
 
 def try_out(client: Client, directory: Path, url: str) -> bool:
-    """Install a client, let it do its round trips, and print the line; whether all went well."""
+    """Install a client, run its round trips, and print its line; whether all succeeded."""
     environment = {**os.environ, "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "MODEL": MODEL}
     try:
         command = client.install(directory)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         fault = "" if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
-        said = " ".join(done.stdout.split())
+        summary = " ".join(done.stdout.split())
     except subprocess.CalledProcessError as error:
-        fault, said = f"could not be installed: {error.stderr.strip()}", ""
+        fault, summary = f"could not be installed: {error.stderr.strip()}", ""
     except (OSError, subprocess.TimeoutExpired) as error:
-        fault, said = str(error), ""
-    print(f"{'FAILED' if fault else 'ok':<7} {client.name:<22} {said}", flush=True)
+        fault, summary = str(error), ""
+    print(f"{'FAILED' if fault else 'ok':<7} {client.name:<22} {summary}", flush=True)
     if fault:
         print(fault, file=sys.stderr, flush=True)
     return not fault
 
 
 def main() -> int:
-    """The command line; the number of clients that failed."""
+    """Try the chosen clients; the number of those that failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.ecosystem", description="Round trips with known clients.")
-    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="where the environments are kept")
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="directory of the environments")
     parser.add_argument("names", nargs="*", metavar="NAME", help="the clients to try; all by default")
     options = parser.parse_args()
     chosen = [client for client in ALL if not options.names or any(name in client.name for name in options.names)]

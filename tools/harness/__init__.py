@@ -1,1 +1,1 @@
-"""Real parts for tests and tools: model makers, a running server, a terminal, ranks."""
+"""Parts that tests and tools share: small models, a running server, a terminal, ranks."""

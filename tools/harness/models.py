@@ -1,8 +1,8 @@
-"""Makers of small, real MLX model directories, each written in milliseconds and loadable by mlx_lm.utils.load.
+"""Small, real MLX model directories, each written in milliseconds and loadable by mlx_lm.utils.load.
 
-tiny_llama: random weights, a real byte-level BPE tokenizer, ChatML. For all that needs no sense in the answer.
-scripted_model: says exactly what a script says, at any temperature and in any company. The script is picked by a word
-in the last user message. For thinking, tool calls, characters cut between tokens, and answers that never end.
+tiny_llama: random weights, a real byte-level BPE tokenizer, ChatML. Where the text of an answer does not matter.
+scripted_model: generates exactly its script, at any temperature and in any batch. The script is chosen by a word in the
+last user message. For thinking, tool calls, characters cut between tokens, and endless answers.
 """
 
 import json
@@ -30,7 +30,7 @@ SENTENCES = (
 def tiny_llama(
     path: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, context: int = 2048, template: str | None = CHATML
 ) -> Path:
-    """A llama of random weights; greedy decoding never ends by itself. template None writes none."""
+    """Write a llama of random weights; greedy decoding never ends. template: None for no chat template."""
     tokenizer = _trained_tokenizer()
     vocab = tokenizer.get_vocab_size()
     config = _llama_config(
@@ -61,10 +61,10 @@ def scripted_model(
     tokens: Sequence[str] = (),
     context: int = 4096,
 ) -> Path:
-    """A model that answers with the script whose word (the key) is in the last user message, else with the first.
+    """Write a model that answers with the script whose key is in the last user message, else with the first script.
 
-    generation_prompt: what the template appends for the answer, such as "<think>\\n". tokens: more special tokens for
-    the vocabulary, such as "<think>" and "</think>", which make mlx-lm see a thinking model.
+    generation_prompt: what the template appends for the answer, such as "<think>\\n". tokens: extra special tokens of
+    the vocabulary, such as "<think>" and "</think>", by which mlx-lm recognises a thinking model.
     """
     plays = [script if isinstance(script, Script) else words(script) for script in scripts.values()]
     tokenizer = script_tokenizer(plays, tokens)
@@ -105,7 +105,7 @@ def _trained_tokenizer() -> Tokenizer:
 
 
 def _successor_weights(config: dict, follows: Mapping[int, int], eos: int) -> dict[str, mx.array]:
-    """Dimension 0 stands for every token outside the scripts, whose successor is the end."""
+    """Weights that map each token to its successor. Dimension 0 is for tokens outside the scripts: the end follows."""
     vocab, hidden = config["vocab_size"], config["hidden_size"]
     dimension = dict.fromkeys(range(vocab), 0) | {token: n for n, token in enumerate(follows, 1)}
     embedding, head = mx.zeros((vocab, hidden)), mx.zeros((vocab, hidden))

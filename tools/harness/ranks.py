@@ -1,4 +1,4 @@
-"""Several ranks on this machine, started with what mlx.launch gives them: a rank's number and the file of hosts."""
+"""Several ranks on this machine, with the environment that mlx.launch gives them: a rank and the host file."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ from tools.harness.running_server import DEADLINE, GREETING, ROOT, RunningServer
 
 @dataclass
 class Ranks:
-    """The server (rank 0) and the processes and logs of all ranks."""
+    """Running ranks: the server (rank 0), and the processes and logs of all."""
 
     server: RunningServer
     processes: list[subprocess.Popen]
@@ -31,7 +31,7 @@ class Ranks:
 
 @contextmanager
 def running_ranks(config, *, size=2, configs=None, scripts=None, variables=None):
-    """Ranks that are ready; killed at the end. configs, scripts: a rank's own file of settings, and program."""
+    """Ranks that are ready; killed at the end. configs, scripts: settings files and programs of single ranks."""
     with tempfile.TemporaryDirectory() as directory:
         own_configs = [(configs or {}).get(rank, config) for rank in range(size)]
         processes, logs = start_ranks(Path(directory), own_configs, scripts, variables)
@@ -50,7 +50,7 @@ def running_ranks(config, *, size=2, configs=None, scripts=None, variables=None)
 
 
 def start_ranks(directory, configs, scripts=None, variables=None, wanted=None):
-    """The processes, and the files that take what they say on stderr. wanted: how many of the ranks come."""
+    """Start ranks; their processes, and the files of their stderr. wanted: how many of the ranks are started."""
     scripts, variables = scripts or {}, variables or {}
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(configs))]))
@@ -70,12 +70,12 @@ def start_ranks(directory, configs, scripts=None, variables=None, wanted=None):
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         )
-        eventually(lambda: computes(processes[0]))  # a rank that comes much before it waits 1, 2, 4, 8 s to try again
+        eventually(lambda: computes(processes[0]))  # a rank that is much earlier retries after 1, 2, 4, 8 s
     return processes, logs
 
 
 def computes(leader):
-    """Whether rank 0 has started the process that computes for it, as far as this system tells."""
+    """Whether rank 0 has started its compute process; true where the system does not report that."""
     children = Path(f"/proc/{leader.pid}/task/{leader.pid}/children")
     return not children.exists() or children.read_text() or leader.poll() is not None
 
@@ -98,7 +98,7 @@ def free_ports(count):
 
 
 def tiny_qwen(path, **options):
-    """A tiny llama as a qwen2, which mlx-lm can make a pipeline of: the same with biases, which are not zero."""
+    """Write a tiny llama as a qwen2, which mlx-lm can run as a pipeline: the same weights, with nonzero biases."""
     tiny_llama(path, **options)
     config = json.loads((path / "config.json").read_text())
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}

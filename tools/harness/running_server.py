@@ -1,4 +1,4 @@
-"""The server as a person starts it: a process of its own on a free port, spoken to over real sockets."""
+"""Running server: a separate process on a free port, reached over real sockets."""
 
 import http.client
 import json
@@ -16,11 +16,11 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 GREETING = "Serving on http://"
-DEADLINE = 60.0  # seconds that anything may take before it counts as hung
+DEADLINE = 60.0  # seconds after which anything counts as hung
 
 
 def eventually(condition, deadline=DEADLINE):
-    """Wait until condition() is true and return what it said."""
+    """Wait until condition() is true; its result."""
     end = time.monotonic() + deadline
     while not (outcome := condition()):
         assert time.monotonic() < end, "the condition did not come true in time"
@@ -30,7 +30,7 @@ def eventually(condition, deadline=DEADLINE):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended."""
+    """End of a process."""
 
     status: int
     stderr: str
@@ -38,7 +38,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole HTTP answer."""
+    """Whole HTTP answer."""
 
     status: int
     headers: Any
@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def error(self):
-        """What is in the error envelope, which has exactly OpenAI's four fields."""
+        """The error object, which has exactly OpenAI's four fields."""
         assert self.json.keys() == {"error"}
         assert self.json["error"].keys() == {"message", "type", "param", "code"}
         return self.json["error"]
@@ -61,13 +61,13 @@ class Answer:
 
 
 def server_environment():
-    """This process's, without settings of the server, and with the allocator that `make serve` chooses."""
+    """The environment of this process without settings of the server, with the allocator of `make serve`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
     return {"PYTHONMALLOC": "malloc"} | kept
 
 
 def start_server(*flags, script="mlx_api_server.py", variables=None, **options):
-    """The process and the file that takes its stderr. Further options are those of Popen."""
+    """Start a server; its process, and the file of its stderr. options: of Popen."""
     stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
     process = subprocess.Popen(
         [sys.executable, script, *flags],
@@ -82,21 +82,21 @@ def start_server(*flags, script="mlx_api_server.py", variables=None, **options):
 
 
 def run_server(*flags):
-    """The end of a server that does not come up."""
+    """Run a server that fails at its start; its end."""
     process, stderr = start_server(*flags)
     return _ended(process, stderr)
 
 
 @contextmanager
 def running_server(*flags, **options):
-    """A server that is ready; killed at the end if it was not stopped. Options: those of start_server()."""
+    """A server that is ready; killed at the end if it was not stopped. options: of start_server()."""
     process, stderr = start_server("--port", "0", *flags, **options)
     hung = threading.Timer(DEADLINE, process.kill)
     hung.start()
     try:
         line = next((line for line in process.stdout if line.startswith(GREETING)), None)
         hung.cancel()
-        assert line, f"the server did not come up:\n{_ended(process, stderr).stderr}"
+        assert line, f"the server did not start:\n{_ended(process, stderr).stderr}"
         yield RunningServer(process, stderr, line.removeprefix("Serving on ").strip())
     finally:
         hung.cancel()
@@ -120,7 +120,7 @@ class RunningServer:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
 
     def ask(self, method, path, body=None, headers=None):
-        """One request on a connection of its own. A body that is an iterator is sent in chunks."""
+        """Send one request on its own connection. A body that is an iterator is sent in chunks."""
         connection = self.connect()
         try:
             connection.request(method, path, body, headers or {})
@@ -142,7 +142,7 @@ class RunningServer:
         return ChatStream(self.connect(), chat_body(model, text, stream=True, **parameters))
 
     def model(self, key):
-        """What GET /v1/models/{key} says."""
+        """The object of GET /v1/models/{key}."""
         return self.get(f"/v1/models/{key}").json
 
     def status(self, key):
@@ -168,7 +168,7 @@ def chat_body(model, text, **parameters):
 
 @dataclass
 class ChatStream:
-    """A streamed answer, read event by event. Leaving its `with` block hangs up."""
+    """Streamed answer, read event by event. The end of its `with` block hangs up."""
 
     connection: http.client.HTTPConnection
     body: dict
@@ -186,7 +186,7 @@ class ChatStream:
         self.connection.close()
 
     def __iter__(self):
-        """The events' payloads: chunks as dicts, and "[DONE]"."""
+        """The payloads of the events: chunks as dicts, and "[DONE]"."""
         while line := self.response.readline():
             if line.startswith(b"data: "):
                 payload = line.removeprefix(b"data: ").strip().decode()

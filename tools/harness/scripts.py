@@ -1,4 +1,4 @@
-"""What a scripted model is made of: scripts, a token for every piece of them, and the template that picks one."""
+"""Parts of a scripted model: scripts, a tokenizer with a token per piece, and the template that chooses a script."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,22 +12,22 @@ BOS, EOS = "<|im_start|>", "<|im_end|>"
 
 @dataclass(frozen=True)
 class Script:
-    """What a scripted model says: one token a piece. Pieces in bytes may cut a character. Endless begins again."""
+    """Answer of a scripted model, one token per piece. Pieces in bytes may cut a character. endless: it is repeated."""
 
     pieces: Sequence[str | bytes]
     endless: bool = False
 
 
 def words(text: str) -> Script:
-    """A script that says `text`, a word with the white space before it as one token."""
+    """A script of `text`: one token per word with the white space before it."""
     return Script(re.findall(r"\s*\S+|\s+$", text))
 
 
 def script_tokenizer(plays: Sequence[Script], tokens: Sequence[str] = ()) -> Tokenizer:
-    """Single bytes for the prompts, and a token of its own for every position of every script.
+    """A tokenizer with single bytes for the prompts, and a separate token for every position of every script.
 
     A position's token is its text and a mark that the decoder drops, so that equal pieces are different tokens. The
-    mark's characters stand for no bytes.
+    characters of the mark stand for no bytes.
     """
     vocab = {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for number, play in enumerate(plays):
@@ -41,12 +41,12 @@ def script_tokenizer(plays: Sequence[Script], tokens: Sequence[str] = ()) -> Tok
 
 
 def script_ids(tokenizer: Tokenizer, script: Script, number: int = 0) -> list[int]:
-    """The token ids of a script's pieces; `number` is its place among the scripts of the tokenizer."""
+    """The token ids of a script's pieces; number: its index among the scripts of the tokenizer."""
     return [tokenizer.token_to_id(_piece_token(piece, number, n)) for n, piece in enumerate(script.pieces)]
 
 
 def byte_level(model: models.BPE) -> Tokenizer:
-    """A tokenizer that sees text as bytes, so that it has tokens for any."""
+    """A byte-level tokenizer, which has tokens for any text."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
@@ -58,7 +58,7 @@ def _piece_token(piece: str | bytes, script: int, position: int) -> str:
 
 
 def _byte_chars() -> Iterator[str]:
-    """The character that stands for each byte in byte-level BPE: itself where it is visible."""
+    """The character of each byte in byte-level BPE: the byte's own if that is visible."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return (chr(byte if byte in visible else next(others)) for byte in range(0x100))
@@ -73,7 +73,7 @@ def _cue(script: int) -> str:
 
 
 def script_template(names: Sequence[str], generation_prompt: str) -> str:
-    """A chat template that ends in the cue of the script whose name the last user message has."""
+    """A chat template that ends in the cue of the script whose name is in the last user message."""
     cases = "".join(
         f"{{%- {'if' if n == 0 else 'elif'} {name!r} in ask %}}{{{{ '{_cue(n)}' }}}}" for n, name in enumerate(names)
     )
@@ -88,7 +88,7 @@ def script_template(names: Sequence[str], generation_prompt: str) -> str:
 
 
 def successors(tokenizer: Tokenizer, plays: Sequence[Script]) -> Iterator[tuple[int, int]]:
-    """Each token of the scripts with the one that follows it."""
+    """Each token of the scripts with its successor."""
     eos = tokenizer.token_to_id(EOS)
     for number, play in enumerate(plays):
         line = script_ids(tokenizer, play, number)

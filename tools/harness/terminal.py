@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal, and what a person would see there: a real terminal's screen and its scrollback."""
+"""Program in a pseudo-terminal, with the screen and the scrollback of a real terminal."""
 
 import os
 import sys
@@ -11,13 +11,13 @@ import pyte
 
 ROOT = Path(__file__).parent.parent.parent
 COLUMNS, ROWS = 100, 40
-PATIENCE = 100.0  # seconds that a busy machine may take for anything
+TIMEOUT = 100.0  # seconds, enough for anything on a busy machine
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, TAB, UP = "\x03", "\x04", "\r", "\x1b\r", "\t", "\x1b[A"
 SETTINGS = ("NO_COLOR", "FORCE_COLOR", "OPENAI_BASE_URL", "OPENAI_API_KEY")
 
 
 class Screen(pyte.HistoryScreen):
-    """Answers what programs ask a terminal, such as where the cursor is."""
+    """Screen that answers the queries of programs, such as the cursor's position."""
 
     def __init__(self, answer):
         super().__init__(COLUMNS, ROWS, history=5000)
@@ -25,7 +25,7 @@ class Screen(pyte.HistoryScreen):
 
 
 class Terminal:
-    """One running program. Waiting is for what is shown, never for time."""
+    """Running program. Every wait is for text on the screen, never for time."""
 
     def __init__(self, command, environment, screen):
         self.child = pexpect.spawn(
@@ -36,14 +36,14 @@ class Terminal:
             encoding="utf-8",
             codec_errors="replace",
             echo=False,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
         self.screen = screen(self.child.send)
         self._stream = pyte.Stream(self.screen)
 
     @property
     def shown(self):
-        """All lines so far, those that were scrolled away first."""
+        """All lines so far, the scrollback first."""
         gone = ["".join(line[column].data for column in range(COLUMNS)) for line in self.screen.history.top]
         return "\n".join(line.rstrip() for line in [*gone, *self.screen.display])
 
@@ -53,8 +53,8 @@ class Terminal:
     def enter(self, line):
         self.child.send(line + ENTER)
 
-    def expect(self, *texts, within=PATIENCE):
-        """Read until all of the texts are shown, in this order."""
+    def expect(self, *texts, within=TIMEOUT):
+        """Read until all texts are shown, in this order."""
         deadline = monotonic() + within
         while not self._shows(texts):
             assert monotonic() < deadline, f"{texts} not in:\n{self.shown}"
@@ -66,10 +66,10 @@ class Terminal:
                 assert self._shows(texts), f"the program ended, and {texts} not in:\n{self.shown}"
 
     def exit_status(self):
-        """Read to the program's end."""
+        """Read to the end of the program; its exit status."""
         while True:
             try:
-                self._stream.feed(self.child.read_nonblocking(65536, timeout=PATIENCE))
+                self._stream.feed(self.child.read_nonblocking(65536, timeout=TIMEOUT))
             except pexpect.EOF:
                 self.child.wait()
                 return self.child.exitstatus
@@ -85,7 +85,7 @@ class Terminal:
 
 @contextmanager
 def terminal(*arguments, home, screen=Screen, **environment):
-    """advanced_client.py on a terminal of its own, with `home` for its files."""
+    """advanced_client.py on its own terminal, with `home` for its files."""
     inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     own = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "XDG_STATE_HOME": str(home), "HOME": str(home)}
     shown = Terminal(

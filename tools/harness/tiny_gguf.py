@@ -1,4 +1,4 @@
-"""A real .gguf file of a random two-layer llama, small enough to convert in a second."""
+"""Real .gguf file of a random two-layer llama, which converts in a second."""
 
 import gguf
 import numpy as np
@@ -7,7 +7,7 @@ HIDDEN, HEADS, LAYERS, CONTEXT = 64, 2, 2, 128
 
 
 def write_tiny_gguf(path, *, seed=0):
-    """Write the file and return its path. Its vocabulary is the 256 bytes and four chat tokens."""
+    """Write the file; its path. The vocabulary is the 256 bytes and four chat tokens."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("Tiny")
     writer.add_context_length(CONTEXT)
@@ -29,7 +29,7 @@ def write_tiny_gguf(path, *, seed=0):
 
 
 def _vocabulary(writer):
-    """A byte-level tokenizer; gives the number of its tokens."""
+    """Write a byte-level tokenizer; the number of its tokens."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]

@@ -1,1 +1,1 @@
-"""Measuring a server under load, and what one model's work costs another."""
+"""Benchmarks of a server: figures under load, and interference of two models."""

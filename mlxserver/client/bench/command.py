@@ -1,4 +1,4 @@
-"""Running a benchmark from its options to its files, for the command line and for the shell alike."""
+"""Benchmarks from their options to their output and files, for the command line and for the shell."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INTERFERENCE_REQUESTS = 8
 async def benchmark(
     client: ChatClient, options: Namespace, models: tuple[str, ...], params: Mapping[str, Any], *, as_json: bool
 ) -> bool:
-    """Run and show it; whether every request was answered. Raises ClientError."""
+    """Run a benchmark and show it; whether every request was answered. Raises ClientError."""
     plan = make_plan(options, models, params)
     runs = []
     with progress_bar(console(stderr=True)) as bar:
@@ -46,7 +46,10 @@ async def benchmark(
 async def interference(
     client: ChatClient, options: Namespace, models: tuple[str, ...], params: Mapping[str, Any], *, as_json: bool
 ) -> bool:
-    """Measure how the second model's work slows the first one down, and show it. Raises ClientError."""
+    """Measure how much work on the second model slows the first one down, and show it.
+
+    Returns whether every phase ran and every request was answered. Raises ClientError.
+    """
     if len(models) != 2:
         raise SettingInvalid("--interference", ",".join(models), "two models, such as a,b")
     for name in ("rate", "plot"):
@@ -62,20 +65,14 @@ async def interference(
             task = bar.add_task(f"{models[0]}: {name}", total=plan.requests)
             phases.append(await measured.run(name, work, lambda task=task: bar.advance(task)))  # type: ignore[misc]
     objects = to_objects(phases, plan)
-    if as_json:
-        print_line(json.dumps(objects, indent=2))
-    elif console().is_terminal:
-        console().print(format_interference(models[0], objects))
-    else:
-        rows = [["", *MEASURES], *([one["phase"], *_cells(one)] for one in objects)]
-        print_line("\n".join("\t".join(row) for row in rows))
+    _show_interference(models[0], objects, console(), as_json)
     if options.output:
         write(options.output, to_rows(objects), objects)
     return all(phase.run and not phase.run.errors for phase in phases)
 
 
 def format_interference(model: str, phases: list[dict[str, Any]]) -> Table:
-    """A row a phase: each figure and how many times that of the model alone it is."""
+    """A table with one row per phase: each figure, and its ratio to that of the model alone."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column(Text(model))
     for name in MEASURES:
@@ -93,6 +90,16 @@ def _cells(phase: dict[str, Any]) -> list[str]:
 
 def _cell(value: float | None, ratio: float | None) -> str:
     return "-" if value is None or ratio is None else f"{value:.1f} (x{ratio:.2f})"
+
+
+def _show_interference(model: str, phases: list[dict[str, Any]], stdout: Console, as_json: bool) -> None:
+    if as_json:
+        print_line(json.dumps(phases, indent=2))
+    elif stdout.is_terminal:
+        stdout.print(format_interference(model, phases))
+    else:
+        rows = [["", *MEASURES], *([phase["phase"], *_cells(phase)] for phase in phases)]
+        print_line("\n".join("\t".join(row) for row in rows))
 
 
 def _show(plan: Plan, runs: list[Run], stdout: Console, as_json: bool) -> None:

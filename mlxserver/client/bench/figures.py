@@ -1,8 +1,8 @@
-"""Runs -> figures -> JSON and CSV. Pure, but for writing the file.
+"""Figures of runs, as JSON and CSV. Pure, except for writing the file.
 
 Rule 1: times are in milliseconds here, rates per second; what is not known is None, and an empty cell in CSV.
-Rule 2: ttft, itl (mean time per token of one request), and e2e have one value a request; gap is between any two
-        chunks of one stream, over all requests.
+Rule 2: ttft, itl (mean time per token of one request) and e2e have one value per request; gap is between any two
+        successive chunks of one stream, over all requests.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxserver.client.bench.load import Run
+from mlxserver.client.bench.load import Run, Sample
 from mlxserver.client.bench.plan import Plan, Slo
 from mlxserver.client.errors import FileUnusable, SettingInvalid
-from mlxserver.client.stats import Distribution, Timing, summarise
-from mlxserver.client.status import milliseconds
+from mlxserver.client.stats import Distribution, Timing, milliseconds, summarise
 
-SPREADS = ("mean", "p50", "p95", "p99", "max")
+STATISTICS = ("mean", "p50", "p95", "p99", "max")
 
 Figures = dict[str, Any]
 
@@ -29,7 +28,7 @@ def figures(run: Run, slo: Slo | None) -> Figures:
     """The figures of one level, flat."""
     timings = run.timings
     summary = summarise(timings)
-    kept = None if slo is None else sum(slo.is_met(timing) for timing in timings)
+    met = None if slo is None else sum(slo.is_met(timing) for timing in timings)
     latencies = {"ttft": summary.ttft, "itl": summary.time_per_token, "gap": summary.gaps, "e2e": summary.latency}
     return {
         "model": run.level.model,
@@ -45,9 +44,11 @@ def figures(run: Run, slo: Slo | None) -> Figures:
         "tokens_per_second": summary.total_tokens_per_second,
         "request_tokens_per_second": summary.tokens_per_second.p50 if summary.tokens_per_second else None,
         "requests_per_second": summary.requests_per_second,
-        "goodput_requests_per_second": kept / summary.seconds if kept is not None and summary.seconds > 0 else None,
-        "goodput_share": kept / len(run.samples) if kept is not None and run.samples else None,
-        **{f"{name}_{key}": value for name, spread in latencies.items() for key, value in _spread(spread).items()},
+        "goodput_requests_per_second": met / summary.seconds if met is not None and summary.seconds > 0 else None,
+        "goodput_share": met / len(run.samples) if met is not None and run.samples else None,
+        **{
+            f"{name}_{key}": value for name, latency in latencies.items() for key, value in _statistics(latency).items()
+        },
     }
 
 
@@ -61,12 +62,12 @@ def to_object(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
         "seed": plan.seed,
         "params": dict(plan.params),
     }
-    levels = [{**figures(run, plan.slo), "samples": [_sample(s.timing, s.error) for s in run.samples]} for run in runs]
+    levels = [{**figures(run, plan.slo), "samples": list(map(_sample, run.samples))} for run in runs]
     return {"settings": settings, "levels": levels}
 
 
 def to_csv(rows: Sequence[Figures]) -> str:
-    """A line for each row, under one with the names of the first."""
+    """One line per row, below a header of the first row's names."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -75,13 +76,13 @@ def to_csv(rows: Sequence[Figures]) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Raises SettingInvalid for a name that tells no format."""
+    """Raises SettingInvalid for a name of neither format."""
     if path.suffix.lower() not in (".json", ".csv"):
         raise SettingInvalid("output", str(path), "a name that ends in .json or .csv")
 
 
 def write(path: Path, rows: Sequence[Figures], whole: object) -> None:
-    """Keep figures in a file: the rows as CSV, or the whole as JSON. Raises FileUnusable."""
+    """Write figures to a file: the rows as CSV, or the whole as JSON. Raises FileUnusable."""
     text = to_csv(rows) if path.suffix.lower() == ".csv" else json.dumps(whole, indent=2) + "\n"
     try:
         path.write_text(text, encoding="utf-8")
@@ -89,8 +90,8 @@ def write(path: Path, rows: Sequence[Figures], whole: object) -> None:
         raise FileUnusable(str(path), error.strerror or str(error)) from error
 
 
-def _spread(spread: Distribution | None) -> dict[str, float | None]:
-    return {f"{key}_ms": milliseconds(getattr(spread, key)) if spread else None for key in SPREADS}
+def _statistics(latency: Distribution | None) -> dict[str, float | None]:
+    return {f"{key}_ms": milliseconds(getattr(latency, key)) if latency else None for key in STATISTICS}
 
 
 def _total(timings: Sequence[Timing], count: str) -> int | None:
@@ -98,9 +99,10 @@ def _total(timings: Sequence[Timing], count: str) -> int | None:
     return sum(getattr(usage, count) for usage in usages) if usages else None
 
 
-def _sample(timing: Timing | None, error: str | None) -> dict[str, Any]:
+def _sample(sample: Sample) -> dict[str, Any]:
+    timing = sample.timing
     if timing is None:
-        return {"error": error}
+        return {"error": str(sample.error)}
     return {
         "start": timing.start,
         "ttft_ms": milliseconds(timing.ttft),

@@ -1,8 +1,8 @@
-"""How much one model slows down while another one works: the same requests to it alone, and beside each kind of work.
+"""Interference of two models: the same requests to one model alone, and during each kind of work of another one.
 
-Rule 1: in every phase the work is under way before the first request is sent, and goes on until the last has ended.
-Rule 2: a phase that can't be run (a server without unload) says why, and the others are run.
-Rule 3: a figure's ratio is that of the phase over that of the model alone.
+Rule 1: in every phase the work has started before the first request is sent, and goes on until the last one has ended.
+Rule 2: a phase that can't be run (on a server without unload) has a problem, and the others are run.
+Rule 3: a ratio is the figure of the phase over that of the model alone.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ LONG_PROMPT_WORDS = 1000
 WORDS_PER_CONTEXT = 0.15  # a word is a number of up to four tokens, and the answer needs room
 DECODING_TOKENS = 512
 
-# One round of the other model's work; it calls its argument when the work is under way.
+# One round of work of the other model; it calls its argument when the work has started.
 Work = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What the other model did, and how the measured one ran meanwhile; `problem` where it could not be run."""
+    """One kind of work, and the run of the measured model during it; problem: why there is no run."""
 
     name: str
     run: Run | None = None
@@ -38,7 +38,7 @@ class Phase:
 
 
 class Interference:
-    """Measures `model` while `other` works, both on one server."""
+    """Measurement of `model` during the work of `other`, both on one server."""
 
     def __init__(self, client: ChatClient, plan: Plan, model: str, other: str) -> None:
         self._client, self._plan, self._other = client, plan, other
@@ -48,7 +48,7 @@ class Interference:
 
     @property
     def phases(self) -> list[tuple[str, Work | None]]:
-        """The phases in their order."""
+        """The phases in their order: the name and the work of each."""
         return [
             ("alone", None),
             (f"{self._other} decodes", self._decode),
@@ -57,12 +57,12 @@ class Interference:
         ]
 
     async def run(self, name: str, work: Work | None, on_done: Callable[[], None]) -> Phase:
-        """Run one phase. Raises ClientError when the model does not answer alone."""
+        """Run one phase. Raises ClientError if the model alone does not answer."""
         if work is None:
-            await self._get_ready()
+            await self._prepare()
             return Phase(name, await self._measure(on_done))
         try:
-            async with _going_on(work):
+            async with _repeated(work):
                 return Phase(name, await self._measure(on_done))
         except ClientError as error:
             return Phase(name, problem=str(error))
@@ -70,9 +70,9 @@ class Interference:
     async def _measure(self, on_done: Callable[[], None]) -> Run:
         return await run_level(self._client, self._plan, self._level, on_done)
 
-    async def _get_ready(self) -> None:
-        """Have the other model loaded, and choose a prompt that fits into its context."""
-        await self._touch()
+    async def _prepare(self) -> None:
+        """Load the other model, and choose the length of a prompt that fits into its context."""
+        await self._send_one()
         with suppress(ClientError):
             context = (await self._client.model(self._other)).context_length
             self._words = min(LONG_PROMPT_WORDS, int((context or LONG_PROMPT_WORDS * 4) * WORDS_PER_CONTEXT))
@@ -86,34 +86,37 @@ class Interference:
 
     async def _prefill(self, begin: Callable[[], None]) -> None:
         begin()
-        await self._touch(self._long_prompt())
+        await self._send_one(self.long_prompt())
 
     async def _load(self, begin: Callable[[], None]) -> None:
         await self._client.unload(self._other)
         begin()
-        await self._touch()
+        await self._send_one()
 
-    async def _touch(self, prompt: Prompt = user("Hi")) -> None:  # noqa: B008  (a prompt is a tuple)
+    async def _send_one(self, prompt: Prompt = user("Hi")) -> None:  # noqa: B008  (a prompt is a tuple)
         await self._client.complete(prompt, self._other, max_tokens=1)
 
-    def _long_prompt(self) -> Prompt:
-        """Never the same twice, from its first word on: a prefix cache has nothing of it."""
+    def long_prompt(self) -> Prompt:
+        """A prompt that differs from every other in its first words: no prefix cache holds any of it."""
         return user(" ".join(str(self._random.randrange(1000)) for _ in range(self._words)))
 
 
 @asynccontextmanager
-async def _going_on(work: Work) -> AsyncGenerator[None, None]:
-    """The work over and over, from when it is under way to the end of the block. Raises what its first round raises."""
-    under_way = asyncio.Event()
+async def _repeated(work: Work) -> AsyncGenerator[None, None]:
+    """Repeat the work until the end of the block, which begins when the work has started.
+
+    Raises what the first round raises, and StreamBroken if a later one fails.
+    """
+    started = asyncio.Event()
 
     async def repeat() -> None:
         while True:
-            await work(under_way.set)
+            await work(started.set)
 
-    task, start = asyncio.ensure_future(repeat()), asyncio.ensure_future(under_way.wait())
+    task, start = asyncio.ensure_future(repeat()), asyncio.ensure_future(started.wait())
     try:
         await asyncio.wait({task, start}, return_when=asyncio.FIRST_COMPLETED)
-        if not under_way.is_set():
+        if not started.is_set():
             await task
         yield
         if task.done():
@@ -126,7 +129,7 @@ async def _going_on(work: Work) -> AsyncGenerator[None, None]:
 
 
 def phase_figures(phase: Phase, plan: Plan) -> Figures | None:
-    """The figures of a phase that was run."""
+    """The figures of a phase; None if it was not run."""
     return figures(phase.run, plan.slo) if phase.run else None
 
 
@@ -145,7 +148,7 @@ def to_objects(phases: list[Phase], plan: Plan) -> list[dict[str, Any]]:
 
 
 def to_rows(objects: list[dict[str, Any]]) -> list[Figures]:
-    """What to_objects() made for CSV: a flat row a phase."""
+    """The objects of to_objects() for CSV: one flat row per phase."""
     return [
         {"phase": one["phase"], "problem": one["problem"]}
         | (one["figures"] or {})
@@ -163,7 +166,7 @@ MEASURES = {
 
 
 def ratios(level: Figures | None, alone: Figures | None) -> dict[str, float | None]:
-    """Each measure over that of the model alone."""
+    """The ratio of each measure to that of the model alone."""
     return {name: _ratio(level, alone, name) for name in MEASURES.values()}
 
 

@@ -1,37 +1,42 @@
-"""Load on a server: requests sent as a plan says, and what became of each.
+"""Load generator: sends prepared requests to a server and returns a sample of each.
 
-Rule 1: while a level runs nothing is read of an answer but bytes and times; figures are made afterwards.
-Rule 2: a request that fails is a Sample with an error. Only a warm-up that fails ends the benchmark.
-Rule 3: with a rate, a request is sent when its time has come, however many are still running.
+Rule 1: while a load runs, a response is stored as bytes and times (client/recorder.py); parsing comes afterwards.
+Rule 2: a request that fails is a sample with an error. Only a failed warm-up ends a benchmark.
+Rule 3: with a rate, a request is sent at its own time, however many are still running.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 from mlxserver.client.api import ChatClient
-from mlxserver.client.bench.plan import Level, Plan, Prompt
+from mlxserver.client.bench.plan import Level, Plan
 from mlxserver.client.errors import ClientError
-from mlxserver.client.recorder import Recording
+from mlxserver.client.events import Content, Reasoning
+from mlxserver.client.recorder import PreparedRequest, Recording
 from mlxserver.client.stats import Timing, timing
 
-WARMUP_AT_ONCE = 64
+WARMUP_CONCURRENCY = 64
 
-Send = Callable[[Prompt], Coroutine[Any, Any, None]]
+Outcome = Recording | ClientError
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request: its figures, or why it failed."""
+    """One request: its timing, or the error that it failed with.
+
+    text: the generated text, reasoning included. connecting: seconds that the connection took, in no latency.
+    """
 
     timing: Timing | None = None
-    error: str | None = None
+    error: ClientError | None = None
+    text: str = ""
+    connecting: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,79 +48,91 @@ class Run:
 
     @property
     def timings(self) -> list[Timing]:
-        """Of the requests that were answered whole."""
+        """Timings of the requests that were answered whole."""
         return [sample.timing for sample in self.samples if sample.timing]
 
     @property
     def errors(self) -> list[str]:
-        """Of the others."""
-        return [sample.error for sample in self.samples if sample.error is not None]
+        """Messages of the errors of all others."""
+        return [str(sample.error) for sample in self.samples if sample.error]
 
 
 async def run_level(client: ChatClient, plan: Plan, level: Level, on_done: Callable[[], None] = lambda: None) -> Run:
-    """Run one level. on_done is called at each request's end. Raises ClientError when the warm-up fails."""
-    await warm_up(client, plan, level)
-    outcomes: list[Recording | ClientError] = []
+    """Run one level. on_done is called at the end of each request. Raises ClientError when the warm-up fails."""
+    requests = [client.prepare(prompt, level.model, **plan.params) for prompt in plan.questions()]
+    for sample in await closed_loop(requests[: plan.warmup], level.concurrency or WARMUP_CONCURRENCY):
+        if sample.error:
+            raise sample.error
+    if level.rate is None:
+        samples = await closed_loop(requests, level.concurrency or 1, on_done)
+    else:
+        samples = await open_loop(requests, plan.arrivals(level.rate), on_done)
+    return Run(level, tuple(samples))
 
-    async def send(prompt: Prompt) -> None:
-        try:
-            outcomes.append(await client.record(prompt, level.model, **plan.params))
-        except ClientError as error:
-            outcomes.append(error)
+
+async def closed_loop(
+    requests: Sequence[PreparedRequest], clients: int, on_done: Callable[[], None] = lambda: None
+) -> list[Sample]:
+    """Send all requests, `clients` at a time: each client sends its next one as soon as its last one ended.
+
+    Returns the samples in the order in which the requests ended.
+    """
+    waiting, outcomes = iter(requests), list[Outcome]()
+
+    async def run_client() -> None:
+        for request in waiting:
+            outcomes.append(await send(request))
+            on_done()
+
+    with without_collector():
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(clients, len(requests))):
+                tasks.create_task(run_client())
+    return [read(outcome) for outcome in outcomes]
+
+
+async def open_loop(
+    requests: Sequence[PreparedRequest], arrivals: Sequence[float], on_done: Callable[[], None] = lambda: None
+) -> list[Sample]:
+    """Send each request at its own time. arrivals: seconds from now, ascending. Samples as closed_loop() gives them."""
+    outcomes = list[Outcome]()
+
+    async def run_one(request: PreparedRequest) -> None:
+        outcomes.append(await send(request))
         on_done()
 
-    with _without_collector():
-        if level.rate is None:
-            await _closed_loop(plan.questions(), level.concurrency or 1, send)
-        else:
-            await _open_loop(plan.questions(), plan.arrivals(level.rate), send)
-    return Run(level, tuple(map(_sample, outcomes)))
+    with without_collector():
+        start = perf_counter()
+        async with asyncio.TaskGroup() as tasks:
+            for request, at in zip(requests, arrivals, strict=True):
+                await asyncio.sleep(start + at - perf_counter())
+                tasks.create_task(run_one(request))
+    return [read(outcome) for outcome in outcomes]
 
 
-async def warm_up(client: ChatClient, plan: Plan, level: Level) -> None:
-    """Requests that don't count, as many at once as in the level. Raises ClientError."""
-
-    async def send(prompt: Prompt) -> None:
-        (await client.record(prompt, level.model, **plan.params)).events()
-
+async def send(request: PreparedRequest) -> Outcome:
+    """Send one request; its recording, or the error of connecting."""
     try:
-        await _closed_loop(plan.questions()[: plan.warmup], level.concurrency or WARMUP_AT_ONCE, send)
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-
-
-async def _closed_loop(prompts: Sequence[Prompt], clients: int, send: Send) -> None:
-    waiting = iter(prompts)
-
-    async def work() -> None:
-        for prompt in waiting:
-            await send(prompt)
-
-    async with asyncio.TaskGroup() as tasks:
-        for _ in range(min(clients, len(prompts))):
-            tasks.create_task(work())
-
-
-async def _open_loop(prompts: Sequence[Prompt], arrivals: Sequence[float], send: Send) -> None:
-    start = perf_counter()
-    async with asyncio.TaskGroup() as tasks:
-        for prompt, at in zip(prompts, arrivals, strict=True):
-            await asyncio.sleep(start + at - perf_counter())
-            tasks.create_task(send(prompt))
-
-
-def _sample(outcome: Recording | ClientError) -> Sample:
-    try:
-        if isinstance(outcome, ClientError):
-            raise outcome
-        return Sample(timing(outcome.start, outcome.events()))
+        return await request()
     except ClientError as error:
-        return Sample(error=str(error))
+        return error
+
+
+def read(outcome: Outcome) -> Sample:
+    """Parse what a request gave."""
+    if isinstance(outcome, ClientError):
+        return Sample(error=outcome)
+    try:
+        events = outcome.events()
+    except ClientError as error:
+        return Sample(error=error, connecting=outcome.connecting)
+    text = "".join(event.text for event in events if isinstance(event, Reasoning | Content))
+    return Sample(timing(outcome.start, events), text=text, connecting=outcome.connecting)
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
-    """The garbage collector would stop the world in the middle of a measurement."""
+def without_collector() -> Iterator[None]:
+    """Keep the garbage collector off during a measurement: a collection would delay arrivals."""
     gc.collect()
     gc.disable()
     try:

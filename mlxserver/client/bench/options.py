@@ -1,4 +1,4 @@
-"""The options of a benchmark, the same for a command line of the system and for one of the shell."""
+"""Options of a benchmark, the same for the command line and for the shell's /bench."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ Number = TypeVar("Number", int, float)
 
 
 def add_options(parser: ArgumentParser | _ArgumentGroup) -> None:
-    """Add all but the models and --max-tokens."""
-    parser.add_argument("--prompt-file", metavar="FILE", type=Path, help="a prompt a line, or messages in .jsonl")
-    parser.add_argument("--concurrency", metavar="N,N", type=_list(int), help="requests at any time (default: 1,4,16)")
-    parser.add_argument("--rate", metavar="R,R", type=_list(float), help="requests a second instead, Poisson arrivals")
-    parser.add_argument("--requests", metavar="N", type=_positive(int), help="requests at each load (default: 32)")
-    parser.add_argument("--warmup", metavar="N", type=_count, help="requests before each load (default: 2)")
+    """Add all options except the models and --max-tokens."""
+    parser.add_argument("--prompt-file", metavar="FILE", type=Path, help="one prompt per line, or messages in .jsonl")
+    parser.add_argument(
+        "--concurrency", metavar="N,N", type=_list(int), help="requests running at any time (default: 1,4,16)"
+    )
+    parser.add_argument(
+        "--rate", metavar="R,R", type=_list(float), help="requests per second instead, Poisson arrivals"
+    )
+    parser.add_argument("--requests", metavar="N", type=_positive(int), help="requests per load (default: 32)")
+    parser.add_argument("--warmup", metavar="N", type=_count, help="warm-up requests before each load (default: 2)")
     parser.add_argument("--seed", metavar="N", type=int, help="of the order of prompts and of arrivals (default: 0)")
-    parser.add_argument("--slo", metavar="LIMITS", help='count what keeps limits in ms: "ttft=500,itl=50,e2e=5000"')
-    parser.add_argument("--output", metavar="FILE", type=Path, help="keep the figures as .json or .csv")
+    parser.add_argument(
+        "--slo", metavar="LIMITS", help='count requests within limits in ms: "ttft=500,itl=50,e2e=5000"'
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the figures as .json or .csv")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the figures as .png")
 
 
 def make_plan(options: Namespace, models: tuple[str, ...], params: Mapping[str, Any]) -> Plan:
-    """The plan that the options ask for. Raises SettingInvalid, FileUnusable."""
+    """The plan of the options. Raises SettingInvalid, FileUnusable."""
     if options.rate and options.concurrency:
         raise SettingInvalid("--rate", "with --concurrency", "one of the two")
     if options.output:

@@ -1,6 +1,6 @@
-"""What a benchmark does: models, prompts, levels of load and service objectives. Pure, but for reading the prompts.
+"""Plan of a benchmark: models, prompts, levels of load, service objectives. Pure, except for reading prompts.
 
-Rule: the same plan and seed ask the same prompts in the same order at the same moments.
+Rule: the same plan and seed send the same prompts in the same order at the same times.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ PROMPTS = (
     "List five animals that live in the sea, each with one fact.",
     "Why is the sky dark at night?",
     "Summarise the history of the bicycle.",
-    "Give advice to somebody who plants a first garden.",
+    "Give advice for planting a first garden.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Service objectives in seconds; None asks nothing. itl is the mean time per token after the first."""
+    """Service objectives in seconds, None for no limit. itl: mean time per token after the first."""
 
     ttft: float | None = None
     itl: float | None = None
     e2e: float | None = None
 
     def is_met(self, timing: Timing) -> bool:
-        """Whether a request kept all of them. A figure that is not known keeps none."""
-        kept = ((self.ttft, timing.ttft), (self.itl, timing.time_per_token), (self.e2e, timing.latency))
-        return all(limit is None or (value is not None and value <= limit) for limit, value in kept)
+        """Whether a request meets all objectives. A figure that is not known meets none."""
+        pairs = ((self.ttft, timing.ttft), (self.itl, timing.time_per_token), (self.e2e, timing.latency))
+        return all(limit is None or (value is not None and value <= limit) for limit, value in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A load on one model: so many requests at any time, or so many arriving a second on average."""
+    """Load on one model. concurrency: requests running at any time; or rate: mean arrivals per second."""
 
     model: str
     concurrency: int | None = None
@@ -55,13 +55,13 @@ class Level:
 
     @property
     def name(self) -> str:
-        """The load in a word."""
+        """Name of the load in tables."""
         return f"c={self.concurrency}" if self.rate is None else f"{self.rate:g}/s"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole benchmark. requests and warmup count for each level; params go into every request."""
+    """Whole benchmark. requests, warmup: counts per level. params: go into every request."""
 
     models: tuple[str, ...]
     prompts: tuple[Prompt, ...]
@@ -75,26 +75,26 @@ class Plan:
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """Every model under every load; rates take the place of concurrency."""
+        """Every model at every load; rates replace concurrency."""
         if self.rates:
             return tuple(Level(model, rate=rate) for model in self.models for rate in self.rates)
         return tuple(Level(model, concurrency=count) for model in self.models for count in self.concurrency)
 
     def questions(self) -> list[Prompt]:
-        """The prompts of one level in their order: all of them before any comes again."""
+        """The prompts of one level in their order: all of them before any is repeated."""
         generator, order = random.Random(self.seed), list[Prompt]()
         while len(order) < self.requests:
             order += generator.sample(self.prompts, len(self.prompts))
         return order[: self.requests]
 
     def arrivals(self, rate: float) -> list[float]:
-        """When each request of a level is sent, in seconds from its start: a Poisson process."""
+        """When each request of a level is sent, in seconds from the level's start: a Poisson process."""
         generator, at = random.Random(self.seed), 0.0
         return [at := at + generator.expovariate(rate) for _ in range(self.requests)]
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a file: JSONL with messages or a prompt when it ends in .jsonl, else one a line.
+    """Read the prompts of a file: per line an object with messages or a prompt if it ends in .jsonl, else a text.
 
     Raises FileUnusable.
     """
@@ -109,15 +109,15 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def user(text: str) -> Prompt:
-    """A conversation of one question."""
+    """A prompt of one user message."""
     return ({"role": "user", "content": text},)
 
 
 def parse_slo(text: str) -> Slo:
-    """Objectives in milliseconds, such as "ttft=500,itl=50". Raises SettingInvalid."""
+    """Parse objectives in milliseconds, such as "ttft=500,itl=50". Raises SettingInvalid."""
     limits: dict[str, float] = {}
     for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
+        name, _, value = (word.strip() for word in part.partition("="))
         try:
             limits[name] = float(value) / 1000
         except ValueError:

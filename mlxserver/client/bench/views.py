@@ -1,4 +1,4 @@
-"""What people see of a benchmark: a live bar on stderr, a table, plain lines for programs. format_* is pure."""
+"""Views of a benchmark: a progress bar on stderr, a table, plain lines for programs. format_* is pure."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ LATENCIES = {
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar for each level, gone at the end; silent where the console is no terminal."""
+    """A bar per level, removed at the end; hidden where the console is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def format_levels(levels: Sequence[Figures]) -> Group:
-    """A table a model: a column a load, a row a measure; latencies as p50 / p95 / p99."""
+    """One table per model: a column per load, a row per measure; latencies as p50 / p95 / p99."""
     models = dict.fromkeys(level["model"] for level in levels)
     return Group(*(_format_model(model, [one for one in levels if one["model"] == model]) for model in models))
 
 
 def format_level_lines(levels: Sequence[Figures]) -> str:
-    """All levels side by side, between tabs."""
+    """All levels side by side, with tabs between."""
     names = ["", *(f"{level['model']} {level['load']}" for level in levels)]
     lines = [names, *([name, *map(cell, levels)] for name, cell in rows(levels))]
     return "".join("\t".join(line) + "\n" for line in lines)
@@ -50,7 +50,7 @@ def _format_model(model: str, levels: Sequence[Figures]) -> Table:
 
 
 def rows(levels: Sequence[Figures]) -> list[tuple[str, Callable[[Figures], str]]]:
-    """The names of the measures, and what makes their cells."""
+    """The measures: the name of each, and the function that formats its cell."""
     table: list[tuple[str, Callable[[Figures], str]]] = [
         (f"{title}, p50 / p95 / p99", _latency(name)) for name, title in LATENCIES.items()
     ]
@@ -85,7 +85,7 @@ def _goodput(level: Figures) -> str:
 
 
 def _digits(value: float | None) -> str:
-    """Three digits that matter."""
+    """A number with about three significant digits."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

@@ -1,1 +1,1 @@
-"""The shell: a conversation with a server in a terminal."""
+"""Shell: a conversation with a server in a terminal."""

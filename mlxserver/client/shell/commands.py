@@ -1,7 +1,7 @@
-"""The commands of the shell: what they are called, what they take, and what runs them.
+"""Commands of the shell: their names, their arguments, and the functions that run them.
 
-Rule 1: a line that begins with a slash is a command; a command's argument is the rest of the line.
-Rule 2: a command that can't do what was asked raises ClientError, and changes nothing.
+Rule 1: a line that begins with a slash is a command; its argument is the rest of the line.
+Rule 2: a command that fails raises ClientError, and changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Argument = Literal["", "model", "models", "path", "parameter"]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command. completes: what Tab offers for its argument, a kind or the words themselves."""
+    """One command. completes: what Tab completes its argument to, a kind of argument or the words themselves."""
 
     name: str
     usage: str
@@ -29,19 +29,19 @@ class Command:
 
 
 async def help_(session: Session, argument: str) -> None:
-    """What there is to type."""
+    """List the commands and keys."""
     for command in COMMANDS.values():
         session.stdout.out(f"  {command.usage:<28}", command.description, highlight=False)
     session.note("Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D leaves.")
 
 
 async def clear(session: Session, argument: str) -> None:
-    """An empty screen; the conversation stays."""
+    """Clear the screen; the conversation stays."""
     session.stdout.clear()
 
 
 async def quit_(session: Session, argument: str) -> None:
-    """Leave."""
+    """Leave the shell."""
     raise Leave
 
 
@@ -72,9 +72,9 @@ COMMANDS = {command.name: command for command in _commands()}
 
 
 async def run_line(session: Session, line: str) -> None:
-    """Do what a line says: a command, or a question. Raises ClientError, and Leave."""
+    """Run a line: a command, or a question. Raises ClientError, and Leave."""
     if not line.startswith("/"):
-        return await session.tell(line)
+        return await session.send(line)
     name, _, argument = line[1:].partition(" ")
     command = COMMANDS.get(name)
     if command is None:

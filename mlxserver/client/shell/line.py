@@ -1,12 +1,15 @@
-"""The line that is typed: editing, history, completion.
+"""Input line of the shell: editing, history, completion.
 
-Rule 1: Enter sends. Alt-Enter (or Escape, then Enter) starts a new line; what is pasted keeps its lines.
-Rule 2: completion never asks the server; it offers what the session remembers.
+Rule 1: Enter sends. Alt-Enter (or Escape, then Enter) starts a new line; pasted text keeps its lines.
+Rule 2: completion sends no request; it offers the models that the session has last seen.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
@@ -15,23 +18,23 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from mlxserver.client.files import history_file
 from mlxserver.client.shell.commands import COMMANDS
 from mlxserver.client.shell.session import Session
 from mlxserver.client.shell.settings import PARAMETERS
 
-INVITATION = "> "
+PROMPT = "> "
+APPLICATION = "multi-model-mlx-server"
 
 
 class LineReader:
-    """Reads what a person types into a session."""
+    """Reader of the lines that are typed into a session."""
 
     def __init__(self, session: Session) -> None:
         path = history_file()
         if path is None:
             session.note("The history can't be kept: its file can't be written.")
         self._prompt: PromptSession[str] = PromptSession(
-            INVITATION,
+            PROMPT,
             multiline=True,
             prompt_continuation="  ",
             history=FileHistory(str(path)) if path else InMemoryHistory(),
@@ -48,14 +51,14 @@ class LineReader:
 
 
 class LineCompleter(Completer):
-    """Offers commands, and what each command takes."""
+    """Completion of commands and of their arguments."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """What fits to the text before the cursor."""
+        """Completions of the text before the cursor."""
         typed = document.text_before_cursor
         if not typed.startswith("/") or "\n" in typed:
             return
@@ -82,11 +85,27 @@ def _matching(words: Iterable[str], typed: str) -> Iterable[Completion]:
     return (Completion(word, start_position=-len(typed)) for word in words if word.startswith(typed))
 
 
+def history_file() -> Path | None:
+    """The file of the history, readable by the user alone, in the user's state directory; None if not writable."""
+    if sys.platform == "darwin":
+        states = Path.home() / "Library" / "Application Support"
+    else:
+        states = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = states / APPLICATION / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        with path.open("a"):
+            return path
+    except OSError:
+        return None
+
+
 def _key_bindings() -> KeyBindings:
     keys = KeyBindings()
 
     @keys.add("enter")
-    @keys.add("c-j")  # what Enter is when it was typed during an answer, while the terminal was not ours
+    @keys.add("c-j")  # Enter, if it was typed during an answer: prompt_toolkit did not own the terminal then
     def _send(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 

@@ -1,7 +1,7 @@
-"""The shell's loop: read a line, do what it says, tell what went wrong, until the person leaves.
+"""Loop of the shell: read a line, run it, print its error, until Ctrl-D or /quit.
 
 Rule 1: nothing that a server does ends the shell.
-Rule 2: Ctrl-C ends what is going on, and only that; at the prompt it drops the line. Ctrl-D leaves.
+Rule 2: Ctrl-C stops the running command or answer, and only that; at the prompt it drops the line. Ctrl-D leaves.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mlxserver.client.shell.session import Leave, Session
 
 
 async def run_shell(session: Session) -> None:
-    """Talk until Ctrl-D or /quit. Raises ClientError when there is no server at the start."""
+    """Run the loop. Raises ClientError if there is no server at its start."""
     await session.refresh()
     session.note(f"{session.client.base_url} · {session.model} · /help lists the commands, Ctrl-D leaves")
     reader = LineReader(session)
     try:
         while True:
-            await _take_line(session, reader)
+            await _run_next_line(session, reader)
     except (EOFError, Leave):
         return
 
 
-async def _take_line(session: Session, reader: LineReader) -> None:
+async def _run_next_line(session: Session, reader: LineReader) -> None:
     try:
         line = (await reader.read()).strip()
         if line and not await run_until_interrupt(run_line(session, line)):
@@ -41,7 +41,7 @@ async def _take_line(session: Session, reader: LineReader) -> None:
 
 
 async def run_until_interrupt(act: Coroutine[Any, Any, None]) -> bool:
-    """Run to the end, or to Ctrl-C: False then."""
+    """Run to the end, or to Ctrl-C; whether it ended by itself."""
     task = asyncio.ensure_future(act)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, task.cancel)

@@ -1,4 +1,4 @@
-"""Commands that measure."""
+"""Commands that compare and measure models."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from rich.text import Text
 
 from mlxserver.client.bench.command import benchmark
 from mlxserver.client.bench.options import add_options
-from mlxserver.client.compare import compare
 from mlxserver.client.compare_views import format_answer, format_figures, format_side_by_side, live_replies
 from mlxserver.client.errors import SettingInvalid
-from mlxserver.client.reply import Reply
+from mlxserver.client.reply import Reply, compare
 from mlxserver.client.shell.session import Session
 from mlxserver.client.stats import summarise
 
 
 async def compare_(session: Session, argument: str) -> None:
-    """The same question to several models, side by side; the conversation stays as it is."""
+    """Send one question to several models and show the replies side by side; the conversation does not change."""
     keys, _, prompt = argument.partition(" ")
     question = prompt.strip() or session.asked
     models = split_keys("/compare", keys)
@@ -37,7 +36,7 @@ async def compare_(session: Session, argument: str) -> None:
 
 
 async def bench(session: Session, argument: str) -> None:
-    """Measure models under load; the one in use when none is named."""
+    """Measure models under load; the current one if none is named."""
     parser = LineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("keys", nargs="?", default=session.model)
     add_options(parser)
@@ -46,7 +45,7 @@ async def bench(session: Session, argument: str) -> None:
 
 
 async def stats(session: Session, argument: str) -> None:
-    """The figures of all answers so far, a row a model."""
+    """Show the figures of all answers of the session, one row per model."""
     table = Table("model", "answers", "tokens", "TTFT p50 ms", "tokens/s p50", box=None, pad_edge=False)
     for model, timings in session.timings.items():
         summary = summarise(timings)
@@ -58,7 +57,7 @@ async def stats(session: Session, argument: str) -> None:
 
 
 def split_keys(name: str, keys: str) -> tuple[str, ...]:
-    """Keys between commas, one at least. Raises SettingInvalid."""
+    """Split keys at commas. name: of the option, for errors. Raises SettingInvalid if there is none."""
     models = tuple(key.strip() for key in keys.split(",") if key.strip())
     if not models:
         raise SettingInvalid(name, keys, "keys of models between commas")
@@ -66,15 +65,15 @@ def split_keys(name: str, keys: str) -> tuple[str, ...]:
 
 
 class LineParser(ArgumentParser):
-    """A parser of a line in the shell: wrong usage raises SettingInvalid where a command line's ends the process."""
+    """Argument parser for a line of the shell: wrong usage raises SettingInvalid instead of ending the process."""
 
     def parse_line(self, line: str) -> Namespace:
-        """The options of a line."""
+        """Parse the options of a line. Raises SettingInvalid."""
         try:
             return self.parse_args(shlex.split(line))
         except ValueError as error:
             raise SettingInvalid("/bench", line, f"whole quotes ({error})") from None
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse. Never returns."""
+        """Called by argparse for wrong usage. Never returns."""
         raise SettingInvalid("/bench", message, "[KEY,KEY] and the options of --benchmark")

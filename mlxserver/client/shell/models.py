@@ -5,18 +5,17 @@ from __future__ import annotations
 import shlex
 
 from mlxserver.client.errors import SettingInvalid
-from mlxserver.client.load_view import load_with_bar
 from mlxserver.client.shell.session import Session
-from mlxserver.client.views import format_loaded, format_models, format_unloaded
+from mlxserver.client.views import format_loaded, format_models, format_unloaded, load_with_bar
 
 
 async def list_models(session: Session, argument: str) -> None:
-    """A table of all models."""
+    """Show a table of all models."""
     session.stdout.print(format_models(await session.refresh()))
 
 
 async def choose_model(session: Session, argument: str) -> None:
-    """Talk to another model, in the same conversation."""
+    """Switch to another model, in the same conversation."""
     if not argument:
         return session.note(f"model: {session.model}")
     await session.choose(argument)
@@ -24,11 +23,11 @@ async def choose_model(session: Session, argument: str) -> None:
 
 
 async def load(session: Session, argument: str) -> None:
-    """Load a registered model by its key, or any source under a key of its own."""
+    """Load a registered model by its key, or any source under a new key."""
     source, key = _split(argument)
     for card in await session.refresh():
         if key is None and card.key == source:
-            # A source under the key that it is registered with loads what is registered.
+            # The source and the key of a registered model load that model.
             source, key = card.source or source, card.key
     loaded = await load_with_bar(session.client, session.stdout, source, key)
     await session.refresh()
@@ -36,7 +35,7 @@ async def load(session: Session, argument: str) -> None:
 
 
 async def unload(session: Session, argument: str) -> None:
-    """Unload one when its requests are done."""
+    """Unload a model when its requests are done."""
     if not argument:
         raise SettingInvalid("/unload", argument, "the KEY of a model")
     with session.stdout.status(f"Unloading {argument} ..."):

@@ -1,8 +1,8 @@
-"""What the shell knows between two lines: the conversation, the model, the settings and the figures so far.
+"""Session of the shell, its state between two lines: the conversation, the model, the settings, the figures.
 
-Rule 1: a conversation remembers what was shown. An answer that was stopped stays as far as it came; one that was
-        stopped before its first word, or failed, is forgotten together with its question, which can be asked again.
-Rule 2: the server's models are asked of it; what is remembered of them is for completion and the context's length.
+Rule 1: the conversation holds what was shown. An answer that was stopped is kept as far as it came; one that was
+        stopped before its first word, or failed, is dropped together with its question, which /retry can send again.
+Rule 2: models are always requested from the server; `cards` serve completion and the context length alone.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mlxserver.client.live import LiveAnswer, ThinkingView
 from mlxserver.client.models import ModelCard
 from mlxserver.client.reply import Reply, ask
 from mlxserver.client.stats import Timing
-from mlxserver.client.status import format_context, format_status
+from mlxserver.client.views import format_context, format_status
 
 
 class Leave(Exception):
-    """The person wants to leave the shell."""
+    """The shell is to end."""
 
 
 @dataclass
 class Session:
-    """One shell. params: what goes into every request. attached: files for the next question. asked: the last one."""
+    """State of one shell. params: go into every request. attached: files for the next question. asked: the last one."""
 
     client: ChatClient
     stdout: Console
@@ -47,30 +47,30 @@ class Session:
     timings: dict[str, list[Timing]] = field(default_factory=dict)
 
     async def refresh(self) -> Sequence[ModelCard]:
-        """Ask the server for its models."""
+        """Request the models from the server."""
         self.cards = tuple(await self.client.models())
         return self.cards
 
     @property
     def keys(self) -> list[str]:
-        """The models that the server had when it was asked last."""
+        """The keys of the models as of the last refresh."""
         return [card.key for card in self.cards]
 
     async def choose(self, key: str) -> None:
-        """Talk to another model from now on. Raises SettingInvalid for one that the server does not have."""
+        """Switch to another model. Raises SettingInvalid for an unknown key."""
         await self.refresh()
         if self.keys and key not in self.keys:
             raise SettingInvalid("model", key, expected_one_of(key, self.keys))
         self.model = key
 
-    async def tell(self, text: str) -> None:
-        """Ask a question with the attached files, show the answer, remember both."""
+    async def send(self, text: str) -> None:
+        """Ask a question with the attached files, show the answer, keep both (rule 1)."""
         question = "\n\n".join([*self.attached, text])
         await self.ask(question)
         self.attached = []
 
     async def ask(self, question: str) -> None:
-        """Ask a question as it is, show the answer, remember both (rule 1)."""
+        """Ask a question as it is, show the answer, keep both (rule 1)."""
         self.asked = question
         reply, messages = Reply(self.model), self.conversation.asking(question)
         try:
@@ -81,7 +81,7 @@ class Session:
                     messages,
                     stream=self.streams,
                     on_event=answer.write,
-                    on_progress=answer.tell,
+                    on_progress=answer.show_progress,
                     **self.params,
                 )
         finally:
@@ -93,19 +93,19 @@ class Session:
         if timing := reply.timing:
             self.timings.setdefault(reply.model, []).append(timing)
             if self.context_length is None:
-                # A model that was loaded by its first question tells its context only now.
+                # The context length of a model that this request has loaded is known from now on.
                 with suppress(ClientError):
                     await self.refresh()
             self.note(f"{format_status(reply.model, timing, self.context_length)}\n")
 
     @property
     def context_length(self) -> int | None:
-        """Of the model in use, in tokens, as far as it is known."""
+        """Context length of the current model in tokens; None if not known."""
         return next((card.context_length for card in self.cards if card.key == self.model), None)
 
     @property
     def toolbar(self) -> str:
-        """What stands below the line that is typed."""
+        """The text below the input line."""
         timings = self.timings.get(self.model, [])
         usage = timings[-1].usage if timings else None
         context = f" · context {format_context(usage, self.context_length)}" if usage else ""
@@ -114,17 +114,17 @@ class Session:
         return f" {self.model} · {turns}{context}{files} · Alt-Enter: new line · /help "
 
     def note(self, text: str, style: str = "dim") -> None:
-        """A line that is no answer."""
+        """Show a line that is no answer."""
         self.stdout.print(Text(text, style))
 
 
 def counted(count: int, thing: str) -> str:
-    """So many of a thing."""
+    """A count with its noun: "1 turn", "2 turns"."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def expected_one_of(name: str, known: Sequence[str]) -> str:
-    """What to say of a name that does not exist: the nearest one that does, or all."""
+    """What is expected instead of an unknown name: the nearest known one, or one of all."""
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"one that exists; did you mean {near[0]!r}?"
     return f"one of: {', '.join(known) or 'none'}"

@@ -1,4 +1,4 @@
-"""Commands that change how questions are asked and answers are shown."""
+"""Commands about the settings of requests and the view of answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlxserver.client.shell.session import Session
 
 VIEWS: tuple[ThinkingView, ...] = get_args(ThinkingView)
 
-# What Tab offers; any other name that the server knows is sent as well.
+# Tab completes to these; other parameters of the server's are sent as well.
 PARAMETERS = (
     "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "stop", "frequency_penalty", "presence_penalty",
     "repetition_penalty", "reasoning_effort",
@@ -20,7 +20,7 @@ OWN = ("model", "messages", "stream", "stream_options")
 
 
 async def stream(session: Session, argument: str) -> None:
-    """Show answers as they are made, or whole."""
+    """Stream answers, or show them whole."""
     if argument not in ("on", "off"):
         raise SettingInvalid("/stream", argument, "on or off")
     session.streams = argument == "on"
@@ -28,7 +28,7 @@ async def stream(session: Session, argument: str) -> None:
 
 
 async def think(session: Session, argument: str) -> None:
-    """Show thinking above the answer, hide it, or fold it into a line."""
+    """Show thinking above the answer, hide it, or collapse it to a line."""
     for view in VIEWS:
         if view == argument:
             session.thinking = view
@@ -37,7 +37,7 @@ async def think(session: Session, argument: str) -> None:
 
 
 async def set_(session: Session, argument: str) -> None:
-    """Set a parameter, remove it, or list what is set."""
+    """Set a parameter, remove it, or list all that are set."""
     name, _, value = argument.partition(" ")
     if value.strip():
         session.params |= read_parameter(name, value.strip())
@@ -49,7 +49,7 @@ async def set_(session: Session, argument: str) -> None:
 
 
 def read_parameter(name: str, value: str) -> dict[str, Any]:
-    """A parameter whose value is JSON, or else a text. Raises SettingInvalid for one that is the client's own."""
+    """Parse a parameter: its value is JSON, or else text. Raises SettingInvalid for one that the client sets itself."""
     if name in OWN or not name.isidentifier():
         raise SettingInvalid("parameter", name, f"one of a request, such as {', '.join(PARAMETERS[:3])}")
     try:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from mlxserver.client import transcript
 from mlxserver.client.errors import SettingInvalid
-from mlxserver.client.files import quote_file
 from mlxserver.client.shell.session import Session, counted
+from mlxserver.client.transcript import quote_file
 
 
 async def new(session: Session, argument: str) -> None:
-    """Forget all turns; the system message stays."""
+    """Begin a new conversation; the system message stays."""
     session.conversation, session.attached = session.conversation.cleared(), []
     session.note("A new conversation.")
 
@@ -23,7 +23,7 @@ async def system(session: Session, argument: str) -> None:
 
 
 async def retry(session: Session, argument: str) -> None:
-    """Ask the last question again, in place of its answer."""
+    """Ask the last question again; the new answer replaces the old one."""
     if session.asked is None:
         raise SettingInvalid("/retry", "", "a question before it")
     before, asked = session.conversation, session.asked
@@ -37,7 +37,7 @@ async def retry(session: Session, argument: str) -> None:
 
 
 async def undo(session: Session, argument: str) -> None:
-    """Forget the last question and its answer."""
+    """Remove the last turn."""
     if not session.conversation.turns:
         raise SettingInvalid("/undo", "", "a turn before it")
     question = session.conversation.last_question or ""
@@ -47,20 +47,20 @@ async def undo(session: Session, argument: str) -> None:
 
 
 async def save(session: Session, argument: str) -> None:
-    """Keep the conversation in a file."""
+    """Write the conversation to a file."""
     transcript.save(_path("/save", argument), session.conversation)
     session.note(f"Saved {counted(session.conversation.turns, 'turn')} to {argument}.")
 
 
 async def open_(session: Session, argument: str) -> None:
-    """Go on with a conversation from a file."""
+    """Continue a conversation from a file."""
     session.conversation = transcript.load(_path("/open", argument))
     session.asked = session.conversation.last_question
     session.note(f"Opened {counted(session.conversation.turns, 'turn')} from {argument}.")
 
 
 async def file(session: Session, argument: str) -> None:
-    """Put a file before the next question."""
+    """Attach a file to the next question."""
     path = _path("/file", argument)
     quoted = quote_file(path)
     session.attached.append(quoted)

@@ -1,7 +1,7 @@
-"""The Batch of a model that several ranks share, as the leader has it: every call is told to all of them.
+"""Batch of a model that several ranks share, on the leader: every call is sent to all of them.
 
-Rule: the same calls make the same batch everywhere (scheduler/scheduler.py, rule 4). What depends on the clock is
-measured on rank 0, and told.
+Rule: the same calls make the same batch on every rank (scheduler/scheduler.py, rule 4). What depends on the clock is
+measured on rank 0 and sent with the calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlxserver.engine.sequence import Constraint, SampledToken, Sequence
 
 
 class LeadingBatch:
-    """`number` is the model's, as the ranks know it. `peers` and `load` as a Scheduler's.
+    """Sends a Scheduler's calls to the ranks. number: the model's, among the ranks. peers, load: as a Scheduler's.
 
     All methods raise RankLost.
     """
@@ -39,78 +39,78 @@ class LeadingBatch:
         self._number = number
         self._peers = peers or FixedPeers()
         self._metrics = metrics or ModelMetrics("")
-        self._rows: dict[int, Constraint | None] = {}
-        self._unpublished: list[list[Any]] = []  # calls that only change what comes next
+        self._constraints: dict[int, Constraint | None] = {}
+        self._unsent: list[list[Any]] = []  # calls that only change what comes next
         self._chunk_budget: dict[str, float] = {}
         self._has_prompts = False
 
     def insert(self, sequences: abc.Sequence[Sequence]) -> None:
         """Queue the sequences of one request."""
-        self._rows |= {sequence.id: sequence.constraint for sequence in sequences}
-        self._unpublished.append(["insert", encode_sequences(sequences), time.monotonic()])
+        self._constraints |= {sequence.id: sequence.constraint for sequence in sequences}
+        self._unsent.append(["insert", encode_sequences(sequences), time.monotonic()])
         self._has_prompts = True
         self.load.is_busy = True
 
     def remove(self, sequence_ids: abc.Sequence[int]) -> None:
-        """Forget rows."""
+        """Remove sequences."""
         for sequence_id in sequence_ids:
-            self._rows.pop(sequence_id, None)
-        if not self._rows:
+            self._constraints.pop(sequence_id, None)
+        if not self._constraints:
             self._note_idle()
-        self._tell("remove", list(sequence_ids))
+        self._send("remove", list(sequence_ids))
 
     def warm_up(self) -> None:
-        """Prepare what prompts need."""
-        self._tell("warm_up")
+        """Warm up the shapes of prefill chunks."""
+        self._send("warm_up")
 
     def decode(self) -> list[SampledToken]:
-        """Advance every decoding row by one token."""
-        self._tell("decode", self._peers.observe(self.load))
-        while "tokens" not in (told := self._leader.answer(self._number)):
-            self._answer(told["row"], told["accepted"])
-        self._chunk_budget, self._has_prompts = told["chunk_budget"], told["has_prompts"]
-        if self._rows:
-            self.load.num_running, self.load.step_seconds = told["running"], told["step_seconds"]
-        if told["decoding"]:
-            self._metrics.batch_size.observe(told["decoding"])
-        return decode_tokens(told["tokens"])
+        """Advance every running sequence by one token."""
+        self._send("decode", self._peers.observe(self.load))
+        while "tokens" not in (reply := self._leader.receive(self._number)):
+            self._answer(reply["sequence"], reply["accepted"])
+        self._chunk_budget, self._has_prompts = reply["chunk_budget"], reply["has_prompts"]
+        if self._constraints:
+            self.load.num_running, self.load.step_seconds = reply["running"], reply["step_seconds"]
+        if reply["decoding"]:
+            self._metrics.batch_size.observe(reply["decoding"])
+        return decode_tokens(reply["tokens"])
 
     def prefill(self) -> None:
         """Process one chunk of the waiting prompts."""
         if self._has_prompts and self._chunk_budget:
-            self._tell("prefill", self._chunk_budget)
+            self._send("prefill", self._chunk_budget)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
-        """Give kept prefixes back."""
-        self._tell("shrink_prefixes", max_bytes)
+        """Shrink the prefix caches."""
+        self._send("shrink_prefixes", max_bytes)
 
     def is_empty(self) -> bool:
-        """Whether no row is waiting or decoding."""
-        return not self._rows
+        """Whether no sequence is waiting or running."""
+        return not self._constraints
 
     def waiting(self) -> set[int]:
-        """The ranks know who has no group yet; it matters for restart() alone."""
+        """Empty: the ranks know the waiting sequences, and only restart() needs them."""
         return set()
 
     def restart(self, staying: Collection[int]) -> list[SampledToken]:
-        """There is no going on after a call that failed: the ranks are out of step."""
+        """Raises: after a call that failed, the ranks are out of step."""
         raise self._leader.lost or EngineError("A call failed that ranks share.")
 
     def close(self) -> None:
-        """Free what the batch holds, on every rank."""
-        self._rows = {}
+        """Free the batch on every rank."""
+        self._constraints = {}
         self._note_idle()
         self._leader.drop(self._number)
 
     def _note_idle(self) -> None:
         self.load.is_busy, self.load.num_running, self.load.step_seconds = False, 0, 0.0
 
-    def _tell(self, *call: Any) -> None:
-        """Tell a call, after those that were not told yet."""
-        calls, self._unpublished = [*self._unpublished, [*call]], []
-        self._leader.tell(self._number, "calls", calls=calls)
+    def _send(self, *call: Any) -> None:
+        """Send a call, after those that have not been sent yet."""
+        calls, self._unsent = [*self._unsent, [*call]], []
+        self._leader.broadcast(self._number, "calls", calls=calls)
 
     def _answer(self, sequence_id: int, accepted: abc.Sequence[int]) -> None:
-        """Say what a row may say next."""
-        constraint = self._rows.get(sequence_id)
+        """Reply with the token mask of a sequence."""
+        constraint = self._constraints.get(sequence_id)
         self._leader.reply({"kind": "mask", "mask": answer(constraint, accepted) if constraint else None})

@@ -1,6 +1,6 @@
-"""Rows and their tokens as JSON, between the leader and the ranks that compute.
+"""Sequences and sampled tokens as JSON, between the leader and the ranks that compute.
 
-Rule: a constraint stays with the leader, where its request is. What computes asks there what its row may say.
+Rule: a constraint stays with the leader, where its request is. Rank 0 asks there for the token mask of a sequence.
 """
 
 from __future__ import annotations
@@ -15,64 +15,64 @@ from typing import Any
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.sequence import Constraint, Logprobs, SampledToken, Sequence
 
-Ask = Callable[[int, abc.Sequence[int]], bytes | None]  # row id, tokens since it was asked last -> what it may say
+Ask = Callable[[int, abc.Sequence[int]], bytes | None]  # sequence id, tokens accepted since the last call -> token mask
 
 
-def encode_sequences(rows: abc.Sequence[Sequence]) -> dict[str, Any]:
-    """Rows that share one prompt."""
+def encode_sequences(sequences: abc.Sequence[Sequence]) -> dict[str, Any]:
+    """Sequences that share one prompt."""
     return {
-        "tokens": rows[0].tokens,
-        "rows": [
+        "tokens": sequences[0].tokens,
+        "sequences": [
             {
-                "id": row.id,
-                "sampling": _encode_sampling(row.sampling),
-                "max_tokens": row.max_tokens,
-                "top_logprobs": row.top_logprobs,
-                "is_bound": row.constraint is not None,
+                "id": sequence.id,
+                "sampling": _encode_sampling(sequence.sampling),
+                "max_tokens": sequence.max_tokens,
+                "top_logprobs": sequence.top_logprobs,
+                "is_constrained": sequence.constraint is not None,
             }
-            for row in rows
+            for sequence in sequences
         ],
     }
 
 
 def decode_sequences(content: Mapping[str, Any], ask: Ask | None) -> list[Sequence]:
-    """The rows again. Without `ask`, for a rank that does not choose tokens: as if nothing were asked of them."""
+    """Decoded sequences. Without `ask`, for a rank that does not sample: without sampling parameters."""
     tokens = tuple(content["tokens"])
     if ask is None:
-        return [Sequence(row["id"], tokens, SamplingParams(), row["max_tokens"]) for row in content["rows"]]
+        return [Sequence(each["id"], tokens, SamplingParams(), each["max_tokens"]) for each in content["sequences"]]
     return [
         Sequence(
-            row["id"],
+            each["id"],
             tokens,
-            _decode_sampling(row["sampling"]),
-            row["max_tokens"],
-            row["top_logprobs"],
-            RemoteConstraint(row["id"], ask) if row["is_bound"] else None,
+            _decode_sampling(each["sampling"]),
+            each["max_tokens"],
+            each["top_logprobs"],
+            RemoteConstraint(each["id"], ask) if each["is_constrained"] else None,
         )
-        for row in content["rows"]
+        for each in content["sequences"]
     ]
 
 
 class RemoteConstraint:
-    """A constraint that is elsewhere."""
+    """Proxy of a constraint that stays with the leader."""
 
     def __init__(self, sequence_id: int, ask: Ask) -> None:
-        self._row_id = sequence_id
+        self._sequence_id = sequence_id
         self._ask = ask
         self._accepted: list[int] = []
 
     def allowed(self) -> bytes | None:
-        """Ask what the row may say."""
+        """The token mask; None allows every token."""
         accepted, self._accepted = self._accepted, []
-        return self._ask(self._row_id, accepted)
+        return self._ask(self._sequence_id, accepted)
 
     def accept(self, token: int) -> None:
-        """Tell it with the next question."""
+        """Note a token, which is sent with the next question."""
         self._accepted.append(token)
 
 
 def answer(constraint: Constraint, accepted: abc.Sequence[int]) -> str | None:
-    """What a constraint says to a question, as JSON."""
+    """The token mask of a constraint after these tokens, for JSON."""
     for token in accepted:
         constraint.accept(token)
     mask = constraint.allowed()
@@ -80,12 +80,12 @@ def answer(constraint: Constraint, accepted: abc.Sequence[int]) -> str | None:
 
 
 def decode_mask(text: str | None) -> bytes | None:
-    """The mask again."""
+    """Decoded token mask."""
     return None if text is None else base64.b64decode(text)
 
 
 def encode_tokens(tokens: abc.Sequence[SampledToken]) -> list[list[Any]]:
-    """Tokens of a step. JSON has no infinity: a log-probability of none is null."""
+    """Tokens of a step. JSON has no infinity: a log-probability of minus infinity is null."""
     return [
         [
             t.sequence_id,
@@ -99,7 +99,7 @@ def encode_tokens(tokens: abc.Sequence[SampledToken]) -> list[list[Any]]:
 
 
 def decode_tokens(content: abc.Sequence[abc.Sequence[Any]]) -> list[SampledToken]:
-    """The tokens again."""
+    """Decoded tokens of a step."""
     return [
         SampledToken(sequence_id, token, cached, _decode_logprobs(logprobs), started)
         for sequence_id, token, cached, logprobs, started in content
@@ -118,7 +118,7 @@ def _finite(logprob: float | None) -> float:
 
 
 def _encode_sampling(sampling: SamplingParams) -> dict[str, Any]:
-    seed = None if sampling.seed is None else sampling.seed & (2**64 - 1)  # all that is used of it
+    seed = None if sampling.seed is None else sampling.seed & (2**64 - 1)  # only these bits are used
     return asdict(replace(sampling, seed=seed)) | {"logit_bias": list(sampling.logit_bias.items())}
 
 

@@ -1,11 +1,10 @@
-"""The processes that compute large models together, as mlx.launch starts them: the same program, once a rank.
+"""Ranks: the processes that compute large models together. mlx.launch starts the same program once per rank.
 
-Rule 1: what was started as rank 0 serves, and leads (distributed/leader.py). It computes nothing with others itself;
-        rank 0's share is computed by a process that it starts. For work that waits for a rank that is gone waits for
-        ever, and MLX then stops whatever else the same process computes.
-Rule 2: ranks that compute follow (distributed/follower.py). What they compute goes through MLX's group. What they are
-        told, and whether they are there, goes through a connection to the leader (distributed/link.py): a group says
-        nothing of a peer that stays silent.
+Rule 1: the process started as rank 0 serves and leads (distributed/leader.py). It takes no part in collective
+        computations; a process that it starts computes rank 0's share. A computation that waits for a lost rank never
+        ends, and MLX then blocks everything else that the same process computes.
+Rule 2: ranks that compute are followers (distributed/follower.py). Arrays go through MLX's group. Calls and heartbeats
+        go through a connection to the leader (distributed/link.py), because a group does not report a silent peer.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.distributed.link import LinkLost
 from mlxserver.engine.platform import device
 
-_MEETING_VARIABLE = "MLX_RANK_MEETING"  # what the leader gives to the process that computes for rank 0
-_MEETING_BYTES = 512
+_RENDEZVOUS_VARIABLE = "MLX_RANK_RENDEZVOUS"  # in the environment of the process that computes for rank 0
+_ADDRESS_BYTES = 512
 _ATTEMPTS = 4  # to join
 _JOIN_SECONDS = 150  # for all of them
 
@@ -39,58 +38,57 @@ class RanksDiffer(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RendezvousAddress:
-    """Where the leader waits for the computing ranks, and the word by which it knows them."""
+    """Address at which the leader waits for the computing ranks, and the token by which it recognises them."""
 
     host: str
     port: int
-    word: str
+    token: str
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """What the process that computes for rank 0 is started with."""
-        return {**environ, _MEETING_VARIABLE: json.dumps([self.host, self.port, self.word])}
+        """The environment of the process that computes for rank 0."""
+        return {**environ, _RENDEZVOUS_VARIABLE: json.dumps([self.host, self.port, self.token])}
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """This process's group in the group that computes."""
+    """Membership of this process in the group that computes."""
 
     group: Any
     rank: int
     size: int
-    meeting: RendezvousAddress
+    leader: RendezvousAddress
 
 
 def is_one_of_several(environ: Mapping[str, str]) -> bool:
-    """Whether this process was started as a rank. mlx.launch gives a single one a file of hosts that is empty, or a
-    world of size 1.
-    """
+    """Whether this process was started as one of several ranks."""
+    # A single one gets an empty file of hosts from mlx.launch, or a world of size 1.
     hosts = environ.get("MLX_HOSTFILE")
     is_alone = environ.get("MLX_WORLD_SIZE") == "1" or (hosts and not Path(hosts).read_text().strip())
     return "MLX_RANK" in environ and not is_alone
 
 
 def is_leader(environ: Mapping[str, str]) -> bool:
-    """Whether this process was started as rank 0, to serve and to lead."""
-    return environ.get("MLX_RANK") == "0" and _MEETING_VARIABLE not in environ
+    """Whether this process was started as rank 0, which serves and leads."""
+    return environ.get("MLX_RANK") == "0" and _RENDEZVOUS_VARIABLE not in environ
 
 
 def join() -> Membership:
-    """Become a member of the group that this process was started for. On the main thread.
+    """Join the group that this process was started for. On the main thread.
 
-    Raises LinkLost, with MLX's reason. A process that waits for the others too long is ended by SIGALRM.
+    Raises LinkLost, with MLX's reason. SIGALRM ends a process that waits for the others too long.
     """
-    signal.alarm(_JOIN_SECONDS)  # rank 0 would wait for the others for ever, deaf to all but a signal
+    signal.alarm(_JOIN_SECONDS)  # rank 0 would wait for the others for ever, and nothing but a signal ends that
     group = _group(_ATTEMPTS)
     signal.alarm(0)
     device.depend_on_others()
-    own = os.environ.get(_MEETING_VARIABLE, "").encode().ljust(_MEETING_BYTES) if group.rank() == 0 else b""
-    told = mx.distributed.all_sum(mx.array([*own.ljust(_MEETING_BYTES, b"\0")], mx.int32), group=group)
-    letters: Any = told.tolist()
-    return Membership(group, group.rank(), group.size(), RendezvousAddress(*json.loads(bytes(letters))))
+    own = os.environ.get(_RENDEZVOUS_VARIABLE, "").encode().ljust(_ADDRESS_BYTES) if group.rank() == 0 else b""
+    received = mx.distributed.all_sum(mx.array([*own.ljust(_ADDRESS_BYTES, b"\0")], mx.int32), group=group)
+    address: Any = received.tolist()
+    return Membership(group, group.rank(), group.size(), RendezvousAddress(*json.loads(bytes(address))))
 
 
 def _group(attempts: int) -> Any:
-    """MLX's group. MLX tries to reach the others for half a minute; rank 0's machine may take longer to start."""
+    """MLX's group. MLX tries to reach the other ranks for half a minute; rank 0's machine may take longer to start."""
     try:
         return mx.distributed.init(strict=True)
     except RuntimeError as error:
@@ -100,7 +98,7 @@ def _group(attempts: int) -> Any:
 
 
 def shared_facts(server_version: str, settings: Settings) -> dict[str, str]:
-    """What must be the same on every rank, by name. Secrets are not among it."""
+    """What must be the same on every rank, by name, without secrets."""
     facts = {"server": server_version, "device": device.describe().kind}
     facts |= {package: version(package) for package in ("mlx", "mlx-lm")}
     facts |= {name: repr(getattr(settings, name)) for name in marked(Settings, Shared)}
@@ -110,14 +108,14 @@ def shared_facts(server_version: str, settings: Settings) -> dict[str, str]:
 
 
 def compare(rank: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
-    """Raises RanksDiffer with the first difference, both values named."""
+    """Raises RanksDiffer, which names the first difference with both values."""
     for name in sorted({*ours, *theirs}):
         if (own := ours.get(name, "nothing")) != (other := theirs.get(name, "nothing")):
             raise RanksDiffer(f"Rank {rank} was started with another {name} than rank 0: {other} instead of {own}.")
 
 
 def shared_spec(spec: ModelSpec) -> dict[str, Any]:
-    """A sharded model for another rank; ModelSpec(**...) makes it again."""
+    """The fields of a sharded model for another rank, which are arguments of ModelSpec."""
     return {name: getattr(spec, name) for name in marked(ModelSpec, Shared)}
 
 

@@ -1,7 +1,7 @@
-"""A connection between two ranks: JSON objects, each way in order.
+"""Link between two ranks: a connection that carries JSON objects, in order, in each direction.
 
-Rule 1: each side is heard at least four times in the time limit. A longer silence is the end of the connection, as is
-        its loss: whoever waits for the other side learns it in that time, whatever has become of it.
+Rule 1: each side sends at least four messages within the time limit. A longer silence ends the link like the loss of
+        the connection does, so receive() never waits longer than the limit for a dead peer.
 Rule 2: a message that is too long is refused before it is read.
 """
 
@@ -19,12 +19,12 @@ import orjson
 Message = dict[str, Any]
 
 _LENGTH = struct.Struct(">I")
-_LONGEST = 256 << 20  # bytes; a prompt of ten million tokens is shorter
-_BEATS = 4  # in the time limit
+_MAX_BYTES = 256 << 20  # of a message; a prompt of ten million tokens is shorter
+_HEARTBEATS = 4  # within the time limit
 
 
 class LinkLost(Exception):
-    """The other side is gone, or silent."""
+    """The peer is gone, or silent."""
 
 
 class Link:
@@ -39,7 +39,7 @@ class Link:
         self._closed = threading.Event()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Raises LinkLost."""
+        """Send a message. Raises LinkLost."""
         body = orjson.dumps(message)
         try:
             with self._sending:
@@ -50,22 +50,22 @@ class Link:
     def receive(self) -> Message:
         """The next message. Raises LinkLost."""
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        if length > _LONGEST:
-            raise LinkLost(f"a message of {length} bytes came; expected at most {_LONGEST}")
+        if length > _MAX_BYTES:
+            raise LinkLost(f"a message of {length} bytes came; expected at most {_MAX_BYTES}")
         try:
             message = orjson.loads(self._exactly(length))
         except ValueError as error:
-            raise LinkLost(f"what came is not JSON: {error}") from None
+            raise LinkLost(f"a message is not JSON: {error}") from None
         if not isinstance(message, dict):
             raise LinkLost(f"a {type(message).__name__} came; expected an object")
         return message
 
     def heartbeat(self, state: Callable[[], Mapping[str, Any]]) -> None:
-        """From now on say how this side is, until the link is closed."""
+        """Send heartbeats with the state of this side until the link is closed."""
         threading.Thread(target=self._heartbeat, args=(state,), name="rank-heartbeat", daemon=True).start()
 
     def finish(self) -> None:
-        """Say no more, and hear the other side out. Raises LinkLost."""
+        """Half-close: stop sending, keep receiving. Raises LinkLost."""
         self._closed.set()
         try:
             self._connection.shutdown(socket.SHUT_WR)
@@ -73,17 +73,17 @@ class Link:
             raise LinkLost(self._reason(error)) from None
 
     def close(self) -> None:
-        """End the connection. Whoever receives gets LinkLost."""
+        """End the connection. A pending receive() raises LinkLost."""
         self._closed.set()
-        with suppress(OSError):  # the other side was first
+        with suppress(OSError):  # the peer was first
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
     def _heartbeat(self, state: Callable[[], Mapping[str, Any]]) -> None:
         try:
-            while not self._closed.wait(self._limit / _BEATS):
+            while not self._closed.wait(self._limit / _HEARTBEATS):
                 self.send({"kind": "heartbeat", **state()})
-        except LinkLost:  # whoever receives learns it, too
+        except LinkLost:  # receive() raises it, too
             return
 
     def _exactly(self, size: int) -> bytearray:
@@ -100,5 +100,5 @@ class Link:
 
     def _reason(self, error: OSError) -> str:
         if isinstance(error, TimeoutError):
-            return f"not a word for {self._limit:g} s"
+            return f"no message for {self._limit:g} s"
         return error.strerror or str(error)

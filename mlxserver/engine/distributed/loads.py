@@ -1,9 +1,9 @@
-"""How a computing rank loads its shares of models, while those that it has go on.
+"""Loads of a computing rank's shares of models, while its other models run on.
 
-Rule 1: what takes long without MLX, a download or a conversion, happens on a thread of its own.
-Rule 2: weights are read piece by piece. Between the pieces the rank does what it is told of other models, as the other
-        ranks do, who may read faster or slower.
-Rule 3: a share that does not fit beside what is here already is refused before anything of it is read.
+Rule 1: downloads and conversions, which take long without MLX, run on threads of their own.
+Rule 2: weights are read piece by piece. Between the pieces the rank processes messages about other models, as the other
+        ranks do, which may read faster or slower.
+Rule 3: a share that does not fit beside the loaded ones is refused before anything of it is read.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = logging.getLogger("ranks")
 
 
 class Loads:
-    """The loads of one rank. `group` is the rank's group; memory_limit as in the settings, in bytes.
+    """Loads of one rank. group: the rank's. memory_limit: bytes, as in the settings.
 
-    send: tells the leader something. later: has load() called on the rank's thread. meanwhile: does what the rank has
-    been told since.
+    send: sends the leader a message. later: has load() called on the rank's thread. meanwhile: processes the messages
+    that have arrived since.
     """
 
     def __init__(
@@ -51,30 +51,30 @@ class Loads:
         self.is_reading = False
 
     def begin(self, message: Message) -> None:
-        """Fetch a model; load() does the rest. May be forgotten at any time."""
+        """Fetch a model; load() does the rest. forget() may come at any time."""
         self._wanted.add(message["number"])
         threading.Thread(target=self._fetch, args=(message,), name="rank-fetch", daemon=True).start()
 
     def forget(self, number: int) -> None:
-        """A model is not wanted any more; a load that is under way is called off."""
+        """Drop a model; a load under way is aborted."""
         self._wanted.discard(number)
         self._reserved.pop(number, None)
 
     def load(self, message: Message) -> tuple[ModelSpec, loader.LoadedModel] | None:
-        """Load this rank's share of a model, and tell the leader how that went; None if there is none."""
+        """Load this rank's share of a model and send the leader the result; None if the load fails or is aborted."""
         number = message["number"]
         spec = replace(ModelSpec(**message["spec"]), source=message["path"])
         self.is_reading = True
         try:
             loaded = self._load(number, spec)
         except NoRoom as error:
-            self._tell(number, projection=asdict(error.projection))
+            self._report(number, projection=asdict(error.projection))
         except LoadFailed as error:
-            self._tell(number, error=error.cause)
+            self._report(number, error=error.cause)
         except LoadAborted:
-            log.info("A load of %s was called off.", spec.key)
+            log.info("A load of %s was aborted.", spec.key)
         else:
-            self._tell(number, **_facts(loaded))
+            self._report(number, **_facts(loaded))
             return spec, loaded
         finally:
             self.is_reading = False
@@ -88,8 +88,8 @@ class Loads:
             path = sources.resolve(spec.source, progress=lambda *step: self._check(number, spec.key))
         except LoadAborted:
             return
-        except Exception as error:  # the hub, the disk, the converter: whoever waits for the load must hear of it
-            self._tell(number, error=one_line(error))
+        except Exception as error:  # the hub, the disk, the converter: the leader waits for an answer in any case
+            self._report(number, error=one_line(error))
         else:
             self._later({**message, "kind": "fetched", "path": str(path)})
 
@@ -115,16 +115,16 @@ class Loads:
         self._reserved[number] = needed
 
     def _check(self, number: int, key: str) -> None:
-        """Raises LoadAborted if nobody wants the model any more."""
+        """Raises LoadAborted if the model is not wanted any more."""
         if number not in self._wanted:
             raise LoadAborted(key)
 
-    def _tell(self, number: int, **content: Any) -> None:
+    def _report(self, number: int, **content: Any) -> None:
         self._send({"kind": "loaded", "number": number, **content})
 
 
 def _facts(loaded: loader.LoadedModel) -> dict[str, int]:
-    """What the leader needs to know of a share."""
+    """Facts of a share that the leader needs."""
     logits = loaded.model(mx.zeros((1, 1), dtype=mx.uint32))  # lazy: nothing is computed
     return {
         "bytes_per_token": caches.bytes_per_token(loaded.model),

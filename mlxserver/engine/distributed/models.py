@@ -1,9 +1,9 @@
-"""The models of a computing rank, by the numbers that the leader gave them."""
+"""Models of a computing rank, by the numbers that the leader has given them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,9 @@ from mlxserver.engine.distributed.link import Message
 from mlxserver.engine.distributed.loads import Loads
 from mlxserver.engine.distributed.sampler import FollowingSampler, LeadingSampler
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.loading import loader
+from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.platform import streams
 from mlxserver.engine.scheduler.peers import FixedPeers
 from mlxserver.engine.scheduler.prefill import ChunkBudget
@@ -22,7 +24,7 @@ from mlxserver.engine.scheduler.scheduler import Scheduler
 
 
 class Models:
-    """Loads, runs and drops them as it is told. `mask` waits for the leader's reply to a question."""
+    """Loads, runs and drops models on the leader's messages. mask: waits for the leader's reply to a question."""
 
     def __init__(
         self,
@@ -38,10 +40,11 @@ class Models:
         self._mask = mask
         self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
         self._schedulers: dict[int, Scheduler] = {}
+        self._prefix_cache = PrefixCache(RamTier())
         self._peers = FixedPeers()  # as the leader knows them
 
     def act(self, message: Message) -> None:
-        """Do what is said of a model. What it raises can't be mended."""
+        """Process a message about a model. After an exception the ranks are out of step."""
         number = message["number"]
         match message["kind"]:
             case "load":
@@ -59,11 +62,12 @@ class Models:
 
     def _open(self, number: int, bytes_per_token: int, stall_target: float) -> None:
         spec, loaded = self._loaded[number]
+        identity = replace(model_identity(spec, loaded), share=f"model {number}", bytes_per_token=bytes_per_token)
         self._schedulers[number] = Scheduler(
             loaded.model,
             max_running=spec.max_running,
             stall_target=stall_target,
-            prefix_cache=PrefixCache(spec.prefix_cache_bytes, bytes_per_token) if spec.prefix_cache_bytes else None,
+            prefixes=self._prefix_cache.open(identity, spec.prefix_cache_bytes) if spec.prefix_cache_bytes else None,
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
@@ -71,11 +75,11 @@ class Models:
         )
 
     def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
-        """Make a call as it is told."""
+        """Make a call of the leader's batch."""
         scheduler = self._schedulers[number]
         match name, arguments:
-            case "insert", (rows, now):
-                scheduler.insert(decode_sequences(rows, partial(self._ask, number) if self._leads else None), now)
+            case "insert", (sequences, now):
+                scheduler.insert(decode_sequences(sequences, partial(self._ask, number) if self._leads else None), now)
             case "remove", (sequence_ids,):
                 scheduler.remove(sequence_ids)
             case "decode", (peer_step_seconds,):
@@ -107,8 +111,8 @@ class Models:
             )
 
     def _ask(self, number: int, sequence_id: int, accepted: Sequence[int]) -> bytes | None:
-        """Ask the leader what a row may say."""
-        self._send({"kind": "question", "number": number, "row": sequence_id, "accepted": accepted})
+        """Ask the leader for the token mask of a sequence."""
+        self._send({"kind": "question", "number": number, "sequence": sequence_id, "accepted": accepted})
         return decode_mask(self._mask()["mask"])
 
     def _drop(self, number: int) -> None:

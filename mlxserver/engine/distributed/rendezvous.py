@@ -1,4 +1,4 @@
-"""How the leader comes to its ranks: it starts the one that computes here, waits for all, and compares them."""
+"""Rendezvous of the ranks: the leader starts the one that computes here, waits for all of them, and compares them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mlxserver.engine.distributed.membership import Follower
 
 log = logging.getLogger("ranks")
 
-GREETING_SECONDS = 120.0  # that all ranks get to come
-_LOOK_AGAIN = 1.0  # seconds between two looks at whether the own process is still there
+GREETING_SECONDS = 120.0  # within which all ranks have to connect
+_POLL_SECONDS = 1.0  # between two checks that the own process is alive
 
 
 class Rendezvous:
-    """Waits for the ranks. `facts` are what must be the same everywhere; `limit` is that of the links, in seconds."""
+    """Waits for the ranks. facts: what must be the same on all of them. limit: that of the links, in seconds."""
 
     def __init__(self, facts: Mapping[str, str], limit: float) -> None:
         self._facts = facts
@@ -37,38 +37,38 @@ class Rendezvous:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, 0), family=family) as listener:
             host, port = listener.getsockname()[:2]
-            meeting = RendezvousAddress(host, port, secrets.token_hex(16))
+            rendezvous = RendezvousAddress(host, port, secrets.token_hex(16))
             with _orderly_end():
-                own = subprocess.Popen(sys.orig_argv, env=meeting.environment(environ), stdin=subprocess.DEVNULL)
+                own = subprocess.Popen(sys.orig_argv, env=rendezvous.environment(environ), stdin=subprocess.DEVNULL)
                 try:
-                    self._await_all(listener, own, meeting.word)
+                    self._await_all(listener, own, rendezvous.token)
                 except BaseException:
                     own.kill()
                     own.wait()
                     raise
-        log.info("All %d ranks are there.", len(self._followers))
+        log.info("All %d ranks are connected.", len(self._followers))
         return sorted(self._followers, key=lambda follower: follower.rank), own
 
-    def _await_all(self, listener: socket.socket, own: subprocess.Popen[bytes], word: str) -> None:
-        listener.settimeout(_LOOK_AGAIN)
+    def _await_all(self, listener: socket.socket, own: subprocess.Popen[bytes], token: str) -> None:
+        listener.settimeout(_POLL_SECONDS)
         expected, until = 1, time.monotonic() + GREETING_SECONDS
         while len(self._followers) < expected:
             if (status := own.poll()) is not None:
                 raise LinkLost(f"the process that computes for rank 0 ended with status {status}")
             if time.monotonic() > until:
-                raise LinkLost(f"not all have come within {GREETING_SECONDS:g} s")
+                raise LinkLost(f"not all ranks have connected within {GREETING_SECONDS:g} s")
             with suppress(TimeoutError):
-                expected = self._greet(*listener.accept(), word) or expected
+                expected = self._greet(*listener.accept(), token) or expected
 
-    def _greet(self, connection: socket.socket, address: tuple[Any, ...], word: str) -> int | None:
-        """Take a rank in; how many there are. Somebody else who comes by is sent away."""
+    def _greet(self, connection: socket.socket, address: tuple[Any, ...], token: str) -> int | None:
+        """Admit a rank, and return the number of ranks; close the connection of anything else, and return None."""
         link = Link(connection, self._limit)
         try:
             greeting = link.receive()
-            if not secrets.compare_digest(str(greeting.get("word")).encode(), word.encode()):
-                raise LinkLost("it does not know the word")
+            if not secrets.compare_digest(str(greeting.get("token")).encode(), token.encode()):
+                raise LinkLost("its token is wrong")
             if greeting["rank"] in [follower.rank for follower in self._followers]:
-                raise LinkLost(f"rank {greeting['rank']} is there already")
+                raise LinkLost(f"rank {greeting['rank']} is connected already")
         except LinkLost as error:
             log.warning("A connection from %s is no rank's: %s", address[0], error)
             link.close()
@@ -85,7 +85,7 @@ class Rendezvous:
 
 @contextmanager
 def _orderly_end() -> Iterator[None]:
-    """Within the block a signal raises SystemExit, so that what was started is ended, too."""
+    """Within the block a signal raises SystemExit, so that a started process is ended, too."""
 
     def leave(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -99,7 +99,7 @@ def _orderly_end() -> Iterator[None]:
 
 
 def refuse(link: Link, message: Message) -> None:
-    """Say it, and wait until it was heard: the other side then ends the connection."""
+    """Send the message, and wait until the other side ends the connection."""
     with suppress(LinkLost):
         link.send(message)
         link.finish()

@@ -1,7 +1,6 @@
-"""One choice of tokens for all ranks: rank 0 makes it, and every rank feeds it.
+"""Samplers of ranks: rank 0 samples the tokens, and every rank continues with them.
 
-So the ranks can't go astray for a difference in the last bit, and what a request asks of its sampling concerns rank 0
-alone.
+So a difference in the last bit can't make the ranks diverge, and sampling parameters concern rank 0 alone.
 """
 
 from __future__ import annotations
@@ -16,38 +15,38 @@ from mlxserver.engine.sequence import Sequence
 
 
 class LeadingSampler:
-    """Chooses the tokens, and tells them to all ranks."""
+    """Samples the tokens and sends them to all ranks."""
 
     def __init__(self, vocab_size: int, group: Any) -> None:
         self._own = BatchSampler(vocab_size)
         self._group = group
 
     def extend(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Add rows."""
+        """Add sequences."""
         self._own.extend(sequences)
 
     def filter(self, keep: abc.Sequence[int]) -> None:
-        """Keep only these rows."""
+        """Keep only the sequences at these indices."""
         self._own.filter(keep)
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """Logits [rows, vocab] -> token ids [rows]."""
+        """Logits [batch, vocab] -> token ids [batch]."""
         return mx.distributed.all_sum(self._own(logits, allowed).astype(mx.uint32), group=self._group)
 
 
 class FollowingSampler:
-    """Takes the tokens that rank 0 chooses."""
+    """Receives the tokens that rank 0 samples."""
 
     def __init__(self, vocab_size: int, group: Any) -> None:
         self._group = group
 
     def extend(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Rank 0 knows how they are to be sampled."""
+        """Nothing to do: only rank 0 needs sampling parameters."""
 
     def filter(self, keep: abc.Sequence[int]) -> None:
-        """There is nothing to keep of them."""
+        """Nothing to do."""
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """Logits [rows, vocab] -> token ids [rows]. What made the logits is computed before, as on rank 0."""
+        """Logits [batch, vocab] -> token ids [batch]. The logits are computed first, as on rank 0."""
         nothing = mx.depends(mx.zeros((logits.shape[0],), mx.uint32), logits)
         return mx.distributed.all_sum(nothing, group=self._group)

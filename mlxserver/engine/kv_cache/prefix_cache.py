@@ -1,112 +1,132 @@
-"""Keys and values of finished requests, kept for those that begin alike.
+"""Prefix cache of one process: KV caches of sequences that left, for prompts that begin alike.
 
-Rule 1: what is kept is bounded in bytes and entries; the least recently used goes first.
-Rule 2: an entry that the beginning of another contains is not kept beside it.
-Rule 3: looking one up costs microseconds an entry, whatever its length: entries are compared as arrays, and only those
-        whose first tokens are the same. (A walk through mlx-lm's trie of tokens took 18 ms with a hundred entries.)
-Rule 4: what is no number any more serves nobody: one row's overflow must not reach those who ask alike after it. Ranks
-        that share a model do not look: each would see its own part, and they have to decide alike.
+Rule 1: entries belong to the identity of a model, not to a loaded model: loaded models of one identity share them.
+Rule 2: the entries of an identity are bounded by each of its loaded models, and dropped with the last of them: they
+        are part of the memory that was reserved for it.
+Rule 3: any engine thread may use the cache.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from mlxserver.engine.mlx import mx
+from typing import Any, Protocol
 
 import numpy as np
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from mlxserver.engine.kv_cache.caches import Cache, cache_bytes, is_finite
-from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.kv_cache.caches import Cache
 
-# A shorter common prefix is not worth a copy of the keys and values.
-_SHORTEST = 16
-_MOST_ENTRIES = 256
+SHORTEST = 16  # tokens of a prefix that is worth a copy of its KV cache
 
-_Tokens = np.ndarray[Any, np.dtype[np.int64]]
+Tokens = np.ndarray[Any, np.dtype[np.int64]]
 
 
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """The cache of one row, which holds exactly these tokens."""
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Identity of a model's KV cache: models that compute the same one from the same tokens are equal.
 
-    tokens: _Tokens
-    cache: Cache
-    nbytes: int
-    is_trimmable: bool
-    is_sound: mx.array  # of bool; computed along with the cache, and read only when it is wanted
+    files, adapter: fingerprints of the files that were read. weights, kv_format: formats in memory. share: the rank's
+    share of a model that several ranks compute. bytes_per_token: size of an entry per token, on every rank; None
+    measures the entry.
+    """
 
-    def usable(self, tokens: _Tokens) -> int:
-        """How many of these tokens it can serve. One is always left to feed."""
-        most = min(len(self.tokens), len(tokens) - 1)
-        differs = np.flatnonzero(self.tokens[:most] != tokens[:most])
-        common = int(differs[0]) if len(differs) else most
-        return common if self.is_trimmable or common == len(self.tokens) else 0
+    files: str
+    adapter: str = ""
+    weights: str = ""
+    kv_format: str = ""
+    share: str = ""
+    bytes_per_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """An entry of a tier that has the first `length` tokens of a prompt."""
+
+    entry: Any
+    length: int
+
+
+class Tier(Protocol):
+    """Storage of entries. May be called on any thread. Sizes in bytes."""
+
+    def match(self, model: ModelIdentity, tokens: Tokens) -> Match | None:
+        """The entry with the longest usable prefix of `tokens`. At least one token is always left to compute."""
+
+    def load(self, match: Match) -> Cache:
+        """A copy of the matched prefix."""
+
+    def store(self, model: ModelIdentity, tokens: Tokens, cache: Cache) -> None:
+        """Store the cache of a sequence, which holds exactly these tokens."""
+
+    def shrink(self, max_bytes: int, model: ModelIdentity | None = None) -> None:
+        """Drop the least recently used entries, of one model or of all, until at most this many bytes are left."""
+
+    def nbytes(self, model: ModelIdentity) -> int:
+        """Bytes of a model's entries."""
 
 
 class PrefixCache:
-    """Kept prefixes of one model. Sizes in bytes. bytes_per_token: what a token counts for on ranks that share the
-    model; None measures each entry.
-    """
+    """The tier of one process, and the loaded models that use it."""
 
-    def __init__(
-        self, max_bytes: int, bytes_per_token: int | None = None, policy: ExecutionPolicy | None = None
-    ) -> None:
-        self.nbytes = 0
-        self._max_bytes = max_bytes
-        self._bytes_per_token = bytes_per_token
-        self._evaluate = mx.eval if (policy or current()).eager_prefix_copy else mx.async_eval
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by identity, the least recently used first
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
+        self._opened: dict[ModelIdentity, set[ModelPrefixes]] = {}
+        self._lock = threading.Lock()
+
+    def open(self, model: ModelIdentity, max_bytes: int) -> ModelPrefixes:
+        """Prefixes of a model that is loaded, of at most so many bytes; close() them when it is unloaded."""
+        prefixes = ModelPrefixes(self, model, max_bytes)
+        with self._lock:
+            self._opened.setdefault(model, set()).add(prefixes)
+        return prefixes
+
+    def limit(self, model: ModelIdentity) -> int:
+        """Most bytes of a model's entries; 0 while it is not loaded."""
+        with self._lock:
+            return min((prefixes.max_bytes for prefixes in self._opened.get(model, ())), default=0)
+
+    def close(self, prefixes: ModelPrefixes) -> None:
+        """Undo open(): drop the entries, unless another loaded model has them too. Idempotent."""
+        model = prefixes.model
+        with self._lock:
+            opened = self._opened.get(model, set())
+            opened.discard(prefixes)
+            if not opened:
+                self._opened.pop(model, None)
+        self.tier.shrink(self.limit(model), model)
+
+
+class ModelPrefixes:
+    """Prefixes of one loaded model, used on its engine thread. Sizes in bytes."""
+
+    def __init__(self, owner: PrefixCache, model: ModelIdentity, max_bytes: int) -> None:
+        self.model = model
+        self.max_bytes = max_bytes
+        self._owner = owner
+        self._tier = owner.tier
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries."""
+        return self._tier.nbytes(self.model)
 
     def fetch(self, tokens: Sequence[int]) -> tuple[Cache | None, int]:
-        """A copy of the longest usable prefix of `tokens` and its length in tokens; (None, 0) if there is none."""
-        wanted = np.asarray(tokens, dtype=np.int64)
-        lengths = {key: entry.usable(wanted) for key, entry in self._alike(wanted)}
-        best = max(lengths, key=lambda key: lengths[key], default=None)
-        if best is None or lengths[best] < _SHORTEST:
-            return None, 0
-        self._entries.move_to_end(best)
-        entry = self._entries[best]
-        if not entry.is_sound:
-            self._drop(best)
-            return self.fetch(tokens)
-        cache: Cache = copy.deepcopy(entry.cache)  # shares the arrays
-        if surplus := len(entry.tokens) - lengths[best]:
-            trim_prompt_cache(cache, surplus)
-        return cache, lengths[best]
+        """A copy of the longest usable prefix of `tokens` and its length in tokens; (None, 0) without one."""
+        match = self._tier.match(self.model, np.asarray(tokens, dtype=np.int64))
+        return (self._tier.load(match), match.length) if match else (None, 0)
 
     def store(self, tokens: Sequence[int], cache: Cache) -> None:
-        """Keep a row's cache, which holds exactly these tokens."""
-        if len(tokens) < _SHORTEST:
-            return
-        # A GPU copies while the next step is prepared; a CPU has to be done first, or else the step copies everything.
-        is_sound = mx.array(True) if self._bytes_per_token else is_finite(cache)
-        self._evaluate([layer.state for layer in cache], is_sound)
-        kept = np.asarray(tokens, dtype=np.int64)
-        nbytes = cache_bytes(cache) if self._bytes_per_token is None else len(kept) * self._bytes_per_token
-        entry = _Entry(kept, cache, nbytes, can_trim_prompt_cache(cache), is_sound)
-        if entry.is_trimmable:
-            for key, other in self._alike(kept):
-                if np.array_equal(other.tokens, kept[: len(other.tokens)]):
-                    self._drop(key)
-        self._entries[id(entry)] = entry
-        self.nbytes += entry.nbytes
-        self.shrink(self._max_bytes)
+        """Store the cache of a sequence, which holds exactly these tokens."""
+        if len(tokens) >= SHORTEST:
+            self._tier.store(self.model, np.asarray(tokens, dtype=np.int64), cache)
+            self._tier.shrink(self._owner.limit(self.model), self.model)
 
     def shrink(self, max_bytes: int) -> None:
-        """Give back the least recently used until at most this many bytes are held."""
-        while self._entries and (self.nbytes > max_bytes or len(self._entries) > _MOST_ENTRIES):
-            self._drop(next(iter(self._entries)))
+        """Drop the least recently used entries until at most this many bytes are left."""
+        if max_bytes < self.max_bytes:  # which store() keeps to
+            self._tier.shrink(max_bytes, self.model)
 
-    def _drop(self, key: int) -> None:
-        self.nbytes -= self._entries.pop(key).nbytes
-
-    def _alike(self, tokens: _Tokens) -> list[tuple[int, _Entry]]:
-        """The entries with the same first tokens."""
-        head = tokens[:_SHORTEST].tobytes()
-        return [(key, entry) for key, entry in self._entries.items() if entry.tokens[:_SHORTEST].tobytes() == head]
+    def close(self) -> None:
+        """Drop the entries: the model is unloaded. Idempotent."""
+        self._owner.close(self)

@@ -1,1 +1,1 @@
-"""From a source to a model in memory: download, convert, estimate, read, prepare."""
+"""Loading of models: sources, downloads, conversion, estimates, weights."""

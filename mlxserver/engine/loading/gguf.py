@@ -1,8 +1,8 @@
 """GGUF files as MLX directories: converted once, kept in the user's cache directory.
 
 Rule 1: a directory NAME in the cache is complete; it appears by one rename.
-Rule 2: who converts works in NAME.partial and holds the lock on NAME.lock, and so does the converter process: if we
-        are killed, nobody touches its files before it has ended.
+Rule 2: a conversion works in NAME.partial under the lock on NAME.lock, which the converter process holds, too: if this
+        process is killed, the converter's files stay untouched until it has ended.
 Rule 3: NAME changes with the file (path, size, time of change), the converter's version and the wanted format.
 """
 
@@ -51,8 +51,8 @@ def destination(gguf: Path, weights: WeightPolicy) -> Path:
 
 
 def checkpoint_metadata(source: str, gguf: Path) -> CheckpointMetadata:
-    """What a GGUF file's header says of the model. Raises SourceInvalid."""
-    from gguf import GGUFReader  # here, because most starts need neither of the two
+    """Metadata from a GGUF file's header. Raises SourceInvalid."""
+    from gguf import GGUFReader  # here, because most processes need neither of the two
     from gguf2mlx.gguf2mlx import build_config, detect_architecture
 
     try:
@@ -65,7 +65,7 @@ def checkpoint_metadata(source: str, gguf: Path) -> CheckpointMetadata:
 
 
 def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable[[str, int, int], None]) -> Path:
-    """The MLX directory of a GGUF file, converted now if it never was. Raises SourceInvalid.
+    """The MLX directory of a GGUF file, converted first if needed. Raises SourceInvalid.
 
     The first of FORMATS that the converter supports for this model is taken.
     """
@@ -89,7 +89,7 @@ def _converted_bytes(format: str, elements: int) -> int:
 
 
 class _ConverterFailed(Exception):
-    """The converter's own words for it."""
+    """A failed conversion, with the converter's message."""
 
 
 def _name(gguf: Path, formats: tuple[tuple[str, ...], ...]) -> str:
@@ -111,7 +111,7 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[int]:
 
 
 def _remove_leftovers(cache: Path) -> None:
-    """Delete the unfinished work of those who died; the lock of the living is taken."""
+    """Delete the files of conversions that were killed; those of running ones are locked."""
     for partial in cache.glob("*.partial"):
         with contextlib.suppress(BlockingIOError), _locked(partial.with_suffix(".lock"), wait=False):
             shutil.rmtree(partial, ignore_errors=True)
@@ -137,7 +137,7 @@ def _convert(
 def _run_converter(
     gguf: Path, output: Path, format: tuple[str, ...], lock: int, progress: Callable[[str, int, int], None]
 ) -> str | None:
-    """Convert in a process of its own, which keeps its memory and prints out of ours. Gives what failed, or None."""
+    """Convert in a process of its own, which keeps its memory and output out of ours. Gives its error, or None."""
     command = [sys.executable, "-m", "gguf2mlx", "--input", str(gguf), "--output", str(output), "--offline", *format]
     environment = {**os.environ, "PYTHONUTF8": "1"}
     last_lines: collections.deque[str] = collections.deque(maxlen=3)
@@ -158,7 +158,7 @@ def _run_converter(
                     progress("converting", int(tensors[1]), int(tensors[2]))
                 elif line.strip():
                     last_lines.append(line.strip().removeprefix("❌ "))
-        except BaseException:  # the work was called off
+        except BaseException:  # the load was aborted
             converter.kill()
             raise
     if converter.returncode == 0 and (output / "config.json").is_file():

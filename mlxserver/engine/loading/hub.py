@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, kept where huggingface_hub keeps them.
+"""Models from the Hugging Face hub, in the cache of huggingface_hub.
 
 Rule 1: a complete snapshot on this machine is used when the hub can't be reached.
 Rule 2: nothing is printed; progress is reported in bytes.
@@ -13,16 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
-
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from tqdm.auto import tqdm
 
 from mlxserver.engine.errors import LoadAborted, SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata
 
-FILES = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]  # remote code is never run
 WEIGHTS = "model*.safetensors"
 NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
 REACH = "could not be fetched from the Hugging Face hub"
@@ -32,7 +28,7 @@ def snapshot(source: str, repository: str, revision: str | None, progress: Calla
     """The local directory of a repository's model files, downloaded if needed. Raises SourceInvalid."""
     try:
         directory = snapshot_download(
-            repository, revision=revision, allow_patterns=FILES, tqdm_class=_byte_reporter(progress)
+            repository, revision=revision, allow_patterns=_file_patterns(), tqdm_class=_byte_reporter(progress)
         )
     except LoadAborted:
         raise
@@ -44,7 +40,7 @@ def snapshot(source: str, repository: str, revision: str | None, progress: Calla
 
 
 def checkpoint_metadata(source: str, repository: str, revision: str | None) -> CheckpointMetadata:
-    """What a repository's config.json and list of files say; no weights are downloaded. Raises SourceInvalid."""
+    """Metadata from a repository's config.json and list of files, without its weights. Raises SourceInvalid."""
     try:
         file = Path(hf_hub_download(repository, "config.json", revision=revision))
         config = json.loads(file.read_text())
@@ -58,17 +54,26 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
     return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent))
 
 
+def _file_patterns() -> list[str]:
+    """Patterns of the files that mlx-lm loads, without code, which is never run."""
+    import mlxserver.engine.mlx  # noqa: F401  (here, because the manager checks sources without MLX)
+
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]
+
+
 def _stored_bytes(repository: str, revision: str | None, snapshot: Path) -> int:
-    """The size of the weights as the hub has them, or else of those that are here."""
+    """Size of the weights on the hub, or else of the downloaded ones."""
     try:
         siblings = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or ()
-    except Exception:  # no network, or the hub is down: what is not here can't be loaded then
+    except Exception:  # no network, or the hub is down: only downloaded files can be loaded then
         return sum(weights.stat().st_size for weights in snapshot.glob(WEIGHTS))
     return sum(file.size or 0 for file in siblings if fnmatch(file.rfilename, WEIGHTS))
 
 
 def _explain(error: Exception, revision: str | None) -> str:
-    """What went wrong with the hub, and what would help."""
+    """The reason of an error, and what would help."""
     match error:
         case errors.GatedRepoError():
             return "access is restricted: accept its terms on the hub and set HF_TOKEN"
@@ -83,7 +88,7 @@ def _explain(error: Exception, revision: str | None) -> str:
 
 
 def _byte_reporter(progress: Callable[[str, int, int], None]) -> type[Any]:
-    """A progress bar that draws nothing and reports the bytes written to disk."""
+    """A tqdm class that draws nothing and reports the bytes written to disk."""
 
     class ByteReporter(tqdm):  # type: ignore[misc,type-arg]
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -1,8 +1,8 @@
-"""Weights, tokenizer and facts of one model, read into memory.
+"""Loader: weights, tokenizer and facts of one model, read into memory.
 
 Rule 1: load() runs on the thread that will use the model.
-Rule 2: it gives a whole model or raises LoadFailed with one line that says what to do about; nothing stays in memory.
-Rule 3: code that comes with a model is never run.
+Rule 2: it gives a whole model or raises LoadFailed with one line that names a remedy; then nothing stays in memory.
+Rule 3: code in a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.metadata import context_length
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
-from mlxserver.engine.platform import device, environment, openblas
+from mlxserver.engine.platform import cpu_layers, device, openblas
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 log = logging.getLogger("engine")
 
-READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; a load that was called off ends at the next one
+READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; an aborted load ends at the next one
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model that is ready to run.
 
-    config: config.json as mlx-lm reads it. path: the local MLX directory. limits: of what requests may take.
+    config: config.json as mlx-lm reads it. path: the local MLX directory. limits: of its requests.
     generation_defaults: the sampling parameters that the model's makers recommend. weight_bytes: in memory.
     """
 
@@ -59,7 +59,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        """The longest context that is served, in tokens."""
+        """The longest served context in tokens."""
         return self.limits.context
 
 
@@ -72,16 +72,13 @@ def load(
 ) -> LoadedModel:
     """Fetch, read and prepare a model. Blocks for as long as that takes. Raises LoadFailed.
 
-    progress hears of "downloading", "converting" and "reading" (bytes of weights). divide makes a model a rank's share.
+    progress: called with "downloading", "converting" and "reading" (bytes of weights). divide: reduces a model to a
+    rank's share. policy: by default the current one.
     """
     openblas.warn_if_missing()
-    environment.install_kernels()
-    policy = policy or current()
-    if policy.wire_memory:
-        device.set_wired_limit_once()
     failure: EngineError
     try:
-        loaded = _load(spec, progress or silent, divide, policy)
+        loaded = _load(spec, progress or silent, divide, policy or current())
         reset_random_state()
         return loaded
     except LoadAborted:
@@ -97,13 +94,13 @@ def load(
 
 
 def reset_random_state() -> None:
-    """Drop what a model's initial weights, which nobody has ever computed, left in this thread's random state."""
+    """Drop a model's initial weights, which are never computed, from this thread's random state."""
     mx.random.seed(0)
 
 
 def disable_tokenizer_cache(tokenizer: TokenizerWrapper) -> None:
-    """Have a tokenizer forget how it has split a word: 400,000 tokens a second on a CPU core instead of 550,000."""
-    # It would keep some ten thousand, for each thread that uses it, and for as long as that thread lives: unlike the
+    """Disable a tokenizer's cache of words: 400,000 tokens per second on a CPU core instead of 550,000."""
+    # It would keep some ten thousand words per thread that uses it, for as long as that thread lives: unlike the
     # tokenizer, a thread stays (worker/thread_pool.py), and every load would add megabytes to it.
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is not None and isinstance(core.model, BPE):
@@ -111,6 +108,8 @@ def disable_tokenizer_cache(tokenizer: TokenizerWrapper) -> None:
 
 
 def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> LoadedModel:
+    if policy.wire_memory:
+        device.set_wired_limit_once()
     path = resolve(spec.source, progress=report, weights=policy.weights)
     report("reading", 0, 0)
     with _naming(f"the model in {path} can't be read"):
@@ -136,11 +135,11 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: Exec
 
 
 def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> nn.Module:
-    """The model as this device runs it fastest, evaluated. What is read is reported in bytes as they are held."""
+    """The model in the policy's form, evaluated. Progress is reported in bytes of loaded weights."""
     if policy.weights is WeightPolicy.FLOAT32:
         model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
         model = dequantize_model(model)
-        model.set_dtype(mx.float32)  # and what came out of formats whose scales are no floats (mxfp4)
+        model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
     fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
     if fused:
         model.update_modules(tree_unflatten(fused))
@@ -148,6 +147,9 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
         divide(model)
     elif policy.fuse_projections:
         fuse_projections(model)
+    if policy.replace_kernels:
+        cpu_layers.replace_functions()
+        cpu_layers.replace_layers(model)
     model.eval()
     parameters = [array for _, array in tree_flatten(model.parameters())]
     total, done, pending = sum(array.nbytes for array in parameters), 0, 0
@@ -161,7 +163,7 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
 
 
 def _is_fusable(layer: nn.Module) -> bool:
-    """Whether the adapter can go into the layer's weight. A quantized weight would lose it to rounding."""
+    """Whether the layer's adapter can be added to its weight. A quantized weight would lose it to rounding."""
     if not hasattr(layer, "fuse"):
         return False
     wrapped = getattr(layer, "linear", None) or getattr(layer, "embedding", None)
@@ -187,12 +189,12 @@ def generation_defaults(path: Path) -> dict[str, float]:
 
 
 class _Unusable(Exception):
-    """A part of the model that failed, in words."""
+    """A part of the checkpoint that can't be used, with the reason."""
 
 
 @contextlib.contextmanager
 def _naming(problem: str) -> Iterator[None]:
-    """Put a name to whatever goes wrong inside."""
+    """Raise _Unusable, with the problem, for any error in the block."""
     try:
         yield
     except LoadAborted:

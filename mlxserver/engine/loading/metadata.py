@@ -1,4 +1,4 @@
-"""Checkpoint metadata: what can be known of a model before its weights are read."""
+"""Checkpoint metadata: facts of a model from its files, before its weights are read."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
-    """config: the model's config.json. stored_bytes: its weights as they are stored, without the files' headers."""
+    """Metadata of a checkpoint. config: its config.json. stored_bytes: size of its weights in their stored format."""
 
     config: Mapping[str, Any]
     stored_bytes: int
 
 
 def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The parts of a configuration that may describe its text model: itself, and what is nested in it.
+    """The parts of a configuration that may describe its text model: itself and its nested ones.
 
-    In a config.json those are objects; in the arguments that mlx-lm makes of one, some are dataclasses.
+    In a config.json they are objects; in the arguments that mlx-lm makes of it, some are dataclasses.
     """
     yield config
     for name in TEXT_CONFIGS:
@@ -37,7 +37,7 @@ def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def context_length(key: str, config: Mapping[str, Any]) -> int:
-    """The context in tokens that a config.json states; FALLBACK_CONTEXT, and a line in the log, if none."""
+    """The context in tokens that a config.json states; otherwise FALLBACK_CONTEXT, with a warning in the log."""
     for part in text_configs(config):
         for name in CONTEXT_KEYS:
             value = part.get(name)
@@ -48,6 +48,6 @@ def context_length(key: str, config: Mapping[str, Any]) -> int:
 
 
 def attention_heads(config: Mapping[str, Any]) -> int:
-    """Attention heads of the architecture that a config.json, or mlx-lm's arguments, describe; 0 if they do not say."""
+    """Number of query heads in a config.json, or in mlx-lm's arguments of it; 0 if not stated."""
     stated = (part.get("num_attention_heads") for part in text_configs(config))
     return next((int(number) for number in stated if number), 0)

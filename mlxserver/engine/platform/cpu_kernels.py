@@ -1,4 +1,4 @@
-"""Functions of MLX's, made fit for a Linux CPU.
+"""CPU kernels: softmax, SwiGLU, attention, RMS norm and rotary embedding for a Linux CPU.
 
 MLX computes exponentials there one element at a time, so that softmax, attention and SwiGLU took four fifths of a
 prompt's time. Here exp is made of additions, multiplications and one change of type, which vectorise: the method of the
@@ -6,17 +6,15 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
-that was half. Here what depends on positions alone is computed once a step.
+that was half. Here what depends on positions alone is computed once per step.
 
-Rule 1: install() puts these in the place of MLX's and mlx-lm's functions before a model module is imported, on a CPU.
-Rule 2: whatever is not plain float32 is left to the functions that were there.
+Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,25 +25,10 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models import activations
 
 _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_HIDDEN = -1e30  # the score of what a mask hides
-_FEW = 2048  # elements whose exponentials MLX has computed before several operations have begun
+_MASKED = -1e30  # the score of a masked position
+_FEW = 2048  # elements whose exponentials MLX computes faster than several operations begin
 
-_mx_softmax = mx.softmax
-_mx_attention = mx.fast.scaled_dot_product_attention
-_mx_rms_norm = mx.fast.rms_norm
-_mx_rope = mx.fast.rope
-_mlx_lm_swiglu = activations.swiglu
-
-
-def install() -> None:
-    """Use these functions in this process."""
-    mx.softmax = softmax
-    mx.fast.scaled_dot_product_attention = attention
-    mx.fast.rms_norm = rms_norm
-    mx.fast.rope = rope
-    for name, module in list(sys.modules.items()):  # model modules keep the function that they found when imported
-        if name.startswith("mlx_lm.models.") and getattr(module, "swiglu", None) is _mlx_lm_swiglu:
-            module.swiglu = swiglu  # type: ignore[attr-defined]
+mlx_lm_swiglu = activations.swiglu
 
 
 class _Thread(threading.local):
@@ -57,12 +40,11 @@ _thread = _Thread()
 
 @contextmanager
 def layer_by_layer(beside_others: bool) -> Iterator[None]:
-    """On this thread, compute each layer of a model before the next one is prepared, if other models are at work.
+    """On this thread, compute each layer of a model before the next one is prepared, if other models are running.
 
-    MLX lets all threads together have some ten tasks under way. One that hands in a whole forward pass keeps them
-    taken, and each operation of another model's step waits for one of its: beside chunks of 256 tokens a step took 325
-    ms that took 54 beside the same chunks layer by layer; alone, a pass takes a tenth longer so. Where a GPU computes,
-    its attention never asks, and nothing changes.
+    MLX lets all threads together have some ten tasks under way. A thread that submits a whole forward pass occupies
+    them, and each operation of another model's step waits for one of them: beside chunks of 256 tokens a step took 325
+    ms, and 54 beside the same chunks layer by layer; alone, a pass takes a tenth longer so. On a GPU nothing changes.
     """
     _thread.is_stepwise = beside_others
     try:
@@ -74,7 +56,7 @@ def layer_by_layer(beside_others: bool) -> Iterator[None]:
 def softmax(a: mx.array, axis: Any = None, *, precise: bool = False, stream: Any = None) -> mx.array:
     """As mx.softmax."""
     if a.dtype != mx.float32 or axis not in (-1, a.ndim - 1) or a.size <= _FEW:
-        plain: mx.array = _mx_softmax(a, axis, precise=precise, stream=stream)
+        plain: mx.array = mx.softmax(a, axis, precise=precise, stream=stream)
         return plain
     weights = _exp_of_difference(a, mx.max(a, axis=-1, keepdims=True))
     return weights / mx.sum(weights, axis=-1, keepdims=True)
@@ -83,7 +65,7 @@ def softmax(a: mx.array, axis: Any = None, *, precise: bool = False, stream: Any
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x, as mlx_lm.models.activations.swiglu."""
     if gate.dtype != mx.float32 or gate.size <= _FEW:
-        plain: mx.array = _mlx_lm_swiglu(gate, x)
+        plain: mx.array = mlx_lm_swiglu(gate, x)
         return plain
     mantissa, exponent = _compiled_parts(-gate)
     gated: mx.array = _gate(mantissa, exponent.view(mx.float32), gate, x)
@@ -95,7 +77,7 @@ def attention(
 ) -> mx.array:
     """As mx.fast.scaled_dot_product_attention: q [B, heads, L, dim], k and v [B, kv heads, T, dim]."""
     if q.dtype != mx.float32 or sinks is not None or options:
-        return _mx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     if _thread.is_stepwise:
@@ -109,7 +91,7 @@ def attention(
         else:
             scores = (scores.reshape(batch, heads, length, -1) + hidden).reshape(scores.shape)
     if scores.size <= _FEW:
-        weighted = _mx_softmax(scores, axis=-1) @ v
+        weighted = mx.softmax(scores, axis=-1) @ v
     else:
         weights = _exp_of_difference(scores, mx.max(scores, axis=-1, keepdims=True))
         weighted = (weights @ v) / mx.sum(weights, axis=-1, keepdims=True)
@@ -119,7 +101,7 @@ def attention(
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
     """As mx.fast.rms_norm: x [..., dim], weight [dim]."""
     if weight is None or not x.dtype == weight.dtype == mx.float32:
-        return _mx_rms_norm(x, weight, eps, stream=stream)
+        return mx.fast.rms_norm(x, weight, eps, stream=stream)
     normed: mx.array = _norm(x.shape[-1], eps)(x, weight)
     return normed
 
@@ -144,7 +126,7 @@ def rope(
             "offset": offset,
             "freqs": freqs,
         }
-        return _mx_rope(a, dims, **options, stream=stream)
+        return mx.fast.rope(a, dims, **options, stream=stream)
     cosines, sines = _turns(offset, a.shape[2], dims, traditional, base, scale, freqs)
     if traditional:
         pairs = a.reshape(*a.shape[:-1], dims // 2, 2)
@@ -156,24 +138,24 @@ def rope(
     return rotated
 
 
-class _Last(threading.local):
-    """What a function was last asked on this thread, and what it gave: all layers of a step ask the same."""
+class _LastCall(threading.local):
+    """The last call of a function on this thread: all layers of a step make the same one."""
 
-    asked: tuple[Any, ...] = ()
-    given: Any = None
+    arguments: tuple[Any, ...] = ()
+    result: Any = None
 
 
-def _once_a_step(function: Callable[..., Any]) -> Callable[..., Any]:
+def _once_per_step(function: Callable[..., Any]) -> Callable[..., Any]:
     """Remember the last call. Arrays are the same if they are one object."""
-    last = _Last()
+    last = _LastCall()
 
-    def remembered(*asked: Any) -> Any:
-        if len(asked) != len(last.asked) or not all(map(_is_same, asked, last.asked)):
-            given = function(*asked)
-            if not any(isinstance(value, mx.array) for value in asked):
-                mx.eval(given)  # it may be asked again when the stream that would compute it is gone
-            last.asked, last.given = asked, given
-        return last.given
+    def remembered(*arguments: Any) -> Any:
+        if len(arguments) != len(last.arguments) or not all(map(_is_same, arguments, last.arguments)):
+            result = function(*arguments)
+            if not any(isinstance(value, mx.array) for value in arguments):
+                mx.eval(result)  # a later call may come when the stream that would compute it is gone
+            last.arguments, last.result = arguments, result
+        return last.result
 
     return remembered
 
@@ -183,16 +165,16 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _additive(mask: Any, length: int, total: int) -> mx.array:
-    """What a mask adds to scores."""
+    """The mask as an addend of scores."""
     if isinstance(mask, str):  # "causal"
         mask = mx.arange(total - length, total)[:, None] >= mx.arange(total)[None]
-    return mx.where(mask, 0.0, _HIDDEN) if mask.dtype == mx.bool_ else mask
+    return mx.where(mask, 0.0, _MASKED) if mask.dtype == mx.bool_ else mask
 
 
-_additive_of_step = _once_a_step(_additive)
+_additive_of_step = _once_per_step(_additive)
 
 
-@_once_a_step
+@_once_per_step
 def _turns(
     offset: int | mx.array,
     length: int,

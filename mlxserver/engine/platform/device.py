@@ -1,4 +1,4 @@
-"""The device that MLX computes on, and what memory there is and is used. All sizes are bytes.
+"""Device that MLX computes on, and its memory. All sizes are bytes.
 
 Rule 1: the process-wide wired limit is set here and nowhere else, once.
 """
@@ -11,16 +11,15 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mlxserver.engine.mlx import mx
 
-DeviceKind = Literal["cpu", "metal", "cuda"]
+from mlxserver.engine.platform.policy import DeviceKind
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What MLX computes on. memory_bytes: Metal's recommended working set, a CUDA card's memory, or the system's."""
+    """A device. memory_bytes: Metal's recommended working set, a CUDA card's memory, or the system's."""
 
     name: str
     kind: DeviceKind
@@ -34,7 +33,7 @@ def is_cpu() -> bool:
 
 @functools.cache
 def describe() -> Device:
-    """The device in use. It does not change while the process lives."""
+    """The device in use, which never changes in a process."""
     properties = mx.device_info()
     name = str(properties.get("device_name", "unknown"))
     if is_cpu():
@@ -56,28 +55,28 @@ _depends_on_others = False
 
 
 def depend_on_others() -> None:
-    """From now on work may wait for another process, and for ever if that is gone."""
+    """Note that computations may wait for another process from now on, and for ever if it is lost."""
     global _depends_on_others
     _depends_on_others = True
 
 
 def clear_cache() -> None:
-    """Give back what MLX keeps of freed arrays.
+    """Free MLX's cache of freed arrays.
 
-    On a CPU that waits for all work of all threads, with Python's lock held: if one waits for a rank that is gone, the
-    whole process stood still. There it is not done where there are ranks; what MLX keeps is little on a CPU.
+    On a CPU that waits for all work of all threads, with Python's lock held: if one of them waits for a lost rank, the
+    whole process stands still. So ranks do not do it on a CPU, where the cache is small.
     """
     if not (_depends_on_others and is_cpu()):
         mx.clear_cache()
 
 
 def active_bytes() -> int:
-    """Memory that live MLX arrays hold, on any thread."""
+    """Memory of live MLX arrays of all threads."""
     return int(mx.get_active_memory())
 
 
 def process_bytes() -> int:
-    """Resident memory of this process: now on Linux, its highest elsewhere."""
+    """Resident memory of this process: the present one on Linux, the highest elsewhere."""
     if sys.platform == "linux":
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
         return resident_pages * os.sysconf("SC_PAGE_SIZE")

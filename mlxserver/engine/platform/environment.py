@@ -1,12 +1,11 @@
-"""What must hold in the process before MLX computes anything.
+"""Environment of MLX: what the process needs before it imports MLX.
 
-Rule: prepare() runs before mlx.core is imported; mlx.py sees to it.
+Rule: prepare() runs before mlx.core is imported; mlx.py calls it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import resource
 import sys
@@ -29,7 +28,7 @@ _MALLOPT = {-1: 2**31 - 1, -3: 32 << 20, -8: 1}
 
 
 def prepare() -> None:
-    """Load OpenBLAS where it is wanted, set MLX up for a process that lives long, and keep the limit of open files."""
+    """Load OpenBLAS if MLX uses it, configure MLX for a long-lived process, and keep the limit of open files."""
     openblas.preload()
     _keep_freed_memory()
     for name, value in _CUDA.items() if sys.platform == "linux" else ():
@@ -38,10 +37,10 @@ def prepare() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next array of that size: MLX's CPU backend allocates anew for each result.
+    """Have glibc keep freed memory for the next array of that size: MLX's CPU backend allocates anew for each result.
 
-    Given back to the system at once, as by default, every large result costs page faults: an attention over 2,000
-    tokens took three times as long. runners/builder.py gives it all back when a model goes.
+    Returned to the system at once, as by default, every large result costs page faults: an attention over 2,000 tokens
+    took three times as long. streams.free_memory() returns it when a model is unloaded.
     """
     if sys.platform != "linux":
         return
@@ -49,16 +48,6 @@ def _keep_freed_memory() -> None:
     for option, value in _MALLOPT.items():
         if hasattr(libc, "mallopt"):  # not in other C libraries
             libc.mallopt(option, value)
-
-
-@functools.cache
-def install_kernels() -> None:
-    """On a Linux CPU, replace slow functions and layers of MLX and mlx-lm by faster ones with the same results."""
-    from mlxserver.engine.platform import cpu_kernels, cpu_matmul, policy
-
-    if policy.current().replace_kernels:
-        cpu_kernels.install()
-        cpu_matmul.install()
 
 
 def _import_mlx_lm() -> None:

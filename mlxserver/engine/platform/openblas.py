@@ -17,23 +17,23 @@ from pathlib import Path
 LIBRARY = "libopenblas.so.0"
 
 # OpenBLAS 0.3.21 (Debian 12) takes AMD's CPUs with AVX-512 for ones without: a product of 256 rows then runs at half
-# its speed. And its threads would wait for work in a busy loop, on the core that somebody else could use.
+# its speed. And its threads would wait for work in a busy loop, on a core that other work could use.
 _AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 _THREAD_TIMEOUT = "12"  # as a power of two, in cycles
 
-# The kernels with which OpenBLAS multiplies small matrices as they lie.
+# CPU types for which OpenBLAS has kernels that multiply small matrices without copying them.
 _SMALL_PRODUCTS = ("SkylakeX", "Cooperlake", "SapphireRapids")
 
 log = logging.getLogger("engine")
 
 
 def preload() -> bool:
-    """Load OpenBLAS for the whole process if this MLX would use it. False when it would and the library is missing."""
+    """Load OpenBLAS into the process if this MLX would use it. False if it would and the library is missing."""
     return not _is_wanted() or _library() is not None
 
 
 def has_small_products() -> bool:
-    """Whether MLX uses an OpenBLAS here that multiplies small matrices without rearranging them first."""
+    """Whether MLX uses an OpenBLAS that multiplies small matrices without copying them first."""
     if (library := _library()) is None:
         return False
     library.openblas_get_corename.restype = ctypes.c_char_p
@@ -42,13 +42,13 @@ def has_small_products() -> bool:
 
 @functools.cache
 def threads() -> int:
-    """How many threads OpenBLAS began with; 1 without it."""
+    """Number of threads that OpenBLAS started with; 1 without it."""
     library = _library()
     return int(library.openblas_get_num_threads()) if library else 1
 
 
 def use_threads(count: int) -> None:
-    """Have the products that begin from now on run on so many threads, where OpenBLAS computes them."""
+    """Set the number of threads of all further products, if OpenBLAS computes them."""
     library = _library()
     if library and library.openblas_get_num_threads() != count:
         library.openblas_set_num_threads(count)
@@ -56,7 +56,7 @@ def use_threads(count: int) -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """OpenBLAS, set up and in the process; None if it is missing, or not wanted."""
+    """OpenBLAS, loaded into the process; None if it is missing, or MLX does not use it."""
     if not _is_wanted():
         return None
     _set_up()
@@ -68,7 +68,7 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def warn_if_missing() -> None:
-    """Say once how to make this machine's CPU fast, if it isn't."""
+    """Log once what to install if OpenBLAS is missing."""
     if not preload():
         log.warning(
             "%s is missing, so MLX is many times slower on this CPU. Debian, Ubuntu: "
@@ -78,7 +78,7 @@ def warn_if_missing() -> None:
 
 
 def _set_up() -> None:
-    """Set what OpenBLAS reads when it is loaded, but for what the user has set."""
+    """Set the variables that OpenBLAS reads when it is loaded, except those that are set already."""
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", _THREAD_TIMEOUT)
     cpu = _cpu()
     if cpu.get("vendor_id") == "AuthenticAMD" and set(cpu.get("flags", "").split()) >= _AVX512:
@@ -86,7 +86,7 @@ def _set_up() -> None:
 
 
 def _cpu() -> dict[str, str]:
-    """What Linux says of the first CPU."""
+    """Linux's description of the first CPU."""
     try:
         first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:

@@ -2,6 +2,7 @@
 
 Rule 1: outside of platform/, no code asks which device it runs on; it takes a policy, by default the current one.
 Rule 2: a compiled step needs padded slots, because the lengths of its sequences would be compiled into it otherwise.
+Rule 3: importing this module does not import MLX.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import functools
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
-from mlxserver.engine.platform import device
-from mlxserver.engine.platform.device import Device
+DeviceKind = Literal["cpu", "metal", "cuda"]
 
 
 class WeightPolicy(Enum):
@@ -119,12 +120,14 @@ CUDA = ExecutionPolicy(
 )
 
 
-def policy_for(device: Device) -> ExecutionPolicy:
-    """The policy of a device."""
-    return {"cpu": CPU, "metal": METAL, "cuda": CUDA}[device.kind]
+def policy_for(kind: DeviceKind) -> ExecutionPolicy:
+    """The policy of a kind of device."""
+    return {"cpu": CPU, "metal": METAL, "cuda": CUDA}[kind]
 
 
 @functools.cache
 def current() -> ExecutionPolicy:
     """The policy of the device in use."""
-    return policy_for(device.describe())
+    from mlxserver.engine.platform import device
+
+    return policy_for(device.describe().kind)

@@ -1,4 +1,4 @@
-"""MLX streams of engine threads, and giving memory back to the system."""
+"""MLX streams of engine threads, and the return of freed memory to the system."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def thread_stream() -> Iterator[None]:
 
 @contextmanager
 def finished_work() -> Iterator[None]:
-    """Wait at the end of the block until the calling thread's stream has done all that it was given."""
+    """Wait at the end of the block until the calling thread's stream has finished its work."""
     try:
         yield
     finally:
@@ -35,9 +35,9 @@ def finished_work() -> Iterator[None]:
 
 
 def free_memory() -> None:
-    """Give what a dropped model held back to the system."""
-    # Python's cache of attributes keeps the names that it was asked for. One that was made in the middle of a tokenizer
-    # keeps the megabyte around it: eight MiB more after twenty loads.
+    """Return the memory of a dropped model to the system."""
+    # Python's cache of attributes keeps names. One that was allocated in the middle of a tokenizer keeps the megabyte
+    # around it: eight MiB more after twenty loads.
     sys._clear_type_cache()
     gc.collect()
     device.clear_cache()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
+from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.loading import loader, sharding
+from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
@@ -26,7 +29,7 @@ _WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 
 
 class Builder:
-    """Builds the runners of one process, which share its cores.
+    """Builds the runners of one process, which share its cores and its prefix cache.
 
     stall_target: seconds that prefill may delay running streams. leader: leads the ranks that share models, if any.
     """
@@ -34,6 +37,7 @@ class Builder:
     def __init__(
         self, stall_target: float, leader: Leader | None = None, policy: ExecutionPolicy | None = None
     ) -> None:
+        self.prefix_cache = PrefixCache(RamTier(policy))
         self._policy = policy or current()
         self._stall_target = stall_target
         self._leader = leader
@@ -43,7 +47,8 @@ class Builder:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
         if spec.shard is None:
             loaded = loader.load(spec, progress=progress, policy=self._policy)
-            return self._finish(spec, loaded, self._scheduler(spec, loaded, metrics), progress)
+            with self._opened_prefixes(spec, loaded) as prefixes:
+                return self._finish(spec, loaded, self._scheduler(spec, loaded, prefixes, metrics), progress)
         if self._leader is None:
             raise sharding.alone(spec)
         with self._leader.loading(spec) as number:
@@ -52,12 +57,31 @@ class Builder:
             batch = LeadingBatch(self._leader, number, opened, self._peers, metrics)
             return self._finish(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
 
-    def _scheduler(self, spec: ModelSpec, loaded: loader.LoadedModel, metrics: ModelMetrics | None) -> Scheduler:
+    @contextmanager
+    def _opened_prefixes(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[ModelPrefixes | None]:
+        """The model's prefixes; its scheduler closes them, or the end of the block if that fails."""
+        if not spec.prefix_cache_bytes:
+            yield None
+            return
+        prefixes = self.prefix_cache.open(model_identity(spec, loaded), spec.prefix_cache_bytes)
+        try:
+            yield prefixes
+        except BaseException:
+            prefixes.close()
+            raise
+
+    def _scheduler(
+        self,
+        spec: ModelSpec,
+        loaded: loader.LoadedModel,
+        prefixes: ModelPrefixes | None,
+        metrics: ModelMetrics | None,
+    ) -> Scheduler:
         return Scheduler(
             loaded.model,
             max_running=spec.max_running,
             stall_target=self._stall_target,
-            prefix_cache=PrefixCache(spec.prefix_cache_bytes, policy=self._policy) if spec.prefix_cache_bytes else None,
+            prefixes=prefixes,
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             metrics=metrics,

@@ -33,8 +33,8 @@ class RequestConstraints:
         self.tool_format = prompts.tool_format
         self._tags = thinking_tags(tokenizer)
         # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
-        written = (self._tags[0], f"\n{self._tags[1]}\n\n")
-        self._start, self._end = (tokenizer.encode(text, add_special_tokens=False) for text in written)
+        written = (self._tags[0], f"\n{self._tags[1]}\n\n") if prompts.thinks else ("", "")
+        self._start, self._end = (tokenizer.encode(text, add_special_tokens=False) if text else [] for text in written)
 
     def compile(self, request: GenerationRequest) -> None:
         """Compile the grammar of a request, if it has one. Raises PromptRejected."""

@@ -19,6 +19,8 @@ from collections import abc
 from mlxserver.engine.mlx import mx
 
 from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform.policy import current
 from mlxserver.engine.sequence import Sequence
 
 # Most likely tokens among which the threshold is found. A nucleus that is larger keeps the whole tail.
@@ -55,6 +57,7 @@ class BatchSampler:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
+        self._softmax = cpu_kernels.softmax if current().replace_kernels else mx.softmax
         self._settings: list[SamplingParams] = []
         self._keys = mx.zeros((0, 2), dtype=mx.uint32)
         self._generated: mx.array | None = None  # [batch, vocab], how often each token was generated
@@ -124,7 +127,7 @@ class BatchSampler:
 
     def _draw(self, logits: mx.array, likeliest: mx.array) -> mx.array:
         """Draw from the filtered distribution, [batch, vocab] -> [batch]; the likeliest where nothing can be drawn."""
-        probabilities = mx.softmax(logits * self._inverse_temperature, axis=-1)
+        probabilities = self._softmax(logits * self._inverse_temperature, axis=-1)
         if self._has_filter:
             probabilities = mx.where(probabilities >= self._threshold(probabilities), probabilities, 0.0)
         cumulative = mx.cumsum(probabilities, axis=-1)

@@ -6,7 +6,7 @@ import sys
 from collections import abc
 
 from mlxserver.engine.kv_cache.caches import Cache
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
 from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.prefill import Prefill
 from mlxserver.engine.scheduler.prompts import PendingPrompt
@@ -21,20 +21,20 @@ class KVBudget:
         self,
         running: DecodeBatch,
         prefill: Prefill,
-        prefix_cache: PrefixCache | None,
+        prefixes: ModelPrefixes | None,
         max_tokens: int | None,
         bytes_per_token: int,
     ) -> None:
         self._running = running
         self._prefill = prefill
-        self._prefix_cache = prefix_cache
+        self._prefixes = prefixes
         self._max_tokens = max_tokens or sys.maxsize
         self._bytes_per_token = bytes_per_token
 
     @property
     def has_prefixes(self) -> bool:
-        """Whether there is a prefix cache."""
-        return self._prefix_cache is not None
+        """Whether prefixes are cached."""
+        return self._prefixes is not None
 
     def holds(self, kv_tokens: int) -> bool:
         """Whether so many tokens of KV cache are within the budget."""
@@ -64,12 +64,12 @@ class KVBudget:
 
     def fetch_prefix(self, tokens: abc.Sequence[int]) -> tuple[Cache | None, int]:
         """A copy of the longest cached prefix and its length in tokens; (None, 0) without one."""
-        return self._prefix_cache.fetch(tokens) if self._prefix_cache else (None, 0)
+        return self._prefixes.fetch(tokens) if self._prefixes else (None, 0)
 
     def store_prefix(self, tokens: abc.Sequence[int], cache: Cache) -> None:
         """Store the KV cache of exactly these tokens; shrink_prefixes_beside() afterwards."""
-        if self._prefix_cache:
-            self._prefix_cache.store(tokens, cache)
+        if self._prefixes:
+            self._prefixes.store(tokens, cache)
 
     def shrink_prefixes_beside(self, kv_tokens: int) -> None:
         """Leave to the prefix cache what so many tokens of KV cache do not need."""
@@ -78,5 +78,10 @@ class KVBudget:
 
     def shrink_prefixes(self, max_bytes: int) -> None:
         """Drop the least recently used prefixes until at most this many bytes are left."""
-        if self._prefix_cache:
-            self._prefix_cache.shrink(max_bytes)
+        if self._prefixes:
+            self._prefixes.shrink(max_bytes)
+
+    def close(self) -> None:
+        """Drop the prefixes for good."""
+        if self._prefixes:
+            self._prefixes.close()

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Collection
 from typing import Any
 
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
+from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.policy import ExecutionPolicy
@@ -46,7 +45,7 @@ class Scheduler:
         *,
         max_running: int = 32,
         stall_target: float = 0.25,
-        prefix_cache: PrefixCache | None = None,
+        prefixes: ModelPrefixes | None = None,
         peers: Peers | None = None,
         max_kv_tokens: int | None = None,
         metrics: ModelMetrics | None = None,
@@ -67,7 +66,7 @@ class Scheduler:
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
         bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
-        self._budget = KVBudget(self._running, self._prefill, prefix_cache, max_kv_tokens, bytes_per_token)
+        self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, bytes_per_token)
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
@@ -117,6 +116,7 @@ class Scheduler:
         self._admit(budget.now)
         if not self._prefilling:
             return
+        self._note_load()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
         self._meter.end_step()
         self._prefill.advance(self._prefilling, budget)
@@ -133,7 +133,7 @@ class Scheduler:
         """Ids of the sequences without a slot."""
         return {sequence.id for prompt in self._waiting for sequence in prompt.sequences}
 
-    def restart(self, staying: Collection[int]) -> list[SampledToken]:
+    def restart(self, staying: abc.Collection[int]) -> list[SampledToken]:
         """Drop all KV cache, after a call that failed. The sequences that stay wait again and resume where they were;
         the others are removed. Returns the tokens that were read and not returned before.
         """
@@ -146,18 +146,17 @@ class Scheduler:
             if not prompt.drop(gone):
                 again.append(prompt)
                 gone |= {sequence.id for sequence in prompt.sequences}  # a call that failed halfway may have it twice
-        self.close()
-        self._waiting = again
+        self._waiting, self._prefilling = again, []
+        self._running.clear()
+        self.shrink_prefixes(0)
         self._meter.remove(gone - set(staying))
         self._note_load()
         return unpublished
 
     def close(self) -> None:
         """Free what the batch holds."""
-        self._waiting, self._prefilling = [], []
-        self._running.clear()
-        self.shrink_prefixes(0)
-        self._note_load()
+        self.restart(())
+        self._budget.close()
 
     # -- for builder and ranks ----------------------------------------------------------------------------------
 
@@ -176,8 +175,7 @@ class Scheduler:
 
     def chunk_budget(self) -> ChunkBudget:
         """Budget of the next chunk, as measured here."""
-        waiting = _count(self._prefilling) + _count(self._waiting)
-        ratio = waiting_ratio(waiting, len(self._running.sequences))
+        ratio = waiting_ratio(_count([*self._prefilling, *self._waiting]), len(self._running.sequences))
         return self._prefill.budget(self.load.step_seconds, self._peer_step_seconds, ratio)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
@@ -188,11 +186,8 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Give waiting prompts slots, in order of arrival, as long as they fit."""
-        was_waiting = len(self._waiting)
         while self._waiting and self._try_admit(self._waiting[0], now):
             self._prefilling.append(self._waiting.pop(0))
-        if len(self._waiting) < was_waiting:
-            self._note_load()
 
     def _try_admit(self, prompt: PendingPrompt, now: float) -> bool:
         """Start a prompt if there are slots and KV cache for all its sequences. The first of all always fits."""
@@ -252,5 +247,4 @@ class Scheduler:
 
 
 def _count(prompts: abc.Iterable[PendingPrompt]) -> int:
-    """Number of the prompts' sequences."""
     return sum(len(prompt.sequences) for prompt in prompts)

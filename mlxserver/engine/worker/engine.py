@@ -51,18 +51,9 @@ class Engine:
         self._started: asyncio.Future[ModelFacts] = loop.create_future()
         self._ended = asyncio.Event()
         self._is_stopping = False
-        self._inside = EngineThread(
-            key,
-            build,
-            free=free,
-            stream=stream,
-            metrics=metrics or ModelMetrics(key),
-            mailbox=self._mailbox,
-            tokenizer_worker=self._tokenizer_worker,
-            event_loop=EventLoopSide(
-                key, loop.call_soon_threadsafe, self._subscribers, self._started.set_result, self._end
-            ),
-        )
+        here = EventLoopSide(key, loop.call_soon_threadsafe, self._subscribers, self._started.set_result, self._end)
+        metrics = metrics or ModelMetrics(key)
+        self._inside = EngineThread(key, build, free, stream, metrics, self._mailbox, self._tokenizer_worker, here)
         self._thread = start(self._inside.run, f"engine-{key}")
 
     async def started(self) -> ModelFacts:

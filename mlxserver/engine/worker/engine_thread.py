@@ -72,7 +72,6 @@ class EngineThread:
         self,
         key: str,
         build: Callable[[], Runner],
-        *,
         free: Callable[[], None],
         stream: Callable[[], AbstractContextManager[object]],
         metrics: ModelMetrics,

@@ -26,9 +26,7 @@ class Generation:
         self.outcome = "cancelled"  # a finish reason or an error's name, once it is done
         self.usage: Usage | None = None  # of a complete answer, once it is done
         self.on_done: Callable[[], None] = lambda: None
-        self.most_unread = (
-            sys.maxsize
-        )  # limit of events that wait to be read; beyond it the request fails with ReaderTooSlow
+        self.most_unread = sys.maxsize  # events that may wait to be read, before it fails with ReaderTooSlow
         self._cancel = cancel
         self._events: list[Event] = []
         self._error: EngineError | None = None

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The llm command line, told of the server in its list of OpenAI-compatible models."""
+"""The llm command line, with the server in its list of OpenAI-compatible models."""
 
 import os
 import subprocess

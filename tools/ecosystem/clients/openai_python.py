@@ -53,8 +53,8 @@ with chat.stream(**options) as stream:
     assert "Paris" in stream.get_final_completion().choices[0].message.content
 print("stream-helper")
 
-told = chat.create(**options, logprobs=True, top_logprobs=3).choices[0].logprobs.content
-assert len(told[0].top_logprobs) == 3
+logprobs = chat.create(**options, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+assert len(logprobs[0].top_logprobs) == 3
 print("logprobs")
 
 assert len(chat.create(**options, n=2).choices) == 2

@@ -1,4 +1,4 @@
-"""ChatClient against a scripted server: over a real socket, typed events come in and typed errors come out."""
+"""ChatClient and a scripted server over a real socket: typed events and typed errors."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import socket
 from contextlib import aclosing
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxserver.client.api import ChatClient
@@ -20,9 +20,7 @@ from mlxserver.client.errors import (
     api_error,
 )
 from mlxserver.client.events import ChunkReader, Content, Finished, Reasoning, ToolCall, Usage, read_answer
-from mlxserver.client.load_view import format_progress
-from mlxserver.client.models import ModelCard, read_card
-from mlxserver.client.progress import Progress, read_comment
+from mlxserver.client.models import ModelCard, Progress, read_card
 from mlxserver.client.stats import timing
 from mlxserver.client.transport import normalise_url
 from tests.support.scripted_server import scripted_server
@@ -44,7 +42,7 @@ def no_settings_from_outside(monkeypatch):
 
 
 def using(url, act, **settings):
-    """What `act` returns for a client of the server at `url`."""
+    """Run `act` with a client of the server at `url`; its result."""
 
     async def use():
         async with ChatClient(url, **settings) as client:
@@ -103,35 +101,35 @@ def test_a_stream_asks_for_usage_and_sends_only_parameters_that_have_a_value(ser
         ("caller", [ToolCall(0, "call_1", "add", '{"a"'), ToolCall(0, "call_1", "", ": 1}")]),
     ],
 )
-def test_thinking_under_both_names_keep_alives_and_tool_calls_are_understood(server, model, expected):
+def test_reasoning_under_both_names_comments_and_tool_calls_are_parsed(server, model, expected):
     assert streamed(server.url, model)[:-1] == expected
 
 
 STEPS = [Progress("reading", 1_000_000, 4_000_000), Progress("warming up")]
 
 
-def test_a_stream_tells_how_far_the_load_is_that_it_waits_for(server):
+def test_a_stream_reports_the_progress_of_the_load_that_it_waits_for(server):
     server.gate.set()
-    told = []
+    reported = []
 
     async def read(client):
-        async with aclosing(client.stream(ASKED, "loader", on_progress=told.append)) as stream:
+        async with aclosing(client.stream(ASKED, "loader", on_progress=reported.append)) as stream:
             return [event async for event in stream]
 
     assert untimed(using(server.url, read)) == streamed(server.url, "loader") == streamed(server.url, "talker")
-    assert told == STEPS
+    assert reported == STEPS
 
 
-def test_the_steps_of_a_load_are_no_tokens_of_a_recording(server):
+def test_the_progress_of_a_load_is_no_token_of_a_recording(server):
     server.gate.set()
-    recorded = using(server.url, lambda client: client.record(ASKED, "loader"))
+    recorded = using(server.url, lambda client: client.prepare(ASKED, "loader")())
     assert untimed(recorded.events()) == streamed(server.url, "talker")
-    talker = using(server.url, lambda client: client.record(ASKED, "talker"))
+    talker = using(server.url, lambda client: client.prepare(ASKED, "talker")())
     counts = [len(timing(each.start, each.events()).arrivals) for each in (recorded, talker)]
     assert counts[0] == counts[1] > 0
 
 
-def test_a_stream_without_usage_and_without_done_is_whole_once_it_has_a_finish_reason(server):
+def test_a_stream_without_usage_and_done_is_complete_once_it_has_a_finish_reason(server):
     assert streamed(server.url, "brief") == [Content("Yes"), Finished("stop", None)]
 
 
@@ -150,7 +148,7 @@ def test_events_carry_the_time_of_their_arrival(server):
         ("early-leaver", "The answer broke off: the stream ended without a finish_reason."),
     ],
 )
-def test_an_answer_that_breaks_off_says_so_after_what_it_gave(server, model, message):
+def test_a_broken_answer_raises_after_the_events_before_the_break(server, model, message):
     events = []
     with pytest.raises(StreamBroken) as caught:
         streamed(server.url, model, events=events)
@@ -164,12 +162,12 @@ def test_a_connection_that_is_cut_breaks_the_answer_off(server):
 
 
 @pytest.mark.parametrize("model", ["babbler", "page"])
-def test_a_stream_of_something_else_is_broken(server, model):
+def test_a_stream_that_is_no_event_stream_of_json_is_broken(server, model):
     with pytest.raises(StreamBroken, match="expected"):
         streamed(server.url, model)
 
 
-def test_leaving_a_stream_closes_its_connection(server):
+def test_closing_a_stream_closes_its_connection(server):
     server.left.clear()
 
     async def read_one(client):
@@ -180,7 +178,7 @@ def test_leaving_a_stream_closes_its_connection(server):
     assert server.left.wait(10)
 
 
-def test_a_stream_that_falls_silent_is_broken_after_the_read_timeout(server):
+def test_a_silent_stream_is_broken_after_the_read_timeout(server):
     with pytest.raises(StreamBroken, match="imeout"):
         streamed(server.url, "hanger", read_timeout=0.1)
 
@@ -201,9 +199,9 @@ def test_a_whole_answer_has_content_reasoning_calls_and_usage(server):
 @pytest.mark.parametrize(
     ("model", "status", "message"),
     [
-        ("nobody", 404, "Model 'nobody' does not exist. Known models: sleeper, talker."),
+        ("unknown", 404, "Model 'unknown' does not exist. Known models: sleeper, talker."),
         ("gateway", 502, "HTTP 502 (Bad Gateway): <html> <h1>Bad Gateway</h1>"),
-        ("teller", 400, "told as a string"),
+        ("string-error", 400, "an error as a string"),
     ],
 )
 def test_an_error_of_any_shape_is_an_api_error(server, model, status, message):
@@ -215,7 +213,7 @@ def test_an_error_of_any_shape_is_an_api_error(server, model, status, message):
 
 def test_an_api_error_has_the_fields_of_openais_error_object(server):
     with pytest.raises(ApiError) as caught:
-        streamed(server.url, "nobody")
+        streamed(server.url, "unknown")
     assert (caught.value.type, caught.value.param, caught.value.code) == ("not_found_error", "model", "model_not_found")
 
 
@@ -224,7 +222,7 @@ def test_a_page_in_place_of_json_is_an_api_error(server):
         using(server.url, lambda client: client.complete(ASKED, "page"))
 
 
-def test_models_are_listed_with_what_is_known_of_them(server):
+def test_models_are_listed_with_their_known_fields(server):
     sleeper, talker = using(server.url, ChatClient.models)
     assert (sleeper.key, sleeper.state, sleeper.context_length, sleeper.running) == ("sleeper", "unloaded", None, None)
     assert talker == ModelCard("talker", "loaded", "instruction", "org/talker", 8192, 540_000_000, 1, 2)
@@ -244,7 +242,7 @@ def test_a_model_card_of_another_server_is_just_a_key():
     assert card.fields["owned_by"] == "them"
 
 
-def test_load_and_unload_tell_what_happened(server):
+def test_load_and_unload_return_their_results(server):
     loaded = using(server.url, lambda client: client.load("org/new", "new", context_length=512))
     assert (loaded.key, loaded.seconds) == ("new", 1.25)
     assert server.requests[-1] == {"model": "org/new", "key": "new", "context_length": 512}
@@ -253,7 +251,7 @@ def test_load_and_unload_tell_what_happened(server):
     assert server.requests[-1] == {"key": "talker", "mode": "drain", "timeout": 2}
 
 
-def test_a_server_without_load_and_unload_does_not_support_them():
+def test_load_and_unload_raise_not_supported_on_a_server_without_them():
     with scripted_server(has_extensions=False) as server:
         for act in (lambda client: client.load("org/new"), lambda client: client.unload("talker")):
             with pytest.raises(NotSupported, match="does not support /models/"):
@@ -261,12 +259,12 @@ def test_a_server_without_load_and_unload_does_not_support_them():
 
 
 def test_an_unknown_model_is_not_a_missing_endpoint(server):
-    with pytest.raises(ApiError, match="'nobody' does not exist") as caught:
-        using(server.url, lambda client: client.unload("nobody"))
+    with pytest.raises(ApiError, match="'unknown' does not exist") as caught:
+        using(server.url, lambda client: client.unload("unknown"))
     assert not isinstance(caught.value, NotSupported)
 
 
-def test_the_key_is_sent_and_comes_from_the_environment_too(monkeypatch):
+def test_the_api_key_is_sent_and_may_come_from_the_environment(monkeypatch):
     with scripted_server(api_key="secret") as server:
         assert using(server.url, ChatClient.models, api_key="secret")
         with pytest.raises(ApiError, match="Incorrect API key"):
@@ -295,20 +293,20 @@ def test_a_port_without_a_server_is_unreachable():
         ("http://[::1]:8000", "http://[::1]:8000/v1"),
     ],
 )
-def test_a_base_url_is_taken_with_and_without_v1(given_url, url):
+def test_a_base_url_may_have_v1_or_not(given_url, url):
     assert normalise_url(given_url) == url
 
 
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "ftp://a", "http://", "http://a:99999", "http://a:x", "http://[", "x"]
 )
-def test_a_base_url_that_is_none_is_refused_by_value(url):
+def test_an_invalid_base_url_is_refused_by_value(url):
     with pytest.raises(SettingInvalid) as caught:
         ChatClient(url)
     assert str(caught.value) == f"base_url: {url!r} is not valid; expected a URL such as http://127.0.0.1:8000/v1."
 
 
-def test_a_key_that_cannot_be_a_header_is_refused_without_being_shown():
+def test_an_api_key_that_cannot_be_a_header_is_refused_without_being_shown():
     with pytest.raises(SettingInvalid) as caught:
         ChatClient("http://a", "sec\r\nret")
     assert "sec" not in str(caught.value)
@@ -326,7 +324,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_whatever_json_a_server_sends_is_events_or_a_client_error(value):
+def test_any_json_of_a_server_is_events_or_a_client_error(value):
     reader = ChunkReader()
     for read in (
         lambda: reader.read(json.dumps(value), 0.0),
@@ -343,21 +341,7 @@ def test_whatever_json_a_server_sends_is_events_or_a_client_error(value):
 
 
 @given(st.integers(100, 999), st.text())
-def test_whatever_text_a_server_sends_with_an_error_is_an_api_error(status, body):
+def test_any_body_of_an_error_is_an_api_error(status, body):
     error = api_error(status, body)
     assert error.status == status
     assert str(error)
-
-
-@given(st.text())
-def test_any_comment_is_a_step_of_a_load_or_nothing(comment):
-    assert read_comment(f": {comment}") is None
-    assert read_comment(f"loading {comment}") is None or comment.strip().startswith("{")
-
-
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("stage", "done", "total"), JSON)))
-@example({"stage": "reading", "done": 10**400, "total": float("nan")})
-@example({"stage": "two\nlines", "done": 1, "total": float("inf")})
-def test_any_step_of_a_load_is_one_line(step):
-    line = format_progress(read_comment(f"loading {json.dumps(step)}"))
-    assert line.startswith("The model is being loaded: ") and "\n" not in line

@@ -1,10 +1,12 @@
-"""advanced_client.py as a person lives in it: a real terminal, a real server, and what is on the screen."""
+"""Shell of advanced_client.py: a real terminal, a real server, and the text on the screen."""
 
 import json
 import signal
 
 import pytest
 
+from mlxserver.client.errors import SettingInvalid
+from mlxserver.client.shell.settings import read_parameter
 from tests.support.scripted_server import scripted_server
 from tools.harness.models import scripted_model
 from tools.harness.running_server import running_server
@@ -44,8 +46,8 @@ def shell(server, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_chat_remembers_its_first_turn(tmp_path):
-    """The one test with a model that understands: its second answer needs the first question."""
+def test_a_chat_sends_its_first_turn_with_the_second(tmp_path):
+    """The one test with a trained model: its second answer needs the first question."""
     settings = ("--model", "smollm2", "--temperature", "0", "--max-tokens", "24")
     with (
         running_server("--no-defaults", "--model", "smollm2=embedded:smollm2") as server,
@@ -58,7 +60,7 @@ def test_a_chat_remembers_its_first_turn(tmp_path):
         shell.expect("that city?", "Paris", "2 turns", within=100)
 
 
-def test_an_answer_is_rendered_and_its_figures_are_told(shell):
+def test_an_answer_is_rendered_and_its_figures_are_shown(shell):
     shell.enter("show markdown")
     shell.expect("A title", "Some bold words.", "print(1)", "• first", "• second", "talker · ", "TTFT")
     assert "**" not in shell.shown
@@ -70,7 +72,7 @@ def test_an_answer_longer_than_the_screen_is_whole_in_the_scrollback(shell):
     assert [line for line in shell.shown.splitlines() if line.startswith("Line ")] == [f"Line {n}." for n in range(60)]
 
 
-def test_thinking_is_shown_dim_hidden_or_folded(shell):
+def test_thinking_is_shown_hidden_or_collapsed(shell):
     shell.enter("please think")
     shell.expect("Two and two are four.", "It is four.", "context")
     for view, shown in (("hide", 1), ("collapse", 1), ("show", 2)):
@@ -82,7 +84,7 @@ def test_thinking_is_shown_dim_hidden_or_folded(shell):
     assert shell.shown.count("thought for") == 1
 
 
-def test_another_model_takes_over_the_conversation(shell):
+def test_another_model_continues_the_conversation(shell):
     shell.enter("say hello")
     shell.expect("again.", "talker · ")
     shell.enter("/model other")
@@ -104,7 +106,7 @@ def test_a_model_is_loaded_and_unloaded(shell, path):
     shell.expect("error: ")
 
 
-def test_a_load_shows_how_far_it_is(tmp_path):
+def test_a_load_shows_its_progress_and_its_result(tmp_path):
     with (
         scripted_server() as server,
         terminal("--base-url", server.url, "--model", "talker", home=tmp_path) as shell,
@@ -119,7 +121,7 @@ def test_a_load_shows_how_far_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("view", ["show", "hide", "collapse"])
-def test_an_answer_that_waits_for_its_model_shows_how_far_the_load_is(tmp_path, view):
+def test_an_answer_that_waits_for_its_model_shows_the_progress_of_the_load(tmp_path, view):
     arguments = ("--model", "loader", "--think", view)
     with (
         scripted_server() as server,
@@ -136,7 +138,7 @@ def test_an_answer_that_waits_for_its_model_shows_how_far_the_load_is(tmp_path, 
 @pytest.mark.parametrize(
     ("model", "outcome"), [("ponderous", "(stopped)"), ("stumbler", "error: The answer broke off")]
 )
-def test_the_word_on_a_load_is_gone_when_the_answer_stops_or_fails(tmp_path, model, outcome):
+def test_the_progress_of_a_load_is_removed_when_the_answer_stops_or_fails(tmp_path, model, outcome):
     with (
         scripted_server() as server,
         terminal("--base-url", server.url, "--model", model, "--think", "hide", home=tmp_path) as shell,
@@ -152,7 +154,7 @@ def test_the_word_on_a_load_is_gone_when_the_answer_stops_or_fails(tmp_path, mod
         assert "being loaded" not in shell.shown
 
 
-def test_a_comparison_shows_the_load_that_a_column_waits_for(tmp_path):
+def test_a_comparison_shows_the_progress_of_the_load_that_a_column_waits_for(tmp_path):
     with (
         scripted_server() as server,
         terminal("--base-url", server.url, "--compare", "talker,loader", "Capital?", home=tmp_path) as shown,
@@ -165,9 +167,9 @@ def test_a_comparison_shows_the_load_that_a_column_waits_for(tmp_path):
 
 
 def test_models_are_compared_side_by_side(shell):
-    shell.enter("/compare talker,other,nobody please think")
-    shell.expect("talker", "other", "nobody", "Two and two are four.", "error: Model 'nobody' does not", "It is four.")
-    shell.expect("finish reason", "talker", "stop", "other", "stop", "nobody", "failed")
+    shell.enter("/compare talker,other,absent please think")
+    shell.expect("talker", "other", "absent", "Two and two are four.", "error: Model 'absent' does not", "It is four.")
+    shell.expect("finish reason", "talker", "stop", "other", "stop", "absent", "failed")
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(shell, tmp_path):
@@ -191,7 +193,7 @@ def test_an_unknown_command_suggests_the_nearest(shell):
     shell.expect("expected one of: /models, ")
 
 
-def test_a_server_that_dies_in_the_middle_of_an_answer_does_not_end_the_shell(path, tmp_path):
+def test_a_server_killed_during_an_answer_does_not_end_the_shell(path, tmp_path):
     with (
         running_server("--no-defaults", "--model", f"talker={path}") as server,
         terminal("--base-url", server.url, home=tmp_path) as shell,
@@ -236,7 +238,7 @@ def test_a_conversation_is_changed_by_commands(shell, tmp_path):
     assert messages[1]["content"] == "notes.txt:\n````\nsay hello to ``` these\n````\n\nWhat is in it?"
 
 
-def test_settings_are_listed_and_wrong_ones_refused(shell):
+def test_settings_are_listed_and_invalid_ones_refused(shell):
     shell.enter("/set")
     shell.expect("Nothing is set.")
     shell.enter("/set temperature 0.7")
@@ -279,7 +281,7 @@ def test_lines_are_edited_completed_and_kept_between_runs(server, tmp_path):
         shell.expect("> say", "hello")
 
 
-def test_what_is_typed_during_an_answer_is_the_next_line(shell):
+def test_input_during_an_answer_is_the_next_line(shell):
     shell.enter("many lines")
     shell.expect("Line 1.")
     shell.enter("/model other")
@@ -291,3 +293,12 @@ def test_a_small_benchmark_runs_in_the_shell(shell):
     shell.expect("c=1", "c=2", "TTFT ms, p50 / p95 / p99", "errors", "tokens/s in total", "end-to-end latency")
     shell.enter("/bench talker --speed 3")
     shell.expect("error: /bench: ", "unrecognized arguments: --speed 3")
+
+
+def test_a_parameter_is_json_or_a_text():
+    assert read_parameter("temperature", "0.5") == {"temperature": 0.5}
+    assert read_parameter("stop", '["a"]') == {"stop": ["a"]}
+    assert read_parameter("stop", "a b") == {"stop": "a b"}
+    for own in ("stream", "messages", "not a name", ""):
+        with pytest.raises(SettingInvalid):
+            read_parameter(own, "1")

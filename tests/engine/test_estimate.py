@@ -1,4 +1,4 @@
-"""Estimates made before a load, beside what the load really took."""
+"""Estimates made before a load, compared with the memory of the load."""
 
 import gc
 import json
@@ -15,7 +15,8 @@ from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.loading import estimate as estimate_module
 from mlxserver.engine.loading import loader
-from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Architecture, Limits, budget, estimate
+from mlxserver.engine.loading.architecture import Architecture
+from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Limits, budget, estimate
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
 from mlxserver.engine.platform.policy import CPU
@@ -28,7 +29,7 @@ SHAPES = [(64, 2), (256, 8), (512, 3)]
 
 
 def measured_load(spec):
-    """The model, and the bytes that live arrays took more after its load."""
+    """The model, and the growth of live arrays by its load in bytes."""
     gc.collect()
     before = device.active_bytes()
     loaded = loader.load(spec)
@@ -78,7 +79,7 @@ def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_pat
         ({"cache_tokens": 1000}, 2048, Limits(1000, 1000)),
     ],
 )
-def test_the_cache_has_an_ordinary_size_unless_it_is_told_another(fields, own, limits):
+def test_the_cache_has_a_default_size_unless_another_is_set(fields, own, limits):
     assert estimate_module.limits(ModelSpec("m", "x", **fields), own) == limits
 
 
@@ -91,15 +92,15 @@ def test_the_cache_has_an_ordinary_size_unless_it_is_told_another(fields, own, l
         ([], "has no object in it"),
     ],
 )
-def test_a_model_that_can_not_be_understood_is_refused_before_anything_is_read(tmp_path, config, complaint):
+def test_a_model_with_a_wrong_config_is_refused_before_anything_is_read(tmp_path, config, complaint):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoadFailed, match=complaint):
         estimate(ModelSpec("m", str(tmp_path)))
 
 
 def test_layers_with_a_window_keep_no_more_than_that():
-    anatomy = Architecture(weights=0, layers=((10, 0), (10, 100)), row_values=7, width=0, vocab=0)
-    assert anatomy.cache_values(tokens=1000, rows=2) == 10 * 1000 + 10 * 200 + 2 * 7
+    anatomy = Architecture(weights=0, layers=((10, 0), (10, 100)), sequence_values=7, width=0, vocab=0)
+    assert anatomy.cache_values(tokens=1000, sequences=2) == 10 * 1000 + 10 * 200 + 2 * 7
 
 
 def test_the_budget_is_the_limit_or_a_share_of_the_device():

@@ -1,0 +1,66 @@
+"""Architecture of a model in numbers, as mlx-lm builds it from its config.json with arrays that are never evaluated.
+
+One lazy forward step shows the shapes of its cache, so every architecture that can be loaded can be inspected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxserver.engine.mlx import mx
+
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import _get_classes
+
+from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.platform import cpu_layers
+from mlxserver.engine.platform.policy import current
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes of an architecture, in numbers of values rather than bytes.
+
+    layers: values per token of each layer with a KV cache, and the most tokens that it keeps per sequence (0: all).
+    sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
+    """
+
+    weights: int
+    layers: tuple[tuple[int, int], ...]
+    sequence_values: int
+    width: int
+    vocab: int
+
+    def cache_values(self, tokens: int, sequences: int) -> int:
+        """Values in a full cache of so many tokens and sequences."""
+        return sequences * self.sequence_values + sum(
+            values * (min(tokens, sequences * window) if window else tokens) for values, window in self.layers
+        )
+
+
+def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one."""
+    model_class, arguments = _get_classes(dict(config))
+    if current().replace_kernels:
+        cpu_layers.replace_functions()
+    model = model_class(arguments.from_dict(dict(config)))
+    cache = make_prompt_cache(model)
+    logits = model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
+    parameters = [array for _, array in tree_flatten(model.parameters())]
+    vocab = int(logits.shape[-1])
+    outputs = sum(array.shape[-2] for array in parameters if array.ndim >= 2 and array.shape[-2] != vocab)
+    layers, sequence_values = [], 0
+    for layer in caches.flat(cache):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, mx.array) and isinstance(values, mx.array):
+            per_token = keys.size // keys.shape[2] + values.size // values.shape[2]
+            layers.append((per_token, int(getattr(layer, "max_size", None) or 0)))
+        else:
+            sequence_values += sum(array.size for _, array in tree_flatten(layer.state) if isinstance(array, mx.array))
+    mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
+    return Architecture(
+        sum(array.size for array in parameters), tuple(layers), sequence_values, outputs // len(cache), vocab
+    )

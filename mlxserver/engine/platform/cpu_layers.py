@@ -1,0 +1,100 @@
+"""Layers of a loaded model that compute with cpu_kernels.py and cpu_matmul.py on a Linux CPU.
+
+MLX's own layers (linear, embedding, RMS norm, rotary embedding) become subclasses of theirs: same parameters, another
+forward pass. What mlx-lm's model code calls by name has no layer to replace: attention, SwiGLU, the softmax of expert
+gates, and the norms and rotary embeddings of its own classes. For that code, `mx` is a copy of mlx.core with our
+functions in it. MLX itself stays as it is, for everything else in the process.
+
+Rule: replace_functions() runs after the model's code has been imported and before its first forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import ModuleType
+
+from mlxserver.engine.mlx import mx
+
+import mlx.nn as nn
+
+from mlxserver.engine.platform import cpu_kernels, cpu_matmul, openblas
+
+# From this many threads on, OpenBLAS reads a weight faster as a whole: one core reads pieces about as fast as four.
+_MAX_THREADS = 4
+
+
+class Linear(nn.Linear):  # type: ignore[misc]
+    """nn.Linear in small products."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., in] -> [..., out]."""
+        product = cpu_matmul.in_pieces(x, self["weight"])
+        if product is None:
+            plain: mx.array = super().__call__(x)
+            return plain
+        return product + self["bias"] if "bias" in self else product
+
+
+class Embedding(nn.Embedding):  # type: ignore[misc]
+    """nn.Embedding, as an output layer in small products."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x [..., dim] -> [..., vocab]."""
+        product = cpu_matmul.in_pieces(x, self["weight"])
+        if product is None:
+            plain: mx.array = super().as_linear(x)
+            return plain
+        return product
+
+
+class RMSNorm(nn.RMSNorm):  # type: ignore[misc]
+    """nn.RMSNorm in one compiled operation."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., dim]."""
+        return cpu_kernels.rms_norm(x, self["weight"], self.eps)
+
+
+class RoPE(nn.RoPE):  # type: ignore[misc]
+    """nn.RoPE with the angles of a step computed once."""
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """x [B, heads, L, dim], offset one for all or [B]."""
+        return cpu_kernels.rope(
+            x, self.dims, traditional=self.traditional, base=self.base, scale=self.scale, offset=offset
+        )
+
+
+def replace_layers(model: nn.Module) -> None:
+    """Have a model's layers compute with these classes. Layers of MLX's subclasses stay as they are."""
+    classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.RoPE: RoPE}
+    if openblas.has_small_products() and openblas.threads() <= _MAX_THREADS:
+        classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
+    for layer in model.modules():
+        layer.__class__ = classes.get(type(layer), type(layer))
+
+
+def replace_functions() -> None:
+    """Have mlx-lm's model code, as far as it is imported, call our functions in place of MLX's and its own."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("mlx_lm.models."):
+            continue
+        if getattr(module, "mx", None) is mx:
+            module.mx = _core()  # type: ignore[attr-defined]
+        if getattr(module, "swiglu", None) is cpu_kernels.mlx_lm_swiglu:
+            module.swiglu = cpu_kernels.swiglu  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _core() -> ModuleType:
+    """mlx.core with our functions."""
+    core, fast = ModuleType(mx.__name__), ModuleType(mx.fast.__name__)
+    vars(fast).update(
+        vars(mx.fast),
+        scaled_dot_product_attention=cpu_kernels.attention,
+        rms_norm=cpu_kernels.rms_norm,
+        rope=cpu_kernels.rope,
+    )
+    vars(core).update(vars(mx), fast=fast, softmax=cpu_kernels.softmax)
+    return core
