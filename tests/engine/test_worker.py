@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlxserver.engine.errors import EngineStopped, LoadFailed, PromptRejected, RequestFailed
+from mlxserver.engine.errors import EngineStopped, EngineUnloaded, LoadFailed, PromptRejected, RequestFailed
 from mlxserver.engine.events import Accepted, Delta, Finish, Usage
 from mlxserver.engine.requests import JsonFormat
 from mlxserver.engine.worker.engine import Engine
@@ -233,7 +233,7 @@ async def test_a_crash_reaches_every_reader_and_every_later_request():
         with pytest.raises(EngineStopped):
             await unseen.accepted()
             await read(unseen)
-        with pytest.raises(EngineStopped, match="it has ended"):
+        with pytest.raises(EngineStopped, match="Death: out of luck"):
             await engine.submit(request()).accepted()
         assert [str(error) for error in deaths] == ["The engine of model 'key' stopped: Death: out of luck"]
         assert factory.batch.is_closed
@@ -421,3 +421,21 @@ def test_a_loop_that_closes_first_does_not_keep_the_thread():
     for thread in engine_threads():
         thread.join(DEADLINE)
     assert engine_threads() == []
+
+
+@within_deadline
+async def test_a_request_in_preparation_when_the_model_is_unloaded_fails_as_unloaded():
+    async with running_engine() as (engine, factory):
+        factory.runners[0].formatting.clear()
+        slow, next_one = (
+            asyncio.create_task(engine.preprocess(replace(request(), format=JsonFormat()))) for _ in range(2)
+        )
+        await asyncio.sleep(0)
+        await engine.stop()
+        factory.runners[0].formatting.set()
+        with pytest.raises(EngineUnloaded):
+            await next_one
+        with pytest.raises(EngineUnloaded):
+            await engine.submit(await slow).accepted()
+        with pytest.raises(EngineUnloaded):
+            await engine.preprocess(request())

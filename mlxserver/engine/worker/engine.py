@@ -46,7 +46,7 @@ class Engine:
         self._on_death = on_death
         self._mailbox = Mailbox()
         self._tokenizer_worker = TokenizerWorker(key)
-        self._subscribers = Subscribers(key)
+        self._subscribers = Subscribers()
         loop = asyncio.get_running_loop()
         self._started: asyncio.Future[ModelFacts] = loop.create_future()
         self._ended = asyncio.Event()
@@ -71,7 +71,7 @@ class Engine:
         generation = Generation(request, self._cancel)
         try:
             self._subscribers.add(generation)
-        except EngineStopped as error:
+        except EngineError as error:
             generation.deliver([], error=error)
         else:
             self._mailbox.put(Submit(generation))

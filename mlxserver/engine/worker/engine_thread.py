@@ -103,7 +103,7 @@ class EngineThread:
             log.exception("engine of %r died", self._key)
             error = EngineStopped(self._key, f"{type(cause).__name__}: {cause}")
         finally:
-            self._tokenizer_worker.end()  # or the tokenizer would live as long as an answer of this engine
+            self._tokenizer_worker.end(error)  # or the tokenizer would live as long as an answer of this engine
             self._release()
             self._event_loop.ended(error)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlxserver.engine.errors import EngineError, EngineStopped
+from mlxserver.engine.errors import EngineError
 from mlxserver.engine.events import Event
+from mlxserver.engine.worker.faults import without_frames
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.tracker import Delivery
 
@@ -17,18 +18,17 @@ from mlxserver.engine.worker.tracker import Delivery
 class Subscribers:
     """The open generations of one engine."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+    def __init__(self) -> None:
         self._generations: set[Generation] = set()
-        self._is_over = False
+        self._end: EngineError | None = None
 
     def refuse_if_over(self) -> None:
-        """Raise EngineStopped after fail_all(): a later generation would never be notified."""
-        if self._is_over:
-            raise EngineStopped(self._key, "it has ended")
+        """Raise the error of fail_all() once that was called: a later generation would never be notified."""
+        if self._end:
+            raise without_frames(self._end)
 
     def add(self, generation: Generation) -> None:
-        """Add a generation. Raises EngineStopped."""
+        """Add a generation. Raises the error of fail_all()."""
         self.refuse_if_over()
         self._generations.add(generation)
 
@@ -51,6 +51,6 @@ class Subscribers:
 
     def fail_all(self, error: EngineError) -> None:
         """End all open generations with an error, and refuse new ones."""
-        self._is_over = True
+        self._end = error
         for generation in list(self._generations):
             self.deliver(generation, error=error)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from mlxserver.engine.errors import EngineStopped
+from mlxserver.engine.errors import EngineError, EngineStopped
 from mlxserver.engine.requests import GenerationRequest, Question
-from mlxserver.engine.worker.faults import request_failure
+from mlxserver.engine.worker.faults import request_failure, without_frames
 
 T = TypeVar("T")
 
@@ -34,14 +34,15 @@ class TokenizerWorker:
         self._key = key
         self._executor = ThreadPoolExecutor(1, f"tokenizer-{key}")
         self._functions: _Functions | None = None
+        self._end: EngineError = EngineStopped(key, "it has not begun")  # why there are no functions
 
     def begin(self, preprocess: Preprocess, answer: Answer) -> None:
         """Serve a model."""
         self._functions = _Functions(preprocess, answer)
 
-    def end(self) -> None:
-        """Release the model; callers that still wait get EngineStopped."""
-        self._functions = None
+    def end(self, error: EngineError) -> None:
+        """Release the model; callers that still wait, and later ones, get the error."""
+        self._functions, self._end = None, error
         self._executor.shutdown(wait=False)
 
     async def preprocess(self, request: GenerationRequest) -> GenerationRequest:
@@ -56,12 +57,12 @@ class TokenizerWorker:
         try:
             running = asyncio.get_running_loop().run_in_executor(self._executor, self._run_here, task)
         except RuntimeError:  # the executor is shut down
-            raise EngineStopped(self._key, "it has ended") from None
+            raise without_frames(self._end) from None
         return await running
 
     def _run_here(self, task: Callable[[_Functions], T]) -> T:
         if (functions := self._functions) is None:
-            raise EngineStopped(self._key, "it has ended")
+            raise without_frames(self._end)
         try:
             return task(functions)
         except BaseException as error:
