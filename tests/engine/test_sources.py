@@ -8,6 +8,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from mlxserver.engine.mlx import mx
+
 import huggingface_hub
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from mlxserver.config.errors import abbreviate
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, sources
 from mlxserver.engine.loading.sources import GgufFile, MlxDirectory, Repository
+from mlxserver.engine.platform.policy import WeightPolicy
 from tools.harness.tiny_gguf import write_tiny_gguf
 
 RESOLVE = """
@@ -126,6 +129,15 @@ def test_a_gguf_file_is_converted_once(tiny_gguf, cache):
     assert sources.resolve(str(tiny_gguf), progress=lambda *report: reports.append(report)) == first
     assert (reports, first.stat().st_mtime_ns) == ([], converted_at)
     assert not unfinished(cache)
+
+
+def test_a_gguf_file_is_converted_to_the_format_of_the_policy(tiny_gguf, cache):
+    types = {}
+    for weights in WeightPolicy:
+        (file,) = sources.resolve(str(tiny_gguf), weights=weights).glob("*.safetensors")
+        types[weights] = {array.dtype for array in mx.load(str(file)).values()}
+    assert types == {WeightPolicy.STORED: {mx.float16}, WeightPolicy.FLOAT32: {mx.float32}}
+    assert len(list(cache.glob("tiny-*/config.json"))) == 2
 
 
 def test_a_changed_gguf_file_is_converted_anew(tmp_path, cache):

@@ -5,6 +5,8 @@ import queue
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +202,22 @@ def test_a_rank_0_that_waits_for_the_others_ends_with_what_it_has_started(settin
         eventually(lambda: not Path(f"/proc/{child}").exists())  # once its new parent has taken its status
     finally:
         end(processes, logs)
+
+
+def test_a_signal_while_rank_0_starts_its_process_ends_that_process():
+    code = """if True:
+        import os, signal, sys
+        from mlxserver.engine.distributed.rendezvous import Rendezvous
+        sys.orig_argv = [sys.executable, "-c", "import time; time.sleep(60)"]
+        sys.addaudithook(lambda name, arguments: name == "subprocess.Popen" and os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            Rendezvous({}, 1.0).start({"NCCL_HOST_IP": "127.0.0.1"})
+        except SystemExit as end:
+            print(end.code)
+        os.waitpid(-1, os.WNOHANG)"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.stdout.strip() == str(128 + signal.SIGTERM)
+    assert "ChildProcessError" in ended.stderr  # no child is left
 
 
 @pytest.mark.parametrize("shard", ["tensor", "pipeline"])

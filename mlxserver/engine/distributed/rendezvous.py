@@ -9,9 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Self
 
 from mlxserver.engine.distributed.launch import RanksDiffer, RendezvousAddress, compare, leaders_address
 from mlxserver.engine.distributed.link import Link, LinkLost, Message
@@ -38,9 +38,10 @@ class Rendezvous:
         with socket.create_server((host, 0), family=family) as listener:
             host, port = listener.getsockname()[:2]
             rendezvous = RendezvousAddress(host, port, secrets.token_hex(16))
-            with _orderly_end():
+            with _Termination() as termination:
                 own = subprocess.Popen(sys.orig_argv, env=rendezvous.environment(environ), stdin=subprocess.DEVNULL)
                 try:
+                    termination.raise_from_now()
                     self._await_all(listener, own, rendezvous.token)
                 except BaseException:
                     own.kill()
@@ -83,19 +84,34 @@ class Rendezvous:
         return int(greeting["size"])
 
 
-@contextmanager
-def _orderly_end() -> Iterator[None]:
-    """Within the block a signal raises SystemExit, so that a started process is ended, too."""
+class _Termination:
+    """SIGINT and SIGTERM within the block: noted until raise_from_now(), and raised as SystemExit afterwards.
 
-    def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
+    So a signal never comes between the start of a process and the code that ends it.
+    """
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self._number = 0
+        self._raises = False
+
+    def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def raise_from_now(self) -> None:
+        """Raises SystemExit if a signal has come."""
+        self._raises = True
+        if self._number:
+            raise SystemExit(128 + self._number)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._number = number
+        if self._raises:
+            raise SystemExit(128 + number)
 
 
 def refuse(link: Link, message: Message) -> None:
