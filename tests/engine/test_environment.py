@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PURE_PACKAGES = ("api", "client", "config", "manager", "server", "engine/worker")
 # MLX's figures of memory are metrics, so what serves them needs MLX.
-WITH_MLX = {"mlxserver.server.metrics", "mlxserver.server.handlers", "mlxserver.server.app"}
+WITH_MLX = {f"mlxserver.server.{name}" for name in ("metrics", "ops", "app", "uvicorn_server")}
 
 
 def in_a_fresh_process(code):
