@@ -42,7 +42,8 @@ class TokenizerWorker:
 
     def end(self, error: EngineError) -> None:
         """Release the model; callers that still wait, and later ones, get the error."""
-        self._functions, self._end = None, error
+        self._end = error  # first: the worker reads it once there are no functions
+        self._functions = None
         self._executor.shutdown(wait=False)
 
     async def preprocess(self, request: GenerationRequest) -> GenerationRequest:
