@@ -44,9 +44,9 @@ class MergedCache:
         logits: mx.array = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
         return logits
 
-    def tokens_for(self, batch: int, longest: int) -> int:
+    def tokens_for(self, lengths: Sequence[int]) -> int:
         """Tokens of KV cache of such a batch."""
-        return batch * longest
+        return len(lengths) * max(lengths, default=0)
 
     def compact(self) -> None:
         """Nothing to do: mlx-lm's caches keep no more than their longest sequence needs."""
