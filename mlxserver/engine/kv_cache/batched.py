@@ -17,7 +17,7 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.classes import coarse_class, fine_class, grouped
+from mlxserver.engine.kv_cache.classes import ClassOf, coarse_class, fine_class, grouped
 from mlxserver.engine.kv_cache.merged import MergedCache
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
@@ -61,10 +61,10 @@ class SlotCache:
     """Slots of plain keys and values, in capacity classes.
 
     Where a model can have ragged keys (kv_cache/ragged.py), a step is one forward pass with many narrow classes; else
-    one per class, of few, wide ones.
+    one per class, of few, wide ones. class_of: for a number of tokens, the most tokens in its class; None chooses.
     """
 
-    def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
+    def __init__(self, model: Any, policy: ExecutionPolicy | None = None, class_of: ClassOf | None = None) -> None:
         policy = policy or current()
         self._model = model
         self._is_padded = policy.pad_slots
@@ -73,7 +73,7 @@ class SlotCache:
         self._put = mx.compile(put) if self._is_compiled else put
         self._empty = empty_layers(model)
         self._is_ragged = can_be_ragged(model, self._empty)
-        self._class_of = fine_class if self._is_ragged else coarse_class
+        self._class_of = class_of or (fine_class if self._is_ragged else coarse_class)
         self.clear()
 
     def clear(self) -> None:

@@ -43,6 +43,11 @@ def flat(cache: Sequence[Any]) -> Iterator[Any]:
         yield from flat(layer.caches) if hasattr(layer, "caches") else (layer,)
 
 
+def length(cache: Cache) -> int:
+    """Tokens that a sequence's cache has seen; 0 where all its layers keep states, which do not count them."""
+    return max(int(getattr(layer, "offset", 0)) for layer in flat(cache))
+
+
 def bytes_per_token(model: Any) -> int:
     """Bytes of KV cache per token, in all layers that keep keys and values. Nothing is computed."""
     cache = new_cache(model)

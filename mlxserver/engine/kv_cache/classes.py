@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+ClassOf = Callable[[int], int]
+
 _LEAST = 256
 _SHORT = 4096  # up to here there are two classes per power of two; beyond, where each is much memory, four
 _COARSE_LEAST, _COARSE_RATIO = 2048, 8
@@ -27,7 +29,7 @@ def coarse_class(tokens: int) -> int:
     return most
 
 
-def grouped(items: Iterable[int], class_of: Callable[[int], int]) -> dict[int, list[int]]:
+def grouped(items: Iterable[int], class_of: ClassOf) -> dict[int, list[int]]:
     """The items of each class, the lowest class first; items keep their order."""
     groups: dict[int, list[int]] = {}
     for item in items:

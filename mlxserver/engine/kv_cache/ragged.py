@@ -4,8 +4,8 @@ Everything but the attention of a model computes all rows together; its attentio
 sequence follows the capacity of its own class. mlx-lm's models pass what a cache returns to
 scaled_dot_product_attention(). In their modules that name is bound to attention(), which knows Ragged.
 
-Rule: a Ragged has no operation but being passed to attention(). A model that does anything else with its keys, values
-      or mask raises, so that a model whose step can be built computes each class by itself (can_be_ragged()).
+Rule: a Ragged has a dtype, and no operation but being passed to attention(). A model that does anything else with its
+      keys, values or mask raises; one whose step can be built computes each class by itself (can_be_ragged()).
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class Ragged:
 
     def __init__(self, parts: Sequence[mx.array]) -> None:
         self.parts = parts
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the arrays, which have the same one."""
+        return self.parts[0].dtype
 
 
 class RaggedLayer:
