@@ -10,7 +10,7 @@ from mlx_lm.generate import generate_step
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
-from mlxserver.engine.kv_cache.classes import coarse_class, fine_class
+from mlxserver.engine.kv_cache.classes import fine_class, wide_classes
 from mlxserver.engine.kv_cache.ragged import can_be_ragged
 from mlxserver.engine.kv_cache.slots import empty_layers
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
@@ -156,7 +156,12 @@ def test_capacity_is_of_few_sizes_and_little_more_than_needed():
         assert tokens <= capacity < max(tokens + 256, 1.5 * tokens if tokens <= 4096 else 1.25 * tokens)
     assert all(one <= other for one, other in pairwise(capacities))
     assert len(set(capacities)) < 22
-    assert len({coarse_class(tokens) for tokens in lengths}) == 3
+
+
+@pytest.mark.parametrize(("pass_tokens", "first", "count"), [(0, 2048, 3), (11_700, 2048, 3), (122_000, 16_384, 2)])
+def test_a_pass_per_class_is_made_only_where_padding_costs_more_than_the_weights(pass_tokens, first, count):
+    limits = sorted({wide_classes(pass_tokens)(tokens) for tokens in range(1, 40_000)})
+    assert (limits[0], len(limits)) == (first, count)
 
 
 def test_slots_are_given_back_when_their_class_is_left(model):

@@ -17,7 +17,7 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.classes import ClassOf, coarse_class, fine_class, grouped
+from mlxserver.engine.kv_cache.classes import ClassOf, fine_class, grouped, wide_classes
 from mlxserver.engine.kv_cache.merged import MergedCache
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
@@ -73,7 +73,7 @@ class SlotCache:
         self._put = mx.compile(put) if self._is_compiled else put
         self._empty = empty_layers(model)
         self._is_ragged = can_be_ragged(model, self._empty)
-        self._class_of = class_of or (fine_class if self._is_ragged else coarse_class)
+        self._class_of = class_of or (fine_class if self._is_ragged else wide_classes(caches.pass_tokens(model)))
         self.clear()
 
     def clear(self) -> None:

@@ -56,6 +56,12 @@ def bytes_per_token(model: Any) -> int:
     return sum(array.nbytes // array.shape[2] for array in arrays if isinstance(array, mx.array))
 
 
+def pass_tokens(model: Any) -> int:
+    """Tokens of KV cache of as many bytes as the weights; 0 where a token's bytes are unknown."""
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return weights // own if (own := bytes_per_token(model)) else 0
+
+
 def merge(caches: Sequence[Cache]) -> Cache:
     """One batched cache of several sequences' own.
 

@@ -8,7 +8,8 @@ ClassOf = Callable[[int], int]
 
 _LEAST = 256
 _SHORT = 4096  # up to here there are two classes per power of two; beyond, where each is much memory, four
-_COARSE_LEAST, _COARSE_RATIO = 2048, 8
+_WIDE, _RATIO = 2048, 8  # least limit of the first wide class, and the ratio of the others
+_TOGETHER = 8  # sequences of a batch for which wide classes are made
 
 
 def fine_class(tokens: int) -> int:
@@ -18,15 +19,22 @@ def fine_class(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def coarse_class(tokens: int) -> int:
-    """Most tokens of the sequences that share a forward pass with one of so many tokens, where every class costs one.
+def wide_classes(pass_tokens: int) -> ClassOf:
+    """Classes for a forward pass each: the function from a number of tokens to the most tokens in its class.
 
-    A step reads the weights once per class: for a batch of ordinary lengths there must be one class only.
+    A step reads the weights once per class, so that there is one class only for all lengths at which the keys and
+    values that padding adds to some sequences are less than that. pass_tokens: tokens of KV cache of as many bytes as
+    the weights.
     """
-    most = _COARSE_LEAST
-    while most < tokens:
-        most *= _COARSE_RATIO
-    return most
+    least = max(_WIDE, 1 << (pass_tokens // _TOGETHER).bit_length())
+
+    def class_of(tokens: int) -> int:
+        most = least
+        while most < tokens:
+            most *= _RATIO
+        return most
+
+    return class_of
 
 
 def grouped(items: Iterable[int], class_of: ClassOf) -> dict[int, list[int]]:

@@ -15,7 +15,7 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.classes import ClassOf, coarse_class, grouped
+from mlxserver.engine.kv_cache.classes import ClassOf, grouped, wide_classes
 
 
 @dataclass
@@ -43,13 +43,18 @@ class _Class:
 
 
 class MergedCache:
-    """BatchCache of any cache that mlx-lm can batch. class_of: for a number of tokens, the most tokens in its class."""
+    """BatchCache of any cache that mlx-lm can batch.
 
-    def __init__(self, model: Any, class_of: ClassOf = coarse_class) -> None:
+    class_of: for a number of tokens, the most tokens in its class; None chooses.
+    """
+
+    def __init__(self, model: Any, class_of: ClassOf | None = None) -> None:
         self._model = model
         # Windows and states are bounded: without keys that grow with the sequence, a pass more would save nothing.
         grows = any(isinstance(layer, KVCache) for layer in caches.flat(caches.new_cache(model)))
-        self._class_of: ClassOf = class_of if grows else lambda tokens: 0
+        self._class_of: ClassOf = lambda tokens: 0
+        if grows:
+            self._class_of = class_of or wide_classes(caches.pass_tokens(model))
         self.clear()
 
     def clear(self) -> None:
