@@ -22,6 +22,7 @@ from mlxserver.engine.kv_cache.merged import MergedCache
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow
+from mlxserver.engine.platform import cpu_matmul
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 
@@ -221,7 +222,8 @@ class SlotCache:
                 yield StepPositions(offset, offset.shape[0], own_keys[0].shape[2])
             return
         for offset, slot_class in zip(offsets, self._classes.values(), strict=True):
-            visible = max(self._lengths[member] for member in slot_class.members) + 1
+            longest = max(self._lengths[member] for member in slot_class.members) + 1
+            visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
 
     def _compute(self, inputs: mx.array, classes: list[list[SlotLayer]]) -> mx.array:
