@@ -10,7 +10,7 @@ from mlx_lm.generate import generate_step
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
-from mlxserver.engine.kv_cache.classes import fine_class, wide_classes
+from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class, wide_classes
 from mlxserver.engine.kv_cache.ragged import can_be_ragged
 from mlxserver.engine.kv_cache.slots import empty_layers
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
@@ -109,7 +109,7 @@ def expected(model, tokens, count):
 
 @POLICIES
 def test_greedy_text_beside_a_long_sequence_is_that_of_mlx_lm_alone(model, policy):
-    prompts = [prompt(length, seed=length) for length in (1100, 250, 20, 500, 3, 760)]
+    prompts = [prompt(length, seed=length) for length in (1100, 250, 20, 500, 3, 1018)]
     driver = Driver(
         Scheduler(model, policy=policy), *(sequence(n, own, max_tokens=14) for n, own in enumerate(prompts))
     )
@@ -126,8 +126,8 @@ def test_greedy_text_beside_a_long_sequence_is_that_of_mlx_lm_alone(model, polic
 
 @POLICIES
 def test_preempted_sequences_of_different_lengths_generate_the_same(model, policy):
-    prompts = [prompt(length, seed=length) for length in (700, 250, 240, 30)]
-    scheduler = Scheduler(model, policy=policy, max_kv_tokens=2000)
+    prompts = [prompt(length, seed=length) for length in (1010, 250, 240, 30)]
+    scheduler = Scheduler(model, policy=policy, max_kv_tokens=2400)
     driver = Driver(scheduler, *(sequence(n, own, max_tokens=30) for n, own in enumerate(prompts)))
     driver.finish()
     assert driver.tokens == {n: expected(model, own, 30) for n, own in enumerate(prompts)}
@@ -151,11 +151,12 @@ def test_a_long_sequence_takes_no_more_beside_short_ones(model):
 
 def test_capacity_is_of_few_sizes_and_little_more_than_needed():
     lengths = range(1, 40_000)
-    capacities = [fine_class(tokens) for tokens in lengths]
+    capacities = [capacity_for(tokens) for tokens in lengths]
     for tokens, capacity in zip(lengths, capacities, strict=True):
         assert tokens <= capacity < max(tokens + 256, 1.5 * tokens if tokens <= 4096 else 1.25 * tokens)
     assert all(one <= other for one, other in pairwise(capacities))
     assert len(set(capacities)) < 22
+    assert {narrow_class(tokens) for tokens in lengths} == {1024 << n for n in range(7)}
 
 
 @pytest.mark.parametrize(("pass_tokens", "first", "count"), [(0, 2048, 3), (11_700, 2048, 3), (122_000, 16_384, 2)])
@@ -166,9 +167,11 @@ def test_a_pass_per_class_is_made_only_where_padding_costs_more_than_the_weights
 
 def test_slots_are_given_back_when_their_class_is_left(model):
     cache = SlotCache(model, CPU)
-    cache.join([Alone(model, prompt(length)).cache for length in (250, 251, 20)])
+    cache.join([Alone(model, prompt(length)).cache for length in (1020, 1021, 20)])
     for _ in range(8):
         cache.advance(mx.array([1, 2, 3], dtype=mx.uint32))
-    assert cache.held_tokens == cache.tokens_for([258, 259, 28])
+    assert cache.held_tokens == cache.tokens_for([1028, 1029, 28]) == 2 * 1536 + 1024
     cache.keep([2])
-    assert cache.held_tokens == fine_class(1)
+    assert cache.held_tokens == 1024
+    cache.compact()
+    assert cache.held_tokens == 256

@@ -17,7 +17,7 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.classes import ClassOf, fine_class, grouped, wide_classes
+from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
 from mlxserver.engine.kv_cache.merged import MergedCache
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
@@ -74,7 +74,7 @@ class SlotCache:
         self._put = mx.compile(put) if self._is_compiled else put
         self._empty = empty_layers(model)
         self._is_ragged = can_be_ragged(model, self._empty)
-        self._class_of = class_of or (fine_class if self._is_ragged else wide_classes(caches.pass_tokens(model)))
+        self._class_of = class_of or (narrow_class if self._is_ragged else wide_classes(caches.pass_tokens(model)))
         self.clear()
 
     def clear(self) -> None:
@@ -112,7 +112,7 @@ class SlotCache:
             self._classes = dict(sorted(self._classes.items()))
         slot_class = self._classes[name]
         count = len(slot_class.members) + len(members) + coming
-        capacity = fine_class(max(self._lengths[member] for member in members) + 1)
+        capacity = capacity_for(max(self._lengths[member] for member in members) + 1)
         slot_class.grow(slot_class.slots_for(count), capacity)
         return slot_class
 
@@ -163,7 +163,7 @@ class SlotCache:
             if self._class_of(longest) > name:
                 moving.append(name)
             elif longest > slot_class.capacity:
-                slot_class.grow(0, fine_class(longest))
+                slot_class.grow(0, capacity_for(longest))
         for name in reversed(moving):  # the next class first
             self._move(name)
         return list(self._classes.values())
@@ -183,7 +183,7 @@ class SlotCache:
         return sum(self._class_tokens(name, own) for name, own in grouped(lengths, self._class_of).items())
 
     def _class_tokens(self, name: int, lengths: Sequence[int]) -> int:
-        capacity = fine_class(max(lengths))
+        capacity = capacity_for(max(lengths))
         if not (present := self._classes.get(name)):
             return slots_for(len(lengths)) * capacity
         return max(present.slots_for(len(lengths)), present.slots) * max(present.capacity, capacity)
@@ -196,7 +196,7 @@ class SlotCache:
     def compact(self) -> None:
         """Give back slots and capacity that the present sequences do not need."""
         for slot_class in self._classes.values():
-            slot_class.compact(fine_class(max(self._lengths[member] for member in slot_class.members) + 1))
+            slot_class.compact(capacity_for(max(self._lengths[member] for member in slot_class.members) + 1))
         self._set_rows()
 
     def _forward(

@@ -1,4 +1,8 @@
-"""Capacity classes: which sequences share slots, or a batched cache, by their length in tokens."""
+"""Capacity classes: which sequences share slots, or a batched cache, by their length in tokens.
+
+A class is named by the most tokens that a sequence of it may have; the capacity of its slots follows its longest one.
+So short sequences, whose slots take little, hardly ever move, and classes and shapes are few.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,23 @@ from collections.abc import Callable, Iterable
 
 ClassOf = Callable[[int], int]
 
-_LEAST = 256
+_LEAST = 256  # tokens of the smallest slot
+_NARROW = 1024  # tokens of the sequences that always share a class
 _SHORT = 4096  # up to here there are two classes per power of two; beyond, where each is much memory, four
 _WIDE, _RATIO = 2048, 8  # least limit of the first wide class, and the ratio of the others
 _TOGETHER = 8  # sequences of a batch for which wide classes are made
 
 
-def fine_class(tokens: int) -> int:
+def capacity_for(tokens: int) -> int:
     """Capacity of a slot for so many tokens, one of few: less than half as long again, or a quarter if it is long."""
     power = 1 << (tokens - 1).bit_length()
     step = max(_LEAST, power // (4 if tokens <= _SHORT else 8))
     return -(-tokens // step) * step
+
+
+def narrow_class(tokens: int) -> int:
+    """Class for so many tokens where a class costs little: a power of two."""
+    return max(_NARROW, 1 << (tokens - 1).bit_length())
 
 
 def wide_classes(pass_tokens: int) -> ClassOf:
