@@ -6,7 +6,9 @@ import pytest
 from mlx_lm import load
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
+from mlxserver.engine.kv_cache.batched import make_batch_cache
+from mlxserver.engine.kv_cache.merged import MergedCache
+from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.platform.policy import CUDA
 
 

@@ -9,9 +9,11 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
+from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class, wide_classes
+from mlxserver.engine.kv_cache.merged import MergedCache
 from mlxserver.engine.kv_cache.ragged import can_be_ragged
+from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.kv_cache.slots import empty_layers
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
 from mlxserver.engine.scheduler.scheduler import Scheduler
@@ -43,7 +45,7 @@ def batch_caches(model):
     """Every cache that this model may have in a batch, with narrow classes."""
     if not caches.is_plain(model):
         return [MergedCache(model, narrow)]
-    return [SlotCache(model, policy, narrow) for policy in (CPU, METAL, CUDA)] + [MergedCache(model, narrow)]
+    return [SlotCache(model, policy, narrow, narrow) for policy in (CPU, METAL, CUDA)] + [MergedCache(model, narrow)]
 
 
 class Alone:
@@ -147,6 +149,31 @@ def test_short_sequences_run_together_beside_a_long_one(model, policy):
 def test_a_long_sequence_takes_no_more_beside_short_ones(model):
     cache = make_batch_cache(model, CPU)
     assert cache.tokens_for([6000] + [200] * 8) == cache.tokens_for([6000]) + cache.tokens_for([200] * 8)
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "gemma3_text"])
+def test_ranks_make_one_forward_pass_per_step(name):
+    calls = []
+    model = random_model(name)
+    cache = make_batch_cache(Counted(model, calls), is_shared=True)
+    cache.join([Alone(model, prompt(length)).cache for length in (3, 2100)])
+    calls.clear()
+    cache.advance(mx.array([1, 2], dtype=mx.uint32))
+    assert len(calls) == 1
+
+
+class Counted:
+    """A model that records its calls."""
+
+    def __init__(self, model, calls):
+        self._model, self._calls = model, calls
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, *arguments, **options):
+        self._calls.append(arguments)
+        return self._model(*arguments, **options)
 
 
 def test_capacity_is_of_few_sizes_and_little_more_than_needed():

@@ -47,6 +47,11 @@ def wide_classes(pass_tokens: int) -> ClassOf:
     return class_of
 
 
+def one_class(tokens: int) -> int:
+    """The same class for all lengths."""
+    return 0
+
+
 def grouped(items: Iterable[int], class_of: ClassOf) -> dict[int, list[int]]:
     """The items of each class, the lowest class first; items keep their order."""
     groups: dict[int, list[int]] = {}

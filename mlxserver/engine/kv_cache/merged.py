@@ -15,7 +15,8 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.classes import ClassOf, grouped, wide_classes
+from mlxserver.engine.kv_cache.classes import ClassOf, grouped, one_class, wide_classes
+from mlxserver.engine.kv_cache.rows import Rows
 
 
 @dataclass
@@ -43,18 +44,13 @@ class _Class:
 
 
 class MergedCache:
-    """BatchCache of any cache that mlx-lm can batch.
+    """BatchCache of any cache that mlx-lm can batch. wide: None chooses the classes by the sizes of the model."""
 
-    class_of: for a number of tokens, the most tokens in its class; None chooses.
-    """
-
-    def __init__(self, model: Any, class_of: ClassOf | None = None) -> None:
+    def __init__(self, model: Any, wide: ClassOf | None = None) -> None:
         self._model = model
         # Windows and states are bounded: without keys that grow with the sequence, a pass more would save nothing.
         grows = any(isinstance(layer, KVCache) for layer in caches.flat(caches.new_cache(model)))
-        self._class_of: ClassOf = lambda tokens: 0
-        if grows:
-            self._class_of = class_of or wide_classes(caches.pass_tokens(model))
+        self._class_of: ClassOf = (wide or wide_classes(caches.pass_tokens(model))) if grows else one_class
         self.clear()
 
     def clear(self) -> None:
@@ -90,8 +86,7 @@ class MergedCache:
     def advance(self, inputs: mx.array) -> mx.array:
         """Compute one token per sequence."""
         self._move_outgrown()
-        if self._row_of is not None:
-            inputs = inputs[self._rows]
+        inputs = self._rows.arrange(inputs)
         parts, start = [], 0
         for batch in self._classes.values():
             end = start + len(batch.members)
@@ -99,7 +94,7 @@ class MergedCache:
             start = end
         logits: mx.array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         self._lengths = [length + 1 for length in self._lengths]
-        return logits if self._row_of is None else logits[self._row_of]
+        return self._rows.restore(logits)
 
     def _move_outgrown(self) -> None:
         """Move sequences that outgrew their class to the next one, each by itself."""
@@ -123,10 +118,6 @@ class MergedCache:
         """Nothing to do: mlx-lm's caches keep no more than their longest sequence needs."""
 
     def _set_rows(self) -> None:
-        """Drop empty classes, and set the sequence in each row and the row of each; None where they are equal."""
+        """Drop empty classes, and set the rows: those of each class."""
         self._classes = {name: batch for name, batch in sorted(self._classes.items()) if batch.members}
-        rows = [member for batch in self._classes.values() for member in batch.members]
-        in_order = rows == list(range(len(rows)))
-        self._rows = None if in_order else mx.array(rows, dtype=mx.uint32)
-        row_of = sorted(range(len(rows)), key=rows.__getitem__)
-        self._row_of = None if in_order else mx.array(row_of, dtype=mx.uint32)
+        self._rows = Rows([member for batch in self._classes.values() for member in batch.members])
