@@ -2,7 +2,7 @@
 
 Rule 1: the headers leave with the first part, which may be a heartbeat.
 Rule 2: the parts are sent one after another; a client that does not read gets no heartbeats.
-Rule 3: end() is the last; after it, and after the `async with` block, nothing is sent.
+Rule 3: what end() sends is the last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EventStream:
     """
 
     def __init__(self, send: Send, headers: Mapping[str, str], interval: float, heartbeat: Callable[[], bytes]) -> None:
-        self.is_started = False
+        self.is_started = self._is_over = False
         self._send = send
         self._headers = headers
         self._interval = interval
@@ -54,8 +54,15 @@ class EventStream:
     async def end(self, part: bytes) -> None:
         """Send the last part of the body."""
         await self._stop_heartbeats()
-        await self._start()
-        await self._send(body_part(part, is_last=True))
+        async with self._sending:
+            self._is_over = True
+            await self._start()
+            await self._send(body_part(part, is_last=True))
+
+    async def beat(self) -> None:
+        """Send a heartbeat, if the stream has begun and the client reads."""
+        if self.is_started and not self._is_over and not self._sending.locked():
+            await self.write(self._heartbeat())
 
     async def _start(self) -> None:
         if self.is_started:

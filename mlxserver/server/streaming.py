@@ -50,11 +50,12 @@ class GenerationResponse:
         self._max_unread = max_unread
         self._heartbeat_interval = heartbeat_interval
         self._generations: list[Generation] = []
+        self._event_stream: EventStream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, unless the client disconnects first."""
         response = asyncio.create_task(self._respond(scope, receive, send))
-        disconnect = asyncio.create_task(wait_for_disconnect(receive))
+        disconnect = asyncio.create_task(self._wait_for_disconnect(receive))
         try:
             await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if response.done():
@@ -68,12 +69,19 @@ class GenerationResponse:
         with ExitStack() as stack:
             if self._call.streams:
                 headers = {"content-type": self._encoder.content_type, "cache-control": "no-cache", **self._headers}
-                async with EventStream(send, headers, self._heartbeat_interval, self._heartbeat) as stream:
+                self._event_stream = EventStream(send, headers, self._heartbeat_interval, self._heartbeat)
+                async with self._event_stream as stream:
                     await self._stream(stack, stream)
             else:
                 await self._submit(stack)
                 body = await self._collect()
                 await Response(body, headers=self._headers, media_type="application/json")(scope, receive, send)
+
+    async def _wait_for_disconnect(self, receive: Receive) -> None:
+        """Return when the client has disconnected. Any other message asks for bytes (server/connection.py, rule 4)."""
+        while (await receive())["type"] != "http.disconnect":
+            if self._event_stream:
+                await self._event_stream.beat()
 
     async def _submit(self, stack: ExitStack) -> int:
         """Start the generations. The number of their prompts' tokens, once the engine has accepted all of them."""
@@ -168,9 +176,3 @@ def total(usages: Sequence[Usage]) -> Usage:
         sum(usage.cached_tokens for usage in usages),
         Timings(max(t.queue for t in times), max(t.prompt for t in times), max(t.generation for t in times)),
     )
-
-
-async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
