@@ -245,7 +245,8 @@ class ScriptedRunner:
 
 @dataclass
 class Factory:
-    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any.
+    """Makes scripted engines. While `gate` is closed a load goes on, and reports its progress if it `reports`; a load
+    raises the next of `failures`, if any.
 
     Starting an engine raises the next of `start_failures`, if any.
     """
@@ -256,6 +257,7 @@ class Factory:
     runners: list = field(default_factory=list)
     engines: list = field(default_factory=list)
     builds: int = 0
+    reports: bool = True
 
     def __post_init__(self):
         self.gate.set()
@@ -268,7 +270,7 @@ class Factory:
     def build(self, loading=None):
         self.builds += 1
         while not self.gate.wait(0.005):  # a load can be called off, at its next report
-            if loading:
+            if loading and self.reports:
                 loading("reading", 1, 2)
         if self.failures:
             raise self.failures.pop(0)
