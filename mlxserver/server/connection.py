@@ -5,7 +5,8 @@ Rule 1: each part of an exchange has a time limit: the head of a request, the re
 Rule 2: bytes that are no HTTP get an error response, unless another response is being sent.
         Pipelined requests are not read: the connection closes after the response, and the client sends them again.
         A queue of them would hide a disconnect.
-Rule 3: connections beyond the limit get a 503 to their first request; those far beyond it are closed at once.
+Rule 3: a connection beyond the limit takes the place of an idle one. Where there is none, its first request gets a 503;
+        those far beyond the limit are closed at once.
 Rule 4: a client that sends FIN after its request gets its response. The FIN of one that has closed its socket looks the
         same, but its system resets the connection at the next bytes. Until that shows, bytes are sent: interim
         responses, and heartbeats once a stream has begun.
@@ -90,7 +91,7 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
             return
         if excess > 0:
-            self.app = refuse_connection  # type: ignore[assignment]
+            self._take_place()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -172,6 +173,19 @@ class Connection(HttpToolsProtocol):
     @property
     def _is_responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether it waits for its next request, of which nothing has arrived."""
+        return self.timeout_keep_alive_task is not None and not self.transport.is_closing()
+
+    def _take_place(self) -> None:
+        """Close an idle connection, or else refuse the requests of this one."""
+        idle = next((each for each in self.connections if isinstance(each, Connection) and each._is_idle), None)
+        if idle:
+            idle.transport.close()
+        else:
+            self.app = refuse_connection  # type: ignore[assignment]
 
     def _close_after_response(self) -> None:
         self.cycle.keep_alive = False
