@@ -37,15 +37,21 @@ def keeps_state(model: Any) -> bool:
     return any(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
 
 
+def length(cache: Cache) -> int:
+    """Tokens that a sequence's cache has seen; 0 where all its layers keep states, which do not count them."""
+    return max(int(getattr(layer, "offset", 0)) for layer in flat(cache))
+
+
+def pass_tokens(model: Any) -> int:
+    """Tokens of KV cache of as many bytes as the weights; 0 where a token's bytes are unknown."""
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return weights // own if (own := bytes_per_token(model)) else 0
+
+
 def flat(cache: Sequence[Any]) -> Iterator[Any]:
     """The caches of all layers; those of a layer that has several, one by one."""
     for layer in cache:
         yield from flat(layer.caches) if hasattr(layer, "caches") else (layer,)
-
-
-def length(cache: Cache) -> int:
-    """Tokens that a sequence's cache has seen; 0 where all its layers keep states, which do not count them."""
-    return max(int(getattr(layer, "offset", 0)) for layer in flat(cache))
 
 
 def bytes_per_token(model: Any) -> int:
@@ -54,12 +60,6 @@ def bytes_per_token(model: Any) -> int:
     model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
     arrays = [array for layer in cache for array in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return sum(array.nbytes // array.shape[2] for array in arrays if isinstance(array, mx.array))
-
-
-def pass_tokens(model: Any) -> int:
-    """Tokens of KV cache of as many bytes as the weights; 0 where a token's bytes are unknown."""
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    return weights // own if (own := bytes_per_token(model)) else 0
 
 
 def merge(caches: Sequence[Cache]) -> Cache:

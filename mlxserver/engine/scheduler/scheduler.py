@@ -36,7 +36,7 @@ class Scheduler:
 
     max_running: most sequences with a slot. stall_target: seconds that prefill may delay running streams.
     max_kv_tokens: most tokens in KV cache and prefix cache, None for no limit; a single sequence may always go on.
-    bytes_per_token: bytes of KV cache per token, as ranks agreed on it; None measures it, on one rank alone.
+    bytes_per_token: bytes of KV cache per token, None measures it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Scheduler:
         self._metrics = metrics or ModelMetrics("")
         self._waiting: list[PendingPrompt] = []
         self._prefilling: list[PendingPrompt] = []
-        is_shared = bytes_per_token is not None
+        is_shared = bytes_per_token is not None  # ranks have agreed on it
         self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy, is_shared=is_shared)
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
