@@ -14,6 +14,7 @@ from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Delta, Finish, ToolCallDelta
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.output.detokenizer import make_detokenizer
+from mlxserver.engine.output.reasoning_formats import THINK
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import (
@@ -203,7 +204,7 @@ class Follower:
     PIECES = ("<think>", "a", "</", "think>", "b", "\n</think>\n\n")
 
     def __init__(self, budget):
-        parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+        parser = ThinkingParser(THINK, starts_inside=False)
         self.control = ThinkingControl(
             parser, self.PIECES.__getitem__, start=[0], end=[5], vocab_size=len(self.PIECES), budget=budget
         )
@@ -241,7 +242,7 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
             return None
 
     pieces = ("<think>", "a", "\n", "</think>", "\n\n", "b")
-    parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+    parser = ThinkingParser(THINK, starts_inside=False)
     control = ThinkingControl(
         parser, pieces.__getitem__, start=[0], end=[2, 3, 4], vocab_size=len(pieces), budget=1, inner=Recording()
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mlxserver.engine.events import Delta, Finish, TokenLogprob, ToolCallDelta
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.reasoning_formats import THINK
 from mlxserver.engine.output.stop_strings import StopStrings, overlap
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.thinking import ThinkingParser
@@ -29,7 +30,7 @@ class Play:
         tokenizer = script_tokenizer([script])
         self.eos = tokenizer.token_to_id(EOS)
         self.tokens = [*script_ids(tokenizer, script), self.eos]
-        parser = None if thinking is None else ThinkingParser("<think>", "</think>", thinking == "inside")
+        parser = None if thinking is None else ThinkingParser(THINK, thinking == "inside")
         backend = SimpleNamespace(backend_tokenizer=tokenizer)
         self.stream = OutputStream(
             backend,

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.reasoning_formats import THINK
 from mlxserver.engine.output.thinking import ThinkingParser
 
 
 def parse(pieces, starts_inside=False, may_close_twice=False):
     """The whole reasoning and the whole content."""
-    parser = ThinkingParser("<think>", "</think>", starts_inside, may_close_twice=may_close_twice)
+    parser = ThinkingParser(THINK, starts_inside, may_close_twice=may_close_twice)
     emitted = [part for piece in pieces for part in parser.feed(piece)] + parser.flush()
     assert all(text for _, text in emitted)
     return tuple("".join(text.text for channel, text in emitted if channel == c) for c in ("reasoning", "content"))
@@ -69,7 +70,7 @@ def test_where_the_reasoning_may_have_been_closed_for_the_model_its_own_closing_
 
 
 def test_only_what_may_be_a_tag_is_held_back():
-    parser = ThinkingParser("<think>", "</think>", False)
+    parser = ThinkingParser(THINK, False)
     pieces = ("<think>", "\nfirst", " second <", "b", "</think>", "answer <think")
     assert [parser.feed(piece) for piece in pieces] == [
         [],
@@ -83,7 +84,7 @@ def test_only_what_may_be_a_tag_is_held_back():
 
 
 def test_the_parser_shows_whether_the_output_is_inside_the_reasoning():
-    assert ThinkingParser("<think>", "</think>", True).is_thinking
-    parser = ThinkingParser("<think>", "</think>", False)
+    assert ThinkingParser(THINK, True).is_thinking
+    parser = ThinkingParser(THINK, False)
     states = [(parser.feed(piece), parser.is_thinking)[1] for piece in ("<thi", "nk>", "a", "</think>", "b")]
     assert states == [False, True, True, False, False]
