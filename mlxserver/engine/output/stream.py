@@ -37,7 +37,7 @@ class OutputStream:
     content, and calls where the model writes them as messages; None where all is content. tools: None where none may be
     called in the content. repeats_unclosed: an answer that is all reasoning, and that the model itself ended without
     closing it, is given as content, too. completion_tokens counts every token fed, an end of sequence included;
-    reasoning_tokens those up to the end of the reasoning, marks included.
+    reasoning_tokens those of the reasoning, marks included.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class OutputStream:
         self._tools = tools
         self._index = index
         self._incomplete: list[TokenLogprob] = []  # of tokens whose text is still to come
+        self._counted = 0  # completion tokens of which it is known whether they are reasoning
         self._has_calls = False  # from the splitter
         self._has_answer = False  # besides reasoning; known where that may be repeated
         self._reasoning: list[str] | None = [] if repeats_unclosed else None
@@ -102,7 +103,7 @@ class OutputStream:
             pieces += self._thinking.flush()
         events = self._conclude(pieces, reason, is_cut=whole != rest)
         if holds_call and not any(isinstance(event, ToolCallDelta) for event in events):
-            self.reasoning_tokens = self.completion_tokens
+            self._count_reasoning()
             texts = [piece[1] for piece in pieces if isinstance(piece, tuple)]
             return [*(self._delta(text, "reasoning") for text in texts), Finish(reason, self._index)]
         return events
@@ -149,8 +150,15 @@ class OutputStream:
         was_thinking = self._thinking.is_thinking
         pieces = self._thinking.feed(marked)
         if (was_thinking or self._thinking.is_thinking) and not self._thinking.holds_call:
-            self.reasoning_tokens = self.completion_tokens
+            self._count_reasoning()
+        elif pieces:
+            self._counted = self.completion_tokens
         return pieces
+
+    def _count_reasoning(self) -> None:
+        """Count the tokens since the last that were counted, as reasoning or not."""
+        self.reasoning_tokens += self.completion_tokens - self._counted
+        self._counted = self.completion_tokens
 
     def _pass_on(self, pieces: Iterable[Piece]) -> list[OutputEvent]:
         """The events of pieces up to the first stop string, or the last tool call, which ends the choice."""
