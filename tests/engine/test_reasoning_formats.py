@@ -155,7 +155,18 @@ def test_a_format_is_found_by_its_template_or_its_tokens(tmp_path, marks):
         path = scripted_model(tmp_path / "tokens", {"x": "y"}, tokens=(*marks.vocab, *marks.turn_ends))
         tokenizer = load_tokenizer(path)
         assert find_format(tokenizer) == marks
-        assert turn_ends(tokenizer) == {tokenizer.get_vocab()[token] for token in marks.turn_ends}
+
+
+def test_a_message_that_ends_does_not_end_the_turn(tmp_path):
+    """Whatever the model's files say: the reasoning would be the whole answer."""
+    for start, end in (("<|channel|>analysis<|message|>", "<|end|>"), (" to=self<|message|>", "<|eom|>")):
+        marks = find(start)
+        tokens = tuple(dict.fromkeys((*marks.vocab, *marks.turn_ends, end)))
+        tokenizer = load_tokenizer(scripted_model(tmp_path / end[2:5], {"x": "y"}, tokens=tokens))
+        known, own = tokenizer.eos_token_ids, {tokenizer.get_vocab()[token] for token in marks.turn_ends}
+        assert turn_ends(tokenizer, {*known, tokenizer.get_vocab()[end]}) == known | own
+    other = load_tokenizer(scripted_model(tmp_path / "other", {"x": "y"}))
+    assert turn_ends(other, {1, 2}) == {1, 2}
 
 
 CITY = {

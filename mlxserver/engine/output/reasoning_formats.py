@@ -8,7 +8,7 @@ Rule 2: the first format of the table that matches is the model's, so that one w
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -205,7 +205,11 @@ def thinking_tags(tokenizer: TokenizerWrapper) -> tuple[str, str]:
     return found.start, found.end
 
 
-def turn_ends(tokenizer: TokenizerWrapper) -> set[int]:
-    """Tokens that end an answer in the model's format."""
+def turn_ends(tokenizer: TokenizerWrapper, known: Collection[int]) -> set[int]:
+    """The tokens that end an answer: the known ones and the format's own, less those that end only a message of it."""
     found, vocab = find_format(tokenizer), tokenizer.get_vocab()
-    return {vocab[token] for token in found.turn_ends if token in vocab} if found else set()
+    if found is None:
+        return set(known)
+    inner = found.channels.ends if found.channels else ()
+    own = {vocab[token] for token in found.turn_ends if token in vocab}
+    return {*known, *own} - ({vocab[token] for token in inner if token in vocab} - own)

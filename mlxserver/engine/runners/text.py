@@ -55,7 +55,7 @@ class TextRunner:
     def __init__(self, spec: ModelSpec, loaded: LoadedModel, batch: ModelBatch) -> None:
         self.batch: Batch = batch
         self.tokenizer = loaded.tokenizer
-        self.tokenizer.eos_token_ids = {*self.tokenizer.eos_token_ids, *turn_ends(loaded.tokenizer)}
+        self.tokenizer.eos_token_ids = turn_ends(loaded.tokenizer, loaded.tokenizer.eos_token_ids)
         kind = spec.type or find_type(loaded.tokenizer)
         prompts = FORMATS[kind](loaded.tokenizer, loaded.config)
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
