@@ -35,7 +35,8 @@ from mlxserver.engine.loading import sources
 from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.marked_text import TokenText
 from mlxserver.engine.output.reasoning_formats import FORMATS as REASONING_FORMATS
-from mlxserver.engine.output.thinking import Splitter, ThinkingParser
+from mlxserver.engine.output.splitter import Splitter
+from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_calls import ToolCallParser
 from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
 from mlxserver.server.errors import failure_of

@@ -18,8 +18,8 @@ from enum import Enum
 from mlxserver.engine.events import Channel, ToolCallDelta
 from mlxserver.engine.output.marked_text import TokenText
 from mlxserver.engine.output.reasoning_formats import ChannelFormat
+from mlxserver.engine.output.splitter import Piece
 from mlxserver.engine.output.stop_strings import overlap
-from mlxserver.engine.output.thinking import Piece
 
 MAX_HEADER, MAX_MARK = 256, 16  # characters; what is longer is no header
 NAMESPACE = "functions."

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from mlxserver.engine.events import Channel, Delta, Finish, FinishReason, TokenLogprob, ToolCallDelta
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.splitter import Piece, Splitter
 from mlxserver.engine.output.stop_strings import StopStrings
-from mlxserver.engine.output.thinking import Piece, Splitter
 from mlxserver.engine.output.tool_calls import ToolCallParser
 
 if TYPE_CHECKING:

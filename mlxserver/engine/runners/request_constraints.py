@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.reasoning_formats import THINK, find_format
-from mlxserver.engine.output.thinking import Splitter, ThinkingParser
+from mlxserver.engine.output.splitter import Splitter
+from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.prompt.formats import PromptFormat
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
@@ -38,8 +40,9 @@ class RequestConstraints:
         self._marks = find_format(tokenizer) or THINK
         # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
         end = self._marks.end if self._marks.is_everywhere else f"\n{self._marks.end}\n\n"
-        texts = (self._marks.start, end, *self._marks.answers)
-        self._start, self._end, *answers = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        texts = (self._marks.start, end, self._marks.call, *self._marks.answers)
+        encoded = [tuple(tokenizer.encode(text, add_special_tokens=False)) if text else () for text in texts]
+        self._start, self._end, self._call, *answers = encoded
         self._answers = answers or [()]
 
     def compile(self, request: GenerationRequest) -> None:
@@ -68,7 +71,7 @@ class RequestConstraints:
         answer = self._grammars.constraint(grammar) if grammar else None
         parser, budget = self.parser(request, prompt), self._budget(request)
         if parser and (answer or budget is not None):
-            parts.append(self._thinking_control(parser, prompt, answer, budget))
+            parts.append(self._thinking_control(request, parser, prompt, answer))
         elif answer:
             parts.append(answer)
         return Every(parts) if len(parts) > 1 else parts[0] if parts else None
@@ -77,11 +80,12 @@ class RequestConstraints:
         """Parser that splits one sequence's reasoning from its answer; None where no reasoning can come."""
         if not isinstance(request.prompt, ChatPrompt) or not (self._prompts.thinks or self._marks.is_everywhere):
             return None
-        choice = request.tool_choice
-        tools = request.prompt.tools if choice.mode == "auto" else ()
+        tools = _callable(request)
         if channels := self._marks.channels:
             names = [tool.name for tool in tools]
-            return ChannelParser(channels, prompt.opens_thinking, tools=names, parallel=choice.parallel, index=index)
+            return ChannelParser(
+                channels, prompt.opens_thinking, tools=names, parallel=request.tool_choice.parallel, index=index
+            )
         return ThinkingParser(
             self._marks,
             prompt.opens_thinking,
@@ -95,7 +99,7 @@ class RequestConstraints:
         return 0 if self._prompts.must_not_think(request.prompt) else request.thinking_budget
 
     def _thinking_control(
-        self, parser: Splitter, prompt: FormattedPrompt, answer: Constraint | None, budget: int | None
+        self, request: GenerationRequest, parser: Splitter, prompt: FormattedPrompt, answer: Constraint | None
     ) -> ThinkingControl:
         return ThinkingControl(
             parser,
@@ -103,8 +107,16 @@ class RequestConstraints:
             start=self._start,
             end=self._end,
             answers=self._answers,
+            call=self._call if request.format and _callable(request) else (),
             opened=prompt.tokens[-MAX_OPENED:],
             vocab_size=self._vocab_size,
-            budget=budget,
+            budget=self._budget(request),
             inner=answer,
         )
+
+
+def _callable(request: GenerationRequest) -> tuple[Tool, ...]:
+    """The tools that the model may call if it likes."""
+    if not isinstance(request.prompt, ChatPrompt) or request.tool_choice.mode != "auto":
+        return ()
+    return request.prompt.tools

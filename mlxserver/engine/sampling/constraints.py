@@ -7,11 +7,12 @@ Rule 2: with a thinking model a grammar (sampling/grammars.py) holds from the fi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
-from mlxserver.engine.output.thinking import Splitter
+from mlxserver.engine.output.splitter import Splitter
 from mlxserver.engine.sequence import Constraint
 
 
@@ -50,13 +51,32 @@ class Phase(Enum):
     ANSWERING = "behind it"
 
 
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Token ids that must come next. is_call: they begin a call, which the constraint of the answer leaves free."""
+
+    tokens: tuple[int, ...] = ()
+    is_call: bool = False
+
+    def behind(self, token: int) -> Path | None:
+        """What is left of it behind a token; None if the token is not its first."""
+        return Path(self.tokens[1:], self.is_call) if self.tokens[:1] == (token,) else None
+
+    def unopened(self, opened: Sequence[int]) -> Path:
+        """What is left of it where its beginning stands at the end of the prompt."""
+        lengths = range(min(len(self.tokens), len(opened)), 0, -1)
+        ends = (length for length in lengths if self.tokens[:length] == tuple(opened[len(opened) - length :]))
+        return Path(self.tokens[next(ends, 0) :], self.is_call)
+
+
 class ThinkingControl:
     """Follows the reasoning of a sequence: closes it when its budget is spent, and holds a grammar back until its end.
 
     start, end: token ids of the marks. decode: token id -> text, of this sequence alone. answers: token ids of the
-    texts by which an answer begins behind the reasoning; `inner` follows the first of them. opened: token ids at the
-    end of the prompt, which may have begun one of these texts. budget: most tokens of reasoning; None sets no limit. A
-    call that has begun is completed. inner: the constraint of the answer.
+    texts by which an answer begins behind the reasoning; `inner` follows the first of them. call: token ids of the text
+    by which a call begins in the place of that answer, if it may. opened: token ids at the end of the prompt, which may
+    have begun one of these texts. budget: most tokens of reasoning; None sets no limit. A call that has begun is
+    completed. inner: the constraint of the answer.
     """
 
     def __init__(
@@ -68,32 +88,34 @@ class ThinkingControl:
         end: Sequence[int],
         vocab_size: int,
         answers: Sequence[Sequence[int]] = ((),),
+        call: Sequence[int] = (),
         opened: Sequence[int] = (),
         budget: int | None = None,
         inner: Constraint | None = None,
     ) -> None:
         self._parser = parser
         self._decode = decode
-        self._end = tuple(end)
-        self._answers = tuple(tuple(answer) for answer in answers[: 1 if inner else None])
+        self._end = Path(tuple(end))
+        calls = [Path(tuple(call), is_call=True)] if call and inner else []
+        self._answers = [*(Path(tuple(answer)) for answer in answers[: 1 if inner else None]), *calls]
         self._vocab_size = vocab_size
         self._budget = budget
         self._inner = inner
         self._num_thinking = 0
-        self._paths: list[tuple[int, ...]] = []  # token ids of which one must come next; empty: it may be any
+        self._paths: list[Path] = []  # of which one must be taken; with none, anything may come
         self._phase = Phase.BEFORE
         if parser.is_thinking:
             self._think()
         elif inner:
-            self._paths = [tuple(start), _unopened(self._answers[0], opened)]
+            self._paths = [Path(tuple(start)), *(answer.unopened(opened) for answer in self._answers)]
 
     def allowed(self) -> bytes | None:
         """The next token of a mark; anything while thinking; afterwards what `inner` allows."""
-        if self._phase is Phase.ANSWERING or () in self._paths:
+        if self._phase is Phase.ANSWERING or Path() in self._paths:
             mask = self._inner.allowed() if self._inner else None
         else:
             mask = bytes(mask_bytes(self._vocab_size)) if self._paths else None
-        return _with(mask, {path[0] for path in self._paths if path}) if mask else None
+        return _with(mask, {path.tokens[0] for path in self._paths if path.tokens}) if mask else None
 
     def accept(self, token: int) -> None:
         """Advance by a token."""
@@ -107,7 +129,7 @@ class ThinkingControl:
             self._num_thinking += self._phase is Phase.THINKING
             self._think()
         elif self._phase is Phase.THINKING:
-            self._close(self._answers if self._inner else ((),))
+            self._close(self._answers if self._inner else [Path()])
 
     def _think(self) -> None:
         self._phase = Phase.THINKING
@@ -118,21 +140,25 @@ class ThinkingControl:
 
     def _follow(self, token: int) -> None:
         """Advance on the paths: of a mark, or of the beginning of an answer."""
-        begun = [path[1:] for path in self._paths if path[:1] == (token,)]
-        self._paths = [] if () in begun else begun
+        begun = [path for path in (path.behind(token) for path in self._paths) if path]
+        done = next((path for path in begun if not path.tokens), None)
+        self._paths = [] if done else begun
         if self._inner and not begun:
             self._phase = Phase.ANSWERING
             self._inner.accept(token)
+        elif done and done.is_call:
+            self._inner = None
+            self._close([Path()])
         elif self._parser.is_thinking and not self._paths:
             self._think()
         elif not self._paths:
-            self._close(self._answers if self._phase is Phase.THINKING else ((),))
+            self._close(self._answers if self._phase is Phase.THINKING else [Path()])
 
-    def _close(self, answers: Sequence[tuple[int, ...]]) -> None:
+    def _close(self, answers: list[Path]) -> None:
         """Go on behind the reasoning, with one of these beginnings of an answer."""
-        is_open = () in answers
+        is_open = Path() in answers
         self._phase = Phase.ANSWERING if is_open else Phase.BEFORE
-        self._paths = [] if is_open else list(answers)
+        self._paths = [] if is_open else answers
 
 
 class Every:
@@ -161,10 +187,3 @@ def _with(mask: bytes, tokens: Collection[int]) -> bytes:
     for token in tokens:
         changed[token // 8] |= 1 << token % 8
     return bytes(changed)
-
-
-def _unopened(text: tuple[int, ...], opened: Sequence[int]) -> tuple[int, ...]:
-    """What is left of a text whose beginning stands at the end of the prompt."""
-    lengths = range(min(len(text), len(opened)), 0, -1)
-    begun = next((length for length in lengths if text[:length] == tuple(opened[len(opened) - length :])), 0)
-    return text[begun:]
