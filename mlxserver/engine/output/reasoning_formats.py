@@ -176,7 +176,7 @@ FORMATS = (
         "</think>",
         dropped=("<response>",),
         closing="</response>",
-        template=("between <response></response>", "<response></response>"),
+        template=("<response></response>",),
     ),
     _tags("<seed:think>", "</seed:think>"),  # Seed-OSS
     ReasoningFormat(  # Hy3, whose template puts the tags together

@@ -166,6 +166,9 @@ class ThinkingParser:
     def _read_content(self) -> bool:
         """Emit content up to the next mark, if any counts here."""
         text, marks = self._held.text, self._content_marks()
+        if not marks and not self._marks.closing:
+            self._emit(len(text), "content")
+            return False
         start, _ = _first(text, marks) or (len(text), "")
         if start < len(text) and (mark := _mark_at(text[start:], marks, is_whole=self._is_flushed)):
             self._emit(start, "content")
