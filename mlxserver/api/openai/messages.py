@@ -56,7 +56,7 @@ def _message_shape(*roles: str, required: tuple[str, ...] = ("content",), **fiel
         "type": "object",
         "properties": properties,
         "required": ["role", *required],
-        "additionalProperties": False,
+        "additionalProperties": "user" not in roles,  # a person's message is closed; an answer has fields of its server
     }
 
 
