@@ -162,11 +162,12 @@ def test_a_property_of_a_tool_is_never_taken_for_a_hint():
 
 
 def test_unknown_fields_inside_are_ignored_and_noted_where_the_limits_have_that():
+    described = {"schema": {"type": "object", "z": 3}}
     asked = {
         "messages": [{**HELLO[0], "foo": 1}],
         "tools": [{**TOOL_WITH_EXTRAS, "function": {**ADD["function"], "returns": {}}}],
         "tool_choice": {"type": "function", "function": {"name": "add", "x": 1}, "y": 2},
-        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "z": 3}, "a": 1}},
+        "response_format": {"type": "json_schema", "json_schema": {**described, "a": 1}},
     }
     request = parse(
         ChatCompletionRequest, orjson.dumps(MINIMAL[ChatCompletionRequest] | asked), Limits(ignores_unknown=True)
@@ -179,7 +180,8 @@ def test_unknown_fields_inside_are_ignored_and_noted_where_the_limits_have_that(
         "response_format.json_schema.a",
     }
     assert (request.tools, request.tool_choice) == (chat(tools=[ADD]).tools, ("function", "add"))
-    assert request.response_format == {"schema": {"type": "object", "z": 3}}
+    known = chat(response_format={"type": "json_schema", "json_schema": described})
+    assert request.response_format == known.response_format
     for name, value in asked.items():
         assert refused(**{"tools": [ADD], name: value}).startswith(name)
 
