@@ -22,9 +22,9 @@ def drop_fields(values: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any
 
 def _drop(value: Any, shape: Mapping[str, Any], path: str, names: Collection[str] | None) -> Iterator[tuple[str, str]]:
     """Drop the fields of these names, None: of any; yields the path and the name of each."""
-    if isinstance(value, list):
+    if isinstance(value, list) and "items" in shape:
         for index, item in enumerate(value):
-            yield from _drop(item, shape.get("items", {}), f"{path}[{index}]", names)
+            yield from _drop(item, shape["items"], f"{path}[{index}]", names)
     elif isinstance(value, dict):
         shape = _variant(value, shape)
         fields, is_closed = shape.get("properties", {}), shape.get("additionalProperties", True) is False
