@@ -235,7 +235,7 @@ CHAT_COMPLETIONS = [
         for model in ("talker", "thinker")
         for name, messages in HISTORIES.items()
     ],
-    chat("a byte order mark", prefix=b"\xef\xbb\xbf", marks=LATER),
+    chat("a byte order mark", prefix=b"\xef\xbb\xbf"),
     chat(
         "an answer that is all reasoning",
         model="opener",
@@ -317,7 +317,6 @@ def test_too_long_a_prompt_is_refused_with_the_code_that_clients_look_for(server
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
 
 
-@LATER
 def test_too_long_a_prompt_is_refused_with_the_words_that_clients_look_for(server):
     answer = ask(server, Entry("too long", {"messages": [{"role": "user", "content": "hello " * CONTEXT}]}))
     assert f"maximum context length is {CONTEXT} tokens" in answer.error["message"]
@@ -330,6 +329,11 @@ def test_a_sampler_that_is_not_here_is_named_in_the_answers_header(server):
         ask(server, Entry("off", {"messages": HELLO, **OPEN_WEBUI, "repeat_last_n": 0})).headers["x-ignored-parameters"]
         is None
     )
+
+
+def test_an_idle_connection_is_promised_to_stay_open_for_a_minute(server):
+    promised = ask(server, Entry("idle", {"messages": HELLO})).headers["keep-alive"]
+    assert int(promised.partition("timeout=")[2].split(",")[0]) >= 60
 
 
 def test_models_tell_their_context_under_the_names_of_other_servers(server):
