@@ -108,11 +108,6 @@ class TextRunner:
                 f"n is {request.n}, but this model runs at most {self._max_running} sequences at once.", "n"
             )
         _check_tokens(request.sampling.get("logit_bias", ()), self._vocab_size, "sampling.logit_bias")
-        if request.thinking_budget and not self._prompts.thinks:
-            raise PromptRejected(
-                f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
-                "thinking_budget",
-            )
 
     def _output(self, request: GenerationRequest, prompt: FormattedPrompt, max_tokens: int, index: int) -> TextOutput:
         stream = OutputStream(
