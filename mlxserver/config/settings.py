@@ -30,6 +30,7 @@ class ModelSpec:
     type: None infers it from template and tokenizer. adapter: directory of a LoRA adapter. preload: load at the start.
     context_length: tokens, None takes the model's own, as far as cache_tokens go. max_running, max_waiting: requests
     decoding together, and waiting for a slot. prefix_cache_bytes: what the prefix cache may keep, within the KV cache.
+    checkpoint_interval: tokens between the checkpoints of a long prompt, where the KV cache can't be trimmed.
     cache_tokens: tokens in the KV cache of all requests together, None is loading/estimate.py's choice. aliases: more
     names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes the server's. defaults:
     sampling parameters by name (config/sampling_params.py). shard: how several ranks share it (loading/sharding.py),
@@ -45,6 +46,7 @@ class ModelSpec:
     max_running: Annotated[int, Range(1), Shared()] = 32
     max_waiting: Annotated[int, Range(0), Live()] = 256
     prefix_cache_bytes: Annotated[int, Range(0), Size(), Shared()] = 1 << 30
+    checkpoint_interval: Annotated[int, Range(16), Shared()] = 4096
     cache_tokens: Annotated[int | None, Range(16), Shared()] = None
     aliases: Annotated[tuple[str, ...], Live()] = ()
     pin: Annotated[bool, Live()] = False

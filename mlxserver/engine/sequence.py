@@ -25,7 +25,7 @@ class Sequence:
     """A sequence to generate: the prompt's token ids, and how to go on from there.
 
     num_generated: how many of the last tokens were generated before the sequence was preempted. max_tokens: most tokens
-    to generate from here on.
+    to generate from here on. boundaries: lengths at which another prompt is likely to differ.
     """
 
     id: int
@@ -35,6 +35,7 @@ class Sequence:
     top_logprobs: int | None = None
     constraint: Constraint | None = None
     num_generated: int = 0
+    boundaries: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ class ModelIdentity:
     """Identity of a model's KV cache: models that compute the same one from the same tokens are equal.
 
     files, adapter: fingerprints of the files that were read. weights, kv_format: formats in memory. share: the rank's
-    share of a model that several ranks compute. bytes_per_token: size of an entry per token, on every rank; None
-    measures the entry.
+    share of a model that several ranks compute. bytes_per_token: size of an entry per token, on every rank, and
+    bytes_per_checkpoint that of a checkpoint; None measures the entries.
     """
 
     files: str
@@ -37,11 +37,12 @@ class ModelIdentity:
     kv_format: str = ""
     share: str = ""
     bytes_per_token: int | None = None
+    bytes_per_checkpoint: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """An entry of a tier that has the first `length` tokens of a prompt."""
+    """What a tier has of the first `length` tokens of a prompt."""
 
     entry: Any
     length: int
@@ -51,13 +52,16 @@ class Tier(Protocol):
     """Storage of entries. May be called on any thread. Sizes in bytes."""
 
     def match(self, model: ModelIdentity, tokens: Tokens) -> Match | None:
-        """The entry with the longest usable prefix of `tokens`. At least one token is always left to compute."""
+        """The longest usable prefix of `tokens`. At least one token is always left to compute."""
 
     def load(self, match: Match) -> Cache:
         """A copy of the matched prefix."""
 
     def store(self, model: ModelIdentity, tokens: Tokens, cache: Cache) -> None:
         """Store the cache of a sequence, which holds exactly these tokens."""
+
+    def store_checkpoint(self, model: ModelIdentity, tokens: Tokens, cache: Cache) -> None:
+        """Store a checkpoint of a sequence that goes on (kv_cache/checkpoints.py)."""
 
     def shrink(self, max_bytes: int, model: ModelIdentity | None = None) -> None:
         """Drop the least recently used entries, of one model or of all, until at most this many bytes are left."""
@@ -120,6 +124,12 @@ class ModelPrefixes:
         """Store the cache of a sequence, which holds exactly these tokens."""
         if len(tokens) >= SHORTEST:
             self._tier.store(self.model, np.asarray(tokens, dtype=np.int64), cache)
+            self._tier.shrink(self._owner.limit(self.model), self.model)
+
+    def store_checkpoint(self, tokens: Sequence[int], cache: Cache) -> None:
+        """Store a checkpoint of a sequence that goes on, and whose cache holds exactly these tokens."""
+        if len(tokens) >= SHORTEST:
+            self._tier.store_checkpoint(self.model, np.asarray(tokens, dtype=np.int64), cache)
             self._tier.shrink(self._owner.limit(self.model), self.model)
 
     def shrink(self, max_bytes: int) -> None:

@@ -85,6 +85,7 @@ class Builder:
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             metrics=metrics,
+            checkpoint_interval=spec.checkpoint_interval,
             policy=self._policy,
         )
 
