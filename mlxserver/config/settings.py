@@ -80,6 +80,10 @@ class Settings(HttpSettings):
     wedged_after: Annotated[
         float, Range(1), Live(), "seconds without a step after which a busy engine counts as stalled"
     ] = 120.0
+    prefix_cache_dir: Annotated[str, "where prefixes are kept on disk; auto: in the user's cache directory"] = "auto"
+    prefix_cache_disk_bytes: Annotated[
+        int, Range(0), Size(), "what the prefixes of all models may take on disk; 0: none are written"
+    ] = 10 << 30
     load_on_demand: Annotated[bool, Live(), "load a registered model at its first request"] = True
     allow_any_model: Annotated[bool, Live(), "let a request load any Hugging Face id"] = False
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"

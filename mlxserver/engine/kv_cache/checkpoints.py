@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -47,6 +47,48 @@ def trimmable_part(cache: Cache) -> Cache:
 def checkpoint_part(cache: Cache) -> Cache:
     """A copy of the layers that do not keep all tokens."""
     return _part(cache, lambda layer: not isinstance(layer, _KEEP_ALL), _copied)
+
+
+def lasting_part(cache: Cache) -> Cache:
+    """The layers that keep all tokens, as they are: those that no checkpoint has."""
+    return _part(cache, lambda layer: isinstance(layer, _KEEP_ALL), lambda layer: layer)
+
+
+def cut_out(part: Cache, start: int, end: int) -> Cache:
+    """The tokens from `start` up to `end` of layers that keep all tokens."""
+
+    def cut(layer: Any) -> Any:
+        if layer.keys is None:
+            return layer
+        own = copy.copy(layer)
+        own.keys, own.values = tree_map(lambda array: array[:, :, start:end], (layer.keys, layer.values))
+        own.offset = end - start
+        return own
+
+    return _part(part, lambda layer: layer is not None, cut)
+
+
+def put_together(parts: Sequence[Cache]) -> Cache:
+    """Pieces of layers that keep all tokens, one behind the other: the opposite of cut_out()."""
+
+    def together(*pieces: Any) -> Any:
+        if pieces[0] is None or hasattr(pieces[0], "caches"):
+            return pieces[0] and CacheList(*map(together, *[piece.caches for piece in pieces]))
+        if pieces[0].keys is None:
+            return pieces[0]
+        whole = copy.copy(pieces[0])
+        pairs = [(piece.keys, piece.values) for piece in pieces]
+        whole.keys, whole.values = tree_map(lambda *arrays: mx.concatenate(arrays, axis=2), *pairs)
+        whole.offset = sum(piece.offset for piece in pieces)
+        return whole
+
+    return list(map(together, *parts))
+
+
+def arrays_of(part: Cache) -> list[mx.array]:
+    """All arrays of a part."""
+    layers = [layer for layer in flat(part) if layer is not None]
+    return [leaf for layer in layers for _, leaf in tree_flatten(layer.state) if isinstance(leaf, mx.array)]
 
 
 def is_whole(part: Cache) -> bool:

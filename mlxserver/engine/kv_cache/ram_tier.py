@@ -156,22 +156,24 @@ class RamTier:
     def store(self, model: ModelIdentity, tokens: Tokens, cache: Cache) -> None:
         """Store the cache of a sequence, which holds exactly these tokens."""
         trimmable = checkpoints.trimmable_part(cache)
-        is_whole = checkpoints.is_whole(trimmable)
-        if not is_whole:
-            self.store_checkpoint(model, tokens, cache)
-        if checkpoints.is_empty(trimmable):
-            return
-        entry = self._entry(model, tokens, trimmable, is_checkpoint=False)
+        if not checkpoints.is_whole(trimmable):
+            self.store_checkpoint(model, tokens, checkpoints.checkpoint_part(cache))
+        if not checkpoints.is_empty(trimmable):
+            self.store_trimmable(model, tokens, trimmable)
+
+    def store_trimmable(self, model: ModelIdentity, tokens: Tokens, part: Cache) -> None:
+        """Store the layers that can be trimmed, of a cache that holds exactly these tokens."""
+        entry = self._entry(model, tokens, part, is_checkpoint=False)
         with self._lock:
             shelf = self._shelves.setdefault(model, _Shelf())
             for other in shelf.alike(tokens, False):
-                if other.begins(tokens) and (is_whole or not other.is_whole):
+                if other.begins(tokens) and (entry.is_whole or not other.is_whole):
                     shelf.drop(other)
             self._add(shelf, entry)
 
-    def store_checkpoint(self, model: ModelIdentity, tokens: Tokens, cache: Cache) -> None:
-        """Store a checkpoint of a sequence that goes on, and whose cache holds exactly these tokens."""
-        entry = self._entry(model, tokens, checkpoints.checkpoint_part(cache), is_checkpoint=True)
+    def store_checkpoint(self, model: ModelIdentity, tokens: Tokens, part: Cache) -> None:
+        """Store a checkpoint of exactly these tokens."""
+        entry = self._entry(model, tokens, part, is_checkpoint=True)
         with self._lock:
             shelf = self._shelves.setdefault(model, _Shelf())
             for other in shelf.lineage(tokens):
@@ -197,6 +199,11 @@ class RamTier:
         """Bytes of a model's entries."""
         shelf = self._shelves.get(model)
         return shelf.nbytes if shelf else 0
+
+    def count(self, model: ModelIdentity) -> int:
+        """Number of a model's entries."""
+        shelf = self._shelves.get(model)
+        return len(shelf.entries) if shelf else 0
 
     def _entry(self, model: ModelIdentity, tokens: Tokens, part: Cache, *, is_checkpoint: bool) -> _Entry:
         """An entry whose arrays are computed, or on a GPU soon will be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import abc
+from concurrent.futures import Future
 
 from mlxserver.engine.kv_cache.caches import Cache, CacheSizes
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
@@ -67,6 +68,10 @@ class KVBudget:
     def fetch_prefix(self, tokens: abc.Sequence[int]) -> tuple[Cache | None, int]:
         """A copy of the longest cached prefix and its length in tokens; (None, 0) without one."""
         return self._prefixes.fetch(tokens) if self._prefixes else (None, 0)
+
+    def restore_prefix(self, tokens: abc.Sequence[int]) -> Future[None] | None:
+        """Bring a prefix from disk, if there is a longer one than in memory; None if there is not."""
+        return self._prefixes.restore(tokens) if self._prefixes else None
 
     def store_prefix(self, tokens: abc.Sequence[int], cache: Cache) -> None:
         """Store the KV cache of exactly these tokens; shrink_prefixes_beside() afterwards."""

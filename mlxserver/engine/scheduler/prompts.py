@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from mlxserver.engine.kv_cache.caches import Cache
@@ -15,7 +16,8 @@ class PendingPrompt:
     """A prompt that waits or is prefilled, and the sequences that share it. Times by time.monotonic().
 
     done: how many of its tokens are in `cache`, a list of mlx-lm's caches. cached_tokens: those from the prefix cache.
-    stops: lengths, in order, at which a chunk ends, for a checkpoint to be taken (kv_cache/checkpoints.py).
+    stops: lengths, in order, at which a chunk ends, for a checkpoint to be taken (kv_cache/checkpoints.py). restoring:
+    a prefix of it is being brought from disk.
     """
 
     sequences: list[Sequence]
@@ -25,6 +27,7 @@ class PendingPrompt:
     done: int = 0
     cached_tokens: int = 0
     stops: list[int] = field(default_factory=list)
+    restoring: Future[None] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

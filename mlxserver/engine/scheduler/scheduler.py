@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from concurrent.futures import wait
 from typing import Any
 
 from mlxserver.engine.mlx import mx
@@ -83,7 +84,11 @@ class Scheduler:
         self._meter.insert(sequences)
         together = PendingPrompt(list(sequences), now)
         fit = self._budget.holds_together(together)
-        self._waiting += [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
+        restoring = self._budget.restore_prefix(together.tokens)
+        prompts = [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
+        for prompt in prompts:
+            prompt.restoring = restoring
+        self._waiting += prompts
 
     def remove(self, sequence_ids: abc.Sequence[int]) -> None:
         """Remove sequences, whether they wait or run; their KV cache goes to the prefix cache."""
@@ -199,6 +204,10 @@ class Scheduler:
         taken = self._num_running
         if taken + len(prompt.sequences) > self._max_running:
             return False
+        if prompt.restoring:
+            if taken and not prompt.restoring.done():
+                return False
+            wait([prompt.restoring])  # there is nothing else to do, or it is done
         kv_tokens = self._budget.compacted_tokens_of([*self._prefilling, prompt])
         if taken and not self._budget.holds(kv_tokens):
             return False
