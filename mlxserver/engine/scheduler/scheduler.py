@@ -130,6 +130,8 @@ class Scheduler:
         self._meter.end_step()
         self._prefill.advance(self._prefilling, budget)
         self._store_checkpoints()
+        for prompt in self._prefilling:
+            prompt.report()
         if ready := [prompt for prompt in self._prefilling if not prompt.remaining]:
             self._prefilling = [prompt for prompt in self._prefilling if prompt.remaining]
             self._running.join(ready, coming=_count(self._prefilling))
@@ -219,6 +221,7 @@ class Scheduler:
         if self._takes_checkpoints:
             boundaries = prompt.sequences[0].boundaries
             prompt.stops = checkpoints.stops(boundaries, len(prompt.tokens), length, self._checkpoint_interval)
+        prompt.report()
         return True
 
     def _leave(self, leaving: list[int]) -> None:
