@@ -253,6 +253,16 @@ def test_what_a_killed_process_has_written_is_used_and_nothing_incomplete(llama,
     process.end()
 
 
+def test_what_is_not_finite_is_not_written(tmp_path):
+    model = random_model("llama")
+    model.model.embed_tokens.weight[299] = mx.nan
+    process = Process(model, tmp_path)
+    process.driver.add(sequence(0, (*PROMPT, 299)))
+    process.driver.finish()
+    process.end()
+    assert files(tmp_path) == []
+
+
 def test_files_that_were_never_completed_are_removed_in_time(llama, filled):
     left = files(filled)[0].with_suffix(".1-2-3.partial")
     left.write_bytes(b"half")

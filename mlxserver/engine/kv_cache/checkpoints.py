@@ -27,7 +27,7 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from mlxserver.engine.kv_cache.caches import Cache, flat, new_cache
+from mlxserver.engine.kv_cache.caches import Cache, flat, is_finite, new_cache
 
 _KEEP_ALL = (KVCache, QuantizedKVCache, ConcatenateKVCache)
 _MOST = 8  # checkpoints of one sequence
@@ -89,6 +89,11 @@ def arrays_of(part: Cache) -> list[mx.array]:
     """All arrays of a part."""
     layers = [layer for layer in flat(part) if layer is not None]
     return [leaf for layer in layers for _, leaf in tree_flatten(layer.state) if isinstance(leaf, mx.array)]
+
+
+def is_sound(part: Cache) -> bool:
+    """Whether a part is without NaN and inf. Waits for the device."""
+    return bool(is_finite([layer for layer in flat(part) if layer is not None]))
 
 
 def is_whole(part: Cache) -> bool:

@@ -7,6 +7,7 @@ prompt finds what it shares with any other, and a file never has to change.
 Rule 1: files are written on a thread of their own, and read on threads that run no model.
 Rule 2: several processes may share the folder: a file that vanishes is not there, one that exists is not written again.
 Rule 3: a file that is damaged, cut off, or not what its name says is removed, and never served.
+        What has NaN or inf in it is not written.
 Rule 4: a disk that fails or is full costs the files, a line in the log, and nothing else.
 Rule 5: the files of all models are bounded in bytes; those go first that were not used for longest.
 """
@@ -41,7 +42,8 @@ log = logging.getLogger("engine")
 BLOCK = 128  # tokens; a prompt that ends or differs inside a block finds nothing of it
 _LEAST = 32  # tokens that are worth a file
 _READERS = 8  # files that are read at once
-_PENDING = 64  # writes that may wait, most; what comes then is not written
+_PENDING = 64  # writes that may wait, most, and
+_PENDING_BYTES = 1 << 30  # what they may hold in memory, beyond the one under way; what comes then is not written
 _STALE_SECONDS = 600  # after which a file that is not whole belongs to a process that has ended
 # Kinds of files: blocks of layers that are all there are, blocks beside checkpoints, and checkpoints of either kind.
 _WHOLE, _BESIDE, _ALONE, _STATE = "w", "b", "c", "s"
@@ -66,6 +68,17 @@ class _Name:
         if not text.endswith(SUFFIX) or len(parts) != 4 or not (parts[1].isdigit() and parts[2].isdigit()):
             return None
         return _Name(parts[0], int(parts[1]), int(parts[2]), parts[3])
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Parts of the cache of exactly these tokens, to be written."""
+
+    model: ModelIdentity
+    tokens: Tokens
+    lasting: Cache | None
+    checkpoint: Cache | None
+    nbytes: int
 
 
 @dataclass
@@ -127,9 +140,8 @@ class DiskTier:
         self._indexes: dict[str, _Index] = {}
         self._lock = threading.Lock()
         self._is_failing = False
-        self._writes: queue.Queue[tuple[ModelIdentity, Tokens, Cache | None, Cache | None] | None] = queue.Queue(
-            _PENDING
-        )
+        self._writes: queue.Queue[_Write | None] = queue.Queue(_PENDING)
+        self._pending_bytes = 0
         self._jobs = ThreadPoolExecutor(2, "prefix-restore")
         self._readers = ThreadPoolExecutor(_READERS, "prefix-read")
         self._writer = threading.Thread(target=self._write_all, name="prefix-writer", daemon=True)
@@ -141,9 +153,16 @@ class DiskTier:
         """Write, sooner or later, the layers that keep all tokens of a sequence, and a checkpoint of the others."""
         if len(tokens) >= _LEAST:
             arrays = [leaf for part in (lasting, checkpoint) for leaf in checkpoints.arrays_of(part or [])]
+            write = _Write(model, tokens, lasting, checkpoint, sum(array.nbytes for array in arrays))
+            with self._lock:
+                if self._pending_bytes and self._pending_bytes + write.nbytes > _PENDING_BYTES:
+                    return
+                self._pending_bytes += write.nbytes
             mx.async_eval(arrays)  # type: ignore[no-untyped-call]
-            with suppress(queue.Full):
-                self._writes.put_nowait((model, tokens, lasting, checkpoint))
+            try:
+                self._writes.put_nowait(write)
+            except queue.Full:
+                self._note_done(write)
 
     def flush(self) -> None:
         """Wait until everything is written."""
@@ -162,7 +181,7 @@ class DiskTier:
         while write := self._writes.get():
             try:
                 with streams.thread_stream():
-                    self._write(*write)
+                    self._write(write.model, write.tokens, write.lasting, write.checkpoint)
                 self._shrink(self.max_bytes)
                 self._is_failing = False
             except NotStorable as error:
@@ -174,14 +193,21 @@ class DiskTier:
             except Exception:  # the thread must not end
                 log.exception("prefix cache: a write failed")
             finally:
+                self._note_done(write)
                 del write
                 self._writes.task_done()
         self._writes.task_done()
+
+    def _note_done(self, write: _Write) -> None:
+        with self._lock:
+            self._pending_bytes -= write.nbytes
 
     def _write(self, model: ModelIdentity, tokens: Tokens, lasting: Cache | None, checkpoint: Cache | None) -> None:
         folder = self._folder_of(model)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         written: list[_Name] = []
+        if not all(checkpoints.is_sound(part) for part in (lasting, checkpoint) if part):
+            return
         if checkpoint is not None:
             kind = _ALONE if checkpoints.is_whole(checkpoint) else _STATE
             name = _Name(kind, 0, len(tokens), _Digests(folder.name, tokens).at(len(tokens)))
@@ -314,7 +340,8 @@ class DiskTier:
         """Remove all files, and what waits to be written."""
         with suppress(queue.Empty):
             while True:
-                self._writes.get_nowait()
+                if write := self._writes.get_nowait():
+                    self._note_done(write)
                 self._writes.task_done()
         self._shrink(0)
 
@@ -331,6 +358,8 @@ class DiskTier:
         self._remove(gone)
 
     def _remove(self, paths: Sequence[Path]) -> None:
+        if not paths:
+            return
         for path in paths:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
