@@ -1,8 +1,8 @@
 """Prefix cache on disk, behind the one in memory: it survives unloads, evictions, restarts and crashes.
 
 Layers that keep all tokens are stored in blocks of tokens, checkpoints whole; a conversation that grows adds blocks.
-A file's name has its kind, the tokens that it is of, and a hash of the model and of all tokens up to its end, so that a
-prompt finds what it shares with any other, and a file never has to change.
+A file's name has a hash of the model and of all tokens up to its end (kv_cache/disk_index.py), so that a prompt finds
+what it shares with any other, and a file never has to change.
 
 Rule 1: files are written on a thread of their own, and read on threads that run no model.
 Rule 2: several processes may share the folder: a file that vanishes is not there, one that exists is not written again.
@@ -21,11 +21,10 @@ import os
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from mlxserver.engine.mlx import mx
 from mlxserver.engine.kv_cache import cache_files, checkpoints
 from mlxserver.engine.kv_cache.cache_files import FORMAT, PARTIAL, SUFFIX, CacheFileInvalid, NotStorable, StoredPart
 from mlxserver.engine.kv_cache.caches import Cache
+from mlxserver.engine.kv_cache.disk_index import ALONE, BESIDE, STATE, WHOLE, Digests, FileIndex, FileName, Plan
 from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, Restored, Tokens
 from mlxserver.engine.platform import streams
 
@@ -45,29 +45,6 @@ _READERS = 8  # files that are read at once
 _PENDING = 64  # writes that may wait, most, and
 _PENDING_BYTES = 1 << 30  # what they may hold in memory, beyond the one under way; what comes then is not written
 _STALE_SECONDS = 600  # after which a file that is not whole belongs to a process that has ended
-# Kinds of files: blocks of layers that are all there are, blocks beside checkpoints, and checkpoints of either kind.
-_WHOLE, _BESIDE, _ALONE, _STATE = "w", "b", "c", "s"
-
-
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """Name of a file: tokens from `start` up to `end`."""
-
-    kind: str
-    start: int
-    end: int
-    digest: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}-{self.start}-{self.end}-{self.digest}{SUFFIX}"
-
-    @staticmethod
-    def parse(text: str) -> _Name | None:
-        """The name that a text is."""
-        parts = text.removesuffix(SUFFIX).split("-")
-        if not text.endswith(SUFFIX) or len(parts) != 4 or not (parts[1].isdigit() and parts[2].isdigit()):
-            return None
-        return _Name(parts[0], int(parts[1]), int(parts[2]), parts[3])
 
 
 @dataclass(frozen=True)
@@ -81,55 +58,6 @@ class _Write:
     nbytes: int
 
 
-@dataclass
-class _Index:
-    """Files of a model, as its folder had them at `changed`."""
-
-    changed: int = 0
-    names: set[_Name] = field(default_factory=set)
-    ends: dict[tuple[str, int], set[int]] = field(default_factory=lambda: defaultdict(set))
-
-    def add(self, name: _Name) -> None:
-        """Add a file."""
-        self.names.add(name)
-        self.ends[name.kind, name.start].add(name.end)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Files of a prefix of `length` tokens: blocks in order, and a checkpoint."""
-
-    length: int
-    blocks: tuple[_Name, ...] = ()
-    checkpoint: _Name | None = None
-
-    @property
-    def names(self) -> list[_Name]:
-        """All files, the most important first."""
-        return [*self.blocks, *([self.checkpoint] if self.checkpoint else [])]
-
-
-class _Digests:
-    """Hashes of a model and the beginnings of tokens, computed from the one before."""
-
-    def __init__(self, model: str, tokens: Tokens) -> None:
-        self._tokens = tokens
-        self._hash = hashlib.sha256(model.encode())
-        self._done = 0
-
-    def at(self, end: int) -> str:
-        """The hash of the first `end` tokens, no fewer than before."""
-        self._hash.update(self._tokens[self._done : end].tobytes())
-        self._done = end
-        return self._hash.hexdigest()[:32]
-
-    def ahead(self, end: int) -> str:
-        """As at(), without advancing."""
-        ahead = self._hash.copy()
-        ahead.update(self._tokens[self._done : end].tobytes())
-        return ahead.hexdigest()[:32]
-
-
 class DiskTier:
     """Files of all models in one folder, of at most so many bytes. May be called on any thread."""
 
@@ -137,7 +65,7 @@ class DiskTier:
         self.max_bytes = max_bytes
         self._block = block
         self._folder = folder
-        self._indexes: dict[str, _Index] = {}
+        self._indexes: dict[str, FileIndex] = {}
         self._lock = threading.Lock()
         self._is_failing = False
         self._writes: queue.Queue[_Write | None] = queue.Queue(_PENDING)
@@ -205,31 +133,31 @@ class DiskTier:
     def _write(self, model: ModelIdentity, tokens: Tokens, lasting: Cache | None, checkpoint: Cache | None) -> None:
         folder = self._folder_of(model)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        written: list[_Name] = []
+        written: list[FileName] = []
         if not all(checkpoints.is_sound(part) for part in (lasting, checkpoint) if part):
             return
         if checkpoint is not None:
-            kind = _ALONE if checkpoints.is_whole(checkpoint) else _STATE
-            name = _Name(kind, 0, len(tokens), _Digests(folder.name, tokens).at(len(tokens)))
+            kind = ALONE if checkpoints.is_whole(checkpoint) else STATE
+            name = FileName(kind, 0, len(tokens), Digests(folder.name, tokens).at(len(tokens)))
             written.append(name)
             if not (folder / str(name)).exists():
                 cache_files.write(folder / str(name), checkpoint)
         if lasting is not None and not checkpoints.is_empty(lasting):
-            kind = _WHOLE if checkpoints.is_whole(lasting) else _BESIDE
-            digests, start = _Digests(folder.name, tokens), 0
+            kind = WHOLE if checkpoints.is_whole(lasting) else BESIDE
+            digests, start = Digests(folder.name, tokens), 0
             for end in self._cuts(model, tokens):
-                name = _Name(kind, start, end, digests.at(end))
+                name = FileName(kind, start, end, digests.at(end))
                 written.append(name)
                 if not (folder / str(name)).exists():
                     cache_files.write(folder / str(name), checkpoints.cut_out(lasting, start, end))
                 start = end
-        self._touch(folder, [*written, *self._checkpoints(model, tokens, len(tokens))])
+        self._touch(folder, [*written, *self._index(model).checkpoints(tokens, len(tokens))])
         with self._lock:
             self._indexes.pop(folder.name, None)
 
     def _cuts(self, model: ModelIdentity, tokens: Tokens) -> list[int]:
         """Where blocks end: at multiples of their size, and where there is a checkpoint to be gone on from."""
-        found = {name.end for name in self._checkpoints(model, tokens, len(tokens))}
+        found = {name.end for name in self._index(model).checkpoints(tokens, len(tokens))}
         return sorted({*range(self._block, len(tokens), self._block), *found, len(tokens)})
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -241,11 +169,11 @@ class DiskTier:
 
         Nothing is kept if the files turn out to be unusable.
         """
-        if (plan := self._find(model, tokens)).length <= beyond:
+        if (plan := self._index(model).find(tokens)).length <= beyond:
             return None
         return self._jobs.submit(self._restore, model, tokens, plan, keep)
 
-    def _restore(self, model: ModelIdentity, tokens: Tokens, plan: _Plan, keep: Callable[[Restored], None]) -> None:
+    def _restore(self, model: ModelIdentity, tokens: Tokens, plan: Plan, keep: Callable[[Restored], None]) -> None:
         try:
             with streams.thread_stream():
                 if restored := self._read(model, tokens, plan):
@@ -253,7 +181,7 @@ class DiskTier:
         except Exception:  # a prefix that can't be read is computed
             log.exception("prefix cache: a read failed")
 
-    def _read(self, model: ModelIdentity, tokens: Tokens, plan: _Plan) -> Restored | None:
+    def _read(self, model: ModelIdentity, tokens: Tokens, plan: Plan) -> Restored | None:
         folder = self._folder_of(model)
         read = dict(zip(plan.names, self._readers.map(lambda name: _read(folder / str(name)), plan.names), strict=True))
         if any(part is None for part in read.values()):
@@ -268,50 +196,7 @@ class DiskTier:
         covered = plan.blocks[-1].end if plan.blocks else plan.length
         return Restored(tokens[:covered], lasting, tokens[: plan.length], checkpoint)
 
-    def _find(self, model: ModelIdentity, tokens: Tokens) -> _Plan:
-        """The files of the longest prefix of these tokens, one of which at least is left to compute."""
-        most = len(tokens) - 1
-        if whole := self._blocks(model, tokens, most, _WHOLE):
-            return _Plan(whole[-1].end, whole)
-        found = sorted(self._checkpoints(model, tokens, most), key=lambda name: name.end, reverse=True)
-        if not found:
-            return _Plan(0)
-        blocks = self._blocks(model, tokens, len(tokens), _BESIDE)
-        covered = blocks[-1].end if blocks else 0
-        for name in found:
-            if name.kind == _ALONE:
-                return _Plan(name.end, checkpoint=name)
-            if name.end <= covered:
-                return _Plan(name.end, tuple(block for block in blocks if block.start < name.end), name)
-        return _Plan(0)
-
-    def _blocks(self, model: ModelIdentity, tokens: Tokens, most: int, kind: str) -> tuple[_Name, ...]:
-        """Blocks of the beginning of these tokens, one behind the other, the longest ones."""
-        index, folder = self._index(model), self._folder_of(model).name
-        digests, blocks, start = _Digests(folder, tokens), list[_Name](), 0
-        while name := next(self._next_blocks(index, digests, kind, start, most), None):
-            blocks.append(name)
-            start = name.end
-            digests.at(start)
-        return tuple(blocks)
-
-    def _next_blocks(self, index: _Index, digests: _Digests, kind: str, start: int, most: int) -> Iterator[_Name]:
-        for end in sorted(index.ends.get((kind, start), ()), reverse=True):
-            if start < end <= most and (name := _Name(kind, start, end, digests.ahead(end))) in index.names:
-                yield name
-
-    def _checkpoints(self, model: ModelIdentity, tokens: Tokens, most: int) -> list[_Name]:
-        """The checkpoints of beginnings of these tokens, the shortest first."""
-        index, folder = self._index(model), self._folder_of(model).name
-        digests, found = _Digests(folder, tokens), []
-        ends = {end for kind in (_ALONE, _STATE) for end in index.ends.get((kind, 0), ())}
-        for end in sorted(end for end in ends if end <= most):
-            digest = digests.at(end)
-            names = (_Name(kind, 0, end, digest) for kind in (_ALONE, _STATE))
-            found += [name for name in names if name in index.names]
-        return found
-
-    def _index(self, model: ModelIdentity) -> _Index:
+    def _index(self, model: ModelIdentity) -> FileIndex:
         """The files of a model, read again if its folder has changed."""
         folder = self._folder_of(model)
         try:
@@ -319,12 +204,10 @@ class DiskTier:
             with self._lock:
                 if (index := self._indexes.get(folder.name)) and index.changed == changed:
                     return index
-            index = _Index(changed)
-            for path in folder.iterdir():
-                if name := _Name.parse(path.name):
-                    index.add(name)
+            index = FileIndex(folder.name, changed)
+            index.add(path.name for path in folder.iterdir())
         except OSError:
-            return _Index()
+            return FileIndex(folder.name)
         with self._lock:
             self._indexes[folder.name] = index
         return index
@@ -382,7 +265,7 @@ class DiskTier:
                     found.append(path)
         return found
 
-    def _touch(self, folder: Path, names: Sequence[_Name]) -> None:
+    def _touch(self, folder: Path, names: Sequence[FileName]) -> None:
         """Note the use of files; of a sequence's, the first ones are the last to go."""
         now = time.time()
         for n, name in enumerate(names):
