@@ -21,6 +21,7 @@ from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.reasoning_formats import find_format, thinking_tags
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
+from mlxserver.engine.prompt.boundaries import Boundaries
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.tool_text import describe, write_plain
 from mlxserver.engine.prompt.turns import admit, alternate, check_text, fold_system, name_developer_system
@@ -31,13 +32,16 @@ if TYPE_CHECKING:
 
 
 class PromptFormat:
-    """Prompt format of one type of model. `config` is the model's config.json."""
+    """Prompt format of one type of model. `config` is the model's config.json. finds_boundaries: for checkpoints."""
 
     thinks: ClassVar[bool]
 
-    def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: TokenizerWrapper, config: Mapping[str, Any], *, finds_boundaries: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, config)
+        self._boundaries = Boundaries(self._template, tokenizer) if finds_boundaries else None
         self._tags = thinking_tags(tokenizer)
 
     @property
@@ -98,7 +102,9 @@ class PromptFormat:
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):
             appended = text.removeprefix(self._template.render(prompt, opens_answer=False))
             opens_thinking = appended.rstrip().endswith(self._tags[0])
-        return FormattedPrompt(self._template.encode(prompt), text, opens_thinking)
+        tokens = self._template.encode(prompt)
+        boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
+        return FormattedPrompt(tokens, text, opens_thinking, boundaries)
 
     def _is_reasoning(self, answer: Message) -> bool:
         """Whether an answer that is to go on stops inside its reasoning."""
