@@ -1,7 +1,6 @@
 """Chat template of a model: conversation -> text and tokens.
 
-Rule 1: the template is the model's own. Without one, a Mistral gets the [INST] format, and any other model a template
-        that refuses every conversation.
+Rule 1: the template is the model's own. Where it has several by name, calls and tools get "tool_use".
 Rule 2: whatever a template raises is a PromptRejected with the template's message.
 Rule 3: control tokens come from the template alone. Their text in a message is encoded as plain text.
 Rule 4: what a template can do is found out by trying.
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from mlxserver.engine.conversation import Message, Text, Tool, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
+from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.prompt.switches import Switches
 from mlxserver.engine.prompt.tool_text import write_json
 from mlxserver.engine.prompt.transitions import Transitions
@@ -43,20 +43,6 @@ RENDERING_FAILURES = (
 )
 
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
-
-NO_TEMPLATE = "{{ raise_exception('the model has no chat template, and is no Mistral') }}"
-
-INST = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- 'SPREAD[INST]GAP' + message.content + 'SPREAD[/INST]' }}
-    {%- elif message.role == 'assistant' %}
-        {{- 'GAP' + message.content + eos_token }}
-    {%- else %}
-        {{- raise_exception('the [INST] format has no role ' + message.role) }}
-    {%- endif %}
-{%- endfor %}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +98,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._substitute = None if tokenizer.has_chat_template else _substitute(tokenizer, config)
+        self._substitute = None if tokenizer.has_chat_template else substitute(tokenizer, config)
 
     @property
     def source(self) -> str:
@@ -251,24 +237,3 @@ def _whole(function: dict[str, Any]) -> dict[str, Any]:
     """A function with all that a template may ask for."""
     parameters = {"type": "object", "properties": {}, **function.get("parameters", {})}
     return {"description": "", **function, "parameters": parameters}
-
-
-def _substitute(tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> str:
-    """A template for a model that has none."""
-    return _inst_format(tokenizer.get_vocab()) if _is_mistral(tokenizer, config) else NO_TEMPLATE
-
-
-def _is_mistral(tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> bool:
-    names = [
-        config.get("model_type"),
-        *(config.get("architectures") or ()),
-        tokenizer.init_kwargs.get("tokenizer_class"),
-    ]
-    return any(family in str(name).lower() for name in names for family in ("mistral", "mixtral"))
-
-
-def _inst_format(vocab: Mapping[str, int]) -> str:
-    """Mistral's [INST] format. Spaces surround its tags where they are plain text; a tekken vocabulary has no gaps."""
-    spread = "" if "[INST]" in vocab else " "
-    gap = " " if "\u2581" in vocab else ""
-    return INST.replace("SPREAD", spread).replace("GAP", gap)

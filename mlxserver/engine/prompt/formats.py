@@ -64,12 +64,13 @@ class PromptFormat:
             prompt = replace(prompt, tools=())
         variables = self._variables(prompt.template_kwargs)
         admitted = replace(prompt, conversation=tuple(admit(prompt)), template_kwargs=variables)
-        return self._render(self._fit(admitted))
+        return self._render(*self._fit(admitted))
 
     def budget(self, prompt: Prompt) -> int | None:
         """Most tokens of reasoning, where the prompt limits it and the chat template can't; None for any number."""
         if not isinstance(prompt, ChatPrompt) or not self.thinks:
             return None
+        # On the engine thread: what the switches do was found when the prompt was formatted.
         return self._template.switches.budget(prompt.template_kwargs)
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,24 +80,28 @@ class PromptFormat:
                 log.debug("%s has no effect: the chat template has no such variable", name)
         return self._template.switches.variables(given, thinks=self.thinks)
 
-    def _fit(self, prompt: ChatPrompt) -> ChatPrompt:
-        """The prompt with the fewest changes with which the template shows all of it. Raises PromptRejected."""
-        best: tuple[int, ChatPrompt] | None = None
+    def _fit(self, prompt: ChatPrompt) -> tuple[ChatPrompt, str]:
+        """The prompt with the fewest changes with which the template shows all of it, and its text.
+
+        Raises PromptRejected.
+        """
+        best: tuple[int, ChatPrompt, str] | None = None
         refusal: PromptRejected | None = None
         for number, fitted in enumerate(self._attempts(prompt)):
             if number:
                 log.debug("the chat template loses some of the messages; attempt %d puts more of them right", number)
             try:
-                lost = count_lost(prompt.conversation, self._template.render(fitted), self._tags[1])
+                text = self._template.render(fitted)
             except PromptRejected as error:
                 refusal = refusal or error
                 continue
+            lost = count_lost(prompt.conversation, text, self._tags[1])
             if not best or lost < best[0]:
-                best = lost, fitted
+                best = lost, fitted, text
             if not lost:
                 break
         if best:
-            return best[1]
+            return best[1:]
         raise refusal or AssertionError("there is no attempt")
 
     def _attempts(self, prompt: ChatPrompt) -> Iterator[ChatPrompt]:
@@ -119,8 +124,7 @@ class PromptFormat:
             yield _arranged(replace(prompt, conversation=tuple(write_plain(messages))), strict)
         yield _arranged(_plain(prompt, messages), strict)
 
-    def _render(self, prompt: ChatPrompt) -> FormattedPrompt:
-        text = self._template.render(prompt)
+    def _render(self, prompt: ChatPrompt, text: str) -> FormattedPrompt:
         if prompt.continues_answer:
             opens_thinking = self._is_reasoning(prompt.conversation[-1])
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):
