@@ -22,7 +22,7 @@ from mlxserver.config.settings import ModelType
 from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
-from mlxserver.engine.prompt.arrangement import arrange, split_calls
+from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.switches import EFFORT, THINKING
 from mlxserver.engine.prompt.tool_text import describe, write_plain
@@ -118,7 +118,7 @@ class PromptFormat:
             if not table.takes_several_calls:
                 messages = tuple(split_calls(messages))
             yield _arranged(replace(prompt, conversation=messages), table)
-        messages = tuple(message for message in name_developer_system(messages) if message.parts) or messages
+        messages = tuple(begin([message for message in name_developer_system(messages) if message.parts] or messages))
         if not is_plain:
             yield _arranged(replace(prompt, conversation=messages), strict)
             yield _arranged(replace(prompt, conversation=tuple(write_plain(messages))), strict)
