@@ -183,7 +183,7 @@ class _Arrangement:
     def _append(self, message: Message) -> None:
         if message.result:
             self._open.pop(message.result.call_id, None)
-        elif self._last != "call":
+        elif self._last != "call" or not message.calls:
             self._open = {}
         self.turns.append(message)
         self._open |= {call.id: call for call in message.calls}
