@@ -460,6 +460,46 @@ def test_a_template_with_a_place_for_tools_gets_them(tokenizer_with, kind, templ
     assert (format_.tool_format.is_native, format_.tool_format.start) == (True, "<tool_call>")
 
 
+def test_calls_and_tools_get_the_named_template_for_them(tokenizer_with):
+    tokenizer = tokenizer_with(NATIVE)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "Tools! " + NATIVE}
+    format_ = FORMATS["instruction"](tokenizer, {})
+    assert format_.format(chat_prompt([USER])).text == chatml(("user", "a"))
+    for messages, tools in (([USER], [TOOL]), ([USER, CALL, RESULT], [])):
+        assert format_.format(chat_prompt(messages, tools)).text.startswith("Tools! <|im_start|>")
+
+
+@pytest.mark.parametrize("needed", ["description", "parameters.properties"])
+def test_a_bare_function_gets_what_the_template_needs(tokenizer_with, needed):
+    template = NATIVE.replace("{{ tool | tojson }}", f"{{{{ (tool | tojson) + (tool.function.{needed} | tojson) }}}}")
+    bare = {"type": "function", "function": {"name": "add"}}
+    text = FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([USER], [bare])).text
+    whole = {"name": "add", "description": "", "parameters": {"type": "object", "properties": {}}}
+    shown, _ = json.JSONDecoder().raw_decode(text.split("\n")[1])
+    assert shown["function"] == whole
+    text = FORMATS["thinking"](tokenizer_with(NATIVE), {}).format(chat_prompt([USER], [bare])).text
+    assert json.dumps(bare) in text
+
+
+def test_a_template_that_reads_its_tools_unasked_gets_an_empty_list(tokenizer_with):
+    template = "{% for tool in tools %}{{ tool }}{% endfor %}" + CHATML
+    assert FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([USER])).text == chatml(("user", "a"))
+
+
+@pytest.mark.parametrize(
+    "field", ["m.reasoning_content", "m.reasoning", "m.thinking", "m.thought", "m.content[0].thinking"]
+)
+def test_reasoning_is_given_in_the_form_that_the_template_reads(tokenizer_with, field):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and (FIELD or '') is string and FIELD %}({{ FIELD }})"
+        "{{ m.content if m.content is string else m.content[-1].text }}{% else %}{{ m.content }}{% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    ).replace("FIELD", field)
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    text = FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([USER, answer, USER])).text
+    assert text == "a;(2+2)4;a;>"
+
+
 def test_mistrals_own_template_gets_ids_of_nine_letters(tokenizer_with):
     file = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
     format_ = FORMATS["instruction"](tokenizer_with(convert_tokenizer_to_chat_template(file)), {})
