@@ -20,9 +20,10 @@ from tokenizers.processors import TemplateProcessing
 
 from mlxserver.engine.conversation import ROLES, Message, Text, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.reasoning_formats import thinking_tags
 from mlxserver.engine.output.tool_formats import PLAIN
 from mlxserver.engine.prompt.arrangement import arrange
-from mlxserver.engine.prompt.formats import FORMATS, FormattedPrompt, find_type, thinking_tags
+from mlxserver.engine.prompt.formats import FORMATS, FormattedPrompt, find_type
 from mlxserver.engine.prompt.tool_text import write_plain
 from mlxserver.engine.prompt.transitions import StrictTable
 from mlxserver.engine.prompt.turns import admit, name_developer_system
@@ -492,7 +493,7 @@ def test_a_template_that_reads_its_tools_unasked_gets_an_empty_list(tokenizer_wi
 def test_reasoning_is_given_in_the_form_that_the_template_reads(tokenizer_with, field):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' and (FIELD or '') is string and FIELD %}({{ FIELD }})"
-        "{{ m.content if m.content is string else m.content[-1].text }}{% else %}{{ m.content }}{% endif %};{% endfor %}"
+        "{{ m.content if m.content is string else m.content[1].text }}{% else %}{{ m.content }}{% endif %};{% endfor %}"
         "{% if add_generation_prompt %}>{% endif %}"
     ).replace("FIELD", field)
     answer = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
