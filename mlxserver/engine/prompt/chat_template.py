@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mlxserver.engine.conversation import Message, Text, Tool, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.call_families import find_format
+from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.prompt.tool_text import write_json
 from mlxserver.engine.requests import ChatPrompt
 
@@ -126,9 +128,14 @@ class ChatTemplate:
         return self._shows([SYSTEM_WORD], SYSTEM_PROBE, CallStyle())
 
     @functools.cached_property
+    def call_format(self) -> ToolFormat | None:
+        """The format in which the model writes calls; None where it has none of its own."""
+        return find_format(self._tokenizer, self.source)
+
+    @functools.cached_property
     def call_style(self) -> CallStyle | None:
         """How tool calls stand in the history; None where tools, calls or results have no place."""
-        if not self._tokenizer.has_tool_calling:
+        if self.call_format is None:
             return None
         return next((style for style in STYLES if self._shows(CALL_WORDS, CALL_PROBE, style)), None)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mlxserver.config.settings import ModelType
 from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
-from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
+from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.tool_text import describe, write_plain
 from mlxserver.engine.prompt.turns import admit, alternate, check_text, fold_system, name_developer_system
@@ -44,7 +44,7 @@ class PromptFormat:
     @property
     def tool_format(self) -> ToolFormat:
         """The format in which the model writes tool calls for these prompts."""
-        return native_format(self._tokenizer) if self._template.call_style else PLAIN
+        return (self._template.call_style and self._template.call_format) or PLAIN
 
     def format(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
         """The prompt as the model reads it. Tools that may not be called are not shown. Raises PromptRejected."""
