@@ -20,21 +20,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxserver.engine.output.argument_types import Signatures
-from mlxserver.engine.output.call_reading import CallSink, Reading
 from mlxserver.engine.output.gemma_calls import GemmaCalls
 from mlxserver.engine.output.named_json_calls import (
     JsonCalls,
     NamedJsonCalls,
-    kimi_header,
     mistral_header,
     solar_header,
 )
+from mlxserver.engine.output.native_formats import (
+    DEEPSEEK,
+    HARMONY,
+    HERMES,
+    K3_END,
+    KIMI_K2,
+    LLAMA,
+    M3,
+    PYTHONIC,
+    QWEN_XML,
+    dsml,
+    functions,
+    hunyuan,
+    invoke,
+    keyed,
+    native,
+    write_list,
+)
 from mlxserver.engine.output.nested_calls import NestedCalls
-from mlxserver.engine.output.pythonic_calls import PythonicCalls
-from mlxserver.engine.output.schema_types import EVERYTHING
-from mlxserver.engine.output.tagged_calls import KeyedCalls, TaggedCalls
-from mlxserver.engine.output.tool_formats import CallReader, ToolFormat, json_format, parsed_format
+from mlxserver.engine.output.tagged_calls import TaggedCalls
+from mlxserver.engine.output.tool_formats import ToolFormat, json_format, parsed_format
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -50,97 +63,19 @@ class Family:
     is_in_vocabulary: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class NoCalls:
-    """Reader for a format whose calls are no part of the content: its channels are read before (harmony)."""
-
-    untyped: frozenset[str] = EVERYTHING
-
-    def read(self, sink: CallSink, signatures: Signatures, start: str) -> Reading[None]:
-        """Read no call."""
-        yield
-        raise ValueError("calls of this format are no content")
-
-
-def _native(name: str, start: str, end: str, reader: CallReader, *others: str) -> ToolFormat:
-    return ToolFormat(start, end, reader, is_native=True, other_starts=others, name=name)
-
-
-def _invoke(prefix: str, end: str) -> TaggedCalls:
-    """Reader of `<invoke name="f"> <parameter name="p">value</parameter> </invoke>`, a prefix in each tag."""
-    return TaggedCalls(
-        (f"<{prefix}invoke", ">"),
-        f"</{prefix}invoke>",
-        (f"<{prefix}parameter", ">"),
-        f"</{prefix}parameter>",
-        end,
-        untyped=EVERYTHING,
-    )
-
-
-def _keyed(suffix: str, prefix: str = "", name_end: str = "", section_end: str = "") -> KeyedCalls:
-    """Reader of GLM's calls and those like them, whose tags have something before or behind their names."""
-    return KeyedCalls(
-        f"<{prefix}tool_call{suffix}>",
-        f"</{prefix}tool_call{suffix}>",
-        (f"<{prefix}arg_key{suffix}>", f"</{prefix}arg_key{suffix}>"),
-        (f"<{prefix}arg_value{suffix}>", f"</{prefix}arg_value{suffix}>"),
-        name_end,
-        section_end,
-    )
-
-
-def _hunyuan(suffix: str) -> ToolFormat:
-    end = f"</tool_calls{suffix}>"
-    reader = _keyed(suffix, name_end=f"<tool_sep{suffix}>", section_end=end)
-    return _native("hunyuan", f"<tool_calls{suffix}>", end, reader, f"<tool_call{suffix}>")
-
-
-def _dsml(block: str) -> ToolFormat:
-    end = f"</｜DSML｜{block}>"
-    return _native("dsml", f"<｜DSML｜{block}>", end, _invoke("｜DSML｜", end), "<｜DSML｜invoke")
-
-
-def _functions(end: str, *, breaks: bool) -> TaggedCalls:
-    return TaggedCalls(("<function=", ">"), "</function>", ("<parameter=", ">"), "</parameter>", end, breaks)
-
-
-K3_END = "<|close|>tools<|sep|>"
-SEPARATED = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")
-KIMI = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_calls_section_end|>")
-M3 = "]<]minimax[>["
-
-HARMONY = _native("harmony", "<|channel|>commentary to=", "<|call|>", NoCalls())
-DEEPSEEK = _native("deepseek", "<｜tool▁calls▁begin｜>", SEPARATED[3], NamedJsonCalls(*SEPARATED), SEPARATED[0])
-KIMI_K2 = _native(
-    "kimi_k2", "<|tool_calls_section_begin|>", KIMI[3], NamedJsonCalls(*KIMI, header=kimi_header), KIMI[0]
-)
-QWEN_XML = _native("qwen3_coder", "<tool_call>", "</tool_call>", _functions("</tool_call>", breaks=True), "<function=")
-PYTHONIC = _native("pythonic", "<|tool_call_start|>", "<|tool_call_end|>", PythonicCalls("<|tool_call_end|>"))
-LLAMA = ToolFormat(
-    "",
-    "",
-    JsonCalls("", ("<|python_tag|>",)),
-    is_native=True,
-    other_starts=("<|python_tag|>",),
-    is_guarded=True,
-    name="llama",
-)
-HERMES = json_format("<tool_call>", "</tool_call>", is_json=True, is_native=True, name="json")
-
 FAMILIES = (
     Family(HARMONY, ("<|channel|>", "<|call|>")),
-    Family(_native("minimax_m3", f"{M3}<tool_call>", f"{M3}</tool_call>", NestedCalls(M3)), (M3,)),
+    Family(native("minimax_m3", f"{M3}<tool_call>", f"{M3}</tool_call>", NestedCalls(M3)), (M3,)),
     Family(
-        _native("minimax_m2", "<minimax:tool_call>", "</minimax:tool_call>", _invoke("", "</minimax:tool_call>")),
+        native("minimax_m2", "<minimax:tool_call>", "</minimax:tool_call>", invoke("", "</minimax:tool_call>")),
         ("<minimax:tool_call>",),
         ("minimax_m2",),
     ),
-    Family(_dsml("function_calls"), ("｜DSML｜", "function_calls>")),
-    Family(_dsml("tool_calls"), ("｜DSML｜",)),
+    Family(dsml("function_calls"), ("｜DSML｜", "function_calls>")),
+    Family(dsml("tool_calls"), ("｜DSML｜",)),
     Family(DEEPSEEK, ("<｜tool▁calls▁begin｜>",)),
     Family(
-        _native(
+        native(
             "kimi_k3",
             "<|open|>tools<|sep|>",
             K3_END,
@@ -158,12 +93,12 @@ FAMILIES = (
     ),
     Family(KIMI_K2, ("<|tool_calls_section_begin|>",), ("kimi_k2",)),
     Family(
-        _native("gemma4", "<|tool_call>", "<tool_call|>", GemmaCalls("<tool_call|>")),
+        native("gemma4", "<|tool_call>", "<tool_call|>", GemmaCalls("<tool_call|>")),
         ("<|tool_call>", "<tool_call|>"),
         ("gemma4",),
     ),
     Family(
-        _native(
+        native(
             "function_gemma",
             "<start_function_call>",
             "<end_function_call>",
@@ -173,12 +108,12 @@ FAMILIES = (
         ("function_gemma",),
     ),
     Family(
-        _native("longcat", "<longcat_tool_call>", "</longcat_tool_call>", _keyed("", "longcat_")),
+        native("longcat", "<longcat_tool_call>", "</longcat_tool_call>", keyed("", "longcat_")),
         ("<longcat_tool_call>",),
         ("longcat",),
     ),
     Family(
-        _native(
+        native(
             "minicpm5",
             "<function name=",
             "</function>",
@@ -187,29 +122,29 @@ FAMILIES = (
         ('<function name="', '<param name="'),
         ("minicpm5",),
     ),
-    Family(_hunyuan(":opensource"), ("<tool_sep", ":opensource")),
-    Family(_hunyuan(""), ("<tool_sep>",)),
-    Family(_native("glm", "<tool_call>", "</tool_call>", _keyed("")), ("<arg_key>",), ("glm47", "laguna")),
+    Family(hunyuan(":opensource"), ("<tool_sep", ":opensource")),
+    Family(hunyuan(""), ("<tool_sep>",)),
+    Family(native("glm", "<tool_call>", "</tool_call>", keyed("")), ("<arg_key>",), ("glm47", "laguna")),
     Family(
-        _native("seed", "<seed:tool_call>", "</seed:tool_call>", _functions("</seed:tool_call>", breaks=False)),
+        native("seed", "<seed:tool_call>", "</seed:tool_call>", functions("</seed:tool_call>", breaks=False)),
         ("<seed:tool_call>",),
     ),
     Family(PYTHONIC, ("<|tool_list_start|>",)),
     Family(PYTHONIC, ("<|tool_call_start|>",)),
     Family(QWEN_XML, ("<tool_call>", "<function=", "<parameter="), ("qwen3_coder",)),
     Family(
-        _native("mistral", "[TOOL_CALLS]", "", NamedJsonCalls("[TOOL_CALLS]", "[ARGS]", header=mistral_header)),
+        native("mistral", "[TOOL_CALLS]", "", NamedJsonCalls("[TOOL_CALLS]", "[ARGS]", header=mistral_header)),
         ("[TOOL_CALLS]",),
         ("mistral",),
     ),
     Family(
-        _native("muse", "<atem:function_calls>", "</atem:function_calls>", _invoke("atem:", "</atem:function_calls>")),
+        native("muse", "<atem:function_calls>", "</atem:function_calls>", invoke("atem:", "</atem:function_calls>")),
         ("<atem:function_calls>",),
         ("muse_spark",),
     ),
     Family(json_format("<|START_ACTION|>", "<|END_ACTION|>", is_native=True, name="cohere"), ("<|START_ACTION|>",)),
     Family(
-        _native(
+        native(
             "apertus",
             "<|tools_prefix|>",
             "<|tools_suffix|>",
@@ -219,7 +154,7 @@ FAMILIES = (
     ),
     Family(json_format("<TOOLCALL>", "</TOOLCALL>", is_native=True, name="nemotron"), ("<TOOLCALL>",)),
     Family(
-        _native(
+        native(
             "solar",
             "<|tool_call:begin|>",
             "<|tool_call:end|>",
@@ -228,11 +163,11 @@ FAMILIES = (
         ("<|tool_call:begin|>",),
     ),
     Family(json_format("<|tool_call|>", "<|/tool_call|>", is_native=True, name="phi4"), ("<|/tool_call|>",)),
-    Family(json_format("<|tool_call|>", "", is_native=True, name="granite"), ("<|tool_call|>",)),
+    Family(json_format("<|tool_call|>", "", is_native=True, name="granite", writer=write_list), ("<|tool_call|>",)),
     Family(json_format("<tool_calls>", "</tool_calls>", is_native=True, name="json_list"), ("<tool_calls>",)),
     Family(HERMES, ("<tool_call>",), ("json_tools",)),
     Family(
-        _native("function", "<function=", "</function>", NamedJsonCalls("<function=", ">", "</function>")),
+        native("function", "<function=", "</function>", NamedJsonCalls("<function=", ">", "</function>")),
         ("<function=",),
     ),
     Family(LLAMA, ('{"name": function name, "parameters"',)),

@@ -9,7 +9,7 @@ Rule 4: a model that writes a call as a JSON object between its own tags is unde
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,7 @@ class ToolFormat:
     start "": calls begin with the content, without a tag. end "": they go on to the end of the answer. is_native: the
     model's own format. is_json: each call is one JSON object of a name and arguments. other_starts: further texts that
     begin calls. is_guarded: nothing marks a call but its form, so only the functions of the request can be called.
+    writer: writes a call as the model does, for templates that leave calls out; JSON between the tags without one.
     """
 
     start: str
@@ -49,6 +50,14 @@ class ToolFormat:
     other_starts: tuple[str, ...] = ()
     is_guarded: bool = False
     name: str = ""
+    writer: Callable[[str, Mapping[str, Any]], str] | None = None
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """A call as text that is read back."""
+        if self.writer:
+            return self.writer(name, arguments)
+        call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+        return "\n".join(filter(None, [self.start, call, self.end]))
 
     @property
     def starts(self) -> tuple[str, ...]:
