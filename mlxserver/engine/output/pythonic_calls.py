@@ -90,21 +90,21 @@ class PythonicCalls:
 
 def _read_text(sink: CallSink, quote: str, keep: Callable[[str], None]) -> Reading[None]:
     """Read the text behind an opening quote, and its end."""
-    is_long = yield from _is_long(sink, quote)
+    is_long = yield from _is_tripled(sink, quote)
     while True:
         char = yield
         if char == "\\":
             keep((yield from _read_escape(sink)))
         elif char != quote:
             keep(char)
-        elif (yield from expect(sink, quote * 2)) if is_long else (yield from _is_end(sink)):
+        elif (yield from _is_tripled(sink, quote) if is_long else _is_end(sink)):
             return
         else:
             keep(char)
 
 
-def _is_long(sink: CallSink, quote: str) -> Reading[bool]:
-    """Whether two more quotes make this one of three, which are taken."""
+def _is_tripled(sink: CallSink, quote: str) -> Reading[bool]:
+    """Whether two more quotes behind this one make three of them; they are taken then."""
     if (yield) != quote:
         sink.back(1)
         return False
