@@ -5,11 +5,14 @@ import json
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from mlxserver.engine.output.native_formats import DEEPSEEK, HARMONY, PYTHONIC
+from mlxserver.engine.conversation import Tool
+from mlxserver.engine.events import Finish
+from mlxserver.engine.output.native_formats import DEEPSEEK, HARMONY, PYTHONIC, QWEN_XML
+from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.tool_calls import ToolCallParser
 from mlxserver.engine.prompt.formats import FORMATS
 from tests.support.conversations import chat_prompt
-from tools.harness.models import CHATML, tiny_llama
+from tools.harness.models import CHATML, scripted_model, tiny_llama
 
 USER = {"role": "user", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
@@ -94,3 +97,53 @@ def read_back(tool_format, text):
     parser = ToolCallParser(tool_format)
     events = [*parser.feed(text), *parser.flush(is_cut=False)]
     return json.loads("".join(event.arguments for event in events))
+
+
+XML = (
+    "{{ tools | tojson }}{% for m in messages %}{{ m.role + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>\n<function=' + call.function.name + '>\n' }}"
+    "{% for key, value in call.function.arguments.items() %}"
+    "{{ '<parameter=' + key + '>\n' + value | string + '\n</parameter>\n' }}{% endfor %}"
+    "{{ '</function>\n</tool_call>' }}{% endfor %}{% endfor %}"
+)
+NOTE = Tool(
+    "note",
+    parameters={
+        "type": "object",
+        "properties": {
+            "id": {"type": "integer"},
+            "size": {"type": "number"},
+            "title": {"type": ["string", "null"]},
+            "text": {"type": "string"},
+        },
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value", "least_pieces"),
+    [
+        ("id", "1234567890123456789", 1234567890123456789, 1),
+        ("size", "9007199254740993", 9007199254740993, 1),
+        ("title", "123", "123", 1),
+        ("title", '{"a": 1}', '{"a": 1}', 1),
+        ("text", "null", "null", 1),
+        ("text", "a\nb", "a\nb", 2),
+        ("text", " ".join(f"word{n}" for n in range(120)), " ".join(f"word{n}" for n in range(120)), 100),
+    ],
+)
+def test_a_model_with_calls_in_xml_calls_with_the_values_that_it_wrote(tmp_path, key, written, value, least_pieces):
+    """From its tokens to the events of its answer, piece by piece."""
+    script = f"<tool_call>\n<function=note>\n<parameter={key}>\n{written}\n</parameter>\n</function>\n</tool_call>"
+    path = scripted_model(tmp_path, {"go": script})
+    tokenizer = load_tokenizer(path)
+    tokenizer.chat_template = XML
+    format_ = FORMATS["instruction"](tokenizer, {})
+    assert format_.tool_format == QWEN_XML
+    parser = ToolCallParser(format_.tool_format, [NOTE])
+    stream = OutputStream(tokenizer, eos=tokenizer.eos_token_ids, max_tokens=999, tools=parser)
+    tokens = [*tokenizer.encode(script, add_special_tokens=False), tokenizer.eos_token_id]
+    *pieces, finish = [event for token in tokens for event in stream.feed(token)]
+    assert (pieces[0].name, finish) == ("note", Finish("tool_calls"))
+    assert json.loads("".join(piece.arguments for piece in pieces)) == {key: value}
+    assert len(pieces) >= least_pieces
