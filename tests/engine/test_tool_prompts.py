@@ -66,6 +66,16 @@ def test_a_template_that_shows_calls_alone_gets_tools_described_in_the_models_fo
     assert read_back(DEEPSEEK, DEEPSEEK.write("add", ARGUMENTS)) == ARGUMENTS
 
 
+def test_the_reasoning_between_calls_is_kept_where_results_are_the_users_text(tmp_path):
+    """A template drops the reasoning before the last message of the user."""
+    shows = "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    template = "{% for m in messages %}{{ m.role + ':' }}" + shows + "{{ m.content }};{% endfor %}"
+    format_ = FORMATS["thinking"](load_tokenizer(tiny_llama(tmp_path, template=template)), {})
+    earlier, now = ({**CALL, "reasoning_content": text} for text in ("Earlier.", "I must add."))
+    text = format_.format(chat_prompt([USER, earlier, RESULT, USER, now, RESULT], tools=[TOOL])).text
+    assert "assistant:I must add.\n<tool_call>" in text and "Earlier" not in text
+
+
 def test_a_template_that_changes_lists_is_rendered(format_with):
     """Kimi K2's queues the ids of calls in a list, which transformers' sandbox refuses."""
     format_ = format_with(QUEUE)
