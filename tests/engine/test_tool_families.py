@@ -306,12 +306,25 @@ def test_a_model_that_leaves_closing_tags_out_has_called():
         ("'\\d+ \\u00e9'", "\\d+ é"),
         ("'''long 'text' '''", "long 'text' "),
         ("''", ""),
+        ("'\\ud800'", "\ufffd"),
         ("5", "5"),
     ],
 )
 def test_pythons_text_is_kept_with_quotes_and_line_breaks(written, value):
     text = f"<|tool_call_start|>[f(s={written}, o={{'a': True, \"b\": null}}), f()]<|tool_call_end|>"
     assert calls_of(PYTHONIC, text) == ("", [("f", {"s": value, "o": {"a": True, "b": None}}), ("f", {})])
+
+
+def test_minimax_m3s_elements_are_typed_by_their_own_schemas():
+    properties = {
+        "o": {"properties": {"l": {"items": {"type": "string"}}, "n": {"type": "null"}}},
+        "e": {"type": "array"},
+    }
+    tools = [Tool("g", parameters={"properties": {**properties, "u": {"type": ["string", "number"]}}})]
+    values = {"o": {"l": ["1", "2"], "n": None}, "e": [], "u": f"{M3}<b>"}
+    parser = ToolCallParser(FORMATS["minimax_m3"], tools)
+    events = parser.feed(WRITERS["minimax_m3"]("g", values))
+    assert json.loads("".join(event.arguments for event in events)) == values
 
 
 def test_the_ids_of_mistral_and_kimi_are_kept():

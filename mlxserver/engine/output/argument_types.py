@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any
 
 from mlxserver.engine.conversation import Tool
@@ -123,7 +124,7 @@ def type_of(schema: Any, root: Any) -> ValueType:
 
 def quote(text: str) -> str:
     """The text as a JSON string."""
-    return json.dumps(sendable(text), ensure_ascii=False)
+    return encode_basestring(text)
 
 
 class ValueWriter:

@@ -62,6 +62,9 @@ def until(*markers: str, keep: Callable[[str], None] | None = None, limit: int =
     text = ""
     while True:
         char = yield
+        if keep and not text and char not in beginnings:
+            keep(char)
+            continue
         text += char
         if found := next((marker for marker in longest_first if text.endswith(marker)), None):
             rest = text[: len(text) - len(found)]
@@ -69,7 +72,7 @@ def until(*markers: str, keep: Callable[[str], None] | None = None, limit: int =
                 keep(rest)
             return ("" if keep else rest), found
         if keep:
-            held = max(overlap(text, marker) for marker in markers) if len(text) > 1 or char in beginnings else 0
+            held = max(overlap(text, marker) for marker in markers)
             if len(text) > held:
                 keep(text[: len(text) - held])
             text = text[len(text) - held :]

@@ -24,6 +24,7 @@ from mlxserver.engine.output.call_reading import (
     solid,
     until,
 )
+from mlxserver.engine.output.json_calls import sendable
 from mlxserver.engine.output.schema_types import EVERYTHING
 from mlxserver.engine.output.tagged_calls import TEXT, ArgumentsWriter
 
@@ -146,7 +147,7 @@ def _read_escape(sink: CallSink) -> Reading[str]:
             break
         digits += digit
     if digits and len(digits) == CODES[char] and int(digits, 16) <= 0x10FFFF:
-        return chr(int(digits, 16))
+        return sendable(chr(int(digits, 16)))
     return f"\\{char}{digits}"
 
 

@@ -95,8 +95,9 @@ class ToolCallParser:
         """Pass what is held to the reader. Whether it has come to an end before that of the text."""
         reader, sink, text = self._reader, self._sink, self._held.text
         assert reader
+        length = len(text)
         try:
-            while sink.position < len(text) and not self.is_done:
+            while sink.position < length and not sink.is_done:
                 sink.position += 1
                 reader.send(text[sink.position - 1])
         except StopIteration:
@@ -167,6 +168,7 @@ class _Sink:
     def __init__(self, index: int, names: Sequence[str] | None, *, is_single: bool) -> None:
         self.position = self.dropped = 0
         self.completed = 0
+        self.is_done = False  # no more calls are wanted
         self.is_open = False  # a call has begun, and has not ended
         self._index = index
         self._names = names
@@ -175,11 +177,6 @@ class _Sink:
         self._header: tuple[str, str] | None = None  # id and name, until the first piece of arguments
         self._untaken: list[str] = []
         self._events: list[TokenText | ToolCallDelta] = []
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no more calls are wanted."""
-        return self._is_single and self.completed > 0
 
     def begin(self, name: str, own_id: str | None = None) -> None:
         """Begin a call. Raises ValueError for an unknown function in a format without tags."""
@@ -202,6 +199,7 @@ class _Sink:
         self._flush()
         self.completed += not self.is_done
         self.is_open = False
+        self.is_done = self._is_single
         self.drop()
 
     def drop(self) -> None:
