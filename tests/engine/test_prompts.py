@@ -20,9 +20,10 @@ from tokenizers.processors import TemplateProcessing
 
 from mlxserver.engine.conversation import ROLES, Message, Text, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.reasoning_formats import thinking_tags
 from mlxserver.engine.output.tool_formats import PLAIN
 from mlxserver.engine.prompt.arrangement import arrange
-from mlxserver.engine.prompt.formats import FORMATS, FormattedPrompt, find_type, thinking_tags
+from mlxserver.engine.prompt.formats import FORMATS, FormattedPrompt, find_type
 from mlxserver.engine.prompt.tool_text import write_plain
 from mlxserver.engine.prompt.transitions import StrictTable
 from mlxserver.engine.prompt.turns import admit, name_developer_system

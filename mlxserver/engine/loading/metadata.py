@@ -51,3 +51,9 @@ def attention_heads(config: Mapping[str, Any]) -> int:
     """Number of query heads in a config.json, or in mlx-lm's arguments of it; 0 if not stated."""
     stated = (part.get("num_attention_heads") for part in text_configs(config))
     return next((int(number) for number in stated if number), 0)
+
+
+def vocab_size(config: Mapping[str, Any]) -> int:
+    """Size of the vocabulary that a config.json states, which may be padded; 0 if not stated."""
+    stated = (part.get("vocab_size") for part in text_configs(config))
+    return next((number for number in stated if type(number) is int and number > 0), 0)
