@@ -17,7 +17,7 @@ from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.reasoning_formats import HARMONY, THINK
 from mlxserver.engine.output.thinking import ThinkingParser
-from mlxserver.engine.output.tool_formats import ToolFormat
+from mlxserver.engine.output.tool_formats import parsed_format
 from mlxserver.engine.requests import (
     GenerationRequest,
     JsonFormat,
@@ -188,7 +188,9 @@ def test_tools_without_a_strict_one_leave_the_answer_free(tiny):
 
 def test_strict_is_refused_where_calls_are_not_written_as_json():
     with pytest.raises(PromptRejected, match="format of its own") as refusal:
-        strict_calls(question("a", STRICT).tools, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
+        strict_calls(
+            question("a", STRICT).tools, parsed_format("[CALL]", "", lambda body, tools: {}), lambda tag: False
+        )
     assert refusal.value.param == "tools[0].function.strict"
 
 
