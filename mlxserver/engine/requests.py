@@ -42,9 +42,13 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """Answer in JSON. `schema` is a JSON schema; None allows any object."""
+    """Answer in JSON.
+
+    schema: a JSON schema; None allows any object. origin: where the client wrote it, as its dialect names it.
+    """
 
     schema: Mapping[str, Any] | None = None
+    origin: str = "format.schema"
 
 
 @dataclass(frozen=True, slots=True)

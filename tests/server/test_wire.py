@@ -225,7 +225,8 @@ def test_a_schema_is_enforced(server):
 def test_a_schema_that_can_not_be_enforced_is_refused_with_the_reason(server):
     schema = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
-    assert refused(server, messages=[{"role": "user", "content": "x"}], response_format=asked) == "response_format"
+    place = "response_format.json_schema.schema.properties.x.type"
+    assert refused(server, messages=[{"role": "user", "content": "x"}], response_format=asked) == place
 
 
 # Prompts

@@ -1,21 +1,25 @@
 """Constraints of a request's sequences: a grammar, a thinking budget, a minimum length.
 
-Rule 1: a grammar of required calls takes precedence over one of JSON, that over one of strict tools.
+Rule 1: a grammar of required calls takes precedence over one of JSON. Beside that, tools may be called; without it,
+        strict tools have a grammar of their own.
 Rule 2: compile() runs on the tokenizer worker, everything else on the engine thread. That must not encode with the
         tokenizer, whose modes the worker switches: the tags are encoded once, when the model is built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mlxserver.engine.conversation import Tool
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.prompt.formats import PromptFormat, thinking_tags
-from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest
+from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest, JsonFormat, ToolChoice
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
-from mlxserver.engine.sampling.grammars import Grammar, Grammars, json_grammar
-from mlxserver.engine.sampling.tool_grammars import forced_calls, strict_calls
+from mlxserver.engine.sampling.grammars import Grammar, Grammars
+from mlxserver.engine.sampling.json_grammars import json_grammar
+from mlxserver.engine.sampling.tool_grammars import calls_or_answer, forced_calls, strict_calls
 from mlxserver.engine.sequence import Constraint
 
 if TYPE_CHECKING:
@@ -45,12 +49,26 @@ class RequestConstraints:
         """Grammar of a request's answers: of required calls, JSON, or calls within free text. Raises PromptRejected."""
         tools = request.prompt.tools if isinstance(request.prompt, ChatPrompt) else ()
         if tools and request.tool_choice.mode in ("required", "function"):
-            return forced_calls(tools, request.tool_choice)
+            return forced_calls(tools, request.tool_choice, thinks=self._prompts.thinks)
         if request.format:
-            return json_grammar(request.format.schema, "format.schema")
+            return self._answer_grammar(request.format, tools, request.tool_choice)
         if request.tool_choice.mode == "none":
             return None
-        return strict_calls(tools, self.tool_format, self._grammars.is_special)
+        return strict_calls(tools, self.tool_format, self._grammars)
+
+    def _answer_grammar(self, form: JsonFormat, tools: Sequence[Tool], choice: ToolChoice) -> Grammar:
+        """Grammar of an answer in JSON, or of calls in its place where tools may be called."""
+        if not tools or choice.mode == "none":
+            return json_grammar(form.schema, form.origin, thinks=self._prompts.thinks)
+        return calls_or_answer(
+            tools,
+            choice,
+            self.tool_format,
+            self._grammars,
+            schema=form.schema,
+            param=form.origin,
+            thinks=self._prompts.thinks,
+        )
 
     def constraint(
         self, request: GenerationRequest, prompt: FormattedPrompt, grammar: Grammar | None
