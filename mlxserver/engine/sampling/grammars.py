@@ -108,6 +108,10 @@ class Grammars:
         matcher = LLMatcher(tokenizer, text if is_lark else LLMatcher.grammar_from_json_schema(text))
         if matcher.is_error():
             raise ValueError(matcher.get_error())
+        beginning = matcher.deep_copy()
+        beginning.compute_bitmask()
+        if beginning.is_error():  # schemas that are made of each other alone
+            raise ValueError("no value fits it")
         return matcher
 
     def _tokenizer(self) -> LLTokenizer:

@@ -26,7 +26,8 @@ Reason = Callable[[str], str | None]  # why the text of a schema can't be compil
 
 def schema_text(form: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """Text of a normal form with its definitions."""
-    return json.dumps({"x-guidance": WHITE_SPACE, "$defs": definitions, **form})
+    # The options come last: llguidance puts the last keyword in their place, and the order of keywords is that of keys.
+    return json.dumps({"$defs": definitions, **form, "x-guidance": WHITE_SPACE})
 
 
 @contextmanager
