@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.sampling.schema_document import SchemaDocument
 from mlxserver.engine.sampling.schema_faults import find_fault, rejected
+from mlxserver.engine.sampling.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -45,6 +45,7 @@ class Grammars:
     """Compiled grammars of one model."""
 
     def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
+        self._wrapped = tokenizer
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         self._eos = sorted(tokenizer.eos_token_ids)
         self._vocab_size = vocab_size
@@ -116,13 +117,9 @@ class Grammars:
 
     def _tokenizer(self) -> LLTokenizer:
         """The tokenizer as llguidance reads it. Raises ValueError."""
-        if self._fast is None:
-            raise ValueError("this model's tokenizer has no Rust core, which grammars need")
         with self._lock:
             if self._llg_tokenizer is None:
-                text = json.dumps(json.loads(self._fast.to_str()) | {"padding": None, "truncation": None})
-                slices = LLTokenizer.json_slices()  # half the time of the general ones, at JSON
-                self._llg_tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos, slices=slices)
+                self._llg_tokenizer = read_vocabulary(self._wrapped, self._vocab_size)
             return self._llg_tokenizer
 
 
