@@ -3,18 +3,22 @@
 Rule 1: required calls are a JSON array and nothing else, whatever the model's own format is.
 Rule 2: under tool_choice "auto" the text is free, and the body of a call is constrained if any tool is strict.
 Rule 3: where the answer has a schema, the model either calls, without a word before it, or keeps the schema.
-Rule 4: the body of a call is JSON where the model writes JSON. In any other format it is free up to the end tag, and
-        strict tools are refused.
+Rule 4: the body of a call is JSON where the model writes JSON. In any other format it is free up to the end tag; strict
+        tools are held to their schema where parameters stand between tags (tagged_grammars.py), else refused.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
+
+import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
+
+from mlx_lm.tool_parsers import qwen3_coder
 
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.json_calls import ARGUMENTS
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import ToolChoice
 from mlxserver.engine.sampling.grammars import Grammar
@@ -22,22 +26,17 @@ from mlxserver.engine.sampling.json_grammars import answer_document, document_te
 from mlxserver.engine.sampling.schema_document import SchemaDocument
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
 from mlxserver.engine.sampling.schema_normalizer import Normalizer
+from mlxserver.engine.sampling.tagged_grammars import TaggedCalls, TagSyntax
+from mlxserver.engine.sampling.vocabulary import Vocabulary, in_lark
 
+QWEN_XML = TagSyntax("<function={}>".format, "</function>", "<parameter={}>".format, "</parameter>", breaks=True)
 HEADER = """\
 %llguidance {}
 TEXT: /(.|\\n)*/
+MORE: /(.|\\n)+/
 GAP: /[ \\n]{1,2}/
+BREAK: /\\n/
 """
-
-
-class Vocabulary(Protocol):
-    """What a grammar of text needs to know of the tokens."""
-
-    def split(self, text: str) -> list[int | str]:
-        """The control tokens in a text, which no string of a grammar matches, and what is between them."""
-
-    def control_tokens(self) -> list[int]:
-        """All control tokens but those that end a sequence."""
 
 
 def forced_calls(tools: Sequence[Tool], choice: ToolChoice, *, thinks: bool = False) -> Grammar:
@@ -58,18 +57,19 @@ def strict_calls(tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Voc
     strict = [tool for tool in tools if tool.strict]
     if not strict:
         return None
-    _check_strict(strict, tool_format)
-    calls = _Calls(tools)
-    start, end = (_tag(vocabulary.split(tag)) for tag in (tool_format.start, tool_format.end))
+    if not tool_format.start:
+        raise _strict_rejected(strict[0])
+    body, documents = _body(tools, tool_format, vocabulary)
+    start = vocabulary.split(tool_format.start)
     # TEXT up to a start tag is lazy: it ends there, and the call begins.
-    is_lazy = "[lazy]" if start.startswith('"') else ""
+    is_lazy = "[lazy]" if isinstance(start[0], str) else ""
     lark = f"""{HEADER}\
 start: call* TEXT
-call: beginning GAP? calls GAP? {end}
-beginning{is_lazy}: TEXT {start}
-calls: %json {calls.text({"anyOf": calls.forms})}
+call: beginning {in_lark(start[1:])} body
+beginning{is_lazy}: TEXT {in_lark(start[:1])}
+{body}
 """
-    return Grammar(lark, f"{strict[0].origin}.strict", is_lark=True, documents=calls.documents)
+    return Grammar(lark, f"{strict[0].origin}.strict", is_lark=True, documents=documents)
 
 
 def calls_or_answer(
@@ -86,77 +86,100 @@ def calls_or_answer(
 
     param: the field of the schema. thinks: reasoning may come before it. Raises PromptRejected.
     """
-    _check_strict([tool for tool in tools if tool.strict], tool_format)
     answer = answer_document(schema, param)
-    body, documents = _call(tools, tool_format, vocabulary)
+    body, documents = _body(tools, tool_format, vocabulary)
+    start = in_lark(vocabulary.split(tool_format.start)) if tool_format.start else ""
     lark = f"""{HEADER}\
 start: {"GAP? " if thinks else ""}(answer | call{" (GAP? call)*" if choice.parallel else ""})
 answer: %json {document_text(answer)}
+call: {start} body
 {body}
 """
     return Grammar(lark, param, is_lark=True, documents=(answer, *documents))
 
 
-def _check_strict(strict: Sequence[Tool], tool_format: ToolFormat) -> None:
-    if strict and not tool_format.is_json:
-        raise PromptRejected(
-            "This model writes its calls in a format of its own, in which a schema can't be enforced while it may also "
-            'answer in words. Leave strict out, or set tool_choice to "required".',
-            f"{strict[0].origin}.strict",
-        )
-
-
-def _call(
+def _body(
     tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary
 ) -> tuple[str, tuple[SchemaDocument, ...]]:
-    """Rules of one call in a model's format."""
-    start, end = (vocabulary.split(tag) if tag else [] for tag in (tool_format.start, tool_format.end))
+    """Rules of what comes behind the start tag of calls, the end tag included, and the schemas in them."""
+    strict = [tool for tool in tools if tool.strict]
+    end = vocabulary.split(tool_format.end) if tool_format.end else []
     if tool_format.is_json:
         calls = _Calls(tools)
-        lark = f"call: {_tag(start)} GAP? calls GAP? {_tag(end)}\ncalls: %json {calls.text({'anyOf': calls.forms})}"
-        return lark, calls.documents
-    return f"call: {_tag(start)} {_free_body(end, vocabulary)}", ()
+        return f"body: GAP? calls GAP? {in_lark(end)}\n{calls.rule}", calls.documents
+    if not tool_format.start:
+        calls = _Calls(tools, ARGUMENTS)
+        return f"body: calls\n{calls.rule}", calls.documents
+    if not strict:
+        return _free_body(end, vocabulary), ()
+    syntax = _syntax(tool_format)
+    if syntax is None:
+        raise _strict_rejected(strict[0])
+    tagged = TaggedCalls(tools, syntax, vocabulary)
+    return f"body: GAP? function (GAP? function)* GAP? {in_lark(end)}\n{tagged.rules}", tagged.documents
 
 
-def _free_body(end: Sequence[int | str], vocabulary: Vocabulary) -> str:
-    """The rest of a rule: anything up to an end tag, or without one to the end of the answer."""
-    control = [token for token in vocabulary.control_tokens() if token not in end[:1]]
-    pieces = f"(TEXT <[{','.join(map(str, control))}]>)* " if control else ""
-    if not end or isinstance(end[0], int):
-        return f"{pieces}TEXT {_tag(end)}"
-    return f"{pieces}ending {_tag(end[1:])}\nending[lazy]: TEXT {_tag(end[:1])}"
-
-
-def _tag(pieces: Sequence[int | str]) -> str:
-    """A tag in Lark."""
-    return " ".join(
-        f"<[{piece}]>" if isinstance(piece, int) else json.dumps(piece, ensure_ascii=False) for piece in pieces
+def _strict_rejected(tool: Tool) -> PromptRejected:
+    return PromptRejected(
+        "This model writes its calls in a format of its own, in which a schema can't be enforced while it may also "
+        'answer in words. Leave strict out, or set tool_choice to "required".',
+        f"{tool.origin}.strict",
     )
 
 
-class _Calls:
-    """Schemas of calls in JSON, one per tool. is_strict: the arguments of all follow the parameters, not of some."""
+def _free_body(end: Sequence[int | str], vocabulary: Vocabulary) -> str:
+    """Rules of anything up to an end tag, or without one to the end of the answer."""
+    control = [token for token in vocabulary.control_tokens() if token not in end[:1]]
+    pieces = f"(TEXT <[{','.join(map(str, control))}]>)* " if control else ""
+    if not end:
+        return f"body: {pieces}MORE"
+    if isinstance(end[0], int):
+        return f"body: {pieces}TEXT {in_lark(end)}"
+    return f"body: {pieces}ending {in_lark(end[1:])}\nending[lazy]: TEXT {in_lark(end[:1])}"
 
-    def __init__(self, tools: Sequence[Tool], *, is_strict: bool = False) -> None:
+
+def _syntax(tool_format: ToolFormat) -> TagSyntax | None:
+    """The syntax of a format whose parameters stand between tags."""
+    return QWEN_XML if tool_format.parser is qwen3_coder.parse_tool_call else None
+
+
+class _Calls:
+    """Schemas of calls in JSON. keys: under which the arguments may stand.
+
+    is_strict: the arguments of all tools follow their parameters, not those of strict tools alone.
+    """
+
+    def __init__(self, tools: Sequence[Tool], keys: Sequence[str] = ARGUMENTS[:1], *, is_strict: bool = False) -> None:
         self._normalizer = Normalizer()
         self.documents: tuple[SchemaDocument, ...] = ()
-        self.forms = [self._form(tool, is_strict=is_strict or bool(tool.strict)) for tool in tools]
+        self.forms: list[dict[str, Any]] = []
+        for tool in tools:
+            arguments = self._arguments(tool) if is_strict or tool.strict else {"type": "object"}
+            self.forms += [_call(tool.name, key, arguments) for key in keys]
+
+    @property
+    def rule(self) -> str:
+        """The rule `calls`, one of these."""
+        return f"calls: %json {self.text({'anyOf': self.forms})}"
 
     def text(self, form: Mapping[str, Any]) -> str:
         """Text of a schema that is made of these."""
         return schema_text(form, self._normalizer.definitions)
 
-    def _form(self, tool: Tool, *, is_strict: bool) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"type": "object"}
-        if is_strict and tool.parameters:
-            document = SchemaDocument(tool.parameters, f"The parameters of {tool.name!r}", f"{tool.origin}.parameters")
-            self.documents += (document,)
-            with refusing(document):
-                form = self._normalizer.add(document)
-                arguments = form if form.get("type") == "object" else {"allOf": [arguments, form]}
-        return {
-            "type": "object",
-            "properties": {"name": {"const": tool.name}, "arguments": arguments},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
+    def _arguments(self, tool: Tool) -> dict[str, Any]:
+        document = SchemaDocument(
+            tool.parameters or {}, f"The parameters of {tool.name!r}", f"{tool.origin}.parameters"
+        )
+        self.documents += (document,)
+        with refusing(document):
+            form = self._normalizer.add(document)
+        return form if form.get("type") == "object" else {"allOf": [{"type": "object"}, form]}
+
+
+def _call(name: str, key: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, key: arguments},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }

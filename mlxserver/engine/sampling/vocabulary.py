@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llguidance import LLTokenizer
 from llguidance import TokenizerWrapper as TokenBytes
@@ -18,6 +18,23 @@ from mlxserver.engine.output.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+class Vocabulary(Protocol):
+    """What a grammar of text needs to know of the tokens."""
+
+    def split(self, text: str) -> list[int | str]:
+        """The control tokens in a text, which no string of a grammar matches, and what is between them."""
+
+    def control_tokens(self) -> list[int]:
+        """All control tokens but those that end a sequence."""
+
+
+def in_lark(pieces: Sequence[int | str]) -> str:
+    """A text in llguidance's Lark, split into control tokens and what is between them."""
+    return " ".join(
+        f"<[{piece}]>" if isinstance(piece, int) else json.dumps(piece, ensure_ascii=False) for piece in pieces
+    )
 
 
 def read_vocabulary(tokenizer: TokenizerWrapper, vocab_size: int) -> LLTokenizer:

@@ -1,0 +1,196 @@
+"""Grammars of tool calls in every kind of format: beside a schema, and strict within free text."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from mlx_lm.tool_parsers import gemma4, glm47, json_tools, kimi_k2, mistral, pythonic, qwen3_coder
+from tokenizers import AddedToken
+
+from mlxserver.engine.conversation import Tool
+from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
+from mlxserver.engine.requests import ToolChoice
+from mlxserver.engine.sampling.grammars import Grammars
+from mlxserver.engine.sampling.tool_grammars import calls_or_answer, strict_calls
+
+CONTROL = ["<|tool_call>", "<tool_call|>", '<|"|>', "[TOOL_CALLS]", "[ARGS]", "<|call|>", "<|sep|>"]
+ANSWER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama_path):
+    loaded = load_tokenizer(tiny_llama_path)
+    loaded.backend_tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in CONTROL])
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+    return Grammars(tokenizer, tokenizer.backend_tokenizer.get_vocab_size())
+
+
+@pytest.fixture(scope="module")
+def admits(grammars, tokenizer):
+    def check(grammar, text):
+        matcher = grammars.compile(grammar).deep_copy()
+        tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    return check
+
+
+def native(module):
+    return native_format(
+        SimpleNamespace(
+            tool_parser=module.parse_tool_call,
+            tool_call_start=module.tool_call_start,
+            tool_call_end=module.tool_call_end,
+        )
+    )
+
+
+def tool(name="add", strict=None, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
+    return Tool(name, None, parameters, strict, "tools[0].function")
+
+
+XML = "<tool_call>\n<function={}>\n{}</function>\n</tool_call>"
+WRITTEN = {
+    "json": (native(json_tools), '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'),
+    "plain": (PLAIN, '<tool_call>{"name": "add", "arguments": {}}</tool_call>'),
+    "xml": (native(qwen3_coder), XML.format("add", "<parameter=a>\n1\n</parameter>\n")),
+    "keyed": (native(glm47), "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"),
+    "control tokens": (native(gemma4), '<|tool_call>call:add{a:1,b:<|"|>é<|"|>}<tool_call|>'),
+    "no end": (native(mistral), '[TOOL_CALLS]add[ARGS]{"a": 1}'),
+    "pythonic": (native(pythonic), "<|tool_call_start|>[add(a=1)]<|tool_call_end|>"),
+    "a section": (
+        native(kimi_k2),
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+    ),
+    "mixed tags": (
+        ToolFormat("<|call|>tools<|sep|>", "<|call|>end<|sep|>", len),
+        "<|call|>tools<|sep|>x<|call|>end<|sep|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_beside_a_schema_calls_of_every_format_are_admitted(grammars, admits, kind):
+    tool_format, call = WRITTEN[kind]
+    made = {
+        parallel: calls_or_answer(
+            [tool(a={"type": "integer"})],
+            ToolChoice(parallel=parallel),
+            tool_format,
+            grammars,
+            schema=ANSWER,
+            param="format.schema",
+            thinks=True,
+        )
+        for parallel in (True, False)
+    }
+    for grammar in made.values():
+        for text in (call, f"\n\n{call}", '{"n": 1}', '\n{"n":1}'):
+            assert admits(grammar, text), text
+        for text in ("words", "", f"words {call}", '{"m": 1}', f'{{"n": 1}}{call}', tool_format.start):
+            assert not admits(grammar, text), text
+    assert admits(made[True], f"{call}\n{call}")
+    if tool_format.end:
+        assert not admits(made[False], f"{call}\n{call}")
+        assert not admits(made[True], f"{call} words")
+
+
+def test_a_model_that_marks_no_calls_writes_them_as_json(grammars, admits):
+    tool_format = ToolFormat("", "", len)
+    grammar = calls_or_answer(
+        [tool()], ToolChoice(), tool_format, grammars, schema=ANSWER, param="format.schema", thinks=False
+    )
+    assert admits(grammar, '{"n": 1}') and admits(grammar, '{"name": "add", "parameters": {"a": 1}}')
+    assert not admits(grammar, '{"name": "other", "parameters": {"a": 1}}')
+
+
+def strict(grammars, *tools):
+    return strict_calls(tools, native(qwen3_coder), grammars)
+
+
+VALUES = [
+    ({"type": "string"}, ["text", "a\nb", "<b>&", "null", "  padded "], []),
+    ({"type": ["string", "null"]}, ["text", "null"], []),
+    ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["5", "null", "12345678901234567890"], ["five", "1.5", '"5"']),
+    ({"type": "boolean"}, ["true", "false"], ["True", "yes"]),
+    ({"enum": ["a b", "c"]}, ["a b", "c"], ["a", '"c"']),
+    ({"enum": ["a", None, 1]}, ["a", "null", "1"], ["b", "2"]),
+    ({"$ref": "#/$defs/size"}, ["1"], ["4"]),
+    ({"type": "string", "maxLength": 3}, ["abc", ""], ["abcd"]),
+    ({"type": "object", "properties": {"x": {"type": "array"}}, "required": ["x"]}, ['{"x": [1, 2]}'], ["{}", "[]"]),
+]
+
+
+@pytest.mark.parametrize(("schema", "fit", "unfit"), VALUES, ids=str)
+def test_strict_values_between_tags_fit_their_schema(grammars, admits, schema, fit, unfit):
+    made = tool("add", True, a=schema)
+    made.parameters["$defs"] = {"size": {"type": "integer", "maximum": 3}}
+    grammar = strict(grammars, made, tool("free"))
+    for value in fit:
+        call = XML.format("add", f"<parameter=a>\n{value}\n</parameter>\n")
+        assert admits(grammar, f"Words first. {call} and last."), value
+        assert admits(grammar, call + call)
+    for value in unfit:
+        assert not admits(grammar, XML.format("add", f"<parameter=a>\n{value}\n</parameter>\n")), value
+
+
+def test_strict_parameters_between_tags_are_those_of_the_schema(grammars, admits):
+    grammar = strict(grammars, tool("add", True, a={"type": "integer"}, b={"type": "string"}), tool("free"))
+    a, b, c = (f"<parameter={name}>\n1\n</parameter>\n" for name in "abc")
+    assert admits(grammar, XML.format("add", a)) and admits(grammar, XML.format("add", a + b))
+    for parameters in ("", b, b + a, a + a, a + c, "words"):
+        assert not admits(grammar, XML.format("add", parameters)), parameters
+    for parameters in ("", b, c + a, "words"):
+        assert admits(grammar, XML.format("free", parameters)), parameters
+    assert not admits(grammar, XML.format("other", ""))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "place"),
+    [
+        ({"properties": {"a": {"type": "string", "pattern": "^a"}}}, "properties.a.pattern"),
+        ({"properties": {"a": {"type": "string", "format": "uuid"}}}, "properties.a.format"),
+        ({"properties": {"a": {"uniqueItems": True, "type": "array"}}}, "properties.a.uniqueItems"),
+        ({"anyOf": [{"properties": {}}]}, "anyOf"),
+        ({"properties": {}, "required": ["a"]}, "required"),
+    ],
+)
+def test_what_can_not_be_enforced_between_tags_is_refused_with_its_path(grammars, parameters, place):
+    made = Tool("mail", None, {"type": "object", **parameters}, True, "tools[3].function")
+    with pytest.raises(PromptRejected, match=f"'mail'.*{re.escape(place)}") as refused:
+        strict(grammars, made)
+    assert refused.value.param == f"tools[3].function.parameters.{place}"
+
+
+@pytest.mark.parametrize("kind", ["pythonic", "control tokens", "a section"])
+def test_strict_is_refused_in_other_formats_beside_a_schema_too(grammars, kind):
+    for make in (
+        lambda tools, form: strict_calls(tools, form, grammars),
+        lambda tools, form: calls_or_answer(
+            tools, ToolChoice(), form, grammars, schema=None, param="format.schema", thinks=False
+        ),
+    ):
+        with pytest.raises(PromptRejected, match="format of its own") as refused:
+            make([tool(strict=True)], WRITTEN[kind][0])
+        assert refused.value.param == "tools[0].function.strict"
+
+
+def test_strict_arguments_keep_their_schema_beside_a_schema(grammars, admits):
+    tools = [tool("add", True, a={"type": "integer"}), tool("free")]
+    grammar = calls_or_answer(tools, ToolChoice(), PLAIN, grammars, schema=ANSWER, param="format.schema", thinks=False)
+
+    def call(name, arguments):
+        return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+    assert admits(grammar, call("add", {"a": 1})) and admits(grammar, call("free", {"b": "x"}))
+    assert not admits(grammar, call("add", {"a": "1"})) and not admits(grammar, call("add", {}))
+    assert not admits(grammar, call("other", {}))
