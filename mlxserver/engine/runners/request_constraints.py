@@ -15,9 +15,9 @@ from mlxserver.engine.conversation import Tool
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.prompt.formats import PromptFormat, thinking_tags
-from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest, JsonFormat, ToolChoice
+from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest, Grammar, JsonFormat, ToolChoice
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
-from mlxserver.engine.sampling.grammars import Grammar, Grammars
+from mlxserver.engine.sampling.grammars import Grammars
 from mlxserver.engine.sampling.json_grammars import json_grammar
 from mlxserver.engine.sampling.tool_grammars import calls_or_answer, forced_calls, strict_calls
 from mlxserver.engine.sequence import Constraint
@@ -40,13 +40,17 @@ class RequestConstraints:
         written = (self._tags[0], f"\n{self._tags[1]}\n\n") if prompts.thinks else ("", "")
         self._start, self._end = (tokenizer.encode(text, add_special_tokens=False) if text else [] for text in written)
 
-    def compile(self, request: GenerationRequest) -> None:
-        """Compile the grammar of a request, if it has one. Raises PromptRejected."""
-        if grammar := self.grammar(request):
+    def compile(self, request: GenerationRequest) -> Grammar | None:
+        """Make the grammar of a request, if it has one, and compile it. Raises PromptRejected."""
+        grammar = self.grammar(request)
+        if grammar:
             self._grammars.compile(grammar)
+        return grammar
 
     def grammar(self, request: GenerationRequest) -> Grammar | None:
         """Grammar of a request's answers: of required calls, JSON, or calls within free text. Raises PromptRejected."""
+        if request.formatted:
+            return request.grammar
         tools = request.prompt.tools if isinstance(request.prompt, ChatPrompt) else ()
         if tools and request.tool_choice.mode in ("required", "function"):
             return forced_calls(tools, request.tool_choice, thinks=self._prompts.thinks)

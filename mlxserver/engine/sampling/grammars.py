@@ -12,13 +12,12 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer
 
 from mlxserver.engine.errors import PromptRejected
-from mlxserver.engine.sampling.schema_document import SchemaDocument
+from mlxserver.engine.requests import Grammar
 from mlxserver.engine.sampling.schema_faults import find_fault, rejected
 from mlxserver.engine.sampling.vocabulary import read_vocabulary
 
@@ -26,19 +25,6 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 CACHED_GRAMMARS = 16  # most recently used; a very large schema takes some 10 MB
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """Text of a JSON schema in its normal form, or of a grammar in llguidance's Lark.
-
-    param: the request's field that it comes from. documents: the schemas in it, in which a fault is looked for.
-    """
-
-    text: str
-    param: str
-    is_lark: bool = False
-    documents: tuple[SchemaDocument, ...] = field(default=(), compare=False)
 
 
 class Grammars:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlxserver.engine.sampling.grammars import Grammar
+from mlxserver.engine.requests import Grammar
 from mlxserver.engine.sampling.schema_document import SchemaDocument
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
 from mlxserver.engine.sampling.schema_normalizer import Normalizer
@@ -47,5 +47,5 @@ def document_text(document: SchemaDocument) -> str:
     """Text of a document's normal form. Raises PromptRejected."""
     normalizer = Normalizer()
     with refusing(document):
-        return schema_text(normalizer.add(document), normalizer.definitions)
-    raise AssertionError  # refusing() raises or lets the value through
+        form = normalizer.add(document)
+    return schema_text(form, normalizer.definitions)

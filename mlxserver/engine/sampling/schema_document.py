@@ -6,6 +6,7 @@ After JSON Schema 2020-12, core, sections 8 and 9. Of the older drafts: `definit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from urllib.parse import unquote, urljoin
 
 from mlxserver.engine.sampling.schema_keywords import ANCHORS, LISTED, NAMED, SINGLE, stated_types
 
+INDEX = re.compile("[0-9]{1,9}")
 LONGEST_KEY = 64  # characters of a property's name in a path
 
 
@@ -143,7 +145,7 @@ def _follow(at: Subschema, pointer: str) -> Subschema | None:
         key = escaped.replace("~1", "/").replace("~0", "~")
         if isinstance(at.value, Mapping) and key in at.value:
             at = at.child(key, at.value[key])
-        elif isinstance(at.value, list) and key in map(str, range(len(at.value))):
+        elif isinstance(at.value, list) and INDEX.fullmatch(key) and int(key) < len(at.value):
             at = at.child(int(key), at.value[int(key)])
         else:
             return None

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxserver.engine.sampling.schema_document import SchemaDocument, Subschema, Unenforceable
-from mlxserver.engine.sampling.schema_exclusion import excludes
+from mlxserver.engine.sampling.schema_exclusion import Exclusion
 from mlxserver.engine.sampling.schema_keywords import (
     APPLICATORS,
     ASSERTIONS,
@@ -35,7 +35,8 @@ NESTED = frozenset(
 )
 
 LARGEST = 2**63 - 1024  # of the bounds that llguidance takes: a double within 64 bits
-MAX_SCHEMAS = 50_000  # of a normal form, in which what is referred to and written in place stands twice
+MAX_SCHEMAS = 20_000  # of a normal form, in which what is referred to and written in place stands twice
+MAX_REFERENCES = 100  # one behind the other
 MAX_EXCLUSIVE = 64  # options of oneOf that are compared in pairs
 
 
@@ -79,6 +80,7 @@ class _Form:
     def __init__(self, normalizer: Normalizer, document: SchemaDocument) -> None:
         self._normalizer = normalizer
         self._document = document
+        self._exclusion = Exclusion(document)
 
     def schema(self, at: Subschema) -> dict[str, Any] | bool:
         """The normal form of a schema. Raises Unenforceable."""
@@ -86,8 +88,9 @@ class _Form:
         if isinstance(at.value, bool):
             return at.value
         form: dict[str, Any] = {}
-        for keyword, value in at.keywords.items():
-            if not binds(keyword, at.keywords):
+        keywords = at.keywords
+        for keyword, value in keywords.items():
+            if not binds(keyword, keywords):
                 continue
             if keyword in ASSERTIONS:
                 form[keyword] = _integer(value)
@@ -99,7 +102,7 @@ class _Form:
                 self._reference(at, keyword, form)
             elif keyword in SPECIAL:
                 SPECIAL[keyword](self, at, keyword, form)
-        if "propertyNames" in at.keywords and binds("propertyNames", at.keywords):
+        if "propertyNames" in keywords and binds("propertyNames", keywords):
             self._name_properties(at, form)
         return form
 
@@ -141,12 +144,9 @@ class _Form:
 
     def _check_cycle(self, at: Subschema, target: Subschema) -> None:
         """Refuse a schema that is nothing but a reference to itself."""
-        seen = {id(at.value)}
-        while isinstance(target.value, Mapping) and (keyword := _only_reference(target)):
-            if id(target.value) in seen:
-                raise Unenforceable(f"{at.path}.{keyword}", "it refers to itself alone")
-            seen.add(id(target.value))
-            target = self._document.resolve(target, keyword)
+        end = self._dereferenced(target)
+        if isinstance(end.value, Mapping) and (keyword := _only_reference(end)):
+            raise Unenforceable(f"{at.path}.{keyword}", "it refers to itself alone, or too many references follow it")
 
     def _format(self, at: Subschema, keyword: str, form: dict[str, Any]) -> None:
         """Keep a format that is known; any other is an annotation by the standard."""
@@ -159,7 +159,7 @@ class _Form:
         self._nested(listed, keyword, form)
         options = [listed.child(index, item) for index, item in enumerate(listed.value)]
         if len(options) <= MAX_EXCLUSIVE and all(
-            excludes(self._document, one, other) for one, other in itertools.combinations(options, 2)
+            self._exclusion.excludes(one, other) for one, other in itertools.combinations(options, 2)
         ):
             form.setdefault("allOf", []).append({"anyOf": form.pop(keyword)})
 
@@ -204,7 +204,7 @@ class _Form:
 
     def _dereferenced(self, at: Subschema) -> Subschema:
         """The schema, or the one that it is a mere reference to."""
-        for _ in range(MAX_SCHEMAS):
+        for _ in range(MAX_REFERENCES):
             if not isinstance(at.value, Mapping) or not (keyword := _only_reference(at)):
                 break
             at = self._document.resolve(at, keyword)

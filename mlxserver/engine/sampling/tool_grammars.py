@@ -20,8 +20,7 @@ from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.json_calls import ARGUMENTS
 from mlxserver.engine.output.tool_formats import ToolFormat
-from mlxserver.engine.requests import ToolChoice
-from mlxserver.engine.sampling.grammars import Grammar
+from mlxserver.engine.requests import Grammar, ToolChoice
 from mlxserver.engine.sampling.json_grammars import answer_document, document_text, grammar_of
 from mlxserver.engine.sampling.schema_document import SchemaDocument
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
