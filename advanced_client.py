@@ -33,7 +33,7 @@ from mlxserver.client.conversation import Conversation
 from mlxserver.client.errors import ClientError, SettingInvalid
 from mlxserver.client.events import Event, Reasoning
 from mlxserver.client.live import LiveAnswer
-from mlxserver.client.models import Progress
+from mlxserver.client.models import Wait
 from mlxserver.client.printer import AnswerPrinter
 from mlxserver.client.reply import Reply, ask, compare
 from mlxserver.client.shell.loop import run_shell
@@ -193,7 +193,7 @@ async def answer(arguments: Namespace, client: ChatClient, model: str, asked: st
     """Print one answer."""
     conversation, reply = opening(arguments), Reply(model)
 
-    async def fill(show: Callable[[Event], None], show_progress: Callable[[Progress], None] = lambda _: None) -> None:
+    async def fill(show: Callable[[Event], None], show_progress: Callable[[Wait], None] = lambda _: None) -> None:
         await ask(
             client,
             reply,
@@ -220,7 +220,7 @@ async def answer(arguments: Namespace, client: ChatClient, model: str, asked: st
 
 
 async def fill_plainly(
-    fill: Callable[[Callable[[Event], None], Callable[[Progress], None]], Awaitable[None]], thinking: str
+    fill: Callable[[Callable[[Event], None], Callable[[Wait], None]], Awaitable[None]], thinking: str
 ) -> None:
     """Print the answer to stdout as it is, and the thinking, if it is to be shown, to stderr."""
     printer = AnswerPrinter()

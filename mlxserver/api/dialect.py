@@ -2,7 +2,8 @@
 
 Rule 1: dialects are pure: no HTTP, no MLX, no waiting. The status of a failure is the server's (server/errors.py).
 Rule 2: an encoder serves one call. A stream takes start(), event() for every event but Accepted and Usage, and end(),
-        or failed() at any point instead; heartbeat() at any point before. A whole answer takes complete() alone.
+        or failed() at any point instead; heartbeat() at any point before these, also before start(). A whole answer
+        takes complete() alone.
 Rule 3: a stream and a whole answer carry the same text.
 """
 
@@ -15,8 +16,11 @@ from typing import Any, Literal, Protocol
 from mlxserver.api.model_status import Progress
 from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import Projection
-from mlxserver.engine.events import Event, Usage
+from mlxserver.engine.events import Event, PrefillProgress, QueuePosition, Usage
 from mlxserver.engine.requests import GenerationRequest, Question
+
+# What a stream waits for: the load of its model, a slot, its prompt.
+WaitProgress = Progress | QueuePosition | PrefillProgress
 
 FailureKind = Literal["invalid_request", "authentication", "permission", "not_found", "rate_limit", "server"]
 
@@ -53,8 +57,8 @@ class Encoder(Protocol):
     def failed(self, failure: Failure) -> bytes:
         """Bytes that a stream ends with instead."""
 
-    def heartbeat(self, progress: Progress | None) -> bytes:
-        """Bytes that keep a stream alive while it has nothing to send. progress: of the load that it waits for."""
+    def heartbeat(self, progress: WaitProgress | None) -> bytes:
+        """Bytes that keep a stream alive while it has nothing to send. progress: of what it waits for, if known."""
 
     def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
         """Body of a whole answer, from the events of each choice."""

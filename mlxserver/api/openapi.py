@@ -15,6 +15,7 @@ FAILURES = {
     "404": "There is no such model or path.",
     "409": "The model is in another state than the request needs.",
     "413": "The body is too large.",
+    "415": "The body has an unknown coding or charset.",
     "429": "As many requests wait as may.",
     "507": "The model does not fit in memory; the projection says why.",
     "default": "The request failed.",

@@ -23,6 +23,7 @@ from mlxserver.client.models import (
     ModelCard,
     Progress,
     Unloaded,
+    Wait,
     read_card,
     read_loaded,
     read_unloaded,
@@ -77,13 +78,13 @@ class ChatClient:
         messages: Sequence[Message],
         model: str,
         *,
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[Wait], None] = lambda _: None,
         **params: Any,
     ) -> AsyncGenerator[Event, None]:
         """The events of one answer as they arrive, Finished as the last.
 
-        params: OpenAI's; those that are None are left out. on_progress: called with the progress of the load that the
-        answer waits for. Close the generator (contextlib.aclosing) to stop an answer: that closes the connection, and
+        params: OpenAI's; those that are None are left out. on_progress: called with the progress of what the answer
+        waits for. Close the generator (contextlib.aclosing) to stop an answer: that closes the connection, and
         the server stops generating. Raises ServerUnreachable, ApiError (before the first event) and StreamBroken (at
         any point).
         """

@@ -48,7 +48,7 @@ def format_side_by_side(replies: Sequence[Reply], cell: Callable[[Reply], Render
 
 
 def format_answer(reply: Reply) -> RenderableType:
-    """Reasoning dim, content as Markdown, an error red; the progress of the load before any of these."""
+    """Reasoning dim, content as Markdown, an error red; the progress of what it waits for before any of these."""
     parts: list[RenderableType] = []
     if reply.progress and not reply.events and not reply.error:
         parts.append(Text(format_progress(reply.progress), "dim"))

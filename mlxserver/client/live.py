@@ -22,7 +22,7 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 from mlxserver.client.events import Content, Event, Finished, Reasoning
-from mlxserver.client.models import Progress
+from mlxserver.client.models import Wait
 from mlxserver.client.views import format_progress
 
 FRAME = 0.05
@@ -156,8 +156,8 @@ class LiveAnswer:
         if not self._frame:
             self._frame = asyncio.get_running_loop().call_later(FRAME, self.draw)
 
-    def show_progress(self, step: Progress) -> None:
-        """Draw the progress of the load that the answer waits for. The answer replaces it."""
+    def show_progress(self, step: Wait) -> None:
+        """Draw the progress of what the answer waits for. The answer replaces it."""
         line = Text(format_progress(step), "dim", no_wrap=True, overflow="ellipsis")
         self._live.update(line, refresh=True)
 

@@ -43,6 +43,24 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefill:
+    """Progress of a prompt that the server processes, in tokens; None if not known."""
+
+    done: float | None = None
+    total: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """Place of a request among those that wait for a slot, from 1; None if not known."""
+
+    position: float | None = None
+
+
+Wait = Progress | QueuePosition | Prefill  # what an answer waits for
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """Result of a load: the model is ready under `key`. fields: the whole JSON object."""
 
@@ -87,11 +105,17 @@ class LoadReader:
             yield read_loaded(event, self._key)
 
 
-def read_comment(comment: str) -> Progress | None:
-    """The progress in a comment of the form `loading {JSON}`; None for any other comment."""
+def read_comment(comment: str) -> Wait | None:
+    """The progress in a comment such as `loading {JSON}`; None for any other comment."""
     name, _, payload = comment.partition(" ")
-    event = parse(payload) if name == "loading" else None
-    return _read_progress(event) if isinstance(event, dict) else None
+    event = parse(payload) if name in ("loading", "queue", "prefill") else None
+    if not isinstance(event, dict):
+        return None
+    if name == "queue":
+        return QueuePosition(number(event.get("position")))
+    if name == "prefill":
+        return Prefill(number(event.get("done")), number(event.get("total")) or None)
+    return _read_progress(event)
 
 
 def read_card(model: dict[str, Any]) -> ModelCard:

@@ -14,7 +14,7 @@ from rich.control import Control
 from rich.segment import ControlType
 
 from mlxserver.client.events import Content, Event, Finished, Reasoning
-from mlxserver.client.models import Progress
+from mlxserver.client.models import Wait
 from mlxserver.client.views import console, format_progress, print_status, write
 
 LINE_START = Control(ControlType.CARRIAGE_RETURN)
@@ -44,8 +44,8 @@ class AnswerPrinter:
                 self.end()
                 print_status("(the answer reached its limit of tokens)")
 
-    def show_progress(self, step: Progress) -> None:
-        """Show the progress of the load that the answer waits for, until the first event."""
+    def show_progress(self, step: Wait) -> None:
+        """Show the progress of what the answer waits for, until the first event."""
         self._progress.show(format_progress(step))
 
     def end(self) -> None:

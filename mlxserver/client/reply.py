@@ -16,7 +16,7 @@ from typing import Any
 from mlxserver.client.api import ChatClient, Message
 from mlxserver.client.errors import ClientError
 from mlxserver.client.events import Content, Event, Finished, Reasoning, Usage
-from mlxserver.client.models import Progress
+from mlxserver.client.models import Wait
 from mlxserver.client.stats import Timing, milliseconds, timing
 
 
@@ -24,7 +24,7 @@ from mlxserver.client.stats import Timing, milliseconds, timing
 class Reply:
     """Reply of one model. start: when the request was sent, in seconds of time.perf_counter().
 
-    progress: of the load that the reply waits for, None without one.
+    progress: of what the reply waits for, None without any.
     """
 
     model: str
@@ -33,7 +33,7 @@ class Reply:
     reasoning: str = ""
     content: str = ""
     error: ClientError | None = None
-    progress: Progress | None = None
+    progress: Wait | None = None
 
     def add(self, event: Event) -> None:
         """Append one event."""
@@ -86,15 +86,15 @@ async def ask(
     *,
     stream: bool = True,
     on_event: Callable[[Event], None] = lambda _: None,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: Callable[[Wait], None] = lambda _: None,
     **params: Any,
 ) -> None:
     """Send a request and fill its reply. Without `stream` all events come at the end. Raises as ChatClient does.
 
-    on_event, on_progress: called with each event of the reply, and with the progress of the load that it waits for.
+    on_event, on_progress: called with each event of the reply, and with the progress of what it waits for.
     """
 
-    def take_progress(step: Progress) -> None:
+    def take_progress(step: Wait) -> None:
         reply.progress = step
         on_progress(step)
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from mlxserver.client.api import ChatClient
 from mlxserver.client.errors import StreamBroken
 from mlxserver.client.events import Usage
-from mlxserver.client.models import Loaded, ModelCard, Progress, Unloaded
+from mlxserver.client.models import Loaded, ModelCard, Prefill, Progress, QueuePosition, Unloaded, Wait
 from mlxserver.client.stats import Timing
 
 COLUMNS = ("key", "state", "type", "memory", "requests", "context", "source")
@@ -67,10 +67,16 @@ def format_unloaded(unloaded: Unloaded) -> str:
     )
 
 
-def format_progress(step: Progress) -> str:
-    """The progress of a load in one line, for an answer that waits for its model."""
-    stage = " ".join(step.stage.split()) or "begun"
-    return ", ".join(part for part in (f"The model is being loaded: {stage}", format_amount(step)) if part)
+def format_progress(step: Wait) -> str:
+    """What an answer waits for, in one line."""
+    match step:
+        case QueuePosition(position):
+            return "Waiting for a free slot" + (f", number {position:.0f} in the queue" if position else "")
+        case Prefill(done, total):
+            return "The prompt is being read" + (f": {done:.0f} of {total:.0f} tokens" if done and total else "")
+        case Progress(stage):
+            stage = " ".join(stage.split()) or "begun"
+            return ", ".join(part for part in (f"The model is being loaded: {stage}", format_amount(step)) if part)
 
 
 def format_amount(step: Progress) -> str:

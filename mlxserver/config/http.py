@@ -39,6 +39,12 @@ class HttpSettings:
     header_timeout: Annotated[float, Range(0.1, 3600), "seconds until a request's head is there"] = 10.0
     body_timeout: Annotated[float, Range(0.1, 86_400), "seconds until a request's body is there"] = 60.0
     send_timeout: Annotated[float, Range(0.1, 86_400), "seconds that a client may leave its answer unread"] = 60.0
+    idle_connection_timeout: Annotated[
+        float, Range(1, 86_400), "seconds that a connection may be idle between two requests"
+    ] = 75.0
+    heartbeat_interval: Annotated[
+        float, Range(0, 3600), Live(), "seconds without a byte after which a stream gets a heartbeat; 0: never"
+    ] = 5.0
     max_unread_events: Annotated[int, Range(1), "events of a stream that may wait for a slow reader"] = 16_384
 
     max_body_bytes: Annotated[int, Range(1), Size(), "longest request body"] = 16 << 20

@@ -132,12 +132,15 @@ class PromptRejected(EngineError):
 
 
 class ContextExceeded(PromptRejected):
-    """The prompt is longer than the model's context, counts in tokens."""
+    """The prompt is longer than the model's context, counts in tokens.
+
+    Programs look for the words "maximum context length is N tokens".
+    """
 
     def __init__(self, prompt_tokens: int, context_length: int, param: str) -> None:
         super().__init__(
-            f"The prompt has {prompt_tokens} tokens, which leaves no room to answer in this model's context of "
-            f"{context_length} tokens. Shorten the messages.",
+            f"This model's maximum context length is {context_length} tokens. The prompt has {prompt_tokens} tokens, "
+            "which leaves no room to answer. Shorten it.",
             param,
         )
 

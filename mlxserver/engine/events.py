@@ -83,4 +83,29 @@ class Usage:
     timings: Timings = field(default_factory=lambda: Timings(0.0, 0.0, 0.0), compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """A generation that waits for a slot. position: its place among those that do, from 1; 0: not counted yet."""
+
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How far the prefill of a prompt is, in tokens."""
+
+    done: int
+    total: int
+
+
+@dataclass(slots=True, eq=False)
+class PromptProgress:
+    """How far the prompt of one generation is. The engine thread writes it, other threads may read it at any time.
+
+    state: None once the prompt is processed, and where it is not known.
+    """
+
+    state: QueuePosition | PrefillProgress | None = QueuePosition()
+
+
 Event = Accepted | Delta | ToolCallDelta | Finish | Usage

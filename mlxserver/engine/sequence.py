@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.engine.events import PromptProgress
 
 
 class Constraint(Protocol):
@@ -25,7 +26,7 @@ class Sequence:
     """A sequence to generate: the prompt's token ids, and how to go on from there.
 
     num_generated: how many of the last tokens were generated before the sequence was preempted. max_tokens: most tokens
-    to generate from here on.
+    to generate from here on. progress: where the progress of its prompt is reported.
     """
 
     id: int
@@ -35,6 +36,7 @@ class Sequence:
     top_logprobs: int | None = None
     constraint: Constraint | None = None
     num_generated: int = 0
+    progress: PromptProgress | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Body of a request: read within its limits of size and time."""
+"""Body of a request: read within its limits of size and time, whatever its coding, as JSON in UTF-8."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from mlxserver.config.http import HttpSettings
+from mlxserver.server.content_coding import ContentDecoder, in_utf8
 
 log = logging.getLogger("server")
 
@@ -18,7 +19,9 @@ MAX_IGNORED = 32  # names in one header
 
 
 async def read_body(request: Request, settings: HttpSettings) -> bytes:
-    """The whole body. Raises HTTPException: 413 before what is too long is read, 408 if it does not come in time."""
+    """The whole body, decoded. Raises HTTPException: 413 before what is too long is read or decoded, 408 if it does not
+    come in time, 415 for an unknown coding or charset, 400 for what is not in the coding or the charset it should be.
+    """
     try:
         async with asyncio.timeout(settings.body_timeout):
             return await _read(request, settings.max_body_bytes)
@@ -43,8 +46,16 @@ async def _read(request: Request, limit: int) -> bytes:
     too_large = HTTPException(413, f"The body is longer than {limit} bytes, the limit of this server.")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
+    decoder = ContentDecoder(request.headers.get("content-encoding", ""))
+    async for received in request.stream():
+        for part in decoder.feed(received):
+            body += part
+            if len(body) > limit:
+                raise too_large
+            if part is not received:
+                await asyncio.sleep(0)  # a small body may decode to a large one: other clients go on meanwhile
+    decoder.end()
+    text = in_utf8(bytes(body), request.headers.get("content-type", ""))
+    if len(text) > limit:
+        raise too_large
+    return text

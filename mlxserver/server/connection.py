@@ -5,7 +5,11 @@ Rule 1: each part of an exchange has a time limit: the head of a request, the re
 Rule 2: bytes that are no HTTP get an error response, unless another response is being sent.
         Pipelined requests are not read: the connection closes after the response, and the client sends them again.
         A queue of them would hide a disconnect.
-Rule 3: connections beyond the limit get a 503 to their first request; those far beyond it are closed at once.
+Rule 3: a connection beyond the limit takes the place of an idle one. Where there is none, its first request gets a 503;
+        those far beyond the limit are closed at once.
+Rule 4: a client that sends FIN after its request gets its response. The FIN of one that has closed its socket looks the
+        same, but its system resets the connection at the next bytes. Until that shows, bytes are sent: interim
+        responses, and heartbeats once a stream has begun.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ log = logging.getLogger("server")
 MAX_HEAD = 64 << 10  # bytes before a request's body
 SEND_BUFFER = 128 << 10  # bytes of a response that the system buffers for a client; its default is megabytes
 SPARE = 64  # connections beyond the limit that get a response before they are closed
+PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"  # which every client of HTTP/1.1 skips, also if it did not ask for it
+PROBE_INTERVALS = (0.25, 4.0)  # seconds: between the first two probes, and at most; each is twice the one before
 LINGER = 1.0  # seconds in which the rest of a body is read after a response that did not wait for it
 
 
@@ -69,6 +75,7 @@ class Connection(HttpToolsProtocol):
         self._settings = settings
         self._receive_timer = Timer(self.loop)  # of a head, or of the rest of a body
         self._send_timer = Timer(self.loop)  # of a response
+        self._probe_timer = Timer(self.loop)  # of a client that has sent FIN
         self._expects_head = True  # a head comes next, or is arriving
         self._head_bytes = 0  # of a head, or of the framing around the parts of a body
         self._discards_input = False
@@ -84,7 +91,7 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
             return
         if excess > 0:
-            self.app = refuse_connection  # type: ignore[assignment]
+            self._take_place()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -107,6 +114,9 @@ class Connection(HttpToolsProtocol):
         self._receive_timer.stop()
         self._expects_head, self._head_bytes = False, 0
         super().on_headers_complete()
+        if self.cycle.keep_alive:
+            timeout = b"timeout=%d" % self._settings.idle_connection_timeout
+            self.cycle.default_headers = [*self.cycle.default_headers, (b"keep-alive", timeout)]
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -122,6 +132,14 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are no HTTP."""
         self._refuse(400, "This is not a valid HTTP/1.1 request.")
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Go on with a response whose request is complete (rule 4). Whether to keep the connection open."""
+        if not (self._is_responding and self._expects_head) or self.scope["http_version"] != "1.1":
+            return False  # HTTP/1.0 has no responses before the last one
+        self._close_after_response()
+        self._probe(PROBE_INTERVALS[0])
+        return True
 
     # -- sent -----------------------------------------------------------------------------------------------------
 
@@ -147,6 +165,7 @@ class Connection(HttpToolsProtocol):
         """Disarm the timers, however the connection ended."""
         self._receive_timer.stop()
         self._send_timer.stop()
+        self._probe_timer.stop()
         super().connection_lost(exc)
 
     # -- limits ---------------------------------------------------------------------------------------------------
@@ -154,6 +173,36 @@ class Connection(HttpToolsProtocol):
     @property
     def _is_responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether it waits for its next request, of which nothing has arrived."""
+        return self.timeout_keep_alive_task is not None and not self.transport.is_closing()
+
+    def _take_place(self) -> None:
+        """Close an idle connection, or else refuse the requests of this one."""
+        idle = next((each for each in self.connections if isinstance(each, Connection) and each._is_idle), None)
+        if idle:
+            idle.transport.close()
+        else:
+            self.app = refuse_connection  # type: ignore[assignment]
+
+    def _close_after_response(self) -> None:
+        self.cycle.keep_alive = False
+        self.cycle.default_headers = [header for header in self.cycle.default_headers if header[0] != b"keep-alive"]
+
+    def _probe(self, interval: float) -> None:
+        """Drop a client that has reset the connection. Have bytes sent, for which one that is gone resets it."""
+        if self.transport.is_closing() or not self._is_responding:
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        if self.cycle.response_started:
+            self.cycle.message_event.set()  # an empty message, for which a stream sends a heartbeat
+        else:
+            self.transport.write(PROBE)
+        self._probe_timer.start(interval, lambda: self._probe(min(2 * interval, PROBE_INTERVALS[1])))
 
     def _await_head(self) -> None:
         seconds = self._settings.header_timeout
@@ -178,7 +227,8 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         """Send an error response, unless another response is being sent, and close the connection."""
         if self._is_responding and self._expects_head:
-            self._discards_input, self.cycle.keep_alive = True, False
+            self._discards_input = True
+            self._close_after_response()
             return
         log.info("%s", message)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:

@@ -22,6 +22,12 @@ def generate(dialect: Dialect, manager: ModelManager) -> Handler:
     async def handle(request: Request) -> GenerationResponse:
         call = dialect.parse(await read_body(request, settings))
         headers = ignored_headers(request, call.ignored)
-        return GenerationResponse(manager.resolve(call.model), call, headers, max_unread=settings.max_unread_events)
+        return GenerationResponse(
+            manager.resolve(call.model),
+            call,
+            headers,
+            max_unread=settings.max_unread_events,
+            heartbeat_interval=manager.settings.heartbeat_interval,  # a reload may have changed it
+        )
 
     return handle

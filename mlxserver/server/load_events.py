@@ -1,6 +1,6 @@
 """Response to a streamed load: its progress as server-sent events.
 
-Rule 1: what fails before the first step has its status; what fails later is the last event.
+Rule 1: what fails before the first step and the first heartbeat has its status; what fails later is the last event.
 Rule 2: a disconnect of the client does not end the load.
 """
 
@@ -19,18 +19,21 @@ from mlxserver.engine.errors import EngineError
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.states import LoadProgress
 from mlxserver.server.errors import failure_of
+from mlxserver.server.event_stream import EventStream
 from mlxserver.server.model_status import model_status, progress
-from mlxserver.server.streaming import body_part
 
-HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 MIN_INTERVAL = 0.1  # seconds between two events
 
 
 class LoadResponse:
-    """The response to one load. `load` runs it and calls its argument at every step."""
+    """The response to one load. `load` runs it and calls its argument at every step. heartbeat_interval: seconds."""
 
-    def __init__(self, load: Callable[[Callable[[LoadProgress], None]], Awaitable[ModelInstance]]) -> None:
+    def __init__(
+        self, load: Callable[[Callable[[LoadProgress], None]], Awaitable[ModelInstance]], heartbeat_interval: float
+    ) -> None:
         self._load = load
+        self._heartbeat_interval = heartbeat_interval
         self._latest: LoadProgress | None = None
         self._stepped = asyncio.Event()
 
@@ -38,21 +41,25 @@ class LoadResponse:
         """Send the steps, then the outcome."""
         loading = asyncio.ensure_future(self._load(self._note))
         loading.add_done_callback(lambda _: self._stepped.set())
+        async with EventStream(send, HEADERS, self._heartbeat_interval, lambda: sse.comment("keep-alive")) as stream:
+            await self._stream(loading, stream, scope["path"])
+
+    async def _stream(self, loading: asyncio.Future[ModelInstance], stream: EventStream, path: str) -> None:
         await self._stepped.wait()
-        if loading.done() and loading.exception():
+        if loading.done() and loading.exception() and not stream.is_started:
             await loading
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await stream.start()
         while not loading.done():
             self._stepped.clear()
             if self._latest:
-                await send(body_part(_event(load_progress(progress(self._latest)))))
+                await stream.write(_event(load_progress(progress(self._latest))))
             await self._stepped.wait()
             await asyncio.wait({loading}, timeout=MIN_INTERVAL)
         try:
             last = _event(loaded(model_status(await loading)))
         except EngineError as error:
-            last = sse.encode(encode_failure(scope["path"], failure_of(error)[1]))
-        await send(body_part(last, is_last=True))
+            last = sse.encode(encode_failure(path, failure_of(error)[1]))
+        await stream.end(last)
 
     def _note(self, step: LoadProgress) -> None:
         self._latest = step

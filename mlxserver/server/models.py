@@ -61,7 +61,10 @@ class ModelHandlers:
         sources.check(asked.model)
         spec = asked.spec
         if asked.stream:
-            return LoadResponse(lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report))
+            return LoadResponse(
+                lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report),
+                self._manager.settings.heartbeat_interval,
+            )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)
 

@@ -2,7 +2,7 @@
 
 Rule 1: a response owns its generations. However it ends, they are closed.
 Rule 2: no header leaves before the engine has accepted all requests of the call, so that an error still has its status;
-        except in a stream that waits for its model, which gets heartbeats with the load's progress.
+        except in a stream that has waited for a heartbeat's interval.
 Rule 3: a disconnect of the client cancels the response at any point: while the model loads, in the queue, or between
         tokens.
 """
@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from mlxserver.api.dialect import Call
 from mlxserver.engine.errors import EngineError
@@ -22,26 +22,40 @@ from mlxserver.engine.events import Accepted, Event, Timings, Usage
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.server.errors import failure_of
+from mlxserver.server.event_stream import EventStream
 from mlxserver.server.model_status import progress
 from mlxserver.server.request_log import note_generation
 
-HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats while the model loads
-
 
 class GenerationResponse:
-    """The response to one call. max_unread: events of a stream that may wait for a slow reader."""
+    """The response to one call.
 
-    def __init__(self, instance: ModelInstance, call: Call, headers: Mapping[str, str], *, max_unread: int) -> None:
+    max_unread: events of a stream that may wait for a slow reader. heartbeat_interval: most seconds of a stream without
+    a byte, 0 for no limit.
+    """
+
+    def __init__(
+        self,
+        instance: ModelInstance,
+        call: Call,
+        headers: Mapping[str, str],
+        *,
+        max_unread: int,
+        heartbeat_interval: float,
+    ) -> None:
         self._instance = instance
         self._call = call
         self._encoder = call.encoder
         self._headers = headers
         self._max_unread = max_unread
+        self._heartbeat_interval = heartbeat_interval
+        self._generations: list[Generation] = []
+        self._event_stream: EventStream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, unless the client disconnects first."""
         response = asyncio.create_task(self._respond(scope, receive, send))
-        disconnect = asyncio.create_task(wait_for_disconnect(receive))
+        disconnect = asyncio.create_task(self._wait_for_disconnect(receive))
         try:
             await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if response.done():
@@ -53,62 +67,50 @@ class GenerationResponse:
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as stack:
-            submission = asyncio.create_task(self._submit(stack))
-            stack.callback(submission.cancel)
-            is_started = self._call.streams and await self._send_heartbeats(submission, send)
-            try:
-                generations, prompt_tokens = await submission
-            except EngineError as error:
-                if not is_started:
-                    raise
-                await send(body_part(self._encoder.failed(failure_of(error)[1]), is_last=True))
-                return
             if self._call.streams:
-                if not is_started:
-                    await self._send_headers(send)
-                await self._stream(generations, prompt_tokens, send)
+                headers = {"content-type": self._encoder.content_type, "cache-control": "no-cache", **self._headers}
+                self._event_stream = EventStream(send, headers, self._heartbeat_interval, self._heartbeat)
+                async with self._event_stream as stream:
+                    await self._stream(stack, stream)
             else:
-                body = await self._collect(generations)
+                await self._submit(stack)
+                body = await self._collect()
                 await Response(body, headers=self._headers, media_type="application/json")(scope, receive, send)
 
-    async def _submit(self, stack: ExitStack) -> tuple[list[Generation], int]:
-        """The generations, once the engine has accepted all of them, and the number of their prompts' tokens."""
+    async def _wait_for_disconnect(self, receive: Receive) -> None:
+        """Return when the client has disconnected. Any other message asks for bytes (server/connection.py, rule 4)."""
+        while (await receive())["type"] != "http.disconnect":
+            if self._event_stream:
+                await self._event_stream.beat()
+
+    async def _submit(self, stack: ExitStack) -> int:
+        """Start the generations. The number of their prompts' tokens, once the engine has accepted all of them."""
         for lookup in self._call.lookups:
             lookup.receive(await self._instance.ask(lookup.question))
-        generations = []
         for request in self._call.requests:
-            generations.append(await self._instance.generate(request, self._call.idle_timeout))
-            note_generation(self._instance.key, generations[-1])
+            generation = await self._instance.generate(request, self._call.idle_timeout)
+            stack.callback(generation.close)
+            note_generation(self._instance.key, generation)
             if self._call.streams:
-                generations[-1].most_unread = self._max_unread
-            stack.callback(generations[-1].close)
-        return generations, sum([(await generation.accepted()).prompt_tokens for generation in generations])
+                generation.most_unread = self._max_unread
+            self._generations.append(generation)
+        return sum([(await generation.accepted()).prompt_tokens for generation in self._generations])
 
-    async def _send_heartbeats(self, submission: asyncio.Task[object], send: Send) -> bool:
-        """Send heartbeats while the model loads. Whether that started the stream: only after an interval, so that a
-        call that fails at once still has its status.
-        """
-        is_started = False
-        while not (await asyncio.wait({submission}, timeout=HEARTBEAT_INTERVAL))[0]:
-            if self._instance.status == "loaded":
-                continue
-            if not is_started:
-                await self._send_headers(send)
-                is_started = True
-            await send(body_part(self._encoder.heartbeat(progress(self._instance.load_progress))))
-        return is_started
+    def _heartbeat(self) -> bytes:
+        """A heartbeat with the progress of what the stream waits for."""
+        if not self._generations and self._instance.status != "loaded":
+            return self._encoder.heartbeat(progress(self._instance.load_progress))
+        waits = [wait for generation in self._generations if (wait := generation.progress)]
+        return self._encoder.heartbeat(waits[0] if waits else None)
 
-    async def _send_headers(self, send: Send) -> None:
-        headers = {"content-type": self._encoder.content_type, "cache-control": "no-cache", **self._headers}
-        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": encoded})
-
-    async def _stream(self, generations: Sequence[Generation], prompt_tokens: int, send: Send) -> None:
+    async def _stream(self, stack: ExitStack, stream: EventStream) -> None:
         encoder = self._encoder
-        pending = encoder.start(prompt_tokens)
+        pending = b""
         usages: list[Usage] = []
         try:
-            async with aclosing(merged_events(generations)) as batches:
+            pending = encoder.start(await self._submit(stack))
+            await stream.start()
+            async with aclosing(merged_events(self._generations)) as batches:
                 async for first_choice, events in batches:
                     for event in events:
                         if isinstance(event, Usage):
@@ -116,17 +118,19 @@ class GenerationResponse:
                         elif not isinstance(event, Accepted):
                             pending += encoder.event(event, first_choice + event.index)
                     if pending:
-                        await send(body_part(pending))
+                        await stream.write(pending)
                         pending = b""
             pending += encoder.end(total(usages))
         except EngineError as error:
+            if not stream.is_started:
+                raise
             pending += encoder.failed(failure_of(error)[1])
-        await send(body_part(pending, is_last=True))
+        await stream.end(pending)
 
-    async def _collect(self, generations: Sequence[Generation]) -> bytes:
-        choices: list[list[Event]] = [[] for generation in generations for _ in range(generation.request.n)]
+    async def _collect(self) -> bytes:
+        choices: list[list[Event]] = [[] for generation in self._generations for _ in range(generation.request.n)]
         usages: list[Usage] = []
-        async with aclosing(merged_events(generations)) as batches:
+        async with aclosing(merged_events(self._generations)) as batches:
             async for first_choice, events in batches:
                 for event in events:
                     if isinstance(event, Usage):
@@ -134,11 +138,6 @@ class GenerationResponse:
                     elif not isinstance(event, Accepted):
                         choices[first_choice + event.index].append(event)
         return self._encoder.complete(choices, total(usages))
-
-
-def body_part(body: bytes, is_last: bool = False) -> Message:
-    """ASGI message with a part of a body."""
-    return {"type": "http.response.body", "body": body, "more_body": not is_last}
 
 
 async def merged_events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, list[Event]], None]:
@@ -177,9 +176,3 @@ def total(usages: Sequence[Usage]) -> Usage:
         sum(usage.cached_tokens for usage in usages),
         Timings(max(t.queue for t in times), max(t.prompt for t in times), max(t.generation for t in times)),
     )
-
-
-async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -49,6 +49,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 lifespan="off",
+                timeout_keep_alive=settings.idle_connection_timeout,  # type: ignore[arg-type]  # seconds of any kind
                 timeout_graceful_shutdown=SEND_GRACE,
             )
         )

@@ -15,7 +15,16 @@ from mlxserver.api.openai.chat import ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect
 from mlxserver.api.sse import SSEDecoder
 from mlxserver.config.settings import Settings
-from mlxserver.engine.events import Delta, Finish, Timings, TokenLogprob, ToolCallDelta, Usage
+from mlxserver.engine.events import (
+    Delta,
+    Finish,
+    PrefillProgress,
+    QueuePosition,
+    Timings,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 from tests.support.published import check
 
 USAGE = Usage(3, 4, 2, 1, Timings(0.5, 2, 0.1))
@@ -158,11 +167,17 @@ def test_a_failure_is_the_last_event_of_a_stream_and_no_done_follows():
     }
 
 
-def test_a_heartbeat_is_a_comment_with_the_progress_of_the_load():
+def test_a_heartbeat_is_a_comment_with_the_progress_of_what_the_stream_waits_for():
     comments = []
     decoder = SSEDecoder(comments.append)
-    assert decoder.feed(CHAT.heartbeat(Progress("reading", 1, 4)) + CHAT.heartbeat(None)) == []
-    assert comments == ['loading {"stage":"reading","done":1,"total":4}', "keep-alive"]
+    waits = [Progress("reading", 1, 4), QueuePosition(3), PrefillProgress(512, 60_000), None]
+    assert decoder.feed(b"".join(map(CHAT.heartbeat, waits))) == []
+    assert comments == [
+        'loading {"stage":"reading","done":1,"total":4}',
+        'queue {"position":3}',
+        'prefill {"done":512,"total":60000}',
+        "keep-alive",
+    ]
 
 
 def test_a_chat_completion_is_openais():

@@ -1,4 +1,4 @@
-"""Progress of a load: a stream of its own, or comments in the stream of an answer."""
+"""Progress of a load: a stream of its own; progress of what an answer waits for: comments in its stream."""
 
 import json
 
@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlxserver.client.errors import ClientError, LoadFailed
-from mlxserver.client.models import Loaded, LoadReader, Progress, read_comment
+from mlxserver.client.models import Loaded, LoadReader, Prefill, Progress, QueuePosition, read_comment
+from mlxserver.client.stream import StreamReader
 from mlxserver.client.views import format_amount, format_progress
 from tests.support.scripted_server import LOADS
 
@@ -47,7 +48,8 @@ def test_a_failed_load_raises_the_servers_message():
 @given(st.text())
 def test_any_comment_is_progress_of_a_load_or_ignored(comment):
     assert read_comment(f": {comment}") is None
-    assert read_comment(f"loading {comment}") is None or comment.strip().startswith("{")
+    for name in ("loading", "queue", "prefill"):
+        assert read_comment(f"{name} {comment}") is None or comment.strip().startswith("{")
 
 
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys(("stage", "done", "total"), JSON)))
@@ -56,3 +58,31 @@ def test_any_comment_is_progress_of_a_load_or_ignored(comment):
 def test_any_progress_of_a_load_is_one_line(step):
     line = format_progress(read_comment(f"loading {json.dumps(step)}"))
     assert line.startswith("The model is being loaded: ") and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("comment", "step", "line"),
+    [
+        ('queue {"position":3}', QueuePosition(3), "Waiting for a free slot, number 3 in the queue"),
+        ("queue {}", QueuePosition(), "Waiting for a free slot"),
+        (
+            'prefill {"done":1024,"total":60000}',
+            Prefill(1024, 60000),
+            "The prompt is being read: 1024 of 60000 tokens",
+        ),
+        ('prefill {"done":0,"total":0}', Prefill(0), "The prompt is being read"),
+    ],
+)
+def test_what_else_an_answer_waits_for_is_one_line(comment, step, line):
+    assert read_comment(comment) == step
+    assert format_progress(step) == line
+
+
+def test_progress_after_the_beginning_of_an_answer_is_not_shown():
+    reported = []
+    reader = StreamReader(reported.append)
+    start, more = b': prefill {"done":1,"total":9}\n\n', b': prefill {"done":2,"total":9}\n\n'
+    delta = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
+    assert [event.text for event in reader.feed(start + delta, 0.0)] == ["Hi"]
+    assert not list(reader.feed(more, 0.0))
+    assert reported == [Prefill(1, 9)]

@@ -276,6 +276,7 @@ def test_a_prompt_longer_than_the_context_is_named_by_its_kind(tiny):
         with pytest.raises(ContextExceeded) as refusal:
             tiny.prepare(GenerationRequest(prompt), itertools.count())
         assert refusal.value.param == param
+        assert f"maximum context length is {tiny.facts.context_length} tokens" in str(refusal.value)
 
 
 def test_what_is_compiled_beforehand_is_not_compiled_again(tiny):

@@ -153,6 +153,15 @@ def test_connections_over_the_limit_get_503_and_the_others_are_served(server):
     eventually(lambda: is_idle(server))
 
 
+def test_idle_connections_make_room_for_new_ones(server):
+    with ExitStack() as stack:
+        for _ in range(3 * CONNECTIONS):
+            connection = stack.enter_context(connected(server))
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert answer_on(connection).status == 200
+    eventually(lambda: server.get("/health").status == 200)
+
+
 def test_a_reader_that_never_reads_is_dropped_and_its_place_is_free(server):
     with connected(server) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,15 +1,20 @@
 """The response to a call, over a scripted engine and a dialect of lines: streaming knows no dialect of the wire."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from mlxserver.api.dialect import Call, Lookup
 from mlxserver.engine.errors import LoadFailed, PromptRejected
-from mlxserver.engine.requests import Detokenize
+from mlxserver.engine.requests import Detokenize, JsonFormat
+from mlxserver.server.event_stream import EventStream
+from mlxserver.server.load_events import LoadResponse
 from mlxserver.server.streaming import GenerationResponse
-from tests.support.managed import managed
-from tests.support.scripted_engine import request, until, within_deadline
+from tests.support.managed import answered, managed, specs
+from tests.support.scripted_engine import DEADLINE, request, until, within_deadline
+
+BRIEF = 0.001  # seconds between two heartbeats
 
 
 class LineEncoder:
@@ -33,7 +38,7 @@ class LineEncoder:
         return f"failed {failure.kind} {failure.code}\n".encode()
 
     def heartbeat(self, progress):
-        return f"heartbeat {progress.stage}\n".encode()
+        return f"heartbeat {progress}\n".encode()
 
     def complete(self, choices, usage):
         return f"{[len(events) for events in choices]} {usage.completion_tokens}\n".encode()
@@ -71,8 +76,10 @@ def call(text="hello", max_tokens=2, **fields):
     return Call("a", [request(text, max_tokens)], LineEncoder(), **{"streams": True, **fields})
 
 
-def respond(manager, client, call, headers=()):
-    response = GenerationResponse(manager.instance("a"), call, dict(headers), max_unread=1000)
+def respond(manager, client, call, headers=(), interval=0.0):
+    response = GenerationResponse(
+        manager.instance("a"), call, dict(headers), max_unread=1000, heartbeat_interval=interval
+    )
     return asyncio.create_task(response({"type": "http"}, client.receive, client.send))
 
 
@@ -130,9 +137,9 @@ async def test_a_stream_that_waits_for_its_model_gets_heartbeats():
     client = Client()
     async with managed() as (manager, factory):
         factory.gate.clear()
-        response = respond(manager, client, call())
+        response = respond(manager, client, call(), interval=BRIEF)
         await until(lambda: client.body)
-        assert (client.status, client.lines[0].split()[0]) == (200, "heartbeat")
+        assert (client.status, client.lines[0].split("(")[0]) == (200, "heartbeat Progress")
         factory.gate.set()
         await response
     assert next(line for line in client.lines if "heartbeat" not in line) == "start 5 "
@@ -144,11 +151,120 @@ async def test_a_load_that_fails_after_a_heartbeat_is_an_error_in_the_stream():
     async with managed() as (manager, factory):
         factory.gate.clear()
         factory.failures.append(LoadFailed("a", "no weights"))
-        response = respond(manager, client, call())
+        response = respond(manager, client, call(), interval=BRIEF)
         await until(lambda: client.body)
         factory.gate.set()
         await response
     assert client.lines[-1] == "failed server load_failed"
+
+
+@within_deadline
+async def test_a_stream_that_waits_for_a_slot_gets_heartbeats_with_its_position():
+    clients = [Client(), Client(), Client()]
+    async with managed() as (manager, factory):
+        await answered(manager, "a")
+        factory.batch.slots = 1
+        responses = []
+        for client in clients:
+            responses.append(respond(manager, client, call(max_tokens=None), interval=BRIEF))
+            await until(lambda client=client: client.body)
+        await until(lambda: "heartbeat QueuePosition(position=1)" in clients[1].lines)
+        await until(lambda: "heartbeat QueuePosition(position=2)" in clients[2].lines)
+        clients[0].leave()
+        await until(lambda: "Delta 0" in clients[1].lines)
+        await until(lambda: clients[2].lines[-1] == "heartbeat QueuePosition(position=1)")
+        for client in clients:
+            client.leave()
+        await asyncio.gather(*responses)
+    for client in clients[:2]:
+        assert not any("position" in line for line in client.lines[client.lines.index("Delta 0") :])
+
+
+@within_deadline
+async def test_a_stream_whose_prompt_is_rendered_gets_heartbeats():
+    client = Client()
+    async with managed() as (manager, factory):
+        await answered(manager, "a")
+        factory.runners[-1].formatting.clear()
+        asked = replace(request("hello", 1), format=JsonFormat())
+        response = respond(manager, client, Call("a", [asked], LineEncoder(), streams=True), interval=BRIEF)
+        await until(lambda: "heartbeat None" in client.lines)
+        factory.runners[-1].formatting.set()
+        await response
+    assert client.lines[-1] == "end 1"
+
+
+@within_deadline
+async def test_a_stream_gets_heartbeats_between_its_events_too():
+    client = Client()
+    async with managed() as (manager, factory):
+        response = respond(manager, client, call(max_tokens=None), interval=BRIEF)
+        await until(lambda: "Delta 0" in client.lines)
+        factory.batch.gate.clear()  # as while text is held back, or a step takes long
+        await until(lambda: client.lines[-3:] == ["heartbeat None"] * 3)
+        factory.batch.gate.set()
+        await until(lambda: client.lines[-1] == "Delta 0")
+        client.leave()
+        await response
+
+
+@within_deadline
+async def test_what_fails_after_a_heartbeat_is_an_error_in_the_stream():
+    client = Client()
+    async with managed() as (manager, factory):
+        await answered(manager, "a")
+        factory.runners[-1].formatting.clear()
+        asked = replace(request("refuse", 1), format=JsonFormat())
+        response = respond(manager, client, Call("a", [asked], LineEncoder(), streams=True), interval=BRIEF)
+        await until(lambda: client.body)
+        factory.runners[-1].formatting.set()
+        await response
+    assert (client.status, client.lines[-1]) == (200, "failed invalid_request None")
+
+
+@within_deadline
+async def test_what_fails_before_a_heartbeat_has_its_status():
+    client = Client()
+    async with managed() as (manager, _):
+        with pytest.raises(PromptRejected):
+            await respond(manager, client, call("refuse"), interval=DEADLINE)
+    assert client.status is None
+
+
+@within_deadline
+async def test_a_streamed_load_gets_heartbeats_between_its_steps():
+    client = Client()
+    async with managed() as (manager, factory):
+        factory.gate.clear()
+        factory.reports = False
+        response = LoadResponse(lambda report: manager.load(specs("a")[0], on_progress=report), BRIEF)
+        loading = asyncio.create_task(response({"type": "http", "path": "/"}, client.receive, client.send))
+        await until(lambda: client.body.count(b": keep-alive\n\n") > 2)
+        factory.gate.set()
+        await loading
+    assert (client.status, client.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert b'"event":"loaded"' in client.lines[-2].encode()
+
+
+@within_deadline
+async def test_a_client_that_does_not_read_gets_no_heartbeats():
+    parts, may_send = [], asyncio.Event()
+
+    async def send(message):
+        parts.append(message)
+        await may_send.wait()
+
+    beats = asyncio.Semaphore(0)
+    async with EventStream(send, {}, BRIEF, lambda: beats.release() or b"beat") as stream:
+        writing = asyncio.create_task(stream.start())
+        await until(lambda: parts)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(beats.acquire(), 20 * BRIEF)
+        may_send.set()
+        await writing
+        await beats.acquire()
+        await stream.end(b"last")
+    assert [part.get("body") for part in parts][-1] == b"last"
 
 
 @within_deadline
@@ -158,7 +274,8 @@ async def test_lookups_are_answered_before_the_stream_starts_and_heartbeats_cove
         factory.gate.clear()
         encoder = LineEncoder()
         lookup = Lookup(Detokenize((1, 2)), encoder.set_echo)
-        response = respond(manager, client, Call("a", [request("hello", 1)], encoder, streams=True, lookups=[lookup]))
+        asked = Call("a", [request("hello", 1)], encoder, streams=True, lookups=[lookup])
+        response = respond(manager, client, asked, interval=BRIEF)
         await until(lambda: client.body)
         factory.gate.set()
         await response

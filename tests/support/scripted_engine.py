@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.errors import EngineError, PromptRejected
-from mlxserver.engine.events import Delta, Finish
+from mlxserver.engine.events import Delta, Finish, PromptProgress
 from mlxserver.engine.metrics import EngineLoad
 from mlxserver.engine.requests import GenerationRequest, ModelFacts
 from mlxserver.engine.sequence import SampledToken, Sequence
@@ -116,6 +116,7 @@ class ScriptedBatch:
     running: set = field(default_factory=set)
     requests: dict = field(default_factory=dict)
     load: EngineLoad = field(default_factory=EngineLoad)
+    prompts: dict = field(default_factory=dict)
     constraints: dict = field(default_factory=dict)
     slots: int = 10**6
     gate: threading.Event = field(default_factory=threading.Event)
@@ -131,6 +132,7 @@ class ScriptedBatch:
     def insert(self, sequences):
         self.sequences |= {sequence.id: 0 for sequence in sequences}
         self.requests |= {sequence.id: sequences[0].id for sequence in sequences}
+        self.prompts |= {sequence.id: sequence.progress or PromptProgress() for sequence in sequences}
         self.constraints |= {sequence.id: sequence.constraint for sequence in sequences if sequence.constraint}
 
     def remove(self, sequence_ids):
@@ -173,7 +175,9 @@ class ScriptedBatch:
 
     def prefill(self):
         waiting = [sequence_id for sequence_id in self.sequences if sequence_id not in self.running]
-        self.running |= set(waiting[: self.slots - len(self.running)])
+        for sequence_id in waiting[: self.slots - len(self.running)]:
+            self.running.add(sequence_id)
+            self.prompts[sequence_id].state = None
         self.note_load()
 
     def note_load(self):
@@ -241,7 +245,8 @@ class ScriptedRunner:
 
 @dataclass
 class Factory:
-    """Makes scripted engines. While `gate` is closed a load goes on; a load raises the next of `failures`, if any.
+    """Makes scripted engines. While `gate` is closed a load goes on, and reports its progress if it `reports`; a load
+    raises the next of `failures`, if any.
 
     Starting an engine raises the next of `start_failures`, if any.
     """
@@ -252,6 +257,7 @@ class Factory:
     runners: list = field(default_factory=list)
     engines: list = field(default_factory=list)
     builds: int = 0
+    reports: bool = True
 
     def __post_init__(self):
         self.gate.set()
@@ -264,7 +270,7 @@ class Factory:
     def build(self, loading=None):
         self.builds += 1
         while not self.gate.wait(0.005):  # a load can be called off, at its next report
-            if loading:
+            if loading and self.reports:
                 loading("reading", 1, 2)
         if self.failures:
             raise self.failures.pop(0)

@@ -1,6 +1,7 @@
 """Real weights: the embedded model, its thinking sibling, and the official SDK, against one server."""
 
 import importlib.util
+import json
 import signal
 import sys
 
@@ -18,8 +19,8 @@ FRANCE = "What is the capital of France?"
 
 @pytest.fixture(scope="module")
 def server():
-    """The server with its default models, as `make serve` starts it."""
-    with running_server("--log-level", "warning") as server:
+    """The server with its default models, as `make serve` starts it, but with more heartbeats."""
+    with running_server("--log-level", "warning", "--heartbeat-interval", "0.1") as server:
         yield server
         ended = server.stop(signal.SIGINT)
         assert (ended.status, "Traceback" in ended.stderr) == (0, False), ended.stderr
@@ -53,6 +54,16 @@ def test_a_stream_says_the_same_in_several_chunks(server):
     pieces = [delta["content"] for delta in deltas if "content" in delta]
     assert "".join(pieces) == whole
     assert len(pieces) > 4
+
+
+def test_a_stream_reports_how_far_its_prompt_is(server):
+    text = "one two three four five six seven eight nine ten. " * 120
+    with server.stream("smollm2", text, max_tokens=2, temperature=0) as stream:
+        lines = list(stream.response)
+    steps = [json.loads(line.removeprefix(b": prefill ")) for line in lines if line.startswith(b": prefill ")]
+    assert steps
+    assert all(0 <= step["done"] < step["total"] and step["total"] > 1000 for step in steps)
+    assert lines[-2:] == [b"data: [DONE]\n", b"\n"]
 
 
 def test_the_thinking_model_reasons_apart_from_its_answer(server):

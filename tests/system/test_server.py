@@ -460,8 +460,9 @@ def test_an_unknown_model_is_404_and_the_known_ones_are_named(server):
 def test_a_prompt_longer_than_the_context_is_400_with_both_numbers(server, streams):
     answer = server.chat("tiny", "What is the capital of France? " * 400, stream=streams)
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
-    tokens, context = map(int, re.findall(r"\d+", answer.error["message"]))
+    context, tokens = map(int, re.findall(r"\d+", answer.error["message"]))
     assert tokens > context == 2048
+    assert "This model's maximum context length is 2048 tokens" in answer.error["message"]  # programs look for it
     assert_answers(server)
 
 

@@ -18,7 +18,7 @@ from uuid import uuid4
 import orjson
 
 from mlxserver.api import sse
-from mlxserver.api.dialect import Failure
+from mlxserver.api.dialect import Failure, WaitProgress
 from mlxserver.api.model_status import Progress
 from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import GeneratingRequest
@@ -26,9 +26,18 @@ from mlxserver.api.openai.logprobs import chat_logprobs, text_logprobs
 from mlxserver.api.openai.tool_calls import tool_call_delta, tool_calls
 from mlxserver.api.openai.usage import counts_object, timings_object, usage_object
 from mlxserver.config.settings import ReasoningFormat
-from mlxserver.engine.events import Delta, Event, Finish, ToolCallDelta, Usage
+from mlxserver.engine.events import (
+    Delta,
+    Event,
+    Finish,
+    PrefillProgress,
+    QueuePosition,
+    ToolCallDelta,
+    Usage,
+)
 
 FINGERPRINT = f"mlx-{version('mlx')}-lm-{version('mlx-lm')}"
+PROGRESS_NAMES = {Progress: "loading", QueuePosition: "queue", PrefillProgress: "prefill"}  # in comments
 THINK_START, THINK_END = "<think>\n", "\n</think>\n\n"
 
 
@@ -83,9 +92,11 @@ class OpenAIEncoder(ABC):
         """Error envelope as the last event, without [DONE]."""
         return sse.encode(envelope(failure))
 
-    def heartbeat(self, progress: Progress | None) -> bytes:
-        """Comment, which readers skip; with the progress of a load as JSON."""
-        return sse.comment("keep-alive" if progress is None else "loading " + orjson.dumps(progress).decode())
+    def heartbeat(self, progress: WaitProgress | None) -> bytes:
+        """Comment, which readers skip; with the progress as JSON."""
+        if progress is None:
+            return sse.comment("keep-alive")
+        return sse.comment(f"{PROGRESS_NAMES[type(progress)]} {orjson.dumps(progress).decode()}")
 
     def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
         """Whole answer."""

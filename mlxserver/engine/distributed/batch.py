@@ -47,6 +47,8 @@ class LeadingBatch:
     def insert(self, sequences: abc.Sequence[Sequence]) -> None:
         """Queue the sequences of one request."""
         self._constraints |= {sequence.id: sequence.constraint for sequence in sequences}
+        if progress := sequences[0].progress:  # all share one
+            progress.state = None  # the ranks know it, and do not report it
         self._unsent.append(["insert", encode_sequences(sequences), time.monotonic()])
         self._has_prompts = True
         self.load.is_busy = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlxserver.engine.events import PrefillProgress, QueuePosition
 from mlxserver.engine.kv_cache.caches import Cache
 from mlxserver.engine.sequence import Sequence
 
@@ -24,6 +25,9 @@ class PendingPrompt:
     done: int = 0
     cached_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        self.report()
+
     @property
     def tokens(self) -> tuple[int, ...]:
         """All tokens of the prompt."""
@@ -38,6 +42,15 @@ class PendingPrompt:
     def length(self) -> int:
         """Tokens of KV cache that it needs: its own, and those of the beginning of an answer."""
         return len(self.tokens) + min(_ANSWER_TOKENS, self.sequences[0].max_tokens)
+
+    def report(self) -> None:
+        """Report its progress: it waits, is prefilled, or is ready."""
+        if (progress := self.sequences[0].progress) is None:
+            return
+        if not self.started:
+            progress.state = QueuePosition()
+        else:
+            progress.state = PrefillProgress(self.done, len(self.tokens)) if self.remaining else None
 
     def drop(self, sequence_ids: set[int]) -> bool:
         """Remove sequences; returns whether none is left."""

@@ -120,6 +120,8 @@ class Scheduler:
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
         self._meter.end_step()
         self._prefill.advance(self._prefilling, budget)
+        for prompt in self._prefilling:
+            prompt.report()
         if ready := [prompt for prompt in self._prefilling if not prompt.remaining]:
             self._prefilling = [prompt for prompt in self._prefilling if prompt.remaining]
             self._running.join(ready, coming=_count(self._prefilling))
@@ -202,6 +204,7 @@ class Scheduler:
         cache, length = self._budget.fetch_prefix(prompt.tokens)
         prompt.cache = cache or caches.new_cache(self._model)
         prompt.done = prompt.cached_tokens = length
+        prompt.report()
         return True
 
     def _leave(self, leaving: list[int]) -> None:

@@ -68,7 +68,7 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Submit a request; its first event is Accepted, or an error."""
-        generation = Generation(request, self._cancel)
+        generation = Generation(request, self._cancel, self._subscribers.position)
         try:
             self._subscribers.add(generation)
         except EngineError as error:

@@ -10,27 +10,49 @@ import sys
 from collections.abc import Callable, Iterable
 
 from mlxserver.engine.errors import EngineError, ReaderTooSlow
-from mlxserver.engine.events import Accepted, Event, Finish, Usage
+from mlxserver.engine.events import (
+    Accepted,
+    Event,
+    Finish,
+    PrefillProgress,
+    PromptProgress,
+    QueuePosition,
+    Usage,
+)
 from mlxserver.engine.requests import GenerationRequest
 
 
 class Generation:
     """Events of one request, read on the event loop. close() it, however reading ended.
 
-    `on_done` is called once, on the event loop, when the engine has no more work for the request.
+    `on_done` is called once, on the event loop, when the engine has no more work for the request. `position` counts its
+    place in the engine's queue.
     """
 
-    def __init__(self, request: GenerationRequest, cancel: Callable[[Generation], None]) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        cancel: Callable[[Generation], None],
+        position: Callable[[Generation], int] = lambda generation: 0,
+    ) -> None:
         self.request = request
+        self.prompt = PromptProgress()
         self.is_done = False
         self.outcome = "cancelled"  # a finish reason or an error's name, once it is done
         self.usage: Usage | None = None  # of a complete answer, once it is done
         self.on_done: Callable[[], None] = lambda: None
         self.most_unread = sys.maxsize  # events that may wait to be read, before it fails with ReaderTooSlow
         self._cancel = cancel
+        self._position = position
         self._events: list[Event] = []
         self._error: EngineError | None = None
         self._wake: asyncio.Future[None] | None = None
+
+    @property
+    def progress(self) -> QueuePosition | PrefillProgress | None:
+        """How far its prompt is; None once it is processed, and where it is not known."""
+        state = self.prompt.state
+        return QueuePosition(self._position(self)) if isinstance(state, QueuePosition) else state
 
     async def accepted(self) -> Accepted:
         """Wait for the first event. Raises the EngineError that came instead."""

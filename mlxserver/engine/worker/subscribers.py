@@ -7,9 +7,10 @@ Rule: every generation that was added is notified of its end, by the thread or, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from mlxserver.engine.errors import EngineError
-from mlxserver.engine.events import Event
+from mlxserver.engine.events import Event, QueuePosition
 from mlxserver.engine.worker.faults import without_frames
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.tracker import Delivery
@@ -19,7 +20,7 @@ class Subscribers:
     """The open generations of one engine."""
 
     def __init__(self) -> None:
-        self._generations: set[Generation] = set()
+        self._generations: dict[Generation, None] = {}  # in the order of their arrival
         self._end: EngineError | None = None
 
     def refuse_if_over(self) -> None:
@@ -30,7 +31,12 @@ class Subscribers:
     def add(self, generation: Generation) -> None:
         """Add a generation. Raises the error of fail_all()."""
         self.refuse_if_over()
-        self._generations.add(generation)
+        self._generations[generation] = None
+
+    def position(self, generation: Generation) -> int:
+        """Place of a generation among those that wait for a slot, from 1."""
+        earlier = takewhile(lambda each: each is not generation, self._generations)
+        return 1 + sum(isinstance(each.prompt.state, QueuePosition) for each in earlier)
 
     def deliver(
         self,
@@ -42,7 +48,7 @@ class Subscribers:
         """Deliver events, an error, or the end to a generation."""
         generation.deliver(events, is_done, error)
         if generation.is_done:
-            self._generations.discard(generation)
+            self._generations.pop(generation, None)
 
     def deliver_all(self, outputs: Iterable[Delivery]) -> None:
         """Deliver the outputs of a step."""

@@ -84,7 +84,7 @@ class Tracker:
             tracked.outputs.append(output)
             tracked.open_sequences.add(sequence.id)
             self._sequences[sequence.id] = (tracked, output)
-        return [self._guarded(sequence) for sequence, _ in choices]
+        return [self._attached(sequence, tracked.generation) for sequence, _ in choices]
 
     def forget(self, generation: Generation) -> list[int]:
         """Remove a generation; returns the ids of its open sequences."""
@@ -137,10 +137,10 @@ class Tracker:
         step.finished += self.forget(tracked.generation)
         step.outputs.append((tracked.generation, [], True, request_failure(self._metrics.key, error)))
 
-    def _guarded(self, sequence: Sequence) -> Sequence:
-        if sequence.constraint is None:
-            return sequence
-        return replace(sequence, constraint=GuardedConstraint(sequence.id, sequence.constraint, self._faults))
+    def _attached(self, sequence: Sequence, generation: Generation) -> Sequence:
+        """The sequence as the batch gets it: it reports its progress, and a fault of its constraint."""
+        constraint = sequence.constraint and GuardedConstraint(sequence.id, sequence.constraint, self._faults)
+        return replace(sequence, constraint=constraint, progress=generation.prompt)
 
 
 @dataclass(slots=True)

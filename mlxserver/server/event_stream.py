@@ -1,0 +1,95 @@
+"""Body of a streamed response, sent in parts, with heartbeats while there are none.
+
+Rule 1: the headers leave with the first part, which may be a heartbeat.
+Rule 2: the parts are sent one after another; a client that does not read gets no heartbeats.
+Rule 3: what end() sends is the last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Self
+
+from starlette.types import Message, Send
+
+
+class EventStream:
+    """Sends one stream; an async context manager, which runs its heartbeats.
+
+    interval: seconds without a byte before a heartbeat is sent, 0 for none.
+    """
+
+    def __init__(self, send: Send, headers: Mapping[str, str], interval: float, heartbeat: Callable[[], bytes]) -> None:
+        self.is_started = self._is_over = False
+        self._send = send
+        self._headers = headers
+        self._interval = interval
+        self._heartbeat = heartbeat
+        self._sending = asyncio.Lock()
+        self._last_sent = time.monotonic()
+        self._heartbeats: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._interval:
+            self._heartbeats = asyncio.create_task(self._send_heartbeats())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._stop_heartbeats()
+
+    async def start(self) -> None:
+        """Send the headers, unless they have been sent."""
+        async with self._sending:
+            await self._start()
+
+    async def write(self, part: bytes) -> None:
+        """Send a part of the body."""
+        async with self._sending:
+            await self._start()
+            await self._send(body_part(part))
+            self._last_sent = time.monotonic()
+
+    async def end(self, part: bytes) -> None:
+        """Send the last part of the body."""
+        await self._stop_heartbeats()
+        async with self._sending:
+            self._is_over = True
+            await self._start()
+            await self._send(body_part(part, is_last=True))
+
+    async def beat(self) -> None:
+        """Send a heartbeat, if the stream has begun and the client reads."""
+        if self.is_started and not self._is_over and not self._sending.locked():
+            await self.write(self._heartbeat())
+
+    async def _start(self) -> None:
+        if self.is_started:
+            return
+        headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        self.is_started = True
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            silence = time.monotonic() - self._last_sent
+            if silence < self._interval:
+                await asyncio.sleep(self._interval - silence)
+            elif self._sending.locked():
+                await asyncio.sleep(self._interval)
+            else:
+                await self.write(self._heartbeat())
+
+    async def _stop_heartbeats(self) -> None:
+        if self._heartbeats:
+            self._heartbeats.cancel()
+            (outcome,) = await asyncio.gather(self._heartbeats, return_exceptions=True)
+            self._heartbeats = None
+            if isinstance(outcome, Exception):
+                raise outcome
+
+
+def body_part(body: bytes, is_last: bool = False) -> Message:
+    """ASGI message with a part of a body."""
+    return {"type": "http.response.body", "body": body, "more_body": not is_last}
