@@ -15,7 +15,7 @@ from mlxserver.engine.events import Delta, Finish, ToolCallDelta
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.thinking import ThinkingParser
-from mlxserver.engine.output.tool_formats import ToolFormat
+from mlxserver.engine.output.tool_formats import parsed_format
 from mlxserver.engine.requests import (
     GenerationRequest,
     JsonFormat,
@@ -196,7 +196,9 @@ class NoControlTokens:
 
 def test_strict_is_refused_where_calls_are_not_written_as_json():
     with pytest.raises(PromptRejected, match="format of its own") as refusal:
-        strict_calls(question("a", STRICT).tools, ToolFormat("[CALL]", "", lambda body, tools: {}), NoControlTokens())
+        strict_calls(
+            question("a", STRICT).tools, parsed_format("[CALL]", "", lambda body, tools: {}), NoControlTokens()
+        )
     assert refusal.value.param == "tools[0].function.strict"
 
 

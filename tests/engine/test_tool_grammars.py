@@ -2,16 +2,15 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
-from mlx_lm.tool_parsers import gemma4, glm47, json_tools, kimi_k2, mistral, pythonic, qwen3_coder
 from tokenizers import AddedToken
 
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
-from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
+from mlxserver.engine.output.call_families import FAMILIES, LLAMA
+from mlxserver.engine.output.tool_formats import PLAIN, parsed_format
 from mlxserver.engine.requests import ToolChoice
 from mlxserver.engine.sampling.grammars import Grammars
 from mlxserver.engine.sampling.tool_grammars import calls_or_answer, strict_calls
@@ -42,14 +41,8 @@ def admits(grammars, tokenizer):
     return check
 
 
-def native(module):
-    return native_format(
-        SimpleNamespace(
-            tool_parser=module.parse_tool_call,
-            tool_call_start=module.tool_call_start,
-            tool_call_end=module.tool_call_end,
-        )
-    )
+def native(name):
+    return next(family.format for family in FAMILIES if family.format.name == name)
 
 
 def tool(name="add", strict=None, **properties):
@@ -59,20 +52,20 @@ def tool(name="add", strict=None, **properties):
 
 XML = "<tool_call>\n<function={}>\n{}</function>\n</tool_call>"
 WRITTEN = {
-    "json": (native(json_tools), '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'),
+    "json": (native("json"), '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'),
     "plain": (PLAIN, '<tool_call>{"name": "add", "arguments": {}}</tool_call>'),
-    "xml": (native(qwen3_coder), XML.format("add", "<parameter=a>\n1\n</parameter>\n")),
-    "keyed": (native(glm47), "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"),
-    "control tokens": (native(gemma4), '<|tool_call>call:add{a:1,b:<|"|>é<|"|>}<tool_call|>'),
-    "no end": (native(mistral), '[TOOL_CALLS]add[ARGS]{"a": 1}'),
-    "pythonic": (native(pythonic), "<|tool_call_start|>[add(a=1)]<|tool_call_end|>"),
+    "xml": (native("qwen3_coder"), XML.format("add", "<parameter=a>\n1\n</parameter>\n")),
+    "keyed": (native("glm"), "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"),
+    "control tokens": (native("gemma4"), '<|tool_call>call:add{a:1,b:<|"|>é<|"|>}<tool_call|>'),
+    "no end": (native("mistral"), '[TOOL_CALLS]add[ARGS]{"a": 1}'),
+    "pythonic": (native("pythonic"), "<|tool_call_start|>[add(a=1)]<|tool_call_end|>"),
     "a section": (
-        native(kimi_k2),
+        native("kimi_k2"),
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
         "<|tool_calls_section_end|>",
     ),
     "mixed tags": (
-        ToolFormat("<|call|>tools<|sep|>", "<|call|>end<|sep|>", len),
+        parsed_format("<|call|>tools<|sep|>", "<|call|>end<|sep|>", len),
         "<|call|>tools<|sep|>x<|call|>end<|sep|>",
     ),
 }
@@ -105,16 +98,15 @@ def test_beside_a_schema_calls_of_every_format_are_admitted(grammars, admits, ki
 
 
 def test_a_model_that_marks_no_calls_writes_them_as_json(grammars, admits):
-    tool_format = ToolFormat("", "", len)
     grammar = calls_or_answer(
-        [tool()], ToolChoice(), tool_format, grammars, schema=ANSWER, param="format.schema", thinks=False
+        [tool()], ToolChoice(), LLAMA, grammars, schema=ANSWER, param="format.schema", thinks=False
     )
     assert admits(grammar, '{"n": 1}') and admits(grammar, '{"name": "add", "parameters": {"a": 1}}')
     assert not admits(grammar, '{"name": "other", "parameters": {"a": 1}}')
 
 
 def strict(grammars, *tools):
-    return strict_calls(tools, native(qwen3_coder), grammars)
+    return strict_calls(tools, native("qwen3_coder"), grammars)
 
 
 VALUES = [

@@ -1,32 +1,39 @@
 """Prompt formats: a conversation, text or token ids -> the prompt of a model, by its type.
 
-Rule 1: a thinking model's chat template is used as it is.
-Rule 2: an instruction model gets strict turns (prompt/turns.py), whatever its template would let pass.
+Rule 1: a conversation is rendered as it is where the template of the model shows all of it; otherwise it is put right
+        with the fewest changes (prompt/arrangement.py), and these are logged.
+Rule 2: an earlier message is rendered the same when later ones are added, wherever the template allows it.
 Rule 3: whether the prompt leaves the reasoning open is read from what the template appends for the answer, never from
         the text of the messages; only an answer that is continued shows it by itself.
 Rule 4: a template without a place for tools, or for a system message, loses neither: the tools are described in the
         system message (prompt/tool_text.py), and that becomes the beginning of the user's.
-Rule 5: a variable that the template does not have is refused, except one that changes nothing.
+Rule 5: a variable that the template does not have changes nothing (prompt/switches.py).
 Rule 6: text and token ids have no conversation in them, so nothing is added but the beginning of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxserver.config.settings import ModelType
 from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
-from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
+from mlxserver.engine.output.tool_formats import ToolFormat
+from mlxserver.engine.prompt.arrangement import arrange, split_calls
 from mlxserver.engine.prompt.chat_template import ChatTemplate
+from mlxserver.engine.prompt.switches import EFFORT, THINKING
 from mlxserver.engine.prompt.tool_text import describe, write_plain
-from mlxserver.engine.prompt.turns import admit, alternate, check_text, fold_system, name_developer_system
+from mlxserver.engine.prompt.transitions import StrictTable, Table
+from mlxserver.engine.prompt.turns import admit, check_text, count_lost, name_developer_system
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+log = logging.getLogger("engine")
 
 THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
@@ -44,7 +51,7 @@ class PromptFormat:
     @property
     def tool_format(self) -> ToolFormat:
         """The format in which the model writes tool calls for these prompts."""
-        return native_format(self._tokenizer) if self._template.call_style else PLAIN
+        return self._template.tool_format
 
     def format(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
         """The prompt as the model reads it. Tools that may not be called are not shown. Raises PromptRejected."""
@@ -55,42 +62,78 @@ class PromptFormat:
                 return format_tokens(self._tokenizer, tokens)
         if tool_choice and tool_choice.mode == "none":
             prompt = replace(prompt, tools=())
-        arranged = self._arrange(prompt)
-        self._check_variables(prompt.template_kwargs)
-        return self._render(
-            replace(arranged, template_kwargs={"enable_thinking": self.thinks, **prompt.template_kwargs})
-        )
+        variables = self._variables(prompt.template_kwargs)
+        admitted = replace(prompt, conversation=tuple(admit(prompt)), template_kwargs=variables)
+        return self._render(self._fit(admitted))
 
-    def must_not_think(self, prompt: Prompt) -> bool:
-        """Whether the prompt switches the reasoning off, and the template has no such switch."""
-        is_off = isinstance(prompt, ChatPrompt) and prompt.template_kwargs.get("enable_thinking") is False
-        return is_off and self.thinks and not self._template.has_variable("enable_thinking")
+    def budget(self, prompt: Prompt) -> int | None:
+        """Most tokens of reasoning, where the prompt limits it and the chat template can't; None for any number."""
+        if not isinstance(prompt, ChatPrompt) or not self.thinks:
+            return None
+        return self._template.switches.budget(prompt.template_kwargs)
 
-    def _arrange(self, prompt: ChatPrompt) -> ChatPrompt:
-        """The prompt with nothing in it that the template has no place for. Raises PromptRejected."""
-        turns, tools = self._order(admit(prompt), prompt), prompt.tools
-        if not self._template.call_style:
-            turns, tools = write_plain(describe(turns, tools) if tools else turns), ()
-        if not self._template.has_system:
-            turns = fold_system(turns)
-        return replace(prompt, conversation=tuple(turns), tools=tools)
+    def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables of the template. One that it does not have changes nothing, and is logged."""
+        for name in given.keys() - {THINKING, EFFORT}:
+            if not self._template.has_variable(name):
+                log.debug("%s has no effect: the chat template has no such variable", name)
+        return self._template.switches.variables(given, thinks=self.thinks)
 
-    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        """The messages in the order in which the template gets them. Raises PromptRejected."""
-        raise NotImplementedError
+    def _fit(self, prompt: ChatPrompt) -> ChatPrompt:
+        """The prompt with the fewest changes with which the template shows all of it. Raises PromptRejected."""
+        best: tuple[int, ChatPrompt] | None = None
+        refusal: PromptRejected | None = None
+        for number, fitted in enumerate(self._attempts(prompt)):
+            if number:
+                log.debug("the chat template loses some of the messages; attempt %d puts more of them right", number)
+            try:
+                lost = count_lost(prompt.conversation, self._template.render(fitted), self._tags[1])
+            except PromptRejected as error:
+                refusal = refusal or error
+                continue
+            if not best or lost < best[0]:
+                best = lost, fitted
+            if not lost:
+                break
+        if best:
+            return best[1]
+        raise refusal or AssertionError("there is no attempt")
 
-    def _check_variables(self, variables: Mapping[str, Any]) -> None:
-        """Refuse what would have no effect."""
-        if variables.get("enable_thinking") and not self.thinks:
-            raise PromptRejected(
-                "This model answers without thinking: it can't be switched on.", "prompt.template_kwargs"
-            )
-        for name in variables:
-            if name != "enable_thinking" and not self._template.has_variable(name):
-                is_effort = name == "reasoning_effort"
-                hint = " Use thinking_budget." if is_effort and self.thinks else ""
-                param = "prompt.template_kwargs" + (f".{name}" if is_effort else "")
-                raise PromptRejected(f"The chat template of this model has no {name}.{hint}", param)
+    def _attempts(self, prompt: ChatPrompt) -> Iterator[ChatPrompt]:
+        """The prompt as the template takes it by its transitions; in strict turns; with calls, then tools, as text."""
+        is_plain = not self._template.call_style
+        if prompt.tools and not is_plain and not self._template.shows_tools:
+            described = describe(prompt.conversation, prompt.tools, self.tool_format)
+            prompt = replace(prompt, conversation=tuple(described), tools=())
+        table = self._template.transitions[bool(prompt.tools) and not is_plain]
+        messages = prompt.conversation
+        if "developer" not in self._template.source or not table.takes_developer:
+            messages = tuple(name_developer_system(messages))
+        strict = StrictTable(self._template.has_system, is_plain or table.takes_text_beside_calls)
+        if is_plain:
+            yield _arranged(self._write(prompt, messages), table)
+        else:
+            if not table.takes_several_calls:
+                messages = tuple(split_calls(messages))
+            yield _arranged(replace(prompt, conversation=messages), table)
+        messages = tuple(message for message in name_developer_system(messages) if message.parts) or messages
+        if not is_plain:
+            yield _arranged(replace(prompt, conversation=messages), strict)
+            yield _arranged(replace(prompt, conversation=tuple(write_plain(messages, self.tool_format))), strict)
+        yield _arranged(self._plain(prompt, messages), strict)
+
+    def _write(self, prompt: ChatPrompt, messages: Sequence[Message]) -> ChatPrompt:
+        """The prompt with these messages, and as text what the template has no place for."""
+        template, tool_format = self._template, self.tool_format
+        if not (tool_format.is_native and template.shows_tools):
+            return self._plain(prompt, messages)
+        written = write_plain(messages, tool_format, keeps_results=template.shows_results)
+        return replace(prompt, conversation=tuple(written))
+
+    def _plain(self, prompt: ChatPrompt, messages: Sequence[Message]) -> ChatPrompt:
+        """The prompt with these messages, tools and calls as text."""
+        described = describe(messages, prompt.tools, self.tool_format) if prompt.tools else messages
+        return replace(prompt, conversation=tuple(write_plain(described, self.tool_format)), tools=())
 
     def _render(self, prompt: ChatPrompt) -> FormattedPrompt:
         text = self._template.render(prompt)
@@ -109,13 +152,9 @@ class PromptFormat:
 
 
 class ThinkingFormat(PromptFormat):
-    """Format of models that reason before they answer. enable_thinking is true unless the prompt sets it."""
+    """Format of models that reason before they answer. Thinking is on unless the prompt turns it off."""
 
     thinks = True
-
-    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        """The messages as they are; "developer" is "system" where the template does not have that role."""
-        return messages if "developer" in self._template.source else name_developer_system(messages)
 
 
 class InstructionFormat(PromptFormat):
@@ -123,8 +162,10 @@ class InstructionFormat(PromptFormat):
 
     thinks = False
 
-    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        return alternate(messages, continues_answer=prompt.continues_answer)
+
+def _arranged(prompt: ChatPrompt, table: Table) -> ChatPrompt:
+    turns = arrange(prompt.conversation, table, continues_answer=prompt.continues_answer)
+    return replace(prompt, conversation=tuple(turns))
 
 
 FORMATS: dict[ModelType, type[PromptFormat]] = {"thinking": ThinkingFormat, "instruction": InstructionFormat}

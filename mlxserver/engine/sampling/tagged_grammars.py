@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlxserver.engine.conversation import Tool
+from mlxserver.engine.output.tagged_calls import TaggedCalls as TagReader
 from mlxserver.engine.sampling.schema_document import SchemaDocument, Subschema, Unenforceable
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
 from mlxserver.engine.sampling.schema_keywords import FORMATS, REFERENCES
@@ -151,15 +152,12 @@ def _dereferenced(document: SchemaDocument, at: Subschema) -> Subschema:
     raise Unenforceable(at.path, "too many references to references")
 
 
-def tag_syntax(tags: object) -> TagSyntax | None:
-    """The syntax of a reader of such calls (output/tagged_calls.py), as far as its opening tags are known."""
-    call, parameter = getattr(tags, "call", None), getattr(tags, "parameter", None)
-    if not (isinstance(call, tuple) and isinstance(parameter, tuple)):
+def tag_syntax(reader: TagReader) -> TagSyntax | None:
+    """The syntax that a reader reads; None where its opening tags hold more than a name."""
+    call, parameter = _opening(*reader.call), _opening(*reader.parameter)
+    if call is None or parameter is None or not reader.end:
         return None
-    openings = [_opening(*pair) for pair in (call, parameter)]
-    if None in openings:
-        return None
-    return TagSyntax(openings[0], tags.call_end, openings[1], tags.parameter_end, tags.breaks)  # type: ignore
+    return TagSyntax(call, reader.call_end, parameter, reader.parameter_end, reader.breaks)
 
 
 def _opening(begin: str, end: str) -> Callable[[str], str] | None:

@@ -12,23 +12,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
-
-from mlx_lm.tool_parsers import qwen3_coder
-
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.json_calls import ARGUMENTS
+from mlxserver.engine.output.tagged_calls import TaggedCalls as TagReader
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import Grammar, ToolChoice
 from mlxserver.engine.sampling.json_grammars import answer_document, document_text, grammar_of
 from mlxserver.engine.sampling.schema_document import SchemaDocument
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
 from mlxserver.engine.sampling.schema_normalizer import Normalizer
-from mlxserver.engine.sampling.tagged_grammars import TaggedCalls, TagSyntax
+from mlxserver.engine.sampling.tagged_grammars import TaggedCalls, TagSyntax, tag_syntax
 from mlxserver.engine.sampling.vocabulary import Vocabulary, in_lark
 
-QWEN_XML = TagSyntax("<function={}>".format, "</function>", "<parameter={}>".format, "</parameter>", breaks=True)
 HEADER = """\
 %llguidance {}
 TEXT: /(.|\\n)*/
@@ -139,7 +135,8 @@ def _free_body(end: Sequence[int | str], vocabulary: Vocabulary) -> str:
 
 def _syntax(tool_format: ToolFormat) -> TagSyntax | None:
     """The syntax of a format whose parameters stand between tags."""
-    return QWEN_XML if tool_format.parser is qwen3_coder.parse_tool_call else None
+    reader = tool_format.reader
+    return tag_syntax(reader) if isinstance(reader, TagReader) else None
 
 
 class _Calls:
