@@ -146,6 +146,35 @@ def test_strict_parameters_between_tags_are_those_of_the_schema(grammars, admits
     assert not admits(grammar, XML.format("other", ""))
 
 
+TAGGED = {
+    "qwen3_coder": XML.format("add", "<parameter=a>\n{}\n</parameter>\n<parameter=b>\nx\n</parameter>\n"),
+    "seed": "<seed:tool_call>\n<function=add>\n<parameter=a>{}</parameter>\n</function>\n</seed:tool_call>",
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">{}</parameter>\n</invoke>\n'
+    "</minimax:tool_call>",
+    "muse": '<atem:function_calls>\n<atem:invoke name="add">\n<atem:parameter name="a">{}</atem:parameter>\n'
+    "</atem:invoke>\n</atem:function_calls>",
+    "glm": "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>",
+    "longcat": "<longcat_tool_call>add<longcat_arg_key>a</longcat_arg_key><longcat_arg_value>{}</longcat_arg_value>"
+    "</longcat_tool_call>",
+}
+
+
+@pytest.mark.parametrize("family", TAGGED)
+def test_strict_calls_of_every_family_with_tags_are_held_to_their_schema(grammars, admits, family):
+    tools = [tool("add", True, a={"type": "integer"}, b={"type": "string"}), tool("free")]
+    grammar = strict_calls(tools, native(family), grammars)
+    call = TAGGED[family]
+    for text in (
+        call.format(1),
+        f"Words. {call.format(1)}\n{call.format(2)} Words.",
+        "words",
+        call.replace("add", "free"),
+    ):
+        assert admits(grammar, text), text
+    for text in (call.format("one"), call.replace("add", "other"), call.format(1).replace("1", "")):
+        assert not admits(grammar, text), text
+
+
 @pytest.mark.parametrize(
     ("parameters", "place"),
     [

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlxserver.engine.conversation import Tool
+from mlxserver.engine.output.tagged_calls import KeyedCalls
 from mlxserver.engine.output.tagged_calls import TaggedCalls as TagReader
 from mlxserver.engine.sampling.schema_document import SchemaDocument, Subschema, Unenforceable
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
@@ -32,12 +33,13 @@ MAX_REFERENCES = 16
 class TagSyntax:
     """Text of a call: its opening tag as a function of the name, what closes it, and the same of a parameter.
 
-    breaks: a line break stands on both sides of a value and is no part of it.
+    parameter: the tags before a value, between which white space may stand. breaks: a line break stands on both sides
+    of a value and is no part of it.
     """
 
     call: Callable[[str], str]
     call_end: str
-    parameter: Callable[[str], str]
+    parameter: Callable[[str], tuple[str, ...]]
     parameter_end: str
     breaks: bool = False
 
@@ -66,7 +68,7 @@ class TaggedCalls:
             for number, (key, at, is_required) in enumerate(_parameters(document)):
                 rule = f"{name}p{number}"
                 parameters.append(f"({rule} GAP?)" + ("" if is_required else "?"))
-                rules.append(f"{rule}: {self._tag(self._syntax.parameter(key))} {rule}v")
+                rules.append(f"{rule}: {' GAP? '.join(map(self._tag, self._syntax.parameter(key)))} {rule}v")
                 rules += self._value(f"{rule}v", document, at)
         closing = self._tag(self._syntax.call_end)
         return [f"{name}: {opening} GAP? {' '.join(parameters)} {closing}", *rules]
@@ -152,12 +154,20 @@ def _dereferenced(document: SchemaDocument, at: Subschema) -> Subschema:
     raise Unenforceable(at.path, "too many references to references")
 
 
-def tag_syntax(reader: TagReader) -> TagSyntax | None:
-    """The syntax that a reader reads; None where its opening tags hold more than a name."""
-    call, parameter = _opening(*reader.call), _opening(*reader.parameter)
-    if call is None or parameter is None or not reader.end:
-        return None
-    return TagSyntax(call, reader.call_end, parameter, reader.parameter_end, reader.breaks)
+def tag_syntax(reader: object) -> TagSyntax | None:
+    """The syntax that a reader reads; None where it is another, or its opening tags hold more than a name."""
+    if isinstance(reader, TagReader) and reader.end:
+        call, parameter = _opening(*reader.call), _opening(*reader.parameter)
+        if call and parameter:
+            return TagSyntax(
+                call, reader.call_end, lambda name: (parameter(name),), reader.parameter_end, reader.breaks
+            )
+    if isinstance(reader, KeyedCalls) and not reader.name_end:
+        key_start, key_end = reader.key
+        return TagSyntax(
+            str, reader.call_end, lambda name: (f"{key_start}{name}{key_end}", reader.value[0]), reader.value[1]
+        )
+    return None
 
 
 def _opening(begin: str, end: str) -> Callable[[str], str] | None:

@@ -15,14 +15,13 @@ from typing import Any
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.json_calls import ARGUMENTS
-from mlxserver.engine.output.tagged_calls import TaggedCalls as TagReader
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import Grammar, ToolChoice
 from mlxserver.engine.sampling.json_grammars import answer_document, document_text, grammar_of
 from mlxserver.engine.sampling.schema_document import SchemaDocument
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
 from mlxserver.engine.sampling.schema_normalizer import Normalizer
-from mlxserver.engine.sampling.tagged_grammars import TaggedCalls, TagSyntax, tag_syntax
+from mlxserver.engine.sampling.tagged_grammars import TaggedCalls, tag_syntax
 from mlxserver.engine.sampling.vocabulary import Vocabulary, in_lark
 
 HEADER = """\
@@ -107,10 +106,12 @@ def _body(
         return f"body: calls\n{calls.rule}", calls.documents
     if not strict:
         return _free_body(end, vocabulary), ()
-    syntax = _syntax(tool_format)
+    syntax = tag_syntax(tool_format.reader)
     if syntax is None:
         raise _strict_rejected(strict[0])
     tagged = TaggedCalls(tools, syntax, vocabulary)
+    if syntax.call_end == tool_format.end:
+        return f"body: GAP? function\n{tagged.rules}", tagged.documents
     return f"body: GAP? function (GAP? function)* GAP? {in_lark(end)}\n{tagged.rules}", tagged.documents
 
 
@@ -131,12 +132,6 @@ def _free_body(end: Sequence[int | str], vocabulary: Vocabulary) -> str:
     if isinstance(end[0], int):
         return f"body: {pieces}TEXT {in_lark(end)}"
     return f"body: {pieces}ending {in_lark(end[1:])}\nending[lazy]: TEXT {in_lark(end[:1])}"
-
-
-def _syntax(tool_format: ToolFormat) -> TagSyntax | None:
-    """The syntax of a format whose parameters stand between tags."""
-    reader = tool_format.reader
-    return tag_syntax(reader) if isinstance(reader, TagReader) else None
 
 
 class _Calls:
