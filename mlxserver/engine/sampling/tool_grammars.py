@@ -4,7 +4,8 @@ Rule 1: required calls are a JSON array and nothing else, whatever the model's o
 Rule 2: under tool_choice "auto" the text is free, and the body of a call is constrained if any tool is strict.
 Rule 3: where the answer has a schema, the model either calls, without a word before it, or keeps the schema.
 Rule 4: the body of a call is JSON where the model writes JSON. In any other format it is free up to the end tag; strict
-        tools are held to their schema where parameters stand between tags (tagged_grammars.py), else refused.
+        tools are held to their schema where parameters stand between tags (tagged_grammars.py) or arguments are JSON
+        behind a name (named_json_grammars.py), else refused.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.json_calls import ARGUMENTS
+from mlxserver.engine.output.named_json_calls import NamedJsonCalls
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import Grammar, ToolChoice
 from mlxserver.engine.sampling.json_grammars import answer_document, document_text, grammar_of
+from mlxserver.engine.sampling.named_json_grammars import named_json_rules
 from mlxserver.engine.sampling.schema_document import SchemaDocument
 from mlxserver.engine.sampling.schema_faults import refusing, schema_text
 from mlxserver.engine.sampling.schema_normalizer import Normalizer
@@ -106,7 +109,15 @@ def _body(
         return f"body: calls\n{calls.rule}", calls.documents
     if not strict:
         return _free_body(end, vocabulary), ()
-    syntax = tag_syntax(tool_format.reader)
+    if isinstance(reader := tool_format.reader, NamedJsonCalls):
+        calls = _Calls(tools)
+        names = [tool.name for tool in tools]
+        rules = named_json_rules(
+            reader, tool_format.start, names, lambda index: calls.text(calls.arguments[index]), vocabulary
+        )
+        if rules:
+            return rules, calls.documents
+    syntax = tag_syntax(reader)
     if syntax is None:
         raise _strict_rejected(strict[0])
     tagged = TaggedCalls(tools, syntax, vocabulary)
@@ -143,10 +154,12 @@ class _Calls:
     def __init__(self, tools: Sequence[Tool], keys: Sequence[str] = ARGUMENTS[:1], *, is_strict: bool = False) -> None:
         self._normalizer = Normalizer()
         self.documents: tuple[SchemaDocument, ...] = ()
-        self.forms: list[dict[str, Any]] = []
-        for tool in tools:
-            arguments = self._arguments(tool) if is_strict or tool.strict else {"type": "object"}
-            self.forms += [_call(tool.name, key, arguments) for key in keys]
+        self.arguments = [self._arguments(tool) if is_strict or tool.strict else {"type": "object"} for tool in tools]
+        self.forms = [
+            _call(tool.name, key, arguments)
+            for tool, arguments in zip(tools, self.arguments, strict=True)
+            for key in keys
+        ]
 
     @property
     def rule(self) -> str:
