@@ -71,7 +71,12 @@ SHAPE: dict[str, Any] = {
     "minItems": 1,
     "items": {
         "anyOf": [
-            _message_shape("system", "developer", "user", required=("content",)),
+            {
+                **_message_shape(
+                    "system", "developer", "user", required=("content",), **{name: {} for name in HARMLESS}
+                ),
+                "additionalProperties": False,
+            },
             _message_shape("tool", tool_call_id=OPTIONAL_STRING),
             _message_shape(
                 "assistant",

@@ -74,7 +74,7 @@ class NestedCalls:
 
     def _json(self, text: str, kind: ValueType) -> str:
         """The JSON text of what stands in an element."""
-        if not text.strip().startswith(f"{self.mark}<"):
+        if not text.strip().startswith(f"{self.mark}<") or not kind.types & {"array", "object"}:
             return EMPTY.get(kind.types, "") if not text.strip() and kind.types in EMPTY else kind.json(text)
         children = list(self._children(text))
         if children and (kind.types == {"array"} or all(tag == ITEM for tag, _ in children)):

@@ -62,6 +62,14 @@ def _one_by_one(message: Message, results: list[Message]) -> Iterator[Message]:
     yield from results
 
 
+def begin(messages: Sequence[Message]) -> list[Message]:
+    """The messages with a user's, which some templates ask for, behind the first system messages if there is none."""
+    if any(message.role == "user" for message in messages):
+        return list(messages)
+    first = next((n for n, message in enumerate(messages) if message.role != "system"), len(messages))
+    return [*messages[:first], Message("user", (Text(BEGIN),), messages[0].origin), *messages[first:]]
+
+
 class _Arrangement:
     """Turns that messages are added to. _open: the calls of the last answer that have no result yet, by their ids."""
 
@@ -144,7 +152,8 @@ class _Arrangement:
             self._append(message)
 
     def _add_result(self, message: Message) -> None:
-        if self._takes(self._last, "tool"):
+        is_open = message.result is not None and message.result.call_id in self._open
+        if self._takes(self._last, "tool" if is_open else "orphan"):
             self._append(message)
         else:
             log.debug("%s: the result of no call is read as the user's text", message.origin)

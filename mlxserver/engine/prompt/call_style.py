@@ -16,15 +16,10 @@ SHORT_ID = re.compile("[0-9A-Za-z]{9}")
 
 @dataclass(frozen=True, slots=True)
 class CallStyle:
-    """Form of past calls that a template expects.
-
-    has_text_arguments: arguments as JSON text. has_short_ids: ids of nine letters and digits. has_null_content: no
-    content beside calls, instead of an empty one.
-    """
+    """Form of past calls that a template expects: arguments as JSON text, ids of nine letters and digits."""
 
     has_text_arguments: bool = False
     has_short_ids: bool = False
-    has_null_content: bool = False
 
     def message(self, message: Message) -> dict[str, Any]:
         """A message as a template reads it, without its reasoning. Raises PromptRejected."""
@@ -33,7 +28,6 @@ class CallStyle:
             fields["name"] = name
         if message.role == "assistant":
             if calls := message.calls:
-                fields["content"] = message.text or (None if self.has_null_content else "")
                 fields["tool_calls"] = [self._call(call) for call in calls]
         elif message.role == "tool" and (result := message.result):
             fields["tool_call_id"] = self._id(result.call_id)
@@ -53,9 +47,8 @@ class CallStyle:
         return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
 
 
-STYLES = tuple(
-    CallStyle(text, short, null) for null in (False, True) for text in (False, True) for short in (False, True)
-)
+STYLES = tuple(CallStyle(text, short) for text in (False, True) for short in (False, True))
+
 CALL_WORDS = ("probe_name", "probe_description", "probe_value", "probe_result")
 CALL_PROBE = ChatPrompt(
     (

@@ -1,7 +1,6 @@
 """Chat template of a model: conversation -> text and tokens.
 
-Rule 1: the template is the model's own. Without one, a Mistral gets the [INST] format, and any other model a template
-        that refuses every conversation.
+Rule 1: the template is the model's own. Where it has several by name, calls and tools get "tool_use".
 Rule 2: whatever a template raises is a PromptRejected with the template's message.
 Rule 3: control tokens come from the template alone. Their text in a message is encoded as plain text.
 Rule 4: what a template can do is found out by trying.
@@ -20,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mlxserver.engine.conversation import Message, Text, Tool
+from mlxserver.engine.conversation import Message, Reasoning, Text, Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.call_families import find_format
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
 from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, STYLES, CallStyle
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
+from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.prompt.switches import Switches
-from mlxserver.engine.prompt.template_source import substitute
 from mlxserver.engine.prompt.transitions import Transitions
 from mlxserver.engine.requests import ChatPrompt
 
@@ -91,6 +90,13 @@ class ChatTemplate:
         question, _, result = CALL_PROBE.conversation
         answer = Message("assistant", (Text("Let me see."),))
         return self._shows(CALL_WORDS[3:], ChatPrompt((question, answer, result)), CallStyle())
+
+    @functools.cached_property
+    def shows_reasoning_beside_text(self) -> bool:
+        """Whether the template shows the reasoning before a call that is text, its result the user's text."""
+        question = CALL_PROBE.conversation[0]
+        answer = Message("assistant", (Reasoning(CALL_WORDS[0]), Text("Let me see.")))
+        return self._shows(CALL_WORDS[:1], ChatPrompt((question, answer, question)), CallStyle())
 
     @property
     def call_style(self) -> CallStyle | None:

@@ -22,10 +22,10 @@ from mlxserver.config.settings import ModelType
 from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.tool_formats import ToolFormat
-from mlxserver.engine.prompt.arrangement import arrange, split_calls
+from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.switches import EFFORT, THINKING
-from mlxserver.engine.prompt.tool_text import describe, write_plain
+from mlxserver.engine.prompt.tool_text import describe, write_plain, write_reasoning
 from mlxserver.engine.prompt.transitions import StrictTable, Table
 from mlxserver.engine.prompt.turns import admit, check_text, count_lost, name_developer_system
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
@@ -64,12 +64,13 @@ class PromptFormat:
             prompt = replace(prompt, tools=())
         variables = self._variables(prompt.template_kwargs)
         admitted = replace(prompt, conversation=tuple(admit(prompt)), template_kwargs=variables)
-        return self._render(self._fit(admitted))
+        return self._render(*self._fit(admitted))
 
     def budget(self, prompt: Prompt) -> int | None:
         """Most tokens of reasoning, where the prompt limits it and the chat template can't; None for any number."""
         if not isinstance(prompt, ChatPrompt) or not self.thinks:
             return None
+        # On the engine thread: what the switches do was found when the prompt was formatted.
         return self._template.switches.budget(prompt.template_kwargs)
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,24 +80,28 @@ class PromptFormat:
                 log.debug("%s has no effect: the chat template has no such variable", name)
         return self._template.switches.variables(given, thinks=self.thinks)
 
-    def _fit(self, prompt: ChatPrompt) -> ChatPrompt:
-        """The prompt with the fewest changes with which the template shows all of it. Raises PromptRejected."""
-        best: tuple[int, ChatPrompt] | None = None
+    def _fit(self, prompt: ChatPrompt) -> tuple[ChatPrompt, str]:
+        """The prompt with the fewest changes with which the template shows all of it, and its text.
+
+        Raises PromptRejected.
+        """
+        best: tuple[int, ChatPrompt, str] | None = None
         refusal: PromptRejected | None = None
         for number, fitted in enumerate(self._attempts(prompt)):
             if number:
                 log.debug("the chat template loses some of the messages; attempt %d puts more of them right", number)
             try:
-                lost = count_lost(prompt.conversation, self._template.render(fitted), self._tags[1])
+                text = self._template.render(fitted)
             except PromptRejected as error:
                 refusal = refusal or error
                 continue
+            lost = count_lost(prompt.conversation, text, self._tags[1])
             if not best or lost < best[0]:
-                best = lost, fitted
+                best = lost, fitted, text
             if not lost:
                 break
         if best:
-            return best[1]
+            return best[1:]
         raise refusal or AssertionError("there is no attempt")
 
     def _attempts(self, prompt: ChatPrompt) -> Iterator[ChatPrompt]:
@@ -105,7 +110,7 @@ class PromptFormat:
         if prompt.tools and not is_plain and not self._template.shows_tools:
             described = describe(prompt.conversation, prompt.tools, self.tool_format)
             prompt = replace(prompt, conversation=tuple(described), tools=())
-        table = self._template.transitions[bool(prompt.tools) and not is_plain]
+        table = self._template.transitions[bool(prompt.tools) and self.tool_format.is_native]
         messages = prompt.conversation
         if "developer" not in self._template.source or not table.takes_developer:
             messages = tuple(name_developer_system(messages))
@@ -116,7 +121,7 @@ class PromptFormat:
             if not table.takes_several_calls:
                 messages = tuple(split_calls(messages))
             yield _arranged(replace(prompt, conversation=messages), table)
-        messages = tuple(message for message in name_developer_system(messages) if message.parts) or messages
+        messages = tuple(begin([message for message in name_developer_system(messages) if message.parts] or messages))
         if not is_plain:
             yield _arranged(replace(prompt, conversation=messages), strict)
             yield _arranged(replace(prompt, conversation=tuple(write_plain(messages, self.tool_format))), strict)
@@ -132,11 +137,12 @@ class PromptFormat:
 
     def _plain(self, prompt: ChatPrompt, messages: Sequence[Message]) -> ChatPrompt:
         """The prompt with these messages, tools and calls as text."""
+        if self.thinks and not self._template.shows_reasoning_beside_text:
+            messages = write_reasoning(messages)
         described = describe(messages, prompt.tools, self.tool_format) if prompt.tools else messages
         return replace(prompt, conversation=tuple(write_plain(described, self.tool_format)), tools=())
 
-    def _render(self, prompt: ChatPrompt) -> FormattedPrompt:
-        text = self._template.render(prompt)
+    def _render(self, prompt: ChatPrompt, text: str) -> FormattedPrompt:
         if prompt.continues_answer:
             opens_thinking = self._is_reasoning(prompt.conversation[-1])
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):

@@ -15,6 +15,7 @@ from mlxserver.engine.requests import ChatPrompt
 
 _WORD = "probed_reasoning"
 _TEXT = "probed_text"
+_PRINTED_PARTS = ("'thinking'", '"thinking"')  # what a template shows that prints the parts as they are
 _CALL = ToolCall("call_0123456789abcdef", "probe", {"key": "value"})
 _QUESTION = Message("user", (Text("Hello"),))
 _RESULT = Message("tool", (ToolResult(_CALL.id, "result", "probe"),))
@@ -58,7 +59,7 @@ def find_form(try_render: Callable[[ChatPrompt, ReasoningForm], str | None]) -> 
 
     def shows(form: ReasoningForm, *prompts: ChatPrompt) -> bool:
         texts = [try_render(prompt, form) or "" for prompt in prompts]
-        return any(_WORD in text and "'type'" not in text for text in texts)  # a template may print the parts as such
+        return any(_WORD in text and not any(printed in text for printed in _PRINTED_PARTS) for text in texts)
 
     form = next((form for form in FORMS if shows(form, *_PROBES)), FORMS[0])
     alone = ReasoningForm(form.field, takes_text=False)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from mlxserver.engine.conversation import Message, Text, Tool, ToolCall
+from mlxserver.engine.conversation import Message, Reasoning, Text, Tool, ToolCall
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
 from mlxserver.engine.prompt.turns import join
@@ -52,6 +53,25 @@ def write_plain(
             written.append(plain)
         was_result = is_result
     return written
+
+
+def write_reasoning(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the reasoning before the calls since the last question at the beginning of their text.
+
+    A template that drops the reasoning of earlier turns takes results that are the user's text for new questions.
+    """
+    questions = [index for index, message in enumerate(messages) if message.role == "user"]
+    last = questions[-1] if questions else -1
+    return [
+        _with_reasoning_as_text(message) if index > last and message.calls and message.reasoning else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _with_reasoning_as_text(message: Message) -> Message:
+    others = [part for part in message.parts if not isinstance(part, Reasoning)]
+    between = "\n\n" if message.text else ""
+    return replace(message, parts=(Text(message.reasoning + between), *others))
 
 
 def write_json(value: object) -> str:

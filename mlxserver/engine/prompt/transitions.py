@@ -17,8 +17,8 @@ from mlxserver.engine.conversation import Message, Text, Tool, ToolCall, ToolRes
 from mlxserver.engine.requests import ChatPrompt
 
 # "note": a system message that is not at the beginning. "call": an assistant's message with calls. "empty": one of
-# an assistant with nothing in it.
-Kind = Literal["start", "system", "note", "user", "assistant", "empty", "call", "tool", "end"]
+# an assistant with nothing in it. "orphan": a result of no open call.
+Kind = Literal["start", "system", "note", "user", "assistant", "empty", "call", "tool", "orphan", "end"]
 
 CANONICAL: dict[Kind, tuple[Kind, ...]] = {
     "start": ("user",),
@@ -47,6 +47,7 @@ _RESTS: dict[Kind, tuple[Kind, ...]] = {
     "empty": ("user", *_TURN),
     "call": ("tool", *_TURN),
     "tool": _TURN,
+    "orphan": _TURN,
     "end": (),
 }
 _CALL_ID = "call_0123456789abcdef"
@@ -159,6 +160,8 @@ def _message(kind: Kind, index: int) -> Message:
             return Message("assistant", (ToolCall(_CALL_ID, "probe", {"key": word}),))
         case "tool":
             return Message("tool", (ToolResult(_CALL_ID, word, "probe"),))
+        case "orphan":
+            return Message("tool", (ToolResult("call_of_another", word),))
         case "assistant":
             return Message("assistant", (Text(word),))
         case "empty":

@@ -93,7 +93,8 @@ def join(first: Message, second: Message) -> Message:
 def count_lost(messages: Iterable[Message], text: str, thinking_end: str) -> int:
     """How many texts and names of calls are not in a rendered text.
 
-    Not counted is what a template may leave out: reasoning of earlier turns, also where it stands in an answer's text.
+    Not counted is what a template may leave out of earlier turns: reasoning, also where it stands in an answer's text,
+    and what was written before a call.
     """
     position = lost = 0
     for message in messages:
@@ -107,5 +108,7 @@ def count_lost(messages: Iterable[Message], text: str, thinking_end: str) -> int
 
 
 def _written(message: Message, thinking_end: str) -> list[str]:
-    content = message.text.rpartition(thinking_end)[2] if message.role == "assistant" else message.text
-    return [word for word in (content.strip(), *(call.name for call in message.calls)) if word]
+    if message.calls:
+        return [call.name for call in message.calls]
+    text = message.text.rpartition(thinking_end)[2] if message.role == "assistant" else message.text
+    return [text.strip()] if text.strip() else []

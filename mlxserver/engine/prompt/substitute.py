@@ -1,4 +1,4 @@
-"""Chat templates that stand in for a model's own.
+"""Template in place of a model's own, which is missing, or can't be rendered as it is.
 
 Without one, a Mistral gets the [INST] format, and any other model a template that refuses every conversation.
 """
