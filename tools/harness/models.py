@@ -60,15 +60,17 @@ def scripted_model(
     generation_prompt: str = "",
     tokens: Sequence[str] = (),
     context: int = 4096,
+    history: str | None = None,
 ) -> Path:
     """Write a model that answers with the script whose key is in the last user message, else with the first script.
 
     generation_prompt: what the template appends for the answer, such as "<think>\\n". tokens: extra special tokens of
     the vocabulary, such as "<think>" and "</think>", by which mlx-lm recognises a thinking model.
+    history: how the template writes past calls (script_template).
     """
     plays = [script if isinstance(script, Script) else words(script) for script in scripts.values()]
     tokenizer = script_tokenizer(plays, tokens)
-    template = script_template(list(scripts), generation_prompt)
+    template = script_template(list(scripts), generation_prompt, history)
     follows = dict(successors(tokenizer, plays))
     hidden = 64 * (len(follows) // 64 + 1)
     config = _llama_config(

@@ -72,14 +72,28 @@ def _cue(script: int) -> str:
     return "\u2003" + "\u2002" * script + "\u2003"
 
 
-def script_template(names: Sequence[str], generation_prompt: str) -> str:
-    """A chat template that ends in the cue of the script whose name is in the last user message."""
+XML_CALLS = (
+    "{%- for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>\\n<function=' + call.function.name + '>\\n' }}"
+    "{%- for key, value in call.function.arguments.items() %}"
+    "{{ '<parameter=' + key + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' }}"
+    "{%- endfor %}{{ '</function>\\n</tool_call>\\n' }}{%- endfor %}"
+)
+
+
+def script_template(names: Sequence[str], generation_prompt: str, history: str | None = None) -> str:
+    """A chat template that ends in the cue of the script whose name is in the last user message.
+
+    history: "xml" for a template that writes past calls as Qwen3-Coder's does, None for one that does not write them.
+    """
+    content = "(message.content or '')" if history else "message.content"
+    calls = XML_CALLS if history == "xml" else ""
     cases = "".join(
         f"{{%- {'if' if n == 0 else 'elif'} {name!r} in ask %}}{{{{ '{_cue(n)}' }}}}" for n, name in enumerate(names)
     )
     return (
         "{%- if tools %}{{ tools | tojson }}{% endif %}"
-        "{%- for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
+        f"{{%- for message in messages %}}{{{{ message.role + ': ' + {content} + '\\n' }}}}{calls}{{%- endfor %}}"
         "{%- if add_generation_prompt %}"
         "{%- set ask = (messages | selectattr('role', 'equalto', 'user') | list | last).content %}"
         f"{{{{ 'assistant: ' + {generation_prompt!r} }}}}{cases}{{%- else %}}{{{{ '{_cue(0)}' }}}}{{% endif %}}"
