@@ -271,7 +271,7 @@ class Controlled:
     def __init__(self, pieces, parser, *, start=(), end=(), answers=((),), **options):
         self.pieces = pieces
         ids = {"start": self._ids(start), "end": self._ids(end), "answers": [self._ids(answer) for answer in answers]}
-        ids |= {name: self._ids(options.pop(name, ())) for name in ("opened", "call")}
+        ids["opened"] = self._ids(options.pop("opened", ()))
         self.control = ThinkingControl(parser, pieces.__getitem__, vocab_size=len(pieces), **ids, **options)
 
     def _ids(self, texts):
@@ -359,21 +359,6 @@ def test_an_answer_may_begin_without_reasoning():
     controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **HARMONY_IDS)
     assert controlled.follow("<|channel|>", "final", "<|message|>", "{")[1:] == [["<|message|>"], ["{"], ["{"]]
     assert inner.received == ["{"]
-
-
-def test_a_call_may_come_in_its_own_channel_in_the_place_of_the_answer():
-    inner = OpenBrace()
-    call = {"call": (*HEADER, "commentary"), "opened": HEADER[:2], "inner": inner}
-    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), **HARMONY_IDS, **call)
-    assert controlled.follow("<|channel|>") == [["analysis", "commentary", "final"]]
-    assert controlled.follow("commentary", "<|message|>", "a") == [None, None, None]
-    assert inner.received == []
-    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), **HARMONY_IDS, **call)
-    assert controlled.follow("<|channel|>", "analysis", "<|message|>", "<|end|>", *HEADER)[-1] == [
-        "commentary",
-        "final",
-    ]
-    assert controlled.follow("final", "<|message|>") == [["<|message|>"], ["{"]]
 
 
 CALLING = ("a", "<tool_call>", "</tool_call>", "\n</think>\n\n", "\n")

@@ -41,6 +41,15 @@ MODELS = {
             "silent": "<|channel|>analysis<|message|>A greeting.<|end|>",
         },
     },
+    "written": {  # channels in text alone, which the template shows
+        "scripts": {
+            "say": f"{ANALYSIS}<|channel|>final<|message|>Hello there.",
+            "use": COMMENTARY,
+            "both": f"{ANALYSIS}<|channel|>commentary<|message|>One moment.<|end|><|start|>assistant{COMMENTARY}",
+            "json": f'{ANALYSIS}<|channel|>final<|message|>{{"city": "Oslo"}}',
+            "<|channel|><|call|>": "",
+        },
+    },
     "gemma": {
         "tokens": ["<|channel>", "<channel|>"],
         "scripts": {
@@ -150,6 +159,25 @@ def test_a_call_in_a_channel_comes_piece_by_piece(server):
         deltas = [p["choices"][0]["delta"] for p in stream if p != "[DONE]" and p["choices"]]
     pieces = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", [])]
     assert len(pieces) >= 2
+
+
+STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+CITY = {"type": "json_schema", "json_schema": {"name": "city", "schema": WEATHER["function"]["parameters"]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters", "answer"),
+    [
+        ("use", {"tools": [STRICT, CLOCK]}, ("", "", OSLO, "tool_calls")),
+        ("both", {"tools": [STRICT]}, ("A greeting.", "One moment.", OSLO, "tool_calls")),
+        ("say", {"tools": [STRICT]}, ("A greeting.", "Hello there.", [], "stop")),
+        ("json", {"tools": [STRICT], "response_format": CITY}, ("A greeting.", '{"city": "Oslo"}', [], "stop")),
+        ("json", {"response_format": CITY}, ("A greeting.", '{"city": "Oslo"}', [], "stop")),
+    ],
+)
+def test_calls_and_answers_in_channels_are_held_to_their_schemas(server, text, parameters, answer):
+    assert answers(server, "written", text, **parameters) == answer
 
 
 @pytest.mark.parametrize("model", ["gemma", "structured"])

@@ -39,9 +39,8 @@ class ReasoningFormat:
     start, end: around the reasoning. dropped: further marks, which are no part of the answer. closing: a mark that is
     dropped at the very end of the answer. has_control_marks: all marks count anywhere in the answer, in which reasoning
     may come again; otherwise only before its first text, so that an answer may mention them. answers: texts by which
-    the model begins its answer behind the reasoning, the first of them the one that a grammar follows. call: text by
-    which a call begins instead, where that is a message of its own. channels: of a family that writes messages with
-    headers. turn_ends: tokens that end the answer, whatever the model's files say.
+    the model begins its answer behind the reasoning, the first of them the one that a grammar follows. channels: of a
+    family that writes messages with headers. turn_ends: tokens that end the answer, whatever the model's files say.
     template, vocab: how it is found: any of these texts in the template, or all of these tokens.
     """
 
@@ -51,7 +50,6 @@ class ReasoningFormat:
     closing: str = ""
     has_control_marks: bool = False
     answers: tuple[str, ...] = ()
-    call: str = ""
     channels: ChannelFormat | None = None
     turn_ends: tuple[str, ...] = ()
     template: tuple[str, ...] = ()
@@ -99,7 +97,6 @@ FORMATS = (
         "<|channel|>analysis<|message|>",
         "<|end|>",
         answers=("<|start|>assistant<|channel|>final<|message|>", "<|start|>assistant<|channel|>commentary"),
-        call="<|start|>assistant<|channel|>commentary to=functions",
         channels=HARMONY,
         turn_ends=("<|return|>", "<|call|>"),
         template=("<|channel|>",),

@@ -225,10 +225,15 @@ class _Sink:
         self._header = None
 
 
-def make_tool_parser(tool_format: ToolFormat, request: GenerationRequest, index: int = 0) -> ToolCallParser | None:
-    """The parser of the calls of one choice; None for a request without tools, or whose tools may not be called."""
+def make_tool_parser(
+    tool_format: ToolFormat, request: GenerationRequest, index: int = 0, *, forced: ToolFormat = FORCED
+) -> ToolCallParser | None:
+    """The parser of the calls of one choice; None for a request without tools, or whose tools may not be called.
+
+    forced: format of forced calls.
+    """
     choice = request.tool_choice
     if not isinstance(request.prompt, ChatPrompt) or not request.prompt.tools or choice.mode == "none":
         return None
-    called = tool_format if choice.mode == "auto" else FORCED
+    called = tool_format if choice.mode == "auto" else forced
     return ToolCallParser(called, request.prompt.tools, parallel=choice.parallel, index=index)

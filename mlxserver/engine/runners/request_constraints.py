@@ -17,8 +17,11 @@ from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.reasoning_formats import THINK, find_format
 from mlxserver.engine.output.splitter import Splitter
 from mlxserver.engine.output.thinking import ThinkingParser
+from mlxserver.engine.output.tool_calls import ToolCallParser, make_tool_parser
+from mlxserver.engine.output.tool_formats import FORCED
 from mlxserver.engine.prompt.formats import PromptFormat
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest, Grammar, JsonFormat, ToolChoice
+from mlxserver.engine.sampling.channel_grammars import OPENING, answer_messages, forced_messages, strict_messages
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
 from mlxserver.engine.sampling.grammars import Grammars
 from mlxserver.engine.sampling.json_grammars import json_grammar
@@ -43,9 +46,10 @@ class RequestConstraints:
         self._marks = find_format(tokenizer) or THINK
         # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
         end = self._marks.end if self._marks.is_everywhere else f"\n{self._marks.end}\n\n"
-        texts = (self._marks.start, end, self._marks.call, *self._marks.answers)
+        self._has_messages = bool(self._marks.channels and self._marks.channels.call)
+        texts = (self._marks.start, end, OPENING if self._has_messages else "", *self._marks.answers)
         encoded = [tuple(tokenizer.encode(text, add_special_tokens=False)) if text else () for text in texts]
-        self._start, self._end, self._call, *answers = encoded
+        self._start, self._end, self._opening, *answers = encoded
         self._answers = answers or [()]
 
     def compile(self, request: GenerationRequest) -> Grammar | None:
@@ -59,6 +63,8 @@ class RequestConstraints:
         """Grammar of a request's answers: of required calls, JSON, or calls within free text. Raises PromptRejected."""
         if request.formatted:
             return request.grammar
+        if self._has_messages and isinstance(request.prompt, ChatPrompt):
+            return self._messages(request, request.prompt.tools)
         tools = request.prompt.tools if isinstance(request.prompt, ChatPrompt) else ()
         if tools and request.tool_choice.mode in ("required", "function"):
             return forced_calls(tools, request.tool_choice, thinks=self._prompts.thinks)
@@ -68,9 +74,19 @@ class RequestConstraints:
             return None
         return strict_calls(tools, self.tool_format, self._grammars)
 
+    def _messages(self, request: GenerationRequest, tools: Sequence[Tool]) -> Grammar | None:
+        """Grammar of answers that are messages with headers, calls among them."""
+        form, choice = request.format, request.tool_choice
+        if tools and choice.mode in ("required", "function"):
+            return forced_messages(tools, choice, self._grammars)
+        callable = tools if choice.mode == "auto" else ()
+        if form:
+            return answer_messages(callable, choice, self._grammars, schema=form.schema, param=form.origin)
+        return strict_messages(callable, self._grammars)
+
     def _answer_grammar(self, form: JsonFormat, tools: Sequence[Tool], choice: ToolChoice) -> Grammar:
         """Grammar of an answer in JSON, or of calls in its place where tools may be called."""
-        if not tools or choice.mode == "none" or self._call:  # a call in its own channel is ThinkingControl's
+        if not tools or choice.mode == "none":
             return json_grammar(form.schema, form.origin, thinks=self._prompts.thinks)
         return calls_or_answer(
             tools,
@@ -89,19 +105,33 @@ class RequestConstraints:
         parts: list[Constraint] = []
         if request.min_tokens:
             parts.append(Restricted(self._tokenizer.eos_token_ids, request.min_tokens, self._vocab_size))
-        answer = self._grammars.constraint(grammar) if grammar else None
         parser, budget = self.parser(request, prompt), self._budget(request)
-        if parser and (answer or budget is not None):
-            parts.append(self._thinking_control(request, parser, prompt, answer))
-        elif answer:
+        is_whole = self._has_messages and isinstance(request.prompt, ChatPrompt)  # with the reasoning
+        begun = self._begun(prompt.tokens) if is_whole else ()
+        answer = self._grammars.constraint(grammar, begun) if grammar else None
+        inner = None if is_whole else answer
+        if parser and (inner or budget is not None):
+            parts.append(self._thinking_control(request, parser, prompt, inner))
+        if answer and (is_whole or not parser):
             parts.append(answer)
         return Every(parts) if len(parts) > 1 else parts[0] if parts else None
+
+    def _begun(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """What a prompt has begun of the answer's messages."""
+        length = len(self._opening)
+        starts = (at for at in range(len(prompt) - length, -1, -1) if prompt[at : at + length] == self._opening)
+        return prompt[next(starts, len(prompt)) :]
+
+    def tool_parser(self, request: GenerationRequest, index: int = 0) -> ToolCallParser | None:
+        """Parser of the calls in one choice's content; None where none can come."""
+        forced = self.tool_format if self._has_messages else FORCED
+        return make_tool_parser(self.tool_format, request, index, forced=forced)
 
     def parser(self, request: GenerationRequest, prompt: FormattedPrompt, index: int = 0) -> Splitter | None:
         """Parser that splits one sequence's reasoning from its answer; None where no reasoning can come."""
         if not isinstance(request.prompt, ChatPrompt) or not (self._prompts.thinks or self._marks.is_everywhere):
             return None
-        tools = _callable(request)
+        tools = _callable(request, self._has_messages)
         if channels := self._marks.channels:
             names = [tool.name for tool in tools]
             return ChannelParser(
@@ -129,7 +159,6 @@ class RequestConstraints:
             start=self._start,
             end=self._end,
             answers=self._answers,
-            call=self._call if request.format and _callable(request) else (),
             opened=prompt.tokens[-MAX_OPENED:],
             vocab_size=self._vocab_size,
             budget=self._budget(request),
@@ -137,8 +166,7 @@ class RequestConstraints:
         )
 
 
-def _callable(request: GenerationRequest) -> tuple[Tool, ...]:
-    """The tools that the model may call if it likes."""
-    if not isinstance(request.prompt, ChatPrompt) or request.tool_choice.mode != "auto":
-        return ()
-    return request.prompt.tools
+def _callable(request: GenerationRequest, is_native: bool) -> tuple[Tool, ...]:
+    """The tools that the model may call in its own format, in which forced calls come if that is_native."""
+    is_called = request.tool_choice.mode in ("auto", *(("required", "function") if is_native else ()))
+    return request.prompt.tools if is_called and isinstance(request.prompt, ChatPrompt) else ()

@@ -19,7 +19,6 @@ from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.output.reasoning_formats import turn_ends
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.token_bytes import token_logprob
-from mlxserver.engine.output.tool_calls import make_tool_parser
 from mlxserver.engine.prompt.formats import FORMATS, PromptFormat, find_type
 from mlxserver.engine.requests import (
     ApplyTemplate,
@@ -120,7 +119,7 @@ class TextRunner:
             max_tokens=max_tokens,
             stop=request.stop,
             thinking=self._constraints.parser(request, prompt, index),
-            tools=make_tool_parser(self._constraints.tool_format, request, index),
+            tools=self._constraints.tool_parser(request, index),
             ignore_eos=request.ignore_eos,
             repeats_unclosed=self._repeats_unclosed,
             index=index,

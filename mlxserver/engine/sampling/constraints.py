@@ -53,30 +53,28 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Token ids that must come next. is_call: they begin a call, which the constraint of the answer leaves free."""
+    """Token ids that must come next."""
 
     tokens: tuple[int, ...] = ()
-    is_call: bool = False
 
     def behind(self, token: int) -> Path | None:
         """What is left of it behind a token; None if the token is not its first."""
-        return Path(self.tokens[1:], self.is_call) if self.tokens[:1] == (token,) else None
+        return Path(self.tokens[1:]) if self.tokens[:1] == (token,) else None
 
     def unopened(self, opened: Sequence[int]) -> Path:
         """What is left of it where its beginning stands at the end of the prompt."""
         lengths = range(min(len(self.tokens), len(opened)), 0, -1)
         ends = (length for length in lengths if self.tokens[:length] == tuple(opened[len(opened) - length :]))
-        return Path(self.tokens[next(ends, 0) :], self.is_call)
+        return Path(self.tokens[next(ends, 0) :])
 
 
 class ThinkingControl:
     """Follows the reasoning of a sequence: closes it when its budget is spent, and holds a grammar back until its end.
 
     start, end: token ids of the marks. decode: token id -> text, of this sequence alone. answers: token ids of the
-    texts by which an answer begins behind the reasoning; `inner` follows the first of them. call: token ids of the text
-    by which a call begins in the place of that answer, if it may. opened: token ids at the end of the prompt, which may
-    have begun one of these texts. budget: most tokens of reasoning; None sets no limit. A call that has begun is
-    completed. inner: the constraint of the answer.
+    texts by which an answer begins behind the reasoning; `inner` follows the first of them. opened: token ids at the
+    end of the prompt, which may have begun one of these texts. budget: most tokens of reasoning; None sets no limit. A
+    call that has begun is completed. inner: the constraint of the answer.
     """
 
     def __init__(
@@ -88,7 +86,6 @@ class ThinkingControl:
         end: Sequence[int],
         vocab_size: int,
         answers: Sequence[Sequence[int]] = ((),),
-        call: Sequence[int] = (),
         opened: Sequence[int] = (),
         budget: int | None = None,
         inner: Constraint | None = None,
@@ -96,8 +93,7 @@ class ThinkingControl:
         self._parser = parser
         self._decode = decode
         self._end = Path(tuple(end))
-        calls = [Path(tuple(call), is_call=True)] if call and inner else []
-        self._answers = [*(Path(tuple(answer)) for answer in answers[: 1 if inner else None]), *calls]
+        self._answers = [Path(tuple(answer)) for answer in answers[: 1 if inner else None]]
         self._vocab_size = vocab_size
         self._budget = budget
         self._inner = inner
@@ -141,14 +137,10 @@ class ThinkingControl:
     def _follow(self, token: int) -> None:
         """Advance on the paths: of a mark, or of the beginning of an answer."""
         begun = [path for path in (path.behind(token) for path in self._paths) if path]
-        done = next((path for path in begun if not path.tokens), None)
-        self._paths = [] if done else begun
+        self._paths = [] if Path() in begun else begun
         if self._inner and not begun:
             self._phase = Phase.ANSWERING
             self._inner.accept(token)
-        elif done and done.is_call:
-            self._inner = None
-            self._close([Path()])
         elif self._parser.is_thinking and not self._paths:
             self._think()
         elif not self._paths:

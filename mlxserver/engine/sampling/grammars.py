@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer
@@ -64,9 +65,15 @@ class Grammars:
         added = sorted(self._fast.get_added_tokens_decoder())
         return [token for token in added if token < self._vocab_size and token not in self._eos and is_special(token)]
 
-    def constraint(self, grammar: Grammar) -> GrammarConstraint:
-        """Constraint of one sequence by a grammar. Raises PromptRejected."""
-        return GrammarConstraint(self.compile(grammar).deep_copy(), grammar.param)
+    def constraint(self, grammar: Grammar, begun: Sequence[int] = ()) -> GrammarConstraint:
+        """Constraint of one sequence by a grammar, of which it may have begun. Raises PromptRejected.
+
+        begun: tokens at the end of the prompt. They count if the grammar allows them.
+        """
+        matcher = self.compile(grammar).deep_copy()
+        if matcher.validate_tokens(list(begun)) == len(begun):
+            matcher.consume_tokens(list(begun))
+        return GrammarConstraint(matcher, grammar.param)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """Matcher of a grammar at its beginning, shared: copy it to advance it. Raises PromptRejected."""

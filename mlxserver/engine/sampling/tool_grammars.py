@@ -1,6 +1,7 @@
 """Grammars of tool calls: of calls that are required, of strict calls within free text, and of calls beside a schema.
 
-Rule 1: required calls are a JSON array and nothing else, whatever the model's own format is.
+Rule 1: required calls are a JSON array and nothing else, whatever the model's own format is; but where calls are
+        messages, they are those (channel_grammars.py).
 Rule 2: under tool_choice "auto" the text is free, and the body of a call is constrained if any tool is strict.
 Rule 3: where the answer has a schema, the model either calls, without a word before it, or keeps the schema.
 Rule 4: the body of a call is JSON where the model writes JSON. In any other format it is free up to the end tag; strict
@@ -36,13 +37,23 @@ BREAK: /\\n/
 """
 
 
+def callable_tools(tools: Sequence[Tool], choice: ToolChoice) -> list[Tool]:
+    """The tools that a choice which forces calls leaves to the model."""
+    return [tool for tool in tools if choice.mode == "required" or tool.name == choice.name]
+
+
+def strict_tool(tools: Sequence[Tool]) -> Tool | None:
+    """The first strict tool, if any."""
+    return next((tool for tool in tools if tool.strict), None)
+
+
 def forced_calls(tools: Sequence[Tool], choice: ToolChoice, *, thinks: bool = False) -> Grammar:
     """Grammar of required calls: a JSON array of names with arguments. thinks: reasoning may come before it.
 
     Raises PromptRejected.
     """
-    callable = [tool for tool in tools if choice.mode == "required" or tool.name == choice.name]
-    calls = _Calls(callable, is_strict=True)
+    callable = callable_tools(tools, choice)
+    calls = CallSchemas(callable, is_strict=True)
     # At most one call per tool: a small model would never stop calling.
     most = len(callable) if choice.parallel else 1
     text = calls.text({"type": "array", "items": {"anyOf": calls.forms}, "minItems": 1, "maxItems": most})
@@ -51,11 +62,11 @@ def forced_calls(tools: Sequence[Tool], choice: ToolChoice, *, thinks: bool = Fa
 
 def strict_calls(tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary) -> Grammar | None:
     """Grammar of free text with calls of these tools; None if no tool is strict. Raises PromptRejected."""
-    strict = [tool for tool in tools if tool.strict]
+    strict = strict_tool(tools)
     if not strict:
         return None
     if not tool_format.start:
-        raise _strict_rejected(strict[0])
+        raise _strict_rejected(strict)
     body, documents = _body(tools, tool_format, vocabulary)
     start = vocabulary.split(tool_format.start)
     # TEXT up to a start tag is lazy: it ends there, and the call begins.
@@ -66,7 +77,7 @@ call: beginning {in_lark(start[1:])} body
 beginning{is_lazy}: TEXT {in_lark(start[:1])}
 {body}
 """
-    return Grammar(lark, f"{strict[0].origin}.strict", is_lark=True, documents=documents)
+    return Grammar(lark, f"{strict.origin}.strict", is_lark=True, documents=documents)
 
 
 def calls_or_answer(
@@ -102,15 +113,15 @@ def _body(
     strict = [tool for tool in tools if tool.strict]
     end = vocabulary.split(tool_format.end) if tool_format.end else []
     if tool_format.is_json:
-        calls = _Calls(tools)
+        calls = CallSchemas(tools)
         return f"body: GAP? calls GAP? {in_lark(end)}\n{calls.rule}", calls.documents
     if not tool_format.start:
-        calls = _Calls(tools, ARGUMENTS)
+        calls = CallSchemas(tools, ARGUMENTS)
         return f"body: calls\n{calls.rule}", calls.documents
     if not strict:
         return _free_body(end, vocabulary), ()
     if isinstance(reader := tool_format.reader, NamedJsonCalls):
-        calls = _Calls(tools)
+        calls = CallSchemas(tools)
         names = [tool.name for tool in tools]
         rules = named_json_rules(
             reader, tool_format.start, names, lambda index: calls.text(calls.arguments[index]), vocabulary
@@ -145,7 +156,7 @@ def _free_body(end: Sequence[int | str], vocabulary: Vocabulary) -> str:
     return f"body: {pieces}ending {in_lark(end[1:])}\nending[lazy]: TEXT {in_lark(end[:1])}"
 
 
-class _Calls:
+class CallSchemas:
     """Schemas of calls in JSON. keys: under which the arguments may stand.
 
     is_strict: the arguments of all tools follow their parameters, not those of strict tools alone.
