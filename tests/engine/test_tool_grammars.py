@@ -1,5 +1,6 @@
 """Grammars of tool calls in every kind of format: beside a schema, and strict within free text."""
 
+import itertools
 import json
 import re
 
@@ -159,6 +160,17 @@ TAGGED = {
     "<｜tool▁calls▁end｜>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
     '{{"a": {}}}<|tool_call_end|><|tool_calls_section_end|>',
+    "dsml": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="add">\n'
+    '<｜DSML｜parameter name="a" string="false">{}</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="b" string="true">x</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+    "solar": '<|tool_call:begin|>abc<|tool_call:name|>add<|tool_call:args|>{{"a": {}}}<|tool_call:end|>',
+    "apertus": '<|tools_prefix|>[{{"add": {{"a": {}}}}}]<|tools_suffix|>',
+    "nemotron": '<TOOLCALL>[{{"name": "add", "arguments": {{"a": {}}}}}]</TOOLCALL>',
+    "phi4": '<|tool_call|>[{{"name": "add", "arguments": {{"a": {}}}}}]<|/tool_call|>',
+    "granite": '<|tool_call|>[{{"name": "add", "arguments": {{"a": {}}}}}]',
+    "json_list": '<tool_calls>[{{"name": "add", "arguments": {{"a": {}}}, "id": "1"}}]</tool_calls>',
+    "cohere": '<|START_ACTION|>[\n    {{"tool_call_id": "0", "tool_name": "add", "parameters": {{"a": {}}}}}\n]'
+    "<|END_ACTION|>",
     "longcat": "<longcat_tool_call>add<longcat_arg_key>a</longcat_arg_key><longcat_arg_value>{}</longcat_arg_value>"
     "</longcat_tool_call>",
 }
@@ -180,6 +192,22 @@ def test_strict_calls_of_every_family_with_tags_are_held_to_their_schema(grammar
         assert not admits(grammar, text), text
 
 
+def test_strict_values_between_tags_state_truly_whether_they_are_text(grammars, admits):
+    made = tool("add", True, a={"type": ["string", "integer"]}, b={"enum": ["x", None]}, c={"type": "integer"})
+    grammar = strict_calls([made], native("dsml"), grammars)
+    call = '<｜DSML｜invoke name="add">{}</｜DSML｜invoke>'
+    written = {
+        (key, stated): f'<｜DSML｜parameter name="{key}" string="{stated}">1</｜DSML｜parameter>'
+        for key, stated in itertools.product("abc", ("true", "false"))
+    }
+    whole = f"<｜DSML｜function_calls>{call}</｜DSML｜function_calls>".format
+    for stated in ("true", "false"):
+        assert admits(grammar, whole(written["a", stated]))
+        assert admits(grammar, whole(written["a", stated] + written["b", "true"].replace(">1<", ">x<")))
+        assert admits(grammar, whole(written["a", stated] + written["c", stated])) == (stated == "false")
+    assert not admits(grammar, whole(written["c", "false"]))
+
+
 @pytest.mark.parametrize(
     ("parameters", "place"),
     [
@@ -198,16 +226,14 @@ def test_what_can_not_be_enforced_between_tags_is_refused_with_its_path(grammars
 
 
 @pytest.mark.parametrize("kind", ["pythonic", "control tokens", "mixed tags"])
-def test_strict_is_refused_in_other_formats_beside_a_schema_too(grammars, kind):
-    for make in (
-        lambda tools, form: strict_calls(tools, form, grammars),
-        lambda tools, form: calls_or_answer(
-            tools, ToolChoice(), form, grammars, schema=None, param="format.schema", thinks=False
-        ),
-    ):
-        with pytest.raises(PromptRejected, match="format of its own") as refused:
-            make([tool(strict=True)], WRITTEN[kind][0])
-        assert refused.value.param == "tools[0].function.strict"
+def test_strict_has_no_effect_in_other_formats_beside_a_schema_too(grammars, admits, kind):
+    tool_format, call = WRITTEN[kind]
+    tools = [tool(strict=True, a={"type": "integer"})]
+    assert strict_calls(tools, tool_format, grammars) is None
+    grammar = calls_or_answer(
+        tools, ToolChoice(), tool_format, grammars, schema=ANSWER, param="format.schema", thinks=False
+    )
+    assert admits(grammar, call) and admits(grammar, '{"n": 1}') and not admits(grammar, "words")
 
 
 def test_strict_arguments_keep_their_schema_beside_a_schema(grammars, admits):

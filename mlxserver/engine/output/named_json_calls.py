@@ -22,6 +22,7 @@ from mlxserver.engine.output.call_reading import (
 from mlxserver.engine.output.json_calls import CallScanner, ScanState, container, string
 from mlxserver.engine.output.schema_types import EVERYTHING
 
+SOLAR_NAME = "<|tool_call:name|>"
 BETWEEN_CALLS = " \t\r\n,;]"
 KIMI_ID = re.compile(r"(?:functions\.)?(.+?):\d+")
 Header = Callable[[str], tuple[str, str | None]]
@@ -153,5 +154,5 @@ def mistral_header(text: str) -> tuple[str, str | None]:
 
 def solar_header(text: str) -> tuple[str, str | None]:
     """Name and id of Solar's `id<|tool_call:name|>name`."""
-    own_id, _, name = text.rpartition("<|tool_call:name|>")
+    own_id, _, name = text.rpartition(SOLAR_NAME)
     return check_name(name), own_id.strip() or None

@@ -27,6 +27,7 @@ UNIONS = ("anyOf", "oneOf")
 LISTING = frozenset(["type", "properties", "required", "additionalProperties"])  # how parameters are listed
 COMBINING = frozenset([*UNIONS, "allOf", *REFERENCES, "patternProperties", "not", "if", "dependentRequired"])
 MAX_REFERENCES = 16
+DSML = "｜DSML｜"  # DeepSeek's prefix of tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class TagSyntax:
     """Text of a call: its opening tag as a function of the name, what closes it, and the same of a parameter.
 
     parameter: the tags before a value, between which white space may stand. breaks: a line break stands on both sides
-    of a value and is no part of it.
+    of a value and is no part of it. states_text: an attribute of a parameter's tag states whether its value is text.
     """
 
     call: Callable[[str], str]
@@ -42,6 +43,7 @@ class TagSyntax:
     parameter: Callable[[str], tuple[str, ...]]
     parameter_end: str
     breaks: bool = False
+    states_text: bool = False
 
 
 class TaggedCalls:
@@ -68,10 +70,21 @@ class TaggedCalls:
             for number, (key, at, is_required) in enumerate(_parameters(document)):
                 rule = f"{name}p{number}"
                 parameters.append(f"({rule} GAP?)" + ("" if is_required else "?"))
-                rules.append(f"{rule}: {' GAP? '.join(map(self._tag, self._syntax.parameter(key)))} {rule}v")
+                openings = [" GAP? ".join(map(self._tag, tags)) for tags in self._openings(key, document, at)]
+                rules.append(f"{rule}: ({' | '.join(openings)}) {rule}v")
                 rules += self._value(f"{rule}v", document, at)
         closing = self._tag(self._syntax.call_end)
         return [f"{name}: {opening} GAP? {' '.join(parameters)} {closing}", *rules]
+
+    def _openings(self, key: str, document: SchemaDocument, at: Subschema) -> list[tuple[str, ...]]:
+        """The tags before a value, in each way in which they may be written."""
+        if not self._syntax.states_text:
+            return [self._syntax.parameter(key)]
+        types = frozenset[str]().union(*(_types(kind) for kind in _alternatives(document, at)))
+        stated = [
+            word for word, is_possible in (("true", "string" in types), ("false", types - {"string"})) if is_possible
+        ]
+        return [self._syntax.parameter(f'{key}" string="{word}') for word in stated]
 
     def _value(self, rule: str, document: SchemaDocument, at: Subschema) -> list[str]:
         """Rules of a value with its closing tag."""
@@ -145,6 +158,13 @@ def _alternatives(document: SchemaDocument, at: Subschema) -> Iterator[Subschema
         yield from _alternatives(document, at.child(union, at.keywords[union]).child(index, option))
 
 
+def _types(kind: Subschema) -> frozenset[str]:
+    """The types of the values that fit a schema without references."""
+    if kind.values is None:
+        return frozenset(kind.types)
+    return frozenset("string" if isinstance(value, str) else "other" for value in kind.values)
+
+
 def _dereferenced(document: SchemaDocument, at: Subschema) -> Subschema:
     for _ in range(MAX_REFERENCES):
         keyword = next((word for word in REFERENCES if word in at.keywords), None)
@@ -160,7 +180,12 @@ def tag_syntax(reader: object) -> TagSyntax | None:
         call, parameter = _opening(*reader.call), _opening(*reader.parameter)
         if call and parameter:
             return TagSyntax(
-                call, reader.call_end, lambda name: (parameter(name),), reader.parameter_end, reader.breaks
+                call,
+                reader.call_end,
+                lambda name: (parameter(name),),
+                reader.parameter_end,
+                reader.breaks,
+                states_text=DSML in reader.parameter[0],
             )
     if isinstance(reader, KeyedCalls) and not reader.name_end:
         key_start, key_end = reader.key
@@ -176,6 +201,6 @@ def _opening(begin: str, end: str) -> Callable[[str], str] | None:
         return lambda name: f'{begin}"{name}"{end}'
     if begin.endswith("="):
         return lambda name: f"{begin}{name}{end}"
-    if re.fullmatch(r"<(\w+:)?(invoke|parameter)", begin):
+    if re.fullmatch(rf"<(\w+:|{DSML})?(invoke|parameter)", begin):
         return lambda name: f'{begin} name="{name}"{end}'
     return None

@@ -6,18 +6,18 @@ Rule 2: under tool_choice "auto" the text is free, and the body of a call is con
 Rule 3: where the answer has a schema, the model either calls, without a word before it, or keeps the schema.
 Rule 4: the body of a call is JSON where the model writes JSON. In any other format it is free up to the end tag; strict
         tools are held to their schema where parameters stand between tags (tagged_grammars.py) or arguments are JSON
-        behind a name (named_json_grammars.py), else refused.
+        behind a name (named_json_grammars.py). Elsewhere strict has no effect: programs send it with every tool.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxserver.engine.conversation import Tool
-from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.json_calls import ARGUMENTS
-from mlxserver.engine.output.named_json_calls import NamedJsonCalls
+from mlxserver.engine.output.named_json_calls import JsonCalls, NamedJsonCalls
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import Grammar, ToolChoice
 from mlxserver.engine.sampling.json_grammars import answer_document, document_text, grammar_of
@@ -27,6 +27,8 @@ from mlxserver.engine.sampling.schema_faults import refusing, schema_text
 from mlxserver.engine.sampling.schema_normalizer import Normalizer
 from mlxserver.engine.sampling.tagged_grammars import TaggedCalls, tag_syntax
 from mlxserver.engine.sampling.vocabulary import Vocabulary, in_lark
+
+log = logging.getLogger(__name__)
 
 HEADER = """\
 %llguidance {}
@@ -61,12 +63,16 @@ def forced_calls(tools: Sequence[Tool], choice: ToolChoice, *, thinks: bool = Fa
 
 
 def strict_calls(tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary) -> Grammar | None:
-    """Grammar of free text with calls of these tools; None if no tool is strict. Raises PromptRejected."""
+    """Grammar of free text with calls of these tools; None if no tool is strict, or can be held to its schema.
+
+    Raises PromptRejected.
+    """
     strict = strict_tool(tools)
     if not strict:
         return None
-    if not tool_format.start:
-        raise _strict_rejected(strict)
+    if not _is_enforced(tool_format):
+        log.debug("strict has no effect on calls in the format %r", tool_format.name)
+        return None
     body, documents = _body(tools, tool_format, vocabulary)
     start = vocabulary.split(tool_format.start)
     # TEXT up to a start tag is lazy: it ends there, and the call begins.
@@ -126,22 +132,25 @@ def _body(
         rules = named_json_rules(
             reader, tool_format.start, names, lambda index: calls.text(calls.arguments[index]), vocabulary
         )
-        if rules:
-            return rules, calls.documents
+        return rules, calls.documents
+    if isinstance(reader, JsonCalls):
+        calls = CallSchemas(tools)
+        rule = calls.keyed_rule if reader.is_keyed else calls.listed_rule
+        return f"body: GAP? calls GAP? {in_lark(end)}\n{rule}", calls.documents
     syntax = tag_syntax(reader)
     if syntax is None:
-        raise _strict_rejected(strict[0])
+        return _free_body(end, vocabulary), ()
     tagged = TaggedCalls(tools, syntax, vocabulary)
     if syntax.call_end == tool_format.end:
         return f"body: GAP? function\n{tagged.rules}", tagged.documents
     return f"body: GAP? function (GAP? function)* GAP? {in_lark(end)}\n{tagged.rules}", tagged.documents
 
 
-def _strict_rejected(tool: Tool) -> PromptRejected:
-    return PromptRejected(
-        "This model writes its calls in a format of its own, in which a schema can't be enforced while it may also "
-        'answer in words. Leave strict out, or set tool_choice to "required".',
-        f"{tool.origin}.strict",
+def _is_enforced(tool_format: ToolFormat) -> bool:
+    """Whether strict tools can be held to their schemas where words may come, too."""
+    reader = tool_format.reader
+    return bool(tool_format.start) and (
+        isinstance(reader, JsonCalls | NamedJsonCalls) or tag_syntax(reader) is not None
     )
 
 
@@ -176,6 +185,36 @@ class CallSchemas:
     def rule(self) -> str:
         """The rule `calls`, one of these."""
         return f"calls: %json {self.text({'anyOf': self.forms})}"
+
+    @property
+    def listed_rule(self) -> str:
+        """The rule `calls`: a list of these or one of them, under the keys and with the ids that models write."""
+        text = {"type": "string"}
+        names = [form["properties"]["name"] for form in self.forms]
+        written = [
+            {**form, "properties": {**before, key: name, argument: arguments, **behind}, "required": [key, argument]}
+            for form, name, arguments in zip(self.forms, names, self.arguments, strict=True)
+            for before, key, argument, behind in (
+                ({}, "name", ARGUMENTS[0], {"id": text}),
+                ({}, "name", ARGUMENTS[1], {"id": text}),
+                ({"tool_call_id": text}, "tool_name", ARGUMENTS[1], {}),
+            )
+        ]
+        return self._lists(written)
+
+    @property
+    def keyed_rule(self) -> str:
+        """The rule `calls`: a list of these or one of them, each name the key of its arguments."""
+        names = [form["properties"]["name"]["const"] for form in self.forms]
+        keyed = [
+            {"type": "object", "properties": {name: arguments}, "required": [name], "additionalProperties": False}
+            for name, arguments in zip(names, self.arguments, strict=True)
+        ]
+        return self._lists(keyed)
+
+    def _lists(self, forms: Sequence[Mapping[str, Any]]) -> str:
+        calls = {"type": "array", "items": {"anyOf": forms}, "minItems": 1}
+        return f"calls: %json {self.text({'anyOf': [calls, *forms]})}"
 
     def text(self, form: Mapping[str, Any]) -> str:
         """Text of a schema that is made of these."""
