@@ -305,6 +305,9 @@ HARMONY_IDS = {
 }
 
 
+TO_USER = {**HARMONY_IDS, "answers": HARMONY_IDS["answers"][:1]}
+
+
 class OpenBrace:
     """An answer that begins with a brace."""
 
@@ -336,7 +339,7 @@ def test_a_spent_budget_leads_from_the_analysis_to_another_channel():
 
 def test_a_grammar_holds_inside_the_final_channel():
     inner = OpenBrace()
-    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **HARMONY_IDS)
+    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **TO_USER)
     assert controlled.allowed() == ["<|channel|>"]
     assert controlled.follow("<|channel|>", "analysis", "<|message|>", "a") == [
         ["analysis", "final"], ["<|message|>"], None, None,
@@ -354,9 +357,51 @@ def test_a_grammar_holds_inside_the_final_channel():
 
 def test_an_answer_may_begin_without_reasoning():
     inner = OpenBrace()
-    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **HARMONY_IDS)
+    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **TO_USER)
     assert controlled.follow("<|channel|>", "final", "<|message|>", "{")[1:] == [["<|message|>"], ["{"], ["{"]]
     assert inner.received == ["{"]
+
+
+def test_a_constraint_may_follow_each_beginning_of_an_answer():
+    for kind in ("final", "commentary"):
+        inner = OpenBrace()
+        controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **HARMONY_IDS)
+        assert controlled.follow("<|channel|>") == [["analysis", "commentary", "final"]]
+        controlled.follow(kind, *["<|message|>"] * (kind == "final"), "{")
+        assert inner.received == ["{"]
+
+
+class Recorder:
+    """A constraint that allows line breaks and a brace, and notes what it gets."""
+
+    def __init__(self, pieces):
+        self.pieces, self.received = pieces, []
+
+    def allowed(self):
+        mask = bytearray(mask_bytes(len(self.pieces)))
+        for piece in ("\n", "{"):
+            mask[0] |= 1 << self.pieces.index(piece)
+        return bytes(mask)
+
+    def accept(self, token):
+        self.received.append(self.pieces[token])
+
+
+def test_white_space_may_come_before_the_opening_mark():
+    pieces = ("<think>", "a", "</think>", "\n", "{")
+    for before in ([], ["\n"], ["\n", "\n"]):
+        inner = Recorder(pieces)
+        controlled = Controlled(
+            pieces, ThinkingParser(THINK, False), start=("<think>",), end=("</think>",), inner=inner
+        )
+        assert controlled.follow(*before) == [["<think>", "\n", "{"]] * len(before)
+        assert controlled.follow("<think>", "a", "</think>", "{") == [None, None, ["\n", "{"], ["\n", "{"]]
+        inner = Recorder(pieces)
+        controlled = Controlled(
+            pieces, ThinkingParser(THINK, False), start=("<think>",), end=("</think>",), inner=inner
+        )
+        assert controlled.follow(*before, "{")[-1] == ["\n", "{"]
+        assert inner.received == [*before, "{"]
 
 
 CALLING = ("a", "<tool_call>", "</tool_call>", "\n</think>\n\n", "\n")

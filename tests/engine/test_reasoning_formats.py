@@ -177,14 +177,15 @@ CITY = {
 }
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
 OPENED = {"<|channel|>analysis<|message|>": "<|start|>assistant", "<|open|>think<|sep|>": "<|open|>think<|sep|>"}
+OPENED["<|think|>"] = "<|begin|>assistant"
 
 
 @contextmanager
-def random_model(tmp_path, start):
+def random_model(tmp_path, start, more=""):
     """A runner of a model with random weights whose template has the marks of a family."""
     marks = find(start)
     opening = OPENED.get(start, "<|im_start|>assistant\n")
-    template = CHATML.replace("<|im_start|>assistant\\n", opening) + "{#" + marks.template[-1] + "#}"
+    template = CHATML.replace("<|im_start|>assistant\\n", opening) + "{#" + marks.template[-1] + more + "#}"
     path = tiny_llama(tmp_path / "model", template=template)
     runner = Builder(0.25).build(ModelSpec("tiny", str(path), context_length=2048))
     try:
@@ -231,3 +232,24 @@ def test_a_grammar_holds_behind_the_reasoning_which_a_budget_closes(tmp_path, st
             _, content, arguments, reason = generate(runner, forced)
             assert (content, reason) == ("", "tool_calls")
             jsonschema.validate(json.loads(arguments), CITY)
+
+
+def test_solars_strict_calls_come_in_a_message_of_their_own(tmp_path):
+    tool = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    shown = "<|tool_call:begin|>#}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    shown += "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}{#"
+    with random_model(tmp_path, "<|think|>", shown) as runner:
+        for people, is_allowed in (("3", True), ('"three"', False)):
+            ((sequence, _),) = runner.prepare(GenerationRequest(question("hello", [tool])), itertools.count())
+            text = (
+                "<|think|>Well.<|end|><|begin|>assistant<|tool_calls|><|tool_call:begin|>abc<|tool_call:name|>weather"
+                f'<|tool_call:args|>{{"city": "Rome", "people": {people}}}<|tool_call:end|>'
+            )
+            for token in runner.tokenizer.encode(text, add_special_tokens=False):
+                mask = sequence.constraint.allowed()
+                if mask and not mask[token // 8] >> token % 8 & 1:
+                    assert not is_allowed
+                    break
+                sequence.constraint.accept(token)
+            else:
+                assert is_allowed

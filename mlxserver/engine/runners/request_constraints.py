@@ -153,12 +153,14 @@ class RequestConstraints:
     def _thinking_control(
         self, request: GenerationRequest, parser: Splitter, prompt: FormattedPrompt, answer: Constraint | None
     ) -> ThinkingControl:
+        # What keeps a schema is an answer to the user, and no message of another kind.
+        is_answer = answer and (self._marks.channels or request.format or request.tool_choice.mode != "auto")
         return ThinkingControl(
             parser,
             make_detokenizer(self._tokenizer).feed,
             start=self._start,
             end=self._end,
-            answers=self._answers,
+            answers=self._answers[:1] if is_answer else self._answers,
             opened=prompt.tokens[-MAX_OPENED:],
             vocab_size=self._vocab_size,
             budget=self._budget(request),

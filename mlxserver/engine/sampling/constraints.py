@@ -72,7 +72,7 @@ class ThinkingControl:
     """Follows the reasoning of a sequence: closes it when its budget is spent, and holds a grammar back until its end.
 
     start, end: token ids of the marks. decode: token id -> text, of this sequence alone. answers: token ids of the
-    texts by which an answer begins behind the reasoning; `inner` follows the first of them. opened: token ids at the
+    texts by which an answer begins behind the reasoning, and which `inner` follows. opened: token ids at the
     end of the prompt, which may have begun one of these texts. budget: most tokens of reasoning; None sets no limit. A
     call that has begun is completed. inner: the constraint of the answer.
     """
@@ -93,7 +93,7 @@ class ThinkingControl:
         self._parser = parser
         self._decode = decode
         self._end = Path(tuple(end))
-        self._answers = [Path(tuple(answer)) for answer in answers[: 1 if inner else None]]
+        self._answers = [Path(tuple(answer)) for answer in answers]
         self._vocab_size = vocab_size
         self._budget = budget
         self._inner = inner
@@ -118,9 +118,10 @@ class ThinkingControl:
         if self._inner and self._phase is Phase.ANSWERING:
             self._inner.accept(token)
             return
-        self._parser.feed(self._decode(token))
+        text = self._decode(token)
+        self._parser.feed(text)
         if self._paths:
-            self._follow(token)
+            self._follow(token, is_blank=text.isspace())
         elif self._parser.is_thinking:
             self._num_thinking += self._phase is Phase.THINKING
             self._think()
@@ -134,14 +135,16 @@ class ThinkingControl:
         if not self._parser.is_calling or self._num_thinking >= self._budget + MAX_CALL_TOKENS:
             self._paths = [self._end]
 
-    def _follow(self, token: int) -> None:
-        """Advance on the paths: of a mark, or of the beginning of an answer."""
+    def _follow(self, token: int, *, is_blank: bool) -> None:
+        """Advance on the paths: of a mark, or of the beginning of an answer. White space may come before a mark."""
         begun = [path for path in (path.behind(token) for path in self._paths) if path]
-        self._paths = [] if Path() in begun else begun
         if self._inner and not begun:
-            self._phase = Phase.ANSWERING
             self._inner.accept(token)
-        elif self._parser.is_thinking and not self._paths:
+            if not (is_blank and Path() in self._paths):
+                self._phase, self._paths = Phase.ANSWERING, []
+            return
+        self._paths = [] if Path() in begun else begun
+        if self._parser.is_thinking and not self._paths:
             self._think()
         elif not self._paths:
             self._close(self._answers if self._phase is Phase.THINKING else [Path()])
