@@ -98,6 +98,23 @@ def test_beside_a_schema_calls_of_every_format_are_admitted(grammars, admits, ki
         assert not admits(made[True], f"{call} words")
 
 
+OTHER_STARTS = {
+    "qwen3_coder": "<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+    "dsml": '<｜DSML｜invoke name="add">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+    "deepseek": "<｜tool▁call▁begin｜>add<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "llama": '<|python_tag|>{"name": "add", "parameters": {"a": 1}}',
+}
+
+
+@pytest.mark.parametrize("family", OTHER_STARTS)
+def test_beside_a_schema_every_start_tag_begins_a_call(grammars, admits, family):
+    grammar = calls_or_answer(
+        [tool()], ToolChoice(), native(family), grammars, schema=ANSWER, param="format.schema", thinks=False
+    )
+    assert admits(grammar, OTHER_STARTS[family]) and admits(grammar, '{"n": 1}')
+    assert not admits(grammar, f"words {OTHER_STARTS[family]}")
+
+
 def test_a_model_that_marks_no_calls_writes_them_as_json(grammars, admits):
     grammar = calls_or_answer(
         [tool()], ToolChoice(), LLAMA, grammars, schema=ANSWER, param="format.schema", thinks=False

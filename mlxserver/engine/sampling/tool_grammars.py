@@ -102,7 +102,10 @@ def calls_or_answer(
     """
     answer = answer_document(schema, param)
     body, documents = _body(tools, tool_format, vocabulary)
-    start = in_lark(vocabulary.split(tool_format.start)) if tool_format.start else ""
+    # The rules of a strict call begin behind the first start tag.
+    tags = tool_format.starts[:1] if strict_tool(tools) else tool_format.starts
+    texts = " | ".join(in_lark(vocabulary.split(tag)) for tag in tags)
+    start = f"({texts}){'' if tool_format.start else '?'}" if texts else ""
     lark = f"""{HEADER}\
 start: {"GAP? " if thinks else ""}(answer | call{" (GAP? call)*" if choice.parallel else ""})
 answer: %json {document_text(answer)}
