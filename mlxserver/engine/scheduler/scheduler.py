@@ -214,9 +214,9 @@ class Scheduler:
         kv_tokens = self._budget.compacted_tokens_of([*self._prefilling, prompt])
         if taken and not self._budget.holds(kv_tokens):
             return False
-        self._budget.shrink_prefixes_beside(kv_tokens, taken + len(prompt.sequences))
         prompt.started = now
-        cache, length = self._budget.fetch_prefix(prompt.tokens)
+        cache, length = self._budget.fetch_prefix(prompt.tokens)  # before it may have to go for this very prompt
+        self._budget.shrink_prefixes_beside(kv_tokens, taken + len(prompt.sequences))
         prompt.cache = cache or caches.new_cache(self._model)
         prompt.done = prompt.cached_tokens = length
         if self._takes_checkpoints:
