@@ -7,7 +7,7 @@ from mlxserver.engine.mlx import mx
 
 from mlx_lm.utils import _get_classes
 
-_BASE = {
+BASE = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -103,14 +103,14 @@ CONFIGS = {
     "olmo_hybrid": _DELTA | _OLMO_HYBRID,
     "baichuan_m1": {"sliding_window": 32, "sliding_window_layers": [0, 2], "conv_window": 2},
     "gemma3_text": {"sliding_window": 32, "sliding_window_pattern": 4, "num_key_value_heads": 1},
-    "kimi_k25": {"text_config": _BASE | _MOE | _MLA | {"model_type": "deepseek_v3"}},
-    "llama4": {"text_config": _BASE | _MOE | _LLAMA4 | {"model_type": "llama4_text", "num_experts_per_tok": 1}},
+    "kimi_k25": {"text_config": BASE | _MOE | _MLA | {"model_type": "deepseek_v3"}},
+    "llama4": {"text_config": BASE | _MOE | _LLAMA4 | {"model_type": "llama4_text", "num_experts_per_tok": 1}},
 }
 
 
 def random_model(name):
     """A model of one of CONFIGS, with weights like those of a trained one in size."""
-    config = _BASE | {"model_type": name} | CONFIGS[name]
+    config = BASE | {"model_type": name} | CONFIGS[name]
     model_class, arguments = _get_classes(config)
     mx.random.seed(1)
     model = model_class(arguments.from_dict(config))

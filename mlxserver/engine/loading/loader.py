@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters, load_model, load_tokenizer
 from tokenizers.models import BPE
+from transformers import PreTrainedConfig
 
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
@@ -30,9 +31,10 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from mlxserver.engine.loading import estimate
 from mlxserver.engine.loading.fused_projections import fuse_projections
-from mlxserver.engine.loading.metadata import context_length
+from mlxserver.engine.loading.metadata import context_length, model_arguments
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
+from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform import cpu_layers, device, openblas
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
@@ -112,7 +114,7 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: Exec
         device.set_wired_limit_once()
     path = resolve(spec.source, progress=report, weights=policy.weights)
     report("reading", 0, 0)
-    with _naming(f"the model in {path} can't be read"):
+    with _naming(f"the model in {path} can't be read"), naming_what_is_missing():
         model, config = load_model(path, lazy=True, trust_remote_code=False)
     if spec.adapter is not None:
         with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
@@ -120,18 +122,32 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: Exec
     with _naming(f"the weights in {path} can't be used"):
         model = _prepared(model, report, divide, policy)
     with _naming(f"the tokenizer in {path} can't be read"):
-        options = {"trust_remote_code": False}
-        tokenizer = load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = read_tokenizer(path, config.get("eos_token_id"))
         disable_tokenizer_cache(tokenizer)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         config=config,
         path=path,
-        limits=estimate.limits(spec, context_length(spec.key, config)),
+        limits=estimate.limits(spec, context_length(spec.key, config, *model_arguments(model))),
         generation_defaults={**recommended_sampling(spec.source), **generation_defaults(path)},
         weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
     )
+
+
+def read_tokenizer(path: Path, eos: int | list[int] | None) -> TokenizerWrapper:
+    """The tokenizer of a directory.
+
+    transformers reads config.json first, and refuses some that only mlx-lm knows: none is needed then.
+    """
+    options: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        return load_tokenizer(path, options, eos_token_ids=eos)
+    except Exception as refusal:
+        try:
+            return load_tokenizer(path, options | {"config": PreTrainedConfig()}, eos_token_ids=eos)
+        except Exception:
+            raise refusal from None
 
 
 def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> nn.Module:
@@ -205,6 +221,6 @@ def _naming(problem: str) -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if not isinstance(error, (SourceInvalid, _Unusable, ValueError, RuntimeError, OSError)) or not text:
+    if not isinstance(error, (SourceInvalid, _Unusable, Unsupported, ValueError, RuntimeError, OSError)) or not text:
         text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 400 else text[:400] + " ..."

@@ -9,11 +9,11 @@ from collections import abc
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mlxserver.engine.mlx import mx
+from mlxserver.engine.mlx import mx, nn
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
-from mlxserver.engine.loading.metadata import attention_heads
+from mlxserver.engine.loading.metadata import attention_heads, model_arguments
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
@@ -72,7 +72,7 @@ class PlainPrefill:
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         policy = policy or current()
         self._model = model
-        heads = attention_heads(vars(model.args)) if hasattr(model, "args") else 0
+        heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
         self._attention = AttentionMemory(heads, policy)
         self._rounds = policy.round_chunks
         self._may_pad = not caches.keeps_state(model)
