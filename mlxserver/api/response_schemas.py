@@ -57,6 +57,9 @@ REASONING = {"reasoning_content_": TEXT, "reasoning_": TEXT}
 HEAD = {"id": TEXT, "created": COUNT, "model": TEXT, "system_fingerprint": TEXT}
 COUNTS = {"usage": named("Usage"), "timings": named("Timings")}
 
+EXECUTION = exactly(
+    cache=_one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
+)
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 
 RESPONSE_SCHEMAS: dict[str, Schema] = {
@@ -151,6 +154,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         source=TEXT,
         context_length=maybe(COUNT),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
+        execution=maybe(EXECUTION),
         memory_bytes=COUNT,
         reserved_bytes=COUNT,
         estimate=maybe(ESTIMATE),

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import KVCache
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.merged import MergedCache
+from mlxserver.engine.kv_cache.single import SingleCache
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
@@ -52,7 +53,10 @@ class BatchCache(Protocol):
 
 def make_batch_cache(model: Any, policy: ExecutionPolicy | None = None) -> BatchCache:
     """An empty cache for a model's decode batch."""
-    if caches.is_plain(model):
+    policy = policy or current()
+    if policy.batch_cache == "single":
+        return SingleCache(model)
+    if policy.batch_cache == "slots" and caches.is_plain(model):
         return SlotCache(model, policy)
     return MergedCache(model)
 
