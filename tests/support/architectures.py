@@ -96,6 +96,7 @@ _LLAMA4 = {
 
 CONFIGS = {
     "llama": {},
+    "qwen3_moe": _MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "mamba": _MAMBA,
     "nemotron_h": _MOE | _NEMOTRON,
     "jamba": _MOE | _JAMBA,

@@ -20,6 +20,7 @@ from mlxserver.engine.mlx import mx
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters, load_model, load_tokenizer
 from tokenizers.models import BPE
@@ -40,6 +41,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, curr
 
 log = logging.getLogger("engine")
 
+_NVFP4_LARGEST = 448 * 6  # a global scale is the largest value; stored values times stored scales reach this one
 READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; an aborted load ends at the next one
 
 
@@ -154,7 +156,7 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
     """The model in the policy's form, evaluated. Progress is reported in bytes of loaded weights."""
     if policy.weights is WeightPolicy.FLOAT32:
         model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
-        model = dequantize_model(model)
+        model = _dequantized(model)
         model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
     fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
     if fused:
@@ -175,6 +177,17 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
             mx.eval(parameters[: n + 1])
             done, pending = done + pending, 0
             report("reading", done, total)
+    return model
+
+
+def _dequantized(model: nn.Module) -> nn.Module:
+    """The model with dequantized layers; nvfp4's scale of each expert, which mlx-lm leaves out, included."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedSwitchLinear)]
+    scales = {name: layer.global_scale for name, layer in layers if layer.global_scale is not None}
+    model = dequantize_model(model)
+    for name, layer in model.named_modules():
+        if name in scales:
+            layer.weight = layer.weight * (scales[name] / _NVFP4_LARGEST)[:, None, None]
     return model
 
 
