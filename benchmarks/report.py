@@ -131,6 +131,9 @@ def promised_lines(results: Results) -> Iterator[Line]:
     label = f"raw engine, batch {results.raw_batch}: distinct / greedy"
     yield Line(label, distinct, None, divide(distinct, greedy), results.target(0.8, 0.7, at_least=True))
     yield _own("long prefill: inter-token p99 beside / alone", results, "long prefill", "beside_over_alone", (3, 2))
+    for name, label in (("ttft", "TTFT p50"), ("gap", "inter-token p50")):
+        label = f"short beside long: {label} beside / alone"
+        yield _own(label, results, "short beside long", f"{name}_beside_over_alone", (1.3, 1.3))
 
 
 def _own(label: str, results: Results, scenario: str, name: str, limits: tuple[float, float]) -> Line:

@@ -138,6 +138,33 @@ async def _stream_beside_prefills(bench: Bench, model: str, other: str) -> tuple
     return require(read(streamed)), [require(read(outcome)) for outcome in outcomes]
 
 
+async def measure_short_beside_long(bench: Bench) -> Figures:
+    """TTFT and gaps of short requests that come together, alone and while a long conversation decodes; medians."""
+    sizes, model = bench.sizes, bench.models[0]
+    long = bench.request(model, sizes.long_tokens, sizes.long_answer)
+    await _warm_up(bench, "greedy", sizes.few)
+    alone = [timing for _ in range(sizes.rounds) for timing in await _few(bench)]
+    await run_one(bench.request(model, sizes.long_tokens, 1))
+    streaming, beside = asyncio.create_task(send(long)), []
+    while not streaming.done():
+        beside += await _few(bench)
+    decoding = require(read(await streaming)).arrivals
+    beside = [timing for timing in beside if decoding[0] < timing.start and timing.arrivals[-1] < decoding[-1]]
+    figures = {"requests": float(len(beside))}
+    for name, timings in (("alone", alone), ("beside", beside)):
+        figures[f"{name}_ttft_p50"] = percentile([timing.ttft for timing in timings], 50)
+        figures[f"{name}_gap_p50"] = percentile([gap for timing in timings for gap in timing.gaps], 50)
+    for name in ("ttft", "gap"):
+        figures[f"{name}_beside_over_alone"] = figures[f"beside_{name}_p50"] / figures[f"alone_{name}_p50"]
+    return figures
+
+
+async def _few(bench: Bench) -> list[Timing]:
+    """Short requests of a few clients, all at once."""
+    few = bench.sizes.few
+    return [require(sample) for sample in await run_load(bench.requests("greedy", few, bench.sizes.max_tokens), few)]
+
+
 def require(sample: Sample) -> Timing:
     """The timing of a request that a figure needs. Raises RuntimeError if it failed or gave no text."""
     if sample.timing is None or not sample.timing.arrivals:
@@ -165,6 +192,7 @@ def scenarios(sizes: Sizes) -> dict[str, Scenario]:
         "second turn": measure_second_turn,
         "long prefill": measure_long_prefill,
         "two models": measure_two_models,
+        "short beside long": measure_short_beside_long,
     }
 
 

@@ -22,6 +22,7 @@ class Sizes:
     concurrency: clients of the closed loops; the last is the peak, which the seeded, raw and target measures use.
     rounds, seeded_rounds: requests per client. pair_clients: clients of the two models used at once.
     conversations: number of two-turn conversations. stream_tokens: length of the stream beside the long prefill.
+    long_tokens, long_answer: lengths of the conversation that short requests of `few` clients run beside.
     warmup_tokens: length of the warm-up answers. raw_batch: sequences of the batch with distinct settings.
     """
 
@@ -37,6 +38,9 @@ class Sizes:
     stream_tokens: int
     warmup_tokens: int
     raw_batch: int
+    long_tokens: int
+    long_answer: int
+    few: int = 8
 
     @property
     def peak(self) -> int:
@@ -57,6 +61,8 @@ CPU = Sizes(
     stream_tokens=128,
     warmup_tokens=4,
     raw_batch=32,
+    long_tokens=6000,
+    long_answer=256,
 )
 GPU = Sizes(
     prompt_tokens=250,
@@ -71,6 +77,8 @@ GPU = Sizes(
     stream_tokens=512,
     warmup_tokens=128,
     raw_batch=32,
+    long_tokens=12_000,
+    long_answer=1024,
 )
 QUICK = Sizes(
     prompt_tokens=16,
@@ -85,4 +93,6 @@ QUICK = Sizes(
     stream_tokens=32,
     warmup_tokens=2,
     raw_batch=4,
+    long_tokens=300,
+    long_answer=32,
 )

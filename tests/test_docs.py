@@ -96,7 +96,10 @@ def test_every_endpoint_parameter_and_answer_is_explained():
     assert {endpoint.path for endpoint in ENDPOINTS} - named == set()
     requests = {endpoint.request for endpoint in ENDPOINTS if endpoint.request}
     parameters = {
-        name for request in requests for name in [*request.__fields__, *getattr(request, "__unsupported__", ())]
+        name
+        for request in requests
+        for names in (request.__fields__, request.__unsupported__, request.__no_effect__, request.__not_applied__)
+        for name in names
     }
     assert len(parameters) > 60
     assert parameters - named == set()

@@ -32,7 +32,10 @@ from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.events import Delta, ToolCallDelta
 from mlxserver.engine.loading import sources
+from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.reasoning_formats import FORMATS as REASONING_FORMATS
+from mlxserver.engine.output.splitter import Splitter
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_calls import ToolCallParser
 from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
@@ -98,21 +101,29 @@ def _calls(tool_format: ToolFormat, pieces: Iterable[str], *, is_cut: bool) -> t
 
 
 def thinking(data: bytes) -> None:
-    """Reasoning and content: no cut of the text changes them."""
+    """Reasoning and content, and calls in channels: no cut of the text changes them."""
     if len(data) < 2:
         return
     text = data[2:].decode(errors="replace")
-    outcomes = [
-        _channels(ThinkingParser("<think>", "</think>", bool(data[0] & 1), may_close_twice=bool(data[0] & 2)), pieces)
-        for pieces in ([text], _pieces(text, data[1]))
-    ]
+    outcomes = [_channels(_splitter(data[0]), pieces) for pieces in ([text], _pieces(text, data[1]))]
     assert outcomes[0] == outcomes[1], text
 
 
-def _channels(parser: ThinkingParser, pieces: Iterable[str]) -> dict[str, str]:
-    texts = {"reasoning": "", "content": ""}
-    for channel, text in [part for piece in pieces for part in parser.feed(piece)] + parser.flush():
-        texts[channel] += text.text
+def _splitter(kind: int) -> Splitter:
+    marks, is_inside = REASONING_FORMATS[(kind >> 3) % len(REASONING_FORMATS)], bool(kind & 1)
+    if marks.channels:
+        return ChannelParser(marks.channels, is_inside, tools=[tool.name for tool in TOOLS if kind & 4])
+    starts = ("<tool_call>",) if kind & 4 else ()
+    return ThinkingParser(marks, is_inside, may_close_twice=bool(kind & 2), call_starts=starts)
+
+
+def _channels(parser: Splitter, pieces: Iterable[str]) -> dict[str, str]:
+    texts = {"reasoning": "", "content": "", "calls": ""}
+    for part in [part for piece in pieces for part in parser.feed(piece)] + parser.flush():
+        if isinstance(part, ToolCallDelta):
+            texts["calls"] += f"{part.name or ''}{part.arguments}"
+        else:
+            texts[part[0]] += part[1].text
     return texts
 
 

@@ -153,6 +153,8 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         type=maybe(_one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),
+        max_model_len=maybe(COUNT),
+        meta=exactly(n_ctx_train=maybe(COUNT)),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
         execution=maybe(EXECUTION),
         memory_bytes=COUNT,

@@ -29,7 +29,7 @@ class SamplingParams:
 
     temperature: Annotated[float, Range(0, 2), "Randomness; 0 is greedy."] = 1.0
     top_p: Annotated[float, Range(0, 1, is_open=True), "Keep the likeliest tokens up to this probability."] = 1.0
-    top_k: Annotated[int, Range(-1), "Keep this many of the likeliest tokens; 0 and -1 keep all."] = 0
+    top_k: Annotated[int, Range(-1, 2**63 - 1), "Keep this many of the likeliest tokens; 0 and -1 keep all."] = 0
     min_p: Annotated[float, Range(0, 1), "Keep tokens at least this likely, relative to the likeliest."] = 0.0
     seed: Annotated[int | None, Range(-(2**63), 2**63 - 1), PerRequest(), "The same seed gives the same answer."] = None
     frequency_penalty: Annotated[float, Range(-2, 2), "Lowers a token's logit for each time it was generated."] = 0.0
@@ -40,7 +40,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        object.__setattr__(self, "top_k", min(max(self.top_k, 0), 2**31 - 1))  # the sampler's arrays take no more
 
 
 NUMBERS: Mapping[str, Setting] = settings_of(SamplingParams)  # all but logit_bias

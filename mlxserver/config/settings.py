@@ -17,6 +17,7 @@ from mlxserver.config.http import HttpSettings
 ModelType = Literal["thinking", "instruction"]
 Shard = Literal["tensor", "pipeline"]
 LogFormat = Literal["text", "json"]
+UnclosedThinking = Literal["reasoning", "content"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
 UnknownParameters = Literal["refuse", "ignore"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
@@ -33,7 +34,8 @@ class ModelSpec:
     cache_tokens: tokens in the KV cache of all requests together, None is loading/estimate.py's choice. aliases: more
     names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes the server's. defaults:
     sampling parameters by name (config/sampling_params.py). shard: how several ranks share it (loading/sharding.py),
-    None: rank 0 has it alone.
+    None: rank 0 has it alone. unclosed_thinking: what an answer is that the model ended inside its reasoning; "content"
+    gives it as both.
     """
 
     key: Annotated[str, Shared()]
@@ -51,6 +53,7 @@ class ModelSpec:
     ttl: Annotated[float | None, Range(0), Live()] = None
     defaults: Mapping[str, float] = field(default_factory=dict)
     shard: Annotated[Shard | None, Shared(), Identity()] = None
+    unclosed_thinking: UnclosedThinking = "reasoning"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,9 +68,10 @@ class Auth:
 
     def _check_key(self, scope: Scope, headers: Headers, settings: Settings) -> Response | None:
         path = scope["path"]
-        permission = self._keys(settings).permission(headers.get("authorization", "").encode("latin-1"))
+        given = [headers.get(name, "").encode("latin-1") for name in ("authorization", "x-api-key")]
+        permission = self._keys(settings).permission(*given)
         if permission is None and path not in OPEN_PATHS:
-            message = "A valid API key is needed: Authorization: Bearer KEY."
+            message = "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY."
             failure = Failure(message, "authentication", code="invalid_api_key")
             return failure_response(path, 401, failure, {"WWW-Authenticate": "Bearer"})
         scope.setdefault("state", {})["permission"] = Permission.LOOK if permission is None else permission

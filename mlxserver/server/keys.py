@@ -42,14 +42,16 @@ class Keys:
         if not settings.has_keys:
             self._without_key = Permission.NAME_FILES if is_loopback(host) else Permission.MANAGE
 
-    def permission(self, authorization: bytes) -> Permission | None:
-        """What the value of an Authorization header grants; None: nothing."""
+    def permission(self, authorization: bytes, api_key: bytes = b"") -> Permission | None:
+        """What the values of the headers Authorization and x-api-key grant; None: nothing."""
         if self._without_key:
             return self._without_key
         is_bearer = authorization[: len(SCHEME)].lower() == SCHEME
-        given = hashlib.sha256(authorization[len(SCHEME) :].strip()).digest()
-        matches = [permission for digest, permission in self._known if hmac.compare_digest(digest, given)]
-        return max(matches) if matches and is_bearer else None
+        keys = (authorization[len(SCHEME) :] if is_bearer else b"", api_key)
+        digests = [hashlib.sha256(key.strip()).digest() for key in keys]
+        pairs = [(given, known, permission) for given in digests for known, permission in self._known]
+        matches = [permission for given, known, permission in pairs if hmac.compare_digest(known, given)]
+        return max(matches, default=None)
 
 
 class Forbidden(Exception):

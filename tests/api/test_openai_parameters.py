@@ -65,11 +65,12 @@ CHAT_VALUES = {
     "response_format": {"type": "json_object"}, "safety_identifier": "s", "seed": 1, "service_tier": "auto",
     "stop": "x", "store": True, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5,
     "tool_choice": "auto", "tools": [ADD], "top_logprobs": 3, "top_p": 0.5, "user": "u",
+    "prediction": {"type": "content", "content": "x"}, "prompt_cache_options": {}, "prompt_cache_retention": "24h",
+    "verbosity": "low",
 }  # fmt: skip
 CHAT_REFUSED = {
     "audio": {"voice": "alloy", "format": "wav"}, "function_call": "auto", "functions": [{"name": "f"}],
-    "moderation": {"model": "x"}, "prediction": {"type": "content", "content": "x"}, "prompt_cache_options": {},
-    "prompt_cache_retention": "24h", "verbosity": "low", "web_search_options": {},
+    "moderation": {"model": "x"}, "web_search_options": {},
 }  # fmt: skip
 COMPLETION_VALUES = {
     "model": "m", "prompt": "x", "best_of": 1, "echo": True, "frequency_penalty": 1, "presence_penalty": 1,
@@ -94,13 +95,37 @@ def test_every_parameter_of_the_sdk_is_declared_or_refused(params, schema, value
         assert refused(schema, **{name: value}) == name
 
 
+ANYTHING = [None, True, 0, 1.5, "x", [], ["x"], {}, {"type": "ephemeral", "x": [1]}]
+
+
+@pytest.mark.parametrize("schema", [ChatCompletionRequest, CompletionRequest])
+def test_what_programs_send_unasked_is_accepted_with_any_value(schema):
+    described = json_schema(schema)["properties"]
+    assert {"cache_control", "include", "verbosity", "client_metadata", "num_ctx"} <= schema.__no_effect__.keys()
+    for name in schema.__no_effect__:
+        assert described[name]["description"].startswith("Accepted without effect: ")
+        for value in ANYTHING:
+            assert read(schema, **{name: value}).ignored == ()
+            jsonschema.validate(MINIMAL[schema] | {name: value}, json_schema(schema))
+
+
+@pytest.mark.parametrize(
+    ("given_", "ignored"),
+    [({"mirostat": 0}, ()), ({"mirostat": None, "mirostat_tau": 5}, ()), ({"tfs_z": 1}, ()),
+     ({"mirostat": 2, "mirostat_tau": 5}, ("mirostat",)), ({"tfs_z": 0.5, "typical_p": 0.9}, ("tfs_z", "typical_p"))],
+)  # fmt: skip
+def test_a_sampler_of_another_server_is_noted_unless_it_is_off(given_, ignored):
+    assert chat(**given_).ignored == complete(**given_).ignored == ignored
+    jsonschema.validate(MINIMAL[ChatCompletionRequest] | given_, json_schema(ChatCompletionRequest))
+
+
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
 def test_what_has_no_effect_is_described_as_such(name):
     for schema in (ChatCompletionRequest, CompletionRequest):
         assert "without effect" in schema.__fields__[name].description
 
 
-@pytest.mark.parametrize("name", ["audio", "functions", "function_call", "prediction"])
+@pytest.mark.parametrize("name", ["audio", "functions", "function_call"])
 def test_what_is_refused_may_be_null_and_the_error_has_a_remedy(name):
     assert chat(**{name: None}).messages == chat().messages
     with pytest.raises(ValidationFailed, match=f"'{name}' is not supported. .+"):
@@ -109,7 +134,7 @@ def test_what_is_refused_may_be_null_and_the_error_has_a_remedy(name):
 
 
 def test_unknown_parameters_are_ignored_and_noted_where_the_limits_have_that():
-    body = orjson.dumps(MINIMAL[ChatCompletionRequest] | {"foo": 1, "audio": {}, "prediction": None, "temperature": 1})
+    body = orjson.dumps(MINIMAL[ChatCompletionRequest] | {"foo": 1, "audio": {}, "functions": None, "temperature": 1})
     request = parse(ChatCompletionRequest, body, Limits(ignores_unknown=True))
     assert (request.temperature, request.ignored) == (1.0, ("foo", "audio"))
     assert chat().ignored == ()
@@ -117,13 +142,131 @@ def test_unknown_parameters_are_ignored_and_noted_where_the_limits_have_that():
         parse(ChatCompletionRequest, orjson.dumps({"model": "m", "foo": 1}), Limits(ignores_unknown=True))
 
 
+TOOL_WITH_EXTRAS = {**ADD, "defer_loading": True, "cache_control": {}, "strict": True}
+MESSAGE_WITH_EXTRAS = {**HELLO[0], "cache_control": {"type": "ephemeral"}}
+
+
+def test_hints_to_a_cache_are_accepted_anywhere():
+    hinted = {"type": "function", "function": ADD["function"] | {"cache_control": {}, "eager_input_streaming": True}}
+    plain = chat(tools=[ADD])
+    for tool in (TOOL_WITH_EXTRAS, hinted):
+        request = chat(tools=[tool], messages=[MESSAGE_WITH_EXTRAS])
+        assert (request.tools, request.messages, request.ignored) == (plain.tools, plain.messages, ())
+    part = {"type": "text", "text": "Hello", "cache_control": {}}
+    assert chat(messages=[{"role": "user", "content": [part]}]).messages == plain.messages
+
+
+def test_a_property_of_a_tool_is_never_taken_for_a_hint():
+    parameters = {"type": "object", "properties": {"cache_control": {"type": "string"}}, "cache_control": 1}
+    assert chat(tools=[function(name="f", parameters=parameters)]).tools[0].parameters == parameters
+
+
+def test_unknown_fields_inside_are_ignored_and_noted_where_the_limits_have_that():
+    described = {"schema": {"type": "object", "z": 3}}
+    asked = {
+        "messages": [{**HELLO[0], "foo": 1}],
+        "tools": [{**TOOL_WITH_EXTRAS, "function": {**ADD["function"], "returns": {}}}],
+        "tool_choice": {"type": "function", "function": {"name": "add", "x": 1}, "y": 2},
+        "response_format": {"type": "json_schema", "json_schema": {**described, "a": 1}},
+    }
+    request = parse(
+        ChatCompletionRequest, orjson.dumps(MINIMAL[ChatCompletionRequest] | asked), Limits(ignores_unknown=True)
+    )
+    assert set(request.ignored) == {
+        "messages[0].foo",
+        "tools[0].function.returns",
+        "tool_choice.function.x",
+        "tool_choice.y",
+        "response_format.json_schema.a",
+    }
+    assert (request.tools, request.tool_choice) == (chat(tools=[ADD]).tools, ("function", "add"))
+    known = chat(response_format={"type": "json_schema", "json_schema": described})
+    assert request.response_format == known.response_format
+    for name, value in asked.items():
+        assert refused(**{"tools": [ADD], name: value}).startswith(name)
+
+
 # Chat
+
+
+@pytest.mark.parametrize(
+    ("given_", "limit"),
+    [({"max_tokens": -1}, None), ({"max_completion_tokens": -1}, None), ({"max_tokens": -1, "num_predict": 7}, 7),
+     ({"num_predict": -2}, None), ({"num_predict": 7}, 7), ({"max_tokens": 7, "num_predict": 7}, 7)],
+)  # fmt: skip
+def test_a_token_limit_of_minus_one_is_none(given_, limit):
+    assert chat(**given_).token_limit == limit
+    jsonschema.validate(MINIMAL[ChatCompletionRequest] | given_, json_schema(ChatCompletionRequest))
+
+
+def test_repeat_penalty_is_repetition_penalty():
+    assert chat(repeat_penalty=1.1).sampling == complete(repeat_penalty=1.1).sampling == {"repetition_penalty": 1.1}
+    assert chat(repeat_penalty=1.1, repetition_penalty=1.1).sampling == {"repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("given_", "template_kwargs", "budget"),
+    [
+        ({}, {}, None),
+        ({"reasoning_effort": "none"}, {"enable_thinking": False}, None),
+        ({"reasoning_effort": "High"}, {"reasoning_effort": "high"}, None),
+        ({"reasoning_effort": "a lot"}, {"reasoning_effort": "a lot"}, None),
+        ({"reasoning_effort": "default"}, {}, None),
+        ({"enable_thinking": False}, {"enable_thinking": False}, None),
+        ({"enable_thinking": True}, {}, None),
+        ({"enable_thinking": False, "reasoning_effort": "high"}, {"enable_thinking": False}, None),
+        ({"think": False}, {"enable_thinking": False}, None),
+        ({"think": True}, {}, None),
+        ({"think": "low"}, {"reasoning_effort": "low"}, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2048}}, {}, 2048),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, {}, None),
+        ({"thinking": {"type": "adaptive", "display": "omitted"}}, {}, None),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}, None),
+        ({"thinking": False}, {"enable_thinking": False}, None),
+        ({"reasoning": {}}, {}, None),
+        ({"reasoning": {"effort": "high", "summary": "auto"}}, {"reasoning_effort": "high"}, None),
+        ({"reasoning": {"effort": None, "max_tokens": 99, "exclude": True}}, {}, 99),
+        ({"reasoning": {"enabled": False}}, {"enable_thinking": False}, None),
+        ({"reasoning": {"effort": "none", "enabled": False}}, {"enable_thinking": False}, None),
+        ({"thinking_budget": -1}, {}, None),
+        ({"thinking_budget": 7, "reasoning": {"max_tokens": 7}}, {}, 7),
+        (
+            {"think": False, "chat_template_kwargs": {"enable_thinking": True, "x": 1}},
+            {"enable_thinking": True, "x": 1},
+            None,
+        ),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+            {"reasoning_effort": "high"},
+            None,
+        ),
+    ],
+)
+def test_thinking_is_switched_under_all_its_names(given_, template_kwargs, budget):
+    request = chat(**given_)
+    assert request.chat_prompt(request.messages).template_kwargs == template_kwargs
+    assert request.switches.budget == budget
+    jsonschema.validate(MINIMAL[ChatCompletionRequest] | given_, json_schema(ChatCompletionRequest))
+
+
+def test_a_prompt_is_shown_with_the_switches_that_it_would_be_answered_with():
+    for schema in (ApplyTemplateRequest, TokenizeRequest):
+        request = (
+            read(schema, prompt=None, messages=HELLO, think=False)
+            if schema is TokenizeRequest
+            else read(schema, think=False)
+        )
+        assert request.chat_prompt(request.messages).template_kwargs == {"enable_thinking": False}
+        assert refused(TokenizeRequest, think=False, reasoning={"enabled": True}) == "think"
 
 
 @pytest.mark.parametrize(
     ("value", "checked"),
     [("auto", ("auto", None)), ("none", ("none", None)), ("required", ("required", None)),
-     ({"type": "function", "function": {"name": "add"}}, ("function", "add"))],
+     ({"type": "function", "function": {"name": "add"}}, ("function", "add")),
+     ({"function": {"name": "add"}}, ("function", "add")), ({"type": "function", "name": "add"}, ("function", "add")),
+     ({"type": "tool", "name": "add"}, ("function", "add")), ({"type": "any"}, ("required", None)),
+     ({"type": "auto"}, ("auto", None)), ({"type": "none"}, ("none", None))],
 )  # fmt: skip
 def test_a_tool_choice_is_a_mode_or_a_name(value, checked):
     assert chat(tools=[ADD], tool_choice=value).tool_choice == checked
@@ -132,7 +275,13 @@ def test_a_tool_choice_is_a_mode_or_a_name(value, checked):
 def test_tools_come_out_without_nulls():
     null = {"type": "function", "function": {"name": "add", "description": None, "parameters": None, "strict": True}}
     assert chat(tools=[null]).tools == (Tool("add", strict=True, origin="tools[0].function"),)
-    assert chat(tools=[]).tools == ()
+    assert chat(tools=[]).tools == chat(tools=[], tool_choice="auto").tools == chat(tool_choice="none").tools == ()
+
+
+def test_the_type_of_a_tool_may_be_left_out():
+    for tool in ({"function": ADD["function"]}, {**ADD, "type": None}):
+        assert chat(tools=[tool]).tools == chat(tools=[ADD]).tools
+        jsonschema.validate(MINIMAL[ChatCompletionRequest] | {"tools": [tool]}, json_schema(ChatCompletionRequest))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +289,7 @@ def test_tools_come_out_without_nulls():
     [
         ({"tools": {}}, "tools"),
         ({"tools": ["add"]}, "tools[0]"),
-        ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": [{}]}, "tools[0].function"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
@@ -154,6 +303,10 @@ def test_tools_come_out_without_nulls():
         ({"tools": [ADD], "tool_choice": "any"}, "tool_choice"),
         ({"tools": [ADD], "tool_choice": 5}, "tool_choice"),
         ({"tools": [ADD], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tools": [ADD], "tool_choice": {"type": "tool"}}, "tool_choice.type"),
+        ({"tools": [ADD], "tool_choice": {"type": "tool", "name": "a b"}}, "tool_choice.name"),
+        ({"tools": [ADD], "tool_choice": {"type": "any", "name": "add"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [ADD], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
         ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "mul"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -176,9 +329,26 @@ def test_tools_come_out_without_nulls():
         ({"ignore_eos": "yes"}, "ignore_eos"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"modalities": []}, "modalities"),
-        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
+        ({"enable_thinking": "yes"}, "enable_thinking"),
+        ({"think": 5}, "think"),
+        ({"thinking": {}}, "thinking.type"),
+        ({"thinking": {"type": "much"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -2}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "x": 1}}, "thinking.x"),
+        ({"reasoning": "low"}, "reasoning"),
+        ({"reasoning": {"max_tokens": 1.5}}, "reasoning.max_tokens"),
+        ({"reasoning": {"effort": "none", "enabled": True}}, "reasoning.effort"),
+        ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "reasoning_effort"),
+        ({"reasoning_effort": "none", "enable_thinking": True}, "reasoning_effort"),
+        ({"think": False, "thinking": {"type": "enabled"}}, "think"),
+        ({"thinking_budget": 5, "thinking": {"type": "enabled", "budget_tokens": 6}}, "thinking"),
+        ({"num_predict": 0}, "num_predict"),
+        ({"num_predict": 3, "max_tokens": 4}, "max_tokens"),
+        ({"repeat_penalty": 0}, "repeat_penalty"),
+        ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repetition_penalty"),
         ({"reasoning_format": "none"}, "reasoning_format"),
-        ({"thinking_budget": -1}, "thinking_budget"),
+        ({"thinking_budget": -2}, "thinking_budget"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"keep_alive": "soon"}, "keep_alive"),
@@ -277,6 +447,8 @@ def test_a_prompt_is_text_or_tokens_one_or_many(prompt, prompts):
         ({"logprobs": 1, "echo": True}, "logprobs"),
         ({"messages": HELLO}, "messages"),
         ({"min_tokens": 17}, "min_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5, "num_predict": 6}, "max_tokens"),
         ({"suffix": "x"}, "suffix"),
     ],
 )
@@ -287,6 +459,8 @@ def test_a_wrong_completion_is_refused_at_its_place(wrong, param):
 def test_a_completion_has_openais_defaults():
     request = complete()
     assert (request.token_limit, request.echo, request.logprobs, request.n) == (16, False, None, 1)
+    assert [complete(max_tokens=-1).token_limit, complete(num_predict=-1).token_limit] == [None, None]
+    assert (complete(num_predict=20).token_limit, complete(max_tokens=5).token_limit) == (20, 5)
 
 
 def test_tokens_go_both_ways():

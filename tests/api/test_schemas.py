@@ -109,7 +109,7 @@ def test_what_is_required_is_missed(name):
         ("top_k", [-2, 1.5, "5", False]),
         ("min_p", [-0.1, 1.1]),
         ("seed", [1.5, "1", 2**63, 2**64 - 1, 1e300, True]),
-        ("max_tokens", [0, -1, 1.5, "5", True, 2**64 - 1, 10**30]),
+        ("max_tokens", [0, -3, 1.5, "5", True, 2**64 - 1, 10**30]),
         ("max_completion_tokens", [0, -5]),
         ("frequency_penalty", [-2.1, 2.1]),
         ("presence_penalty", [-2.1, 2.1]),

@@ -65,6 +65,10 @@ def test_top_k_is_off_at_both_of_its_zeros():
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
 
 
+def test_a_top_k_beyond_any_vocabulary_fits_in_the_arrays_of_the_sampler():
+    assert SamplingParams(top_k=2**63 - 1).top_k == SamplingParams(top_k=10**400).top_k == 2**31 - 1
+
+
 def test_the_shell_offers_every_number():
     assert NUMBERS.keys() <= set(PARAMETERS)
 

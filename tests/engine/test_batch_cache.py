@@ -6,7 +6,9 @@ import pytest
 from mlx_lm import load
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.batched import MergedCache, SlotCache, make_batch_cache
+from mlxserver.engine.kv_cache.batched import make_batch_cache
+from mlxserver.engine.kv_cache.merged import MergedCache
+from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.platform.policy import CUDA
 
 
@@ -142,7 +144,7 @@ def test_sequences_that_have_to_grow_can_still_give_slots_back(model):
     batch.advance()
     batch.keep(0)
     batch.cache.compact()
-    assert batch.cache._keys[0].shape[0] == 1
+    assert [slot_class.slots for slot_class in batch.cache._classes.values()] == [1]
     batch.advance(2)
 
 
@@ -153,7 +155,7 @@ def test_plain_caches_have_slots(model):
 def test_slots_are_made_at_once_for_those_that_are_soon_to_join(model):
     cache = SlotCache(model)
     cache.join([filled(model, [1, 2, 3])], coming=6)
-    tokens = cache.tokens_for(7, 4)
+    tokens = cache.tokens_for([4] * 7)
     for _ in range(6):
         cache.join([filled(model, [4, 5])])
-    assert cache.tokens_for(7, 4) == tokens == cache._keys[0].shape[0] * cache._keys[0].shape[2]
+    assert cache.tokens_for([4] * 7) == tokens == cache.held_tokens

@@ -13,7 +13,9 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Delta, Finish, ToolCallDelta
 from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.detokenizer import make_detokenizer
+from mlxserver.engine.output.reasoning_formats import HARMONY, THINK
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.requests import (
@@ -23,7 +25,7 @@ from mlxserver.engine.requests import (
     ToolChoice,
 )
 from mlxserver.engine.runners.builder import Builder
-from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
+from mlxserver.engine.sampling.constraints import MAX_CALL_TOKENS, Every, Restricted, ThinkingControl, mask_bytes
 from mlxserver.engine.sampling.tool_grammars import strict_calls
 from tests.support.conversations import question
 
@@ -190,11 +192,11 @@ def test_strict_is_refused_where_calls_are_not_written_as_json():
     assert refusal.value.param == "tools[0].function.strict"
 
 
-def test_thinking_can_not_be_limited_where_there_is_none(tiny):
-    with pytest.raises(PromptRejected) as refusal:
-        tiny.prepare(ask(thinking_budget=5), itertools.count())
-    assert refusal.value.param == "thinking_budget"
-    assert tiny.prepare(ask(thinking_budget=0), itertools.count())
+@pytest.mark.parametrize("budget", [0, 5])
+def test_a_thinking_budget_binds_nothing_where_there_is_no_thinking(tiny, budget):
+    """Clients send one to every model; one that does not think is within any."""
+    ((sequence, _),) = tiny.prepare(ask(thinking_budget=budget), itertools.count())
+    assert sequence.constraint is None
 
 
 class Follower:
@@ -203,7 +205,7 @@ class Follower:
     PIECES = ("<think>", "a", "</", "think>", "b", "\n</think>\n\n")
 
     def __init__(self, budget):
-        parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+        parser = ThinkingParser(THINK, starts_inside=False)
         self.control = ThinkingControl(
             parser, self.PIECES.__getitem__, start=[0], end=[5], vocab_size=len(self.PIECES), budget=budget
         )
@@ -241,7 +243,7 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
             return None
 
     pieces = ("<think>", "a", "\n", "</think>", "\n\n", "b")
-    parser = ThinkingParser("<think>", "</think>", starts_inside=False)
+    parser = ThinkingParser(THINK, starts_inside=False)
     control = ThinkingControl(
         parser, pieces.__getitem__, start=[0], end=[2, 3, 4], vocab_size=len(pieces), budget=1, inner=Recording()
     )
@@ -249,6 +251,139 @@ def test_a_forced_closing_tag_of_several_tokens_is_kept_from_the_grammar():
         control.accept(token)
         assert [int(n) for n in np.flatnonzero(bits(control.allowed() or b""))] == forced
     assert received == [pieces.index("b")]
+
+
+class Controlled:
+    """A ThinkingControl of a format, and what it allows; a token is the number of a piece."""
+
+    def __init__(self, pieces, parser, *, start=(), end=(), answers=((),), **options):
+        self.pieces = pieces
+        ids = {"start": self._ids(start), "end": self._ids(end), "answers": [self._ids(answer) for answer in answers]}
+        ids |= {name: self._ids(options.pop(name, ())) for name in ("opened", "call")}
+        self.control = ThinkingControl(parser, pieces.__getitem__, vocab_size=len(pieces), **ids, **options)
+
+    def _ids(self, texts):
+        return tuple(self.pieces.index(text) for text in texts)
+
+    def allowed(self):
+        """The pieces that may come next; None for any."""
+        mask = self.control.allowed()
+        return mask and [self.pieces[n] for n in np.flatnonzero(bits(mask)) if n < len(self.pieces)]
+
+    def follow(self, *pieces):
+        """What is allowed behind each piece."""
+        return [(self.control.accept(self.pieces.index(piece)), self.allowed())[1] for piece in pieces]
+
+
+CHANNELS = (
+    "<|start|>",
+    "assistant",
+    "<|channel|>",
+    "analysis",
+    "commentary",
+    "final",
+    "<|message|>",
+    "<|end|>",
+    "a",
+    "{",
+)
+HEADER = ("<|start|>", "assistant", "<|channel|>")
+HARMONY_IDS = {
+    "start": ("<|channel|>", "analysis", "<|message|>"),
+    "end": ("<|end|>",),
+    "answers": [(*HEADER, "final", "<|message|>"), (*HEADER, "commentary")],
+}
+
+
+class OpenBrace:
+    """An answer that begins with a brace."""
+
+    def __init__(self):
+        self.received = []
+
+    def allowed(self):
+        mask = bytearray(mask_bytes(len(CHANNELS)))
+        mask[CHANNELS.index("{") // 8] |= 1 << CHANNELS.index("{") % 8
+        return bytes(mask)
+
+    def accept(self, token):
+        self.received.append(CHANNELS[token])
+
+
+def test_a_spent_budget_leads_from_the_analysis_to_another_channel():
+    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), budget=1, opened=HEADER[:2], **HARMONY_IDS)
+    assert controlled.allowed() is None
+    assert controlled.follow("<|channel|>", "analysis", "<|message|>", "a") == [None, None, None, ["<|end|>"]]
+    assert controlled.follow("<|end|>", *HEADER) == [
+        ["<|start|>"],
+        ["assistant"],
+        ["<|channel|>"],
+        ["commentary", "final"],
+    ]
+    assert controlled.follow("commentary", "<|message|>", "a") == [None, None, None]
+    assert controlled.follow("<|end|>", *HEADER, "analysis", "<|message|>")[-2:] == [None, ["<|end|>"]]
+
+
+def test_a_grammar_holds_inside_the_final_channel():
+    inner = OpenBrace()
+    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **HARMONY_IDS)
+    assert controlled.allowed() == ["<|channel|>"]
+    assert controlled.follow("<|channel|>", "analysis", "<|message|>", "a") == [
+        ["analysis", "final"], ["<|message|>"], None, None,
+    ]  # fmt: skip
+    assert controlled.follow("<|end|>", *HEADER, "final") == [
+        [*HEADER[:1]],
+        ["assistant"],
+        ["<|channel|>"],
+        ["final"],
+        ["<|message|>"],
+    ]
+    assert controlled.follow("<|message|>", "{") == [["{"], ["{"]]
+    assert inner.received == ["{"]
+
+
+def test_an_answer_may_begin_without_reasoning():
+    inner = OpenBrace()
+    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **HARMONY_IDS)
+    assert controlled.follow("<|channel|>", "final", "<|message|>", "{")[1:] == [["<|message|>"], ["{"], ["{"]]
+    assert inner.received == ["{"]
+
+
+def test_a_call_may_come_in_its_own_channel_in_the_place_of_the_answer():
+    inner = OpenBrace()
+    call = {"call": (*HEADER, "commentary"), "opened": HEADER[:2], "inner": inner}
+    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), **HARMONY_IDS, **call)
+    assert controlled.follow("<|channel|>") == [["analysis", "commentary", "final"]]
+    assert controlled.follow("commentary", "<|message|>", "a") == [None, None, None]
+    assert inner.received == []
+    controlled = Controlled(CHANNELS, ChannelParser(HARMONY), **HARMONY_IDS, **call)
+    assert controlled.follow("<|channel|>", "analysis", "<|message|>", "<|end|>", *HEADER)[-1] == [
+        "commentary",
+        "final",
+    ]
+    assert controlled.follow("final", "<|message|>") == [["<|message|>"], ["{"]]
+
+
+CALLING = ("a", "<tool_call>", "</tool_call>", "\n</think>\n\n", "\n")
+
+
+def test_a_spent_budget_waits_for_the_end_of_a_call():
+    end = CALLING[3]
+    options = {"call_starts": ("<tool_call>",), "call_end": "</tool_call>"}
+    controlled = Controlled(CALLING, ThinkingParser(THINK, True, **options), end=(end,), budget=2)
+    free = controlled.follow(
+        "a", "<tool_call>", "a", "a", "a", "</tool_call>", "\n", "<tool_call>", "a", "</tool_call>"
+    )
+    assert free == [None] * 10
+    assert controlled.follow("a", end) == [[end], None]  # it goes on thinking: the call was a draft
+
+
+def test_a_spent_budget_does_not_wait_forever():
+    end = CALLING[3]
+    parser = ThinkingParser(THINK, True, call_starts=("<tool_call>",), call_end="</tool_call>")
+    controlled = Controlled(CALLING, parser, end=(end,), budget=2)
+    assert controlled.follow("<tool_call>", *["a"] * MAX_CALL_TOKENS)[-1] is None
+    assert controlled.follow("a") == [[end]]
 
 
 def test_no_prompt_has_a_token_that_the_model_has_not(tiny):

@@ -350,7 +350,7 @@ def test_a_models_own_arguments_state_what_its_config_leaves_out(stated, context
 def test_a_tokenizer_is_read_where_transformers_refuses_the_configuration(tiny, changes):
     whole = load(ModelSpec("tiny", str(tiny))).tokenizer
     rewrite_config(tiny, **changes)
-    own = read_tokenizer(tiny, None)
+    own = read_tokenizer(tiny)
     assert own.encode("hé ab") == whole.encode("hé ab")
     assert own.chat_template == whole.chat_template
 

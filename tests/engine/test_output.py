@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from mlxserver.engine.events import Delta, Finish, TokenLogprob, ToolCallDelta
+from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.marked_text import TokenText
+from mlxserver.engine.output.reasoning_formats import HARMONY, THINK
 from mlxserver.engine.output.stop_strings import StopStrings, overlap
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.thinking import ThinkingParser
@@ -29,7 +31,13 @@ class Play:
         tokenizer = script_tokenizer([script])
         self.eos = tokenizer.token_to_id(EOS)
         self.tokens = [*script_ids(tokenizer, script), self.eos]
-        parser = None if thinking is None else ThinkingParser("<think>", "</think>", thinking == "inside")
+        parser = {
+            None: lambda: None,
+            "tags": lambda: ThinkingParser(THINK, False),
+            "inside": lambda: ThinkingParser(THINK, True),
+            "calls": lambda: ThinkingParser(THINK, True, call_starts=("<tool_call>",)),
+            "channels": lambda: ChannelParser(HARMONY, tools=("add",)),
+        }[thinking]()
         backend = SimpleNamespace(backend_tokenizer=tokenizer)
         self.stream = OutputStream(
             backend,
@@ -189,6 +197,82 @@ def test_tool_calls_are_no_part_of_the_content(pieces, options, outcome):
     assert Play(pieces, tools=PLAIN, **options).outcome() == outcome
 
 
+@pytest.mark.parametrize(
+    ("pieces", "options", "outcome", "reasoning_tokens"),
+    [
+        (["a", "\n<tool", CALL[5:]], {}, ("a", "", [ADD], "tool_calls"), 1),
+        (["a", "\n", CALL, CALL, " b"], {}, ("a", "b", [ADD, ADD], "tool_calls"), 2),
+        (["a", "\n", CALL, " b STOP"], {"stop": ["STOP"]}, ("a", "b ", [ADD], "tool_calls"), 2),
+        (["a", CALL, "</think>", "b"], {}, (f"a{CALL}", "b", [], "stop"), 3),
+        (["a", " <tool_call> tags"], {}, ("a <tool_call> tags", "", [], "stop"), 3),
+        (["a", " <tool"], {}, ("a <tool", "", [], "stop"), 3),
+        (["a ", CALL[:-14], CALL[-14:]], {"max_tokens": 2}, ("a", "", [["add", '{"a": 1']], "length"), 1),
+        (["a ", CALL[:25], CALL[25:]], {"max_tokens": 2}, (f"a {CALL[:25]}", "", [], "length"), 2),
+    ],
+)
+def test_a_call_ends_reasoning_that_is_never_closed(pieces, options, outcome, reasoning_tokens):
+    play = Play(pieces, thinking="calls", tools=PLAIN, **options)
+    assert (play.outcome(), play.stream.reasoning_tokens) == (outcome, reasoning_tokens)
+
+
+ANALYSIS = ["<|channel|>", "analysis", "<|message|>", "Well.", "<|end|>"]
+FINAL = ["<|start|>", "assistant", "<|channel|>", "final", "<|message|>", "Yes", " it is"]
+TO_ADD = [
+    "<|start|>",
+    "assistant",
+    "<|channel|>",
+    "commentary to=functions.add <|constrain|>json",
+    "<|message|>",
+    '{"a": 1}',
+]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "options", "outcome", "reasoning_tokens"),
+    [
+        ([*ANALYSIS, *FINAL], {}, ("Well.", "Yes it is", [], "stop"), 5),
+        ([*ANALYSIS, *FINAL], {"stop": ["ell", "s i"]}, ("Well.", "Ye", [], "stop"), 5),
+        ([*ANALYSIS, *FINAL], {"max_tokens": 9}, ("Well.", "", [], "length"), 5),
+        ([*ANALYSIS, *TO_ADD], {}, ("Well.", "", [ADD], "tool_calls"), 5),
+        ([*FINAL, "<|end|>", *TO_ADD], {"stop": ["isn"]}, ("", "Yes it is", [ADD], "tool_calls"), 0),
+        ([*FINAL, "<|end|>", *FINAL[:2], *ANALYSIS], {}, ("Well.", "Yes it is", [], "stop"), 8),
+        ([*TO_ADD], {"max_tokens": 6}, ("", "", [ADD], "length"), 0),
+        ([*TO_ADD, "<|call|>", *TO_ADD], {"tools": PLAIN}, ("", "", [ADD, ADD], "tool_calls"), 0),
+    ],
+)
+def test_channels_become_reasoning_content_and_calls(pieces, options, outcome, reasoning_tokens):
+    play = Play(pieces, thinking="channels", **options)
+    assert (play.outcome(), play.stream.reasoning_tokens) == (outcome, reasoning_tokens)
+
+
+def test_in_channels_tokens_of_marks_and_headers_are_dropped():
+    deltas = Play([*ANALYSIS, *FINAL], thinking="channels").measured()
+    assert [(delta.text, [int(token.logprob) for token in delta.logprobs]) for delta in deltas] == [
+        ("Well.", [3]), ("Yes", [10]), (" it is", [11]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pieces", "thinking", "options", "outcome"),
+    [
+        (["a", " b"], "inside", {}, ("a b", "a b", "stop")),
+        (["a", " b"], "inside", {"stop": ["b"]}, ("a b", "a b", "stop")),
+        (["a", " b"], "inside", {"max_tokens": 2}, ("a b", "", "length")),
+        (["a", "</think>", "b"], "inside", {}, ("a", "b", "stop")),
+        (["a", "</think>"], "inside", {}, ("a", "", "stop")),
+        (["a", "</think>", "STOP"], "inside", {"stop": ["STOP"]}, ("a", "", "stop")),
+        ([" <think>", "a"], "tags", {}, ("a", "a", "stop")),
+        (ANALYSIS, "channels", {}, ("Well.", "Well.", "stop")),
+        ([*ANALYSIS, *FINAL[:5]], "channels", {}, ("Well.", "Well.", "stop")),
+        ([*ANALYSIS, *FINAL], "channels", {}, ("Well.", "Yes it is", "stop")),
+        (["b"], "tags", {}, ("", "b", "stop")),
+        ([], "inside", {}, ("", "", "stop")),
+    ],
+)
+def test_an_answer_that_is_all_reasoning_can_be_content_too(pieces, thinking, options, outcome):
+    assert Play(pieces, thinking=thinking, repeats_unclosed=True, **options).result() == outcome
+
+
 def test_a_forced_answer_has_no_tags():
     play = Play(["\n[", '{"name": "add", "arguments": {"a": 1}}', "]"], tools=FORCED)
     assert play.outcome() == ("", "", [ADD], "tool_calls")
@@ -236,16 +320,22 @@ def test_a_tokens_log_probabilities_go_with_the_first_of_its_text_that_is_emitte
 
 
 FRAGMENTS = ["<think>", "</think>", "<thi", "nk>", "\n", " ", "a", "b", "STOP", "ST", "OP", "aSTb", "€", "👩‍👩‍👧"]
-CALLS = [CALL, CALL[:24], CALL[24:], '{"name": "f"}', "<tool_call>"]
+CALLS = [CALL, CALL[:24], CALL[24:], '{"name": "f"}', "<tool_call>", "".join(ANALYSIS), "".join(TO_ADD), FINAL[0]]
 STOPS = ["STOP", "OP", "TO", "\n\n", "ab", "€a", "aSTbSTOP", "<think>", "👩", '"a"', "}}", "</tool"]
 CUTS = st.lists(st.integers(1, 160))
-OPTIONS = st.fixed_dictionaries(
-    {
-        "stop": st.lists(st.sampled_from(STOPS), max_size=3),
-        "thinking": st.sampled_from([None, "tags", "inside"]),
-        "tools": st.sampled_from([None, PLAIN, FORCED]),
-    }
-)
+
+
+def options(*thinking):
+    return st.fixed_dictionaries(
+        {
+            "stop": st.lists(st.sampled_from(STOPS), max_size=3),
+            "thinking": st.sampled_from([None, *thinking]),
+            "tools": st.sampled_from([None, PLAIN, FORCED]),
+        }
+    )
+
+
+OPTIONS = options("tags", "inside", "calls")  # between channels there are blank lines that are no tokens
 
 
 def cut(text, cuts):
@@ -255,7 +345,11 @@ def cut(text, cuts):
     return [raw[a:b] for a, b in pairwise(borders)]
 
 
-@given(st.lists(st.sampled_from(FRAGMENTS + CALLS), max_size=12).map("".join), CUTS, OPTIONS)
+@given(
+    st.lists(st.sampled_from(FRAGMENTS + CALLS), max_size=12).map("".join),
+    CUTS,
+    options("tags", "inside", "calls", "channels"),
+)
 def test_any_fall_of_a_text_on_tokens_gives_the_same_result(text, cuts, options):
     outcome = Play(cut(text, cuts), **options).outcome()
     assert outcome == Play([text], **options).outcome()

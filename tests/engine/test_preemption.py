@@ -31,7 +31,7 @@ def run(model, sequences, limit=None, **options):
         batch = driver.scheduler._running
         running = max(running, len(batch.sequences))
         if len(batch.sequences) > 1:
-            most = max(most, batch.cache.tokens_for(len(batch.sequences), 1))
+            most = max(most, batch.cache.held_tokens)
     return driver.tokens, most, running
 
 

@@ -19,8 +19,9 @@ from tokenizers.processors import TemplateProcessing
 
 from mlxserver.engine.conversation import ROLES, Message, Text, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.reasoning_formats import thinking_tags
 from mlxserver.engine.output.tool_formats import PLAIN
-from mlxserver.engine.prompt.formats import FORMATS, FormattedPrompt, find_type, thinking_tags
+from mlxserver.engine.prompt.formats import FORMATS, FormattedPrompt, find_type
 from mlxserver.engine.prompt.turns import admit, alternate, fold_system
 from mlxserver.engine.requests import ChatPrompt, TextPrompt, TokenPrompt, ToolChoice
 from tests.support.conversations import chat_prompt

@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model, quantize_model, save_model
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading.loader import load
 from mlxserver.engine.platform import device
-from tests.support.architectures import BASE, CONFIGS, random_model
+from tests.support.architectures import BASE, CONFIGS, MORE_CONFIGS, random_model
 from tools.harness.models import tiny_llama
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a GPU keeps the weights as they are")
@@ -25,7 +25,7 @@ def checkpoint(directory, name="llama", dtype=mx.float32, **options):
     tiny_llama(directory)
     model = random_model(name)
     model.set_dtype(dtype)
-    model, config = quantize_model(model, BASE | {"model_type": name} | CONFIGS[name], **options)
+    model, config = quantize_model(model, BASE | {"model_type": name} | (CONFIGS | MORE_CONFIGS)[name], **options)
     for file in directory.glob("model*"):
         file.unlink()
     save_model(directory, model, donate_model=False)

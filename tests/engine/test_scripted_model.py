@@ -7,7 +7,8 @@ from mlx_lm import load, stream_generate
 from mlx_lm.sample_utils import make_sampler
 
 from mlxserver.engine.output.detokenizer import make_detokenizer
-from mlxserver.engine.prompt.formats import FORMATS, find_type, thinking_tags
+from mlxserver.engine.output.reasoning_formats import thinking_tags
+from mlxserver.engine.prompt.formats import FORMATS, find_type
 from tests.support.conversations import question
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.scripts import Script

@@ -265,6 +265,10 @@ def test_the_choice_decides_what_is_parsed_as_a_call(mode, tools, text, calls):
     assert make_tool_parser(PLAIN, GenerationRequest(TextPrompt("a"))) is None
 
 
+def test_a_format_names_the_texts_that_begin_a_call():
+    assert (PLAIN.starts, FORCED.starts) == (("<tool_call>",), ())
+
+
 FRAGMENTS = [
     *(
         "<tool_call>",

@@ -80,6 +80,9 @@ def test_a_wrong_or_missing_key_learns_nothing(server):
         {"Authorization": USER},
         {"Authorization": f"Basic {USER}"},
         bearer(USER + "x"),
+        {"x-api-key": WRONG},
+        {"x-api-key": f"Bearer {USER}"},
+        {"x-api-key": ""},
     ]
     expected = response("GET", "/v1/models", None, {})
     assert expected[0] == 401
@@ -115,6 +118,18 @@ def test_a_key_generates_and_lists_but_does_not_manage(server):
     ):
         answer = server.ask(method, path, body, bearer(USER))
         assert (answer.status, answer.error["code"]) == (403, "admin_key_needed")
+
+
+def test_a_key_may_come_in_a_header_of_its_own(server):
+    """Some clients send x-api-key alone, others both headers with a key in one of them."""
+    for headers in (
+        {"x-api-key": USER},
+        {"x-api-key": USER, "Authorization": "Bearer none"},
+        bearer(USER, **{"x-api-key": "-"}),
+    ):
+        assert server.ask("POST", "/v1/chat/completions", CHAT, headers).status == 200
+        assert server.ask("GET", "/metrics", None, headers).status == 403
+    assert server.ask("GET", "/metrics", None, {"x-api-key": ADMIN}).status == 200
 
 
 def test_an_admin_key_does_everything(server, scripted_path):

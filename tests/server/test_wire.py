@@ -327,7 +327,8 @@ def test_the_description_and_its_page_are_served(server):
 
 def test_what_get_answers_is_of_its_published_shape(server):
     check(server.get("/v1/models").json, "ModelList")
-    check(server.model("tiny"), "Model")
+    card = check(server.model("tiny"), "Model")
+    assert card["max_model_len"] == card["meta"]["n_ctx_train"] == card["context_length"] == 2048
     check(server.get("/health").json, "Health")
     check(server.chat("missing", "x").json, "Error")
 

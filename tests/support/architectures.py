@@ -96,25 +96,30 @@ _LLAMA4 = {
 
 CONFIGS = {
     "llama": {},
-    "qwen3_moe": _MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "mamba": _MAMBA,
     "nemotron_h": _MOE | _NEMOTRON,
     "jamba": _MOE | _JAMBA,
     "rwkv7": _RWKV,
     "olmo_hybrid": _DELTA | _OLMO_HYBRID,
     "baichuan_m1": {"sliding_window": 32, "sliding_window_layers": [0, 2], "conv_window": 2},
-    "gemma2": {"sliding_window": 32, "tie_word_embeddings": True},
-    "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_inner": 128, "n_head": 4, "n_positions": 2048},
-    "afm7": {"hidden_dim": 64, "num_layers": 8, "num_kv_reuse_layers": 3, "num_heads": 4, "num_kv_heads": 2},
     "gemma3_text": {"sliding_window": 32, "sliding_window_pattern": 4, "num_key_value_heads": 1},
     "kimi_k25": {"text_config": BASE | _MOE | _MLA | {"model_type": "deepseek_v3"}},
     "llama4": {"text_config": BASE | _MOE | _LLAMA4 | {"model_type": "llama4_text", "num_experts_per_tok": 1}},
 }
 
 
+# More of them: models that can't be batched, and one of experts.
+MORE_CONFIGS = {
+    "qwen3_moe": _MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma2": {"sliding_window": 32, "tie_word_embeddings": True},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_inner": 128, "n_head": 4, "n_positions": 2048},
+    "afm7": {"hidden_dim": 64, "num_layers": 8, "num_kv_reuse_layers": 3, "num_heads": 4, "num_kv_heads": 2},
+}
+
+
 def random_model(name):
-    """A model of one of CONFIGS, with weights like those of a trained one in size."""
-    config = BASE | {"model_type": name} | CONFIGS[name]
+    """A model of one of CONFIGS or MORE_CONFIGS, with weights like those of a trained one in size."""
+    config = BASE | {"model_type": name} | (CONFIGS | MORE_CONFIGS)[name]
     model_class, arguments = _get_classes(config)
     mx.random.seed(1)
     model = model_class(arguments.from_dict(config))

@@ -30,6 +30,7 @@ class TokenizeRequest(PromptRequest):
 
     def check_together(self) -> None:
         """Refuse both of prompt and messages, and neither."""
+        super().check_together()
         if (self.prompt is None) == (self.messages is None):
             raise ValidationFailed("Expected one of 'prompt' and 'messages'.", "prompt")
         self.check_prefill(self.messages)

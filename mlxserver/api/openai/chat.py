@@ -7,10 +7,16 @@ from typing import Any, ClassVar
 from mlxserver.api.dialect import Call, Failure
 from mlxserver.api.openai.encoders import ChatEncoder
 from mlxserver.api.openai.errors import envelope
-from mlxserver.api.openai.generation import GeneratingRequest, ModelRequest
+from mlxserver.api.openai.generation import (
+    NO_EFFECT,
+    TOKEN_LIMIT,
+    GeneratingRequest,
+    check_limit,
+)
 from mlxserver.api.openai.messages import SHAPE as MESSAGES
 from mlxserver.api.openai.messages import check_messages
 from mlxserver.api.openai.response_format import FORMAT, check_response_format
+from mlxserver.api.openai.thinking import Thinking, ThinkingRequest, of_budget
 from mlxserver.api.openai.tools import CHOICE, TOOLS, check_tool_choice, check_tools
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
@@ -19,32 +25,22 @@ from mlxserver.config.settings import ReasoningFormat, Settings
 from mlxserver.engine.conversation import Message, Tool
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat, ToolChoice
 
-EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 MAX_TOP_LOGPROBS = 20
 
 
-class PromptRequest(ModelRequest):
+class PromptRequest(ThinkingRequest):
     """How a conversation becomes a prompt."""
 
     tools: tuple[Tool, ...] = Parameter(
         object, "Functions that the model may call.", default=(), check=check_tools, shape=TOOLS
-    )
-    reasoning_effort: str | None = Parameter(
-        str, "How much to think, given to the chat template; none turns thinking off.", enum=EFFORTS
-    )
-    chat_template_kwargs: dict[str, Any] = Parameter(
-        dict, "Variables of the chat template, such as enable_thinking.", default={}
     )
     continue_final_message: bool = Parameter(
         bool, "Go on with the last message, which is the assistant's, instead of answering it.", default=False
     )
 
     def chat_prompt(self, messages: tuple[Message, ...]) -> ChatPrompt:
-        """The prompt of these messages. Chat templates have the effort "none" as enable_thinking."""
-        effort = self.reasoning_effort
-        thinking = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort} if effort else {}
-        template_kwargs = {**thinking, **self.chat_template_kwargs}
-        return ChatPrompt(messages, self.tools, template_kwargs, self.continue_final_message)
+        """The prompt of these messages."""
+        return ChatPrompt(messages, self.tools, self.template_kwargs, self.continue_final_message)
 
     def check_prefill(self, messages: tuple[Message, ...] | None) -> None:
         """Refuse to continue what is no answer. Raises ValidationFailed."""
@@ -74,12 +70,13 @@ class ChatCompletionRequest(ChatPromptRequest, GeneratingRequest):
         "function_call": "It is the old name of 'tool_choice'.",
         "functions": "It is the old name of 'tools'.",
         "moderation": "Nothing is moderated here.",
-        "prediction": "Answers are not predicted here.",
-        "verbosity": "Ask for it in a system message.",
         "web_search_options": "Nothing is searched here; offer a tool.",
     }
+    __no_effect__: ClassVar = {**NO_EFFECT, "prediction": "it would change the speed of an answer, not its text"}
 
-    max_completion_tokens: int | None = Parameter(int, "Another name of max_tokens.", ge=1)
+    max_completion_tokens: int | None = Parameter(
+        int, "Another name of max_tokens.", check=check_limit, shape=TOKEN_LIMIT
+    )
     modalities: list[str] | None = Parameter(
         object,
         "Text, and nothing else.",
@@ -101,7 +98,7 @@ class ChatCompletionRequest(ChatPromptRequest, GeneratingRequest):
         shape=CHOICE,
     )
     parallel_tool_calls: bool = Parameter(bool, "Whether one answer may call several tools.", default=True)
-    thinking_budget: int | None = Parameter(int, "Most tokens of reasoning; then it is closed.", ge=0)
+    thinking_budget: int | None = Parameter(int, "Most tokens of reasoning; then it is closed. -1 is no limit.", ge=-1)
     reasoning_format: ReasoningFormat | None = Parameter(
         str,
         "Where reasoning goes: a field of its own, or inline between <think> tags; by default as the server is set.",
@@ -109,18 +106,18 @@ class ChatCompletionRequest(ChatPromptRequest, GeneratingRequest):
     )
 
     @property
-    def token_limit(self) -> int | None:
-        """Most tokens to generate, by whichever of its two names it was given."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def token_limits(self) -> dict[str, int | None]:
+        """Most tokens to generate, by each name that such a limit has."""
+        return super().token_limits | {"max_completion_tokens": self.max_completion_tokens}
+
+    @property
+    def named_switches(self) -> dict[str, Thinking]:
+        """What the request states about thinking, by the name of each parameter."""
+        return super().named_switches | {"thinking_budget": of_budget(self.thinking_budget)}
 
     def check_together(self) -> None:
-        """Refuse two different limits, and what needs something that is not there."""
+        """Refuse what needs something that is not there."""
         super().check_together()
-        if self.max_tokens not in (None, self.token_limit):
-            raise ValidationFailed(
-                f"'max_tokens' is {self.max_tokens} but 'max_completion_tokens' {self.token_limit}. Send one of them.",
-                "max_tokens",
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValidationFailed("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
         self._check_tool_choice()
@@ -176,5 +173,5 @@ def _generation_request(request: ChatCompletionRequest) -> GenerationRequest:
         top_logprobs=request.top_logprobs or 0 if request.logprobs else None,
         format=None if request.response_format is None else JsonFormat(request.response_format["schema"]),
         tool_choice=ToolChoice(mode, name, request.parallel_tool_calls),  # type: ignore[arg-type]
-        thinking_budget=request.thinking_budget,
+        thinking_budget=request.switches.budget,
     )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from mlxserver.api.dialect import Call, Failure, Lookup
 from mlxserver.api.openai.encoders import CompletionEncoder
 from mlxserver.api.openai.errors import envelope
-from mlxserver.api.openai.generation import GeneratingRequest
+from mlxserver.api.openai.generation import TOKEN_LIMIT, GeneratingRequest, check_limit
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
 from mlxserver.config.settings import Settings
@@ -75,7 +75,12 @@ class CompletionRequest(GeneratingRequest):
         check=check_prompts,
         shape=PROMPT,
     )
-    max_tokens: int = Parameter(int, "Most tokens to generate.", default=DEFAULT_TOKENS, ge=1)
+    max_tokens: int | None = Parameter(
+        int,
+        f"Most tokens to generate; {DEFAULT_TOKENS} by default, -1 is no limit.",
+        check=check_limit,
+        shape=TOKEN_LIMIT,
+    )
     echo: bool = Parameter(bool, "Begin each answer with its prompt.", default=False)
     best_of: int | None = Parameter(int, "As many as n.", ge=1)
     logprobs: int | None = Parameter(
@@ -84,6 +89,12 @@ class CompletionRequest(GeneratingRequest):
         ge=0,
         le=MAX_TOP_LOGPROBS,
     )
+
+    @property
+    def token_limits(self) -> dict[str, int | None]:
+        """Most tokens to generate, by each name that such a limit has."""
+        stated = super().token_limits
+        return stated if any(limit is not None for limit in stated.values()) else {"max_tokens": DEFAULT_TOKENS}
 
     def check_together(self) -> None:
         """Refuse what can't be had together."""

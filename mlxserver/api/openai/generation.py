@@ -6,9 +6,10 @@ Rule: a default of None leaves the matter to the model's own defaults.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from math import inf, isfinite
 from types import new_class
-from typing import Any
+from typing import Any, ClassVar
 
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, invalid
 from mlxserver.api.schema.validators import (
@@ -33,6 +34,29 @@ LOGIT_BIAS: dict[str, Any] = {
     "type": "object",
     "additionalProperties": {"type": "number", "minimum": BIAS_RANGE.minimum, "maximum": BIAS_RANGE.maximum},
 }
+UNLIMITED = (-1, -2)  # of LM Studio, llama.cpp and Ollama
+TOKEN_LIMIT: dict[str, Any] = {"type": "integer", "anyOf": [{"enum": [*UNLIMITED]}, {"minimum": 1}]}
+NO_EFFECT: Mapping[str, str] = {
+    **dict.fromkeys(("cache_control", "context_management", "prompt_cache_options"), "prefixes are kept anyway"),
+    "prompt_cache_retention": "prefixes are kept as long as there is memory",
+    "client_metadata": "nothing is recorded",
+    "include": "an answer has all that there is",
+    "verbosity": "ask for it in a system message",
+    "num_ctx": "the context is a setting of the model",
+    "num_keep": "a conversation is never cut",
+    **dict.fromkeys(
+        ("num_batch", "num_gpu", "main_gpu", "num_thread", "low_vram", "use_mmap", "use_mlock", "numa", "f16_kv"),
+        "how a model runs is the server's to choose",
+    ),
+    **dict.fromkeys(("mirostat_eta", "mirostat_tau"), "figures of mirostat"),
+}
+NOT_APPLIED: Mapping[str, Collection[Any]] = {  # samplers that are not here, with the values that turn them off
+    "mirostat": (0,),
+    "tfs_z": (0, 1),
+    "typical_p": (0, 1),
+    "repeat_last_n": (0, -1),
+    "penalize_newline": (True,),
+}
 KEEP_ALIVE: dict[str, Any] = {"anyOf": [{"type": "number"}, {"type": "string"}]}
 
 
@@ -46,6 +70,23 @@ def check_logit_bias(value: Any, param: str) -> dict[int, float]:
         if type(bias) not in (int, float) or bias not in BIAS_RANGE:
             raise invalid(f"{param}.{token}", bias, f"a number {BIAS_RANGE}")
     return {int(token): float(bias) for token, bias in value.items()}
+
+
+def check_limit(value: int, param: str) -> int:
+    """Most tokens to generate, or one of UNLIMITED. Raises ValidationFailed."""
+    if not 0 < value < 2**63 and value not in UNLIMITED:
+        raise invalid(param, value, "an integer at least 1, or -1 for no limit")
+    return value
+
+
+def one_of(values: Mapping[str, Any]) -> Any:
+    """The one value that parameters of several names state; None where none does. Raises ValidationFailed."""
+    stated = {name: value for name, value in values.items() if value is not None}
+    first = next(iter(stated), "")
+    for name, value in stated.items():
+        if value != stated[first]:
+            raise ValidationFailed(f"'{first}' is {stated[first]} but '{name}' {value}. Send one of them.", first)
+    return stated.get(first)
 
 
 class ModelRequest(Request):
@@ -85,7 +126,16 @@ class SamplingRequest(_Numbers):  # type: ignore[misc]
 class GeneratingRequest(SamplingRequest):
     """A request that generates text."""
 
-    max_tokens: int | None = Parameter(int, "Most tokens to generate, reasoning included.", ge=1)
+    __no_effect__: ClassVar = NO_EFFECT
+    __not_applied__: ClassVar = NOT_APPLIED
+
+    max_tokens: int | None = Parameter(
+        int, "Most tokens to generate, reasoning included; -1 is no limit.", check=check_limit, shape=TOKEN_LIMIT
+    )
+    num_predict: int | None = Parameter(int, "Another name of max_tokens.", check=check_limit, shape=TOKEN_LIMIT)
+    repeat_penalty: float | None = Parameter(
+        float, "Another name of repetition_penalty.", **_bounds(NUMBERS["repetition_penalty"].range or Range(-inf))
+    )
     min_tokens: int = Parameter(int, "Tokens to generate before the model may end its answer.", default=0, ge=0)
     ignore_eos: bool = Parameter(bool, "Go on when the model ends its answer, up to max_tokens.", default=False)
     stop: tuple[str, ...] = Parameter(
@@ -114,9 +164,23 @@ class GeneratingRequest(SamplingRequest):
     prompt_cache_key: str | None = Parameter(str, "Accepted without effect.")
 
     @property
+    def token_limits(self) -> dict[str, int | None]:
+        """Most tokens to generate, by each name that such a limit has."""
+        return {"max_tokens": self.max_tokens, "num_predict": self.num_predict}
+
+    @property
     def token_limit(self) -> int | None:
-        """Most tokens to generate; None goes to the end of the context."""
-        return self.max_tokens
+        """Most tokens to generate; None goes to the end of the context. Raises ValidationFailed if limits differ."""
+        stated = {name: limit for name, limit in self.token_limits.items() if limit not in UNLIMITED}
+        return one_of(stated)  # type: ignore[no-any-return]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters that were given, by name. Raises ValidationFailed if two names of one differ."""
+        stated = super().sampling
+        names = {"repetition_penalty": self.repetition_penalty, "repeat_penalty": self.repeat_penalty}
+        penalty = one_of(names)
+        return stated if penalty is None else stated | {"repetition_penalty": penalty}
 
     @property
     def counts_pieces(self) -> bool:
@@ -129,8 +193,8 @@ class GeneratingRequest(SamplingRequest):
         return self.stream_options.get("include_usage", False) or self.counts_pieces
 
     def check_together(self) -> None:
-        """Refuse a lower limit above the upper one, and options of a stream where there is none."""
-        limit = self.token_limit
+        """Refuse what differs under two names, a lower limit above the upper one, options of a stream that is none."""
+        limit, _ = self.token_limit, self.sampling
         if limit is not None and self.min_tokens > limit:
             raise invalid("min_tokens", self.min_tokens, f"at most {limit}, the most tokens to generate")
         if self.stream_options and not self.stream:

@@ -29,8 +29,8 @@ def _function(**fields: Any) -> dict[str, Any]:
     }
     return {
         "type": "object",
-        "properties": {"type": {"const": "function"}, "function": function},
-        "required": ["type", "function"],
+        "properties": {"type": {"type": ["string", "null"], "enum": ["function", None]}, "function": function},
+        "required": ["function"],
         "additionalProperties": False,
     }
 
@@ -44,7 +44,20 @@ TOOLS: dict[str, Any] = {
         strict={"type": ["boolean", "null"]},
     ),
 }
-CHOICE: dict[str, Any] = {"anyOf": [{"enum": MODES}, _function()]}
+MODE_WORDS = {"any": "required"}  # of other APIs
+BARE_MODE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"enum": [*MODES, *MODE_WORDS]}},
+    "required": ["type"],
+    "additionalProperties": False,
+}
+BARE_NAME: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"enum": ["function", "tool"]}, "name": NAME},
+    "required": ["type", "name"],
+    "additionalProperties": False,
+}
+CHOICE: dict[str, Any] = {"anyOf": [{"enum": MODES}, _function(), BARE_MODE, BARE_NAME]}
 
 
 def check_tools(value: Any, param: str) -> tuple[Tool, ...]:
@@ -60,11 +73,25 @@ def check_tools(value: Any, param: str) -> tuple[Tool, ...]:
 
 
 def check_tool_choice(value: Any, param: str) -> tuple[str, str | None]:
-    """The mode ("none", "auto", "required" or "function"), and the name of the one function."""
+    """The mode ("none", "auto", "required" or "function"), and the name of the one function.
+
+    Also in the forms of the responses and messages APIs: {"type": MODE} and {"type": "tool", "name": ...}.
+    """
     if isinstance(value, str) and value in MODES:
         return value, None
     if not isinstance(value, dict):
         modes = ", ".join(map(repr, MODES))
         raise invalid(param, value, f'{modes} or {{"type": "function", "function": {{"name": ...}}}}')
+    if "function" not in value and (shape := _bare_shape(value)):
+        check_shape(value, shape, param)
+        mode: str = value["type"]
+        return ("function", value["name"]) if "name" in value else (MODE_WORDS.get(mode, mode), None)
     check_shape(value, _function(), param)
     return "function", value["function"]["name"]
+
+
+def _bare_shape(choice: dict[str, Any]) -> dict[str, Any] | None:
+    """The shape of a choice without "function"; None for one that should have it."""
+    if "name" in choice:
+        return BARE_NAME
+    return BARE_MODE if choice.get("type") in BARE_MODE["properties"]["type"]["enum"] else None

@@ -4,18 +4,20 @@ Rule 1: a parameter is declared once; what validates it and what describes it (j
         What is declared is honoured, or its description states that it has no effect.
 Rule 2: types are JSON's own. true is no number and "5" no integer; 1.0 is an integer, 1.5 is none.
 Rule 3: null for an optional parameter is its default. A parameter that is not declared is refused, or noted as ignored
-        where the limits ask for that.
+        where the limits ask for that; so is a field inside of one whose shape is closed.
 Rule 4: whatever the bytes are, the outcome is a request or one ValidationFailed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import orjson
 from satya import Field, Model, ModelValidationError
+
+from mlxserver.api.schema.unknown_fields import drop_fields
 
 Check = Callable[[Any, str], Any]
 
@@ -107,11 +109,15 @@ class Parameter(Field):  # type: ignore[misc]
 class Request(Model):  # type: ignore[misc]
     """A request body. Its parameters are its attributes; one that was not given is its default.
 
-    `__unsupported__` names parameters that clients may know from elsewhere, and what to do instead. ignored: names of
-    parameters that were given, are unknown here, and were ignored.
+    `__unsupported__` names parameters that clients may know from elsewhere, and what to do instead. `__no_effect__`:
+    parameters that are accepted with any value, and why that does no harm. `__not_applied__`: parameters that are
+    accepted, too, but noted as ignored unless their value is one of those that change nothing. ignored: names of
+    parameters and fields that were given and ignored.
     """
 
     __unsupported__: ClassVar[Mapping[str, str]] = {}
+    __no_effect__: ClassVar[Mapping[str, str]] = {}
+    __not_applied__: ClassVar[Mapping[str, Collection[Any]]] = {}
     ignored = tuple[str, ...]()  # without an annotation, of which satya would make a parameter
 
     def __init_subclass__(cls) -> None:
@@ -147,17 +153,20 @@ def parse(schema: type[R], body: bytes, limits: Bounds | None = None) -> R:
     document = _read_object(body)
     if limits:
         limits.check(document, len(body))
+    ignores_unknown = limits is not None and limits.ignores_unknown
     values, unknown = _known(schema, document)
-    if unknown and not (limits and limits.ignores_unknown):
+    if unknown and not ignores_unknown:
         raise _unknown(schema, unknown[0])
     parameters = schema.__fields__
     typed = {name: parameters[name].typed(value, name) for name, value in values.items()}
+    shapes = {name: parameters[name].shape or {} for name in typed}
+    ignored = [*_not_applied(schema, document), *unknown, *drop_fields(typed, shapes, drops_all=ignores_unknown)]
     try:
         request = schema.model_validate(typed)
     except ModelValidationError as error:
         raise _translated(error, parameters, values) from None
-    if unknown:
-        request.ignored = tuple(unknown)
+    if ignored:
+        request.ignored = tuple(ignored)
     for name, value in typed.items():
         if parameters[name].check is not None:
             setattr(request, name, parameters[name].check(value, name))
@@ -169,9 +178,14 @@ def json_schema(schema: type[Request]) -> dict[str, Any]:
     """The JSON schema of a request body (OpenAPI 3.1)."""
     parameters = schema.__fields__
     unsupported = {name: {"description": hint, "type": "null"} for name, hint in schema.__unsupported__.items()}
+    no_effect = {
+        name: {"description": f"Accepted without effect: {why}."} for name, why in schema.__no_effect__.items()
+    }
+    not_applied = {name: {"description": "Accepted, but not applied."} for name in schema.__not_applied__}
+    declared = {name: parameter.schema() for name, parameter in parameters.items()}
     return {
         "type": "object",
-        "properties": {name: parameter.schema() for name, parameter in parameters.items()} | unsupported,
+        "properties": declared | unsupported | no_effect | not_applied,
         "required": [name for name, parameter in parameters.items() if parameter.required],
         "additionalProperties": False,
     }
@@ -191,7 +205,15 @@ def _known(schema: type[Request], document: dict[str, Any]) -> tuple[dict[str, A
     """The declared parameters that were given, and the names of the others."""
     given = {name: value for name, value in document.items() if value is not None or name not in schema.__unsupported__}
     known = {name: value for name, value in given.items() if value is not None and name in schema.__fields__}
-    return known, [name for name in given if name not in schema.__fields__]
+    accepted = {*schema.__fields__, *schema.__no_effect__, *schema.__not_applied__}
+    return known, [name for name in given if name not in accepted]
+
+
+def _not_applied(schema: type[Request], document: Mapping[str, Any]) -> Iterator[str]:
+    """The names of given parameters that ask for something that is not done."""
+    for name, harmless in schema.__not_applied__.items():
+        if (value := document.get(name)) is not None and value not in harmless:
+            yield name
 
 
 def _unknown(schema: type[Request], name: str) -> ValidationFailed:

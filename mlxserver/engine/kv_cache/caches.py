@@ -37,6 +37,17 @@ def keeps_state(model: Any) -> bool:
     return any(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
 
 
+def length(cache: Cache) -> int:
+    """Tokens that a sequence's cache has seen; 0 where all its layers keep states, which do not count them."""
+    return max(int(getattr(layer, "offset", 0)) for layer in flat(cache))
+
+
+def pass_tokens(model: Any) -> int:
+    """Tokens of KV cache of as many bytes as the weights; 0 where a token's bytes are unknown."""
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return weights // own if (own := bytes_per_token(model)) else 0
+
+
 def flat(cache: Sequence[Any]) -> Iterator[Any]:
     """The caches of all layers; those of a layer that has several, one by one."""
     for layer in cache:

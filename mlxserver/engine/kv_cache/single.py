@@ -42,9 +42,9 @@ class SingleCache:
         logits = [self._model(inputs[n : n + 1, None], cache=cache)[:, -1, :] for n, cache in enumerate(self._caches)]
         return mx.concatenate(logits) if len(logits) > 1 else logits[0]
 
-    def tokens_for(self, batch: int, longest: int) -> int:
-        """Tokens of KV cache of such a batch."""
-        return batch * longest
+    def tokens_for(self, lengths: Sequence[int]) -> int:
+        """Tokens of KV cache of such sequences."""
+        return sum(lengths)
 
     def compact(self) -> None:
         """Nothing to do: a cache is no longer than its sequence."""

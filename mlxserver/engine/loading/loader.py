@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,10 +30,12 @@ from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from mlxserver.engine.loading import estimate
+from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.fused_projections import fuse_projections
-from mlxserver.engine.loading.metadata import context_length, model_arguments
+from mlxserver.engine.loading.metadata import context_length, model_arguments, vocab_size
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
+from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform import cpu_layers, device, openblas
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
@@ -116,16 +117,27 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: Exec
         device.set_wired_limit_once()
     path = resolve(spec.source, progress=report, weights=policy.weights)
     report("reading", 0, 0)
+    with contextlib.ExitStack() as stack:
+        with _naming(f"the tokenizer in {path} can't be read"):
+            files = stack.enter_context(checked(path))
+        return _read(spec, path, files, report, divide, policy)
+
+
+def _read(
+    spec: ModelSpec, path: Path, files: Path, report: Progress, divide: Divide | None, policy: ExecutionPolicy
+) -> LoadedModel:
+    """The model in `path`. files: that directory, or a corrected copy of it."""
     with _naming(f"the model in {path} can't be read"), naming_what_is_missing():
-        model, config = load_model(path, lazy=True, trust_remote_code=False)
+        model, config = load_model(files, lazy=True, trust_remote_code=False)
     if spec.adapter is not None:
         with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
     with _naming(f"the weights in {path} can't be used"):
         model = _prepared(model, report, divide, policy)
     with _naming(f"the tokenizer in {path} can't be read"):
-        tokenizer = read_tokenizer(path, config.get("eos_token_id"))
+        tokenizer = read_tokenizer(files)
         disable_tokenizer_cache(tokenizer)
+        tokenizer.eos_token_ids = set(find_turn_ends(tokenizer, path, vocab_size(config) or len(tokenizer)))
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -137,17 +149,17 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: Exec
     )
 
 
-def read_tokenizer(path: Path, eos: int | list[int] | None) -> TokenizerWrapper:
-    """The tokenizer of a directory.
+def read_tokenizer(path: Path) -> TokenizerWrapper:
+    """The tokenizer of a directory, without ends of a turn.
 
     transformers reads config.json first, and refuses some that only mlx-lm knows: none is needed then.
     """
     options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        return load_tokenizer(path, options, eos_token_ids=eos)
+        return load_tokenizer(path, options, eos_token_ids=[])
     except Exception as refusal:
         try:
-            return load_tokenizer(path, options | {"config": PreTrainedConfig()}, eos_token_ids=eos)
+            return load_tokenizer(path, options | {"config": PreTrainedConfig()}, eos_token_ids=[])
         except Exception:
             raise refusal from None
 
@@ -200,20 +212,25 @@ def _is_fusable(layer: nn.Module) -> bool:
 
 
 def generation_defaults(path: Path) -> dict[str, float]:
-    """Sampling parameters that the model's generation_config.json recommends; empty if there is none to read."""
+    """Sampling parameters that the model's generation_config.json recommends, within the bounds of a request's.
+
+    What is out of bounds is left out, with a warning. `do_sample` false without a temperature is greedy.
+    """
     try:
-        stated = json.loads((path / "generation_config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(stated, dict):
-        return {}
+        stated = read_object(path / "generation_config.json") or {}
+    except ValueError:
+        return {}  # already reported (checkpoint_files.py)
     recommended = {}
     for name, setting in MODEL_DEFAULTS.items():
         if (value := stated.get(name)) is not None:
+            if setting.type is int and isinstance(value, float) and value.is_integer():
+                value = int(value)  # JSON has one type of number, as a request's
             try:
-                recommended[name] = setting.check(f"generation_config.json: {name}", value)
+                recommended[name] = setting.check(f"{path / 'generation_config.json'}: {name}", value)
             except ConfigInvalid as error:
                 log.warning("%s It is left out.", error)
+    if stated.get("do_sample") is False and stated.get("temperature") is None:
+        recommended["temperature"] = 0.0
     return recommended
 
 

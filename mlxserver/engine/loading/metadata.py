@@ -96,3 +96,8 @@ def _first(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
                 if largest := max((n for n in values if type(n) is int), default=0):
                     return largest
     return 0
+
+
+def vocab_size(config: Mapping[str, Any]) -> int:
+    """Size of the vocabulary that a config.json states, which may be padded; 0 if not stated."""
+    return _first([config], ("vocab_size",))

@@ -46,6 +46,11 @@ class ToolFormat:
     is_native: bool = False
     is_json: bool = False
 
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """All texts that begin a call; empty where all content is calls."""
+        return (self.start,) if self.start else ()
+
     def parse(self, body: str, tools: Iterable[Tool]) -> list[ParsedCall]:
         """The calls between two tags, at least one. Raises ValueError."""
         try:

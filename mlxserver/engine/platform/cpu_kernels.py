@@ -24,6 +24,8 @@ from mlxserver.engine.mlx import mx
 
 from mlx_lm.models import activations
 
+from mlxserver.engine.platform import cpu_matmul
+
 _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _MASKED = -1e30  # the score of a masked position
 _FEW = 2048  # elements whose exponentials MLX computes faster than several operations begin
@@ -83,7 +85,8 @@ def attention(
     if _thread.is_stepwise:
         mx.eval(q, k, v)
     # All query heads of one key head in one product.
-    scores = (q.reshape(batch, groups, heads // groups * length, dim) * scale) @ k.swapaxes(-1, -2)
+    rows = q.reshape(batch, groups, heads // groups * length, dim) * scale
+    scores = cpu_matmul.times_keys(rows, k)
     if mask is not None:
         hidden = (_additive_of_step if length == 1 else _additive)(mask, length, k.shape[2])
         if length == 1 and (hidden.ndim < 4 or hidden.shape[1] == 1):
@@ -94,7 +97,7 @@ def attention(
         weighted = mx.softmax(scores, axis=-1) @ v
     else:
         weights = _exp_of_difference(scores, mx.max(scores, axis=-1, keepdims=True))
-        weighted = (weights @ v) / mx.sum(weights, axis=-1, keepdims=True)
+        weighted = cpu_matmul.times_values(weights, v) / mx.sum(weights, axis=-1, keepdims=True)
     return weighted.reshape(batch, heads, length, v.shape[3])
 
 

@@ -20,9 +20,6 @@ import mlx.nn as nn
 
 from mlxserver.engine.platform import cpu_kernels, cpu_matmul, openblas
 
-# From this many threads on, OpenBLAS reads a weight faster as a whole: one core reads pieces about as fast as four.
-_MAX_THREADS = 4
-
 
 class Linear(nn.Linear):  # type: ignore[misc]
     """nn.Linear in small products."""
@@ -69,7 +66,7 @@ class RoPE(nn.RoPE):  # type: ignore[misc]
 def replace_layers(model: nn.Module) -> None:
     """Have a model's layers compute with these classes. Layers of MLX's subclasses stay as they are."""
     classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.RoPE: RoPE}
-    if openblas.has_small_products() and openblas.threads() <= _MAX_THREADS:
+    if openblas.has_small_products() and openblas.threads() <= openblas.FEW_THREADS:
         classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
     for layer in model.modules():
         layer.__class__ = classes.get(type(layer), type(layer))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mlxserver.config.settings import ModelType
 from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.reasoning_formats import find_format, thinking_tags
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.tool_text import describe, write_plain
@@ -27,8 +28,6 @@ from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, Prompt, TextP
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
 class PromptFormat:
@@ -131,20 +130,8 @@ FORMATS: dict[ModelType, type[PromptFormat]] = {"thinking": ThinkingFormat, "ins
 
 
 def find_type(tokenizer: TokenizerWrapper) -> ModelType:
-    """The type of a model: thinking if its tokenizer or chat template has thinking tags."""
-    return "thinking" if _find_tags(tokenizer) else "instruction"
-
-
-def thinking_tags(tokenizer: TokenizerWrapper) -> tuple[str, str]:
-    """The tags around a model's reasoning; <think> and </think> for a model that names none."""
-    return _find_tags(tokenizer) or THINKING_TAGS[0]
-
-
-def _find_tags(tokenizer: TokenizerWrapper) -> tuple[str, str] | None:
-    if tokenizer.has_thinking:
-        return tokenizer.think_start, tokenizer.think_end
-    source = ChatTemplate(tokenizer, {}).source
-    return next((tags for tags in THINKING_TAGS if any(tag in source for tag in tags)), None)
+    """The type of a model: thinking if its tokenizer or chat template has marks of reasoning."""
+    return "thinking" if find_format(tokenizer) else "instruction"
 
 
 def format_text(tokenizer: TokenizerWrapper, text: str) -> FormattedPrompt:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mlxserver.engine.conversation import Tool
+from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.detokenizer import make_detokenizer
+from mlxserver.engine.output.reasoning_formats import THINK, find_format
+from mlxserver.engine.output.splitter import Splitter
 from mlxserver.engine.output.thinking import ThinkingParser
-from mlxserver.engine.prompt.formats import PromptFormat, thinking_tags
+from mlxserver.engine.prompt.formats import PromptFormat
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
 from mlxserver.engine.sampling.grammars import Grammar, Grammars, json_grammar
@@ -20,6 +24,8 @@ from mlxserver.engine.sequence import Constraint
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+MAX_OPENED = 16  # tokens of a prompt that may begin an answer
 
 
 class RequestConstraints:
@@ -31,10 +37,13 @@ class RequestConstraints:
         self._grammars = grammars
         self._vocab_size = vocab_size
         self.tool_format = prompts.tool_format
-        self._tags = thinking_tags(tokenizer)
+        self._marks = find_format(tokenizer) or THINK
         # With the line breaks that models set round it: a bare tag in mid-sentence would not stop a small model.
-        written = (self._tags[0], f"\n{self._tags[1]}\n\n") if prompts.thinks else ("", "")
-        self._start, self._end = (tokenizer.encode(text, add_special_tokens=False) if text else [] for text in written)
+        end = self._marks.end if self._marks.is_everywhere else f"\n{self._marks.end}\n\n"
+        texts = (self._marks.start, end, self._marks.call, *self._marks.answers)
+        encoded = [tuple(tokenizer.encode(text, add_special_tokens=False)) if text else () for text in texts]
+        self._start, self._end, self._call, *answers = encoded
+        self._answers = answers or [()]
 
     def compile(self, request: GenerationRequest) -> None:
         """Compile the grammar of a request, if it has one. Raises PromptRejected."""
@@ -62,19 +71,27 @@ class RequestConstraints:
         answer = self._grammars.constraint(grammar) if grammar else None
         parser, budget = self.parser(request, prompt), self._budget(request)
         if parser and (answer or budget is not None):
-            parts.append(self._thinking_control(parser, answer, budget))
+            parts.append(self._thinking_control(request, parser, prompt, answer))
         elif answer:
             parts.append(answer)
         return Every(parts) if len(parts) > 1 else parts[0] if parts else None
 
-    def parser(self, request: GenerationRequest, prompt: FormattedPrompt) -> ThinkingParser | None:
+    def parser(self, request: GenerationRequest, prompt: FormattedPrompt, index: int = 0) -> Splitter | None:
         """Parser that splits one sequence's reasoning from its answer; None where no reasoning can come."""
-        if not self._prompts.thinks or not isinstance(request.prompt, ChatPrompt):
+        if not isinstance(request.prompt, ChatPrompt) or not (self._prompts.thinks or self._marks.is_everywhere):
             return None
+        tools = _callable(request)
+        if channels := self._marks.channels:
+            names = [tool.name for tool in tools]
+            return ChannelParser(
+                channels, prompt.opens_thinking, tools=names, parallel=request.tool_choice.parallel, index=index
+            )
         return ThinkingParser(
-            *self._tags,
-            starts_inside=prompt.opens_thinking,
+            self._marks,
+            prompt.opens_thinking,
             may_close_twice=self._budget(request) is not None,
+            call_starts=self.tool_format.starts if tools else (),
+            call_end=self.tool_format.end,
         )
 
     def _budget(self, request: GenerationRequest) -> int | None:
@@ -82,14 +99,24 @@ class RequestConstraints:
         return 0 if self._prompts.must_not_think(request.prompt) else request.thinking_budget
 
     def _thinking_control(
-        self, parser: ThinkingParser, answer: Constraint | None, budget: int | None
+        self, request: GenerationRequest, parser: Splitter, prompt: FormattedPrompt, answer: Constraint | None
     ) -> ThinkingControl:
         return ThinkingControl(
             parser,
             make_detokenizer(self._tokenizer).feed,
             start=self._start,
             end=self._end,
+            answers=self._answers,
+            call=self._call if request.format and _callable(request) else (),
+            opened=prompt.tokens[-MAX_OPENED:],
             vocab_size=self._vocab_size,
-            budget=budget,
+            budget=self._budget(request),
             inner=answer,
         )
+
+
+def _callable(request: GenerationRequest) -> tuple[Tool, ...]:
+    """The tools that the model may call if it likes."""
+    if not isinstance(request.prompt, ChatPrompt) or request.tool_choice.mode != "auto":
+        return ()
+    return request.prompt.tools

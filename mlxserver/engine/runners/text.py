@@ -15,6 +15,7 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Event
 from mlxserver.engine.loading.loader import LoadedModel
+from mlxserver.engine.output.reasoning_formats import turn_ends
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.token_bytes import token_logprob
 from mlxserver.engine.output.tool_calls import make_tool_parser
@@ -59,6 +60,7 @@ class TextRunner:
     def __init__(self, spec: ModelSpec, loaded: LoadedModel, batch: ModelBatch) -> None:
         self.batch: Batch = batch
         self.tokenizer = loaded.tokenizer
+        self.tokenizer.eos_token_ids = turn_ends(loaded.tokenizer, loaded.tokenizer.eos_token_ids)
         kind = spec.type or find_type(loaded.tokenizer)
         prompts = FORMATS[kind](loaded.tokenizer, loaded.config)
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
@@ -67,6 +69,7 @@ class TextRunner:
         self.facts = ModelFacts(kind, loaded.context_length, loaded.weight_bytes, capabilities, batch.execution)
         self._defaults: Mapping[str, Any] = {**loaded.generation_defaults, **spec.defaults}
         self._max_running = spec.max_running
+        self._repeats_unclosed = spec.unclosed_thinking == "content"
         self._vocab_size = batch.vocab_size
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
@@ -110,11 +113,6 @@ class TextRunner:
                 f"n is {request.n}, but this model runs at most {self._max_running} sequences at once.", "n"
             )
         _check_tokens(request.sampling.get("logit_bias", ()), self._vocab_size, "sampling.logit_bias")
-        if request.thinking_budget and not self._prompts.thinks:
-            raise PromptRejected(
-                f"thinking_budget is {request.thinking_budget}, but this model does not think; leave it out.",
-                "thinking_budget",
-            )
 
     def _output(self, request: GenerationRequest, prompt: FormattedPrompt, max_tokens: int, index: int) -> TextOutput:
         stream = OutputStream(
@@ -122,9 +120,10 @@ class TextRunner:
             eos=self.tokenizer.eos_token_ids,
             max_tokens=max_tokens,
             stop=request.stop,
-            thinking=self._constraints.parser(request, prompt),
+            thinking=self._constraints.parser(request, prompt, index),
             tools=make_tool_parser(self._constraints.tool_format, request, index),
             ignore_eos=request.ignore_eos,
+            repeats_unclosed=self._repeats_unclosed,
             index=index,
         )
         return TextOutput(stream, self.tokenizer)

@@ -1,17 +1,18 @@
 """Constraints on the next token: minimum length, thinking budget, and several constraints at once.
 
 Rule 1: a constraint gets every token of its sequence, in order, and answers with a bit mask over the vocabulary.
-Rule 2: with a thinking model a grammar (sampling/grammars.py) holds from the first token after the reasoning.
+Rule 2: with a thinking model a grammar (sampling/grammars.py) holds from the first token of the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
-from mlxserver.engine.output.thinking import ThinkingParser
+from mlxserver.engine.output.splitter import Splitter
 from mlxserver.engine.sequence import Constraint
 
 
@@ -39,83 +40,125 @@ class Restricted:
         self._left -= 1
 
 
+MAX_CALL_TOKENS = 4096  # of a call that has begun when the thinking budget is spent
+
+
 class Phase(Enum):
     """Part of a thinking model's answer."""
 
-    UNDECIDED = "no token yet"
-    THINKING = "inside the tags"
-    ANSWERING = "behind the tags"
+    BEFORE = "before the reasoning, or between it and the answer"
+    THINKING = "inside the reasoning"
+    ANSWERING = "behind it"
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Token ids that must come next. is_call: they begin a call, which the constraint of the answer leaves free."""
+
+    tokens: tuple[int, ...] = ()
+    is_call: bool = False
+
+    def behind(self, token: int) -> Path | None:
+        """What is left of it behind a token; None if the token is not its first."""
+        return Path(self.tokens[1:], self.is_call) if self.tokens[:1] == (token,) else None
+
+    def unopened(self, opened: Sequence[int]) -> Path:
+        """What is left of it where its beginning stands at the end of the prompt."""
+        lengths = range(min(len(self.tokens), len(opened)), 0, -1)
+        ends = (length for length in lengths if self.tokens[:length] == tuple(opened[len(opened) - length :]))
+        return Path(self.tokens[next(ends, 0) :], self.is_call)
 
 
 class ThinkingControl:
     """Follows the reasoning of a sequence: closes it when its budget is spent, and holds a grammar back until its end.
 
-    start, end: token ids of the tags. decode: token id -> text, of this sequence alone. budget: most tokens of
-    reasoning; None sets no limit. inner: the constraint of the answer.
+    start, end: token ids of the marks. decode: token id -> text, of this sequence alone. answers: token ids of the
+    texts by which an answer begins behind the reasoning; `inner` follows the first of them. call: token ids of the text
+    by which a call begins in the place of that answer, if it may. opened: token ids at the end of the prompt, which may
+    have begun one of these texts. budget: most tokens of reasoning; None sets no limit. A call that has begun is
+    completed. inner: the constraint of the answer.
     """
 
     def __init__(
         self,
-        parser: ThinkingParser,
+        parser: Splitter,
         decode: Callable[[int], str],
         *,
         start: Sequence[int],
         end: Sequence[int],
         vocab_size: int,
+        answers: Sequence[Sequence[int]] = ((),),
+        call: Sequence[int] = (),
+        opened: Sequence[int] = (),
         budget: int | None = None,
         inner: Constraint | None = None,
     ) -> None:
         self._parser = parser
         self._decode = decode
-        self._start, self._end = tuple(start), tuple(end)
+        self._end = Path(tuple(end))
+        calls = [Path(tuple(call), is_call=True)] if call and inner else []
+        self._answers = [*(Path(tuple(answer)) for answer in answers[: 1 if inner else None]), *calls]
         self._vocab_size = vocab_size
         self._budget = budget
         self._inner = inner
         self._num_thinking = 0
-        self._forced: list[int] = []  # the rest of a tag, token by token
-        self._phase = Phase.UNDECIDED
+        self._paths: list[Path] = []  # of which one must be taken; with none, anything may come
+        self._phase = Phase.BEFORE
         if parser.is_thinking:
             self._think()
+        elif inner:
+            self._paths = [Path(tuple(start)), *(answer.unopened(opened) for answer in self._answers)]
 
     def allowed(self) -> bytes | None:
-        """The rest of a tag; anything while thinking; what `inner` allows afterwards, or the beginning of a tag."""
-        if self._forced:
-            return _with(bytes(mask_bytes(self._vocab_size)), self._forced[0])
-        if self._phase is Phase.THINKING or self._inner is None:
-            return None
-        mask = self._inner.allowed()
-        return _with(mask, self._start[0]) if mask and self._phase is Phase.UNDECIDED else mask
+        """The next token of a mark; anything while thinking; afterwards what `inner` allows."""
+        if self._phase is Phase.ANSWERING or Path() in self._paths:
+            mask = self._inner.allowed() if self._inner else None
+        else:
+            mask = bytes(mask_bytes(self._vocab_size)) if self._paths else None
+        return _with(mask, {path.tokens[0] for path in self._paths if path.tokens}) if mask else None
 
     def accept(self, token: int) -> None:
         """Advance by a token."""
-        was_forced = bool(self._forced)
-        self._forced = self._forced[1:]
-        if self._phase is Phase.ANSWERING:
-            if self._inner and not was_forced:  # the rest of a tag is no part of the answer
-                self._inner.accept(token)
+        if self._inner and self._phase is Phase.ANSWERING:
+            self._inner.accept(token)
             return
         self._parser.feed(self._decode(token))
-        if self._parser.is_thinking:
+        if self._paths:
+            self._follow(token)
+        elif self._parser.is_thinking:
             self._num_thinking += self._phase is Phase.THINKING
-            if not self._forced:
-                self._think()
+            self._think()
         elif self._phase is Phase.THINKING:
-            self._phase = Phase.ANSWERING
-        elif self._inner and not was_forced:
-            self._begin(self._inner, token)
+            self._close(self._answers if self._inner else [Path()])
 
     def _think(self) -> None:
         self._phase = Phase.THINKING
-        if self._budget is not None and self._num_thinking >= self._budget and not self._parser.is_closing:
-            self._forced = list(self._end)
+        if self._budget is None or self._num_thinking < self._budget or self._parser.is_closing:
+            return
+        if not self._parser.is_calling or self._num_thinking >= self._budget + MAX_CALL_TOKENS:
+            self._paths = [self._end]
 
-    def _begin(self, inner: Constraint, token: int) -> None:
-        """Take the first token: the beginning of a tag, or of the answer."""
-        if token == self._start[0]:
-            self._forced = list(self._start[1:])
-        else:
+    def _follow(self, token: int) -> None:
+        """Advance on the paths: of a mark, or of the beginning of an answer."""
+        begun = [path for path in (path.behind(token) for path in self._paths) if path]
+        done = next((path for path in begun if not path.tokens), None)
+        self._paths = [] if done else begun
+        if self._inner and not begun:
             self._phase = Phase.ANSWERING
-            inner.accept(token)
+            self._inner.accept(token)
+        elif done and done.is_call:
+            self._inner = None
+            self._close([Path()])
+        elif self._parser.is_thinking and not self._paths:
+            self._think()
+        elif not self._paths:
+            self._close(self._answers if self._phase is Phase.THINKING else [Path()])
+
+    def _close(self, answers: list[Path]) -> None:
+        """Go on behind the reasoning, with one of these beginnings of an answer."""
+        is_open = Path() in answers
+        self._phase = Phase.ANSWERING if is_open else Phase.BEFORE
+        self._paths = [] if is_open else answers
 
 
 class Every:
@@ -139,7 +182,8 @@ class Every:
             part.accept(token)
 
 
-def _with(mask: bytes, token: int) -> bytes:
+def _with(mask: bytes, tokens: Collection[int]) -> bytes:
     changed = bytearray(mask)
-    changed[token // 8] |= 1 << token % 8
+    for token in tokens:
+        changed[token // 8] |= 1 << token % 8
     return bytes(changed)

@@ -86,10 +86,12 @@ class DecodeBatch:
         vocab_size: int,
         make_sampler: MakeSampler = BatchSampler,
         policy: ExecutionPolicy | None = None,
+        *,
+        is_shared: bool = False,
     ) -> None:
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
-        self.cache = make_batch_cache(model, policy)
+        self.cache = make_batch_cache(model, policy, is_shared=is_shared)
         self.clear()
 
     def clear(self) -> None:

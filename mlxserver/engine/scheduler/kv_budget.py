@@ -42,7 +42,7 @@ class KVBudget:
 
     def holds_together(self, prompt: PendingPrompt) -> bool:
         """Whether all sequences of a prompt could decode at once, with nothing beside them."""
-        return self.holds(self._running.cache.tokens_for(len(prompt.sequences), prompt.length))
+        return self.holds(self._running.cache.tokens_for([prompt.length] * len(prompt.sequences)))
 
     def tokens_of(self, prompts: Prompts) -> int:
         """Tokens of KV cache that the running sequences and these prompts take once they decode together.
@@ -52,7 +52,7 @@ class KVBudget:
         lengths = [running.length for running in self._running.sequences]
         lengths += [prompt.length for prompt in prompts for _ in prompt.sequences]
         own = sum(self._prefill.tokens_for(prompt) for prompt in prompts)
-        return self._running.cache.tokens_for(len(lengths), max(lengths)) + own if lengths else 0
+        return self._running.cache.tokens_for(lengths) + own
 
     def compacted_tokens_of(self, prompts: Prompts) -> int:
         """As tokens_of(); if that is over the limit, unused slots and capacity are given back first."""

@@ -64,7 +64,8 @@ class Scheduler:
         self._metrics = metrics or ModelMetrics("")
         self._waiting: list[PendingPrompt] = []
         self._prefilling: list[PendingPrompt] = []
-        self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy)
+        is_shared = bytes_per_token is not None  # ranks have agreed on it
+        self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy, is_shared=is_shared)
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load

@@ -1,0 +1,117 @@
+"""Ragged attention: keys and values of several capacity classes in one forward pass.
+
+Everything but the attention of a model computes all rows together; its attention runs per class, so that the time of a
+sequence follows the capacity of its own class. mlx-lm's models pass what a cache returns to
+scaled_dot_product_attention(). In their modules that name is bound to attention(), which knows Ragged.
+
+Rule: a Ragged has a dtype, and no operation but being passed to attention(). A model that does anything else with its
+      keys, values or mask raises; one whose step can be built computes each class by itself (can_be_ragged()).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from mlxserver.engine.mlx import mx
+
+from mlx_lm.models import base
+
+from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow
+
+_attention = base.scaled_dot_product_attention
+
+
+class Ragged:
+    """Arrays of the classes' rows, in the order of the rows in the batch."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[mx.array]) -> None:
+        self.parts = parts
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the arrays, which have the same one."""
+        return self.parts[0].dtype
+
+
+class RaggedLayer:
+    """Cache of one layer of all classes during a step, with the interface that mlx-lm's models use.
+
+    classes: cache of this layer per class. offset: [rows], of all classes. ends: row behind each class's last one.
+    """
+
+    def __init__(self, classes: Sequence[SlotLayer], offset: mx.array, ends: Sequence[int]) -> None:
+        self.offset = offset
+        self._classes, self._ends = classes, ends
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+        """Write tokens, [rows, heads, tokens, dim], those of each class to its own slots."""
+        parts = zip(self._classes, _split(keys, self._ends), _split(values, self._ends), strict=True)
+        fetched = [layer.update_and_fetch(own_keys, own_values) for layer, own_keys, own_values in parts]
+        return Ragged([keys for keys, _ in fetched]), Ragged([values for _, values in fetched])
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Ragged:
+        """Masks of the classes, each [batch, 1, N, visible] of bool."""
+        return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes])
+
+
+def ragged_layers(classes: Sequence[Sequence[SlotLayer]]) -> list[RaggedLayer]:
+    """One cache per layer from those of several classes."""
+    offsets = [layers[0].offset for layers in classes]
+    ends = [0]
+    for offset in offsets:
+        ends.append(ends[-1] + offset.shape[0])
+    offset = mx.concatenate(offsets)  # one object: rotary embeddings of a step are computed once for it
+    return [RaggedLayer(layers, offset, ends) for layers in zip(*classes, strict=True)]
+
+
+def attention(
+    queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
+) -> mx.array:
+    """As mlx_lm.models.base.scaled_dot_product_attention, for ragged keys and values too.
+
+    queries: [rows, heads, tokens, dim].
+
+    Raises:
+        TypeError: ragged keys with a mask that is not ragged, or is none.
+    """
+    if not isinstance(keys, Ragged):
+        result: mx.array = _attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        return result
+    if not (isinstance(values, Ragged) and isinstance(mask, Ragged)):
+        raise TypeError("ragged keys need ragged values and a ragged mask")
+    ends = [0]
+    for part in keys.parts:
+        ends.append(ends[-1] + part.shape[0])
+    parts = zip(_split(queries, ends), keys.parts, values.parts, mask.parts, strict=True)
+    return mx.concatenate([_attention(q, k, v, cache=None, scale=scale, mask=m, sinks=sinks) for q, k, v, m in parts])
+
+
+def bind() -> None:
+    """Have mlx-lm's model code, as far as it is imported, and what is imported later, call attention()."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlx_lm.models.") and vars(module).get("scaled_dot_product_attention") is _attention:
+            module.scaled_dot_product_attention = attention  # type: ignore[attr-defined]
+
+
+def can_be_ragged(model: Any, empty: tuple[Layers, Layers]) -> bool:
+    """Whether a step of a model can have several classes: one is built, not computed. empty: its layers, no slot."""
+    bind()
+    classes = []
+    for capacity in (1, 2):
+        keys, values = ([grow(array, 1, capacity) for array in arrays] for arrays in empty)
+        step = StepPositions(mx.zeros((1,), dtype=mx.int32), 1, capacity)
+        classes.append([SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)])
+    try:
+        model(mx.zeros((2, 1), dtype=mx.uint32), cache=ragged_layers(classes))
+    except Exception:  # of any kind: it is foreign code, given what it does not know
+        return False
+    return True
+
+
+def _split(array: mx.array, ends: Sequence[int]) -> Iterator[mx.array]:
+    return (array[start:end] for start, end in pairwise(ends))

@@ -1,0 +1,222 @@
+"""Slots in capacity classes: KV cache of the sequences of a model with plain keys and values.
+
+Rule 1: every sequence has a slot in the class of its own length, so that a step writes one token per sequence and
+        copies nothing, shapes change seldom, and no sequence pays for a much longer one. A compiled step needs that.
+Rule 2: in a class, the last sequence takes the slot of one that leaves. One that outgrows its class moves to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlxserver.engine.mlx import mx
+
+from mlx_lm.models.cache import KVCache
+
+from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
+from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
+from mlxserver.engine.kv_cache.rows import Rows
+from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
+from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow
+from mlxserver.engine.platform import cpu_matmul
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
+
+
+class SlotCache:
+    """Slots of plain keys and values, in capacity classes.
+
+    Where a model can have ragged keys (kv_cache/ragged.py), a step is one forward pass with many narrow classes; else
+    one per class, of few, wide ones. wide: None chooses them by the sizes of the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: ExecutionPolicy | None = None,
+        narrow: ClassOf = narrow_class,
+        wide: ClassOf | None = None,
+    ) -> None:
+        policy = policy or current()
+        self._model = model
+        self._is_padded = policy.pad_slots
+        self._is_compiled = policy.compile_steps
+        self._step = mx.compile(self._forward) if self._is_compiled else self._forward
+        self._put = mx.compile(put) if self._is_compiled else put
+        self._empty = empty_layers(model)
+        self._is_ragged = can_be_ragged(model, self._empty)
+        self._class_of = narrow if self._is_ragged else wide or wide_classes(caches.pass_tokens(model))
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all sequences. Compiled functions stay."""
+        self._classes: dict[int, SlotClass] = {}
+        self._lengths: list[int] = []
+        self._set_rows()
+
+    def join(self, joining: Sequence[caches.Cache], coming: int = 0) -> None:
+        """Add sequences behind the present ones; slots are made for those that come, too, as if they were alike."""
+        first = len(self._lengths)
+        self._lengths += [cache[0].offset for cache in joining]
+        for name, members in grouped(range(first, len(self._lengths)), self._class_for).items():
+            slot_class = self._grown(name, members, coming)
+            slot_class.add(members, [self._own(joining[member - first], slot_class.capacity) for member in members])
+            coming = 0
+        self._set_rows()
+
+    def _own(self, cache: caches.Cache, capacity: int) -> SlotArrays:
+        """Keys and values of a sequence, of one token at least, and no longer than a slot."""
+        if not (length := cache[0].offset):
+            keys, values = ([grow(array, 1, 1) for array in arrays] for arrays in self._empty)
+            return keys, values
+        end = capacity if self._is_compiled else length
+        return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
+
+    def _class_for(self, member: int) -> int:
+        """The class of a sequence, with its next token."""
+        return self._class_of(self._lengths[member] + 1)
+
+    def _grown(self, name: int, members: Sequence[int], coming: int = 0) -> SlotClass:
+        """A class with slots for more members, and for so many that come."""
+        if name not in self._classes:
+            self._classes[name] = SlotClass(self._empty, self._put, self._is_compiled)
+            self._classes = dict(sorted(self._classes.items()))
+        slot_class = self._classes[name]
+        count = len(slot_class.members) + len(members) + coming
+        capacity = capacity_for(max(self._lengths[member] for member in members) + 1)
+        slot_class.grow(slot_class.slots_for(count), capacity)
+        return slot_class
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._lengths = [self._lengths[index] for index in order]
+        index = {former: new for new, former in enumerate(order)}
+        self._keep(dict.fromkeys(self._classes, index))
+
+    def _keep(self, members: dict[int, dict[int, int]]) -> None:
+        """Keep, in each class, only these members, under their new indices."""
+        for name, kept in members.items():
+            self._classes[name].keep(kept)
+        self._classes = {name: slot_class for name, slot_class in self._classes.items() if slot_class.members}
+        self._set_rows()
+
+    def extract(self, index: int) -> caches.Cache:
+        """A copy of a sequence's keys and values."""
+        slot_class = next(slot_class for slot_class in self._classes.values() if index in slot_class.members)
+        cache = []
+        for keys, values in zip(*slot_class.copy(index, self._lengths[index]), strict=True):
+            layer = KVCache()
+            layer.keys, layer.values, layer.offset = keys, values, self._lengths[index]
+            cache.append(layer)
+        return cache
+
+    def advance(self, inputs: mx.array) -> mx.array:
+        """Compute one token per sequence."""
+        classes = self._with_room()
+        logits, offsets, keys, values = self._step(
+            self._rows.arrange(inputs),
+            [slot_class.offsets for slot_class in classes],
+            [slot_class.keys for slot_class in classes],
+            [slot_class.values for slot_class in classes],
+        )
+        for n, slot_class in enumerate(classes):
+            slot_class.offsets, slot_class.keys, slot_class.values = offsets[n], keys[n], values[n]
+        self._lengths = [length + 1 for length in self._lengths]
+        return self._rows.restore(logits)
+
+    def _with_room(self) -> list[SlotClass]:
+        """The classes, each with room for the next token of its members: those that outgrew theirs have moved."""
+        moving = []
+        for name, slot_class in self._classes.items():
+            longest = max(self._lengths[member] for member in slot_class.members) + 1
+            if self._class_of(longest) > name:
+                moving.append(name)
+            elif longest > slot_class.capacity:
+                slot_class.grow(0, capacity_for(longest))
+        for name in reversed(moving):  # the next class first
+            self._move(name)
+        return list(self._classes.values())
+
+    def _move(self, name: int) -> None:
+        """Move the members that outgrew a class to the next one."""
+        by_class = grouped(self._classes[name].members, self._class_for)
+        staying = by_class.pop(name, [])
+        for other, members in by_class.items():
+            arrays = [self._classes[name].copy(member) for member in members]
+            mx.eval(arrays)  # or else an array that is written to would also be read from, and be copied whole
+            self._grown(other, members).add(members, arrays)
+        self._keep({name: {member: member for member in staying}})
+
+    def tokens_for(self, lengths: Sequence[int]) -> int:
+        """Tokens that the slots of such sequences hold."""
+        return sum(self._class_tokens(name, own) for name, own in grouped(lengths, self._class_of).items())
+
+    def _class_tokens(self, name: int, lengths: Sequence[int]) -> int:
+        capacity = capacity_for(max(lengths))
+        if not (present := self._classes.get(name)):
+            return slots_for(len(lengths)) * capacity
+        return max(present.slots_for(len(lengths)), present.slots) * max(present.capacity, capacity)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the present slots hold, used or not."""
+        return sum(slot_class.slots * slot_class.capacity for slot_class in self._classes.values())
+
+    def compact(self) -> None:
+        """Give back slots and capacity that the present sequences do not need."""
+        for slot_class in self._classes.values():
+            slot_class.compact(capacity_for(max(self._lengths[member] for member in slot_class.members) + 1))
+        self._set_rows()
+
+    def _forward(
+        self, inputs: mx.array, offsets: list[mx.array], keys: list[Layers], values: list[Layers]
+    ) -> tuple[mx.array, list[mx.array], list[Layers], list[Layers]]:
+        """Forward pass of the rows of all classes, [rows]. Lists are per class."""
+        classes = [
+            [SlotLayer(k, v, step) for k, v in zip(own_keys, own_values, strict=True)]
+            for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys), strict=True)
+        ]
+        logits = self._compute(inputs[:, None], classes)[:, -1, :]
+        return (
+            logits,
+            [offset + 1 for offset in offsets],
+            [[layer.keys for layer in layers] for layers in classes],
+            [[layer.values for layer in layers] for layers in classes],
+        )
+
+    def _positions(self, offsets: list[mx.array], keys: list[Layers]) -> Iterable[StepPositions]:
+        # A CPU's time grows with every slot computed and token attended to; a GPU is better off with shapes that recur.
+        if self._is_padded:
+            for offset, own_keys in zip(offsets, keys, strict=True):
+                yield StepPositions(offset, offset.shape[0], own_keys[0].shape[2])
+            return
+        for offset, slot_class in zip(offsets, self._classes.values(), strict=True):
+            longest = max(self._lengths[member] for member in slot_class.members) + 1
+            visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
+            yield StepPositions(offset, len(slot_class.members), visible)
+
+    def _compute(self, inputs: mx.array, classes: list[list[SlotLayer]]) -> mx.array:
+        """Logits of the rows, [rows, 1] -> [rows, 1, vocab]."""
+        logits: mx.array
+        if len(classes) == 1:
+            logits = self._model(inputs, cache=classes[0])
+        elif self._is_ragged:
+            logits = self._model(inputs, cache=ragged_layers(classes))
+        else:
+            start, parts = 0, []
+            for layers in classes:
+                end = start + layers[0].offset.shape[0]
+                parts.append(self._model(inputs[start:end], cache=layers))
+                start = end
+            logits = mx.concatenate(parts)
+        return logits
+
+    def _set_rows(self) -> None:
+        """Set the classes' offsets, and the rows: those of each class, with its unused slots if they are computed."""
+        rows: list[int | None] = []
+        for slot_class in self._classes.values():
+            slot_class.set_offsets(self._lengths)
+            unused = slot_class.slots - len(slot_class.members) if self._is_padded else 0
+            rows += [*slot_class.members, *[None] * unused]
+        self._rows = Rows(rows)
