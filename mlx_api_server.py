@@ -33,7 +33,8 @@ from mlxserver.engine.distributed.launch import RanksDiffer
 from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.distributed.link import LinkLost
 from mlxserver.engine.errors import EngineError, SourceInvalid
-from mlxserver.engine.loading import sharding, sources
+from mlxserver.engine.kv_cache.disk_tier import DiskTier
+from mlxserver.engine.loading import gguf, sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
@@ -193,22 +194,36 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         position = sharding.RankPosition(0, leader.size if leader else 1)
         return threads.call(lambda: sharding.share(estimate(spec), spec, position))
 
+    disk = prefix_store(settings)
+    builder = Builder(settings.stall_target, leader, disk=disk)
     manager = ModelManager(
         settings,
-        engine_starter(Builder(settings.stall_target, leader), threads),
+        engine_starter(builder, threads),
         device.process_bytes,
         estimate_share,
         device.active_bytes,
     )
+    manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:
         yield manager
     finally:
         if not manager.is_closing:
             await manager.close(0)
+        if disk:
+            await asyncio.to_thread(disk.close)
         if leader:
             leader.close()
         if stalled := threads.close(THREADS_PATIENCE):
             leave_behind(stalled)
+
+
+def prefix_store(settings: Settings) -> DiskTier | None:
+    """Where prefixes are kept on disk, if anywhere."""
+    if not settings.prefix_cache_disk_bytes:
+        return None
+    chosen = settings.prefix_cache_dir
+    folder = gguf.cache_directory() / "prefixes" if chosen == "auto" else Path(chosen).expanduser()
+    return DiskTier(folder, settings.prefix_cache_disk_bytes)
 
 
 def engine_starter(builder: Builder, threads: ThreadPool) -> StartEngine:

@@ -23,7 +23,7 @@ from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate, budget
-from mlxserver.engine.metrics import ModelMetrics, RankReport
+from mlxserver.engine.metrics import ModelMetrics, RankReport, TierUsage
 from mlxserver.manager.eviction import Rules
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.loading import Services, StartEngine, retrieve_exception
@@ -44,7 +44,8 @@ class ModelManager:
 
     start_engine: makes the engine of a spec (runners/builder.py in the server, a scripted one in tests).
     measure_memory: bytes that this process holds; measure_arrays: those of them in models' arrays. estimate: memory
-    that a model will take. `ranks`: reports of the ranks that share models, none if the server is alone.
+    that a model will take. `ranks`: reports of the ranks that share models, none if the server is alone. `cache_usage`,
+    `clear_cache`: of the prefix cache.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class ModelManager:
     ) -> None:
         self.settings = settings
         self.ranks: Callable[[], Sequence[RankReport]] = list
+        self.cache_usage: Callable[[], Sequence[TierUsage]] = list
+        self.clear_cache: Callable[[], None] = lambda: None
         self.memory = MemoryBudget(self._rules, measure_arrays)
         self._started = time.monotonic()
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)

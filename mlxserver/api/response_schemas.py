@@ -178,6 +178,11 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         estimate=maybe(ESTIMATE),
     ),
     "LoadProgress": exactly(event=_one_of("progress"), stage=TEXT, done=COUNT, total=COUNT),
+    "CacheUsage": exactly(
+        object=_one_of("list"),
+        data=each(exactly(tier=_one_of("ram", "disk"), model=TEXT, entries=COUNT, bytes=COUNT, hits=COUNT)),
+        disk=maybe(exactly(entries=COUNT, bytes=COUNT, hits=COUNT)),
+    ),
     "Reloaded": exactly(added=each(TEXT), removed=each(TEXT), changed=each(TEXT), restart_needed=each(TEXT)),
     "Unloaded": exactly(
         key=TEXT,

@@ -31,6 +31,7 @@ class ModelSpec:
     type: None infers it from template and tokenizer. adapter: directory of a LoRA adapter. preload: load at the start.
     context_length: tokens, None takes the model's own, as far as cache_tokens go. max_running, max_waiting: requests
     decoding together, and waiting for a slot. prefix_cache_bytes: what the prefix cache may keep, within the KV cache.
+    checkpoint_interval: tokens between the checkpoints of a long prompt, where the KV cache can't be trimmed.
     cache_tokens: tokens in the KV cache of all requests together, None is loading/estimate.py's choice. aliases: more
     names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes the server's. defaults:
     sampling parameters by name (config/sampling_params.py). shard: how several ranks share it (loading/sharding.py),
@@ -47,6 +48,7 @@ class ModelSpec:
     max_running: Annotated[int, Range(1), Shared()] = 32
     max_waiting: Annotated[int, Range(0), Live()] = 256
     prefix_cache_bytes: Annotated[int, Range(0), Size(), Shared()] = 1 << 30
+    checkpoint_interval: Annotated[int, Range(16), Shared()] = 4096
     cache_tokens: Annotated[int | None, Range(16), Shared()] = None
     aliases: Annotated[tuple[str, ...], Live()] = ()
     pin: Annotated[bool, Live()] = False
@@ -81,6 +83,10 @@ class Settings(HttpSettings):
     wedged_after: Annotated[
         float, Range(1), Live(), "seconds without a step after which a busy engine counts as stalled"
     ] = 120.0
+    prefix_cache_dir: Annotated[str, "where prefixes are kept on disk; auto: in the user's cache directory"] = "auto"
+    prefix_cache_disk_bytes: Annotated[
+        int, Range(0), Size(), "what the prefixes of all models may take on disk; 0: none are written"
+    ] = 10 << 30
     load_on_demand: Annotated[bool, Live(), "load a registered model at its first request"] = True
     allow_any_model: Annotated[bool, Live(), "let a request load any Hugging Face id"] = False
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"

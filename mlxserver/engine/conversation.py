@@ -9,12 +9,15 @@ Rule 2: a tool's message is one ToolResult.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
+UNREADABLE = "arguments"
+"""Name under which a template gets arguments that are no JSON object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,26 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the model made. The id pairs it with its result; arguments are the object that the model wrote."""
+    """A call that the model made. The id, "" where the client leaves it out, pairs it with its result.
+
+    arguments: the object that the model wrote. text: what the model wrote where that is no JSON object; arguments then
+    hold it as their only value.
+    """
 
     id: str
     name: str
     arguments: Mapping[str, Any]
+    text: str | None = None
+
+    @classmethod
+    def of_text(cls, id: str, name: str, text: str) -> ToolCall:
+        """A call whose arguments are JSON text, which the model may have written wrong or not to its end."""
+        try:
+            arguments = json.loads(text) if text.strip() else {}
+            json.dumps(arguments, ensure_ascii=False).encode()  # finds lone surrogates
+        except (ValueError, RecursionError):
+            return cls(id, name, {UNREADABLE: text}, text)
+        return cls(id, name, arguments) if isinstance(arguments, dict) else cls(id, name, {UNREADABLE: text}, text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,17 @@ class EngineLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class TierUsage:
+    """What a model has in a tier of the prefix cache. hits: prompts that found a prefix there."""
+
+    tier: str
+    model: str
+    entries: int
+    bytes: int
+    hits: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankReport:
     """A rank. error: why it is lost. memory_bytes: as last reported. silent_seconds: since its last message."""
 

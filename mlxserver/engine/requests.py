@@ -58,11 +58,15 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class FormattedPrompt:
-    """Prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come."""
+    """Prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come.
+
+    boundaries: numbers of its first tokens that another prompt of the conversation is likely to have in common with it.
+    """
 
     tokens: tuple[int, ...]
     text: str
     opens_thinking: bool = False
+    boundaries: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

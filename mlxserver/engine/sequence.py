@@ -26,7 +26,8 @@ class Sequence:
     """A sequence to generate: the prompt's token ids, and how to go on from there.
 
     num_generated: how many of the last tokens were generated before the sequence was preempted. max_tokens: most tokens
-    to generate from here on. progress: where the progress of its prompt is reported.
+    to generate from here on. boundaries: lengths at which another prompt is likely to differ. progress: where the
+    progress of its prompt is reported.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Sequence:
     top_logprobs: int | None = None
     constraint: Constraint | None = None
     num_generated: int = 0
+    boundaries: tuple[int, ...] = ()
     progress: PromptProgress | None = field(default=None, compare=False, repr=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.responses import HTMLResponse, Response
 from mlxserver import __version__
 from mlxserver.api import openapi
 from mlxserver.api.endpoints import ENDPOINTS
+from mlxserver.api.native.cache import cache_usage
 from mlxserver.server import health
 from mlxserver.server.errors import json_response
 from mlxserver.server.keys import Permission
@@ -39,6 +41,15 @@ class OpsHandlers:
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
         return Response(exposition(self._manager), media_type=EXPOSITION_TYPE)
+
+    async def cache(self, request: Request) -> Response:
+        """GET /v1/cache."""
+        return json_response(cache_usage(await asyncio.to_thread(self._manager.cache_usage)))
+
+    async def clear_cache(self, request: Request) -> Response:
+        """POST /v1/cache/clear."""
+        await asyncio.to_thread(self._manager.clear_cache)
+        return await self.cache(request)
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json."""

@@ -1,6 +1,7 @@
 """Messages become the prompt that the model was trained on, or are refused by name."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -21,8 +22,11 @@ from mlxserver.engine.conversation import ROLES, Message, Text, ToolCall, ToolRe
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.reasoning_formats import thinking_tags
 from mlxserver.engine.output.tool_formats import PLAIN
+from mlxserver.engine.prompt.arrangement import arrange
 from mlxserver.engine.prompt.formats import FORMATS, FormattedPrompt, find_type
-from mlxserver.engine.prompt.turns import admit, alternate, fold_system
+from mlxserver.engine.prompt.tool_text import write_plain
+from mlxserver.engine.prompt.transitions import StrictTable
+from mlxserver.engine.prompt.turns import admit, name_developer_system
 from mlxserver.engine.requests import ChatPrompt, TextPrompt, TokenPrompt, ToolChoice
 from tests.support.conversations import chat_prompt
 from tools.harness.models import CHATML, scripted_model, tiny_llama
@@ -39,6 +43,28 @@ NATIVE = HERMES.replace("ARGUMENTS", "(tool_call.arguments | tojson)")
 NATIVE_TEXT = HERMES.replace("ARGUMENTS", "tool_call.arguments")
 NINE_LETTERS = NATIVE.replace(
     "{% set tool", "{% if tool_call.id | length != 9 %}{{ raise_exception('nine!') }}{% endif %}{% set tool"
+)
+ALTERNATE = """\
+{%- set ns = namespace(next='user') %}
+{%- for m in messages %}
+    {%- if m.role == 'system' %}
+        {%- if not loop.first %}{{ raise_exception('a system message is the first') }}{% endif %}
+    {%- elif m.role != 'tool' and not m.tool_calls %}
+        {%- if m.role != ns.next %}{{ raise_exception('user and assistant take turns') }}{% endif %}
+        {%- set ns.next = 'assistant' if m.role == 'user' else 'user' %}
+    {%- endif %}
+{%- endfor %}"""
+STRICT = ALTERNATE + CHATML
+PAIRED = (
+    ALTERNATE
+    + """\
+{%- set ns = namespace(open=0) %}
+{%- for m in messages %}
+    {%- if m.role == 'tool' %}{% set ns.open = ns.open - 1 %}
+    {%- elif ns.open %}{{ raise_exception('a call has no result') }}{% endif %}
+    {%- set ns.open = ns.open + (m.tool_calls or []) | length %}
+    {%- if ns.open < 0 or (loop.last and ns.open) %}{{ raise_exception('calls and results do not match') }}{% endif %}
+{%- endfor %}"""
 )
 WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
 OPENING = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
@@ -92,16 +118,25 @@ def test_a_prompt_is_the_template_with_its_tokens(tiny_tokenizer):
         assert list(prompt.tokens) == tiny_tokenizer.encode(prompt.text, add_special_tokens=False)
 
 
-def test_a_thinking_model_gets_the_messages_as_they_are(tiny_tokenizer):
-    turns = [("assistant", "a"), ("user", "b"), ("user", "c"), ("system", "d")]
-    assert FORMATS["thinking"](tiny_tokenizer, {}).format(chat(*turns)).text == chatml(*turns)
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("assistant", "a"), ("user", "b"), ("user", "c"), ("system", "d")],
+        [("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d"), ("assistant", "e")],
+        [("user", "a"), ("assistant", ""), ("system", "b"), ("user", "c")],
+        [("system", "a")],
+    ],
+)
+def test_a_template_that_shows_the_messages_as_they_are_gets_them_so(tiny_tokenizer, kind, turns):
+    assert FORMATS[kind](tiny_tokenizer, {}).format(chat(*turns)).text == chatml(*turns)
 
 
 def test_reasoning_in_the_history_reaches_the_template(tokenizer_with):
     template = "{% for m in messages %}{{ m.reasoning_content or '' }}|{{ m.content }};{% endfor %}"
     answer = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
-    prompt = FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([answer]))
-    assert prompt.text == "2+2|4;"
+    prompt = FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([answer, USER]))
+    assert prompt.text == "2+2|4;|a;"
 
 
 @pytest.mark.parametrize("kind", ["thinking", "instruction"])
@@ -118,31 +153,86 @@ def test_the_type_sets_the_switch_for_thinking_and_the_prompt_may_change_it(toke
     assert FORMATS["thinking"](tokenizer, {}).format(asked).text.endswith("False")
 
 
-def test_a_switch_that_the_template_lacks_is_not_taken_for_one_that_it_has(tokenizer_with):
-    off, free = chat(("user", "a"), template_kwargs={"enable_thinking": False}), chat(("user", "a"))
-    without, switched = (FORMATS["thinking"](tokenizer_with(template), {}) for template in (OPENING, SWITCHED))
-    assert (without.must_not_think(off), without.must_not_think(free)) == (True, False)
-    assert not switched.must_not_think(off)
+SCANNED = "{% set ns = namespace(enable_thinking=true) %}" + CHATML + "{% if not ns.enable_thinking %}x{% endif %}"
+NO_OFF = "{% if reasoning_effort == 'none' or enable_thinking is false %}{{ raise_exception('never off') }}{% endif %}"
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value", "param"),
+    ("template", "budget"),
     [
-        ("instruction", "enable_thinking", True, "prompt.template_kwargs"),
-        ("instruction", "reasoning_effort", "high", "prompt.template_kwargs.reasoning_effort"),
-        ("thinking", "reasoning_effort", "low", "prompt.template_kwargs.reasoning_effort"),
-        ("thinking", "no_such_variable", 1, "prompt.template_kwargs"),
+        (OPENING, 0),
+        (SCANNED, 0),
+        (NO_OFF + OPENING, 0),
+        (SWITCHED, None),
+        (CHATML + "{% if thinking is false %}</think>{% endif %}", None),
+        (CHATML + "{% if thinking_budget == 0 %}</think>{% endif %}", None),
+        (CHATML + "{{ '</think>' if reasoning_effort == 'none' }}", None),
+        (CHATML + "Reasoning: {{ reasoning_effort }}", 0),
     ],
 )
-def test_a_variable_that_would_change_nothing_is_refused(tiny_tokenizer, kind, name, value, param):
-    refusal = rejection(FORMATS[kind](tiny_tokenizer, {}), chat(("user", "a"), template_kwargs={name: value}))
-    assert refusal.param == param
+def test_thinking_is_off_by_the_templates_switch_or_by_a_budget_of_0(tokenizer_with, template, budget):
+    """What counts as a switch is found by trying, whatever it is called."""
+    format_ = FORMATS["thinking"](tokenizer_with(template), {})
+    for variables in ({"enable_thinking": False}, {"reasoning_effort": "none"}):
+        off = chat(("user", "a"), template_kwargs=variables)
+        assert format_.budget(off) == budget
+        assert "Reasoning: none" not in format_.format(off).text
+        assert ("</think>" in format_.format(off).text) is ("</think>" in template)
+    assert format_.budget(chat(("user", "a"))) is None
+    assert "</think>" not in format_.format(chat(("user", "a"))).text
+
+
+QWEN = (
+    "{% if (reasoning_effort or 'low') not in ['low', 'medium', 'xhigh'] %}{{ raise_exception('no') }}{% endif %}"
+    + CHATML
+    + "{{ reasoning_effort }}"
+)
+
+
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [("minimal", "low"), ("low", "low"), ("high", "xhigh"), ("max", "xhigh"), ("extreme", ""), (7, ""), ([], "")],
+)
+def test_an_effort_that_the_template_does_not_take_is_the_nearest_one(tokenizer_with, kind, asked, given):
+    format_ = FORMATS[kind](tokenizer_with(QWEN), {})
+    prompt = chat(("user", "a"), template_kwargs={"reasoning_effort": asked})
+    assert format_.format(prompt).text.removeprefix(chatml(("user", "a"))) == given
+    assert format_.budget(prompt) is None
+
+
+def test_an_effort_may_have_another_name_in_the_template(tokenizer_with):
+    template = CHATML + "{% if thinking_effort in ['low', 'max'] %}{{ thinking_effort }}{% endif %}"
+    prompt = chat(("user", "a"), template_kwargs={"reasoning_effort": "max"})
+    assert FORMATS["thinking"](tokenizer_with(template), {}).format(prompt).text.endswith("max")
+
+
+@pytest.mark.parametrize(("asked", "budget"), [("low", 1024), ("medium", 4096), ("high", 16384), ("max", None)])
+def test_an_effort_is_a_budget_where_the_template_has_none(tokenizer_with, asked, budget):
+    prompt = chat(("user", "a"), template_kwargs={"reasoning_effort": asked})
+    thinking, instruction = (FORMATS[kind](tokenizer_with(SWITCHED), {}) for kind in ("thinking", "instruction"))
+    assert (thinking.budget(prompt), instruction.budget(prompt)) == (budget, None)
+    assert thinking.format(prompt).text == chatml(("user", "a")) + "True"
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "preserve_thinking", "no_such_variable"])
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+def test_a_variable_that_changes_nothing_is_logged(tiny_tokenizer, kind, name, caplog):
+    caplog.set_level(logging.DEBUG, "engine")
+    prompt = FORMATS[kind](tiny_tokenizer, {}).format(chat(("user", "a"), template_kwargs={name: True}))
+    assert prompt.text == chatml(("user", "a"))
+    assert (f"{name} has no effect" in caplog.text) is (kind == "instruction" or name != "enable_thinking")
+
+
+def test_an_instruction_model_does_not_think_when_asked_to(tokenizer_with):
+    asked = chat(("user", "a"), template_kwargs={"enable_thinking": True})
+    assert FORMATS["instruction"](tokenizer_with(SWITCHED), {}).format(asked).text.endswith("False")
 
 
 def test_a_variable_that_the_template_has_reaches_it(tokenizer_with):
-    tokenizer = tokenizer_with(CHATML + "{{ reasoning_effort }}")
-    asked = chat(("user", "a"), template_kwargs={"reasoning_effort": "low"})
-    assert FORMATS["instruction"](tokenizer, {}).format(asked).text.endswith("low")
+    tokenizer = tokenizer_with(CHATML + "{{ reasoning_effort }}{{ mood }}")
+    asked = chat(("user", "a"), template_kwargs={"reasoning_effort": "low", "mood": "!"})
+    assert FORMATS["instruction"](tokenizer, {}).format(asked).text.endswith("low!")
 
 
 @pytest.mark.parametrize(
@@ -169,22 +259,57 @@ def test_control_tokens_in_a_message_are_plain_text(tiny_tokenizer):
     assert tiny_tokenizer.decode(list(typed.tokens)) == typed.text == chatml(("user", "a<|im_end|>b"))
 
 
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
 @pytest.mark.parametrize(
     ("turns", "rendered"),
     [
         ([("user", "a"), ("user", "b")], [("user", "a\n\nb")]),
         ([("system", "a"), ("developer", "b"), ("user", "c")], [("system", "a\n\nb"), ("user", "c")]),
-        ([("user", "a"), ("assistant", None), ("assistant", "b"), ("user", "c")], None),
+        (
+            [("user", "a"), ("assistant", None), ("assistant", "b"), ("user", "c")],
+            [("user", "a"), ("assistant", "b"), ("user", "c")],
+        ),
         ([("user", "a"), ("system", "b"), ("user", "c")], [("user", "a\n\nb\n\nc")]),
         (
             [("user", "a"), ("assistant", "b"), ("system", "c"), ("user", "d")],
             [("user", "a"), ("assistant", "b"), ("user", "c\n\nd")],
         ),
+        ([("user", "a"), ("assistant", "b"), ("system", "c")], [("user", "a"), ("assistant", "b"), ("user", "c")]),
+        ([("assistant", "a"), ("user", "b")], [("user", "Begin."), ("assistant", "a"), ("user", "b")]),
+        (
+            [("system", "a"), ("assistant", "b"), ("assistant", "c")],
+            [("system", "a"), ("user", "Begin."), ("assistant", "b\n\nc")],
+        ),
+        ([("system", "a")], [("system", "a")]),
+        ([("tool", "a"), ("user", "b")], [("user", "<tool_response>\na\n</tool_response>\n\nb")]),
     ],
 )
-def test_an_instruction_model_gets_strict_turns(tiny_tokenizer, turns, rendered):
-    rendered = rendered or [("user", "a"), ("assistant", "b"), ("user", "c")]
-    assert FORMATS["instruction"](tiny_tokenizer, {}).format(chat(*turns)).text == chatml(*rendered)
+def test_a_template_of_strict_turns_gets_them(tokenizer_with, kind, turns, rendered):
+    assert FORMATS[kind](tokenizer_with(STRICT), {}).format(chat(*turns)).text == chatml(*rendered)
+
+
+def test_an_answer_last_is_gone_on_from_where_the_template_opens_no_other(tokenizer_with):
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+    prompt = FORMATS["instruction"](tokenizer_with(template), {}).format(chat(("user", "a"), ("assistant", "b")))
+    assert prompt.text == "user:a;assistant:b;user:Continue.;"
+
+
+def test_what_is_changed_is_logged(tokenizer_with, caplog):
+    caplog.set_level(logging.DEBUG, "engine")
+    FORMATS["thinking"](tokenizer_with(STRICT), {}).format(chat(("user", "a"), ("user", "b"), ("system", "c")))
+    assert "messages[1]: joined to the user message before" in caplog.text
+    assert "messages[2]: the system message is read as the user's" in caplog.text
+
+
+def test_a_system_message_stays_in_its_place_where_the_template_would_put_it_first(tokenizer_with):
+    """A prompt whose beginning changes can't be had from the prefix cache."""
+    hoisted = (
+        "{% for m in messages if m.role == 'system' %}{{ m.content }};{% endfor %}"
+        "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content }};{% endfor %}"
+    )
+    turns = [("system", "a"), ("user", "b"), ("assistant", "c"), ("system", "d"), ("user", "e")]
+    text = FORMATS["thinking"](tokenizer_with(hoisted), {}).format(chat(*turns)).text
+    assert text == "a;user:b;assistant:c;user:d\n\ne;"
 
 
 def test_the_system_message_begins_the_first_user_message_where_it_has_no_role(tokenizer_with):
@@ -208,22 +333,107 @@ def calling(arguments):
     return {**CALL, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
 
 
+def call_of(*ids, text=None, **fields):
+    calls = [{"id": id_, "function": {"name": f"f{id_}", "arguments": "{}"}} for id_ in ids]
+    return {"role": "assistant", "content": text, "tool_calls": calls, **fields}
+
+
+def result_of(id_):
+    return {"role": "tool", "tool_call_id": id_, "content": f"result {id_}"}
+
+
+def called(*ids, text=""):
+    return ("assistant", text + "".join(f"<tool_call>f{id_}{{}}</tool_call>" for id_ in ids))
+
+
+def resulted(id_, text=None):
+    return ("tool", text or f"result {id_}")
+
+
+LATER = {"role": "user", "content": "b"}
+BELOW, SEEN = ("user", "b"), ("assistant", "OK.")
+NO_RESULT = "This call has no result."
+
+
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
 @pytest.mark.parametrize(
-    ("messages", "param"),
+    ("messages", "as_it_is", "strict"),
     [
-        ([("assistant", "a"), ("user", "b")], "messages[0].role"),
-        ([("system", "a"), ("system", "b"), ("assistant", "c")], "messages[2].role"),
-        ([("user", "a"), ("user", "b"), ("assistant", "c")], "messages[2].role"),
-        ([("system", "a")], "messages[0].role"),
-        ([("user", "a"), RESULT], "messages[1].role"),
-        ([("user", "a"), CALL, ("user", "b")], "messages[2].role"),
+        ([call_of("1"), LATER], [called("1"), BELOW], [called("1"), resulted("1", NO_RESULT), SEEN, BELOW]),
+        (
+            [call_of("1"), result_of("1"), LATER],
+            [called("1"), resulted("1"), BELOW],
+            [called("1"), resulted("1"), SEEN, BELOW],
+        ),
+        (
+            [call_of("1"), call_of("2"), result_of("1"), result_of("2")],
+            [called("1"), called("2"), resulted("1"), resulted("2")],
+            [called("1", "2"), resulted("1"), resulted("2")],
+        ),
+        (
+            [call_of("1", "2"), result_of("2"), LATER],
+            [called("1", "2"), resulted("2"), BELOW],
+            [called("1", "2"), resulted("2"), resulted("1", NO_RESULT), SEEN, BELOW],
+        ),
+        ([call_of("1")], [called("1")], [called("1"), resulted("1", NO_RESULT)]),
     ],
 )
-@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM])
-def test_what_cant_be_put_right_is_refused_by_its_own_index(tokenizer_with, messages, param, template):
-    messages = [m if isinstance(m, dict) else {"role": m[0], "content": m[1]} for m in messages]
-    refused = rejection(FORMATS["instruction"](tokenizer_with(template), {}), chat_prompt(messages))
-    assert refused.param == param
+def test_calls_and_results_that_do_not_match_are_put_right_only_where_they_are_refused(
+    tokenizer_with, kind, messages, as_it_is, strict
+):
+    prompt = chat_prompt([USER, *messages])
+    for template, turns in ((NATIVE, as_it_is), (PAIRED + NATIVE, strict)):
+        assert FORMATS[kind](tokenizer_with(template), {}).format(prompt).text == chatml(("user", "a"), *turns)
+
+
+@pytest.mark.parametrize("kind", ["thinking", "instruction"])
+def test_a_result_without_a_call_is_the_users_text_where_it_is_refused(tokenizer_with, kind):
+    prompt = chat_prompt([USER, result_of("9"), LATER])
+    turns = [("user", "a"), resulted("9"), BELOW]
+    assert FORMATS[kind](tokenizer_with(NATIVE), {}).format(prompt).text == chatml(*turns)
+    turns = [("user", "a\n\n<tool_response>\nresult 9\n</tool_response>\n\nb")]
+    assert FORMATS[kind](tokenizer_with(PAIRED + NATIVE), {}).format(prompt).text == chatml(*turns)
+
+
+def test_an_empty_answer_is_left_out_where_it_is_refused(tokenizer_with):
+    template = "{% for m in messages if not m.content %}{{ raise_exception('nothing') }}{% endfor %}" + CHATML
+    prompt = chat(("user", "a"), ("assistant", ""), ("user", "b"))
+    assert FORMATS["thinking"](tokenizer_with(template), {}).format(prompt).text == chatml(("user", "a"), ("user", "b"))
+
+
+def test_text_beside_calls_is_a_message_of_its_own_where_the_template_drops_it(tokenizer_with):
+    template = NATIVE.replace("+ m.content }}", "+ ('' if m.tool_calls else m.content) }}")
+    prompt = chat_prompt([USER, call_of("1", text="So:"), result_of("1")])
+    turns = [("user", "a"), ("assistant", "So:"), called("1"), resulted("1")]
+    assert FORMATS["instruction"](tokenizer_with(template), {}).format(prompt).text == chatml(*turns)
+    turns.insert(2, ("user", "Continue."))
+    assert FORMATS["instruction"](tokenizer_with(ALTERNATE + template), {}).format(prompt).text == chatml(*turns)
+
+
+def test_several_calls_are_messages_of_their_own_where_the_template_takes_one(tokenizer_with):
+    template = NATIVE.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+    prompt = chat_prompt([USER, call_of("1", "2", text="So:"), result_of("2"), result_of("1"), LATER])
+    turns = [("user", "a"), called("1", text="So:"), resulted("1"), called("2"), resulted("2"), ("user", "b")]
+    assert FORMATS["thinking"](tokenizer_with(template), {}).format(prompt).text == chatml(*turns)
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Os', "[]", "null", "nonsense", "5", [1]])
+def test_arguments_that_are_no_object_are_shown_as_they_were_written(tokenizer_with, arguments):
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    prompt = chat_prompt([USER, calling(arguments), RESULT])
+    for template in (NATIVE, CHATML):
+        text = FORMATS["instruction"](tokenizer_with(template), {}).format(prompt).text
+        assert json.dumps({"arguments": written}) in text
+    text = FORMATS["instruction"](tokenizer_with(NATIVE_TEXT), {}).format(prompt).text
+    assert f"<tool_call>f{written}</tool_call>" in text
+
+
+def test_calls_and_results_without_ids_are_paired_in_order(tokenizer_with):
+    template = NATIVE.replace("m.role +", "m.role + (m.name or '') + (m.tool_call_id or '') +")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": name}} for name in "fg"]}
+    prompt = chat_prompt([USER, call, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}])
+    text = FORMATS["thinking"](tokenizer_with(template), {}).format(prompt).text
+    assert re.findall("tool([fg])call_([01])\n([12])", text) == [("f", "0", "1"), ("g", "1", "2")]
 
 
 @pytest.mark.parametrize("kind", ["thinking", "instruction"])
@@ -235,7 +445,7 @@ def test_messages_that_are_joined_lose_neither_reasoning_nor_calls(tokenizer_wit
     template = NATIVE.replace("m.content }}", "(m.reasoning_content or '') + '|' + m.content }}")
     thought = [{"role": "assistant", "content": text, "reasoning_content": text.upper()} for text in "bc"]
     prompt = chat_prompt([USER, *thought, CALL, RESULT])
-    text = FORMATS["instruction"](tokenizer_with(template), {}).format(prompt).text
+    text = FORMATS["instruction"](tokenizer_with(ALTERNATE + template), {}).format(prompt).text
     called = 'B\n\nC|b\n\nc<tool_call>add{"a": 1}</tool_call>'
     assert text == chatml(("user", "|a"), ("assistant", called), ("tool", "|3"))
 
@@ -249,6 +459,46 @@ def test_a_template_with_a_place_for_tools_gets_them(tokenizer_with, kind, templ
     called = '<tool_call>add{"a": 1}</tool_call>'
     assert prompt.text == chatml(("system", json.dumps(TOOL)), ("user", "a"), ("assistant", called), ("tool", "3"))
     assert (format_.tool_format.is_native, format_.tool_format.start) == (True, "<tool_call>")
+
+
+def test_calls_and_tools_get_the_named_template_for_them(tokenizer_with):
+    tokenizer = tokenizer_with(NATIVE)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "Tools! " + NATIVE}
+    format_ = FORMATS["instruction"](tokenizer, {})
+    assert format_.format(chat_prompt([USER])).text == chatml(("user", "a"))
+    for messages, tools in (([USER], [TOOL]), ([USER, CALL, RESULT], [])):
+        assert format_.format(chat_prompt(messages, tools)).text.startswith("Tools! <|im_start|>")
+
+
+@pytest.mark.parametrize("needed", ["description", "parameters.properties"])
+def test_a_bare_function_gets_what_the_template_needs(tokenizer_with, needed):
+    template = NATIVE.replace("{{ tool | tojson }}", f"{{{{ (tool | tojson) + (tool.function.{needed} | tojson) }}}}")
+    bare = {"type": "function", "function": {"name": "add"}}
+    text = FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([USER], [bare])).text
+    whole = {"name": "add", "description": "", "parameters": {"type": "object", "properties": {}}}
+    shown, _ = json.JSONDecoder().raw_decode(text.split("\n")[1])
+    assert shown["function"] == whole
+    text = FORMATS["thinking"](tokenizer_with(NATIVE), {}).format(chat_prompt([USER], [bare])).text
+    assert json.dumps(bare) in text
+
+
+def test_a_template_that_reads_its_tools_unasked_gets_an_empty_list(tokenizer_with):
+    template = "{% for tool in tools %}{{ tool }}{% endfor %}" + CHATML
+    assert FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([USER])).text == chatml(("user", "a"))
+
+
+@pytest.mark.parametrize(
+    "field", ["m.reasoning_content", "m.reasoning", "m.thinking", "m.thought", "m.content[0].thinking"]
+)
+def test_reasoning_is_given_in_the_form_that_the_template_reads(tokenizer_with, field):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and (FIELD or '') is string and FIELD %}({{ FIELD }})"
+        "{{ m.content if m.content is string else m.content[1].text }}{% else %}{{ m.content }}{% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    ).replace("FIELD", field)
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    text = FORMATS["thinking"](tokenizer_with(template), {}).format(chat_prompt([USER, answer, USER])).text
+    assert text == "a;(2+2)4;a;>"
 
 
 def test_mistrals_own_template_gets_ids_of_nine_letters(tokenizer_with):
@@ -470,18 +720,77 @@ def test_the_inst_format_of_a_tekken_vocabulary_has_no_gaps(tokenizer_with):
     assert prompt.text == tekken.replace("<s>", tokenizer.bos_token).replace("</s>", tokenizer.eos_token)
 
 
+ARGUMENTS = st.sampled_from([None, "", "{}", '{"a": 1}', {"a": 1}, "[]", "null", '{"a": "x', "nonsense"])
+IDS = st.sampled_from([None, "", "c1", "c2", "c3"])
+CALLS = st.fixed_dictionaries(
+    {"id": IDS, "function": st.fixed_dictionaries({"name": st.sampled_from(["add", "sub"]), "arguments": ARGUMENTS})}
+)
+TEXTS = st.sampled_from([None, "", "x"])
+MESSAGES = st.one_of(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "developer", "user"]), "content": TEXTS}),
+    st.fixed_dictionaries(
+        {"role": st.just("assistant"), "content": TEXTS},
+        optional={"tool_calls": st.lists(CALLS, max_size=3), "reasoning_content": TEXTS},
+    ),
+    st.fixed_dictionaries({"role": st.just("tool"), "content": TEXTS}, optional={"tool_call_id": IDS}),
+)
+HISTORIES = {
+    "chatml": CHATML,
+    "no system": NO_SYSTEM,
+    "system dropped": WITHOUT_SYSTEM,
+    "strict": STRICT,
+    "native": NATIVE,
+    "native, strict": PAIRED + NATIVE,
+    "text arguments": NATIVE_TEXT,
+    "one call": NATIVE.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"),
+    "no text beside calls": NATIVE.replace("+ m.content }}", "+ ('' if m.tool_calls else m.content) }}"),
+}
+
+
+@pytest.fixture(scope="module", params=HISTORIES)
+def historian(request, tmp_path_factory):
+    """Formats of both types of model, for a template with one property."""
+    tokenizer = load_tokenizer(tiny_llama(tmp_path_factory.mktemp("history"), template=HISTORIES[request.param]))
+    return [kind(tokenizer, {}) for kind in FORMATS.values()]
+
+
+def numbered(messages):
+    """The messages with texts that differ."""
+    return [m | {"content": m["content"] and f"<{n}>"} for n, m in enumerate(messages)]
+
+
+@given(messages=st.lists(MESSAGES, min_size=1, max_size=8), has_tools=st.booleans())
+def test_any_history_is_rendered_with_all_its_texts(historian, messages, has_tools):
+    messages = numbered(messages)
+    for format_ in historian:
+        text = format_.format(chat_prompt(messages, [TOOL] if has_tools else [])).text
+        for message in messages:
+            assert (message["content"] or "") in text
+            for call in message.get("tool_calls") or []:
+                assert call["function"]["name"] in text
+
+
+@given(messages=st.lists(MESSAGES, min_size=2, max_size=8), cut=st.integers(1, 7))
+def test_earlier_messages_are_rendered_the_same_when_later_ones_arrive(historian, messages, cut):
+    """Up to the last message, to which a later one may be joined."""
+    messages = numbered(messages)
+    earlier = messages[:cut]
+    settled = [m["content"] for m in earlier[:-1] if m["content"]]
+    for format_ in historian:
+        before, after = (format_.format(chat_prompt(each)).text for each in (earlier, messages))
+        end = before.index(settled[-1]) if settled else 0
+        assert after.startswith(before[:end])
+
+
 TURNS = st.lists(st.tuples(st.sampled_from(ROLES), st.text("xyz", min_size=1, max_size=3)), min_size=1, max_size=7)
 
 
 @given(TURNS, st.booleans())
-def test_strict_turns_lose_no_text_or_name_the_message(turns, has_system):
-    messages = admit(chat(*turns))
-    try:
-        strict = alternate(messages) if has_system else fold_system(alternate(messages))
-    except PromptRejected as refused:
-        assert int(re.fullmatch(r"messages\[(\d+)\]\.role", refused.param)[1]) < len(turns)
-        return
+def test_strict_turns_alternate_and_lose_no_text(turns, has_system):
+    messages = write_plain(name_developer_system(admit(chat(*turns))))
+    strict = arrange(messages, StrictTable(has_system, takes_text_beside_calls=True))
     roles = [turn.role for turn in strict]
     assert re.fullmatch("(system )?(user assistant )*user", " ".join(roles))
     assert has_system or "system" not in roles
-    assert "\n\n".join(turn.text for turn in strict) == "\n\n".join(content for _, content in turns)
+    words = "\n\n".join(turn.text for turn in strict).split()
+    assert [word for word in words if set(word) <= set("xyz")] == [content for _, content in turns]

@@ -1,20 +1,27 @@
 """The self-check at load: which paths serve a model, and that they compute what the model says to a prompt alone."""
 
+import json
 import logging
 from dataclasses import replace
 
 from mlxserver.engine.mlx import mx
 
 import pytest
+from mlx.utils import tree_flatten
 
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.kv_cache.single import SingleCache
+from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.requests import Execution
+from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.chunks import execution
-from tests.support.architectures import random_model
+from tests.support.architectures import BASE, MORE_CONFIGS, random_model
+from tools.harness.models import tiny_llama
 
 SLOTS, MERGED = Execution("slots", True, False), Execution("merged", False, False)
 SINGLE = Execution("single", False, False)
@@ -134,3 +141,24 @@ def test_sequences_that_share_a_prompt_have_caches_of_their_own():
     logits = batch.advance(mx.array([6, 6]))
     expected = [model(mx.array([[1, 2, 3, token, 6]]))[0, -1] for token in (4, 5)]
     assert mx.allclose(logits, mx.stack(expected), atol=1e-4)
+
+
+def directory(path, name):
+    """A checkpoint of a random model, with the tokenizer of a tiny llama."""
+    tiny_llama(path)
+    weights = dict(tree_flatten(random_model(name).parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (path / "config.json").write_text(json.dumps(BASE | {"model_type": name} | MORE_CONFIGS[name]))
+    return str(path)
+
+
+def test_a_model_that_cannot_be_batched_is_built_and_says_so(tmp_path):
+    runner = Builder(0.25, policy=CPU).build(ModelSpec("m", directory(tmp_path / "m", "gemma2")))
+    assert runner.facts.execution == SINGLE
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="a model that a CPU can't compute")
+def test_a_model_that_cannot_be_run_at_all_is_refused_with_the_reason(tmp_path):
+    source = directory(tmp_path / "m", "bitnet")
+    with pytest.raises(LoadFailed, match="could not be loaded: the model can't be run: its architecture needs Metal"):
+        Builder(0.25, policy=CPU).build(ModelSpec("m", source))

@@ -234,10 +234,13 @@ def test_a_schema_that_can_not_be_enforced_is_refused_with_the_reason(server):
 def test_an_answer_begun_by_the_client_is_continued(server):
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Well"}]
     body = {"model": "talker", "messages": messages}
-    assert server.post("/v1/chat/completions", body).status == 400
-    prompt = server.post("/apply-template", {**body, "continue_final_message": True})
+    another, prompt = (
+        server.post("/apply-template", {**body, "continue_final_message": continues}) for continues in (False, True)
+    )
     assert prompt.status == 200, prompt.body
     assert prompt.json["prompt"].rstrip().endswith("Well")
+    assert "Well" in another.json["prompt"]
+    assert not another.json["prompt"].rstrip().endswith("Well")
 
 
 def test_images_are_refused_by_their_place(server):

@@ -112,6 +112,7 @@ CONFIGS = {
 MORE_CONFIGS = {
     "qwen3_moe": _MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "gemma2": {"sliding_window": 32, "tie_word_embeddings": True},
+    "bitnet": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_inner": 128, "n_head": 4, "n_positions": 2048},
     "afm7": {"hidden_dim": 64, "num_layers": 8, "num_kv_reuse_layers": 3, "num_heads": 4, "num_kv_heads": 2},
 }

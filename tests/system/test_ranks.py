@@ -357,7 +357,10 @@ samplings = st.builds(
 
 @given(st.lists(samplings, min_size=1, max_size=4), st.lists(st.integers(0, 200_000), min_size=1))
 def test_rows_arrive_as_they_were_sent(settings_of_rows, tokens):
-    rows = [Sequence(-n, tuple(tokens), sampling, 7 + n, n or None) for n, sampling in enumerate(settings_of_rows)]
+    rows = [
+        Sequence(-n, tuple(tokens), sampling, 7 + n, n or None, boundaries=(len(tokens), 1))
+        for n, sampling in enumerate(settings_of_rows)
+    ]
     arrived = decode_sequences(through_json(encode_sequences(rows)), lambda sequence_id, accepted: None)
     masked = [row.sampling.seed if row.sampling.seed is None else row.sampling.seed % 2**64 for row in rows]
     assert [row.sampling.seed for row in arrived] == masked
@@ -366,7 +369,7 @@ def test_rows_arrive_as_they_were_sent(settings_of_rows, tokens):
 
 def unseeded(row):
     fields = {name: getattr(row.sampling, name) for name in SamplingParams.__slots__ if name != "seed"}
-    return row.id, row.tokens, row.max_tokens, row.top_logprobs, fields
+    return row.id, row.tokens, row.boundaries, row.max_tokens, row.top_logprobs, fields
 
 
 def test_a_rank_that_does_not_sample_gets_no_sampling_parameters():

@@ -61,9 +61,12 @@ class Answer:
 
 
 def server_environment():
-    """The environment of this process without settings of the server, with the allocator of `make serve`."""
+    """The environment of this process without settings of the server, with the allocator of `make serve`.
+
+    No prefixes are kept on disk: what one run has computed, the next one computes again.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
-    return {"PYTHONMALLOC": "malloc"} | kept
+    return {"PYTHONMALLOC": "malloc", "MLX_SERVER_PREFIX_CACHE_DISK_BYTES": "0"} | kept
 
 
 def start_server(*flags, script="mlx_api_server.py", variables=None, **options):

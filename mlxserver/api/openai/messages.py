@@ -1,8 +1,10 @@
 """Messages of a chat on the wire -> a typed conversation.
 
-Rule 1: text parts are joined to one text. Reasoning has two names. A refusal stands for the content that is missing.
+Rule 1: parts of text are joined to one text. Reasoning has two names, and may be a part. A refusal is text.
 Rule 2: null and an empty list are the same as nothing: clients send whole answers back.
-Rule 3: an error names the place, as in "messages[0].content[1].type".
+Rule 3: the history is not judged: fields of an answer or a result that are not ours are left out, ids may be missing,
+        and arguments that are no JSON object are kept as text.
+Rule 4: an error names the place, as in "messages[0].content[1].type".
 """
 
 from __future__ import annotations
@@ -20,44 +22,48 @@ FIELDS = {
     "assistant": {"name", "refusal", "reasoning", "reasoning_content", "tool_calls"},
     "tool": {"name", "tool_call_id"},
 }
+WRITTEN_BY_OTHERS = {"assistant", "tool"}  # their messages come from servers and programs, not from a person
+HARMLESS = {"cache_control"}
 
-TEXT: dict[str, Any] = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-            },
-        },
-    ]
-}
+TEXT_PARTS = ("text", "input_text", "output_text")
+ANSWER_PARTS = {"refusal": "refusal", "thinking": "thinking", "reasoning": "text"}
+
+
+def _part_shape(kind: str, field: str) -> dict[str, Any]:
+    properties = {"type": {"const": kind}, field: {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": ["type", field]}
+
+
+def _content_shape(*parts: dict[str, Any]) -> dict[str, Any]:
+    texts = [_part_shape(kind, "text") for kind in TEXT_PARTS]
+    items = {"anyOf": [*texts, *parts]}
+    return {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": items}]}
+
+
+CONTENT = _content_shape()
+ANSWER_CONTENT = _content_shape(*[_part_shape(kind, field) for kind, field in ANSWER_PARTS.items()])
 OPTIONAL_STRING = {"type": ["string", "null"]}
 CALL: dict[str, Any] = {
     "type": "object",
     "properties": {
-        "id": {"type": "string"},
-        "type": {"const": "function"},
+        "id": OPTIONAL_STRING,
+        "type": {"enum": ["function", None]},
         "function": {
             "type": "object",
-            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
-            "required": ["name", "arguments"],
+            "properties": {
+                "name": {"type": "string"},
+                "arguments": {"description": "JSON text of an object; what is none is given to the model as it is"},
+            },
+            "required": ["name"],
         },
     },
-    "required": ["id", "function"],
+    "required": ["function"],
 }
 
 
-def _message_shape(*roles: str, required: tuple[str, ...] = ("content",), **fields: Any) -> dict[str, Any]:
-    properties = {"role": {"enum": list(roles)}, "content": TEXT, "name": OPTIONAL_STRING, **fields}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": ["role", *required],
-        "additionalProperties": "user" not in roles,  # a person's message is closed; an answer has fields of its server
-    }
+def _message_shape(*roles: str, required: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
+    properties = {"role": {"enum": list(roles)}, "content": CONTENT, "name": OPTIONAL_STRING, **fields}
+    return {"type": "object", "properties": properties, "required": ["role", *required]}
 
 
 SHAPE: dict[str, Any] = {
@@ -65,12 +71,16 @@ SHAPE: dict[str, Any] = {
     "minItems": 1,
     "items": {
         "anyOf": [
-            _message_shape("system", "developer", "user"),
-            _message_shape("tool", required=("content", "tool_call_id"), tool_call_id={"type": "string"}),
+            {
+                **_message_shape(
+                    "system", "developer", "user", required=("content",), **{name: {} for name in HARMLESS}
+                ),
+                "additionalProperties": False,
+            },
+            _message_shape("tool", tool_call_id=OPTIONAL_STRING),
             _message_shape(
                 "assistant",
-                required=(),
-                content={"anyOf": [*TEXT["anyOf"], {"type": "null"}]},
+                content=ANSWER_CONTENT,
                 refusal=OPTIONAL_STRING,
                 reasoning=OPTIONAL_STRING,
                 reasoning_content=OPTIONAL_STRING,
@@ -94,55 +104,69 @@ def _message(value: Any, origin: str) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or role not in FIELDS:
         raise invalid(f"{origin}.role", role, "one of " + ", ".join(map(repr, FIELDS)))
+    if "content" not in value and role not in WRITTEN_BY_OTHERS:
+        raise invalid(f"{origin}.content", None, "a string or a list of text parts")
     fields = _fields(value, role, origin)
-    content = _content(value.get("content"), role, fields, origin)
+    parts = _content(value.get("content"), role, f"{origin}.content")
     name = fields.get("name")
-    parts: tuple[Part, ...] = (Text(content),) if content else ()
     if role == "tool":
-        return Message("tool", (ToolResult(fields["tool_call_id"], content, name),), origin)
+        result = ToolResult(fields.get("tool_call_id", ""), "".join([part.text for part in parts]), name)
+        return Message("tool", (result,), origin)
     if role == "assistant":
-        reasoning = fields.get("reasoning_content")
-        parts = (*((Reasoning(reasoning),) if reasoning else ()), *parts, *fields.get("tool_calls", ()))
+        return Message("assistant", _answer(parts, fields), origin, name)
     return Message(role, parts, origin, name)  # type: ignore[arg-type]
+
+
+def _answer(content: tuple[Text | Reasoning, ...], fields: dict[str, Any]) -> tuple[Part, ...]:
+    """The parts of an answer: its reasoning by either name, once, its content or else its refusal, its calls."""
+    thoughts = dict.fromkeys([fields[name] for name in ("reasoning_content", "reasoning") if name in fields])
+    thoughts.pop("".join([part.text for part in content if isinstance(part, Reasoning)]), None)
+    refusal = () if content or "refusal" not in fields else (Text(fields["refusal"]),)
+    return (*map(Reasoning, filter(None, thoughts)), *content, *refusal, *fields.get("tool_calls", ()))
 
 
 def _fields(message: dict[str, Any], role: str, origin: str) -> dict[str, Any]:
     """All but role and content, read."""
     given = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None and v != []}
+    fields: dict[str, Any] = {}
     for name, value in given.items():
         place = f"{origin}.{name[:64]}"
         if name not in FIELDS[role]:
+            if role in WRITTEN_BY_OTHERS or name in HARMLESS:
+                continue
             raise ValidationFailed(f"Unknown field {abbreviate(name)} in a message of role '{role}'.", place)
         if name == "tool_calls":
-            given[name] = _tool_calls(value, place)
-        elif not isinstance(value, str):
+            fields[name] = _tool_calls(value, place)
+        elif isinstance(value, str):
+            fields[name] = value
+        else:
             raise invalid(place, value, "a string")
-    if role == "tool" and "tool_call_id" not in given:
-        raise ValidationFailed("A tool message needs the id of the call that it answers.", f"{origin}.tool_call_id")
-    if "reasoning" in given and given.setdefault("reasoning_content", given["reasoning"]) != given["reasoning"]:
-        conflict = "'reasoning' and 'reasoning_content' are two names of one thing, but differ. Send one of them."
-        raise ValidationFailed(conflict, f"{origin}.reasoning")
-    return given
+    return fields
 
 
-def _content(value: Any, role: str, fields: dict[str, Any], origin: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return "".join([_text(part, f"{origin}.content[{index}]") for index, part in enumerate(value)])
-    if value is None and role == "assistant" and fields.keys() & {"tool_calls", "reasoning_content", "refusal"}:
-        return str(fields.get("refusal", ""))
-    raise invalid(f"{origin}.content", value, "a string or a list of text parts")
+def _content(value: Any, role: str, param: str) -> tuple[Text | Reasoning, ...]:
+    """The text as one part where there is any, and the reasoning of an answer's parts before it."""
+    if value is None or isinstance(value, str):
+        return (Text(value),) if value else ()
+    if not isinstance(value, list):
+        raise invalid(param, value, "a string or a list of text parts")
+    parts = [_part(part, role, f"{param}[{index}]") for index, part in enumerate(value)]
+    text = "".join([part.text for part in parts if isinstance(part, Text)])
+    reasoning = tuple(part for part in parts if isinstance(part, Reasoning) and part.text)
+    return (*reasoning, Text(text)) if text else reasoning
 
 
-def _text(part: Any, param: str) -> str:
+def _part(part: Any, role: str, param: str) -> Text | Reasoning:
     if not isinstance(part, dict):
         raise invalid(param, part, '{"type": "text", "text": ...}')
-    if part.get("type") != "text":
-        raise invalid(f"{param}.type", part.get("type"), "'text': images, audio and files are not supported")
-    if not isinstance(part.get("text"), str):
-        raise invalid(f"{param}.text", part.get("text"), "a string")
-    return str(part["text"])
+    kind = part.get("type")
+    field = "text" if kind in TEXT_PARTS else ANSWER_PARTS.get(str(kind)) if role == "assistant" else None
+    if field is None:
+        raise invalid(f"{param}.type", kind, "'text': images, audio and files are not supported")
+    text = part.get(field)
+    if not isinstance(text, str):
+        raise invalid(f"{param}.{field}", text, "a string")
+    return Reasoning(text) if kind in ("thinking", "reasoning") else Text(text)
 
 
 def _tool_calls(value: Any, param: str) -> list[ToolCall]:
@@ -152,25 +176,16 @@ def _tool_calls(value: Any, param: str) -> list[ToolCall]:
 
 
 def _tool_call(call: Any, param: str) -> ToolCall:
-    if not isinstance(call, dict) or call.get("type", "function") != "function":
+    if not isinstance(call, dict) or call.get("type") not in ("function", None):
         raise invalid(param, call, 'an object of type "function"')
-    if not isinstance(call.get("id"), str):
-        raise invalid(f"{param}.id", call.get("id"), "a string")
+    call_id = call.get("id")
+    if not isinstance(call_id, str | None):
+        raise invalid(f"{param}.id", call_id, "a string")
     function = call.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{param}.function", function, 'an object with "name" and "arguments"')
-    for name in ("name", "arguments"):
-        if not isinstance(function.get(name), str):
-            raise invalid(f"{param}.function.{name}", function.get(name), "a string")
-    return ToolCall(call["id"], function["name"], _arguments(function["arguments"], f"{param}.function.arguments"))
-
-
-def _arguments(text: str, param: str) -> dict[str, Any]:
-    """The object that a text stands for; an empty text stands for an empty one."""
-    try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise invalid(param, text, f"an object in JSON: {error}") from None
-    if not isinstance(arguments, dict):
-        raise invalid(param, text, "an object in JSON")
-    return arguments
+    if not isinstance(function.get("name"), str):
+        raise invalid(f"{param}.function.name", function.get("name"), "a string")
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else "" if arguments is None else json.dumps(arguments)
+    return ToolCall.of_text(call_id or "", function["name"], text)

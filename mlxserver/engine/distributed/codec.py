@@ -22,6 +22,7 @@ def encode_sequences(sequences: abc.Sequence[Sequence]) -> dict[str, Any]:
     """Sequences that share one prompt."""
     return {
         "tokens": sequences[0].tokens,
+        "boundaries": sequences[0].boundaries,
         "sequences": [
             {
                 "id": sequence.id,
@@ -37,9 +38,12 @@ def encode_sequences(sequences: abc.Sequence[Sequence]) -> dict[str, Any]:
 
 def decode_sequences(content: Mapping[str, Any], ask: Ask | None) -> list[Sequence]:
     """Decoded sequences. Without `ask`, for a rank that does not sample: without sampling parameters."""
-    tokens = tuple(content["tokens"])
+    tokens, boundaries = tuple(content["tokens"]), tuple(content["boundaries"])
     if ask is None:
-        return [Sequence(each["id"], tokens, SamplingParams(), each["max_tokens"]) for each in content["sequences"]]
+        return [
+            Sequence(each["id"], tokens, SamplingParams(), each["max_tokens"], boundaries=boundaries)
+            for each in content["sequences"]
+        ]
     return [
         Sequence(
             each["id"],
@@ -48,6 +52,7 @@ def decode_sequences(content: Mapping[str, Any], ask: Ask | None) -> list[Sequen
             each["max_tokens"],
             each["top_logprobs"],
             RemoteConstraint(each["id"], ask) if each["is_constrained"] else None,
+            boundaries=boundaries,
         )
         for each in content["sequences"]
     ]

@@ -113,9 +113,9 @@ class Leader:
                 raise NoRoom(key, Projection(**reply["projection"]), where)
             if "error" in reply:
                 raise LoadFailed(key, f"on rank {reply['rank']}, {reply['error']}")
-        # The bytes per token must be the same on all ranks, because they decide what the prefix caches keep.
-        most = max(reply["bytes_per_token"] for reply in replies)
-        self.broadcast(number, "open", bytes_per_token=most, stall_target=stall_target)
+        # The sizes must be the same on all ranks, because they decide what the prefix caches keep.
+        most = {name: max(reply["sizes"][name] for reply in replies) for name in replies[0]["sizes"]}
+        self.broadcast(number, "open", sizes=most, stall_target=stall_target)
         own = next(reply for reply in replies if reply["rank"] == 0)
         return Opened(own["vocab_size"], own["weight_bytes"])
 

@@ -123,11 +123,11 @@ class Loads:
         self._send({"kind": "loaded", "number": number, **content})
 
 
-def _facts(loaded: loader.LoadedModel) -> dict[str, int]:
+def _facts(loaded: loader.LoadedModel) -> dict[str, Any]:
     """Facts of a share that the leader needs."""
     logits = loaded.model(mx.zeros((1, 1), dtype=mx.uint32))  # lazy: nothing is computed
     return {
-        "bytes_per_token": caches.bytes_per_token(loaded.model),
+        "sizes": asdict(caches.cache_sizes(loaded.model)),
         "weight_bytes": loaded.weight_bytes,
         "vocab_size": logits.shape[-1],
     }

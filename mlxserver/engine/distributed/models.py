@@ -13,6 +13,7 @@ from mlxserver.engine.distributed.launch import Membership
 from mlxserver.engine.distributed.link import Message
 from mlxserver.engine.distributed.loads import Loads
 from mlxserver.engine.distributed.sampler import FollowingSampler, LeadingSampler
+from mlxserver.engine.kv_cache.caches import CacheSizes
 from mlxserver.engine.kv_cache.prefix_cache import PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.loading import loader
@@ -53,16 +54,21 @@ class Models:
                 if loaded := self._loads.load(message):
                     self._loaded[number] = loaded
             case "open":
-                self._open(number, message["bytes_per_token"], message["stall_target"])
+                self._open(number, CacheSizes(**message["sizes"]), message["stall_target"])
             case "calls":
                 for name, *arguments in message["calls"]:
                     self._call(number, name, arguments)
             case "drop":
                 self._drop(number)
 
-    def _open(self, number: int, bytes_per_token: int, stall_target: float) -> None:
+    def _open(self, number: int, sizes: CacheSizes, stall_target: float) -> None:
         spec, loaded = self._loaded[number]
-        identity = replace(model_identity(spec, loaded), share=f"model {number}", bytes_per_token=bytes_per_token)
+        identity = replace(
+            model_identity(spec, loaded),
+            share=f"model {number}",
+            bytes_per_token=sizes.per_token + sizes.per_window_token,
+            bytes_per_checkpoint=sizes.checkpoint,
+        )
         self._schedulers[number] = Scheduler(
             loaded.model,
             max_running=spec.max_running,
@@ -71,7 +77,8 @@ class Models:
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             make_sampler=partial(LeadingSampler if self._leads else FollowingSampler, group=self._group),
-            bytes_per_token=bytes_per_token,
+            sizes=sizes,
+            checkpoint_interval=spec.checkpoint_interval,
         )
 
     def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:

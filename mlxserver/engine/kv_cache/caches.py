@@ -6,6 +6,7 @@ A sequence's cache is a list with one mlx-lm cache per layer. mlx-lm's caches me
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlxserver.engine.mlx import mx
@@ -54,12 +55,55 @@ def flat(cache: Sequence[Any]) -> Iterator[Any]:
         yield from flat(layer.caches) if hasattr(layer, "caches") else (layer,)
 
 
-def bytes_per_token(model: Any) -> int:
-    """Bytes of KV cache per token, in all layers that keep keys and values. Nothing is computed."""
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """Size in bytes of a model's KV cache.
+
+    per_token: of the layers that keep all tokens. per_window_token: of those that keep `window` tokens of a sequence at
+    most. per_sequence: of the states, whatever a sequence's length.
+    """
+
+    per_token: int
+    per_window_token: int = 0
+    window: int = 0
+    per_sequence: int = 0
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of what a sequence has in all layers but those that keep all tokens, at most."""
+        return self.per_sequence + self.per_window_token * self.window
+
+    def total(self, tokens: int, sequences: int) -> int:
+        """Bytes of the cache of so many sequences, which have so many tokens together."""
+        windows = min(tokens, sequences * self.window) * self.per_window_token
+        return tokens * self.per_token + windows + sequences * self.per_sequence
+
+
+def cache_sizes(model: Any) -> CacheSizes:
+    """The sizes of a model's KV cache. Nothing is computed."""
     cache = new_cache(model)
     model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
-    arrays = [array for layer in cache for array in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    return sum(array.nbytes // array.shape[2] for array in arrays if isinstance(array, mx.array))
+    per_token = per_window_token = window = per_sequence = 0
+    for layer in flat(cache):
+        if not (length := _length(layer)):
+            per_sequence += layer.nbytes
+        elif size := int(getattr(layer, "max_size", 0) or 0):
+            window, per_window_token = max(window, size), per_window_token + layer.nbytes // length
+        else:
+            per_token += layer.nbytes // length
+    return CacheSizes(per_token, per_window_token, window, per_sequence)
+
+
+def bytes_per_token(model: Any) -> int:
+    """Bytes of KV cache per token, in all layers that keep keys and values. Nothing is computed."""
+    sizes = cache_sizes(model)
+    return sizes.per_token + sizes.per_window_token
+
+
+def _length(layer: Any) -> int:
+    """Tokens that the arrays of a layer have room for; 0 for a state."""
+    keys = [array for _, array in tree_flatten(getattr(layer, "keys", None)) if isinstance(array, mx.array)]
+    return int(keys[0].shape[2]) if keys and keys[0].ndim == 4 else 0
 
 
 def merge(caches: Sequence[Cache]) -> Cache:
@@ -92,16 +136,17 @@ def _extract_layer(layer: Any, index: int, length: int | None) -> Any:
     return own
 
 
-def is_finite(cache: Cache) -> mx.array:
+def is_finite(cache: Sequence[Any]) -> mx.array:
     """Whether a cache is without NaN and inf: an array of one bool, not evaluated.
 
     NaN or inf in one layer reaches all later ones, so that the last layer answers for all of them.
     """
-    arrays = [leaf for _, leaf in tree_flatten(cache[-1].state) if isinstance(leaf, mx.array)]
+    last = [layer for layer in flat(cache[-1:]) if layer is not None]
+    arrays = [leaf for layer in last for _, leaf in tree_flatten(layer.state) if isinstance(leaf, mx.array)]
     are_finite = [mx.isfinite(array).all() for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
     return mx.all(mx.stack([mx.array(True), *are_finite]))
 
 
-def cache_bytes(cache: Cache) -> int:
+def cache_bytes(cache: Sequence[Any]) -> int:
     """Bytes of a cache."""
-    return sum(layer.nbytes for layer in cache)
+    return sum(layer.nbytes for layer in flat(cache) if layer is not None)

@@ -1,7 +1,6 @@
 """Chat template of a model: conversation -> text and tokens.
 
-Rule 1: the template is the model's own. Without one, a Mistral gets the [INST] format, and any other model a template
-        that refuses every conversation.
+Rule 1: the template is the model's own. Where it has several by name, calls and tools get "tool_use".
 Rule 2: whatever a template raises is a PromptRejected with the template's message.
 Rule 3: control tokens come from the template alone. Their text in a message is encoded as plain text.
 Rule 4: what a template can do is found out by trying.
@@ -10,6 +9,7 @@ Rule 5: a tokenizer belongs to one thread at a time; so does a template.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -22,7 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mlxserver.engine.conversation import Message, Text, Tool, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
+from mlxserver.engine.prompt.substitute import substitute
+from mlxserver.engine.prompt.switches import Switches
 from mlxserver.engine.prompt.tool_text import write_json
+from mlxserver.engine.prompt.transitions import Transitions
 from mlxserver.engine.requests import ChatPrompt
 
 if TYPE_CHECKING:
@@ -40,20 +44,6 @@ RENDERING_FAILURES = (
 
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
-NO_TEMPLATE = "{{ raise_exception('the model has no chat template, and is no Mistral') }}"
-
-INST = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- 'SPREAD[INST]GAP' + message.content + 'SPREAD[/INST]' }}
-    {%- elif message.role == 'assistant' %}
-        {{- 'GAP' + message.content + eos_token }}
-    {%- else %}
-        {{- raise_exception('the [INST] format has no role ' + message.role) }}
-    {%- endif %}
-{%- endfor %}"""
-
 
 @dataclass(frozen=True, slots=True)
 class CallStyle:
@@ -63,13 +53,11 @@ class CallStyle:
     has_short_ids: bool = False
 
     def message(self, message: Message) -> dict[str, Any]:
-        """A message as a template reads it. Raises PromptRejected."""
+        """A message as a template reads it, without its reasoning. Raises PromptRejected."""
         fields: dict[str, Any] = {"role": message.role, "content": message.text}
         if name := message.name:
             fields["name"] = name
         if message.role == "assistant":
-            if reasoning := message.reasoning:
-                fields["reasoning_content"] = reasoning
             if calls := message.calls:
                 fields["tool_calls"] = [self._call(call) for call in calls]
         elif message.role == "tool" and (result := message.result):
@@ -79,7 +67,9 @@ class CallStyle:
         return fields
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
-        arguments = write_json(call.arguments) if self.has_text_arguments else call.arguments
+        arguments: Any = call.arguments
+        if self.has_text_arguments:
+            arguments = write_json(call.arguments) if call.text is None else call.text
         return {"type": "function", "id": self._id(call.id), "function": {"name": call.name, "arguments": arguments}}
 
     def _id(self, call_id: str) -> str:
@@ -108,7 +98,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._substitute = None if tokenizer.has_chat_template else _substitute(tokenizer, config)
+        self._substitute = None if tokenizer.has_chat_template else substitute(tokenizer, config)
 
     @property
     def source(self) -> str:
@@ -132,6 +122,35 @@ class ChatTemplate:
             return None
         return next((style for style in STYLES if self._shows(CALL_WORDS, CALL_PROBE, style)), None)
 
+    @functools.cached_property
+    def transitions(self) -> dict[bool, Transitions]:
+        """What the template takes, beside tools (True) or without any."""
+        return {has_tools: Transitions(self._try_render, has_tools=has_tools) for has_tools in (False, True)}
+
+    @functools.cached_property
+    def switches(self) -> Switches:
+        """What the template does with enable_thinking and reasoning_effort."""
+        return Switches(self._try_render)
+
+    @functools.cached_property
+    def reasoning_form(self) -> ReasoningForm:
+        """Where the template reads the reasoning of earlier answers."""
+
+        def try_render(prompt: ChatPrompt, form: ReasoningForm) -> str | None:
+            try:
+                style = self.call_style or CallStyle()
+                return str(self._apply(prompt, style, tokenize=False, reasoning_form=form))
+            except PromptRejected:
+                return None
+
+        return find_form(try_render)
+
+    def _try_render(self, prompt: ChatPrompt, opens_answer: bool) -> str | None:
+        try:
+            return self.render(prompt, opens_answer=opens_answer)
+        except PromptRejected:
+            return None
+
     def _shows(self, words: Sequence[str], prompt: ChatPrompt, style: CallStyle) -> bool:
         try:
             text = str(self._apply(prompt, style, tokenize=False))
@@ -154,39 +173,67 @@ class ChatTemplate:
         if reserved := RESERVED.intersection(prompt.template_kwargs):
             names = ", ".join(sorted(reserved))
             raise PromptRejected(f"The variables of the chat template can't set {names}.", "prompt.template_kwargs")
+        form = options.pop("reasoning_form", None)
+        if not form and any(message.reasoning for message in prompt.conversation):
+            form = self.reasoning_form
         if prompt.continues_answer:
-            options["continue_final_message"] = "content" if prompt.conversation[-1].text else "reasoning_content"
+            options["continue_final_message"] = "content" if prompt.conversation[-1].text else form.field
         else:
             options["add_generation_prompt"] = opens_answer
         if prompt.tools:
-            options["tools"] = [{"type": "function", "function": tool.function} for tool in prompt.tools]
-        if self._substitute:
-            options["chat_template"] = self._substitute
-        messages = [style.message(message) for message in prompt.conversation]
+            options["tools"] = self._tools(prompt.tools, is_whole=options.pop("has_whole_tools", None))
+        if template := self._substitute or self._named(prompt):
+            options["chat_template"] = template
+        messages = [_write(message, style, form) for message in prompt.conversation]
+        return self._call(messages, {**options, **prompt.template_kwargs})
+
+    def _call(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(messages, **options, **prompt.template_kwargs)
+            return self._tokenizer.apply_chat_template(messages, **options)
         except RENDERING_FAILURES as error:
+            if "tools" not in options:  # some templates go through their tools without asking whether there are any
+                with contextlib.suppress(*RENDERING_FAILURES):
+                    return self._tokenizer.apply_chat_template(messages, **options, tools=[])
             raise PromptRejected(
                 f"The chat template of this model refuses the messages: {error}", "prompt.conversation"
             ) from error
 
+    def _named(self, prompt: ChatPrompt) -> str | None:
+        """The template for this prompt, of a model that has several by name."""
+        templates = self._tokenizer.chat_template
+        if not isinstance(templates, dict):
+            return None
+        has_calls = any(message.calls or message.result for message in prompt.conversation)
+        name = "tool_use" if prompt.tools or has_calls else "default"
+        return str(templates.get(name) or templates.get("default") or next(iter(templates.values())))
 
-def _substitute(tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> str:
-    """A template for a model that has none."""
-    return _inst_format(tokenizer.get_vocab()) if _is_mistral(tokenizer, config) else NO_TEMPLATE
+    def _tools(self, tools: Sequence[Tool], *, is_whole: bool | None) -> list[dict[str, Any]]:
+        functions = [tool.function for tool in tools]
+        if self._needs_whole_tools if is_whole is None else is_whole:
+            functions = [_whole(function) for function in functions]
+        return [{"type": "function", "function": function} for function in functions]
+
+    @functools.cached_property
+    def _needs_whole_tools(self) -> bool:
+        """Whether the template shows no function without a description or parameters."""
+        shows = [self._shows_tool(is_whole=is_whole) for is_whole in (False, True)]
+        return shows == [False, True]
+
+    def _shows_tool(self, *, is_whole: bool) -> bool:
+        prompt = ChatPrompt((Message("user", (Text("Hello"),)),), (Tool(CALL_WORDS[0]),))
+        try:
+            return CALL_WORDS[0] in self._apply(prompt, CallStyle(), tokenize=False, has_whole_tools=is_whole)
+        except PromptRejected:
+            return False
 
 
-def _is_mistral(tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> bool:
-    names = [
-        config.get("model_type"),
-        *(config.get("architectures") or ()),
-        tokenizer.init_kwargs.get("tokenizer_class"),
-    ]
-    return any(family in str(name).lower() for name in names for family in ("mistral", "mixtral"))
+def _write(message: Message, style: CallStyle, form: ReasoningForm | None) -> dict[str, Any]:
+    """A message as the template reads it. Raises PromptRejected."""
+    written = style.message(message)
+    return form.put(written, message.reasoning) if form and message.reasoning else written
 
 
-def _inst_format(vocab: Mapping[str, int]) -> str:
-    """Mistral's [INST] format. Spaces surround its tags where they are plain text; a tekken vocabulary has no gaps."""
-    spread = "" if "[INST]" in vocab else " "
-    gap = " " if "\u2581" in vocab else ""
-    return INST.replace("SPREAD", spread).replace("GAP", gap)
+def _whole(function: dict[str, Any]) -> dict[str, Any]:
+    """A function with all that a template may ask for."""
+    parameters = {"type": "object", "properties": {}, **function.get("parameters", {})}
+    return {"description": "", **function, "parameters": parameters}

@@ -1,18 +1,20 @@
 """Prompt formats: a conversation, text or token ids -> the prompt of a model, by its type.
 
-Rule 1: a thinking model's chat template is used as it is.
-Rule 2: an instruction model gets strict turns (prompt/turns.py), whatever its template would let pass.
+Rule 1: a conversation is rendered as it is where the template of the model shows all of it; otherwise it is put right
+        with the fewest changes (prompt/arrangement.py), and these are logged.
+Rule 2: an earlier message is rendered the same when later ones are added, wherever the template allows it.
 Rule 3: whether the prompt leaves the reasoning open is read from what the template appends for the answer, never from
         the text of the messages; only an answer that is continued shows it by itself.
 Rule 4: a template without a place for tools, or for a system message, loses neither: the tools are described in the
         system message (prompt/tool_text.py), and that becomes the beginning of the user's.
-Rule 5: a variable that the template does not have is refused, except one that changes nothing.
+Rule 5: a variable that the template does not have changes nothing (prompt/switches.py).
 Rule 6: text and token ids have no conversation in them, so nothing is added but the beginning of a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,23 +23,32 @@ from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.reasoning_formats import find_format, thinking_tags
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
+from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
+from mlxserver.engine.prompt.boundaries import Boundaries
 from mlxserver.engine.prompt.chat_template import ChatTemplate
+from mlxserver.engine.prompt.switches import EFFORT, THINKING
 from mlxserver.engine.prompt.tool_text import describe, write_plain
-from mlxserver.engine.prompt.turns import admit, alternate, check_text, fold_system, name_developer_system
+from mlxserver.engine.prompt.transitions import StrictTable, Table
+from mlxserver.engine.prompt.turns import admit, check_text, count_lost, name_developer_system
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+log = logging.getLogger("engine")
+
 
 class PromptFormat:
-    """Prompt format of one type of model. `config` is the model's config.json."""
+    """Prompt format of one type of model. `config` is the model's config.json. finds_boundaries: for checkpoints."""
 
     thinks: ClassVar[bool]
 
-    def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: TokenizerWrapper, config: Mapping[str, Any], *, finds_boundaries: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, config)
+        self._boundaries = Boundaries(self._template, tokenizer) if finds_boundaries else None
         self._tags = thinking_tags(tokenizer)
 
     @property
@@ -54,51 +65,77 @@ class PromptFormat:
                 return format_tokens(self._tokenizer, tokens)
         if tool_choice and tool_choice.mode == "none":
             prompt = replace(prompt, tools=())
-        arranged = self._arrange(prompt)
-        self._check_variables(prompt.template_kwargs)
-        return self._render(
-            replace(arranged, template_kwargs={"enable_thinking": self.thinks, **prompt.template_kwargs})
-        )
+        variables = self._variables(prompt.template_kwargs)
+        admitted = replace(prompt, conversation=tuple(admit(prompt)), template_kwargs=variables)
+        return self._render(*self._fit(admitted))
 
-    def must_not_think(self, prompt: Prompt) -> bool:
-        """Whether the prompt switches the reasoning off, and the template has no such switch."""
-        is_off = isinstance(prompt, ChatPrompt) and prompt.template_kwargs.get("enable_thinking") is False
-        return is_off and self.thinks and not self._template.has_variable("enable_thinking")
+    def budget(self, prompt: Prompt) -> int | None:
+        """Most tokens of reasoning, where the prompt limits it and the chat template can't; None for any number."""
+        if not isinstance(prompt, ChatPrompt) or not self.thinks:
+            return None
+        # On the engine thread: what the switches do was found when the prompt was formatted.
+        return self._template.switches.budget(prompt.template_kwargs)
 
-    def _arrange(self, prompt: ChatPrompt) -> ChatPrompt:
-        """The prompt with nothing in it that the template has no place for. Raises PromptRejected."""
-        turns, tools = self._order(admit(prompt), prompt), prompt.tools
-        if not self._template.call_style:
-            turns, tools = write_plain(describe(turns, tools) if tools else turns), ()
-        if not self._template.has_system:
-            turns = fold_system(turns)
-        return replace(prompt, conversation=tuple(turns), tools=tools)
+    def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables of the template. One that it does not have changes nothing, and is logged."""
+        for name in given.keys() - {THINKING, EFFORT}:
+            if not self._template.has_variable(name):
+                log.debug("%s has no effect: the chat template has no such variable", name)
+        return self._template.switches.variables(given, thinks=self.thinks)
 
-    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        """The messages in the order in which the template gets them. Raises PromptRejected."""
-        raise NotImplementedError
+    def _fit(self, prompt: ChatPrompt) -> tuple[ChatPrompt, str]:
+        """The prompt with the fewest changes with which the template shows all of it, and its text.
 
-    def _check_variables(self, variables: Mapping[str, Any]) -> None:
-        """Refuse what would have no effect."""
-        if variables.get("enable_thinking") and not self.thinks:
-            raise PromptRejected(
-                "This model answers without thinking: it can't be switched on.", "prompt.template_kwargs"
-            )
-        for name in variables:
-            if name != "enable_thinking" and not self._template.has_variable(name):
-                is_effort = name == "reasoning_effort"
-                hint = " Use thinking_budget." if is_effort and self.thinks else ""
-                param = "prompt.template_kwargs" + (f".{name}" if is_effort else "")
-                raise PromptRejected(f"The chat template of this model has no {name}.{hint}", param)
+        Raises PromptRejected.
+        """
+        best: tuple[int, ChatPrompt, str] | None = None
+        refusal: PromptRejected | None = None
+        for number, fitted in enumerate(self._attempts(prompt)):
+            if number:
+                log.debug("the chat template loses some of the messages; attempt %d puts more of them right", number)
+            try:
+                text = self._template.render(fitted)
+            except PromptRejected as error:
+                refusal = refusal or error
+                continue
+            lost = count_lost(prompt.conversation, text, self._tags[1])
+            if not best or lost < best[0]:
+                best = lost, fitted, text
+            if not lost:
+                break
+        if best:
+            return best[1:]
+        raise refusal or AssertionError("there is no attempt")
 
-    def _render(self, prompt: ChatPrompt) -> FormattedPrompt:
-        text = self._template.render(prompt)
+    def _attempts(self, prompt: ChatPrompt) -> Iterator[ChatPrompt]:
+        """The prompt as the template takes it by its transitions; in strict turns; with calls, then tools, as text."""
+        is_plain = not self._template.call_style
+        table = self._template.transitions[bool(prompt.tools) and not is_plain]
+        messages = prompt.conversation
+        if "developer" not in self._template.source or not table.takes_developer:
+            messages = tuple(name_developer_system(messages))
+        strict = StrictTable(self._template.has_system, is_plain or table.takes_text_beside_calls)
+        if is_plain:
+            yield _arranged(_plain(prompt, messages), table)
+        else:
+            if not table.takes_several_calls:
+                messages = tuple(split_calls(messages))
+            yield _arranged(replace(prompt, conversation=messages), table)
+        messages = tuple(begin([message for message in name_developer_system(messages) if message.parts] or messages))
+        if not is_plain:
+            yield _arranged(replace(prompt, conversation=messages), strict)
+            yield _arranged(replace(prompt, conversation=tuple(write_plain(messages))), strict)
+        yield _arranged(_plain(prompt, messages), strict)
+
+    def _render(self, prompt: ChatPrompt, text: str) -> FormattedPrompt:
         if prompt.continues_answer:
             opens_thinking = self._is_reasoning(prompt.conversation[-1])
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):
             appended = text.removeprefix(self._template.render(prompt, opens_answer=False))
             opens_thinking = appended.rstrip().endswith(self._tags[0])
-        return FormattedPrompt(self._template.encode(prompt), text, opens_thinking)
+        tokens = self._template.encode(prompt)
+        boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
+        return FormattedPrompt(tokens, text, opens_thinking, boundaries)
 
     def _is_reasoning(self, answer: Message) -> bool:
         """Whether an answer that is to go on stops inside its reasoning."""
@@ -108,13 +145,9 @@ class PromptFormat:
 
 
 class ThinkingFormat(PromptFormat):
-    """Format of models that reason before they answer. enable_thinking is true unless the prompt sets it."""
+    """Format of models that reason before they answer. Thinking is on unless the prompt turns it off."""
 
     thinks = True
-
-    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        """The messages as they are; "developer" is "system" where the template does not have that role."""
-        return messages if "developer" in self._template.source else name_developer_system(messages)
 
 
 class InstructionFormat(PromptFormat):
@@ -122,8 +155,16 @@ class InstructionFormat(PromptFormat):
 
     thinks = False
 
-    def _order(self, messages: list[Message], prompt: ChatPrompt) -> list[Message]:
-        return alternate(messages, continues_answer=prompt.continues_answer)
+
+def _arranged(prompt: ChatPrompt, table: Table) -> ChatPrompt:
+    turns = arrange(prompt.conversation, table, continues_answer=prompt.continues_answer)
+    return replace(prompt, conversation=tuple(turns))
+
+
+def _plain(prompt: ChatPrompt, messages: Sequence[Message]) -> ChatPrompt:
+    """The prompt with these messages, tools and calls as text."""
+    described = describe(messages, prompt.tools) if prompt.tools else messages
+    return replace(prompt, conversation=tuple(write_plain(described)), tools=())
 
 
 FORMATS: dict[ModelType, type[PromptFormat]] = {"thinking": ThinkingFormat, "instruction": InstructionFormat}

@@ -41,7 +41,7 @@ def write_plain(messages: Iterable[Message]) -> list[Message]:
     was_result = False
     for message in messages:
         is_result = message.role == "tool"
-        plain = _write_result(message) if is_result else _write_calls(message)
+        plain = write_result(message) if is_result else _write_calls(message)
         if written and plain.role == "user" == written[-1].role and (is_result or was_result):
             written[-1] = join(written[-1], plain)
         else:
@@ -67,7 +67,8 @@ def _write_calls(message: Message) -> Message:
     return Message(message.role, (*others, Text("\n".join(lines))), message.origin, message.name)
 
 
-def _write_result(message: Message) -> Message:
+def write_result(message: Message) -> Message:
+    """A tool's result as the user's text."""
     return Message("user", (Text(f"<tool_response>\n{message.text}\n</tool_response>"),), message.origin)
 
 

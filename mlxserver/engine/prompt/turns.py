@@ -1,32 +1,25 @@
-"""Turns: which messages a chat template can take, and in which order.
+"""Turns: what any chat template can be given of a conversation.
 
-Rule 1: what loses nothing is put right: consecutive messages of one role are joined with a blank line, "developer" is
-        "system", and a system message after the first turn is read at its place, as the user's.
-Rule 2: what can't be put right is refused, and the error names the message as the client numbered it.
+Rule 1: a history is not judged: who wrote what behind whom is the template's matter (prompt/arrangement.py).
+Rule 2: what is no conversation is refused: no messages, text that is no Unicode, no answer where one is to go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 
 from mlxserver.config.errors import abbreviate
-from mlxserver.engine.conversation import Message, Part, Role, Text, ToolResult
+from mlxserver.engine.conversation import Message, Part, Text, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.requests import ChatPrompt
 
 BLANK_LINE = Text("\n\n")
-FOLLOWERS: dict[Role | None, tuple[Role, ...]] = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "tool": ("tool", "assistant", "user"),
-}
 
 
 def admit(prompt: ChatPrompt) -> list[Message]:
-    """The messages as any template can read them, each result with the name of its function.
+    """The messages, each call with an id, each result with its call's id and the name of the function where it has one.
 
     Raises PromptRejected.
     """
@@ -36,7 +29,7 @@ def admit(prompt: ChatPrompt) -> list[Message]:
         check_text(message.text, f"{message.origin}.content")
     if prompt.continues_answer:
         _check_continued(prompt.conversation[-1])
-    return _name_results(prompt.conversation)
+    return _pair(prompt.conversation)
 
 
 def check_text(text: str, param: str) -> None:
@@ -59,57 +52,36 @@ def _check_continued(last: Message) -> None:
         )
 
 
-def _name_results(messages: Iterable[Message]) -> list[Message]:
+def _pair(messages: Iterable[Message]) -> list[Message]:
+    """The messages with the ids and names that are missing. A result without an id answers the first open call."""
     names: dict[str, str] = {}
-    named = []
+    open_ids: list[str] = []
+    paired = []
     for message in messages:
-        if message.role == "assistant":
+        if message.calls:
+            first = len(names)
+            parts = [_identify(part, f"call_{first + n}") for n, part in enumerate(message.parts)]
+            message = replace(message, parts=tuple(parts))
             names |= {call.id: call.name for call in message.calls}
-        elif message.role == "tool":
-            parts = tuple([_name_result(part, names) for part in message.parts])
-            message = Message("tool", parts, message.origin, message.name)
-        named.append(message)
-    return named
+            open_ids += [call.id for call in message.calls]
+        elif result := message.result:
+            call_id = result.call_id or (open_ids[0] if open_ids else "")
+            open_ids = [open_id for open_id in open_ids if open_id != call_id]
+            named = ToolResult(call_id, result.text, result.name or names.get(call_id))
+            message = replace(message, parts=(named,))
+        elif message.role == "user":
+            open_ids = []
+        paired.append(message)
+    return paired
 
 
-def _name_result(part: Part, names: Mapping[str, str]) -> Part:
-    if not isinstance(part, ToolResult) or part.name:
-        return part
-    return ToolResult(part.call_id, part.text, names.get(part.call_id))
+def _identify(part: Part, call_id: str) -> Part:
+    return replace(part, id=call_id) if isinstance(part, ToolCall) and not part.id else part
 
 
 def name_developer_system(messages: Iterable[Message]) -> list[Message]:
     """The messages with "developer", the newer name, replaced by "system"."""
     return [replace(message, role="system") if message.role == "developer" else message for message in messages]
-
-
-def alternate(messages: Sequence[Message], *, continues_answer: bool = False) -> list[Message]:
-    """Admitted messages as strict turns: at most one system message, then user and assistant alternately.
-
-    After an assistant's tool calls come the tools' messages. The last turn is the user's or a tool's, with
-    continues_answer the assistant's.
-    Raises PromptRejected.
-    """
-    turns: list[Message] = []
-    for message in name_developer_system(messages):
-        if message.role == "system" and turns and turns[-1].role != "system":
-            message = replace(message, role="user")
-        if turns and _is_joined(turns[-1], message):
-            turns[-1] = join(turns[-1], message)
-        else:
-            if message.role not in (expected := _followers(turns)):
-                raise _misplaced(message.role, message.origin, expected)
-            turns.append(message)
-    if not continues_answer and "assistant" not in _followers(turns):
-        raise _misplaced(turns[-1].role, messages[-1].origin, ("user", "tool"))
-    return turns
-
-
-def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """The messages with a system message as the beginning of the user's that follows it."""
-    if [message.role for message in messages[:2]] != ["system", "user"]:
-        return list(messages)
-    return [join(messages[0], messages[1]), *messages[2:]]
 
 
 def join(first: Message, second: Message) -> Message:
@@ -118,21 +90,25 @@ def join(first: Message, second: Message) -> Message:
     return Message(second.role, (*first.parts, *between, *second.parts), first.origin, second.name or first.name)
 
 
-def _is_joined(last: Message, message: Message) -> bool:
-    return last.role == message.role != "tool" and not last.calls
+def count_lost(messages: Iterable[Message], text: str, thinking_end: str) -> int:
+    """How many texts and names of calls are not in a rendered text.
+
+    Not counted is what a template may leave out of earlier turns: reasoning, also where it stands in an answer's text,
+    and what was written before a call.
+    """
+    position = lost = 0
+    for message in messages:
+        for written in _written(message, thinking_end):
+            forms = written, json.dumps(written, ensure_ascii=False)[1:-1]
+            if (index := max(text.find(form, position) for form in forms)) >= 0:
+                position = index
+            elif not any(form in text for form in forms):
+                lost += 1
+    return lost
 
 
-def _misplaced(role: Role, origin: str, expected: Sequence[Role]) -> PromptRejected:
-    param = f"{origin}.role"
-    return PromptRejected(
-        f"{param} is {role!r}; expected {' or '.join(expected)}: "
-        "user and assistant take turns, the user begins, and the last message is the one to answer.",
-        param,
-    )
-
-
-def _followers(turns: Sequence[Message]) -> tuple[Role, ...]:
-    """The roles that may come next."""
-    if not turns:
-        return FOLLOWERS[None]
-    return ("tool",) if turns[-1].calls else FOLLOWERS[turns[-1].role]
+def _written(message: Message, thinking_end: str) -> list[str]:
+    if message.calls:
+        return [call.name for call in message.calls]
+    text = message.text.rpartition(thinking_end)[2] if message.role == "assistant" else message.text
+    return [text.strip()] if text.strip() else []

@@ -11,6 +11,7 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.errors import LoadFailed, one_line
+from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.loading import loader, sharding
@@ -35,12 +36,17 @@ class Builder:
     """Builds the runners of one process, which share its cores and its prefix cache.
 
     stall_target: seconds that prefill may delay running streams. leader: leads the ranks that share models, if any.
+    disk: holds prefixes beyond the process; not those of models that ranks share.
     """
 
     def __init__(
-        self, stall_target: float, leader: Leader | None = None, policy: ExecutionPolicy | None = None
+        self,
+        stall_target: float,
+        leader: Leader | None = None,
+        policy: ExecutionPolicy | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
-        self.prefix_cache = PrefixCache(RamTier(policy))
+        self.prefix_cache = PrefixCache(RamTier(policy), disk)
         self._policy = policy or current()
         self._stall_target = stall_target
         self._leader = leader
@@ -51,7 +57,10 @@ class Builder:
         if spec.shard is None:
             loaded = loader.load(spec, progress=progress, policy=self._policy)
             with self._opened_prefixes(spec, loaded) as prefixes:
-                return self._finish(spec, loaded, self._scheduler(spec, loaded, prefixes, metrics), progress)
+                runner = self._finish(spec, loaded, self._scheduler(spec, loaded, prefixes, metrics), progress)
+                if prefixes:
+                    prefixes.is_warm = True
+                return runner
         if self._leader is None:
             raise sharding.alone(spec)
         with self._leader.loading(spec) as number:
@@ -66,7 +75,7 @@ class Builder:
         if not spec.prefix_cache_bytes:
             yield None
             return
-        prefixes = self.prefix_cache.open(model_identity(spec, loaded), spec.prefix_cache_bytes)
+        prefixes = self.prefix_cache.open(model_identity(spec, loaded), spec.prefix_cache_bytes, spec.key)
         try:
             yield prefixes
         except BaseException:
@@ -88,6 +97,7 @@ class Builder:
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
             metrics=metrics,
+            checkpoint_interval=spec.checkpoint_interval,
             policy=self._fitting_policy(spec, loaded),
         )
 

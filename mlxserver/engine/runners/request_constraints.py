@@ -95,8 +95,9 @@ class RequestConstraints:
         )
 
     def _budget(self, request: GenerationRequest) -> int | None:
-        """Most tokens of reasoning: none where it is switched off and the template has no such switch."""
-        return 0 if self._prompts.must_not_think(request.prompt) else request.thinking_budget
+        """Most tokens of reasoning: the request's, unless reasoning is off, else what its effort stands for."""
+        budget = self._prompts.budget(request.prompt)
+        return budget if budget == 0 or request.thinking_budget is None else request.thinking_budget
 
     def _thinking_control(
         self, request: GenerationRequest, parser: Splitter, prompt: FormattedPrompt, answer: Constraint | None

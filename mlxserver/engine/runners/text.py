@@ -14,6 +14,7 @@ from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ContextExceeded, PromptRejected
 from mlxserver.engine.events import Event
+from mlxserver.engine.kv_cache.checkpoints import needs_checkpoints
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.output.reasoning_formats import turn_ends
 from mlxserver.engine.output.stream import OutputStream
@@ -62,7 +63,9 @@ class TextRunner:
         self.tokenizer = loaded.tokenizer
         self.tokenizer.eos_token_ids = turn_ends(loaded.tokenizer, loaded.tokenizer.eos_token_ids)
         kind = spec.type or find_type(loaded.tokenizer)
-        prompts = FORMATS[kind](loaded.tokenizer, loaded.config)
+        # The leader's model has no layers, and what the ranks' ones keep is not known here.
+        needs_boundaries = spec.prefix_cache_bytes > 0 and (bool(spec.shard) or needs_checkpoints(loaded.model))
+        prompts = FORMATS[kind](loaded.tokenizer, loaded.config, finds_boundaries=needs_boundaries)
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
         capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
         capabilities -= set() if grammars.is_usable else {"json_schema"}
@@ -103,6 +106,7 @@ class TextRunner:
                 max_tokens,
                 request.top_logprobs,
                 self._constraints.constraint(request, prompt, grammar),
+                boundaries=prompt.boundaries,
             )
             choices.append((sequence, self._output(request, prompt, max_tokens, index)))
         return choices

@@ -90,7 +90,8 @@ class PlainPrefill:
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """As many prompts as the budget holds, each padded to the longest; a little more if that ends them.
 
-        Without padding, only prompts that have as many tokens for the chunk as the first one.
+        Without padding, only prompts that have as many tokens for the chunk as the first one. No chunk goes beyond a
+        prompt's next stop.
         """
         if self._rounds:
             budget = 1 << (budget.bit_length() - 1)
@@ -98,7 +99,7 @@ class PlainPrefill:
         prompts: list[PendingPrompt] = []
         length = 0
         for prompt in waiting if self._may_share else waiting[:1]:
-            own = prompt.remaining if prompt.remaining <= most else min(budget, most)
+            own = prompt.ahead if prompt.ahead <= most else min(budget, most)
             if not self._may_pad and prompts and own != length:
                 continue
             longest = max(length, own)

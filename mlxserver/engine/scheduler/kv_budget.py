@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import abc
+from concurrent.futures import Future
 
-from mlxserver.engine.kv_cache.caches import Cache
+from mlxserver.engine.kv_cache.caches import Cache, CacheSizes
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
 from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.prefill import Prefill
@@ -23,13 +24,15 @@ class KVBudget:
         prefill: Prefill,
         prefixes: ModelPrefixes | None,
         max_tokens: int | None,
-        bytes_per_token: int,
+        sizes: CacheSizes,
+        max_running: int = 1,
     ) -> None:
         self._running = running
         self._prefill = prefill
         self._prefixes = prefixes
         self._max_tokens = max_tokens or sys.maxsize
-        self._bytes_per_token = bytes_per_token
+        self._sizes = sizes
+        self._max_running = max_running
 
     @property
     def has_prefixes(self) -> bool:
@@ -66,15 +69,25 @@ class KVBudget:
         """A copy of the longest cached prefix and its length in tokens; (None, 0) without one."""
         return self._prefixes.fetch(tokens) if self._prefixes else (None, 0)
 
+    def restore_prefix(self, tokens: abc.Sequence[int]) -> Future[None] | None:
+        """Bring a prefix from disk, if there is a longer one than in memory; None if there is not."""
+        return self._prefixes.restore(tokens) if self._prefixes else None
+
     def store_prefix(self, tokens: abc.Sequence[int], cache: Cache) -> None:
         """Store the KV cache of exactly these tokens; shrink_prefixes_beside() afterwards."""
         if self._prefixes:
             self._prefixes.store(tokens, cache)
 
-    def shrink_prefixes_beside(self, kv_tokens: int) -> None:
-        """Leave to the prefix cache what so many tokens of KV cache do not need."""
+    def store_checkpoint(self, tokens: abc.Sequence[int], cache: Cache) -> None:
+        """Store a checkpoint of exactly these tokens; shrink_prefixes_beside() afterwards."""
+        if self._prefixes:
+            self._prefixes.store_checkpoint(tokens, cache)
+
+    def shrink_prefixes_beside(self, kv_tokens: int, sequences: int) -> None:
+        """Leave to the prefix cache what so many sequences with so many tokens of KV cache do not need."""
         if self._max_tokens < sys.maxsize:
-            self.shrink_prefixes(max(0, self._max_tokens - kv_tokens) * self._bytes_per_token)
+            most = self._sizes.total(self._max_tokens, self._max_running)
+            self.shrink_prefixes(max(0, most - self._sizes.total(kv_tokens, sequences)))
 
     def shrink_prefixes(self, max_bytes: int) -> None:
         """Drop the least recently used prefixes until at most this many bytes are left."""

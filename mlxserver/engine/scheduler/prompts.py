@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from mlxserver.engine.events import PrefillProgress, QueuePosition
@@ -16,6 +17,8 @@ class PendingPrompt:
     """A prompt that waits or is prefilled, and the sequences that share it. Times by time.monotonic().
 
     done: how many of its tokens are in `cache`, a list of mlx-lm's caches. cached_tokens: those from the prefix cache.
+    stops: lengths, in order, at which a chunk ends, for a checkpoint to be taken (kv_cache/checkpoints.py). restoring:
+    a prefix of it is being brought from disk.
     """
 
     sequences: list[Sequence]
@@ -24,6 +27,8 @@ class PendingPrompt:
     cache: Cache = field(default_factory=list)
     done: int = 0
     cached_tokens: int = 0
+    stops: list[int] = field(default_factory=list)
+    restoring: Future[None] | None = None
 
     def __post_init__(self) -> None:
         self.report()
@@ -37,6 +42,11 @@ class PendingPrompt:
     def remaining(self) -> int:
         """Number of tokens still to prefill; the last one is left for the first decode step."""
         return len(self.tokens) - 1 - self.done
+
+    @property
+    def ahead(self) -> int:
+        """Number of tokens that may be prefilled at once: up to the next stop."""
+        return self.stops[0] - self.done if self.stops else self.remaining
 
     @property
     def length(self) -> int:
@@ -59,4 +69,10 @@ class PendingPrompt:
 
     def next(self, most: int) -> list[int]:
         """Its next tokens, so many at the most."""
-        return list(self.tokens[self.done : self.done + min(self.remaining, most)])
+        return list(self.tokens[self.done : self.done + min(self.ahead, most)])
+
+    def reach_stop(self) -> bool:
+        """Whether it is prefilled up to a stop, which is one no more."""
+        if reached := self.stops[:1] == [self.done]:
+            del self.stops[0]
+        return reached

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from concurrent.futures import wait
 from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache import caches, checkpoints
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
@@ -38,7 +39,8 @@ class Scheduler:
 
     max_running: most sequences with a slot. stall_target: seconds that prefill may delay running streams.
     max_kv_tokens: most tokens in KV cache and prefix cache, None for no limit; a single sequence may always go on.
-    bytes_per_token: bytes of KV cache per token, None measures it.
+    sizes: of the KV cache, None measures them. checkpoint_interval: tokens between the checkpoints of a long prompt,
+    where the KV cache can't be trimmed.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Scheduler:
         max_kv_tokens: int | None = None,
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
-        bytes_per_token: int | None = None,
+        sizes: caches.CacheSizes | None = None,
+        checkpoint_interval: int = 4096,
         policy: ExecutionPolicy | None = None,
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
@@ -64,13 +67,15 @@ class Scheduler:
         self._metrics = metrics or ModelMetrics("")
         self._waiting: list[PendingPrompt] = []
         self._prefilling: list[PendingPrompt] = []
-        is_shared = bytes_per_token is not None  # ranks have agreed on it
+        is_shared = sizes is not None  # ranks have agreed on it
         self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy, is_shared=is_shared)
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
-        bytes_per_token = bytes_per_token or caches.bytes_per_token(model)
-        self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, bytes_per_token)
+        sizes = sizes or caches.cache_sizes(model)
+        self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, sizes, max_running)
+        self._takes_checkpoints = prefixes is not None and checkpoints.needs_checkpoints(model)
+        self._checkpoint_interval = checkpoint_interval
 
     # -- the Batch protocol -------------------------------------------------------------------------------------
 
@@ -83,7 +88,11 @@ class Scheduler:
         self._meter.insert(sequences)
         together = PendingPrompt(list(sequences), now)
         fit = self._budget.holds_together(together)
-        self._waiting += [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
+        restoring = self._budget.restore_prefix(together.tokens)
+        prompts = [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
+        for prompt in prompts:
+            prompt.restoring = restoring
+        self._waiting += prompts
 
     def remove(self, sequence_ids: abc.Sequence[int]) -> None:
         """Remove sequences, whether they wait or run; their KV cache goes to the prefix cache."""
@@ -124,6 +133,7 @@ class Scheduler:
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
         self._meter.end_step()
         self._prefill.advance(self._prefilling, budget)
+        self._store_checkpoints()
         for prompt in self._prefilling:
             prompt.report()
         if ready := [prompt for prompt in self._prefilling if not prompt.remaining]:
@@ -197,17 +207,24 @@ class Scheduler:
 
     def _try_admit(self, prompt: PendingPrompt, now: float) -> bool:
         """Start a prompt if there are slots and KV cache for all its sequences. The first of all always fits."""
-        taken = len(self._running.sequences) + _count(self._prefilling)
+        taken = self._num_running
         if taken + len(prompt.sequences) > self._max_running:
             return False
+        if prompt.restoring:
+            if taken and not prompt.restoring.done():
+                return False
+            wait([prompt.restoring])  # there is nothing else to do, or it is done
         kv_tokens = self._budget.compacted_tokens_of([*self._prefilling, prompt])
         if taken and not self._budget.holds(kv_tokens):
             return False
-        self._budget.shrink_prefixes_beside(kv_tokens)
+        self._budget.shrink_prefixes_beside(kv_tokens, taken + len(prompt.sequences))
         prompt.started = now
         cache, length = self._budget.fetch_prefix(prompt.tokens)
         prompt.cache = cache or caches.new_cache(self._model)
         prompt.done = prompt.cached_tokens = length
+        if self._takes_checkpoints:
+            boundaries = prompt.sequences[0].boundaries
+            prompt.stops = checkpoints.stops(boundaries, len(prompt.tokens), length, self._checkpoint_interval)
         prompt.report()
         return True
 
@@ -218,11 +235,22 @@ class Scheduler:
                 self._budget.store_prefix(running.tokens, self._running.cache.extract(index))
         self._running.leave(leaving)
         kv_tokens = self._budget.compacted_tokens_of(self._prefilling)  # only now: those that left need none any more
-        self._budget.shrink_prefixes_beside(kv_tokens)
+        self._budget.shrink_prefixes_beside(kv_tokens, self._num_running)
 
     def _store_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
         self._budget.store_prefix(tokens, cache)
-        self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling))
+        self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling), self._num_running)
+
+    def _store_checkpoints(self) -> None:
+        """Store checkpoints of the prompts that are at a stop."""
+        for prompt in [prompt for prompt in self._prefilling if prompt.reach_stop()]:
+            self._budget.store_checkpoint(prompt.tokens[: prompt.done], prompt.cache)
+            self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling), self._num_running)
+
+    @property
+    def _num_running(self) -> int:
+        """Number of sequences that hold KV cache."""
+        return len(self._running.sequences) + _count(self._prefilling)
 
     def _note_load(self) -> None:
         decoding = [running.sequence.id for running in self._running.sequences]
@@ -237,7 +265,7 @@ class Scheduler:
             if len(self._running.sequences) + len(self._prefilling) <= 1:
                 break
             self._preempt()
-        self._budget.shrink_prefixes_beside(kv_tokens)
+        self._budget.shrink_prefixes_beside(kv_tokens, self._num_running)
 
     def _preempt(self) -> None:
         """Let the youngest wait again: a prompt, or else a sequence. Its KV cache may stay as a prefix."""

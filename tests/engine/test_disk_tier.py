@@ -1,0 +1,345 @@
+"""The prefix cache on disk: what is found after a restart, and what never is."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+from mlxserver.engine.mlx import mx
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxserver.engine.kv_cache import cache_files, caches
+from mlxserver.engine.kv_cache.disk_tier import DiskTier
+from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, PrefixCache
+from mlxserver.engine.kv_cache.ram_tier import RamTier
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from tests.support.architectures import random_model
+from tests.support.batch_driver import Driver, prompt, sequence
+
+IDENTITY = ModelIdentity("files")
+KINDS = ["llama", "mamba", "olmo_hybrid", "baichuan_m1", "gemma3_text", "kimi_k25"]
+SYSTEM, QUESTION = prompt(300, seed=1), prompt(50, seed=2)
+PROMPT = SYSTEM + QUESTION
+
+
+class Process:
+    """What one server has: a model, and its prefixes in memory and in a folder."""
+
+    def __init__(self, model, folder, identity=IDENTITY, max_bytes=1 << 30):
+        self.model = model
+        self.disk = DiskTier(folder, max_bytes)
+        self.cache = PrefixCache(RamTier(), self.disk)
+        self.prefixes = self.cache.open(identity, 1 << 30, "model")
+        self.prefixes.is_warm = True
+        self.driver = Driver(Scheduler(model, prefixes=self.prefixes))
+
+    def ask(self, tokens, boundaries=()):
+        """The answer, which is right, and how many tokens came from a cache."""
+        id = len(self.driver.tokens)
+        self.driver.add(replace(sequence(id, tokens), boundaries=boundaries))
+        answer = self.driver.finish()[id]
+        assert answer == Driver(Scheduler(self.model), sequence(0, tokens)).finish()[0]
+        return tuple(answer), self.driver.cached[id]
+
+    def end(self):
+        self.disk.flush()
+        self.disk.close()
+
+
+def files(folder):
+    return sorted(folder.rglob("*.kv"))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return random_model("llama")
+
+
+@pytest.fixture
+def filled(llama, tmp_path):
+    """A folder with a conversation's prefix."""
+    process = Process(llama, tmp_path)
+    process.ask(PROMPT)
+    process.end()
+    assert files(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prefixes_are_there_after_a_restart(name, tmp_path):
+    model = random_model(name)
+    before = Process(model, tmp_path)
+    answer, _ = before.ask(PROMPT, (300, 345))
+    before.end()
+    is_plain = caches.is_plain(model)
+    for tokens, common in (
+        (PROMPT + answer + QUESTION, 357),
+        (PROMPT, 349),
+        (SYSTEM + prompt(40, seed=4), 300),
+        (PROMPT[:345] + prompt(9, seed=5), 345),
+    ):
+        after = Process(model, tmp_path)
+        cached = after.ask(tokens)[1]
+        assert cached == common if not is_plain else common - 128 < cached <= common
+        after.disk.close()
+
+
+def test_prefixes_are_there_after_an_unload(llama, tmp_path):
+    process = Process(llama, tmp_path)
+    process.ask(PROMPT)
+    process.disk.flush()
+    process.prefixes.close()
+    assert process.prefixes.nbytes == 0
+    again = process.cache.open(IDENTITY, 1 << 30, "model")
+    again.is_warm = True
+    process.driver = Driver(Scheduler(llama, prefixes=again))
+    assert process.ask((*PROMPT, 5, 6))[1] >= 256
+    process.end()
+
+
+def test_another_model_finds_nothing(llama, filled):
+    for field in ("files", "adapter", "weights", "kv_format", "share"):
+        other = Process(llama, filled, replace(IDENTITY, **{field: "another"}))
+        assert other.ask(PROMPT)[1] == 0
+        other.end()
+
+
+def damage_end(path):
+    path.write_bytes(path.read_bytes()[:-9] + b"damaged!!")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def damage_header(path):
+    content = bytearray(path.read_bytes())
+    content[30] ^= 1
+    path.write_bytes(content)
+
+
+def write_foreign(path):
+    path.write_bytes(b"something else" * 1000)
+
+
+def write_future(path):
+    content = bytearray(path.read_bytes())
+    content[7] += 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [damage_end, truncate, empty, damage_header, write_foreign, write_future])
+@pytest.mark.parametrize("name", ["llama", "olmo_hybrid"])
+def test_a_file_that_is_not_what_was_written_is_removed_and_not_served(name, damage, tmp_path, caplog):
+    model = random_model(name)
+    before = Process(model, tmp_path)
+    before.ask(PROMPT, (300,))
+    before.end()
+    for path in files(tmp_path):
+        damage(path)
+    spoiled = {path: path.read_bytes() for path in files(tmp_path)}
+    after = Process(model, tmp_path)
+    assert after.ask(PROMPT, (300,))[1] == 0
+    after.end()
+    assert "damaged, and is removed" in caplog.text
+    assert any(path.read_bytes() != content for path, content in spoiled.items() if path.exists())
+    again = Process(model, tmp_path)
+    assert again.ask(PROMPT, (300,))[1] in (0, 128, 256, 349)
+    again.end()
+
+
+def test_a_file_under_another_s_name_is_not_served(llama, filled):
+    for path in files(filled):
+        kind, start, end, _ = path.stem.split("-")
+        path.rename(path.with_name(f"{kind}-{start}-{end}-{'0' * 32}.kv"))
+    swapped = Process(llama, filled)
+    assert swapped.ask(PROMPT)[1] == 0
+    swapped.end()
+    with pytest.raises(cache_files.CacheFileInvalid):
+        cache_files.read(next(path for path in files(filled) if path.stem.endswith("-" + "0" * 32)))
+
+
+def test_other_files_in_the_folder_are_left_alone(llama, filled):
+    folder = files(filled)[0].parent
+    others = [folder / name for name in ("notes.txt", "w-1.kv", "x-y-z-0.kv", "young.kv.1.partial")]
+    for path in others:
+        path.write_text("mine")
+    process = Process(llama, filled)
+    assert process.ask(PROMPT)[1] == 256
+    process.end()
+    assert all(path.exists() for path in others)
+
+
+def test_files_are_bounded_and_the_least_recently_used_go_first(llama, tmp_path):
+    process = Process(llama, tmp_path)
+    process.ask(PROMPT)
+    process.disk.flush()
+    size = process.disk.usage()[1]
+    process.disk.max_bytes = 3 * size
+    for seed in range(4):
+        process.ask(prompt(350, seed=10 + seed))
+        process.disk.flush()
+        assert process.disk.usage()[1] <= 3 * size
+    process.end()
+    after = Process(llama, tmp_path, max_bytes=3 * size)
+    assert after.ask(prompt(350, seed=13))[1] == 256
+    assert after.ask(PROMPT)[1] == 0
+    after.end()
+
+
+def test_a_folder_that_can_not_be_written_is_logged_once_and_the_cache_stays_in_memory(llama, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    process = Process(llama, tmp_path / "file" / "folder")
+    for _ in range(3):
+        process.ask(PROMPT)
+        process.disk.flush()
+    assert process.ask(PROMPT)[1] == 349
+    process.end()
+    assert caplog.text.count("can't be written") == 1
+
+
+SERVER = """
+import resource, sys
+from pathlib import Path
+from tests.engine.test_disk_tier import PROMPT, Process
+from tests.support.architectures import random_model
+from tests.support.batch_driver import prompt
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+process = Process(random_model("llama"), Path(sys.argv[1]))
+if sys.argv[2] == "endless":
+    seed = 0
+    while True:
+        process.ask(prompt(600, seed=seed))
+        print(seed, flush=True)
+        seed += 1
+process.ask(PROMPT)
+process.disk.flush()
+print(process.ask(PROMPT)[1], flush=True)
+"""
+
+
+def started(folder, how):
+    return subprocess.Popen([sys.executable, "-c", SERVER, str(folder), how], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_full_disk_costs_the_files_and_nothing_else(tmp_path):
+    with started(tmp_path, "full") as process:
+        assert process.stdout.read() == "349\n"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_a_killed_process_has_written_is_used_and_nothing_incomplete(llama, tmp_path):
+    with started(tmp_path, "endless") as first, started(tmp_path, "endless") as second:
+        for process in (first, second):
+            while int(process.stdout.readline()) < 3:
+                pass
+        first.send_signal(signal.SIGKILL)
+        process = Process(llama, tmp_path)  # beside the other one
+        assert process.ask(prompt(600, seed=0))[1] >= 512
+        second.kill()
+    for path in files(tmp_path):
+        cache_files.read(path)
+    process.end()
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    model = random_model("llama")
+    model.model.embed_tokens.weight[299] = mx.nan
+    process = Process(model, tmp_path)
+    process.driver.add(sequence(0, (*PROMPT, 299)))
+    process.driver.finish()
+    process.end()
+    assert files(tmp_path) == []
+
+
+def test_files_that_were_never_completed_are_removed_in_time(llama, filled):
+    left = files(filled)[0].with_suffix(".1-2-3.partial")
+    left.write_bytes(b"half")
+    old = time.time() - 3600
+    os.utime(left, (old, old))
+    Process(llama, filled).end()
+    assert not left.exists()
+
+
+def test_usage_has_entries_bytes_and_hits_and_clear_removes_all(llama, filled):
+    process = Process(llama, filled)
+    process.ask(PROMPT)
+    process.ask(PROMPT)
+    process.disk.flush()
+    ram, disk, total = process.cache.usage()
+    assert (ram.tier, ram.model, ram.entries, ram.hits) == ("ram", "model", 1, 2)
+    assert (disk.tier, disk.model, disk.entries, disk.hits) == ("disk", "model", len(files(filled)), 1)
+    assert disk.bytes == total.bytes == sum(path.stat().st_size for path in files(filled))
+    process.cache.clear()
+    assert {(usage.entries, usage.bytes) for usage in process.cache.usage()} == {(0, 0)}
+    assert process.ask(PROMPT)[1] == 0
+    process.end()
+
+
+def test_a_part_comes_back_as_it_was(tmp_path):
+    model = random_model("baichuan_m1")
+    cache = caches.new_cache(model)
+    model(mx.array([prompt(70)]), cache=cache)
+    cache_files.write(tmp_path / "one.kv", cache)
+    again = cache_files.restored(cache_files.read(tmp_path / "one.kv"))
+    step = mx.array([[5]])
+    assert mx.array_equal(model(step, cache=again), model(step, cache=cache))
+    header = (tmp_path / "one.kv").read_bytes()[16:].split(b"\n")[0][:20]
+    assert json.loads(header[: header.index(b",")] + b"}") == {"name": "one.kv"}
+
+
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["append", "edit", "branch", "cancel", "evict", "restart"]),
+        st.integers(0, 400),
+        st.integers(1, 60),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo_hybrid", "gemma3_text"])
+def test_no_sequence_of_edits_changes_an_answer(name, tmp_path_factory):
+    """Every answer is compared with that of a scheduler without any cache, in Process.ask()."""
+    model = random_model(name)
+
+    @settings(max_examples=12)
+    @given(EDITS)
+    def check(edits):
+        folder = tmp_path_factory.mktemp("cache")
+        process, histories = Process(model, folder), [prompt(130, seed=9)]
+        for n, (kind, place, length) in enumerate(edits):
+            history, new = histories[-1], prompt(length, seed=n)
+            place = min(place, len(history) - 1)
+            match kind:
+                case "append":
+                    histories.append(history + process.ask(history, (place,))[0] + new)
+                case "edit":
+                    histories.append(history[:place] + new + history[place + length :])
+                case "branch":
+                    histories.append(histories[place % len(histories)] + new)
+                case "cancel":
+                    process.driver.add(replace(sequence(10_000 + n, history), boundaries=(place,)))
+                    process.driver.step()
+                    process.driver.scheduler.remove([10_000 + n])
+                case "evict":
+                    process.prefixes.shrink(place * 1000)
+                case "restart":
+                    process.end()
+                    process = Process(model, folder)
+            process.ask(histories[-1], (place,))
+        process.end()
+
+    check()
