@@ -97,6 +97,25 @@ def test_a_model_that_differs_in_company_runs_alone(caplog):
     assert "in company" in caplog.text
 
 
+class Flipping(Padded):
+    """A llama that differs in company at first, as if a close choice turned out otherwise."""
+
+    flips = 4
+
+    def __call__(self, inputs, cache=None):
+        logits = self._model(inputs, cache=cache)
+        if inputs.shape[0] > 1 and self.flips:
+            self.flips -= 1
+            logits = logits * 1.5
+        return logits
+
+
+def test_what_differs_for_one_set_of_tokens_alone_is_not_turned_off():
+    model = Flipping(random_model("llama"))
+    assert execution(model, fitting_policy(model, CPU, "odd")) == SLOTS
+    assert not model.flips
+
+
 def test_a_model_that_cannot_be_traced_is_not_compiled():
     model = Untraceable(random_model("llama"))
     policy = fitting_policy(model, replace(PADDED, compile_steps=True), "odd")

@@ -4,8 +4,8 @@ Three short prompts of two lengths are prefilled together and decode together: t
 leaves. Their logits must be those that mlx-lm's model gives each of them alone. Some of mlx-lm's models can't take a
 batch, or a mask or offsets per sequence, or can't be compiled, and some of those are wrong without an error.
 
-Rule: a path is turned off if it raises, or if it differs for two different sets of tokens: in 16 bits a close choice of
-      experts may turn out otherwise in a batch, but not always.
+Rule: a path is turned off if it raises, or if it differs for every one of several sets of tokens: in 16 bits a close
+      choice of experts may turn out otherwise in a batch, but not always.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import abc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from mlxserver.engine.mlx import mx
@@ -21,6 +21,7 @@ from mlxserver.engine.mlx import mx
 from mlx.utils import tree_flatten
 
 from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.engine.errors import one_line
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.platform.policy import ExecutionPolicy
@@ -32,6 +33,7 @@ log = logging.getLogger("engine")
 
 _PROMPTS = (7, 12, 7)  # tokens of each; two are alike, so that unpadded chunks have several prompts, too
 _STEPS = ((0, 1), (0, 1, 2), (2, 1))  # prompts that decode in each step
+_TRIALS = 4  # sets of tokens; the first is enough where nothing differs
 _CHUNK = 512  # tokens, enough for all prompts
 # Most difference of log-probabilities, relative to their spread. A wrong mask or offset is beyond both.
 _EXACT, _ROUNDED = 2e-3, 0.1
@@ -46,14 +48,17 @@ def fitting_policy(model: Any, policy: ExecutionPolicy, key: str) -> ExecutionPo
     """The policy, without the paths that this model can't take. Raises what the model raises for one prompt alone."""
     if type(model).__module__.rpartition(".")[2] in _ALWAYS_ALONE:
         return replace(policy, compile_steps=False, bucket_prefill=False, prompts="alone", batch_cache="single")
-    checks = [_Check(model, seed) for seed in range(2)]
+    checks = [_Check(model, seed) for seed in range(_TRIALS)]
     reasons: list[str] = []
 
-    def is_right(passes: Callable[[_Check, ExecutionPolicy], str | None], candidate: ExecutionPolicy) -> bool:
+    def is_right(passes: Callable[[_Check, ExecutionPolicy], _Problem | None], candidate: ExecutionPolicy) -> bool:
+        problem = None
         for check in checks:
-            if (reason := passes(check, candidate)) is None:
+            if (problem := passes(check, candidate)) is None:
                 return True
-        reasons.append(str(reason))
+            if problem.is_certain:
+                break
+        reasons.extend([problem.reason] if problem else [])
         return False
 
     if is_right(_Check.both, policy):
@@ -95,6 +100,14 @@ def _decode_paths(policy: ExecutionPolicy) -> Iterator[ExecutionPolicy]:
     yield replace(policy, batch_cache="single")
 
 
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """What is wrong with a path. is_certain: other tokens would change nothing."""
+
+    reason: str
+    is_certain: bool
+
+
 class _Check:
     """One set of prompts, and what the model says to each alone."""
 
@@ -107,32 +120,32 @@ class _Check:
         parameters = [array.dtype for _, array in tree_flatten(model.parameters())]
         self._tolerance = _EXACT if set(parameters) == {mx.float32} else _ROUNDED
 
-    def both(self, policy: ExecutionPolicy) -> str | None:
+    def both(self, policy: ExecutionPolicy) -> _Problem | None:
         """What is wrong with prefill and decoding under a policy; None if nothing is."""
         return self._problem(lambda: self._decode(policy, self._prefill(policy)))
 
-    def prefill(self, policy: ExecutionPolicy) -> str | None:
+    def prefill(self, policy: ExecutionPolicy) -> _Problem | None:
         """What is wrong with prefill; the prompts decode alone."""
         return self._problem(lambda: [self._steps(n, cache) for n, cache in enumerate(self._prefill(policy))])
 
-    def decode(self, policy: ExecutionPolicy) -> str | None:
+    def decode(self, policy: ExecutionPolicy) -> _Problem | None:
         """What is wrong with decoding; the prompts are prefilled alone."""
         return self._problem(lambda: self._decode(policy, [self._prefill_alone(n) for n in range(len(_PROMPTS))]))
 
-    def _problem(self, compute: Callable[[], Logits]) -> str | None:
+    def _problem(self, compute: Callable[[], Logits]) -> _Problem | None:
         if not self._alone:
             self._compute_alone()
         try:
             got = compute()
             mx.eval(got)
         except Exception as error:  # of any kind: it is foreign code, given what it may not know
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return _Problem(f"{type(error).__name__}: {one_line(error)[:200]}", is_certain=True)
         if (furthest := _furthest(got, self._alone)) > self._tolerance and not self._has_steps:
             self._compute_steps_alone()
             furthest = _furthest(got, self._alone)
-        return (
-            None if furthest <= self._tolerance else f"its logits change by {furthest:.2g} of their spread in company"
-        )
+        if furthest <= self._tolerance:
+            return None
+        return _Problem(f"its logits change by {furthest:.2g} of their spread in company", is_certain=False)
 
     def _compute_alone(self) -> None:
         """Set the tokens of the prompts and their steps, and the logits of the steps, in one forward pass each."""
