@@ -32,25 +32,28 @@ from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.events import Delta, ToolCallDelta
 from mlxserver.engine.loading import sources
+from mlxserver.engine.output.call_families import FAMILIES
 from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.marked_text import TokenText
 from mlxserver.engine.output.reasoning_formats import FORMATS as REASONING_FORMATS
 from mlxserver.engine.output.splitter import Splitter
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_calls import ToolCallParser
-from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
+from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat, parsed_format
 from mlxserver.server.errors import failure_of
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 READING = ("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model")
 TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
-FAMILIES = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
+PARSERS = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
 FORMATS = (
     PLAIN,
     FORCED,
-    *(ToolFormat("<tool_call>", "</tool_call>", family.parse_tool_call, is_native=True) for family in FAMILIES),
-    ToolFormat("[TOOL_CALLS]", "", tool_parsers.json_tools.parse_tool_call, is_native=True, is_json=True),
+    *(family.format for family in FAMILIES),
+    *(parsed_format("<tool_call>", "</tool_call>", module.parse_tool_call) for module in PARSERS),
+    parsed_format("[TOOL_CALLS]", "", tool_parsers.json_tools.parse_tool_call),
 )
+GLM, QWEN = (bytes([[tool_format.name for tool_format in FORMATS].index(name)]) for name in ("glm", "qwen3_coder"))
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
 
 
@@ -194,8 +197,8 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b'\x00\x03text <tool_call>{"name": "add", "arguments": {"a": "}\\""}}</tool_call> more',
             b'\x01\x01[{"arguments": "{\\"a\\": 1}", "name": "add"}, {"name": "b"}]',
             b'\x00\x05<tool_call>{"name": "\\ud800", "arguments": "{\\"a\\": \\"\\udc00\\"}"}</tool_call>',
-            b"\x04\x02<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
-            b"\x06\x02<tool_call><function=add><parameter=a>1</parameter></function></tool_call>",
+            GLM + b"\x02<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
+            QWEN + b"\x02<tool_call><function=add><parameter=a>1</parameter></function></tool_call>",
         ),
     ),
     "thinking": (thinking, (b"\x00\x02 <think> a </think> b", b"\x03\x01a</think></think> b")),

@@ -42,9 +42,13 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """Answer in JSON. `schema` is a JSON schema; None allows any object."""
+    """Answer in JSON.
+
+    schema: a JSON schema; None allows any object. origin: where the client wrote it, as its dialect names it.
+    """
 
     schema: Mapping[str, Any] | None = None
+    origin: str = "format.schema"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +74,26 @@ class FormattedPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """Grammar of answers in llguidance's Lark, or JSON Schema as llguidance takes it.
+
+    param: the request's field that it comes from. documents: the schemas that it was made from, to find faults in.
+    """
+
+    text: str
+    param: str
+    is_lark: bool = False
+    documents: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request to one model.
 
     sampling: the parameters that the request states, by their names in SamplingParams; the model's defaults fill in.
     max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
     no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
-    formatted: the prompt as the model reads it, once it is known.
+    formatted: the prompt as the model reads it, once it is known; grammar: that of the answers, known with it.
     """
 
     prompt: Prompt
@@ -91,6 +108,7 @@ class GenerationRequest:
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     thinking_budget: int | None = None
     formatted: FormattedPrompt | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from mlxserver.api.openai.errors import wire_param
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 from mlxserver.engine.conversation import Message, Text, Tool
+from mlxserver.engine.requests import JsonFormat
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -315,7 +316,9 @@ def test_the_type_of_a_tool_may_be_left_out():
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {}}, "response_format.type"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "json_object", "schema": []}}, "response_format.schema"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}, "schema": {}}}, "response_format.schema"),
         ({"response_format": {"type": "text", "json_schema": {}}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": 1}}}, "response_format.json_schema.name"),
@@ -365,9 +368,19 @@ def test_a_wrong_value_is_refused_at_its_place(wrong, param):
 def test_a_response_format_is_a_schema_or_none():
     described = {"name": "x", "schema": {"type": "object"}, "strict": True}
     assert chat(response_format={"type": "text"}).response_format is None
-    assert chat(response_format={"type": "json_object"}).response_format == {"schema": None}
+    assert chat(response_format={"type": "json_object"}).response_format == JsonFormat(None, "response_format.schema")
     asked = {"type": "json_schema", "json_schema": described}
-    assert chat(response_format=asked).response_format == {"schema": {"type": "object"}}
+    expected = JsonFormat({"type": "object"}, "response_format.json_schema.schema")
+    assert chat(response_format=asked).response_format == expected
+    nameless = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}, "strict": None}}
+    assert chat(response_format=nameless).response_format == expected
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_may_stand_beside_the_type(kind):
+    """As llama.cpp's server has it, and older versions of clients send it."""
+    asked = {"type": kind, "schema": {"type": "object"}}
+    assert chat(response_format=asked).response_format == JsonFormat({"type": "object"}, "response_format.schema")
 
 
 def test_a_last_assistant_message_may_be_continued():

@@ -17,7 +17,7 @@ from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.detokenizer import make_detokenizer
 from mlxserver.engine.output.reasoning_formats import HARMONY, THINK
 from mlxserver.engine.output.thinking import ThinkingParser
-from mlxserver.engine.output.tool_formats import ToolFormat
+from mlxserver.engine.output.tool_formats import parsed_format
 from mlxserver.engine.requests import (
     GenerationRequest,
     JsonFormat,
@@ -106,7 +106,7 @@ def test_a_constraint_that_is_cut_by_max_tokens_finishes_with_length(tiny):
 def test_an_impossible_schema_is_refused_with_the_reason(tiny):
     with pytest.raises(PromptRejected, match="JSON schema") as refusal:
         tiny.prepare(ask(format=JsonFormat({"type": "nonsense"})), itertools.count())
-    assert refusal.value.param == "format.schema"
+    assert refusal.value.param == "format.schema.type"
 
 
 def test_a_grammar_that_fails_in_mid_answer_is_no_end_of_the_answer(tiny):
@@ -186,9 +186,21 @@ def test_tools_without_a_strict_one_leave_the_answer_free(tiny):
     assert sequence.constraint is None
 
 
+class NoControlTokens:
+    """A vocabulary of text alone."""
+
+    def split(self, text):
+        return [text]
+
+    def control_tokens(self):
+        return []
+
+
 def test_strict_is_refused_where_calls_are_not_written_as_json():
     with pytest.raises(PromptRejected, match="format of its own") as refusal:
-        strict_calls(question("a", STRICT).tools, ToolFormat("[CALL]", "", lambda body, tools: {}), lambda tag: False)
+        strict_calls(
+            question("a", STRICT).tools, parsed_format("[CALL]", "", lambda body, tools: {}), NoControlTokens()
+        )
     assert refusal.value.param == "tools[0].function.strict"
 
 

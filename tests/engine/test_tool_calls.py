@@ -14,14 +14,14 @@ from mlxserver.engine.events import ToolCallDelta
 from mlxserver.engine.output.json_calls import CallScanner, ScanState
 from mlxserver.engine.output.marked_text import TokenText
 from mlxserver.engine.output.tool_calls import ToolCallParser, make_tool_parser
-from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat
+from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ParsedCalls, parsed_format
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest, TextPrompt, ToolChoice
 
 TOOLS = (Tool("add", parameters={"type": "object", "properties": {}}),)
 
 
 def native(module):
-    return ToolFormat(module.tool_call_start, module.tool_call_end, module.parse_tool_call, is_native=True)
+    return parsed_format(module.tool_call_start, module.tool_call_end, module.parse_tool_call)
 
 
 def parse(pieces, tool_format=PLAIN, *, is_cut=False, **options):
@@ -221,7 +221,7 @@ def test_a_lone_surrogate_that_a_model_writes_can_be_sent(call, name, arguments)
 
 def test_a_lone_surrogate_out_of_a_familys_parser_can_be_sent():
     found = {"name": "a\ud800", "arguments": {"x": "\udc00"}, "id": "\udfff"}
-    call = ToolFormat("<", ">", lambda body, tools: found).parse("x", [])[0]
+    call = ParsedCalls(">", lambda body, tools: found).parse("x", [])[0]
     assert (call.name, call.arguments, call.id) == ("a\ufffd", '{"x": "\ufffd"}', "\ufffd")
 
 
@@ -237,12 +237,12 @@ def test_a_body_without_its_end_tag_is_a_call_only_if_the_model_ended_there(is_c
 )
 def test_whatever_a_familys_parser_returns_is_checked(found):
     text = "<x>body</x>"
-    assert parse([text], ToolFormat("<x>", "</x>", lambda body, tools: found)) == (text, [], 0)
+    assert parse([text], parsed_format("<x>", "</x>", lambda body, tools: found)) == (text, [], 0)
 
 
 def test_parsers_find_parameters_in_every_tool():
     seen = []
-    parser = ToolCallParser(ToolFormat("<x>", "</x>", lambda body, tools: seen.append(tools)), [Tool("f")])
+    parser = ToolCallParser(parsed_format("<x>", "</x>", lambda body, tools: seen.append(tools)), [Tool("f")])
     parser.feed("<x>body</x>")
     assert seen == [[{"type": "function", "function": {"name": "f", "parameters": {}}}]]
 
@@ -302,7 +302,7 @@ FORMATS = {
     "plain": PLAIN,
     "forced": FORCED,
     "mistral": native(mistral),
-    "pythonic": ToolFormat("<tool_call>", "</tool_call>", pythonic.parse_tool_call),
+    "pythonic": parsed_format("<tool_call>", "</tool_call>", pythonic.parse_tool_call),
 }
 
 

@@ -225,7 +225,99 @@ def test_a_schema_is_enforced(server):
 def test_a_schema_that_can_not_be_enforced_is_refused_with_the_reason(server):
     schema = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
-    assert refused(server, messages=[{"role": "user", "content": "x"}], response_format=asked) == "response_format"
+    place = "response_format.json_schema.schema.properties.x.type"
+    assert refused(server, messages=[{"role": "user", "content": "x"}], response_format=asked) == place
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_beside_the_type_is_enforced(server, kind):
+    schema = {"type": "object", "properties": {"ok": {"const": 1}}, "required": ["ok"], "additionalProperties": False}
+    (text,) = texts(completed(server, "hello", "tiny", response_format={"type": kind, "schema": schema}, seed=1))
+    assert json.loads(text) == {"ok": 1}
+
+
+ANSWER = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "answer",
+        "schema": {
+            "type": "object",
+            "properties": {"answer": {"type": "string", "maxLength": 12}},
+            "required": ["answer"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("model", ["talker", "thinker"])
+def test_tools_beside_a_schema_can_be_called(server, model, strict):
+    tools = [{**ADD, "function": {**ADD["function"], "strict": strict}}]
+    answer = completed(server, "tool", model, tools=tools, response_format=ANSWER, max_tokens=60, temperature=0)
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (call,) = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("add", {"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_an_answer_beside_tools_keeps_the_schema(server, choice):
+    answer = completed(
+        server,
+        "hello",
+        "tiny",
+        tools=[ADD],
+        tool_choice=choice,
+        response_format=ANSWER,
+        max_tokens=80,
+        seed=1,
+        logit_bias={str(server.post("/tokenize", {"model": "tiny", "prompt": "<"}).json["tokens"][-1]): -100},
+    )
+    (text,) = texts(answer)
+    assert set(json.loads(text)) == {"answer"}
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_forced_calls_come_first_beside_a_schema(server):
+    answer = completed(
+        server, "hello", "tiny", tools=[ADD], tool_choice="required", response_format=ANSWER, max_tokens=200, seed=1
+    )
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "add"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {
+            "type": "object",
+            "propertyNames": {"type": "string"},
+            "additionalProperties": {"type": "integer"},
+            "maxProperties": 1,
+        },
+        {
+            "type": "object",
+            "properties": {"a": {"type": "string", "format": "password", "maxLength": 4}},
+            "required": ["a"],
+            "additionalProperties": False,
+        },
+    ],
+)
+def test_keywords_that_bind_nothing_are_taken(server, schema):
+    form = {"type": "json_schema", "json_schema": {"name": "r", "schema": schema}}
+    completed(server, "Give JSON.", "tiny", response_format=form, temperature=0, max_tokens=20)
+
+
+def test_a_tool_that_can_not_be_enforced_is_named(server):
+    to = {"type": "string", "pattern": r"^(?!\.)[a-z@.]+$"}
+    parameters = {"type": "object", "properties": {"to": to}, "required": ["to"], "additionalProperties": False}
+    mail = {"type": "function", "function": {"name": "mail", "parameters": parameters}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [ADD, mail]}
+    answer = server.post("/v1/chat/completions", {**body, "tool_choice": "required", "max_tokens": 20})
+    assert answer.status == 400
+    assert "'mail'" in answer.error["message"] and "look-around" in answer.error["message"]
+    assert answer.error["param"] == "tools[1].function.parameters.properties.to.pattern"
+    assert server.post("/v1/chat/completions", {**body, "max_tokens": 1}).status == 200
 
 
 # Prompts

@@ -3,9 +3,14 @@
 The configurations are like those of mlx-lm's tests/test_models.py. Keys that an architecture does not know are ignored.
 """
 
+import json
+
 from mlxserver.engine.mlx import mx
 
+from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
+
+from tools.harness.models import tiny_llama
 
 BASE = {
     "vocab_size": 300,
@@ -120,7 +125,20 @@ MORE_CONFIGS = {
 
 def random_model(name):
     """A model of one of CONFIGS or MORE_CONFIGS, with weights like those of a trained one in size."""
-    config = BASE | {"model_type": name} | (CONFIGS | MORE_CONFIGS)[name]
+    return _make(BASE | {"model_type": name} | (CONFIGS | MORE_CONFIGS)[name])
+
+
+def write_random_model(path, config):
+    """Write a model of random weights, with the tokenizer and the template of tiny_llama; returns its directory."""
+    tiny_llama(path)
+    given = json.loads((path / "config.json").read_text())
+    config = BASE | config | {name: given[name] for name in ("vocab_size", "eos_token_id", "torch_dtype")}
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(_make(config).parameters())))
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def _make(config):
     model_class, arguments = _get_classes(config)
     mx.random.seed(1)
     model = model_class(arguments.from_dict(config))

@@ -1,4 +1,6 @@
-"""Round trips with widely used clients, against a running server with the embedded model.
+"""Round trips with widely used clients and coding agents (agents.py), against a running server.
+
+Clients use the embedded model, agents a scripted one each.
 
 Each client is installed into a separate environment, which is removed afterwards (or kept with --keep DIRECTORY, so
 that a second run starts at once), and prints one line on what it did. The exit status is the number of failed clients.
@@ -13,10 +15,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tools.ecosystem.agents import AGENTS, Agent
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
@@ -44,6 +48,16 @@ class Client:
             call(str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *self.packages)
         return [str(python), str(CLIENTS / self.script)]
 
+    @property
+    def directory(self) -> str:
+        """Name of the directory of its environment."""
+        return self.script.partition(".")[0]
+
+    def try_out(self, directory: Path, url: str) -> str:
+        """Install the client and run its round trips; one line on what it did. Raises CalledProcessError."""
+        environment = {**os.environ, "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "MODEL": MODEL}
+        return " ".join(call(*self.install(directory), environment=environment).split())
+
     def _install_node(self, directory: Path) -> list[str]:
         script = directory / self.script
         script.write_text((CLIENTS / self.script).read_text())  # node looks for packages beside the script
@@ -65,16 +79,19 @@ ALL = (
 )
 
 
-def call(*command: str) -> None:
-    """Run a command to its end. Raises CalledProcessError."""
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run a command to its end; what it printed. Raises CalledProcessError."""
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+    return done.stdout
 
 
 @contextmanager
-def running_server() -> Iterator[str]:
-    """The URL of a server with the embedded model."""
+def running_server(directory: Path) -> Iterator[str]:
+    """The URL of a server with the embedded model and the agents' models, which are written into a directory."""
+    sections = [f'[models.{MODEL}]\nsource = "embedded:smollm2"\n', *(agent.write_model(directory) for agent in AGENTS)]
+    (directory / "models.toml").write_text("\n".join(sections))
     command = [sys.executable, "mlx_api_server.py", "--port", "0", "--no-defaults"]
-    command += ["--model", f"{MODEL}=embedded:smollm2", "--log-level", "warning"]
+    command += ["--config", str(directory / "models.toml"), "--log-level", "warning"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
@@ -83,18 +100,15 @@ def running_server() -> Iterator[str]:
             process.terminate()
 
 
-def try_out(client: Client, directory: Path, url: str) -> bool:
+def try_out(client: Client | Agent, directory: Path, url: str) -> bool:
     """Install a client, run its round trips, and print its line; whether all succeeded."""
-    environment = {**os.environ, "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "MODEL": MODEL}
+    fault, summary = "", ""
     try:
-        command = client.install(directory)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-        fault = "" if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
-        summary = " ".join(done.stdout.split())
+        summary = client.try_out(directory, url)
     except subprocess.CalledProcessError as error:
-        fault, summary = f"could not be installed: {error.stderr.strip()}", ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        fault, summary = str(error), ""
+        fault = f"{error.cmd}: {error.stderr.strip() or error.stdout.strip() or error}"
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        fault = str(error)
     print(f"{'FAILED' if fault else 'ok':<7} {client.name:<22} {summary}", flush=True)
     if fault:
         print(fault, file=sys.stderr, flush=True)
@@ -107,10 +121,12 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="directory of the environments")
     parser.add_argument("names", nargs="*", metavar="NAME", help="the clients to try; all by default")
     options = parser.parse_args()
-    chosen = [client for client in ALL if not options.names or any(name in client.name for name in options.names)]
-    with tempfile.TemporaryDirectory() as temporary, running_server() as url:
+    chosen: list[Client | Agent] = [
+        client for client in (*ALL, *AGENTS) if not options.names or any(name in client.name for name in options.names)
+    ]
+    with tempfile.TemporaryDirectory() as temporary, running_server(Path(temporary)) as url:
         directory = options.keep or Path(temporary)
-        return sum(not try_out(client, directory / client.script.partition(".")[0], url) for client in chosen)
+        return sum(not try_out(client, directory / client.directory, url) for client in chosen)
 
 
 if __name__ == "__main__":

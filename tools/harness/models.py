@@ -13,7 +13,17 @@ from mlxserver.engine.mlx import mx
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tools.harness.scripts import BOS, EOS, Script, byte_level, script_template, script_tokenizer, successors, words
+from tools.harness.scripts import (
+    BOS,
+    EOS,
+    Script,
+    byte_level,
+    cue,
+    script_template,
+    script_tokenizer,
+    successors,
+    words,
+)
 
 CHATML = """\
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}
@@ -60,21 +70,32 @@ def scripted_model(
     generation_prompt: str = "",
     tokens: Sequence[str] = (),
     context: int = 4096,
+    history: str | None = None,
 ) -> Path:
     """Write a model that answers with the script whose key is in the last user message, else with the first script.
 
     generation_prompt: what the template appends for the answer, such as "<think>\\n". tokens: extra special tokens of
     the vocabulary, such as "<think>" and "</think>", by which mlx-lm recognises a thinking model.
+    history: how the template writes past calls (script_template).
     """
     plays = [script if isinstance(script, Script) else words(script) for script in scripts.values()]
+    template = script_template(list(scripts), generation_prompt, history)
+    return write_scripted(path, plays, template, tokens=tokens, context=context)
+
+
+def write_scripted(
+    path: Path, plays: Sequence[Script], template: str, *, tokens: Sequence[str] = (), context: int = 4096
+) -> Path:
+    """Write a model that answers with the script whose cue the template ends in; CUES in it stands for all cues."""
     tokenizer = script_tokenizer(plays, tokens)
-    template = script_template(list(scripts), generation_prompt)
+    cues = f"{{%- set CUES = {[cue(number) for number in range(len(plays))]!r} %}}" if "CUES" in template else ""
     follows = dict(successors(tokenizer, plays))
     hidden = 64 * (len(follows) // 64 + 1)
     config = _llama_config(
         tokenizer.get_vocab_size(), hidden, heads=1, kv_heads=1, head_dim=64, width=64, layers=1, context=context
     )
-    return _write(path, tokenizer, template, config, _successor_weights(config, follows, tokenizer.token_to_id(EOS)))
+    weights = _successor_weights(config, follows, tokenizer.token_to_id(EOS))
+    return _write(path, tokenizer, cues + template, config, weights)
 
 
 def _random_shapes(vocab: int, hidden: int, layers: int) -> dict[str, tuple[int, int]]:

@@ -35,7 +35,7 @@ def script_tokenizer(plays: Sequence[Script], tokens: Sequence[str] = ()) -> Tok
             vocab[_piece_token(piece, number, position)] = len(vocab)
     tokenizer = byte_level(models.BPE(vocab=vocab, merges=[]))
     tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("\ue000.*"), ""), decoders.ByteLevel()])
-    specials = [BOS, EOS, *(_cue(number) for number in range(len(plays))), *tokens]
+    specials = [BOS, EOS, *(cue(number) for number in range(len(plays))), *tokens]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return tokenizer
 
@@ -67,22 +67,36 @@ def _byte_chars() -> Iterator[str]:
 BYTE_CHARS = list(_byte_chars())
 
 
-def _cue(script: int) -> str:
+def cue(script: int) -> str:
     """The token that starts a script. White space, so that a prompt still ends in what its template appends."""
     return "\u2003" + "\u2002" * script + "\u2003"
 
 
-def script_template(names: Sequence[str], generation_prompt: str) -> str:
-    """A chat template that ends in the cue of the script whose name is in the last user message."""
+XML_CALLS = (
+    "{%- for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>\\n<function=' + call.function.name + '>\\n' }}"
+    "{%- for key, value in call.function.arguments.items() %}"
+    "{{ '<parameter=' + key + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' }}"
+    "{%- endfor %}{{ '</function>\\n</tool_call>\\n' }}{%- endfor %}"
+)
+
+
+def script_template(names: Sequence[str], generation_prompt: str, history: str | None = None) -> str:
+    """A chat template that ends in the cue of the script whose name is in the last user message.
+
+    history: "xml" for a template that writes past calls as Qwen3-Coder's does, None for one that does not write them.
+    """
+    content = "(message.content or '')" if history else "message.content"
+    calls = XML_CALLS if history == "xml" else ""
     cases = "".join(
-        f"{{%- {'if' if n == 0 else 'elif'} {name!r} in ask %}}{{{{ '{_cue(n)}' }}}}" for n, name in enumerate(names)
+        f"{{%- {'if' if n == 0 else 'elif'} {name!r} in ask %}}{{{{ '{cue(n)}' }}}}" for n, name in enumerate(names)
     )
     return (
         "{%- if tools %}{{ tools | tojson }}{% endif %}"
-        "{%- for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
+        f"{{%- for message in messages %}}{{{{ message.role + ': ' + {content} + '\\n' }}}}{calls}{{%- endfor %}}"
         "{%- if add_generation_prompt %}"
         "{%- set ask = (messages | selectattr('role', 'equalto', 'user') | list | last).content %}"
-        f"{{{{ 'assistant: ' + {generation_prompt!r} }}}}{cases}{{%- else %}}{{{{ '{_cue(0)}' }}}}{{% endif %}}"
+        f"{{{{ 'assistant: ' + {generation_prompt!r} }}}}{cases}{{%- else %}}{{{{ '{cue(0)}' }}}}{{% endif %}}"
         "{%- endif %}"
     )
 
@@ -93,4 +107,4 @@ def successors(tokenizer: Tokenizer, plays: Sequence[Script]) -> Iterator[tuple[
     for number, play in enumerate(plays):
         line = script_ids(tokenizer, play, number)
         last = line[0] if play.endless else eos
-        yield from pairwise([tokenizer.token_to_id(_cue(number)), *line, last])
+        yield from pairwise([tokenizer.token_to_id(cue(number)), *line, last])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mlxserver.api.dialect import Call, Failure
 from mlxserver.api.openai.encoders import ChatEncoder
@@ -87,7 +87,7 @@ class ChatCompletionRequest(ChatPromptRequest, GeneratingRequest):
     top_logprobs: int | None = Parameter(
         int, "How many of the likeliest tokens to tell at each position.", ge=0, le=MAX_TOP_LOGPROBS
     )
-    response_format: dict[str, Any] | None = Parameter(
+    response_format: JsonFormat | None = Parameter(
         object, "The form of the answer; a JSON schema is enforced.", check=check_response_format, shape=FORMAT
     )
     tool_choice: tuple[str, str | None] = Parameter(
@@ -171,7 +171,7 @@ def _generation_request(request: ChatCompletionRequest) -> GenerationRequest:
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
         top_logprobs=request.top_logprobs or 0 if request.logprobs else None,
-        format=None if request.response_format is None else JsonFormat(request.response_format["schema"]),
+        format=request.response_format,
         tool_choice=ToolChoice(mode, name, request.parallel_tool_calls),  # type: ignore[arg-type]
         thinking_budget=request.switches.budget,
     )

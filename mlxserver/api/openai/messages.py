@@ -63,7 +63,12 @@ CALL: dict[str, Any] = {
 
 def _message_shape(*roles: str, required: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
     properties = {"role": {"enum": list(roles)}, "content": CONTENT, "name": OPTIONAL_STRING, **fields}
-    return {"type": "object", "properties": properties, "required": ["role", *required]}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["role", *required],
+        "additionalProperties": "user" not in roles,  # a person's message is closed; an answer has fields of its server
+    }
 
 
 SHAPE: dict[str, Any] = {

@@ -9,13 +9,12 @@ Rule 3: what was emitted stays valid: a call can be malformed only before its ar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from enum import Enum
-from typing import TypeVar
 
-Value = TypeVar("Value")
-Reading = Generator[None, str, Value]  # takes a character at each yield
+from mlxserver.engine.output.call_reading import Reading, solid
 
+NAMES = ("name", "tool_name")
 ARGUMENTS = ("arguments", "parameters")
 
 
@@ -64,14 +63,14 @@ class CallScanner:
         return arguments
 
     def _read_object(self) -> Reading[None]:
-        char = yield from _solid()
+        char = yield from solid()
         while char != "}":
-            key = yield from _string(char)
-            if (yield from _solid()) != ":":
+            key = yield from string(char)
+            if (yield from solid()) != ":":
                 raise ValueError
-            char = yield from self._read_value(key, (yield from _solid()))
+            char = yield from self._read_value(key, (yield from solid()))
             if char == ",":
-                char = yield from _solid()
+                char = yield from solid()
             elif char != "}":
                 raise ValueError
         if not self.name:
@@ -82,25 +81,25 @@ class CallScanner:
 
     def _read_value(self, key: str, first: str) -> Reading[str]:
         """Read the value that begins with `first`; the character behind it."""
-        if key == "name" and not self.name:
-            self.name = yield from _string(first)
+        if key in NAMES and not self.name:
+            self.name = yield from string(first)
             if not self.name:
                 raise ValueError
         elif key in ARGUMENTS and not self.has_arguments:
             yield from self._read_arguments(first)
         elif first in "{[":
-            yield from _container(first, lambda _: None)
+            yield from container(first, lambda _: None)
         elif first == '"':
-            yield from _string(first)
+            yield from string(first)
         else:
             return (yield from _behind_scalar(first))
-        return (yield from _solid())
+        return (yield from solid())
 
     def _read_arguments(self, first: str) -> Reading[None]:
         if first == "{":
-            yield from _container(first, self._untaken.append)
+            yield from container(first, self._untaken.append)
         else:
-            text = yield from _string(first)
+            text = yield from string(first)
             if not isinstance(json.loads(text), dict):
                 raise ValueError
             self._untaken.append(text)
@@ -112,14 +111,7 @@ def sendable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _solid() -> Reading[str]:
-    """The next character that is no white space."""
-    while (char := (yield)).isspace():
-        pass
-    return char
-
-
-def _string(first: str) -> Reading[str]:
+def string(first: str) -> Reading[str]:
     """The string that begins with the quote `first`."""
     if first != '"':
         raise ValueError
@@ -134,11 +126,14 @@ def _string(first: str) -> Reading[str]:
         is_escaped = char == "\\" and not is_escaped
 
 
-def _container(first: str, keep: Callable[[str], None]) -> Reading[None]:
-    """Read the object or array that begins with `first`, and pass each of its characters to `keep`."""
+def container(first: str, keep: Callable[[str], None]) -> Reading[None]:
+    """Read the object or array that begins with `first`, and pass each of its characters to `keep`.
+
+    A line break that a string has as it is, which JSON does not allow, is passed as its escape.
+    """
     char, depth, in_string, is_escaped = first, 0, False, False
     while True:
-        keep(char)
+        keep(json.dumps(char)[1:-1] if in_string and char < " " else char)
         if in_string:
             in_string = is_escaped or char != '"'
             is_escaped = char == "\\" and not is_escaped
@@ -157,4 +152,4 @@ def _behind_scalar(char: str) -> Reading[str]:
         if not (char.isalnum() or char in "+-."):
             raise ValueError
         char = yield
-    return (yield from _solid()) if char.isspace() else char
+    return (yield from solid()) if char.isspace() else char

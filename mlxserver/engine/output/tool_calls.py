@@ -1,39 +1,24 @@
 """Tool call parser: the content of one choice -> its text and its tool calls.
 
 Rule 1: text between the tags of a call is no content, nor is the white space beside a call; all other text is.
-Rule 2: calls in JSON are emitted while the model writes them; other formats are parsed at their end tag.
+Rule 2: calls are emitted while the model writes them (output/call_reading.py).
 Rule 3: what looked like a call and is none is content, unchanged.
 Rule 4: any cut of the same text gives the same content and calls.
 """
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Sequence
-from enum import Enum
 
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.events import ToolCallDelta
-from mlxserver.engine.output.json_calls import CallScanner, ScanState
+from mlxserver.engine.output.call_reading import EndOfText, Reading
+from mlxserver.engine.output.json_calls import sendable
 from mlxserver.engine.output.marked_text import TokenText
 from mlxserver.engine.output.stop_strings import overlap
 from mlxserver.engine.output.tool_formats import FORCED, ToolFormat
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest
-
-JSON_BEGINNING = re.compile(r"\s*(?:\[\s*)?(\{)?")
-BETWEEN_CALLS = " \t\r\n,]"
-
-
-class ParserState(Enum):
-    """What the parser expects next."""
-
-    CONTENT = "content, or a start tag"
-    OPENED = "the beginning of calls, in JSON or not"
-    CALL = "a call in JSON"
-    NEXT = "another call in JSON, or the end of them"
-    BODY = "calls in another format"
-    TAIL = "what is left up to the end tag"
 
 
 class ToolCallParser:
@@ -45,141 +30,120 @@ class ToolCallParser:
     def __init__(
         self, tool_format: ToolFormat, tools: Sequence[Tool] = (), *, parallel: bool = True, index: int = 0
     ) -> None:
-        self.completed = 0
         self._format = tool_format
         self._tools = tools
-        self._parallel = parallel
-        self._index = index
-        self._state = ParserState.CONTENT if tool_format.start else ParserState.OPENED
+        names = [tool.name for tool in tools] if tool_format.is_guarded else None
+        self._sink = _Sink(index, names, is_single=not parallel)
         self._held = TokenText()
-        self._read = 0  # how many characters of what is held have been understood
+        self._reader: Reading[None] | None = None  # of the calls that have begun
+        self._opening = 0  # length of what begins them, start tag included
         self._trims_left = False
-        self._begun = 0
-        self._scanner = CallScanner()
-        self._is_emitted = False  # the call that is being read; what is emitted is no longer held
-        self._tail = re.compile(f"{re.escape(tool_format.end)}|(?={re.escape(tool_format.start)})")
         self._events: list[TokenText | ToolCallDelta] = []
-        self._readers = {
-            ParserState.CONTENT: self._read_content,
-            ParserState.OPENED: self._read_opening,
-            ParserState.CALL: self._read_call,
-            ParserState.NEXT: self._read_next,
-            ParserState.BODY: self._read_body,
-            ParserState.TAIL: self._read_tail,
-        }
+        if not tool_format.start:
+            self._open(0, "")
+
+    @property
+    def completed(self) -> int:
+        """Number of calls that are whole."""
+        return self._sink.completed
 
     @property
     def is_done(self) -> bool:
         """Whether nothing more will be emitted."""
-        return self.completed > 0 and not self._parallel
+        return self._sink.is_done
 
     def feed(self, text: TokenText | str) -> list[TokenText | ToolCallDelta]:
         """The content and the pieces of calls that `text` decides, in order."""
         self._held += text
-        while not self.is_done and (state := self._readers[self._state]()):
-            self._state = state
+        while not self.is_done and (self._read_calls() if self._reader else self._read_content()):
+            pass
         return self._take_events()
 
     def flush(self, *, is_cut: bool) -> list[TokenText | ToolCallDelta]:
         """The events of what is held back, at the end of the output. is_cut: the model has not ended by itself."""
-        if self._state is ParserState.BODY and not (is_cut and self._format.end):
-            self._parse_body(len(self._held), len(self._held))
-        elif self._state is ParserState.CALL and self._is_emitted:
-            self.completed += self._scanner.has_arguments
-            self._drop(len(self._held))
-        elif self._state is ParserState.TAIL or self.is_done:
+        while self._reader and not self.is_done:
+            self._end_calls(self._reader, EndOfText(is_cut=is_cut))
+            while not self.is_done and (self._read_calls() if self._reader else self._read_content()):
+                pass
+        if self.is_done:
             self._drop(len(self._held))
         self._emit(len(self._held))
         return self._take_events()
 
-    def _read_content(self) -> ParserState | None:
-        """Emit the text before a start tag."""
-        text, tag = self._held.text, self._format.start
-        start = text.find(tag) if tag else -1
-        if start < 0:
-            self._emit(len(text[: len(text) - overlap(text, tag)].rstrip()))
-            return None
+    def _read_content(self) -> bool:
+        """Emit the text before a start tag, and open the calls behind it. Whether there is one."""
+        text = self._held.text
+        found = [(at, -len(tag), tag) for tag in self._format.starts if (at := text.find(tag)) >= 0]
+        if not found:
+            held = max((overlap(text, tag) for tag in self._format.starts), default=0)
+            self._emit(len(text[: len(text) - held].rstrip()) if self._format.starts else len(text))
+            return False
+        start, _, tag = min(found)
         length = len(text[:start].rstrip())
         self._emit(length)
-        self._read = start - length + len(tag)
-        return ParserState.OPENED
+        self._open(start - length + len(tag), tag)
+        return True
 
-    def _read_opening(self) -> ParserState | None:
-        beginning = JSON_BEGINNING.match(self._held.text, self._read)
-        assert beginning  # it matches the empty text, too
-        if beginning[1]:
-            return self._enter_call(beginning.end())
-        return None if beginning.end() == len(self._held) else ParserState.BODY
+    def _open(self, length: int, tag: str) -> None:
+        """Begin to read calls, behind `length` characters that are held."""
+        self._reader = self._format.read(self._sink, self._tools, tag)
+        next(self._reader)
+        self._opening = self._sink.position = length
+        self._sink.dropped = 0
 
-    def _enter_call(self, read: int) -> ParserState:
-        self._read = read
-        self._scanner = CallScanner()
-        self._is_emitted = False
-        return ParserState.CALL
-
-    def _read_call(self) -> ParserState | None:
-        """Emit the arguments as they come. Until then the call is held back, since it may be none."""
-        self._read += self._scanner.feed(self._held.text[self._read :])
-        if arguments := self._scanner.take_arguments():
-            if self._is_emitted:
-                self._events.append(ToolCallDelta(self._begun - 1, arguments, index=self._index))
-            else:
-                self._begin_call(self._scanner.name, arguments)
-            self._is_emitted = True
-        if self._scanner.state is ScanState.MALFORMED:
-            self._emit(self._read)
-            return ParserState.CONTENT
-        if self._is_emitted:
-            self._drop(self._read)
-        if self._scanner.state is ScanState.READING:
-            return None
-        self.completed += 1
-        return ParserState.NEXT
-
-    def _read_next(self) -> ParserState | None:
-        self._drop(len(self._held) - len(self._held.text.lstrip(BETWEEN_CALLS)))
-        if not self._held:
-            return None
-        return self._enter_call(1) if self._held.text[0] == "{" else ParserState.TAIL
-
-    def _read_body(self) -> ParserState | None:
-        end = self._held.text.find(self._format.end, self._read) if self._format.end else -1
-        return None if end < 0 else self._parse_body(end, end + len(self._format.end))
-
-    def _parse_body(self, end: int, behind: int) -> ParserState:
-        """Emit the calls that end at `end`, or if there are none all text up to `behind` as content."""
+    def _read_calls(self) -> bool:
+        """Pass what is held to the reader. Whether it has come to an end before that of the text."""
+        reader, sink, text = self._reader, self._sink, self._held.text
+        assert reader
+        length = len(text)
         try:
-            calls = self._format.parse(self._held.text[self._read : end], self._tools)
-        except ValueError:
-            self._emit(behind)
-            return ParserState.CONTENT
-        self._drop(behind)
-        for call in calls if self._parallel else calls[:1]:
-            self._begin_call(call.name, call.arguments, call.id)
-            self.completed += 1
-        self._trims_left = True
-        return ParserState.CONTENT
+            while sink.position < length and not sink.is_done:
+                sink.position += 1
+                reader.send(text[sink.position - 1])
+        except StopIteration:
+            self._close(sink.position)
+        except (ValueError, RecursionError):
+            self._give_up()
+        self._take_calls()
+        return self._reader is None
 
-    def _read_tail(self) -> ParserState | None:
-        """Drop everything up to the end tag, or to a start tag where the model leaves the end tag out."""
-        text = self._held.text
-        tag = self._tail.search(text)
-        if tag is None:
-            self._drop(len(text) - max(overlap(text, self._format.end), overlap(text, self._format.start)))
-            return None
-        self._drop(tag.end())
-        self._trims_left = True
-        return ParserState.CONTENT
+    def _end_calls(self, reader: Reading[None], end: EndOfText) -> None:
+        """Let the reader know that the text has ended."""
+        try:
+            reader.throw(end)
+        except StopIteration:
+            self._close(self._sink.position)
+        except (EndOfText, ValueError, RecursionError):
+            self._give_up()
+        self._take_calls()
 
-    def _begin_call(self, name: str, arguments: str, own_id: str | None = None) -> None:
-        call_id = own_id or f"call_{secrets.token_hex(12)}"
-        self._events.append(ToolCallDelta(self._begun, arguments, call_id, name, self._index))
-        self._begun += 1
+    def _close(self, position: int) -> None:
+        """Go on with the content behind the calls."""
+        self._reader = None
+        self._sink.dropped = position
+
+    def _give_up(self) -> None:
+        """Go on with the content behind a start tag, or behind the last call. The rest of a call is no content."""
+        self._reader = None
+        if self._sink.is_open:
+            self._sink.dropped = len(self._held)
+        elif not self._sink.dropped:
+            self._emit(self._opening)
+
+    def _take_calls(self) -> None:
+        """Take what the reader has understood, and drop the text that it has understood for good."""
+        if events := self._sink.take_events():
+            self._events += events
+            self._trims_left = True
+        if dropped := self._sink.dropped:
+            self._drop(dropped)
+            self._sink.position -= dropped
+            self._sink.dropped = 0
+            self._opening = 0
 
     def _emit(self, length: int) -> None:
         """Emit the first `length` characters that are held as content, less the white space behind a call."""
         text, self._held = self._held.cut(length)
-        self._read = 0
         if self._trims_left:
             text = text.drop(length - len(text.text.lstrip()))
             self._trims_left = not text
@@ -188,11 +152,77 @@ class ToolCallParser:
 
     def _drop(self, length: int) -> None:
         self._held = self._held.drop(length)
-        self._read = 0
 
     def _take_events(self) -> list[TokenText | ToolCallDelta]:
         events, self._events = self._events, []
         return events
+
+
+class _Sink:
+    """What a reader has understood. position: of the text that is read, from the first character that is held.
+
+    dropped: up to where the text is no content. names: of the functions that may be called; None for any. is_single:
+    whether only one call is wanted.
+    """
+
+    def __init__(self, index: int, names: Sequence[str] | None, *, is_single: bool) -> None:
+        self.position = self.dropped = 0
+        self.completed = 0
+        self.is_done = False  # no more calls are wanted
+        self.is_open = False  # a call has begun, and has not ended
+        self._index = index
+        self._names = names
+        self._is_single = is_single
+        self._begun = 0
+        self._header: tuple[str, str] | None = None  # id and name, until the first piece of arguments
+        self._untaken: list[str] = []
+        self._events: list[TokenText | ToolCallDelta] = []
+
+    def begin(self, name: str, own_id: str | None = None) -> None:
+        """Begin a call. Raises ValueError for an unknown function in a format without tags."""
+        if self.is_done:
+            return
+        if self._names is not None and name not in self._names:
+            raise ValueError(f"there is no function {name!r}")
+        self._header = (sendable(own_id) if own_id else f"call_{secrets.token_hex(12)}", sendable(name))
+        self._begun += 1
+        self.is_open = True
+
+    def write(self, arguments: str) -> None:
+        """Take a piece of the arguments."""
+        if not self.is_done:
+            self._untaken.append(arguments)
+        self.drop()
+
+    def end(self) -> None:
+        """End the call."""
+        self._flush()
+        self.completed += not self.is_done
+        self.is_open = False
+        self.is_done = self._is_single
+        self.drop()
+
+    def drop(self) -> None:
+        """Take the text up to here for no content."""
+        self.dropped = self.position
+
+    def back(self, length: int) -> None:
+        """Read the last `length` characters once more."""
+        self.position -= length
+
+    def take_events(self) -> list[TokenText | ToolCallDelta]:
+        """The pieces of calls that came since this was last asked for."""
+        self._flush()
+        events, self._events = self._events, []
+        return events
+
+    def _flush(self) -> None:
+        if not self._untaken:
+            return
+        call_id, name = self._header or (None, None)
+        self._events.append(ToolCallDelta(self._begun - 1, "".join(self._untaken), call_id, name, self._index))
+        self._untaken.clear()
+        self._header = None
 
 
 def make_tool_parser(tool_format: ToolFormat, request: GenerationRequest, index: int = 0) -> ToolCallParser | None:

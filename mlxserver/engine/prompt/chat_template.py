@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mlxserver.engine.conversation import Message, Text, Tool, ToolCall, ToolResult
+from mlxserver.engine.conversation import Message, Reasoning, Text, Tool
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.call_families import find_format
+from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
+from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, STYLES, CallStyle
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
 from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.prompt.switches import Switches
-from mlxserver.engine.prompt.tool_text import write_json
 from mlxserver.engine.prompt.transitions import Transitions
 from mlxserver.engine.requests import ChatPrompt
 
@@ -44,53 +45,8 @@ RENDERING_FAILURES = (
 
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
-
-@dataclass(frozen=True, slots=True)
-class CallStyle:
-    """Form of past calls that a template expects: arguments as JSON text, ids of nine letters and digits."""
-
-    has_text_arguments: bool = False
-    has_short_ids: bool = False
-
-    def message(self, message: Message) -> dict[str, Any]:
-        """A message as a template reads it, without its reasoning. Raises PromptRejected."""
-        fields: dict[str, Any] = {"role": message.role, "content": message.text}
-        if name := message.name:
-            fields["name"] = name
-        if message.role == "assistant":
-            if calls := message.calls:
-                fields["tool_calls"] = [self._call(call) for call in calls]
-        elif message.role == "tool" and (result := message.result):
-            fields["tool_call_id"] = self._id(result.call_id)
-            if result.name:
-                fields["name"] = result.name
-        return fields
-
-    def _call(self, call: ToolCall) -> dict[str, Any]:
-        arguments: Any = call.arguments
-        if self.has_text_arguments:
-            arguments = write_json(call.arguments) if call.text is None else call.text
-        return {"type": "function", "id": self._id(call.id), "function": {"name": call.name, "arguments": arguments}}
-
-    def _id(self, call_id: str) -> str:
-        if not self.has_short_ids:
-            return call_id
-        return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
-
-
-STYLES = tuple(CallStyle(text, short) for text in (False, True) for short in (False, True))
-
 SYSTEM_WORD = "\u2042 probe \u2042"
 SYSTEM_PROBE = ChatPrompt((Message("system", (Text(SYSTEM_WORD),)), Message("user", (Text("Hello"),))))
-CALL_WORDS = ("probe_name", "probe_description", "probe_value", "probe_result")
-CALL_PROBE = ChatPrompt(
-    (
-        Message("user", (Text("Hello"),)),
-        Message("assistant", (ToolCall("call_0123456789abcdef", "probe_name", {"probe_key": "probe_value"}),)),
-        Message("tool", (ToolResult("call_0123456789abcdef", "probe_result", "probe_name"),)),
-    ),
-    (Tool("probe_name", "probe_description", {"type": "object", "properties": {"probe_key": {"type": "string"}}}),),
-)
 
 
 class ChatTemplate:
@@ -98,7 +54,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._substitute = None if tokenizer.has_chat_template else substitute(tokenizer, config)
+        self._substitute = substitute(tokenizer, config)
 
     @property
     def source(self) -> str:
@@ -116,11 +72,42 @@ class ChatTemplate:
         return self._shows([SYSTEM_WORD], SYSTEM_PROBE, CallStyle())
 
     @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """The format in which the model writes calls: its own if the prompt can show tools and calls in it."""
+        found = find_format(self._tokenizer, self.source)
+        has_place = self._call_style and self.shows_tools
+        can_write = found and found.writer and (self._call_style or self.shows_tools)
+        return found if found and (has_place or can_write) else PLAIN
+
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template shows the functions that may be called."""
+        return self._shows(CALL_WORDS[:2], replace(CALL_PROBE, conversation=CALL_PROBE.conversation[:1]), CallStyle())
+
+    @functools.cached_property
+    def shows_results(self) -> bool:
+        """Whether the template shows results behind calls that are written as text."""
+        question, _, result = CALL_PROBE.conversation
+        answer = Message("assistant", (Text("Let me see."),))
+        return self._shows(CALL_WORDS[3:], ChatPrompt((question, answer, result)), CallStyle())
+
+    @functools.cached_property
+    def shows_reasoning_beside_text(self) -> bool:
+        """Whether the template shows the reasoning before a call that is text, its result the user's text."""
+        question = CALL_PROBE.conversation[0]
+        answer = Message("assistant", (Reasoning(CALL_WORDS[0]), Text("Let me see.")))
+        return self._shows(CALL_WORDS[:1], ChatPrompt((question, answer, question)), CallStyle())
+
+    @property
     def call_style(self) -> CallStyle | None:
-        """How tool calls stand in the history; None where tools, calls or results have no place."""
-        if not self._tokenizer.has_tool_calling:
-            return None
-        return next((style for style in STYLES if self._shows(CALL_WORDS, CALL_PROBE, style)), None)
+        """How tool calls stand in the history; None where calls or results have no place."""
+        return self._call_style if self.tool_format.is_native else None
+
+    @functools.cached_property
+    def _call_style(self) -> CallStyle | None:
+        probes = (CALL_PROBE, replace(CALL_PROBE, tools=()))
+        words = CALL_WORDS[:1] + CALL_WORDS[2:]
+        return next((style for style in STYLES if any(self._shows(words, probe, style) for probe in probes)), None)
 
     @functools.cached_property
     def transitions(self) -> dict[bool, Transitions]:

@@ -22,12 +22,12 @@ from mlxserver.config.settings import ModelType
 from mlxserver.engine.conversation import Message
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.reasoning_formats import find_format, thinking_tags
-from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat, native_format
+from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
 from mlxserver.engine.prompt.boundaries import Boundaries
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.switches import EFFORT, THINKING
-from mlxserver.engine.prompt.tool_text import describe, write_plain
+from mlxserver.engine.prompt.tool_text import describe, write_plain, write_reasoning
 from mlxserver.engine.prompt.transitions import StrictTable, Table
 from mlxserver.engine.prompt.turns import admit, check_text, count_lost, name_developer_system
 from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
@@ -54,7 +54,7 @@ class PromptFormat:
     @property
     def tool_format(self) -> ToolFormat:
         """The format in which the model writes tool calls for these prompts."""
-        return native_format(self._tokenizer) if self._template.call_style else PLAIN
+        return self._template.tool_format
 
     def format(self, prompt: Prompt, tool_choice: ToolChoice | None = None) -> FormattedPrompt:
         """The prompt as the model reads it. Tools that may not be called are not shown. Raises PromptRejected."""
@@ -110,13 +110,16 @@ class PromptFormat:
     def _attempts(self, prompt: ChatPrompt) -> Iterator[ChatPrompt]:
         """The prompt as the template takes it by its transitions; in strict turns; with calls, then tools, as text."""
         is_plain = not self._template.call_style
-        table = self._template.transitions[bool(prompt.tools) and not is_plain]
+        if prompt.tools and not is_plain and not self._template.shows_tools:
+            described = describe(prompt.conversation, prompt.tools, self.tool_format)
+            prompt = replace(prompt, conversation=tuple(described), tools=())
+        table = self._template.transitions[bool(prompt.tools) and self.tool_format.is_native]
         messages = prompt.conversation
         if "developer" not in self._template.source or not table.takes_developer:
             messages = tuple(name_developer_system(messages))
         strict = StrictTable(self._template.has_system, is_plain or table.takes_text_beside_calls)
         if is_plain:
-            yield _arranged(_plain(prompt, messages), table)
+            yield _arranged(self._write(prompt, messages), table)
         else:
             if not table.takes_several_calls:
                 messages = tuple(split_calls(messages))
@@ -124,8 +127,23 @@ class PromptFormat:
         messages = tuple(begin([message for message in name_developer_system(messages) if message.parts] or messages))
         if not is_plain:
             yield _arranged(replace(prompt, conversation=messages), strict)
-            yield _arranged(replace(prompt, conversation=tuple(write_plain(messages))), strict)
-        yield _arranged(_plain(prompt, messages), strict)
+            yield _arranged(replace(prompt, conversation=tuple(write_plain(messages, self.tool_format))), strict)
+        yield _arranged(self._plain(prompt, messages), strict)
+
+    def _write(self, prompt: ChatPrompt, messages: Sequence[Message]) -> ChatPrompt:
+        """The prompt with these messages, and as text what the template has no place for."""
+        template, tool_format = self._template, self.tool_format
+        if not (tool_format.is_native and template.shows_tools):
+            return self._plain(prompt, messages)
+        written = write_plain(messages, tool_format, keeps_results=template.shows_results)
+        return replace(prompt, conversation=tuple(written))
+
+    def _plain(self, prompt: ChatPrompt, messages: Sequence[Message]) -> ChatPrompt:
+        """The prompt with these messages, tools and calls as text."""
+        if self.thinks and not self._template.shows_reasoning_beside_text:
+            messages = write_reasoning(messages)
+        described = describe(messages, prompt.tools, self.tool_format) if prompt.tools else messages
+        return replace(prompt, conversation=tuple(write_plain(described, self.tool_format)), tools=())
 
     def _render(self, prompt: ChatPrompt, text: str) -> FormattedPrompt:
         if prompt.continues_answer:
@@ -159,12 +177,6 @@ class InstructionFormat(PromptFormat):
 def _arranged(prompt: ChatPrompt, table: Table) -> ChatPrompt:
     turns = arrange(prompt.conversation, table, continues_answer=prompt.continues_answer)
     return replace(prompt, conversation=tuple(turns))
-
-
-def _plain(prompt: ChatPrompt, messages: Sequence[Message]) -> ChatPrompt:
-    """The prompt with these messages, tools and calls as text."""
-    described = describe(messages, prompt.tools) if prompt.tools else messages
-    return replace(prompt, conversation=tuple(write_plain(described)), tools=())
 
 
 FORMATS: dict[ModelType, type[PromptFormat]] = {"thinking": ThinkingFormat, "instruction": InstructionFormat}

@@ -1,18 +1,18 @@
 """Tools, their calls and results as plain text, for a chat template that has no place for them.
 
-Rule 1: the plain format is the one of output/tool_formats.py, in the prompt and in the history alike.
-Rule 2: a result is the user's text, inside tags of its own.
+Rule 1: a call is written in the format in which the model's calls are read, in the prompt and in the history alike.
+Rule 2: a result is the user's text, inside tags of its own, unless the template shows results.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from mlxserver.engine.conversation import Message, Text, Tool, ToolCall
+from mlxserver.engine.conversation import Message, Reasoning, Text, Tool, ToolCall
 from mlxserver.engine.errors import PromptRejected
-from mlxserver.engine.output.tool_formats import PLAIN
+from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
 from mlxserver.engine.prompt.turns import join
 
 DESCRIPTION = """\
@@ -25,29 +25,53 @@ For several calls, write several such blocks. The results come back between <too
 Call a function only where it helps; otherwise answer in plain words."""
 
 
-def describe(messages: Sequence[Message], tools: Iterable[Tool]) -> list[Message]:
+def describe(messages: Sequence[Message], tools: Iterable[Tool], tool_format: ToolFormat = PLAIN) -> list[Message]:
     """The messages with the tools described at the end of their system message, which is put first if there is none."""
     lines = "\n".join(write_json(tool.function) for tool in tools)
-    call = _write_call("function_name", {"argument": "value"})
+    call = tool_format.write("function_name", {"argument": "value"})
     system = Message("system", (Text(DESCRIPTION.format(tools=lines, call=call)),))
     if messages and messages[0].role == "system":
         return [join(messages[0], system), *messages[1:]]
     return [system, *messages]
 
 
-def write_plain(messages: Iterable[Message]) -> list[Message]:
-    """The messages with tool calls and results as text. A result is joined with the results or the user around it."""
+def write_plain(
+    messages: Iterable[Message], tool_format: ToolFormat = PLAIN, *, keeps_results: bool = False
+) -> list[Message]:
+    """The messages with tool calls as text, and results too unless they are kept.
+
+    A result is joined with the results or the user around it.
+    """
     written: list[Message] = []
     was_result = False
     for message in messages:
-        is_result = message.role == "tool"
-        plain = write_result(message) if is_result else _write_calls(message)
+        is_result = message.role == "tool" and not keeps_results
+        plain = write_result(message) if is_result else _write_calls(message, tool_format)
         if written and plain.role == "user" == written[-1].role and (is_result or was_result):
             written[-1] = join(written[-1], plain)
         else:
             written.append(plain)
         was_result = is_result
     return written
+
+
+def write_reasoning(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the reasoning before the calls since the last question at the beginning of their text.
+
+    A template that drops the reasoning of earlier turns takes results that are the user's text for new questions.
+    """
+    questions = [index for index, message in enumerate(messages) if message.role == "user"]
+    last = questions[-1] if questions else -1
+    return [
+        _with_reasoning_as_text(message) if index > last and message.calls and message.reasoning else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _with_reasoning_as_text(message: Message) -> Message:
+    others = [part for part in message.parts if not isinstance(part, Reasoning)]
+    between = "\n\n" if message.text else ""
+    return replace(message, parts=(Text(message.reasoning + between), *others))
 
 
 def write_json(value: object) -> str:
@@ -58,11 +82,11 @@ def write_json(value: object) -> str:
         raise PromptRejected("The tools or their calls are nested too deeply to be written.", "tools") from None
 
 
-def _write_calls(message: Message) -> Message:
+def _write_calls(message: Message, tool_format: ToolFormat) -> Message:
     calls = message.calls
     if not calls:
         return message
-    lines = [*filter(None, [message.text]), *(_write_call(call.name, call.arguments) for call in calls)]
+    lines = [*filter(None, [message.text]), *(_write_call(call, tool_format) for call in calls)]
     others = [part for part in message.parts if not isinstance(part, Text | ToolCall)]
     return Message(message.role, (*others, Text("\n".join(lines))), message.origin, message.name)
 
@@ -72,5 +96,9 @@ def write_result(message: Message) -> Message:
     return Message("user", (Text(f"<tool_response>\n{message.text}\n</tool_response>"),), message.origin)
 
 
-def _write_call(name: str, arguments: Mapping[str, Any]) -> str:
-    return f"{PLAIN.start}\n{write_json({'name': name, 'arguments': arguments})}\n{PLAIN.end}"
+def _write_call(call: ToolCall, tool_format: ToolFormat) -> str:
+    """A call as text. Raises PromptRejected."""
+    try:
+        return tool_format.write(call.name, call.arguments)
+    except RecursionError:
+        raise PromptRejected("The tools or their calls are nested too deeply to be written.", "tools") from None

@@ -1,12 +1,14 @@
 """Constraints of a request's sequences: a grammar, a thinking budget, a minimum length.
 
-Rule 1: a grammar of required calls takes precedence over one of JSON, that over one of strict tools.
+Rule 1: a grammar of required calls takes precedence over one of JSON. Beside that, tools may be called; without it,
+        strict tools have a grammar of their own.
 Rule 2: compile() runs on the tokenizer worker, everything else on the engine thread. That must not encode with the
         tokenizer, whose modes the worker switches: the tags are encoded once, when the model is built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mlxserver.engine.conversation import Tool
@@ -16,10 +18,11 @@ from mlxserver.engine.output.reasoning_formats import THINK, find_format
 from mlxserver.engine.output.splitter import Splitter
 from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.prompt.formats import PromptFormat
-from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest
+from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, GenerationRequest, Grammar, JsonFormat, ToolChoice
 from mlxserver.engine.sampling.constraints import Every, Restricted, ThinkingControl
-from mlxserver.engine.sampling.grammars import Grammar, Grammars, json_grammar
-from mlxserver.engine.sampling.tool_grammars import forced_calls, strict_calls
+from mlxserver.engine.sampling.grammars import Grammars
+from mlxserver.engine.sampling.json_grammars import json_grammar
+from mlxserver.engine.sampling.tool_grammars import calls_or_answer, forced_calls, strict_calls
 from mlxserver.engine.sequence import Constraint
 
 if TYPE_CHECKING:
@@ -45,21 +48,39 @@ class RequestConstraints:
         self._start, self._end, self._call, *answers = encoded
         self._answers = answers or [()]
 
-    def compile(self, request: GenerationRequest) -> None:
-        """Compile the grammar of a request, if it has one. Raises PromptRejected."""
-        if grammar := self.grammar(request):
+    def compile(self, request: GenerationRequest) -> Grammar | None:
+        """Make the grammar of a request, if it has one, and compile it. Raises PromptRejected."""
+        grammar = self.grammar(request)
+        if grammar:
             self._grammars.compile(grammar)
+        return grammar
 
     def grammar(self, request: GenerationRequest) -> Grammar | None:
         """Grammar of a request's answers: of required calls, JSON, or calls within free text. Raises PromptRejected."""
+        if request.formatted:
+            return request.grammar
         tools = request.prompt.tools if isinstance(request.prompt, ChatPrompt) else ()
         if tools and request.tool_choice.mode in ("required", "function"):
-            return forced_calls(tools, request.tool_choice)
+            return forced_calls(tools, request.tool_choice, thinks=self._prompts.thinks)
         if request.format:
-            return json_grammar(request.format.schema, "format.schema")
+            return self._answer_grammar(request.format, tools, request.tool_choice)
         if request.tool_choice.mode == "none":
             return None
-        return strict_calls(tools, self.tool_format, self._grammars.is_special)
+        return strict_calls(tools, self.tool_format, self._grammars)
+
+    def _answer_grammar(self, form: JsonFormat, tools: Sequence[Tool], choice: ToolChoice) -> Grammar:
+        """Grammar of an answer in JSON, or of calls in its place where tools may be called."""
+        if not tools or choice.mode == "none" or self._call:  # a call in its own channel is ThinkingControl's
+            return json_grammar(form.schema, form.origin, thinks=self._prompts.thinks)
+        return calls_or_answer(
+            tools,
+            choice,
+            self.tool_format,
+            self._grammars,
+            schema=form.schema,
+            param=form.origin,
+            thinks=self._prompts.thinks,
+        )
 
     def constraint(
         self, request: GenerationRequest, prompt: FormattedPrompt, grammar: Grammar | None

@@ -146,8 +146,9 @@ class _Preprocessor:
 
     def preprocess(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its prompt rendered, its grammar compiled. Raises PromptRejected."""
-        self._constraints.compile(request)
-        return replace(request, formatted=self._prompts.format(request.prompt, request.tool_choice))
+        grammar = self._constraints.compile(request)
+        formatted = self._prompts.format(request.prompt, request.tool_choice)
+        return replace(request, formatted=formatted, grammar=grammar)
 
     def answer(self, question: Question) -> tuple[int, ...] | str:
         """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""

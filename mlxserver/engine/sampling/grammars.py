@@ -4,21 +4,22 @@ Rule 1: compile() takes some tenths of a second for a large schema. It may run o
         worker (worker/tokenizer_worker.py) before the engine thread, which all streams share, needs the grammar.
 Rule 2: the tokenizer is read by the first compilation, not by the load. That takes as long, some 30 MB, and Python's
         lock; most models never need it.
-Rule 3: a grammar that can't be enforced raises PromptRejected with llguidance's own reason.
+Rule 3: a grammar that can't be enforced raises PromptRejected with the keyword's path and llguidance's own reason.
 """
 
 from __future__ import annotations
 
 import functools
-import json
+import itertools
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer
 
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.requests import Grammar
+from mlxserver.engine.sampling.schema_faults import find_fault, rejected
+from mlxserver.engine.sampling.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -26,27 +27,11 @@ if TYPE_CHECKING:
 CACHED_GRAMMARS = 16  # most recently used; a very large schema takes some 10 MB
 
 
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """Text of a JSON schema, or of a grammar in llguidance's Lark. param: the request's field that it comes from."""
-
-    text: str
-    param: str
-    is_lark: bool = False
-
-
-def json_grammar(schema: Mapping[str, Any] | None, param: str) -> Grammar:
-    """Grammar of JSON with this schema; of any object for None. Raises PromptRejected."""
-    try:
-        return Grammar(json.dumps({"type": "object"} if schema is None else dict(schema)), param)
-    except RecursionError:
-        raise PromptRejected("The JSON schema can't be used: it is nested too deeply.", param) from None
-
-
 class Grammars:
     """Compiled grammars of one model."""
 
     def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
+        self._wrapped = tokenizer
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         self._eos = sorted(tokenizer.eos_token_ids)
         self._vocab_size = vocab_size
@@ -59,10 +44,25 @@ class Grammars:
         """Whether llguidance can read the tokenizer, which takes one with a Rust core."""
         return self._fast is not None
 
-    def is_special(self, text: str) -> bool:
-        """Whether a text is a control token, which no string of a grammar matches."""
-        tokens = self._tokenizer().tokenize_str(text, parse_special=True) if self.is_usable else []
-        return len(tokens) == 1 and self._tokenizer().is_special_token(tokens[0])
+    def split(self, text: str) -> list[int | str]:
+        """The control tokens in a text, which no string of a grammar matches, and what is between them."""
+        if not self.is_usable:
+            return [text]
+        tokenizer = self._tokenizer()
+        pieces: list[int | str] = []
+        tokens = tokenizer.tokenize_str(text, parse_special=True)
+        for is_control, group in itertools.groupby(tokens, tokenizer.is_special_token):
+            run = list(group)
+            pieces += run if is_control else [tokenizer.decode_str(run)]
+        return pieces
+
+    def control_tokens(self) -> list[int]:
+        """All control tokens but those that end a sequence."""
+        if self._fast is None:
+            return []
+        is_special = self._tokenizer().is_special_token
+        added = sorted(self._fast.get_added_tokens_decoder())
+        return [token for token in added if token < self._vocab_size and token not in self._eos and is_special(token)]
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """Constraint of one sequence by a grammar. Raises PromptRejected."""
@@ -73,27 +73,39 @@ class Grammars:
         try:
             return self._compiled(grammar.text, grammar.is_lark)
         except ValueError as error:
-            raise PromptRejected(f"The JSON schema can't be used: {error}", grammar.param) from None
+            raise self._rejection(grammar, error) from None
+
+    def _rejection(self, grammar: Grammar, error: ValueError) -> PromptRejected:
+        for document in grammar.documents:
+            if fault := find_fault(document, self._reason):
+                return rejected(document, fault)
+        return PromptRejected(f"The JSON schema can't be used: {error}", grammar.param)
+
+    def _reason(self, schema: str) -> str | None:
+        """Why a schema can't be compiled; None if it can."""
+        try:
+            self._compile(schema, is_lark=False)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _compile(self, text: str, is_lark: bool) -> LLMatcher:
         """Raises ValueError."""
         tokenizer = self._tokenizer()
-        if not is_lark:
-            text = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
-        matcher = LLMatcher(tokenizer, text)
+        matcher = LLMatcher(tokenizer, text if is_lark else LLMatcher.grammar_from_json_schema(text))
         if matcher.is_error():
             raise ValueError(matcher.get_error())
+        beginning = matcher.deep_copy()
+        beginning.compute_bitmask()
+        if beginning.is_error():  # schemas that are made of each other alone
+            raise ValueError("no value fits it")
         return matcher
 
     def _tokenizer(self) -> LLTokenizer:
         """The tokenizer as llguidance reads it. Raises ValueError."""
-        if self._fast is None:
-            raise ValueError("this model's tokenizer has no Rust core, which grammars need")
         with self._lock:
             if self._llg_tokenizer is None:
-                text = json.dumps(json.loads(self._fast.to_str()) | {"padding": None, "truncation": None})
-                slices = LLTokenizer.json_slices()  # half the time of the general ones, at JSON
-                self._llg_tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos, slices=slices)
+                self._llg_tokenizer = read_vocabulary(self._wrapped, self._vocab_size)
             return self._llg_tokenizer
 
 

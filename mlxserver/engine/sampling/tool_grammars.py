@@ -1,95 +1,189 @@
-"""Grammars of tool calls: of calls that are required, and of strict calls within free text.
+"""Grammars of tool calls: of calls that are required, of strict calls within free text, and of calls beside a schema.
 
 Rule 1: required calls are a JSON array and nothing else, whatever the model's own format is.
-Rule 2: under tool_choice "auto" the text is free, and the body of a call is constrained if any tool is strict. That
-        takes a model that writes its calls as JSON; with any other format strict is refused.
+Rule 2: under tool_choice "auto" the text is free, and the body of a call is constrained if any tool is strict.
+Rule 3: where the answer has a schema, the model either calls, without a word before it, or keeps the schema.
+Rule 4: the body of a call is JSON where the model writes JSON. In any other format it is free up to the end tag; strict
+        tools are held to their schema where parameters stand between tags (tagged_grammars.py) or arguments are JSON
+        behind a name (named_json_grammars.py), else refused.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.output.json_calls import ARGUMENTS
+from mlxserver.engine.output.named_json_calls import NamedJsonCalls
 from mlxserver.engine.output.tool_formats import ToolFormat
-from mlxserver.engine.requests import ToolChoice
-from mlxserver.engine.sampling.grammars import Grammar, json_grammar
+from mlxserver.engine.requests import Grammar, ToolChoice
+from mlxserver.engine.sampling.json_grammars import answer_document, document_text, grammar_of
+from mlxserver.engine.sampling.named_json_grammars import named_json_rules
+from mlxserver.engine.sampling.schema_document import SchemaDocument
+from mlxserver.engine.sampling.schema_faults import refusing, schema_text
+from mlxserver.engine.sampling.schema_normalizer import Normalizer
+from mlxserver.engine.sampling.tagged_grammars import TaggedCalls, tag_syntax
+from mlxserver.engine.sampling.vocabulary import Vocabulary, in_lark
 
-# Separators as in the examples of chat templates, which models follow.
-SPACED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-
-# TEXT up to a start tag is lazy: it ends there, and the call begins.
-LARK = """\
-%llguidance {{}}
-start: call* TEXT
-call: beginning "\\n"? calls "\\n"? {end}
-{beginning}
-calls: %json {schema}
+HEADER = """\
+%llguidance {}
 TEXT: /(.|\\n)*/
+MORE: /(.|\\n)+/
+GAP: /[ \\n]{1,2}/
+BREAK: /\\n/
 """
 
 
-def forced_calls(tools: Sequence[Tool], choice: ToolChoice) -> Grammar:
-    """Grammar of required calls: a JSON array of names with arguments. Raises PromptRejected."""
-    callable = [tool for tool in tools if choice.mode == "required" or tool.name == choice.name]
-    calls = [_call(tool, f"/items/anyOf/{index}") for index, tool in enumerate(callable)]
-    # At most one call per tool: a small model would never stop calling.
-    most = len(calls) if choice.parallel else 1
-    return json_grammar({"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}, "tools")
+def forced_calls(tools: Sequence[Tool], choice: ToolChoice, *, thinks: bool = False) -> Grammar:
+    """Grammar of required calls: a JSON array of names with arguments. thinks: reasoning may come before it.
 
-
-def strict_calls(tools: Sequence[Tool], tool_format: ToolFormat, is_special: Callable[[str], bool]) -> Grammar | None:
-    """Grammar of free text with calls of these tools; None if no tool is strict.
-
-    is_special: whether a tag is a control token. Raises PromptRejected.
+    Raises PromptRejected.
     """
-    strict = [index for index, tool in enumerate(tools) if tool.strict]
+    callable = [tool for tool in tools if choice.mode == "required" or tool.name == choice.name]
+    calls = _Calls(callable, is_strict=True)
+    # At most one call per tool: a small model would never stop calling.
+    most = len(callable) if choice.parallel else 1
+    text = calls.text({"type": "array", "items": {"anyOf": calls.forms}, "minItems": 1, "maxItems": most})
+    return grammar_of(text, "tools", calls.documents, thinks=thinks)
+
+
+def strict_calls(tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary) -> Grammar | None:
+    """Grammar of free text with calls of these tools; None if no tool is strict. Raises PromptRejected."""
+    strict = [tool for tool in tools if tool.strict]
     if not strict:
         return None
-    param = f"{tools[strict[0]].origin}.strict"
-    if not tool_format.is_json:
-        raise PromptRejected(
-            "This model writes its calls in a format of its own, in which a schema can't be enforced while it may also "
-            'answer in words. Leave strict out, or set tool_choice to "required".',
-            param,
+    if not tool_format.start:
+        raise _strict_rejected(strict[0])
+    body, documents = _body(tools, tool_format, vocabulary)
+    start = vocabulary.split(tool_format.start)
+    # TEXT up to a start tag is lazy: it ends there, and the call begins.
+    is_lazy = "[lazy]" if isinstance(start[0], str) else ""
+    lark = f"""{HEADER}\
+start: call* TEXT
+call: beginning {in_lark(start[1:])} body
+beginning{is_lazy}: TEXT {in_lark(start[:1])}
+{body}
+"""
+    return Grammar(lark, f"{strict[0].origin}.strict", is_lark=True, documents=documents)
+
+
+def calls_or_answer(
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    tool_format: ToolFormat,
+    vocabulary: Vocabulary,
+    *,
+    schema: Mapping[str, Any] | None,
+    param: str,
+    thinks: bool,
+) -> Grammar:
+    """Grammar of calls, or else of an answer with a schema, any object for None.
+
+    param: the field of the schema. thinks: reasoning may come before it. Raises PromptRejected.
+    """
+    answer = answer_document(schema, param)
+    body, documents = _body(tools, tool_format, vocabulary)
+    start = in_lark(vocabulary.split(tool_format.start)) if tool_format.start else ""
+    lark = f"""{HEADER}\
+start: {"GAP? " if thinks else ""}(answer | call{" (GAP? call)*" if choice.parallel else ""})
+answer: %json {document_text(answer)}
+call: {start} body
+{body}
+"""
+    return Grammar(lark, param, is_lark=True, documents=(answer, *documents))
+
+
+def _body(
+    tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary
+) -> tuple[str, tuple[SchemaDocument, ...]]:
+    """Rules of what comes behind the start tag of calls, the end tag included, and the schemas in them."""
+    strict = [tool for tool in tools if tool.strict]
+    end = vocabulary.split(tool_format.end) if tool_format.end else []
+    if tool_format.is_json:
+        calls = _Calls(tools)
+        return f"body: GAP? calls GAP? {in_lark(end)}\n{calls.rule}", calls.documents
+    if not tool_format.start:
+        calls = _Calls(tools, ARGUMENTS)
+        return f"body: calls\n{calls.rule}", calls.documents
+    if not strict:
+        return _free_body(end, vocabulary), ()
+    if isinstance(reader := tool_format.reader, NamedJsonCalls):
+        calls = _Calls(tools)
+        names = [tool.name for tool in tools]
+        rules = named_json_rules(
+            reader, tool_format.start, names, lambda index: calls.text(calls.arguments[index]), vocabulary
         )
-    calls = [_call(tool, f"/anyOf/{index}", is_strict=index in strict) for index, tool in enumerate(tools)]
-    start, end = tool_format.start, tool_format.end
-    beginning = f"TEXT {start}" if is_special(start) else f"TEXT {json.dumps(start)}"
-    is_lazy = "" if is_special(start) else "[lazy]"
-    lark = LARK.format(
-        beginning=f"beginning{is_lazy}: {beginning}",
-        end=end if is_special(end) else json.dumps(end),
-        schema=json_grammar({"x-guidance": SPACED, "anyOf": calls}, param).text,
+        if rules:
+            return rules, calls.documents
+    syntax = tag_syntax(reader)
+    if syntax is None:
+        raise _strict_rejected(strict[0])
+    tagged = TaggedCalls(tools, syntax, vocabulary)
+    if syntax.call_end == tool_format.end:
+        return f"body: GAP? function\n{tagged.rules}", tagged.documents
+    return f"body: GAP? function (GAP? function)* GAP? {in_lark(end)}\n{tagged.rules}", tagged.documents
+
+
+def _strict_rejected(tool: Tool) -> PromptRejected:
+    return PromptRejected(
+        "This model writes its calls in a format of its own, in which a schema can't be enforced while it may also "
+        'answer in words. Leave strict out, or set tool_choice to "required".',
+        f"{tool.origin}.strict",
     )
-    return Grammar(lark, param, is_lark=True)
 
 
-def _call(tool: Tool, path: str, *, is_strict: bool = True) -> dict[str, Any]:
-    """Schema of a call, at this path of a document. is_strict: its arguments follow the function's parameters."""
-    try:
-        parameters = _moved(tool.parameters if is_strict else None, f"{path}/properties/arguments")
-    except RecursionError:
-        raise PromptRejected(
-            f"The parameters of {tool.name!r} are nested too deeply.", f"{tool.origin}.parameters"
-        ) from None
+def _free_body(end: Sequence[int | str], vocabulary: Vocabulary) -> str:
+    """Rules of anything up to an end tag, or without one to the end of the answer."""
+    control = [token for token in vocabulary.control_tokens() if token not in end[:1]]
+    pieces = f"(TEXT <[{','.join(map(str, control))}]>)* " if control else ""
+    if not end:
+        return f"body: {pieces}MORE"
+    if isinstance(end[0], int):
+        return f"body: {pieces}TEXT {in_lark(end)}"
+    return f"body: {pieces}ending {in_lark(end[1:])}\nending[lazy]: TEXT {in_lark(end[:1])}"
+
+
+class _Calls:
+    """Schemas of calls in JSON. keys: under which the arguments may stand.
+
+    is_strict: the arguments of all tools follow their parameters, not those of strict tools alone.
+    """
+
+    def __init__(self, tools: Sequence[Tool], keys: Sequence[str] = ARGUMENTS[:1], *, is_strict: bool = False) -> None:
+        self._normalizer = Normalizer()
+        self.documents: tuple[SchemaDocument, ...] = ()
+        self.arguments = [self._arguments(tool) if is_strict or tool.strict else {"type": "object"} for tool in tools]
+        self.forms = [
+            _call(tool.name, key, arguments)
+            for tool, arguments in zip(tools, self.arguments, strict=True)
+            for key in keys
+        ]
+
+    @property
+    def rule(self) -> str:
+        """The rule `calls`, one of these."""
+        return f"calls: %json {self.text({'anyOf': self.forms})}"
+
+    def text(self, form: Mapping[str, Any]) -> str:
+        """Text of a schema that is made of these."""
+        return schema_text(form, self._normalizer.definitions)
+
+    def _arguments(self, tool: Tool) -> dict[str, Any]:
+        document = SchemaDocument(
+            tool.parameters or {}, f"The parameters of {tool.name!r}", f"{tool.origin}.parameters"
+        )
+        self.documents += (document,)
+        with refusing(document):
+            form = self._normalizer.add(document)
+        return form if form.get("type") == "object" else {"allOf": [{"type": "object"}, form]}
+
+
+def _call(name: str, key: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": parameters or {"type": "object"}},
-        "required": ["name", "arguments"],
+        "properties": {"name": {"const": name}, key: arguments},
+        "required": ["name", key],
         "additionalProperties": False,
     }
-
-
-def _moved(schema: Any, path: str) -> Any:
-    """A schema with its references to itself made valid for this path of a document."""
-    if isinstance(schema, list):
-        return [_moved(part, path) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(part, path) for key, part in schema.items()}
-    if isinstance(target := schema.get("$ref"), str) and (target == "#" or target.startswith("#/")):
-        moved["$ref"] = f"#{path}{target[1:]}"
-    return moved
