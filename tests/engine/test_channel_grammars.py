@@ -1,15 +1,22 @@
 """Grammars of answers in harmony's channels: strict and forced calls, and calls beside a schema, as messages."""
 
+import itertools
+
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import AddedToken
 
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.errors import PromptRejected
-from mlxserver.engine.requests import ToolChoice
+from mlxserver.engine.requests import GenerationRequest, ToolChoice
+from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.sampling.channel_grammars import answer_messages, forced_messages, strict_messages
 from mlxserver.engine.sampling.grammars import Grammars
+from tests.support.conversations import question
 from tests.support.field_models import CHANNELS
+from tools.harness.models import write_scripted
+from tools.harness.scripts import words
 
 ANSWER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 NEXT = "<|end|><|start|>assistant"
@@ -151,3 +158,48 @@ def test_a_grammar_goes_on_from_what_the_prompt_has_begun(grammars, tokenizer, p
     for token in ids[1]:
         assert constraint.allowed()[token // 8] >> token % 8 & 1, token
         constraint.accept(token)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    path = write_scripted(tmp_path_factory.mktemp("channels"), [words("a")], TEMPLATE, tokens=CHANNELS)
+    runner = Builder(0.25).build(ModelSpec("channels", str(path)))
+    yield runner
+    runner.batch.close()
+
+
+def refused(runner, text, **options):
+    """The part of a text that the constraint of a request does not allow."""
+    described = {"type": "function", "function": {**tool(strict=True).function, "strict": options.pop("strict", None)}}
+    ((sequence, _),) = runner.prepare(GenerationRequest(question("hi", [described]), **options), itertools.count())
+    tokens = runner.tokenizer.encode(text, add_special_tokens=False)
+    for number, token in enumerate(tokens):
+        mask = sequence.constraint.allowed()
+        if mask and not mask[token // 8] >> token % 8 & 1:
+            return runner.tokenizer.decode(tokens[number:])
+        sequence.constraint.accept(token)
+    return ""
+
+
+def test_an_answer_goes_on_from_the_header_that_the_template_has_begun(runner):
+    forced = {"tool_choice": ToolChoice("required")}
+    call = CALL.format("add", 1)
+    for options in (forced, {"strict": True}):
+        assert refused(runner, call, **options) == refused(runner, NOTE + call, **options) == ""
+        assert refused(runner, f"<|start|>assistant{call}", **options)
+        assert refused(runner, CALL.format("add", '"one"'), **options)[0] == '"'
+    assert refused(runner, f"{FINAL}Hi", **forced) == "final<|message|>Hi"
+    assert refused(runner, f"{FINAL}Hi", strict=True) == ""
+
+
+@pytest.mark.parametrize("options", [{"tool_choice": ToolChoice("required")}, {"strict": True}], ids=str)
+def test_a_budget_closes_the_reasoning_before_a_call(runner, options):
+    note, call = "<|channel|>analysis<|message|>", CALL.format("add", 1)
+    assert refused(runner, f"{note}ab{NEXT}{call}", thinking_budget=2, **options) == ""
+    assert refused(runner, f"{note}abc{NEXT}{call}", thinking_budget=2, **options).startswith("c<|end|>")

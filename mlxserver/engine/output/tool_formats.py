@@ -2,7 +2,8 @@
 
 Rule 1: a model whose template writes calls keeps its own format (output/call_families.py).
 Rule 2: the prompt of every other model describes the plain format (prompt/tool_text.py).
-Rule 3: a forced call is a bare JSON array, which a grammar enforces whatever the model's own format is.
+Rule 3: a forced call is a bare JSON array, which a grammar enforces whatever the model's own format is; where calls are
+        messages with headers (harmony) it is one of those.
 Rule 4: a model that writes a call as a JSON object between its own tags is understood in every format.
 """
 
