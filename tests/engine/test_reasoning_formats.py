@@ -165,6 +165,9 @@ def test_a_message_that_ends_does_not_end_the_turn(tmp_path):
         tokenizer = load_tokenizer(scripted_model(tmp_path / end[2:5], {"x": "y"}, tokens=tokens))
         known, own = tokenizer.eos_token_ids, {tokenizer.get_vocab()[token] for token in marks.turn_ends}
         assert turn_ends(tokenizer, {*known, tokenizer.get_vocab()[end]}) == known | own
+    marks = find("<|channel>thought")
+    tokenizer = load_tokenizer(scripted_model(tmp_path / "result", {"x": "y"}, tokens=(*marks.vocab, *marks.turn_ends)))
+    assert turn_ends(tokenizer, {1}) == {1, tokenizer.get_vocab()["<|tool_response>"]}
     other = load_tokenizer(scripted_model(tmp_path / "other", {"x": "y"}))
     assert turn_ends(other, {1, 2}) == {1, 2}
 
@@ -212,7 +215,7 @@ def generate(runner, request):
 
 KINDS = [
     "<|channel|>analysis<|message|>", " to=self<|message|>", "<|channel>thought", "<|open|>think<|sep|>", "<|think|>",
-    "Here are my reasoning steps:", "<think>",
+    "<|START_THINKING|>", "Here are my reasoning steps:", "<think>",
 ]  # fmt: skip
 
 

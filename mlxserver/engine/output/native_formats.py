@@ -109,7 +109,12 @@ M3 = "]<]minimax[>["
 HARMONY = native("harmony", "<|channel|>commentary to=", "<|call|>", NoCalls())
 DEEPSEEK_START = "<｜tool▁calls▁begin｜>"
 DEEPSEEK = native(
-    "deepseek", DEEPSEEK_START, SEPARATED[3], NamedJsonCalls(*SEPARATED), SEPARATED[0], writer=_write_deepseek
+    "deepseek",
+    DEEPSEEK_START,
+    SEPARATED[3],
+    NamedJsonCalls(*SEPARATED, has_kinds=True),  # R1 writes them
+    SEPARATED[0],
+    writer=_write_deepseek,
 )
 KIMI_K2 = native("kimi_k2", "<|tool_calls_section_begin|>", KIMI[3], NamedJsonCalls(*KIMI, header=kimi_header), KIMI[0])
 QWEN_XML = native("qwen3_coder", "<tool_call>", "</tool_call>", functions("</tool_call>", breaks=True), "<function=")

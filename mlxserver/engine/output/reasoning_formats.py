@@ -76,6 +76,20 @@ def _tags(start: str, end: str) -> ReasoningFormat:
     return ReasoningFormat(start, end, template=(start, end), vocab=(start, end))
 
 
+def _command(section: str) -> ReasoningFormat:
+    """Cohere's format. section: the name of an answer's part that is text."""
+    start, end = f"<|START_{section}|>", f"<|END_{section}|>"
+    return ReasoningFormat(
+        "<|START_THINKING|>",
+        "<|END_THINKING|>",
+        dropped=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
+        has_control_marks=True,
+        answers=(start, "<|START_ACTION|>"),
+        template=(start,),
+        vocab=("<|START_THINKING|>", "<|END_THINKING|>", start, end),
+    )
+
+
 HARMONY = ChannelFormat(
     "<|start|>",
     "<|message|>",
@@ -119,6 +133,7 @@ FORMATS = (
         "<channel|>",
         dropped=("<|channel>",),
         has_control_marks=True,
+        turn_ends=("<|tool_response>",),  # which follows the calls in the same turn
         template=("<|channel>",),
         vocab=("<|channel>", "<channel|>"),
     ),
@@ -136,14 +151,8 @@ FORMATS = (
         template=("'<|open|>'", "<|open|>think"),
         vocab=("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"),
     ),
-    ReasoningFormat(  # Command A and R7B, and their successors
-        "<|START_THINKING|>",
-        "<|END_THINKING|>",
-        dropped=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
-        has_control_marks=True,
-        template=("<|START_THINKING|>",),
-        vocab=("<|START_THINKING|>", "<|END_THINKING|>"),
-    ),
+    _command("TEXT"),
+    _command("RESPONSE"),  # Command A and R7B
     ReasoningFormat(  # Apertus
         "<|inner_prefix|>",
         "<|inner_suffix|>",
