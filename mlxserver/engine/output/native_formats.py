@@ -10,7 +10,6 @@ from typing import Any
 from mlxserver.engine.output.argument_types import Signatures
 from mlxserver.engine.output.call_reading import CallSink, Reading
 from mlxserver.engine.output.named_json_calls import (
-    JsonCalls,
     NamedJsonCalls,
     kimi_header,
 )
@@ -124,9 +123,9 @@ PYTHONIC = native(
 LLAMA = ToolFormat(
     "",
     "",
-    JsonCalls("", ("<|python_tag|>",)),
+    PythonicCalls("<|python_end|>", needs_list=True),  # Llama 4's; an object is read as JSON whatever the format
     is_native=True,
-    other_starts=("<|python_tag|>",),
+    other_starts=("<|python_tag|>", "<|python_start|>"),
     is_guarded=True,
     name="llama",
 )

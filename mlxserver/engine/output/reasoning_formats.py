@@ -163,9 +163,10 @@ FORMATS = (
     ReasoningFormat(  # Solar
         "<|think|>",
         "<|end|>",
-        dropped=("<|begin|>assistant", "<|content|>"),
+        dropped=("<|begin|>assistant", "<|content|>", "<|tool_calls|>"),
         has_control_marks=True,
         answers=("<|begin|>assistant<|content|>", "<|begin|>assistant<|tool_calls|>"),
+        turn_ends=("<|flush|>", "<|calls|>"),
         template=("<|begin|>assistant<|think|>",),
         vocab=("<|begin|>", "<|think|>", "<|content|>", "<|end|>"),
     ),
@@ -222,6 +223,6 @@ def turn_ends(tokenizer: TokenizerWrapper, known: Collection[int]) -> set[int]:
     found, vocab = find_format(tokenizer), tokenizer.get_vocab()
     if found is None:
         return set(known)
-    inner = found.channels.ends if found.channels else ()
+    inner = (found.end, *(found.channels.ends if found.channels else ()))
     own = {vocab[token] for token in found.turn_ends if token in vocab}
     return {*known, *own} - ({vocab[token] for token in inner if token in vocab} - own)
