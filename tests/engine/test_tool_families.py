@@ -152,6 +152,7 @@ WRITERS = {
         f"<|tool_call:begin|>abc<|tool_call:name|>{n}<|tool_call:args|>{json.dumps(a)}<|tool_call:end|>"
     ),
     "granite": lambda n, a: f'<|tool_call|>[{{"name": "{n}", "arguments": {json.dumps(a)}}}]',
+    "gigachat": lambda n, a: f'<|function_call|>{{"name": "{n}", "arguments": {json.dumps(a)}}}',
     "llama": lambda n, a: f'{{"name": "{n}", "parameters": {json.dumps(a)}}}',
     "minicpm5": lambda n, a: (
         f'<function name="{n}">'
