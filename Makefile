@@ -3,6 +3,7 @@
 # make test     set up if needed, then run the tests
 # make lint     ruff (format and check) and mypy
 # make audit    ask PyPI for known vulnerabilities of all that is installed
+# make zoo      every architecture of mlx-lm, tiny and random, beside mlx-lm alone (ARGS="--padded llama gemma2")
 # make ecosystem  round trips with the SDKs and frameworks that people use (ARGS="--keep DIRECTORY litellm")
 
 PYTHON       ?= python3
@@ -59,6 +60,10 @@ bench: install
 ecosystem: install
 	$(BIN)/python -m tools.ecosystem $(ARGS)
 .PHONY: ecosystem
+
+zoo: install
+	$(BIN)/python -m tools.zoo $(ARGS)
+.PHONY: zoo
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.soak --minutes $(MINUTES)

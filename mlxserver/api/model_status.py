@@ -29,13 +29,22 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Execution:
+    """Paths that serve a model. cache: of its decode batch, "slots", "merged" or "single"."""
+
+    cache: str
+    padded_prefill: bool
+    compiled: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One registered model.
 
     created: seconds since 1970. status: unloaded, loading, loaded, draining or failed. memory_bytes: the weights;
     reserved_bytes: what the model may take in all. expires_in: seconds, None while nothing will unload it. type,
-    context_length (tokens), capabilities and estimate are None while not known. progress: of the load, while there is
-    one. failure: why the last load failed. load_seconds: duration of the last load.
+    context_length (tokens), capabilities, execution and estimate are None while not known. progress: of the load, while
+    there is one. failure: why the last load failed. load_seconds: duration of the last load.
     """
 
     key: str
@@ -45,6 +54,7 @@ class ModelStatus:
     type: str | None = None
     context_length: int | None = None
     capabilities: frozenset[str] | None = None
+    execution: Execution | None = None
     memory_bytes: int = 0
     reserved_bytes: int = 0
     estimate: MemoryEstimate | None = None

@@ -57,6 +57,9 @@ REASONING = {"reasoning_content_": TEXT, "reasoning_": TEXT}
 HEAD = {"id": TEXT, "created": COUNT, "model": TEXT, "system_fingerprint": TEXT}
 COUNTS = {"usage": named("Usage"), "timings": named("Timings")}
 
+EXECUTION = exactly(
+    cache=_one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
+)
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 
 RESPONSE_SCHEMAS: dict[str, Schema] = {
@@ -153,6 +156,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         max_model_len=maybe(COUNT),
         meta=exactly(n_ctx_train=maybe(COUNT)),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
+        execution=maybe(EXECUTION),
         memory_bytes=COUNT,
         reserved_bytes=COUNT,
         estimate=maybe(ESTIMATE),

@@ -136,13 +136,24 @@ Question = Tokenize | Detokenize | ApplyTemplate
 
 
 @dataclass(frozen=True, slots=True)
+class Execution:
+    """Paths that serve a model. cache: of its decode batch ("single": a forward pass per sequence and step)."""
+
+    cache: Literal["slots", "merged", "single"]
+    padded_prefill: bool
+    compiled: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
-    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking".
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking". execution: None
+    where ranks share the model.
     """
 
     type: str
     context_length: int
     weight_bytes: int
     capabilities: frozenset[str] = frozenset()
+    execution: Execution | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mlxserver.api.model_status import MemoryEstimate, ModelStatus, Progress
+from mlxserver.api.model_status import Execution, MemoryEstimate, ModelStatus, Progress
+from mlxserver.engine import requests
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.states import LoadProgress
 
@@ -18,6 +19,7 @@ def model_status(instance: ModelInstance) -> ModelStatus:
         type=facts.type if facts else spec.type,
         context_length=facts.context_length if facts else spec.context_length,
         capabilities=facts.capabilities if facts else None,
+        execution=_execution(facts.execution) if facts and facts.execution else None,
         memory_bytes=facts.weight_bytes if facts else 0,
         reserved_bytes=instance.reserved_bytes,
         estimate=MemoryEstimate(estimate.weights, estimate.cache, estimate.activations) if estimate else None,
@@ -30,6 +32,10 @@ def model_status(instance: ModelInstance) -> ModelStatus:
         failure=instance.failure_reason,
         load_seconds=instance.load_seconds,
     )
+
+
+def _execution(paths: requests.Execution) -> Execution:
+    return Execution(paths.cache, paths.padded_prefill, paths.compiled)
 
 
 def progress(load: LoadProgress) -> Progress:

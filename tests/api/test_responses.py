@@ -7,7 +7,7 @@ from openai.types import Model
 
 from mlxserver.api.dialect import Failure
 from mlxserver.api.endpoints import ENDPOINTS, encode_failure
-from mlxserver.api.model_status import MemoryEstimate, ModelStatus, Progress
+from mlxserver.api.model_status import Execution, MemoryEstimate, ModelStatus, Progress
 from mlxserver.api.native.apply_template import rendered
 from mlxserver.api.native.load import load_progress, loaded
 from mlxserver.api.native.tokenize import detokenized, tokenized
@@ -97,3 +97,9 @@ def test_an_error_of_memory_has_the_projection_beside():
 
 def test_an_error_about_an_undecodable_name_can_be_sent():
     assert b"caf" in encode_failure("", Failure("caf\udce9", "server"))
+
+
+def test_a_loaded_model_shows_the_paths_that_serve_it():
+    assert model_card(ModelStatus("m", 1, "unloaded", "x"))["execution"] is None
+    card = check(model_card(ModelStatus("m", 1, "loaded", "x", execution=Execution("single", False, False))), "Model")
+    assert card["execution"] == {"cache": "single", "padded_prefill": False, "compiled": False}

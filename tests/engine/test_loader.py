@@ -1,6 +1,7 @@
 import gc
 import json
 import logging
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -12,13 +13,16 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load_model, quantize_model, save_model
+from mlx_lm.utils import _get_classes, load_model, quantize_model, save_model
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.loading import sources
-from mlxserver.engine.loading.loader import context_length, generation_defaults, load
+from mlxserver.engine.loading.estimate import estimate
+from mlxserver.engine.loading.loader import context_length, generation_defaults, load, read_tokenizer
+from mlxserver.engine.loading.metadata import attention_heads, model_arguments, read_config
 from mlxserver.engine.platform import device
+from tests.support.architectures import BASE, CONFIGS
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
 
@@ -293,3 +297,75 @@ def test_a_thread_keeps_no_words_of_a_tokenizer(tmp_path):
         gc.collect()
         sizes.append(device.process_bytes())
     assert sizes[-1] - sizes[2] < 4 << 20
+
+
+def rewrite_config(directory, **changes):
+    """Change some keys of a config.json."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def built(config):
+    model_class, arguments = _get_classes(config)
+    return model_class(arguments.from_dict(config))
+
+
+def test_tagged_floats_of_a_config_are_numbers(tmp_path):
+    text = '{"a": [0.0, {"__float__": "Infinity"}], "b": {"__float__": "-Infinity", "c": 1}, "d": {"__float__": "x"}}'
+    (tmp_path / "config.json").write_text(text)
+    config = read_config(tmp_path / "config.json")
+    assert config == {"a": [0.0, math.inf], "b": {"__float__": "-Infinity", "c": 1}, "d": {"__float__": "x"}}
+
+
+def test_a_model_with_a_tagged_float_is_estimated(tmp_path):
+    config = CONFIGS["nemotron_h"] | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": "nemotron_h"} | config))
+    assert estimate(ModelSpec("m", str(tmp_path))).weights > 0
+
+
+@pytest.mark.parametrize(
+    ("stated", "context", "heads"),
+    [
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, 32768, 4),
+        ({"model_type": "kimi_k25", "text_config": {"model_type": "deepseek_v3"}}, 2048, 4),
+    ],
+)
+def test_a_models_own_arguments_state_what_its_config_leaves_out(stated, context, heads):
+    parts = CONFIGS["kimi_k25"]["text_config"] if stated["model_type"] == "kimi_k25" else BASE
+    left_out = ("max_position_embeddings", "num_attention_heads")
+    text = {key: value for key, value in parts.items() if key not in left_out} | stated["text_config"]
+    config = {**stated, "text_config": text, "vocab_size": 300}
+    arguments = [*model_arguments(built(config))]
+    assert context_length("key", config, *arguments) == context
+    assert attention_heads(config, *arguments) > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "kimi_k2", "rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1}},
+        {"model_type": "gear", "layer_types": ["conv_mixer", "sliding_attention"]},
+    ],
+)
+def test_a_tokenizer_is_read_where_transformers_refuses_the_configuration(tiny, changes):
+    whole = load(ModelSpec("tiny", str(tiny))).tokenizer
+    rewrite_config(tiny, **changes)
+    own = read_tokenizer(tiny)
+    assert own.encode("hé ab") == whole.encode("hé ab")
+    assert own.chat_template == whole.chat_template
+
+
+@pytest.mark.parametrize(
+    ("model_type", "missing"),
+    [("olmo", "needs the Python package 'hf_olmo', which is not installed"), ("bitnet", "needs Metal")],
+)
+def test_what_the_environment_lacks_for_a_model_is_named_in_one_line(tiny, model_type, missing):
+    rewrite_config(tiny, model_type=model_type)
+    with pytest.raises(LoadFailed, match=f"could not be loaded: its architecture {missing}"):
+        estimate(ModelSpec("tiny", str(tiny)))
+
+
+def test_a_missing_package_fails_the_load_and_not_the_process(tiny):
+    rewrite_config(tiny, model_type="olmo")
+    with pytest.raises(LoadFailed, match="needs the Python package 'hf_olmo'"):
+        load(ModelSpec("tiny", str(tiny)))

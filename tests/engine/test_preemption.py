@@ -57,6 +57,15 @@ def test_the_prefix_cache_gives_way_to_sequences(model):
     driver.finish()
 
 
+def test_a_prompt_that_needs_the_budget_for_itself_reuses_its_prefix(model):
+    """The prefix is fetched before it is dropped: a conversation of half a budget is not computed anew every turn."""
+    driver = Driver(Scheduler(model, max_kv_tokens=1300, prefixes=new_prefixes()), sequence(0, prompt(600)))
+    first = driver.finish()[0]
+    driver.add(sequence(1, (*prompt(600), *first[:-1], *prompt(20, seed=1))))
+    driver.finish()
+    assert driver.cached[1] >= 600
+
+
 def test_the_kv_cache_of_a_preempted_sequence_stays_as_a_prefix_where_it_fits(model):
     prefixes, limit = new_prefixes(), 1300
     scheduler = Scheduler(model, max_kv_tokens=limit, prefixes=prefixes)

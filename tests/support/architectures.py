@@ -12,7 +12,7 @@ from mlx_lm.utils import _get_classes
 
 from tools.harness.models import tiny_llama
 
-_BASE = {
+BASE = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -108,21 +108,31 @@ CONFIGS = {
     "olmo_hybrid": _DELTA | _OLMO_HYBRID,
     "baichuan_m1": {"sliding_window": 32, "sliding_window_layers": [0, 2], "conv_window": 2},
     "gemma3_text": {"sliding_window": 32, "sliding_window_pattern": 4, "num_key_value_heads": 1},
-    "kimi_k25": {"text_config": _BASE | _MOE | _MLA | {"model_type": "deepseek_v3"}},
-    "llama4": {"text_config": _BASE | _MOE | _LLAMA4 | {"model_type": "llama4_text", "num_experts_per_tok": 1}},
+    "kimi_k25": {"text_config": BASE | _MOE | _MLA | {"model_type": "deepseek_v3"}},
+    "llama4": {"text_config": BASE | _MOE | _LLAMA4 | {"model_type": "llama4_text", "num_experts_per_tok": 1}},
+}
+
+
+# More of them: models that can't be batched, and one of experts.
+MORE_CONFIGS = {
+    "qwen3_moe": _MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma2": {"sliding_window": 32, "tie_word_embeddings": True},
+    "bitnet": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 4, "n_inner": 128, "n_head": 4, "n_positions": 2048},
+    "afm7": {"hidden_dim": 64, "num_layers": 8, "num_kv_reuse_layers": 3, "num_heads": 4, "num_kv_heads": 2},
 }
 
 
 def random_model(name):
-    """A model of one of CONFIGS, with weights like those of a trained one in size."""
-    return _make(_BASE | {"model_type": name} | CONFIGS[name])
+    """A model of one of CONFIGS or MORE_CONFIGS, with weights like those of a trained one in size."""
+    return _make(BASE | {"model_type": name} | (CONFIGS | MORE_CONFIGS)[name])
 
 
 def write_random_model(path, config):
     """Write a model of random weights, with the tokenizer and the template of tiny_llama; returns its directory."""
     tiny_llama(path)
     given = json.loads((path / "config.json").read_text())
-    config = _BASE | config | {name: given[name] for name in ("vocab_size", "eos_token_id", "torch_dtype")}
+    config = BASE | config | {name: given[name] for name in ("vocab_size", "eos_token_id", "torch_dtype")}
     mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(_make(config).parameters())))
     (path / "config.json").write_text(json.dumps(config))
     return path

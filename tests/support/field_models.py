@@ -51,7 +51,7 @@ def write_models(directory):
     thoughts = {
         "closed": f"Let me look.\n</think>\n\n{CALL}",
         "open": f"Let me look.\n{CALL}",
-        "unclosed": "It is a sum. The answer is 42.",
+        "sum": "It is a sum. The answer is 42.",
     }
     paths = {
         "recurrent": write_random_model(directory / "recurrent", RECURRENT),
@@ -60,7 +60,7 @@ def write_models(directory):
         "strict": tiny_llama(directory / "strict", template=STRICT),
         "thinker": scripted_model(directory / "thinker", thoughts, **thinking),
         "caller": scripted_model(directory / "caller", {"call": CALL, "cut": CALL}),
-        "xml": scripted_model(directory / "xml", NOTES, history="xml"),
+        "xml": scripted_model(directory / "xml", NOTES, history="xml", context=20_000),
         "channels": scripted_model(directory / "channels", TALES, tokens=CHANNELS),
     }
     types = {"strict": "thinking", "thinker": "thinking", "caller": "instruction", "xml": "instruction"}

@@ -129,11 +129,17 @@ def test_a_history_of_any_order_is_answered(server, model, history):
     assert ask(server, model, *history, tools=[WEATHER]).status == 200
 
 
-@pytest.mark.parametrize("arguments", ['{"city": "Os', "[]", "null", "", "{}", "Oslo", "1" * 5000])
+@pytest.mark.parametrize("arguments", ['{"city": "Os', "[]", "null", "", "{}", "Oslo"])
 @pytest.mark.parametrize("model", ["smollm2", "strict", "xml"])
 def test_a_call_with_foreign_arguments_does_not_end_the_conversation(server, model, arguments):
     history = [("user", "Weather?"), called(arguments), result("The call was not run."), ("user", "Try again: fine.")]
     assert ask(server, model, *history, tools=[WEATHER]).status == 200
+
+
+def test_arguments_that_are_a_number_of_thousands_of_digits_do_not_either(server):
+    """More digits than Python reads as an integer."""
+    history = [("user", "Weather?"), called("1" * 5000), result("The call was not run."), ("user", "Try again: fine.")]
+    assert ask(server, "xml", *history, tools=[WEATHER]).status == 200
 
 
 def test_a_call_that_was_cut_can_be_sent_back(server):
@@ -162,7 +168,7 @@ def test_without_tools_a_call_is_text(server):
 
 
 def test_an_answer_that_is_all_reasoning_is_reasoning(server):
-    answer = ask(server, "thinker", ("user", "unclosed"), max_tokens=None)
+    answer = ask(server, "thinker", ("user", "sum"), max_tokens=None)
     assert answer.message["reasoning_content"] == "It is a sum. The answer is 42."
     assert answer.json["choices"][0]["finish_reason"] == "stop"
 
@@ -257,7 +263,7 @@ def test_a_tool_that_cannot_be_enforced_is_named(server):
 
 def test_a_stream_is_not_silent_while_its_prompt_is_read(server):
     """Bytes come at the heartbeat's interval; four seconds more are for a machine that is busy."""
-    text = "one two three four five six seven eight nine ten. " * 500
+    text = "one two three four five six seven eight nine ten. " * 120
     with server.stream("smollm2", text, temperature=0, max_tokens=2) as stream:
         last, longest = time.monotonic(), 0.0
         while line := stream.response.readline():
@@ -269,7 +275,7 @@ def test_a_stream_is_not_silent_while_its_prompt_is_read(server):
 
 
 def test_max_tokens_of_minus_one_is_no_limit(server):
-    assert ask(server, "thinker", ("user", "unclosed"), max_tokens=-1).status == 200
+    assert ask(server, "thinker", ("user", "sum"), max_tokens=-1).status == 200
 
 
 @pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium", "high", "xhigh", "max"])

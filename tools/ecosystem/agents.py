@@ -63,15 +63,20 @@ class Agent:
         programs = self._install(directory)
         with tempfile.TemporaryDirectory() as temporary:
             home, work = Path(temporary) / "home", Path(temporary) / "work"
-            work.mkdir(parents=True)
+            home.mkdir()
+            work.mkdir()
             for name, text in self.files.items():
                 (home / name).parent.mkdir(parents=True, exist_ok=True)
                 (home / name).write_text(self._fill(text, url, work))
             variables = {name: self._fill(value, url, work) for name, value in self.variables.items()}
-            environment = {**os.environ, "HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}", **variables}
-            for command in filter(None, (self.setup, self.command)):
-                filled = [self._fill(part, url, work) for part in command]
-                _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
+            own = {"HOME": str(home), "PWD": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
+            environment = {**os.environ, **own, **variables}
+            try:
+                for command in filter(None, (self.setup, self.command)):
+                    filled = [self._fill(part, url, work) for part in command]
+                    _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
+            finally:
+                subprocess.run(["pkill", "-f", temporary], check=False)  # what it left running there
             written = work / TASK
             if not written.exists() or written.read_text().strip() != TEXT.strip():
                 raise ValueError(

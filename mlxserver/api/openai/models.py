@@ -28,6 +28,7 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "max_model_len": model.context_length,  # vLLM's name of it, and llama.cpp's
         "meta": {"n_ctx_train": model.context_length},
         "capabilities": None if known is None else {name: name in known for name in CAPABILITIES},
+        "execution": asdict(model.execution) if model.execution else None,
         "memory_bytes": model.memory_bytes,
         "reserved_bytes": model.reserved_bytes,
         "estimate": estimate_object(model.estimate),

@@ -15,6 +15,7 @@ from mlxserver.engine.distributed.codec import answer, decode_tokens, encode_seq
 from mlxserver.engine.distributed.leader import Leader, Opened
 from mlxserver.engine.errors import EngineError
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
+from mlxserver.engine.requests import Execution
 from mlxserver.engine.scheduler.peers import FixedPeers, Peers
 from mlxserver.engine.sequence import Constraint, SampledToken, Sequence
 
@@ -35,6 +36,7 @@ class LeadingBatch:
     ) -> None:
         self.vocab_size = opened.vocab_size
         self.load = EngineLoad()
+        self.execution: Execution | None = None
         self._leader = leader
         self._number = number
         self._peers = peers or FixedPeers()

@@ -14,8 +14,9 @@ from mlxserver.engine.mlx import mx
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import one_class
 from mlxserver.engine.kv_cache.merged import MergedCache
+from mlxserver.engine.kv_cache.single import SingleCache
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
-from mlxserver.engine.platform.policy import ExecutionPolicy
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 
 class BatchCache(Protocol):
@@ -48,5 +49,10 @@ def make_batch_cache(model: Any, policy: ExecutionPolicy | None = None, *, is_sh
 
     They must make the same forward passes, and may have unlike parts of it, whose sizes say something else on each.
     """
+    policy = policy or current()
     wide = one_class if is_shared else None
-    return SlotCache(model, policy, wide=wide) if caches.is_plain(model) else MergedCache(model, wide)
+    if policy.batch_cache == "single":
+        return SingleCache(model)
+    if policy.batch_cache == "slots" and caches.is_plain(model):
+        return SlotCache(model, policy, wide=wide)
+    return MergedCache(model, wide)

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.loading.metadata import model_arguments
 from mlxserver.engine.platform import cpu_layers
 from mlxserver.engine.platform.policy import current
 
@@ -26,6 +27,7 @@ class Architecture:
 
     layers: values per token of each layer with a KV cache, and the most tokens that it keeps per sequence (0: all).
     sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
+    arguments: those that mlx-lm's model was made with (metadata.model_arguments()).
     """
 
     weights: int
@@ -33,6 +35,7 @@ class Architecture:
     sequence_values: int
     width: int
     vocab: int
+    arguments: tuple[Mapping[str, Any], ...] = ()
 
     def cache_values(self, tokens: int, sequences: int) -> int:
         """Values in a full cache of so many tokens and sequences."""
@@ -62,5 +65,10 @@ def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
             sequence_values += sum(array.size for _, array in tree_flatten(layer.state) if isinstance(array, mx.array))
     mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
     return Architecture(
-        sum(array.size for array in parameters), tuple(layers), sequence_values, outputs // len(cache), vocab
+        sum(array.size for array in parameters),
+        tuple(layers),
+        sequence_values,
+        outputs // len(cache),
+        vocab,
+        tuple(model_arguments(model)),
     )

@@ -17,6 +17,7 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
 from mlxserver.engine.loading.metadata import attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
+from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
@@ -75,16 +76,17 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     policy = policy or current()
     try:
         metadata = checkpoint_metadata(spec.source, policy.weights)
-        architecture = inspect_architecture(metadata.config)
-    except SourceInvalid as error:
+        with naming_what_is_missing():
+            architecture = inspect_architecture(metadata.config)
+    except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # a broken config.json can make an architecture raise anything
         text = one_line(error)
         raise LoadFailed(spec.key, f"its config.json can't be used: {type(error).__name__}: {text}") from None
     is_float32 = policy.weights is WeightPolicy.FLOAT32
     value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
-    attention = AttentionMemory(attention_heads(metadata.config), policy)
-    own = limits(spec, context_length(spec.key, metadata.config))
+    attention = AttentionMemory(attention_heads(metadata.config, *architecture.arguments), policy)
+    own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
     return Estimate(
         weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec),
         cache=architecture.cache_values(own.cache_tokens, spec.max_running) * value_bytes,

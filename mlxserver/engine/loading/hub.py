@@ -6,7 +6,6 @@ Rule 2: nothing is printed; progress is reported in bytes.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -17,7 +16,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 from tqdm.auto import tqdm
 
 from mlxserver.engine.errors import LoadAborted, SourceInvalid
-from mlxserver.engine.loading.metadata import CheckpointMetadata
+from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
 
 WEIGHTS = "model*.safetensors"
 NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
@@ -43,14 +42,12 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
     """Metadata from a repository's config.json and list of files, without its weights. Raises SourceInvalid."""
     try:
         file = Path(hf_hub_download(repository, "config.json", revision=revision))
-        config = json.loads(file.read_text())
+        config = read_config(file)
     except errors.EntryNotFoundError as error:
         is_missing = not isinstance(error, errors.LocalEntryNotFoundError)
         raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
     except Exception as error:
         raise SourceInvalid(source, _explain(error, revision)) from None
-    if not isinstance(config, dict):
-        raise SourceInvalid(source, "its config.json has no object in it")
     return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent))
 
 

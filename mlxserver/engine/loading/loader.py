@@ -19,9 +19,11 @@ from mlxserver.engine.mlx import mx
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters, load_model, load_tokenizer
 from tokenizers.models import BPE
+from transformers import PreTrainedConfig
 
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
@@ -30,15 +32,17 @@ from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, Source
 from mlxserver.engine.loading import estimate
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.fused_projections import fuse_projections
-from mlxserver.engine.loading.metadata import context_length, vocab_size
+from mlxserver.engine.loading.metadata import context_length, model_arguments, vocab_size
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.loading.turn_ends import find_turn_ends
+from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform import cpu_layers, device, openblas
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 log = logging.getLogger("engine")
 
+_NVFP4_LARGEST = 448 * 6  # a global scale is the largest value; stored values times stored scales reach this one
 READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; an aborted load ends at the next one
 
 
@@ -123,7 +127,7 @@ def _read(
     spec: ModelSpec, path: Path, files: Path, report: Progress, divide: Divide | None, policy: ExecutionPolicy
 ) -> LoadedModel:
     """The model in `path`. files: that directory, or a corrected copy of it."""
-    with _naming(f"the model in {path} can't be read"):
+    with _naming(f"the model in {path} can't be read"), naming_what_is_missing():
         model, config = load_model(files, lazy=True, trust_remote_code=False)
     if spec.adapter is not None:
         with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
@@ -131,7 +135,7 @@ def _read(
     with _naming(f"the weights in {path} can't be used"):
         model = _prepared(model, report, divide, policy)
     with _naming(f"the tokenizer in {path} can't be read"):
-        tokenizer = load_tokenizer(files, {"trust_remote_code": False}, eos_token_ids=[])
+        tokenizer = read_tokenizer(files)
         disable_tokenizer_cache(tokenizer)
         tokenizer.eos_token_ids = set(find_turn_ends(tokenizer, path, vocab_size(config) or len(tokenizer)))
     return LoadedModel(
@@ -139,17 +143,32 @@ def _read(
         tokenizer=tokenizer,
         config=config,
         path=path,
-        limits=estimate.limits(spec, context_length(spec.key, config)),
+        limits=estimate.limits(spec, context_length(spec.key, config, *model_arguments(model))),
         generation_defaults={**recommended_sampling(spec.source), **generation_defaults(path)},
         weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
     )
+
+
+def read_tokenizer(path: Path) -> TokenizerWrapper:
+    """The tokenizer of a directory, without ends of a turn.
+
+    transformers reads config.json first, and refuses some that only mlx-lm knows: none is needed then.
+    """
+    options: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        return load_tokenizer(path, options, eos_token_ids=[])
+    except Exception as refusal:
+        try:
+            return load_tokenizer(path, options | {"config": PreTrainedConfig()}, eos_token_ids=[])
+        except Exception:
+            raise refusal from None
 
 
 def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> nn.Module:
     """The model in the policy's form, evaluated. Progress is reported in bytes of loaded weights."""
     if policy.weights is WeightPolicy.FLOAT32:
         model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
-        model = dequantize_model(model)
+        model = _dequantized(model)
         model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
     fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
     if fused:
@@ -170,6 +189,17 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
             mx.eval(parameters[: n + 1])
             done, pending = done + pending, 0
             report("reading", done, total)
+    return model
+
+
+def _dequantized(model: nn.Module) -> nn.Module:
+    """The model with dequantized layers; nvfp4's scale of each expert, which mlx-lm leaves out, included."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedSwitchLinear)]
+    scales = {name: layer.global_scale for name, layer in layers if layer.global_scale is not None}
+    model = dequantize_model(model)
+    for name, layer in model.named_modules():
+        if name in scales:
+            layer.weight = layer.weight * (scales[name] / _NVFP4_LARGEST)[:, None, None]
     return model
 
 
@@ -221,6 +251,6 @@ def _naming(problem: str) -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if not isinstance(error, (SourceInvalid, _Unusable, ValueError, RuntimeError, OSError)) or not text:
+    if not isinstance(error, (SourceInvalid, _Unusable, Unsupported, ValueError, RuntimeError, OSError)) or not text:
         text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 400 else text[:400] + " ..."

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("engine")
 
 FALLBACK_CONTEXT = 4096  # tokens
-CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx", "seq_length")
+CONTEXT_KEYS = (
+    *("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx", "seq_length"),
+    *("model_max_length", "max_context_length", "block_size"),
+)
+HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "num_query_heads")
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
@@ -20,6 +27,23 @@ class CheckpointMetadata:
 
     config: Mapping[str, Any]
     stored_bytes: int
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The object in a config.json, its tagged floats (`{"__float__": "Infinity"}`) decoded as mlx-lm does.
+
+    Raises OSError; ValueError if there is no object in it.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} has no object in it")
+    return config
+
+
+def _decode_float(value: dict[str, Any]) -> Any:
+    """The number of a tagged float, which transformers writes where JSON has none; any other object as it is."""
+    tagged = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+    return tagged.get(str(value.get("__float__")), value) if len(value) == 1 else value
 
 
 def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -36,24 +60,44 @@ def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield vars(part)
 
 
-def context_length(key: str, config: Mapping[str, Any]) -> int:
-    """The context in tokens that a config.json states; otherwise FALLBACK_CONTEXT, with a warning in the log."""
-    for part in text_configs(config):
-        for name in CONTEXT_KEYS:
-            value = part.get(name)
-            if isinstance(value, int) and value > 0:
-                return value
+def model_arguments(model: Any) -> Iterator[Mapping[str, Any]]:
+    """The arguments that mlx-lm's model and its parts were made with: config.json, and defaults where it has gaps."""
+    seen: set[int] = set()
+    for _, module in model.named_modules():  # the model itself is the first
+        for arguments in (getattr(module, "args", None), getattr(module, "config", None)):
+            if is_dataclass(arguments) and id(arguments) not in seen:
+                seen.add(id(arguments))
+                yield vars(arguments)
+
+
+def context_length(key: str, *stated: Mapping[str, Any]) -> int:
+    """The context in tokens that a config.json states, or else its model's arguments (model_arguments()).
+
+    FALLBACK_CONTEXT if none does, with a warning in the log.
+    """
+    if context := _first(stated, CONTEXT_KEYS):
+        return context
     log.warning("%s: its config.json states no context length; taking %d tokens", key, FALLBACK_CONTEXT)
     return FALLBACK_CONTEXT
 
 
-def attention_heads(config: Mapping[str, Any]) -> int:
-    """Number of query heads in a config.json, or in mlx-lm's arguments of it; 0 if not stated."""
-    stated = (part.get("num_attention_heads") for part in text_configs(config))
-    return next((int(number) for number in stated if number), 0)
+def attention_heads(*stated: Mapping[str, Any]) -> int:
+    """Number of query heads in a config.json, or in its model's arguments; 0 if none states it."""
+    return _first(stated, HEAD_KEYS)
+
+
+def _first(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
+    """The first value of these names above 0; of a list with one value per layer, the largest."""
+    for config in stated:
+        for part in text_configs(config):
+            for name in names:
+                value = part.get(name)
+                values = value if isinstance(value, (list, tuple)) else [value]
+                if largest := max((n for n in values if type(n) is int), default=0):
+                    return largest
+    return 0
 
 
 def vocab_size(config: Mapping[str, Any]) -> int:
     """Size of the vocabulary that a config.json states, which may be padded; 0 if not stated."""
-    stated = (part.get("vocab_size") for part in text_configs(config))
-    return next((number for number in stated if type(number) is int and number > 0), 0)
+    return _first([config], ("vocab_size",))

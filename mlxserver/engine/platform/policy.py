@@ -14,6 +14,8 @@ from enum import Enum
 from typing import Literal
 
 DeviceKind = Literal["cpu", "metal", "cuda"]
+PromptSharing = Literal["padded", "unpadded", "alone"]
+CacheKind = Literal["slots", "merged", "single"]
 
 
 class WeightPolicy(Enum):
@@ -41,6 +43,10 @@ class ExecutionPolicy:
     replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py and cpu_matmul.py.
     wire_memory: weights are kept resident, up to the working set that the device recommends.
     memory_share: the part of the device's memory that all models may take; the rest is for the system and Python.
+
+    And what one model can't do on any device (runners/self_check.py):
+    prompts: shorter prompts of a chunk are padded; or all of a chunk are of one length; or each has its own chunks.
+    batch_cache: of a decode batch: slots, where all layers are plain; or mlx-lm's batched caches; or one per sequence.
     """
 
     compile_steps: bool
@@ -57,6 +63,8 @@ class ExecutionPolicy:
     replace_kernels: bool
     wire_memory: bool
     memory_share: float
+    prompts: PromptSharing = "padded"
+    batch_cache: CacheKind = "slots"
 
     def __post_init__(self) -> None:
         """Raises ValueError for compiled steps without padded slots."""

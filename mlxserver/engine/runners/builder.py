@@ -10,14 +10,17 @@ from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
+from mlxserver.engine.errors import LoadFailed, one_line
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.loading import loader, sharding
 from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.sources import Progress, silent
+from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import ModelBatch, TextRunner
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
@@ -95,8 +98,18 @@ class Builder:
             max_kv_tokens=loaded.limits.cache_tokens,
             metrics=metrics,
             checkpoint_interval=spec.checkpoint_interval,
-            policy=self._policy,
+            policy=self._fitting_policy(spec, loaded),
         )
+
+    def _fitting_policy(self, spec: ModelSpec, loaded: loader.LoadedModel) -> ExecutionPolicy:
+        """The policy with the paths that this model can take. Raises LoadFailed if it can't even run alone."""
+        failure: LoadFailed
+        try:
+            with naming_what_is_missing():
+                return fitting_policy(loaded.model, self._policy, spec.key)
+        except Exception as error:  # foreign code: it can raise anything
+            failure = LoadFailed(spec.key, f"the model can't be run: {one_line(error)}")
+        raise failure  # out here, without the frames that hold the weights
 
     def _finish(
         self, spec: ModelSpec, loaded: loader.LoadedModel, batch: Scheduler | LeadingBatch, progress: Progress
@@ -109,16 +122,18 @@ class Builder:
 
 def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: ExecutionPolicy) -> None:
     """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
-    most = max_running if policy.warm_up_all_batch_sizes else 2
-    sizes = [size for power in range(most.bit_length()) if (size := 1 << power) <= most]
+    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)
+    runs = [(greedy, 1), (sampled, 2)]
+    if policy.warm_up_all_batch_sizes:
+        sizes = [size for power in range(max_running.bit_length()) if (size := 1 << power) <= max_running]
+        runs = [(sampling, size) for sampling in (greedy, sampled) for size in sizes]
     batch.warm_up()
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
-    for sampling in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)):
-        for size in sizes:
-            sequences = [Sequence(-1 - n, tokens, sampling, 3) for n in range(size)]
-            batch.insert(sequences)
-            for _ in range(_WARM_UP_STEPS):
-                batch.prefill()
-                batch.decode()
-            batch.remove([sequence.id for sequence in sequences])
+    for sampling, size in runs:
+        sequences = [Sequence(-1 - n, tokens, sampling, 3) for n in range(size)]
+        batch.insert(sequences)
+        for _ in range(_WARM_UP_STEPS):
+            batch.prefill()
+            batch.decode()
+        batch.remove([sequence.id for sequence in sequences])
     batch.shrink_prefixes(0)

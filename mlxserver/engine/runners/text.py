@@ -25,6 +25,7 @@ from mlxserver.engine.requests import (
     ApplyTemplate,
     ChatPrompt,
     Detokenize,
+    Execution,
     FormattedPrompt,
     GenerationRequest,
     ModelFacts,
@@ -49,6 +50,10 @@ class ModelBatch(Batch, Protocol):
     def vocab_size(self) -> int:
         """Size of the vocabulary, as the logits have it."""
 
+    @property
+    def execution(self) -> Execution | None:
+        """Paths that serve the model; None where ranks share it."""
+
 
 class TextRunner:
     """A loaded text model. `tokenizer`, `preprocess` and `answer` hold nothing of the batch."""
@@ -64,7 +69,7 @@ class TextRunner:
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
         capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
         capabilities -= set() if grammars.is_usable else {"json_schema"}
-        self.facts = ModelFacts(kind, loaded.context_length, loaded.weight_bytes, capabilities)
+        self.facts = ModelFacts(kind, loaded.context_length, loaded.weight_bytes, capabilities, batch.execution)
         self._defaults: Mapping[str, Any] = {**loaded.generation_defaults, **spec.defaults}
         self._max_running = spec.max_running
         self._repeats_unclosed = spec.unclosed_thinking == "content"

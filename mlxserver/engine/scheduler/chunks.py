@@ -9,14 +9,15 @@ from collections import abc
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mlxserver.engine.mlx import mx
+from mlxserver.engine.mlx import mx, nn
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
-from mlxserver.engine.loading.metadata import attention_heads
+from mlxserver.engine.loading.metadata import attention_heads, model_arguments
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.requests import Execution
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 
 # Tokens of a chunk where shapes have to recur. Fewer than 512 take little less time, but leave the GPU to other models.
@@ -62,6 +63,13 @@ def make_prefill_strategy(model: Any, policy: ExecutionPolicy | None = None) -> 
     return BucketedPrefill(model, policy) if is_bucketed else PlainPrefill(model, policy)
 
 
+def execution(model: Any, policy: ExecutionPolicy) -> Execution:
+    """The paths that serve a model under a policy."""
+    cache = policy.batch_cache if policy.batch_cache != "slots" or caches.is_plain(model) else "merged"
+    may_pad = policy.prompts == "padded" and not caches.keeps_state(model)
+    return Execution(cache, may_pad, policy.compile_steps and cache == "slots")
+
+
 class PlainPrefill:
     """Chunks of any shape, in mlx-lm's own caches.
 
@@ -72,10 +80,11 @@ class PlainPrefill:
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         policy = policy or current()
         self._model = model
-        heads = attention_heads(vars(model.args)) if hasattr(model, "args") else 0
+        heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
         self._attention = AttentionMemory(heads, policy)
         self._rounds = policy.round_chunks
-        self._may_pad = not caches.keeps_state(model)
+        self._may_share = policy.prompts != "alone"
+        self._may_pad = policy.prompts == "padded" and not caches.keeps_state(model)
         self.yields_cores = policy.parallel_models
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
@@ -89,7 +98,7 @@ class PlainPrefill:
         most = self._attention.fit(int(_SLACK * budget), max(prompt.done for prompt in waiting))
         prompts: list[PendingPrompt] = []
         length = 0
-        for prompt in waiting:
+        for prompt in waiting if self._may_share else waiting[:1]:
             own = prompt.ahead if prompt.ahead <= most else min(budget, most)
             if not self._may_pad and prompts and own != length:
                 continue

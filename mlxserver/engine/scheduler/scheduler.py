@@ -21,8 +21,10 @@ from mlxserver.engine.kv_cache import caches, checkpoints
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
-from mlxserver.engine.platform.policy import ExecutionPolicy
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.requests import Execution
 from mlxserver.engine.sampling.sampler import BatchSampler
+from mlxserver.engine.scheduler.chunks import execution
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.load_meter import LoadMeter
@@ -57,6 +59,7 @@ class Scheduler:
         policy: ExecutionPolicy | None = None,
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
+        self.execution: Execution | None = execution(model, policy or current())
         self._model = model
         self._max_running = max_running
         self._peers = peers or FixedPeers()
@@ -214,9 +217,9 @@ class Scheduler:
         kv_tokens = self._budget.compacted_tokens_of([*self._prefilling, prompt])
         if taken and not self._budget.holds(kv_tokens):
             return False
-        self._budget.shrink_prefixes_beside(kv_tokens, taken + len(prompt.sequences))
         prompt.started = now
-        cache, length = self._budget.fetch_prefix(prompt.tokens)
+        cache, length = self._budget.fetch_prefix(prompt.tokens)  # before it may have to go for this very prompt
+        self._budget.shrink_prefixes_beside(kv_tokens, taken + len(prompt.sequences))
         prompt.cache = cache or caches.new_cache(self._model)
         prompt.done = prompt.cached_tokens = length
         if self._takes_checkpoints:
