@@ -58,6 +58,7 @@ ANSWERS = {
     "<|think|>": [
         ("<|think|>Well.<|end|><|begin|>assistant<|content|>Yes<|end|>", "Well.", "Yes"),
         ("<|content|>Yes<|end|>", "", "Yes"),
+        ("<|think|>Well.<|end|><|begin|>assistant<|tool_calls|>Yes", "Well.", "Yes"),
     ],
     "Here are my reasoning steps:": [
         ("Here are my reasoning steps:\nWell.\n[BEGIN FINAL RESPONSE]\nYes\n[END FINAL RESPONSE]\n", "Well.", "Yes\n"),
@@ -159,12 +160,19 @@ def test_a_format_is_found_by_its_template_or_its_tokens(tmp_path, marks):
 
 def test_a_message_that_ends_does_not_end_the_turn(tmp_path):
     """Whatever the model's files say: the reasoning would be the whole answer."""
-    for start, end in (("<|channel|>analysis<|message|>", "<|end|>"), (" to=self<|message|>", "<|eom|>")):
+    for start, end in (
+        ("<|channel|>analysis<|message|>", "<|end|>"),
+        (" to=self<|message|>", "<|eom|>"),
+        ("<|think|>", "<|end|>"),
+    ):
         marks = find(start)
         tokens = tuple(dict.fromkeys((*marks.vocab, *marks.turn_ends, end)))
-        tokenizer = load_tokenizer(scripted_model(tmp_path / end[2:5], {"x": "y"}, tokens=tokens))
+        tokenizer = load_tokenizer(scripted_model(tmp_path / start[:12].strip("<|>"), {"x": "y"}, tokens=tokens))
         known, own = tokenizer.eos_token_ids, {tokenizer.get_vocab()[token] for token in marks.turn_ends}
         assert turn_ends(tokenizer, {*known, tokenizer.get_vocab()[end]}) == known | own
+    marks = find("<|channel>thought")
+    tokenizer = load_tokenizer(scripted_model(tmp_path / "result", {"x": "y"}, tokens=(*marks.vocab, *marks.turn_ends)))
+    assert turn_ends(tokenizer, {1}) == {1, tokenizer.get_vocab()["<|tool_response>"]}
     other = load_tokenizer(scripted_model(tmp_path / "other", {"x": "y"}))
     assert turn_ends(other, {1, 2}) == {1, 2}
 
@@ -213,7 +221,7 @@ def generate(runner, request):
 
 KINDS = [
     "<|channel|>analysis<|message|>", " to=self<|message|>", "<|channel>thought", "<|open|>think<|sep|>", "<|think|>",
-    "Here are my reasoning steps:", "<think>",
+    "<|START_THINKING|>", "Here are my reasoning steps:", "<think>",
 ]  # fmt: skip
 
 

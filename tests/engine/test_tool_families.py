@@ -152,6 +152,7 @@ WRITERS = {
         f"<|tool_call:begin|>abc<|tool_call:name|>{n}<|tool_call:args|>{json.dumps(a)}<|tool_call:end|>"
     ),
     "granite": lambda n, a: f'<|tool_call|>[{{"name": "{n}", "arguments": {json.dumps(a)}}}]',
+    "gigachat": lambda n, a: f'<|function_call|>{{"name": "{n}", "arguments": {json.dumps(a)}}}',
     "llama": lambda n, a: f'{{"name": "{n}", "parameters": {json.dumps(a)}}}',
     "minicpm5": lambda n, a: (
         f'<function name="{n}">'
@@ -363,3 +364,25 @@ def test_every_family_is_found_by_what_its_template_contains(tiny_tokenizer, fam
 
 def test_what_names_no_format_has_none(tiny_tokenizer):
     assert find_format(tiny_tokenizer, "{{ messages }}{{ tools }}") is None
+
+
+LISTED = [
+    ('[f(s="x", i=2), get-weather()]', [("f", {"s": "x", "i": 2}), ("get-weather", {})], ""),
+    ('<|python_start|>[f(s="x")]<|python_end|>', [("f", {"s": "x"})], ""),
+    ("[f(i=2)] Done.", [("f", {"i": 2})], "Done."),
+    ("[f(s='x", [("f", {"s": "x"})], ""),
+    ("[1] See (there).", [], "[1] See (there)."),
+    ("f(s='x')", [], "f(s='x')"),
+    ("[other(s='x')]", [], "[other(s='x')]"),
+    ("[f(s='x')", [("f", {"s": "x"})], ""),
+]
+
+
+@pytest.mark.parametrize(("text", "calls", "content"), LISTED)
+def test_llamas_calls_may_be_a_list_in_python(text, calls, content):
+    assert calls_of(FORMATS["llama"], text) == (content, calls)
+
+
+def test_what_only_begins_like_a_list_of_calls_is_not_held_back():
+    parser = ToolCallParser(FORMATS["llama"], TOOLS)
+    assert "".join(event.text for event in parser.feed("[1] See")) == "[1] See"

@@ -16,7 +16,7 @@ from mlxserver.engine.requests import ToolChoice
 from mlxserver.engine.sampling.grammars import Grammars
 from mlxserver.engine.sampling.tool_grammars import calls_or_answer, strict_calls
 
-CONTROL = ["<|tool_call>", "<tool_call|>", '<|"|>', "[TOOL_CALLS]", "[ARGS]", "<|call|>", "<|sep|>"]
+CONTROL = ["<|tool_call>", "<tool_call|>", '<|"|>', "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|call|>", "<|sep|>", "]~["]
 ANSWER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
 
@@ -263,3 +263,33 @@ def test_strict_arguments_keep_their_schema_beside_a_schema(grammars, admits):
     assert admits(grammar, call("add", {"a": 1})) and admits(grammar, call("free", {"b": "x"}))
     assert not admits(grammar, call("add", {"a": "1"})) and not admits(grammar, call("add", {}))
     assert not admits(grammar, call("other", {}))
+
+
+def test_a_control_token_is_one_by_its_entry_whatever_its_text(grammars, tokenizer):
+    ids = tokenizer.get_vocab()
+    assert grammars.split("a]~[<|call|>b") == ["a", ids["]~["], ids["<|call|>"], "b"]
+    assert ids["]~["] in grammars.control_tokens()
+
+
+NAMED = [
+    ("mistral", "[TOOL_CALLS]add[ARGS]{}"),
+    ("mistral", "[TOOL_CALLS]add[CALL_ID]a1B2c3D4e[ARGS]{}"),
+    (
+        "deepseek",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        "deepseek",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{}\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "written"), NAMED)
+def test_strict_arguments_behind_a_name_fit_their_schema_in_every_form(grammars, admits, family, written):
+    grammar = strict_calls([tool("add", True, a={"type": "integer"})], native(family), grammars)
+    assert admits(grammar, written.replace("{}", '{"a": 1}'))
+    assert not admits(grammar, written)
+    assert not admits(grammar, written.replace("{}", '{"a": "1"}'))
+    assert not admits(grammar, written.replace("add", "other").replace("{}", '{"a": 1}'))

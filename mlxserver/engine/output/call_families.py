@@ -164,6 +164,7 @@ FAMILIES = (
     ),
     Family(json_format("<|tool_call|>", "<|/tool_call|>", is_native=True, name="phi4"), ("<|/tool_call|>",)),
     Family(json_format("<|tool_call|>", "", is_native=True, name="granite", writer=write_list), ("<|tool_call|>",)),
+    Family(json_format("<|function_call|>", "", is_json=True, is_native=True, name="gigachat"), ("<|function_call|>",)),
     Family(json_format("<tool_calls>", "</tool_calls>", is_native=True, name="json_list"), ("<tool_calls>",)),
     Family(HERMES, ("<tool_call>",), ("json_tools",)),
     Family(

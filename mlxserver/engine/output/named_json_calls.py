@@ -25,6 +25,8 @@ from mlxserver.engine.output.schema_types import EVERYTHING
 SOLAR_NAME = "<|tool_call:name|>"
 BETWEEN_CALLS = " \t\r\n,;]"
 KIMI_ID = re.compile(r"(?:functions\.)?(.+?):\d+")
+KIND = "function"
+ID_MARK = "[CALL_ID]"
 Header = Callable[[str], tuple[str, str | None]]
 
 
@@ -90,7 +92,8 @@ def _read_keyed(sink: CallSink) -> Reading[None]:
 class NamedJsonCalls:
     """Reader of `call name separator {arguments} call_end`, up to `end`.
 
-    header: text before the separator -> the function's name, and the model's own id of the call.
+    header: text before the separator -> the function's name, and the model's own id of the call. has_kinds: "function"
+    may stand in the place of the name, which is then behind the separator, the arguments behind it as Markdown.
     """
 
     call: str
@@ -98,6 +101,7 @@ class NamedJsonCalls:
     call_end: str = ""
     end: str = ""
     header: Header = lambda text: (check_name(text), None)
+    has_kinds: bool = False
     untyped: frozenset[str] = EVERYTHING
 
     def read(self, sink: CallSink, signatures: Signatures, start: str) -> Reading[None]:
@@ -118,7 +122,7 @@ class NamedJsonCalls:
         sink.back(1)
         if first == "{":
             yield from _read_arguments(sink, name, own_id)
-        elif name == "function":  # DeepSeek R1: the kind of call, then the name, and the arguments as Markdown
+        elif self.has_kinds and name == KIND:
             text, _ = yield from until("{", limit=HEADER_LENGTH)
             sink.back(1)
             yield from _read_arguments(sink, check_name(text.split("```")[0]))
@@ -148,7 +152,7 @@ def kimi_header(text: str) -> tuple[str, str | None]:
 
 def mistral_header(text: str) -> tuple[str, str | None]:
     """Name and id of Mistral's `name[CALL_ID]id`."""
-    name, _, own_id = text.partition("[CALL_ID]")
+    name, _, own_id = text.partition(ID_MARK)
     return check_name(name), own_id.strip() or None
 
 

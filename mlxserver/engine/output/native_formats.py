@@ -10,7 +10,6 @@ from typing import Any
 from mlxserver.engine.output.argument_types import Signatures
 from mlxserver.engine.output.call_reading import CallSink, Reading
 from mlxserver.engine.output.named_json_calls import (
-    JsonCalls,
     NamedJsonCalls,
     kimi_header,
 )
@@ -109,7 +108,12 @@ M3 = "]<]minimax[>["
 HARMONY = native("harmony", "<|channel|>commentary to=", "<|call|>", NoCalls())
 DEEPSEEK_START = "<｜tool▁calls▁begin｜>"
 DEEPSEEK = native(
-    "deepseek", DEEPSEEK_START, SEPARATED[3], NamedJsonCalls(*SEPARATED), SEPARATED[0], writer=_write_deepseek
+    "deepseek",
+    DEEPSEEK_START,
+    SEPARATED[3],
+    NamedJsonCalls(*SEPARATED, has_kinds=True),  # R1 writes them
+    SEPARATED[0],
+    writer=_write_deepseek,
 )
 KIMI_K2 = native("kimi_k2", "<|tool_calls_section_begin|>", KIMI[3], NamedJsonCalls(*KIMI, header=kimi_header), KIMI[0])
 QWEN_XML = native("qwen3_coder", "<tool_call>", "</tool_call>", functions("</tool_call>", breaks=True), "<function=")
@@ -119,9 +123,9 @@ PYTHONIC = native(
 LLAMA = ToolFormat(
     "",
     "",
-    JsonCalls("", ("<|python_tag|>",)),
+    PythonicCalls("<|python_end|>", needs_list=True),  # Llama 4's; an object is read as JSON whatever the format
     is_native=True,
-    other_starts=("<|python_tag|>",),
+    other_starts=("<|python_tag|>", "<|python_start|>"),
     is_guarded=True,
     name="llama",
 )

@@ -40,21 +40,29 @@ OPENING, CLOSING = "[{(", "]})"
 
 @dataclass(frozen=True, slots=True)
 class PythonicCalls:
-    """Reader of a list of calls, up to `end`."""
+    """Reader of a list of calls, up to `end`.
+
+    needs_list: a call outside a list is none, and text may follow the list.
+    """
 
     end: str = ""
+    needs_list: bool = False
     untyped: frozenset[str] = EVERYTHING
 
     def read(self, sink: CallSink, signatures: Signatures, start: str) -> Reading[None]:
         """Read the calls behind a start tag."""
         if (yield from solid()) != "[":
+            if self.needs_list:
+                raise ValueError("no list of calls")
             sink.back(1)  # one call without its list
         marker = ","
         while marker == ",":
-            header, _ = yield from until("(", limit=HEADER_LENGTH)
-            yield from self._read_call(sink, signatures, check_name(header))
+            name = yield from _read_name()
+            yield from self._read_call(sink, signatures, name)
             marker = yield from follow(sink, ",", "]", self.end)
-        if marker != self.end:
+        if self.needs_list:
+            yield from follow(sink, self.end)
+        elif marker != self.end:
             yield from skip_tail(sink, self.end, ())
 
     def _read_call(self, sink: CallSink, signatures: Signatures, name: str) -> Reading[None]:
@@ -79,7 +87,12 @@ class PythonicCalls:
         first = yield from solid()
         if first in "'\"":
             value = arguments.value(key, TEXT)
-            yield from _read_text(sink, first, value.feed)
+            try:
+                yield from _read_text(sink, first, value.feed)
+            except EndOfText as end:
+                if not end.is_cut:
+                    value.finish()
+                raise
             value.finish()
             return
         written: list[str] = []
@@ -87,6 +100,15 @@ class PythonicCalls:
         text = "".join(written)
         arguments.key(key)
         sink.write((ValueType(EVERYTHING - {"string"}) if first in OPENING else kind).json(text))
+
+
+def _read_name() -> Reading[str]:
+    """Read a function's name and the bracket behind it. Raises ValueError at the first character of no name."""
+    text = name = ""
+    while (char := (yield)) != "(":
+        text += char
+        name = check_name(text) if text.strip() else ""
+    return check_name(name)
 
 
 def _read_text(sink: CallSink, quote: str, keep: Callable[[str], None]) -> Reading[None]:

@@ -74,6 +74,20 @@ def _tags(start: str, end: str) -> ReasoningFormat:
     return ReasoningFormat(start, end, template=(start, end), vocab=(start, end))
 
 
+def _command(section: str) -> ReasoningFormat:
+    """Cohere's format. section: the name of an answer's part that is text."""
+    start, end = f"<|START_{section}|>", f"<|END_{section}|>"
+    return ReasoningFormat(
+        "<|START_THINKING|>",
+        "<|END_THINKING|>",
+        dropped=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
+        has_control_marks=True,
+        answers=(start, "<|START_ACTION|>"),
+        template=(start,),
+        vocab=("<|START_THINKING|>", "<|END_THINKING|>", start, end),
+    )
+
+
 HARMONY = ChannelFormat(
     "<|start|>",
     "<|message|>",
@@ -116,6 +130,7 @@ FORMATS = (
         "<channel|>",
         dropped=("<|channel>",),
         has_control_marks=True,
+        turn_ends=("<|tool_response>",),  # which follows the calls in the same turn
         template=("<|channel>",),
         vocab=("<|channel>", "<channel|>"),
     ),
@@ -133,14 +148,8 @@ FORMATS = (
         template=("'<|open|>'", "<|open|>think"),
         vocab=("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"),
     ),
-    ReasoningFormat(  # Command A and R7B, and their successors
-        "<|START_THINKING|>",
-        "<|END_THINKING|>",
-        dropped=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
-        has_control_marks=True,
-        template=("<|START_THINKING|>",),
-        vocab=("<|START_THINKING|>", "<|END_THINKING|>"),
-    ),
+    _command("TEXT"),
+    _command("RESPONSE"),  # Command A and R7B
     ReasoningFormat(  # Apertus
         "<|inner_prefix|>",
         "<|inner_suffix|>",
@@ -151,9 +160,10 @@ FORMATS = (
     ReasoningFormat(  # Solar
         "<|think|>",
         "<|end|>",
-        dropped=("<|begin|>assistant", "<|content|>"),
+        dropped=("<|begin|>assistant", "<|content|>", "<|tool_calls|>"),
         has_control_marks=True,
         answers=("<|begin|>assistant<|content|>", "<|begin|>assistant<|tool_calls|>"),
+        turn_ends=("<|flush|>", "<|calls|>"),
         template=("<|begin|>assistant<|think|>",),
         vocab=("<|begin|>", "<|think|>", "<|content|>", "<|end|>"),
     ),
@@ -210,6 +220,6 @@ def turn_ends(tokenizer: TokenizerWrapper, known: Collection[int]) -> set[int]:
     found, vocab = find_format(tokenizer), tokenizer.get_vocab()
     if found is None:
         return set(known)
-    inner = found.channels.ends if found.channels else ()
+    inner = (found.end, *(found.channels.ends if found.channels else ()))
     own = {vocab[token] for token in found.turn_ends if token in vocab}
     return {*known, *own} - ({vocab[token] for token in inner if token in vocab} - own)

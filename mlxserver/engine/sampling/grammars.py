@@ -10,7 +10,7 @@ Rule 3: a grammar that can't be enforced raises PromptRejected with the keyword'
 from __future__ import annotations
 
 import functools
-import itertools
+import re
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -49,21 +49,23 @@ class Grammars:
         """The control tokens in a text, which no string of a grammar matches, and what is between them."""
         if not self.is_usable:
             return [text]
-        tokenizer = self._tokenizer()
-        pieces: list[int | str] = []
-        tokens = tokenizer.tokenize_str(text, parse_special=True)
-        for is_control, group in itertools.groupby(tokens, tokenizer.is_special_token):
-            run = list(group)
-            pieces += run if is_control else [tokenizer.decode_str(run)]
-        return pieces
+        # Not by llguidance's own parser, which knows only those between angle brackets.
+        control = self._control_tokens()
+        names = sorted(filter(None, control), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return [control.get(piece, piece) for piece in pieces if piece]
 
     def control_tokens(self) -> list[int]:
         """All control tokens but those that end a sequence."""
+        return sorted(set(self._control_tokens().values()).difference(self._eos))
+
+    def _control_tokens(self) -> dict[str, int]:
+        """The ids of all control tokens, by their texts."""
         if self._fast is None:
-            return []
+            return {}
         is_special = self._tokenizer().is_special_token
-        added = sorted(self._fast.get_added_tokens_decoder())
-        return [token for token in added if token < self._vocab_size and token not in self._eos and is_special(token)]
+        added = self._fast.get_added_tokens_decoder().items()
+        return {entry.content: token for token, entry in added if token < self._vocab_size and is_special(token)}
 
     def constraint(self, grammar: Grammar, begun: Sequence[int] = ()) -> GrammarConstraint:
         """Constraint of one sequence by a grammar, of which it may have begun. Raises PromptRejected.
