@@ -396,7 +396,7 @@ BAD_BODIES = {
         {**GOOD, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content[0].type",
     ),
-    "negative max_tokens": ({**GOOD, "max_tokens": -1}, "max_tokens"),
+    "negative max_tokens": ({**GOOD, "max_tokens": -3}, "max_tokens"),
     "max_tokens zero": ({**GOOD, "max_tokens": 0}, "max_tokens"),
     "max_tokens of a wrong type": ({**GOOD, "max_tokens": "5"}, "max_tokens"),
     "temperature 3": ({**GOOD, "temperature": 3}, "temperature"),

@@ -19,7 +19,6 @@ FUNCTION = {"name": "add", "parameters": {"type": "object", "properties": {"a": 
 ADD = {"type": "function", "function": FUNCTION}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 CACHE = {"type": "ephemeral"}
-LATER = pytest.mark.xfail(reason="what this entry needs is not there yet", strict=False)
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class Entry:
     prefix: bytes = b""
 
 
-def chat(name, *, marks=(), **fields):
+def chat(name, **fields):
     """An entry of a chat, whose body is what is not a field of Entry."""
     own = {key: fields.pop(key) for key in ("model", "status", "expect", "headers", "prefix") if key in fields}
-    return pytest.param(Entry(name, {"messages": HELLO, **fields}, **own), id=name, marks=marks)
+    return pytest.param(Entry(name, {"messages": HELLO, **fields}, **own), id=name)
 
 
 def bare(name, **fields):
@@ -113,7 +112,6 @@ EFFORT_WORDS: list[dict[str, Any]] = [
     {"think": "high"},
     {"reasoning_effort": "medium", "reasoning": {"effort": "medium"}, "enable_thinking": True},
 ]
-STATED = {"none", "default", "auto"}  # what needs nothing of the template
 THINKING = {"reasoning_content": THOUGHT, "content": FINAL}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
@@ -161,7 +159,6 @@ CHAT_COMPLETIONS = [
             reasoning_effort=effort,
             **({"messages": [{"role": "user", "content": "think"}]} if model == "thinker" else {}),
             expect={"content": FINAL} if model == "thinker" and effort != "none" else {},
-            marks=() if effort in STATED else LATER,
         )
         for model in ("talker", "thinker")
         for effort in EFFORTS
@@ -189,7 +186,7 @@ CHAT_COMPLETIONS = [
         for on in ON
     ],
     *[
-        chat(f"{words_of(effort)} to a {model}", model=model, **effort, marks=LATER)
+        chat(f"{words_of(effort)} to a {model}", model=model, **effort)
         for model in ("talker", "thinker")
         for effort in EFFORT_WORDS
     ],
@@ -198,11 +195,10 @@ CHAT_COMPLETIONS = [
             f"a variable that the template of a {model} does not have",
             model=model,
             chat_template_kwargs={"preserve_thinking": True},
-            marks=LATER,
         )
         for model in ("talker", "thinker")
     ],
-    chat("enable_thinking as a variable to a talker", chat_template_kwargs={"enable_thinking": True}, marks=LATER),
+    chat("enable_thinking as a variable to a talker", chat_template_kwargs={"enable_thinking": True}),
     *[chat(f"{name} {value}", **{name: value}) for name, value in OPEN_WEBUI.items()],
     chat("all of Open WebUI's names", **OPEN_WEBUI),
     chat("mirostat that is on", mirostat=2),
@@ -211,7 +207,6 @@ CHAT_COMPLETIONS = [
         model="tiny",
         response_format={"type": "json_object", "schema": {"type": "object", "additionalProperties": False}},
         max_tokens=40,
-        marks=LATER,
     ),
     chat("max_tokens -1", max_tokens=-1, expect={"content": ANSWER}),
     chat("max_completion_tokens -1", max_completion_tokens=-1, expect={"content": ANSWER}),
@@ -231,7 +226,7 @@ CHAT_COMPLETIONS = [
     ],
     chat("functions", functions=[FUNCTION], status=400),
     *[
-        chat(f"{name} to a {model}", model=model, messages=messages, tools=[ADD], marks=LATER)
+        chat(f"{name} to a {model}", model=model, messages=messages, tools=[ADD])
         for model in ("talker", "thinker")
         for name, messages in HISTORIES.items()
     ],
