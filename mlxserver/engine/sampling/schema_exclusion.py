@@ -1,6 +1,6 @@
 """Exclusion of two JSON Schemas: whether no value fits both, as far as their types, values and properties show.
 
-A union of objects that are told apart by the value of one property, as many generators of schemas write it with oneOf,
+A union of objects that differ by the value of one property, as many generators of schemas write it with oneOf,
 is found exclusive here, references included. What is not found exclusive may still be.
 """
 
