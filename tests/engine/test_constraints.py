@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -360,6 +361,23 @@ def test_an_answer_may_begin_without_reasoning():
     controlled = Controlled(CHANNELS, ChannelParser(HARMONY), inner=inner, opened=HEADER[:2], **TO_USER)
     assert controlled.follow("<|channel|>", "final", "<|message|>", "{")[1:] == [["<|message|>"], ["{"], ["{"]]
     assert inner.received == ["{"]
+
+
+def test_a_grammar_may_follow_the_reasoning_at_once_in_the_place_of_the_text_before_an_answer():
+    """As where a call takes the place of an answer: its start tag is in the grammar."""
+    pieces = ("[THINK]", "[/THINK]", "<|text|>", "<|call|>", "a", "b", "c", "d", "e", "{")
+    marks = replace(THINK, start="[THINK]", end="[/THINK]", has_control_marks=True)
+    for lead in ((), ("[THINK]", "a", "[/THINK]")):
+        for written in (("<|text|>", "{"), ("{",)):
+            inner = OpenBrace()
+            controlled = Controlled(
+                pieces, ThinkingParser(marks, starts_inside=False), inner=inner,
+                start=("[THINK]",), end=("[/THINK]",), answers=(("<|text|>",), ()),
+            )  # fmt: skip
+            first = [controlled.allowed(), *controlled.follow(*lead)]
+            assert first[-1] == (["<|text|>", "{"] if lead else ["[THINK]", "<|text|>", "{"])
+            controlled.follow(*written)
+            assert inner.received == ["{"]
 
 
 def test_a_constraint_may_follow_each_beginning_of_an_answer():

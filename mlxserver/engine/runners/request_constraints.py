@@ -50,7 +50,12 @@ class RequestConstraints:
         texts = (self._marks.start, end, OPENING if self._has_messages else "", *self._marks.answers)
         encoded = [tuple(tokenizer.encode(text, add_special_tokens=False)) if text else () for text in texts]
         self._start, self._end, self._opening, *answers = encoded
-        self._answers = answers or [()]
+        # A start tag of calls in the place of an answer's opening is in the grammar, unless both begin alike.
+        first = {ids[0] for ids in answers[:1]}
+        openings = zip(self._marks.answers, answers, strict=True)
+        calls = [ids for text, ids in openings if text in self.tool_format.starts and ids[0] not in first]
+        self._answers = [ids for ids in answers if ids not in calls] or [()]
+        self._calls_open_answers = bool(calls)
 
     def compile(self, request: GenerationRequest) -> Grammar | None:
         """Make the grammar of a request, if it has one, and compile it. Raises PromptRejected."""
@@ -155,12 +160,15 @@ class RequestConstraints:
     ) -> ThinkingControl:
         # What keeps a schema is an answer to the user, and no message of another kind.
         is_answer = answer and (self._marks.channels or request.format or request.tool_choice.mode != "auto")
+        answers = self._answers[:1] if is_answer else self._answers
+        if self._calls_open_answers and _callable(request, self._has_messages):
+            answers = [*answers, ()]
         return ThinkingControl(
             parser,
             make_detokenizer(self._tokenizer).feed,
             start=self._start,
             end=self._end,
-            answers=self._answers[:1] if is_answer else self._answers,
+            answers=answers,
             opened=prompt.tokens[-MAX_OPENED:],
             vocab_size=self._vocab_size,
             budget=self._budget(request),

@@ -72,9 +72,9 @@ class ThinkingControl:
     """Follows the reasoning of a sequence: closes it when its budget is spent, and holds a grammar back until its end.
 
     start, end: token ids of the marks. decode: token id -> text, of this sequence alone. answers: token ids of the
-    texts by which an answer begins behind the reasoning, and which `inner` follows. opened: token ids at the
-    end of the prompt, which may have begun one of these texts. budget: most tokens of reasoning; None sets no limit. A
-    call that has begun is completed. inner: the constraint of the answer.
+    texts by which an answer begins behind the reasoning, and which `inner` follows; an empty one where it may follow
+    at once. opened: token ids at the end of the prompt, which may have begun one of these texts. budget: most tokens of
+    reasoning; None sets no limit. A call that has begun is completed. inner: the constraint of the answer.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ThinkingControl:
 
     def _close(self, answers: list[Path]) -> None:
         """Go on behind the reasoning, with one of these beginnings of an answer."""
-        is_open = Path() in answers
+        is_open = not any(path.tokens for path in answers)
         self._phase = Phase.ANSWERING if is_open else Phase.BEFORE
         self._paths = [] if is_open else answers
 

@@ -34,7 +34,7 @@ HEADER = """\
 %llguidance {}
 TEXT: /(.|\\n)*/
 MORE: /(.|\\n)+/
-GAP: /[ \\n]{1,2}/
+GAP: /[ \\n]{1,3}/
 BREAK: /\\n/
 """
 
