@@ -220,12 +220,13 @@ class DiskTier:
         return len(sizes), sum(sizes)
 
     def clear(self) -> None:
-        """Remove all files, and what waits to be written."""
+        """Remove all files, and what waits to be written. Waits for a write under way."""
         with suppress(queue.Empty):
             while True:
                 if write := self._writes.get_nowait():
                     self._note_done(write)
                 self._writes.task_done()
+        self._writes.join()
         self._shrink(0)
 
     def _shrink(self, max_bytes: int) -> None:
