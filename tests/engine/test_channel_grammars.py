@@ -1,6 +1,7 @@
 """Grammars of answers in harmony's channels: strict and forced calls, and calls beside a schema, as messages."""
 
 import itertools
+from functools import partial
 
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -15,6 +16,7 @@ from mlxserver.engine.sampling.channel_grammars import answer_messages, forced_m
 from mlxserver.engine.sampling.grammars import Grammars
 from tests.support.conversations import question
 from tests.support.field_models import CHANNELS
+from tests.support.grammars import admits as grammar_admits
 from tools.harness.models import write_scripted
 from tools.harness.scripts import words
 
@@ -42,12 +44,7 @@ def grammars(tokenizer):
 
 @pytest.fixture(scope="module")
 def admits(grammars, tokenizer):
-    def check(grammar, text):
-        matcher = grammars.compile(grammar).deep_copy()
-        tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-    return check
+    return partial(grammar_admits, grammars, tokenizer)
 
 
 def tool(name="add", strict=None):

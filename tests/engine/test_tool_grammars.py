@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from functools import partial
 
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -15,6 +16,7 @@ from mlxserver.engine.output.tool_formats import PLAIN, parsed_format
 from mlxserver.engine.requests import ToolChoice
 from mlxserver.engine.sampling.grammars import Grammars
 from mlxserver.engine.sampling.tool_grammars import calls_or_answer, strict_calls
+from tests.support.grammars import admits as grammar_admits
 
 CONTROL = ["<|tool_call>", "<tool_call|>", '<|"|>', "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|call|>", "<|sep|>", "]~["]
 ANSWER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
@@ -34,12 +36,7 @@ def grammars(tokenizer):
 
 @pytest.fixture(scope="module")
 def admits(grammars, tokenizer):
-    def check(grammar, text):
-        matcher = grammars.compile(grammar).deep_copy()
-        tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-    return check
+    return partial(grammar_admits, grammars, tokenizer)
 
 
 def native(name):

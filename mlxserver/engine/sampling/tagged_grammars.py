@@ -24,7 +24,6 @@ from mlxserver.engine.sampling.schema_normalizer import Normalizer
 from mlxserver.engine.sampling.vocabulary import Vocabulary, in_lark
 
 UNIONS = ("anyOf", "oneOf")
-LISTING = frozenset(["type", "properties", "required", "additionalProperties"])  # how parameters are listed
 COMBINING = frozenset([*UNIONS, "allOf", *REFERENCES, "patternProperties", "not", "if", "dependentRequired"])
 MAX_REFERENCES = 16
 DSML = "｜DSML｜"  # DeepSeek's prefix of tags
