@@ -40,6 +40,15 @@ class Failure:
     projection: Projection | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Api:
+    """An API that programs speak. envelope: body of an error, JSON. error_schema: name of its JSON schema."""
+
+    name: str
+    envelope: Callable[[Failure], bytes]
+    error_schema: str
+
+
 class Encoder(Protocol):
     """Encoder of one call's answer. content_type: the stream's; a whole answer is JSON."""
 
@@ -96,7 +105,3 @@ class Dialect(Protocol):
 
     def parse(self, body: bytes) -> Call:
         """Read a request. Raises ValidationFailed."""
-
-    @staticmethod
-    def error(failure: Failure) -> bytes:
-        """The failure in the envelope of the API, as JSON."""

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from mlxserver.api.dialect import Dialect, Failure
+from mlxserver.api.dialect import Failure
+from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.native.apply_template import ApplyTemplateRequest
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
-from mlxserver.api.openai.errors import envelope
-from mlxserver.api.schema.parameters import Request
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One endpoint. name: its operation, and its handler unless it has a dialect.
-
-    response: name of the JSON schema of its answer, None for text of type `media`. request: the body it takes.
-    chunk: name of the schema of a stream's chunks, where the request can ask for a stream. dialect: of an endpoint that
-    generates. manages: whether it takes an admin key, where there are keys.
-    """
-
-    name: str
-    method: Literal["GET", "POST"]
-    path: str
-    summary: str
-    response: str | None
-    request: type[Request] | None = None
-    chunk: str | None = None
-    dialect: type[Dialect] | None = None
-    media: str = "text/html"
-    manages: bool = False
-
+from mlxserver.api.openai.errors import OPENAI
 
 ENDPOINTS = (
     Endpoint(
@@ -86,9 +61,9 @@ ENDPOINTS = (
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),
 )
 
-ENVELOPES = {endpoint.path: endpoint.dialect.error for endpoint in ENDPOINTS if endpoint.dialect}
+APIS = {endpoint.path: endpoint.api for endpoint in ENDPOINTS}
 
 
 def encode_failure(path: str, failure: Failure) -> bytes:
-    """The failure as JSON, in the envelope of the dialect at this path; OpenAI's where there is none."""
-    return ENVELOPES.get(path, envelope)(failure)
+    """The failure as JSON, in the envelope of the API that has this path; OpenAI's where none has."""
+    return APIS.get(path, OPENAI).envelope(failure)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from mlxserver.api.endpoints import Endpoint
+from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.response_schemas import RESPONSE_SCHEMAS, named
 from mlxserver.api.schema.parameters import json_schema
 
@@ -59,7 +59,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.request:
         body = {"application/json": {"schema": named(endpoint.request.__name__)}}
         operation["requestBody"] = {"required": True, "content": body}
-    error = {"application/json": {"schema": named("Error")}}
+    error = {"application/json": {"schema": named(endpoint.api.error_schema)}}
     failures = {status: {"description": meaning, "content": error} for status, meaning in FAILURES.items()}
     operation["responses"] = {"200": {"description": endpoint.summary, "content": _content(endpoint)}, **failures}
     return operation
@@ -70,13 +70,13 @@ def _content(endpoint: Endpoint) -> dict[str, Any]:
         return {endpoint.media: {"schema": {"type": "string"}}}
     content: dict[str, Any] = {"application/json": {"schema": named(endpoint.response)}}
     if endpoint.chunk:
-        content["text/event-stream"] = {"schema": _event(endpoint.chunk)}
+        content["text/event-stream"] = {"schema": _event(endpoint.chunk, endpoint.api.error_schema)}
     return content
 
 
-def _event(chunk: str) -> dict[str, Any]:
+def _event(chunk: str, error: str) -> dict[str, Any]:
     """The schema of one server-sent event: a chunk, an error that ends the stream, or [DONE]."""
-    content = {"anyOf": [named(chunk), named("Error")]}
+    content = {"anyOf": [named(chunk), named(error)]}
     payload = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
     return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, payload]}}, "required": ["data"]}
 

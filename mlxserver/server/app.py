@@ -11,7 +11,8 @@ from starlette.routing import Route
 from turboapi import APIRouter, TurboAPI
 
 from mlxserver import __version__
-from mlxserver.api.endpoints import ENDPOINTS, Endpoint
+from mlxserver.api.endpoint import Endpoint
+from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.manager.reload import Reload
 from mlxserver.server.errors import exception_handlers
 from mlxserver.server.generate import Handler, generate

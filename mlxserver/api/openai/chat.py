@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from mlxserver.api.dialect import Call, Failure
+from mlxserver.api.dialect import Call
 from mlxserver.api.openai.encoders import ChatEncoder
-from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import (
     NO_EFFECT,
     TOKEN_LIMIT,
@@ -153,11 +152,6 @@ class ChatDialect:
             idle_timeout=request.keep_alive,
             ignored=request.ignored,
         )
-
-    @staticmethod
-    def error(failure: Failure) -> bytes:
-        """OpenAI's error envelope."""
-        return envelope(failure)
 
 
 def _generation_request(request: ChatCompletionRequest) -> GenerationRequest:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
 
-from mlxserver.api.dialect import Call, Failure, Lookup
+from mlxserver.api.dialect import Call, Lookup
 from mlxserver.api.openai.encoders import CompletionEncoder
-from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import TOKEN_LIMIT, GeneratingRequest, check_limit
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
@@ -124,11 +123,6 @@ class CompletionDialect:
             ignored=request.ignored,
             lookups=list(_echoes(request, encoder)) if request.echo else (),
         )
-
-    @staticmethod
-    def error(failure: Failure) -> bytes:
-        """OpenAI's error envelope."""
-        return envelope(failure)
 
 
 def _generation_request(request: CompletionRequest, prompt: BarePrompt) -> GenerationRequest:

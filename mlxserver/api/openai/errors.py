@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from mlxserver.api.dialect import Failure
+from mlxserver.api.dialect import Api, Failure
 
 # OpenAI's names of the fields of an engine request.
 FIELD_NAMES = {
@@ -38,3 +38,6 @@ def envelope(failure: Failure) -> bytes:
 def wire_param(field: str | None) -> str | None:
     """The parameter that a client gave for a field. A place in a message or tool is in the client's words already."""
     return field and FIELD_NAMES.get(field, field)
+
+
+OPENAI = Api("openai", envelope, "Error")
