@@ -51,12 +51,13 @@ class Answer:
         return None
 
 
-def problems(model: Any, policy: ExecutionPolicy) -> dict[str, str]:
+def problems(model: Any, policy: ExecutionPolicy, reference: Any = None) -> dict[str, str]:
     """What is wrong, by the way in which requests meet. Raises what the model does, run alone.
 
-    policy: the one that fits the model (runners/self_check.py).
+    policy: the one that fits the model (runners/self_check.py). reference: the model as mlx-lm has it, if that is
+    another one.
     """
-    alone = _Alone(model)
+    alone = _Alone(reference or model)
     prompts = [_prompt(length) for length in _LENGTHS]
     found = {}
     for way, groups in {

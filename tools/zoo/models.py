@@ -34,8 +34,8 @@ def config(name: str) -> dict[str, Any]:
 def build(name: str) -> Any:
     """A model whose every layer counts for what it says. Raises whatever mlx-lm does, SystemExit included."""
     model_class, arguments = _get_classes(config(name))
+    mx.random.seed(1)  # before it is made: its initial biases stay, with noise
     model = model_class(arguments.from_dict(config(name)))
-    mx.random.seed(1)
     model.update(tree_map_with_path(_randomized, model.parameters()))
     model.eval()
     mx.eval(model.parameters())
