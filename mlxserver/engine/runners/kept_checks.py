@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
-import mlxserver.engine.mlx  # noqa: F401  (prepares the process before MLX is imported)
+import mlxserver.engine.mlx
 
 from mlx.utils import tree_flatten
 
