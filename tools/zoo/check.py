@@ -10,6 +10,7 @@ from mlxserver.engine.mlx import mx
 from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform import cpu_layers
+from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.chunks import execution
@@ -46,6 +47,8 @@ def check(name: str, policy: ExecutionPolicy) -> Result:
     try:
         with naming_what_is_missing():
             model, reference = models.build(name), models.build(name)
+            for own in (model, reference):  # without this, mlx-lm's own answers are wrong on CUDA
+                replace_expert_layers(own)
             if policy.fuse_projections:
                 fuse_projections(model)
             fitting = fitting_policy(model, policy, name)
