@@ -1,8 +1,9 @@
 """Ragged attention: keys and values of several capacity classes in one forward pass.
 
 Everything but the attention of a model computes all rows together; its attention runs per class, so that the time of a
-sequence follows the capacity of its own class. mlx-lm's models pass what a cache returns to
-scaled_dot_product_attention(). In their modules that name is bound to attention(), which knows Ragged.
+sequence follows the capacity of its own class; or, on CUDA, in one kernel of all classes (platform/cuda_attention.py).
+mlx-lm's models pass what a cache returns to scaled_dot_product_attention(). In their modules that name is bound to
+attention(), which knows Ragged.
 
 Rule: a Ragged has a dtype, and no operation but being passed to attention(). A model that does anything else with its
       keys, values or mask raises; one whose step can be built computes each class by itself (can_be_ragged()).
@@ -20,17 +21,21 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models import base
 
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow
+from mlxserver.engine.platform import cuda_attention
 
 _attention = base.scaled_dot_product_attention
 
 
 class Ragged:
-    """Arrays of the classes' rows, in the order of the rows in the batch."""
+    """Arrays of the classes' rows, in the order of the rows in the batch.
 
-    __slots__ = ("parts",)
+    offsets: of masks, [rows], where each row has one token, which attends to all before it and itself; else None.
+    """
 
-    def __init__(self, parts: Sequence[mx.array]) -> None:
-        self.parts = parts
+    __slots__ = ("offsets", "parts")
+
+    def __init__(self, parts: Sequence[mx.array], offsets: mx.array | None = None) -> None:
+        self.parts, self.offsets = parts, offsets
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -56,7 +61,8 @@ class RaggedLayer:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Ragged:
         """Masks of the classes, each [batch, 1, N, visible] of bool."""
-        return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes])
+        offsets = self.offset if N == 1 and window_size is None else None
+        return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes], offsets)
 
 
 def ragged_layers(classes: Sequence[Sequence[SlotLayer]]) -> list[RaggedLayer]:
@@ -84,6 +90,8 @@ def attention(
         return result
     if not (isinstance(values, Ragged) and isinstance(mask, Ragged)):
         raise TypeError("ragged keys need ragged values and a ragged mask")
+    if mask.offsets is not None and sinks is None and cuda_attention.supports(queries, keys.parts, values.parts):
+        return cuda_attention.decode_attention(queries, keys.parts, values.parts, mask.offsets, scale)
     ends = [0]
     for part in keys.parts:
         ends.append(ends[-1] + part.shape[0])
