@@ -41,7 +41,7 @@ def attended(heads, kv_heads, dim, lengths, dtype=mx.bfloat16):
     count = sum(map(len, lengths))
     queries = mx.random.normal((count, heads, 1, dim)).astype(dtype)
     wanted = expected(queries, classes, lengths, dim**-0.5)
-    (layer,) = ragged_layers(classes)
+    (layer,) = ragged_layers(classes, has_kernel=True)
     keys, values = (Ragged([getattr(own, name) for (own,) in classes]) for name in ("keys", "values"))
     result = attention(queries, keys, values, layer, dim**-0.5, layer.make_mask(1))
     return mx.abs(result.astype(mx.float32) - wanted).max().item()

@@ -29,7 +29,7 @@ _attention = base.scaled_dot_product_attention
 class Ragged:
     """Arrays of the classes' rows, in the order of the rows in the batch.
 
-    offsets: of masks, [rows], where each row has one token, which attends to all before it and itself; else None.
+    offsets: of masks, [rows], where a kernel may do: each row has one token, which attends to all before it and itself.
     """
 
     __slots__ = ("offsets", "parts")
@@ -47,11 +47,12 @@ class RaggedLayer:
     """Cache of one layer of all classes during a step, with the interface that mlx-lm's models use.
 
     classes: cache of this layer per class. offset: [rows], of all classes. ends: row behind each class's last one.
+    has_kernel: the attention of all classes may be one kernel.
     """
 
-    def __init__(self, classes: Sequence[SlotLayer], offset: mx.array, ends: Sequence[int]) -> None:
+    def __init__(self, classes: Sequence[SlotLayer], offset: mx.array, ends: Sequence[int], has_kernel: bool) -> None:
         self.offset = offset
-        self._classes, self._ends = classes, ends
+        self._classes, self._ends, self._has_kernel = classes, ends, has_kernel
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
         """Write tokens, [rows, heads, tokens, dim], those of each class to its own slots."""
@@ -61,18 +62,18 @@ class RaggedLayer:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Ragged:
         """Masks of the classes, each [batch, 1, N, visible] of bool."""
-        offsets = self.offset if N == 1 and window_size is None else None
+        offsets = self.offset if self._has_kernel and N == 1 and window_size is None else None
         return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes], offsets)
 
 
-def ragged_layers(classes: Sequence[Sequence[SlotLayer]]) -> list[RaggedLayer]:
+def ragged_layers(classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = False) -> list[RaggedLayer]:
     """One cache per layer from those of several classes."""
     offsets = [layers[0].offset for layers in classes]
     ends = [0]
     for offset in offsets:
         ends.append(ends[-1] + offset.shape[0])
     offset = mx.concatenate(offsets)  # one object: rotary embeddings of a step are computed once for it
-    return [RaggedLayer(layers, offset, ends) for layers in zip(*classes, strict=True)]
+    return [RaggedLayer(layers, offset, ends, has_kernel) for layers in zip(*classes, strict=True)]
 
 
 def attention(

@@ -201,7 +201,7 @@ class SlotCache:
         """Logits of the rows, [rows, 1] -> [rows, 1, vocab]."""
         logits: mx.array
         if self._is_ragged and (len(classes) > 1 or self._has_kernel):
-            logits = self._model(inputs, cache=ragged_layers(classes))
+            logits = self._model(inputs, cache=ragged_layers(classes, self._has_kernel))
         elif len(classes) == 1:
             logits = self._model(inputs, cache=classes[0])
         else:
