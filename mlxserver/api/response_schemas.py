@@ -92,8 +92,10 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         logprob=NUMBER,
         top_logprobs=each(exactly(token=TEXT, bytes=BYTES, logprob=NUMBER)),
     ),
+    "PromptLogprobs": each(maybe(by_key(exactly(logprob=NUMBER, rank=COUNT, decoded_token=TEXT)))),
     "ChatCompletion": exactly(
         object=_one_of("chat.completion"),
+        prompt_logprobs_=named("PromptLogprobs"),
         choices=each(
             exactly(
                 index=COUNT,
@@ -126,7 +128,15 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
     ),
     "Completion": exactly(
         object=_one_of("text_completion"),
-        choices=each(exactly(index=COUNT, text=TEXT, logprobs=maybe(named("TextLogprobs")), finish_reason=FINISH)),
+        choices=each(
+            exactly(
+                index=COUNT,
+                text=TEXT,
+                logprobs=maybe(named("TextLogprobs")),
+                finish_reason=FINISH,
+                prompt_logprobs_=named("PromptLogprobs"),
+            )
+        ),
         **HEAD,
         **COUNTS,
     ),
@@ -140,8 +150,8 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
     ),
     "TextLogprobs": exactly(
         tokens=each(TEXT),
-        token_logprobs=each(NUMBER),
-        top_logprobs=each({"type": "object", "additionalProperties": NUMBER}),
+        token_logprobs=each(maybe(NUMBER)),
+        top_logprobs=each(maybe(by_key(NUMBER))),
         text_offset=each(COUNT),
     ),
     "Model": exactly(

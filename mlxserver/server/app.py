@@ -45,7 +45,7 @@ def routes(manager: ModelManager, reload: ReloadSettings) -> list[Route]:
 
     def handler_of(endpoint: Endpoint) -> Handler:
         if endpoint.dialect:
-            return generate(endpoint.dialect(manager.settings), manager)
+            return generate(endpoint.dialect(manager.settings), manager, endpoint.label)
         handler: Handler = getattr(models, endpoint.name, None) or getattr(ops, endpoint.name)
         return managing(handler) if endpoint.manages else handler
 

@@ -31,7 +31,7 @@ class GenerationResponse:
     """The response to one call.
 
     max_unread: events of a stream that may wait for a slow reader. heartbeat_interval: most seconds of a stream without
-    a byte, 0 for no limit.
+    a byte, 0 for no limit. dialect: as metrics have it.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class GenerationResponse:
         *,
         max_unread: int,
         heartbeat_interval: float,
+        dialect: str = "",
     ) -> None:
         self._instance = instance
         self._call = call
@@ -49,6 +50,7 @@ class GenerationResponse:
         self._headers = headers
         self._max_unread = max_unread
         self._heartbeat_interval = heartbeat_interval
+        self._dialect = dialect
         self._generations: list[Generation] = []
         self._event_stream: EventStream | None = None
 
@@ -88,7 +90,7 @@ class GenerationResponse:
         for lookup in self._call.lookups:
             lookup.receive(await self._instance.ask(lookup.question))
         for request in self._call.requests:
-            generation = await self._instance.generate(request, self._call.idle_timeout)
+            generation = await self._instance.generate(request, self._call.idle_timeout, self._dialect)
             stack.callback(generation.close)
             note_generation(self._instance.key, generation)
             if self._call.streams:
