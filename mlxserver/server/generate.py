@@ -21,6 +21,8 @@ def generate(dialect: Dialect, manager: ModelManager) -> Handler:
 
     async def handle(request: Request) -> GenerationResponse:
         call = dialect.parse(await read_body(request, settings))
+        if call.for_client:
+            call = call.for_client(call, request.state.client)
         headers = ignored_headers(request, call.ignored)
         return GenerationResponse(
             manager.resolve(call.model),
