@@ -350,10 +350,10 @@ def test_what_is_not_supported_is_refused_by_name(client, name):
     assert caught.value.param == param
 
 
-def test_tools_that_are_not_run_here_are_left_out_and_noted(client):
-    tools = [{"type": "web_search"}, {"type": "tool_search"}, {"type": "image_generation"}, WEATHER]
+def test_tools_that_are_not_run_here_are_left_out_and_unknown_ones_noted(client):
+    tools = [{"type": "web_search"}, {"type": "tool_search"}, {"type": "image_generation"}, {"type": "x"}, WEATHER]
     raw = client.responses.with_raw_response.create(model="m", input="hello", tools=tools)
-    assert raw.headers["x-ignored-parameters"] == "tools%5B0%5D, tools%5B1%5D, tools%5B2%5D"
+    assert raw.headers["x-ignored-parameters"] == "tools%5B3%5D"
     assert raw.parse().output_text == SCRIPTS["hello"]
 
 

@@ -20,7 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.ecosystem.agents import AGENTS, Agent
+from tools.ecosystem.agents import AGENTS as OTHERS
+from tools.ecosystem.agents import Agent
+from tools.ecosystem.codex import CODEX
+
+AGENTS = (*OTHERS, CODEX)
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"

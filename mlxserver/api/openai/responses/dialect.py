@@ -31,14 +31,14 @@ class ResponsesDialect:
         request = parse(ResponseRequest, body, self._limits)
         items = [item for item in request.input if isinstance(item, Item)]
         encoder = ResponseEncoder(ResponseObject(request, is_stored=False), request.tools)
-        left_out = [item.origin for item in request.input if isinstance(item, LeftOut)]
+        unknown = [item.origin for item in request.input if isinstance(item, LeftOut) and not item.is_known]
         return Call(
             request.model,
             [_generation_request(request, items)],
             encoder,
             streams=request.stream,
             idle_timeout=request.keep_alive,
-            ignored=(*request.ignored, *request.tools.left_out, *left_out),
+            ignored=(*request.ignored, *request.tools.unknown, *unknown),
             for_client=partial(self._for_client, request),
         )
 

@@ -1,7 +1,8 @@
 """Items of an input on the wire -> items with the parts of the conversation that they add.
 
 Rule 1: the history is not judged: fields that are not ours are left out, ids may be missing, and arguments that are no
-        JSON object are kept as text. Items of kinds that only OpenAI's own tools make are left out, and noted.
+        JSON object are kept as text. Items of other kinds, which only OpenAI's own
+        tools make, are left out; those of unknown kinds are noted.
 Rule 2: an item is kept in the form in which it is given back, which can be read again.
 Rule 3: an error names the place, as in "input[0].content[1].type".
 """
@@ -22,6 +23,12 @@ from mlxserver.engine.conversation import Message, Part, Reasoning, Role, Text, 
 CUSTOM_ARGUMENT = "input"  # of the function that a custom tool becomes
 ROLES: Mapping[str, Role] = {"user": "user", "system": "system", "developer": "system", "assistant": "assistant"}
 BLANK_LINE = Text("\n\n")
+# The beginnings of the types of tools that OpenAI runs, or that its own models know, and of their items.
+HOSTED = (
+    *("web_search", "tool_search", "file_search", "image_generation", "code_interpreter", "computer", "mcp"),
+    *("local_shell", "shell", "apply_patch", "programmatic_tool_calling"),
+)
+NO_TEXT = {"additional_tools", "compaction", "compaction_trigger", "configuration_update", "program", "program_output"}
 INPUT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 
 
@@ -45,9 +52,10 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """An item of a kind that adds nothing here."""
+    """An item of a kind that adds nothing here. is_known: whether it is one of OpenAI's."""
 
     origin: str
+    is_known: bool
 
 
 InputItem = Item | Reference | LeftOut
@@ -99,7 +107,7 @@ def _item(value: Any, origin: str) -> InputItem:
     if kind == "item_reference":
         return Reference(_required(value, "id", origin), origin)
     read = READERS.get(kind)
-    return read(value, origin) if read else LeftOut(origin)
+    return read(value, origin) if read else LeftOut(origin, kind in NO_TEXT or kind.startswith(HOSTED))
 
 
 def _message(value: dict[str, Any], origin: str) -> Item:

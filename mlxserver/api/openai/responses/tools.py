@@ -2,7 +2,7 @@
 
 Rule 1: a custom tool is a function with one text argument; a tool of a namespace has the namespace in its name. The
         calls of both are given back in the form that the client declared.
-Rule 2: tools that only OpenAI runs are left out, and noted.
+Rule 2: tools that only OpenAI runs are left out; those of unknown types are noted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxserver.api.openai import tools as chat_tools
-from mlxserver.api.openai.responses.items import CUSTOM_ARGUMENT, flat_name
+from mlxserver.api.openai.responses.items import CUSTOM_ARGUMENT, HOSTED, flat_name
 from mlxserver.api.schema.json_schema import check_shape
 from mlxserver.api.schema.parameters import ValidationFailed, abbreviate, invalid
 from mlxserver.engine.conversation import Tool
@@ -69,12 +69,14 @@ class CallForm:
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The tools of a request. wire: as they were sent. forms: of calls, by function. left_out: places of the others."""
+    """The tools of a request. wire: as they were sent. forms: of calls, by function. unknown: places of the others,
+    without those that only OpenAI runs.
+    """
 
     wire: Sequence[Mapping[str, Any]] = ()
     tools: tuple[Tool, ...] = ()
     forms: Mapping[str, CallForm] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def form(self, function: str) -> CallForm:
         """How a call of a function is given back; one that was not offered, as it is."""
@@ -112,17 +114,17 @@ def check_tools(value: Any, param: str) -> ToolSet:
     check_shape(value, TOOLS, param)
     tools: dict[str, Tool] = {}
     forms: dict[str, CallForm] = {}
-    left_out = []
+    unknown = []
     for tool, form in _read(value, param, None):
         if form is None:
-            left_out.append(tool.origin)
+            unknown.append(tool.origin)
         elif tool.name in tools:
             raise invalid(f"{tool.origin}.name", tool.name, "a name that no other tool has")
         else:
             tools[tool.name], forms[tool.name] = tool, form
     if len(tools) > chat_tools.MAX_TOOLS:
         raise ValidationFailed(f"'{param}' has {len(tools)} functions. Expected at most {chat_tools.MAX_TOOLS}.", param)
-    return ToolSet(value, tuple(tools.values()), forms, tuple(left_out))
+    return ToolSet(value, tuple(tools.values()), forms, tuple(unknown))
 
 
 def check_tool_choice(value: Any, param: str) -> Choice:
@@ -157,10 +159,10 @@ def _read(tools: list[dict[str, Any]], param: str, namespace: str | None) -> Ite
             function = _function(tool, origin) if kind == "function" else _custom(tool, origin)
             form = CallForm(function.name, namespace, is_custom=kind == "custom")
             yield replace(function, name=flat_name(function.name, namespace)), form
-        elif isinstance(kind, str):
-            yield Tool("", origin=origin), None
-        else:
+        elif not isinstance(kind, str):
             raise invalid(f"{origin}.type", kind, "a string")
+        elif not kind.startswith(HOSTED):
+            yield Tool("", origin=origin), None
 
 
 def _function(tool: dict[str, Any], origin: str) -> Tool:
