@@ -78,6 +78,7 @@ ALL = (
     Client("pydantic-ai", "pydantic_ai_client.py", ("pydantic-ai-slim[openai]",)),
     Client("llm", "llm_command.py", ("llm",)),
     Client("Vercel AI SDK", "vercel_ai.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
+    Client("Vercel AI SDK, responses", "vercel_responses.mjs", ("ai", "@ai-sdk/openai", "zod")),
     Client("event-stream parsers", "event_streams.mjs", ("eventsource-parser",)),
     Client("httpx-sse", "httpx_sse_client.py", ("httpx-sse", "httpx")),
 )
