@@ -12,7 +12,6 @@ from typing import Any
 
 import orjson
 
-from mlxserver.api import sse
 from mlxserver.api.dialect import Failure, WaitProgress
 from mlxserver.api.openai.responses.errors import response_error
 from mlxserver.api.openai.responses.output import Output, StreamEvent
@@ -80,6 +79,7 @@ class ResponseEncoder:
         return b"".join([self._encode_one(event) for event in events])
 
     def _encode_one(self, event: StreamEvent) -> bytes:
-        numbered = {"type": event["type"], "sequence_number": self._number, **event}
+        event["sequence_number"] = self._number
         self._number += 1
-        return sse.encode(orjson.dumps(numbered), event["type"])
+        # JSON has no line breaks, so an event is two lines.
+        return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
