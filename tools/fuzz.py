@@ -124,10 +124,16 @@ def _fault(answer: Answer, has_body: bool) -> str | None:
         return _fault_of_error(json.loads(answer.body))
     if kind.startswith("text/event-stream"):
         last = answer.body.strip().rpartition(b"data: ")[2]
-        return None if last == b"[DONE]" else _fault_of_error(json.loads(last))
+        return None if last == b"[DONE]" else _fault_of_last(json.loads(last))
     if kind == "application/json":
         json.loads(answer.body)
     return None
+
+
+def _fault_of_last(content: object) -> str | None:
+    """The fault of the last event of a stream that does not end in [DONE]: a response that is over, or an error."""
+    is_over = isinstance(content, dict) and content.get("type") in ("response.completed", "response.incomplete")
+    return None if is_over else _fault_of_error(content)
 
 
 def _fault_of_error(content: object) -> str | None:

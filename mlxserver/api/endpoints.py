@@ -11,6 +11,7 @@ from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
 from mlxserver.api.openai.errors import OPENAI
+from mlxserver.api.openai.responses import endpoints as responses
 
 ENDPOINTS = (
     Endpoint(
@@ -33,6 +34,7 @@ ENDPOINTS = (
         "CompletionChunk",
         CompletionDialect,
     ),
+    *responses.ENDPOINTS,
     Endpoint("list_models", "GET", "/v1/models", "Every registered model, loaded or not.", "ModelList"),
     Endpoint(
         "load_model", "POST", "/v1/models/load", "Load a model.", "Loaded", LoadRequest, "LoadProgress", manages=True

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from mlxserver.api.dialect import Failure, FailureKind
 from mlxserver.api.endpoints import encode_failure
+from mlxserver.api.openai.responses.store import ResponseNotFound
 from mlxserver.api.schema.parameters import ValidationFailed, abbreviate
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.engine.errors import (
@@ -44,6 +45,7 @@ from mlxserver.server.keys import Forbidden
 ERRORS: tuple[tuple[type[Exception], int, FailureKind, str | None], ...] = (
     (ModelNotFound, 404, "not_found", "model_not_found"),
     (ModelNotLoaded, 404, "not_found", "model_not_loaded"),
+    (ResponseNotFound, 404, "not_found", "response_not_found"),
     (ContextExceeded, 400, "invalid_request", "context_length_exceeded"),
     (PromptRejected, 400, "invalid_request", None),
     (SourceInvalid, 400, "invalid_request", "invalid_source"),
