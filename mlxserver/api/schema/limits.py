@@ -14,7 +14,10 @@ from typing import Any
 from mlxserver.api.schema.parameters import ValidationFailed
 from mlxserver.config.settings import Settings
 
-PROMPT_FIELDS = ("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format")
+PROMPT_FIELDS = (
+    *("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format"),
+    *("system", "output_config"),
+)
 TOKEN_BYTES = 4  # of a token id in a prompt
 
 
@@ -62,6 +65,7 @@ class Limits:
         for param, limit, things in (
             ("messages", self.messages, "messages"),
             ("stop", self.stops, "strings"),
+            ("stop_sequences", self.stops, "strings"),
             ("logit_bias", self.biases, "tokens"),
         ):
             value = document.get(param)
