@@ -43,7 +43,10 @@ from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat, pars
 from mlxserver.server.errors import failure_of
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
-READING = ("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model")
+READING = (
+    *("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model"),
+    *("messages", "count_tokens"),
+)
 TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
 PARSERS = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
 FORMATS = (
@@ -189,6 +192,11 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b'\x01{"model":"m","prompt":[[1,2],[3]],"echo":true,"logprobs":1,"max_tokens":5}',
             b'\x05{"model":"org/m","key":"k","defaults":{"top_p":0.5},"ttl":"5m","replace":true}',
             b'\x06{"key":"k","mode":"drain","timeout":1.5}',
+            b'\x07{"model":"m","system":[{"type":"text","text":"s"}],"messages":[{"role":"user","content":[{"type":'
+            b'"tool_result","tool_use_id":"i","content":[{"type":"text","text":"x"}],"is_error":true}]},{"role":'
+            b'"assistant","content":[{"type":"tool_use","id":"i","name":"f","input":{}}]}],"tools":[{"name":"f",'
+            b'"input_schema":{}}],"tool_choice":{"type":"any"},"thinking":{"type":"enabled","budget_tokens":-1},'
+            b'"output_config":{"effort":"low","format":{"type":"json_schema","schema":{}}},"stop_sequences":["a"]}',
         ),
     ),
     "calls": (
