@@ -44,14 +44,8 @@ from mlxserver.server.errors import failure_of
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 READING = (
-    "chat_completions",
-    "completions",
-    "tokenize",
-    "detokenize",
-    "apply_template",
-    "load_model",
-    "unload_model",
-    "responses",
+    *("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model"),
+    *("responses", "messages", "count_tokens"),
 )
 TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
 PARSERS = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
@@ -204,6 +198,11 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b'"function_call","name":"f","call_id":"c","arguments":"{}"},{"type":"function_call_output","call_id":"c",'
             b'"output":"y"},{"type":"reasoning","summary":[{"type":"summary_text","text":"z"}]}],"tools":[{"type":'
             b'"custom","name":"f"}],"tool_choice":{"type":"custom","name":"f"},"text":{"format":{"type":"text"}}}',
+            b'\x08{"model":"m","system":[{"type":"text","text":"s"}],"messages":[{"role":"user","content":[{"type":'
+            b'"tool_result","tool_use_id":"i","content":[{"type":"text","text":"x"}],"is_error":true}]},{"role":'
+            b'"assistant","content":[{"type":"tool_use","id":"i","name":"f","input":{}}]}],"tools":[{"name":"f",'
+            b'"input_schema":{}}],"tool_choice":{"type":"any"},"thinking":{"type":"enabled","budget_tokens":-1},'
+            b'"output_config":{"effort":"low","format":{"type":"json_schema","schema":{}}},"stop_sequences":["a"]}',
         ),
     ),
     "calls": (

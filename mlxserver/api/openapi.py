@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from mlxserver.api.dialect import Api
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
@@ -72,17 +73,20 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
 def _content(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.response is None:
         return {endpoint.media: {"schema": {"type": "string"}}}
-    content: dict[str, Any] = {"application/json": {"schema": named(endpoint.response)}}
+    answers = [named(name) for name in (endpoint.response, *endpoint.others)]
+    content: dict[str, Any] = {"application/json": {"schema": {"anyOf": answers} if endpoint.others else answers[0]}}
     if endpoint.chunk:
-        content["text/event-stream"] = {"schema": _event(endpoint.chunk, endpoint.api.error_schema)}
+        content["text/event-stream"] = {"schema": _event(endpoint.chunk, endpoint.api)}
     return content
 
 
-def _event(chunk: str, error: str) -> dict[str, Any]:
+def _event(chunk: str, api: Api) -> dict[str, Any]:
     """The schema of one server-sent event: a chunk, an error that ends the stream, or [DONE]."""
-    content = {"anyOf": [named(chunk), named(error)]}
-    payload = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
-    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, payload]}}, "required": ["data"]}
+    content = {"anyOf": [named(chunk), named(api.error_schema)]}
+    payload: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    if api.ends_with_done:
+        payload = {"anyOf": [{"const": "[DONE]"}, payload]}
+    return {"type": "object", "properties": {"data": payload}, "required": ["data"]}
 
 
 def _sections(document: dict[str, Any]) -> Iterator[str]:

@@ -27,7 +27,7 @@ LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 METHODS = "GET, POST, DELETE, OPTIONS"
 PREFLIGHT_MAX_AGE = "86400"  # seconds that a browser may cache the response to a preflight
 RETRY_AFTER = "5"  # seconds: another server takes over, or this one is started again
-EXPOSED_HEADERS = "X-Request-Id, Retry-After, X-Ignored-Parameters"
+EXPOSED_HEADERS = "X-Request-Id, Request-Id, Retry-After, X-Ignored-Parameters"
 
 
 class Auth:
@@ -73,12 +73,12 @@ class Auth:
         if permission is None and path not in OPEN_PATHS:
             message = "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY."
             failure = Failure(message, "authentication", code="invalid_api_key")
-            return failure_response(path, 401, failure, {"WWW-Authenticate": "Bearer"})
+            return failure_response(scope, 401, failure, {"WWW-Authenticate": "Bearer"})
         state = {"permission": Permission.LOOK if permission is None else permission, "client": client}
         scope.setdefault("state", {}).update(state)
         if self._manager.is_closing and path not in OPEN_PATHS:
             failure = Failure("The server is stopping. Try again later.", "server", code="stopping")
-            return failure_response(path, 503, failure, {"Retry-After": RETRY_AFTER, "Connection": "close"})
+            return failure_response(scope, 503, failure, {"Retry-After": RETRY_AFTER, "Connection": "close"})
         return None
 
     def _keys(self, settings: Settings) -> Keys:
@@ -138,4 +138,4 @@ def _readable_by(origin: str, send: Send) -> Send:
 
 
 def _forbidden(scope: Scope, message: str, code: str) -> Response:
-    return failure_response(scope["path"], 403, Failure(message, "permission", code=code))
+    return failure_response(scope, 403, Failure(message, "permission", code=code))

@@ -17,6 +17,7 @@ from mlxserver.config.settings import Settings
 PROMPT_FIELDS = (
     *("messages", "prompt", "tokens", "input", "instructions"),
     *("tools", "chat_template_kwargs", "response_format", "text"),
+    *("system", "output_config"),
 )
 TOKEN_BYTES = 4  # of a token id in a prompt
 
@@ -66,6 +67,7 @@ class Limits:
             ("messages", self.messages, "messages"),
             ("input", self.messages, "items"),
             ("stop", self.stops, "strings"),
+            ("stop_sequences", self.stops, "strings"),
             ("logit_bias", self.biases, "tokens"),
         ):
             value = document.get(param)
