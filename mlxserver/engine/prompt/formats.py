@@ -151,7 +151,7 @@ class PromptFormat:
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):
             appended = text.removeprefix(self._template.render(prompt, opens_answer=False))
             opens_thinking = appended.rstrip().endswith(self._tags[0])
-        tokens = self._template.encode(prompt)
+        tokens = self._template.encode(prompt, text)
         boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
         return FormattedPrompt(tokens, text, opens_thinking, boundaries)
 
