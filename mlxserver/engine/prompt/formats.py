@@ -66,7 +66,8 @@ class PromptFormat:
         if tool_choice and tool_choice.mode == "none":
             prompt = replace(prompt, tools=())
         variables = self._variables(prompt.template_kwargs)
-        admitted = replace(prompt, conversation=tuple(admit(prompt)), template_kwargs=variables)
+        tools = tuple(sorted(prompt.tools, key=lambda tool: tool.name))  # programs send the same ones in any order
+        admitted = replace(prompt, conversation=tuple(admit(prompt)), tools=tools, template_kwargs=variables)
         return self._render(*self._fit(admitted))
 
     def budget(self, prompt: Prompt) -> int | None:
