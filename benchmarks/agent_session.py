@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -58,17 +59,13 @@ class Figures:
     cold: dict[int, Turn] = field(default_factory=dict)
     again: dict[str, Turn] = field(default_factory=dict)
 
-    def ratio(self, turn: Turn, number: int) -> float:
-        """A turn's time to the first token over that of a cold read."""
-        return turn.ttft / self.cold[number].ttft
-
     @property
     def rows(self) -> Iterator[tuple[str, Turn, Turn | None]]:
         """All turns, with the cold read to compare them with where there is one."""
         for number, turn in self.turns.items():
             yield f"turn {number}", turn, self.cold.get(number)
         for after, turn in self.again.items():
-            yield after, turn, self.cold[max(self.cold)]
+            yield after, turn, self.cold.get(max(self.cold, default=0))
 
 
 class Session:
@@ -155,9 +152,10 @@ def serving(models: dict[str, Path], tokens: int, cache: Path, *flags: str) -> I
 
 def measure(kind: str, options: argparse.Namespace, cache: Path, figures: Figures) -> None:
     """Measure one kind, and put what is measured into figures one by one."""
+    other = KINDS[KINDS.index(kind) - 1]
     models = {
-        key: write_kind(kind, options.size, options.work.resolve(), seed=seed, tokenizer=options.tokenizer)
-        for seed, key in enumerate((MODEL, OTHER))
+        key: write_kind(of, options.size, options.work.resolve(), tokenizer=options.tokenizer)
+        for key, of in ((MODEL, kind), (OTHER, other))
     }
     session = Session(Prompts(models[MODEL]), options.tokens, options.turns)
     with serving(models, options.tokens, cache) as server:
@@ -213,8 +211,24 @@ def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
     add("--kind", action="append", choices=KINDS, help="measure only this one")
     add("--tokenizer", type=Path, metavar="DIR", help="where the models take their tokenizer from")
     add("--work", type=Path, default=ROOT / "build" / "benchmarks", metavar="DIR", help="where models are made")
+    add("--limit", type=float, default=0, metavar="S", help="most seconds for each kind; what was measured is shown")
     add("--out", type=Path, metavar="FILE", help="JSON file of the results")
     return parser.parse_args(argv)
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer; 0 for no limit."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{seconds:g} s are over")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured[kind] = Figures()
         begun = time.perf_counter()
         try:
-            with tempfile.TemporaryDirectory() as cache:
+            with tempfile.TemporaryDirectory() as cache, limited(options.limit):
                 measure(kind, options, Path(cache), measured[kind])
         except (RuntimeError, OSError, KeyError, AssertionError) as error:
             print(f"{kind} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -69,23 +69,23 @@ def kind_config(kind: str, size: Size) -> dict[str, Any]:
     return common | scales | states | convolution | attention | {"model_type": "granitemoehybrid"}
 
 
-def write_kind(kind: str, size: str, work: Path, *, seed: int = 0, tokenizer: Path | None = None) -> Path:
+def write_kind(kind: str, size: str, work: Path, tokenizer: Path | None = None) -> Path:
     """The directory of a model under `work`, written if missing. tokenizer: a directory; None for the embedded model's.
 
     Raises FileNotFoundError without a tokenizer.
     """
-    directory = work / f"{kind}-{size}-{seed}"
+    directory = work / f"{kind}-{size}"
     source = tokenizer or embedded_directory(work, "float32")
-    make_once(directory, lambda target: _write(kind_config(kind, SIZES[size]), SIZES[size], seed, source, target))
+    make_once(directory, lambda target: _write(kind_config(kind, SIZES[size]), SIZES[size], source, target))
     return directory
 
 
-def _write(config: dict[str, Any], size: Size, seed: int, tokenizer: Path, target: Path) -> None:
+def _write(config: dict[str, Any], size: Size, tokenizer: Path, target: Path) -> None:
     from mlxserver.engine.mlx import mx
 
     from mlx_lm.utils import _get_classes, save_config, save_model
 
-    mx.random.seed(seed)
+    mx.random.seed(0)
     model_class, arguments = _get_classes(config)
     model = model_class(arguments.from_dict(config))
     model.set_dtype(getattr(mx, size.dtype))
