@@ -93,7 +93,7 @@ class DiskFiles:
     def remove_leftovers(self) -> None:
         """Remove files of the former format, and those that were never completed."""
         oldest = time.time() - _STALE_SECONDS
-        for path in self.folder.rglob("*"):
+        for path in list(self.folder.rglob("*")):
             if path.name.endswith((PARTIAL, _FORMER_PARTIAL)):
                 with suppress(OSError):
                     if path.stat().st_mtime < oldest:

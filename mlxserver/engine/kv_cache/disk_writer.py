@@ -91,7 +91,8 @@ class DiskWriter:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        self._files.remove_leftovers()
+        with suppress(OSError):
+            self._files.remove_leftovers()
         while write := self._writes.get():
             try:
                 self._attempt(write)
