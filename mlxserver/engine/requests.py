@@ -148,6 +148,7 @@ class Execution:
 class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
+    reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
     capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking". execution: None
     where ranks share the model.
     """
@@ -157,3 +158,4 @@ class ModelFacts:
     weight_bytes: int
     capabilities: frozenset[str] = frozenset()
     execution: Execution | None = None
+    reserved_kv_bytes: int | None = None

@@ -49,8 +49,8 @@ class PrefillStrategy(Protocol):
         beside_peers: other models stream meanwhile.
         """
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
-        """Tokens of KV cache that a prompt takes while it is processed."""
+    def tokens_for(self, length: int) -> int:
+        """Tokens of KV cache that a prompt of so many tokens takes while it is processed."""
 
     def warm_up(self) -> None:
         """Run the shapes that prompts use."""
@@ -122,9 +122,9 @@ class PlainPrefill:
         prompt.done += len(tokens)
         return len(tokens)
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
+    def tokens_for(self, length: int) -> int:
         """The prompt's own tokens."""
-        return len(prompt.tokens)
+        return length
 
     def warm_up(self) -> None:
         """Nothing to do: any shape will do."""
@@ -186,11 +186,10 @@ class BucketedPrefill:
                 layer.offset = prompt.done
         return int(padded.size)
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
+    def tokens_for(self, length: int) -> int:
         """Capacity of a slot for its tokens, wherever its chunks begin, and for the padding of the last one."""
-        tokens = len(prompt.tokens)
         # Less than half of a long chunk is padding, or else a shorter one would do.
-        return slot_capacity(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2), _SHORT)
+        return slot_capacity(length + min(max(_SHORT, length), _LENGTHS[-1] // 2), _SHORT)
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""
