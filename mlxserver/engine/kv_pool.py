@@ -236,8 +236,10 @@ class KVAccount:
             return verdict
 
     def give_back(self, bytes: int, sequences: int, youngest: float) -> None:
-        """Record that the model has no more than this."""
+        """Record that the model has no more than this. Running sequences claim anew what they need to grow."""
         with self._pool.lock:
+            if bytes >= self._live and (sequences, youngest) == (self.share.sequences, self.share.youngest):
+                return
             self._live = min(self._live, bytes)
             waiting = self.share.demand if self.share.demand and not self.share.demand.is_growth else None
             self.share = Share(max(0, self._live - self.floor), sequences, youngest, waiting)

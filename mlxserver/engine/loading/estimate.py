@@ -103,6 +103,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec),
         cache=architecture.cache_values(own.reserved, own.sequences) * value_bytes,
         activations=_chunk_bytes(architecture.width * value_bytes, attention, own.context)
+        + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
     )
@@ -114,7 +115,7 @@ def _chunk_bytes(width: int, attention: AttentionMemory, context: int) -> int:
     Several short prompts share a chunk, so a chunk may be longer than the context.
     """
     longest = attention.fit(LARGEST_CHUNK, 0)
-    return longest * width * attention.policy.layers_ahead + attention.max_bytes(context)
+    return longest * width * attention.policy.layers_ahead + attention.fitted_bytes(context)
 
 
 def _stated_type(config: Mapping[str, Any]) -> object:

@@ -52,6 +52,9 @@ class PrefillStrategy(Protocol):
     def tokens_for(self, length: int) -> int:
         """Tokens of KV cache that a prompt of so many tokens takes while it is processed."""
 
+    def bytes_beyond(self, length: int) -> int:
+        """Memory that a prompt of so many tokens takes beside its KV cache and what is reserved for chunks."""
+
     def warm_up(self) -> None:
         """Run the shapes that prompts use."""
 
@@ -126,6 +129,10 @@ class PlainPrefill:
         """The prompt's own tokens."""
         return length
 
+    def bytes_beyond(self, length: int) -> int:
+        """Attention scores at the end of a long prompt."""
+        return self._attention.bytes_beyond(length)
+
     def warm_up(self) -> None:
         """Nothing to do: any shape will do."""
 
@@ -190,6 +197,10 @@ class BucketedPrefill:
         """Capacity of a slot for its tokens, wherever its chunks begin, and for the padding of the last one."""
         # Less than half of a long chunk is padding, or else a shorter one would do.
         return slot_capacity(length + min(max(_SHORT, length), _LENGTHS[-1] // 2), _SHORT)
+
+    def bytes_beyond(self, length: int) -> int:
+        """None: a GPU does not write the scores out."""
+        return 0
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""

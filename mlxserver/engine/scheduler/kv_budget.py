@@ -63,7 +63,8 @@ class KVBudget:
         """Whether all sequences of a prompt could decode at once, with nothing beside them."""
         kv_tokens = self._running.cache.tokens_for([prompt.length] * len(prompt.sequences))
         most = self._account.most_alone
-        return self.holds(kv_tokens) and (most is None or self._bytes(kv_tokens, len(prompt.sequences)) <= most)
+        needed = block_bytes(self._sizes, kv_tokens, len(prompt.sequences))
+        return self.holds(kv_tokens) and (most is None or needed <= most)
 
     def longest(self, most: int) -> int:
         """Tokens of the longest sequence, of `most` at most, that the pool could hold alone."""
@@ -82,7 +83,8 @@ class KVBudget:
     def _alone_bytes(self, tokens: int) -> int:
         """Bytes of one sequence of so many tokens, in a slot of its own or in prefill."""
         length = tokens + 2  # as RunningSequence counts its last step
-        return self._bytes(max(self._running.cache.tokens_alone(length), self._prefill.tokens_for(length)), 1)
+        kv_tokens = max(self._running.cache.tokens_alone(length), self._prefill.tokens_for(length))
+        return block_bytes(self._sizes, kv_tokens, 1) + self._prefill.bytes_beyond(length)
 
     def tokens_of(self, prompts: Prompts) -> int:
         """Tokens of KV cache that the running sequences and these prompts take, until they decode together.
@@ -99,8 +101,7 @@ class KVBudget:
     def compacted_tokens_of(self, prompts: Prompts) -> int:
         """As tokens_of(); if that is over a limit, unused slots and capacity are given back first."""
         kv_tokens = self.tokens_of(prompts)
-        has_space = self._account.has_space(self._bytes(kv_tokens, self._count(prompts)))
-        if (self.holds(kv_tokens) and has_space) or not self._running.sequences:
+        if (self.holds(kv_tokens) and self.has_space(kv_tokens, prompts)) or not self._running.sequences:
             return kv_tokens
         self._running.cache.compact()
         return self.tokens_of(prompts)
@@ -109,24 +110,23 @@ class KVBudget:
 
     def start(self, kv_tokens: int, prompts: Prompts, now: float) -> bool:
         """Claim the memory of the running sequences and these prompts, the last of which is to start now."""
-        bytes = self._bytes(kv_tokens, self._count(prompts))
+        bytes = self._bytes(kv_tokens, prompts)
         return self._account.start(bytes, self._count(prompts), prompts[-1].arrived, now)
 
     def grow(self, kv_tokens: int, prompts: Prompts) -> Verdict:
         """Claim the memory of the next step."""
-        sequences = self._count(prompts)
-        return self._account.grow(self._bytes(kv_tokens, sequences), sequences, self._youngest(prompts))
+        return self._account.grow(self._bytes(kv_tokens, prompts), self._count(prompts), self._youngest(prompts))
 
     def settle(self, prompts: Prompts) -> None:
         """Give back what the running sequences and these prompts do not need, and what prefixes have too much."""
         kv_tokens = self.compacted_tokens_of(prompts)
         sequences = self._count(prompts)
-        self._account.give_back(self._bytes(kv_tokens, sequences), sequences, self._youngest(prompts))
+        self._account.give_back(self._bytes(kv_tokens, prompts), sequences, self._youngest(prompts))
         self.shrink_prefixes_beside(kv_tokens, sequences)
 
     def has_space(self, kv_tokens: int, prompts: Prompts) -> bool:
         """Whether the pool has this memory, once prefixes are dropped."""
-        return self._account.has_space(self._bytes(kv_tokens, self._count(prompts)))
+        return self._account.has_space(self._bytes(kv_tokens, prompts))
 
     def withdraw(self) -> None:
         """No prompt waits any more."""
@@ -138,8 +138,10 @@ class KVBudget:
             raise MemoryError("the prompt does not fit beside the models in use")
         self._account.wait()
 
-    def _bytes(self, kv_tokens: int, sequences: int) -> int:
-        return block_bytes(self._sizes, kv_tokens, sequences)
+    def _bytes(self, kv_tokens: int, prompts: Prompts) -> int:
+        """Bytes of so much KV cache, of the running sequences and these prompts, and of the prompts' chunks."""
+        beyond = max((self._prefill.bytes_beyond(len(prompt.tokens)) for prompt in prompts), default=0)
+        return block_bytes(self._sizes, kv_tokens, self._count(prompts)) + beyond
 
     def _count(self, prompts: Prompts) -> int:
         return len(self._running.sequences) + sum(len(prompt.sequences) for prompt in prompts)

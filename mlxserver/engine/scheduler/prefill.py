@@ -127,6 +127,10 @@ class Prefill:
         """Tokens of KV cache that a prompt of so many tokens takes while it is processed."""
         return self._strategy.tokens_for(length)
 
+    def bytes_beyond(self, length: int) -> int:
+        """Memory that a prompt of so many tokens takes beside its KV cache and what is reserved for chunks."""
+        return self._strategy.bytes_beyond(length)
+
     def warm_up(self) -> None:
         """Run the shapes that prompts use, so that no prompt pays for a compilation."""
         self._strategy.warm_up()
