@@ -50,11 +50,12 @@ class KVPool:
     thread.
     """
 
-    def __init__(self, prefixes: Prefixes | None = None) -> None:
+    def __init__(self, prefixes: Prefixes | None = None, wait_seconds: float = WAIT_SECONDS) -> None:
         self.lock = threading.RLock()
         self.prefixes = prefixes
         self.on_pressure: Callable[[], None] = lambda: None
         self.limit: int | None = None
+        self.wait_seconds = wait_seconds
         self._changed = threading.Condition(self.lock)
         self._version = 0
         self._fixed = 0
@@ -257,7 +258,7 @@ class KVAccount:
         """Wait for a change since the last claim, for a short time."""
         with self._pool.lock:
             self._has_waited = not self._pool._changed.wait_for(
-                lambda: self._pool._version != self._seen, timeout=WAIT_SECONDS
+                lambda: self._pool._version != self._seen, timeout=self._pool.wait_seconds
             )
 
     @property

@@ -21,11 +21,11 @@ def model(tiny_llama_path):
 
 
 class Pool:
-    """A pool of so many tokens beside the reservations, which hold 512 tokens each, and a manager without idle models."""
+    """A pool of so many tokens beside reservations of 512 tokens each, and a manager without idle models."""
 
     def __init__(self, model, tokens, keys="ab"):
         tier = RamTier()
-        self.pool = KVPool(tier)
+        self.pool = KVPool(tier, wait_seconds=0.0)
         self.prefix_cache = PrefixCache(tier, pool=self.pool)
         sizes = cache_sizes(model)
         self._floor = block_bytes(sizes, 512, 1)
