@@ -40,7 +40,7 @@ from tools.harness.running_server import running_server
 KEYS = ("a", "b", "c", "d", "e")
 TOGETHER = 3  # models that are loaded at once
 CONTEXT, MIN_CONTEXT = 65_536, 512  # tokens
-LONG = 3000  # words of a long prompt
+LONG = 600  # words of a long prompt
 SAMPLE = 0.1  # seconds between two samples of the memory
 WORKERS = 12
 PART = 5.0  # minutes between two measurements without models; a short run has five parts

@@ -127,8 +127,8 @@ class MemoryBudget:
 
     @property
     def reserved(self) -> int:
-        """Bytes granted to all models, with the KV cache that they have beyond their reservations."""
-        return sum(each.bytes for each in self.reservations) + self._pool.total_over
+        """Bytes that all models hold, with the KV cache beyond their reservations."""
+        return self._in_use + self._pool.total_over
 
     @property
     def prefix_bytes(self) -> int:
@@ -202,7 +202,7 @@ class MemoryBudget:
                     for victim in victims:
                         victim.evict()
         in_use = [each for each in self.reservations if each.is_in_use]
-        if sum(each.bytes for each in in_use) + self._pool.total_over + pending.bytes <= self._grantable:
+        if self._in_use + self._pool.total_over + pending.bytes <= self._grantable:
             pending.is_in_use = True
             pending.outcome.set_result(None)
         elif not any(each.holder.state.is_leaving for each in in_use):
@@ -240,14 +240,17 @@ class MemoryBudget:
 
     def _publish(self) -> None:
         """Tell the pool what is reserved: now, and once the models that are leaving have left, whichever is more."""
-        now = sum(each.bytes for each in self.reservations if each.is_in_use)
         later = sum(each.bytes for each in self._staying)
         reserved = {
             each.holder.key: Reserved(each.bytes, each.holder.is_pinned, each.holder.state.is_leaving)
             for each in self.reservations
             if each.bytes
         }
-        self._pool.publish(self._grantable, max(now, later), reserved)
+        self._pool.publish(self._grantable, max(self._in_use, later), reserved)
+
+    @property
+    def _in_use(self) -> int:
+        return sum(each.bytes for each in self.reservations if each.is_in_use)
 
     @property
     def _staying(self) -> list[Reservation]:
