@@ -95,7 +95,7 @@ class Scheduler:
         self._meter.insert(sequences)
         together = PendingPrompt(list(sequences), now)
         fit = self._budget.holds_together(together)
-        restoring = self._budget.restore_prefix(together.tokens)
+        restoring = None if together.is_scored else self._budget.restore_prefix(together.tokens)
         prompts = [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
         for prompt in prompts:
             prompt.restoring = restoring
@@ -242,8 +242,8 @@ class Scheduler:
         if taken and not self._budget.holds(kv_tokens):
             return False
         # Fetched before it may have to go for this very prompt; not at every try of one that waits for memory.
-        has_space = self._budget.has_space(kv_tokens, with_prompt)
-        cache, length = self._budget.fetch_prefix(prompt.tokens) if has_space else (None, 0)
+        may_fetch = self._budget.has_space(kv_tokens, with_prompt) and not prompt.is_scored
+        cache, length = self._budget.fetch_prefix(prompt.tokens) if may_fetch else (None, 0)
         if not self._budget.start(kv_tokens, with_prompt, now):
             return False
         prompt.started = now
