@@ -34,6 +34,7 @@ from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.distributed.link import LinkLost
 from mlxserver.engine.errors import EngineError, SourceInvalid
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
+from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import gguf, sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.loading.progress import Loading
@@ -201,15 +202,16 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         position = sharding.RankPosition(0, leader.size if leader else 1)
         return threads.call(lambda: sharding.share(estimate(spec), spec, position))
 
-    disk = prefix_store(settings)
+    disk, pool = prefix_store(settings), KVPool()
     kept_checks = KeptChecks(gguf.cache_directory() / "self-checks")
-    builder = Builder(settings.stall_target, leader, disk=disk, kept_checks=kept_checks)
+    builder = Builder(settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks)
     manager = ModelManager(
         settings,
         engine_starter(builder, threads),
         device.process_bytes,
         estimate_share,
         device.active_bytes,
+        pool,
     )
     manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:

@@ -47,7 +47,7 @@ def test_the_weights_are_estimated_within_15_percent(tmp_path, hidden, layers):
     loaded, taken = measured_load(spec)
     assert expected.weights == loaded.weight_bytes
     assert abs(expected.weights - taken) <= 0.15 * taken
-    assert expected.cache == loaded.limits.cache_tokens * bytes_per_token(loaded.model)
+    assert expected.cache == loaded.limits.reserved * bytes_per_token(loaded.model)
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="the figures are those of float32")
@@ -56,7 +56,7 @@ def test_the_embedded_model_is_estimated_within_15_percent():
     expected = estimate(spec)
     loaded, taken = measured_load(spec)
     assert abs(expected.weights - taken) <= 0.15 * taken
-    assert expected.cache == loaded.limits.cache_tokens * bytes_per_token(loaded.model)
+    assert expected.cache == loaded.limits.reserved * bytes_per_token(loaded.model)
 
 
 def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_path, monkeypatch):
@@ -74,16 +74,32 @@ def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "own", "limits"),
     [
-        ({}, 2048, Limits(2048, DEFAULT_CACHE_TOKENS)),
-        ({"max_running": 4}, 2048, Limits(2048, 8192)),
-        ({}, 131_072, Limits(DEFAULT_CACHE_TOKENS, DEFAULT_CACHE_TOKENS)),
-        ({"context_length": 131_072}, 131_072, Limits(131_072, 131_072)),
-        ({"context_length": 512, "max_running": 2}, 2048, Limits(512, 1024)),
-        ({"cache_tokens": 1000}, 2048, Limits(1000, 1000)),
+        ({}, 2048, Limits(2048, 2048, 1, None)),
+        ({}, 131_072, Limits(131_072, 4096, 1, None)),
+        ({"min_context": 512}, 131_072, Limits(131_072, 512, 1, None)),
+        ({"context_length": 512}, 2048, Limits(512, 512, 1, None)),
+        ({"cache_tokens": 1000}, 2048, Limits(1000, 1000, 1, 1000)),
     ],
 )
-def test_the_cache_has_a_default_size_unless_another_is_set(fields, own, limits):
+def test_the_context_is_the_model_s_own_and_one_short_request_is_reserved(fields, own, limits):
     assert estimate_module.limits(ModelSpec("m", "x", **fields), own) == limits
+
+
+@pytest.mark.parametrize(
+    ("fields", "own", "context", "cache_tokens"),
+    [
+        ({}, 2048, 2048, DEFAULT_CACHE_TOKENS),
+        ({"max_running": 4}, 2048, 2048, 8192),
+        ({}, 131_072, DEFAULT_CACHE_TOKENS, DEFAULT_CACHE_TOKENS),
+        ({"context_length": 131_072}, 131_072, 131_072, 131_072),
+        ({"context_length": 512, "max_running": 2}, 2048, 512, 1024),
+        ({"cache_tokens": 1000}, 2048, 1000, 1000),
+    ],
+)
+def test_the_cache_of_a_shared_model_is_reserved_whole(fields, own, context, cache_tokens):
+    spec = ModelSpec("m", "x", shard="tensor", **fields)
+    expected = Limits(context, cache_tokens, spec.max_running, cache_tokens)
+    assert estimate_module.limits(spec, own) == expected
 
 
 @pytest.mark.parametrize(
