@@ -28,6 +28,7 @@ WORKERS = 16
 LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
 PARTS = 4  # the memory is measured after each part of the requests
 PREFIX_CACHE = "512KiB"  # full after a few hundred requests, so that it does not look like a leak
+ENDS = ("response.completed", "response.incomplete", "response.failed", "message_stop")  # of streams without [DONE]
 FLAGS = (
     *("--no-defaults", "--log-level", "critical"),
     *("--header-timeout", "1", "--body-timeout", "1", "--idle-connection-timeout", "1"),
@@ -135,9 +136,10 @@ def _fault(answer: Answer, has_body: bool) -> str | None:
 
 def _fault_of_last(content: object) -> str | None:
     """The fault of the last event of a stream that does not end in [DONE]: a response that is over, or an error."""
-    last = ("response.completed", "response.incomplete", "message_stop")
-    is_over = isinstance(content, dict) and content.get("type") in last
-    return None if is_over else _fault_of_error(content)
+    if not isinstance(content, dict) or content.get("type") not in ENDS:
+        return _fault_of_error(content)
+    is_our_fault = content["type"] == "response.failed" and content["response"]["error"]["code"] == "server_error"
+    return "a response that failed" if is_our_fault else None
 
 
 def _fault_of_error(content: object) -> str | None:
