@@ -22,8 +22,7 @@ from jsonschema import Draft202012Validator
 
 from mlxserver.api import openapi
 from mlxserver.api.endpoints import ENDPOINTS
-from mlxserver.api.openai.errors import OPENAI
-from mlxserver.api.response_schemas import named
+from mlxserver.api.schema.response_shapes import named
 from tools.harness.models import tiny_llama
 from tools.harness.running_server import running_server
 from tools.hostile import Case, Hostile
@@ -39,6 +38,7 @@ FLAGS = (
     *("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1"),
     *("--idle-connection-timeout", "5"),  # a connection that is left open must end within TIMEOUT
 )
+LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 DOCUMENT = openapi.document(ENDPOINTS, "", "")
 VALIDATORS = {
     name: Draft202012Validator({**named(name), "components": DOCUMENT["components"]})
@@ -149,9 +149,9 @@ def _fault_of_end(last: bytes, path: str | None) -> str | None:
     if last == b"[DONE]":
         return None
     content = json.loads(last)
-    chunks = [each.chunk for each in ENDPOINTS if each.chunk and path in (None, each.path) and each.api is not OPENAI]
-    if any(VALIDATORS[chunk].is_valid(content) for chunk in chunks):
-        return None
+    if isinstance(content, dict) and (content.get("type") in LAST_EVENTS or content.get("done") is True):
+        chunks = [each.chunk for each in ENDPOINTS if each.chunk and path in (None, each.path)]
+        return None if any(VALIDATORS[chunk].is_valid(content) for chunk in chunks) else "a last event of a wrong shape"
     return _fault_of_error(content, path)
 
 

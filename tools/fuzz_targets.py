@@ -72,7 +72,9 @@ def requests(data: bytes) -> None:
     settings = Settings(unknown_parameters="ignore" if data[0] & 128 else "refuse")
     try:
         if endpoint.dialect:
-            endpoint.dialect(settings).parse(data[1:])
+            call = endpoint.dialect(settings).parse(data[1:])
+            if call.for_client:
+                call.for_client(call, "")
         elif endpoint.request:
             asked = parse(endpoint.request, data[1:], Limits.of(settings))
             if isinstance(asked, LoadRequest):
@@ -199,6 +201,17 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             _reads("load_model") + b'{"model":"org/m","key":"k","defaults":{"top_p":0.5},"ttl":"5m","replace":true}',
             _reads("unload_model") + b'{"key":"k","mode":"drain","timeout":1.5}',
             *(_reads(endpoint.name) + orjson.dumps(good_body(endpoint)) for endpoint in TAKING),
+            _reads("responses")
+            + b'{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"x"}]},{"type":'
+            b'"function_call","name":"f","call_id":"c","arguments":"{}"},{"type":"function_call_output","call_id":"c",'
+            b'"output":"y"},{"type":"reasoning","summary":[{"type":"summary_text","text":"z"}]}],"tools":[{"type":'
+            b'"custom","name":"f"}],"tool_choice":{"type":"custom","name":"f"},"text":{"format":{"type":"text"}}}',
+            _reads("messages")
+            + b'{"model":"m","system":[{"type":"text","text":"s"}],"messages":[{"role":"user","content":[{"type":'
+            b'"tool_result","tool_use_id":"i","content":[{"type":"text","text":"x"}],"is_error":true}]},{"role":'
+            b'"assistant","content":[{"type":"tool_use","id":"i","name":"f","input":{}}]}],"tools":[{"name":"f",'
+            b'"input_schema":{}}],"tool_choice":{"type":"any"},"thinking":{"type":"enabled","budget_tokens":-1},'
+            b'"output_config":{"effort":"low","format":{"type":"json_schema","schema":{}}},"stop_sequences":["a"]}',
         ),
     ),
     "calls": (

@@ -18,7 +18,9 @@ from tools.raw_http import request
 
 CLOSE = "Connection: close"
 PATHS = (
-    *(endpoint.path.replace("{key}", MODEL) for endpoint in ENDPOINTS),
+    *(endpoint.path.replace("{key}", MODEL).replace("{id}", "resp_1") for endpoint in ENDPOINTS),
+    "/v1/responses/resp_1/input_items?limit=x",
+    "/v1/messages/batches",
     "/",
     "/v1/models/",
     "/v1/chat/completions/",
@@ -83,6 +85,18 @@ VALUES = (
     '{"type": "json_schema", "json_schema": {"name": 1}}',
     '[{"role": "assistant", "content": null, "tool_calls": [{"id": 1}]}]',
     '[{"type": "function", "function": {}}]',
+    '[{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}, {"type": "namespace", "name": "n"}]',
+    '[{"type": "function_call", "name": "f", "arguments": "{"}, {"type": "function_call_output", "output": [5]}]',
+    '[{"type": "reasoning", "summary": [5, {"text": "x"}]}, {"type": "custom_tool_call"}, {"id": "x"}]',
+    '{"format": {"type": "json_schema", "schema": {"type": "string"}}}',
+    '{"effort": "low", "summary": 5}',
+    '{"type": "allowed_tools", "mode": "required", "tools": [{"name": []}]}',
+    '[{"role": "assistant", "content": [{"type": "tool_use", "id": 1, "name": "x", "input": 5}]}]',
+    '[{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}]',
+    '[{"type": "text", "text": "x"}]',
+    '[{"name": "add", "input_schema": {"type": "object"}}, {"type": "web_search_20250305"}]',
+    '{"type": "enabled", "budget_tokens": 5}',
+    '{"effort": "high", "format": {"type": "json_schema", "schema": {}}}',
     '{"5": 1000}',
     '{"-1": 1}',
     '{"999999999": 1}',
@@ -128,6 +142,7 @@ HEADERS = (
     "Range: bytes=0-1",
     "X-Forwarded-For: 1.2.3.4",
     "Keep-Alive: timeout=-1",
+    "anthropic-version: 2023-06-01",
 )
 GARBAGE = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",

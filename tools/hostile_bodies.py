@@ -27,6 +27,7 @@ GOOD: Mapping[str, Any] = {
     "max_output_tokens": 3,
     "options": {"num_predict": 3},
 }
+SUBJECTS = ("messages", "input", "prompt")  # of which a request has one
 LIMITS = ("max_tokens", "max_output_tokens", "options")  # of answers, given wherever there are such
 WEIGHTS = {"chat_completions": 8, "completions": 4}  # of endpoints; those that generate have GENERATING, others 2 or 1
 GENERATING = 4
@@ -45,8 +46,9 @@ def weight(endpoint: Endpoint) -> int:
 def good_body(endpoint: Endpoint) -> dict[str, Any]:
     """A body that is right, or, of an endpoint that manages, one that names nothing that exists."""
     schema = SCHEMAS[endpoint.path]
-    extra = LIMITS if "messages" in schema["required"] else ("prompt", *LIMITS)
-    names = [*schema["required"], *(name for name in extra if name in schema["properties"])]
+    subject = next((name for name in SUBJECTS if name in schema["properties"]), "")
+    extra = [name for name in (subject, *LIMITS) if name in schema["properties"]]
+    names = dict.fromkeys([*schema["required"], *extra])
     draw = random.Random(0)
     body = {name: GOOD[name] if name in GOOD else value(schema["properties"][name], draw) for name in names}
     if endpoint.manages:

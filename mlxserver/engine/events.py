@@ -77,10 +77,11 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """End of one choice."""
+    """End of one choice. stop: the stop string that ended it, None where none did."""
 
     reason: FinishReason
     index: int = 0
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

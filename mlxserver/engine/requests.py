@@ -14,13 +14,14 @@ class ChatPrompt:
     """Conversation to be set in the model's chat template.
 
     template_kwargs: variables of the template. continues_answer: the last message is the assistant's, and the answer
-    goes on from its text.
+    goes on from its text. drops_oldest: messages are left out so that it fits in the context.
     """
 
     conversation: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues_answer: bool = False
+    drops_oldest: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ def generate(dialect: Dialect, manager: ModelManager, label: str = "") -> Handle
     async def handle(request: Request) -> GenerationResponse:
         note_dialect(label)
         call = dialect.parse(await read_body(request, settings))
+        if call.for_client:
+            call = call.for_client(call, request.state.client)
         headers = ignored_headers(request, call.ignored)
         return GenerationResponse(
             manager.resolve(call.model),

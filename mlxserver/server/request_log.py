@@ -1,6 +1,7 @@
 """Request log: one line per request, and the id that it is known by.
 
-Rule 1: the id comes from the client (X-Request-Id) or is made here; the response has it in a header.
+Rule 1: the id comes from the client (X-Request-Id) or is made here; the response has it in a header, under both names
+        that clients look for.
 Rule 2: the line is written when the response has ended, however it ended.
 """
 
@@ -79,6 +80,12 @@ def has_response() -> bool:
     return record is not None and record.status is not None
 
 
+def request_id() -> str | None:
+    """The id of the current request; None outside of any."""
+    record = _current.get()
+    return record.id if record else None
+
+
 class RequestLog:
     """ASGI middleware that writes the log."""
 
@@ -95,7 +102,8 @@ class RequestLog:
         async def note_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", record.id.encode())]}
+                ids = [(name, record.id.encode()) for name in (b"x-request-id", b"request-id")]
+                message = {**message, "headers": [*message.get("headers", ()), *ids]}
             await send(message)
 
         try:

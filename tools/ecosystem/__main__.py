@@ -21,9 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.ecosystem.agents import AGENTS, Agent
+from tools.ecosystem.agents import AGENTS as OTHERS
+from tools.ecosystem.agents import Agent
+from tools.ecosystem.codex import CODEX
 from tools.ecosystem.contract import Contract
 from tools.ecosystem.scoring import Scoring
+
+AGENTS = (*OTHERS, CODEX)
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
@@ -77,6 +81,7 @@ ALL = (
     Client("pydantic-ai", "pydantic_ai_client.py", ("pydantic-ai-slim[openai]",)),
     Client("llm", "llm_command.py", ("llm",)),
     Client("Vercel AI SDK", "vercel_ai.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
+    Client("Vercel AI SDK, responses", "vercel_responses.mjs", ("ai", "@ai-sdk/openai", "zod")),
     Client("event-stream parsers", "event_streams.mjs", ("eventsource-parser",)),
     Client("httpx-sse", "httpx_sse_client.py", ("httpx-sse", "httpx")),
 )

@@ -195,7 +195,7 @@ class OutputStream:
         events = self._to_events(self._tools.flush(is_cut=is_cut)) if self._tools else []
         if reason == "stop" and (self._has_calls or (self._tools and self._tools.completed)):
             reason = "tool_calls"
-        return [*events, Finish(reason, self._index)]
+        return [*events, Finish(reason, self._index, self._stops.matched)]
 
     def _to_events(self, pieces: Iterable[TokenText | ToolCallDelta]) -> list[OutputEvent]:
         return [self._delta(piece) if isinstance(piece, TokenText) else piece for piece in pieces]

@@ -20,6 +20,7 @@ from mlxserver.engine.output.reasoning_formats import turn_ends
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.token_bytes import prompt_tokens, token_logprob
 from mlxserver.engine.prompt.formats import FORMATS, PromptFormat, find_type
+from mlxserver.engine.prompt.truncation import most_tokens, truncate
 from mlxserver.engine.requests import (
     ApplyTemplate,
     ChatPrompt,
@@ -76,7 +77,9 @@ class TextRunner:
         self._vocab_size = batch.vocab_size
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
-        preprocessor = _Preprocessor(loaded.tokenizer, prompts, self._constraints, batch.vocab_size)
+        preprocessor = _Preprocessor(
+            loaded.tokenizer, prompts, self._constraints, batch.vocab_size, loaded.context_length
+        )
         self.preprocess = preprocessor.preprocess
         self.answer = preprocessor.answer
 
@@ -138,18 +141,30 @@ class _Preprocessor:
     """The tokenizer worker's part: holds nothing of the batch."""
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, prompts: PromptFormat, constraints: RequestConstraints, vocab_size: int
+        self,
+        tokenizer: TokenizerWrapper,
+        prompts: PromptFormat,
+        constraints: RequestConstraints,
+        vocab_size: int,
+        context_length: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._constraints = constraints
         self._vocab_size = vocab_size
+        self._context_length = context_length
 
     def preprocess(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its prompt rendered, its grammar compiled. Raises PromptRejected."""
         grammar = self._constraints.compile(request)
-        formatted = self._prompts.format(request.prompt, request.tool_choice)
-        return replace(request, formatted=formatted, grammar=grammar)
+        return replace(request, formatted=self._format(request), grammar=grammar)
+
+    def _format(self, request: GenerationRequest) -> FormattedPrompt:
+        prompt, choice = request.prompt, request.tool_choice
+        if isinstance(prompt, ChatPrompt) and prompt.drops_oldest:
+            most = most_tokens(self._context_length, request.max_tokens)
+            return truncate(prompt, lambda shorter: self._prompts.format(shorter, choice), most)
+        return self._prompts.format(prompt, choice)
 
     def answer(self, question: Question) -> tuple[int, ...] | str:
         """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""
