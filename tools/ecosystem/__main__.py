@@ -20,11 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.ecosystem.agents import AGENTS, Agent
+from tools.ecosystem.agents import AGENTS as COMMON_AGENTS
+from tools.ecosystem.agents import Agent
+from tools.ecosystem.claude import CLAUDE
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
 GREETING = "Serving on "
+AGENTS = (*COMMON_AGENTS, CLAUDE)
 MODEL = "smollm2"
 TIMEOUT = 600  # seconds for an installation, and for the round trips of one client
 

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,25 @@ DONE = say("The file is written.")
 
 
 @dataclass(frozen=True, slots=True)
+class Workplace:
+    """Where an agent works, with the environment of its commands. words: what stands in them for {word}."""
+
+    work: Path
+    environment: dict[str, str]
+    words: Mapping[str, str]
+
+    def fill(self, texts: Iterable[str]) -> list[str]:
+        """The texts with the words put in."""
+        filled = list(texts)
+        for name, word in self.words.items():
+            filled = [text.replace(f"{{{name}}}", word) for text in filled]
+        return filled
+
+
+@dataclass(frozen=True, slots=True)
 class Agent:
-    """Agent under test. In commands, files and variables {url} is the API's, {work} the working directory.
+    """Agent under test. In commands, files and variables {url} is the API's, {base} the server's, {work} the working
+    directory, {model} the key of its model, {modules} the directory of its packages.
 
     answers: of its model. files: by their path below the home directory. setup: a command to run before.
     """
@@ -46,7 +64,7 @@ class Agent:
     @property
     def directory(self) -> str:
         """Name of the directory of its environment."""
-        return self.name
+        return self.package.removeprefix("pypi:").replace("/", "-")
 
     def write_model(self, directory: Path) -> str:
         """Write its model; returns its section of the configuration."""
@@ -60,29 +78,41 @@ class Agent:
             CalledProcessError, TimeoutExpired: it failed.
             ValueError: the file is missing, or has another text.
         """
-        programs = self._install(directory)
-        with tempfile.TemporaryDirectory() as temporary:
-            home, work = Path(temporary) / "home", Path(temporary) / "work"
-            home.mkdir()
-            work.mkdir()
-            for name, text in self.files.items():
-                (home / name).parent.mkdir(parents=True, exist_ok=True)
-                (home / name).write_text(self._fill(text, url, work))
-            variables = {name: self._fill(value, url, work) for name, value in self.variables.items()}
-            own = {"HOME": str(home), "PWD": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
-            environment = {**os.environ, **own, **variables}
-            try:
-                for command in filter(None, (self.setup, self.command)):
-                    filled = [self._fill(part, url, work) for part in command]
-                    _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
-            finally:
-                subprocess.run(["pkill", "-f", temporary], check=False)  # what it left running there
-            written = work / TASK
+        with self.workplace(directory, url) as place:
+            for command in filter(None, (self.setup, self.command)):
+                _run(place.fill(command), cwd=place.work, env=place.environment, stdin=subprocess.DEVNULL)
+            written = place.work / TASK
             if not written.exists() or written.read_text().strip() != TEXT.strip():
                 raise ValueError(
                     f"{TASK} is {written.read_text() if written.exists() else 'missing'!r}; expected {TEXT!r}"
                 )
         return f"wrote {TASK} with its own tool"
+
+    @contextmanager
+    def workplace(self, directory: Path, url: str) -> Iterator[Workplace]:
+        """The agent, installed into a directory, with a new home and a new working directory."""
+        programs = self._install(directory)
+        with tempfile.TemporaryDirectory() as temporary:
+            home, work = Path(temporary) / "home", Path(temporary) / "work"
+            home.mkdir()
+            work.mkdir()
+            own = {"HOME": str(home), "PWD": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
+            words = {
+                "url": f"{url}/v1",
+                "base": url,
+                "work": str(work),
+                "model": self.key,
+                "modules": str(programs.parent),
+            }
+            place = Workplace(work, {**os.environ, **own}, words)
+            for name, text in self.files.items():
+                (home / name).parent.mkdir(parents=True, exist_ok=True)
+                (home / name).write_text(place.fill([text])[0])
+            place.environment.update(zip(self.variables, place.fill(self.variables.values()), strict=True))
+            try:
+                yield place
+            finally:
+                subprocess.run(["pkill", "-f", temporary], check=False)  # what it left running there
 
     def _install(self, directory: Path) -> Path:
         """Install the package, from npm, or from PyPI for a name with "pypi:"; the directory of its programs."""
@@ -98,9 +128,6 @@ class Agent:
             package = self.package.removeprefix("pypi:")
             _run([str(programs / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check", package])
         return programs
-
-    def _fill(self, text: str, url: str, work: Path) -> str:
-        return text.replace("{url}", f"{url}/v1").replace("{work}", str(work)).replace("{model}", self.key)
 
 
 def _run(command: Sequence[str], **options: object) -> None:
@@ -140,6 +167,13 @@ AGENTS = (
         ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
         (call("write", filePath=TASK, content=TEXT), DONE),
         {".config/opencode/opencode.json": OPENCODE},
+    ),
+    Agent(
+        "opencode-messages",
+        "opencode-ai",
+        ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
+        (call("write", filePath=TASK, content=TEXT), DONE),
+        {".config/opencode/opencode.json": OPENCODE.replace("@ai-sdk/openai-compatible", "@ai-sdk/anthropic")},
     ),
     Agent(
         "qwen-code",
