@@ -127,11 +127,17 @@ def _fault(answer: Answer, has_body: bool) -> str | None:
         return _fault_of_error(json.loads(answer.body))
     if kind.startswith("text/event-stream"):
         last = answer.body.strip().rpartition(b"data: ")[2]
-        is_whole = last in (b"[DONE]", b'{"type":"message_stop"}')
-        return None if is_whole else _fault_of_error(json.loads(last))
+        return None if last == b"[DONE]" else _fault_of_last(json.loads(last))
     if kind == "application/json":
         json.loads(answer.body)
     return None
+
+
+def _fault_of_last(content: object) -> str | None:
+    """The fault of the last event of a stream that does not end in [DONE]: a response that is over, or an error."""
+    last = ("response.completed", "response.incomplete", "message_stop")
+    is_over = isinstance(content, dict) and content.get("type") in last
+    return None if is_over else _fault_of_error(content)
 
 
 def _fault_of_error(content: object) -> str | None:

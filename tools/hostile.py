@@ -19,6 +19,9 @@ MODEL = "tiny"
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
+    "/v1/responses/resp_1",
+    "/v1/responses/resp_1/input_items?limit=x",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/messages/batches",
@@ -55,6 +58,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages/count_tokens": {"model": MODEL, "messages": HELLO},
     "/v1/models/load": {"model": "/no/such/model", "key": "nothing"},
     "/v1/models/unload": {"key": "unknown"},
+    "/v1/responses": {"model": MODEL, "input": "hello", "max_output_tokens": 3},
     "/tokenize": {"model": MODEL, "prompt": "hello"},
     "/detokenize": {"model": MODEL, "tokens": [5, 6, 7]},
     "/apply-template": {"model": MODEL, "messages": HELLO},
@@ -103,6 +107,15 @@ PARAMETERS = (
     "modalities",
     "thinking_budget",
     "continue_final_message",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "previous_response_id",
+    "text",
+    "include",
+    "reasoning",
+    "store",
+    "truncation",
     "system",
     "stop_sequences",
     "thinking",
@@ -159,6 +172,12 @@ VALUES = (
     '{"type": "json_schema", "json_schema": {"name": 1}}',
     '[{"role": "assistant", "content": null, "tool_calls": [{"id": 1}]}]',
     '[{"type": "function", "function": {}}]',
+    '[{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}, {"type": "namespace", "name": "n"}]',
+    '[{"type": "function_call", "name": "f", "arguments": "{"}, {"type": "function_call_output", "output": [5]}]',
+    '[{"type": "reasoning", "summary": [5, {"text": "x"}]}, {"type": "custom_tool_call"}, {"id": "x"}]',
+    '{"format": {"type": "json_schema", "schema": {"type": "string"}}}',
+    '{"effort": "low", "summary": 5}',
+    '{"type": "allowed_tools", "mode": "required", "tools": [{"name": []}]}',
     '[{"role": "assistant", "content": [{"type": "tool_use", "id": 1, "name": "x", "input": 5}]}]',
     '[{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}]',
     '[{"type": "text", "text": "x"}]',
@@ -340,8 +359,9 @@ class Hostile:
         return Case("cut", whole.data[: self._random.randrange(len(whole.data))], is_cut=True)
 
     def _body(self) -> tuple[str, dict[str, Any]]:
-        path = self._random.choices(list(BODIES), weights=(8, 4, 6, 2, 1, 1, 2, 2, 2))[0]
-        stream = {"stream": True} if path in ("/v1/chat/completions", "/v1/completions", "/v1/messages") else {}
+        path = self._random.choices(list(BODIES), weights=(8, 4, 6, 2, 1, 1, 6, 2, 2, 2))[0]
+        streams = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+        stream = {"stream": True} if path in streams else {}
         return path, BODIES[path] | (stream if self._random.random() < 0.3 else {})
 
 

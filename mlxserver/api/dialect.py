@@ -93,7 +93,8 @@ class Call:
     """What one body asks for: engine requests to one model, and how they are answered.
 
     requests: all with the same n. idle_timeout: seconds that the model stays loaded afterwards, None leaves it to the
-    model's own. ignored: names of unknown parameters.
+    model's own. ignored: names of unknown parameters. for_client: makes the call that a client means, by the id of that
+    client (server/keys.py), where that depends on what the server keeps for it; raises ValidationFailed.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Call:
     idle_timeout: float | None = None
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
+    for_client: Callable[[Call, str], Call] | None = None
 
 
 class Dialect(Protocol):

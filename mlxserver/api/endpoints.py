@@ -15,6 +15,7 @@ from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
 from mlxserver.api.openai.errors import OPENAI
+from mlxserver.api.openai.responses import endpoints as responses
 
 ENDPOINTS = (
     Endpoint(
@@ -37,6 +38,7 @@ ENDPOINTS = (
         "CompletionChunk",
         CompletionDialect,
     ),
+    *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,
     Endpoint(
         "list_models",

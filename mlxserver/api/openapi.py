@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
@@ -12,6 +13,7 @@ from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
 from mlxserver.api.schema.response_shapes import named
 
+PLACE = re.compile(r"\{(\w+)\}")  # of a parameter in a path
 FAILURES = {
     "400": "The request can't be understood or honoured; param names what is wrong.",
     "404": "There is no such model or path.",
@@ -56,8 +58,9 @@ vertical-align:top}td:first-child{white-space:nowrap}small{color:#666}
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
     operation: dict[str, Any] = {"operationId": endpoint.name, "summary": endpoint.summary}
-    if "{key}" in endpoint.path:
-        operation["parameters"] = [{"name": "key", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if names := PLACE.findall(endpoint.path):
+        schema = {"type": "string"}
+        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
     if endpoint.request:
         body = {"application/json": {"schema": named(endpoint.request.__name__)}}
         operation["requestBody"] = {"required": True, "content": body}

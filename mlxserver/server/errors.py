@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from mlxserver.api.dialect import Failure, FailureKind
 from mlxserver.api.endpoints import encode_failure
+from mlxserver.api.openai.responses.store import ResponseNotFound
 from mlxserver.api.schema.parameters import ValidationFailed, abbreviate
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.engine.errors import (
@@ -48,6 +49,7 @@ from mlxserver.server.request_log import request_id
 ERRORS: tuple[tuple[type[Exception], int, FailureKind, str | None], ...] = (
     (ModelNotFound, 404, "not_found", "model_not_found"),
     (ModelNotLoaded, 404, "not_found", "model_not_loaded"),
+    (ResponseNotFound, 404, "not_found", "response_not_found"),
     (ContextExceeded, 400, "invalid_request", "context_length_exceeded"),
     (PromptRejected, 400, "invalid_request", None),
     (SourceInvalid, 400, "invalid_request", "invalid_source"),

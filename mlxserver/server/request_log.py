@@ -36,6 +36,7 @@ class RequestRecord:
     path: str
     started: float = field(default_factory=time.monotonic)
     status: int | None = None
+    dialect: str | None = None
     model: str | None = None
     generations: list[Generation] = field(default_factory=list)
 
@@ -43,6 +44,8 @@ class RequestRecord:
         """Fields of the log line."""
         yield from (("id", self.id), ("method", self.method), ("path", self.path[:MAX_PATH]), ("status", self.status))
         yield "seconds", round(time.monotonic() - self.started, 4)
+        if self.dialect:
+            yield "dialect", self.dialect
         if not self.generations:
             return
         yield "model", self.model
@@ -63,6 +66,12 @@ def note_generation(model: str, generation: Generation) -> None:
     if record := _current.get():
         record.model = model
         record.generations.append(generation)
+
+
+def note_dialect(dialect: str) -> None:
+    """Add the dialect to the record of the current request."""
+    if record := _current.get():
+        record.dialect = dialect
 
 
 def has_response() -> bool:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,25 +25,9 @@ DONE = say("The file is written.")
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
-    """Where an agent works, with the environment of its commands. words: what stands in them for {word}."""
-
-    work: Path
-    environment: dict[str, str]
-    words: Mapping[str, str]
-
-    def fill(self, texts: Iterable[str]) -> list[str]:
-        """The texts with the words put in."""
-        filled = list(texts)
-        for name, word in self.words.items():
-            filled = [text.replace(f"{{{name}}}", word) for text in filled]
-        return filled
-
-
-@dataclass(frozen=True, slots=True)
 class Agent:
     """Agent under test. In commands, files and variables {url} is the API's, {base} the server's, {work} the working
-    directory, {model} the key of its model, {modules} the directory of its packages.
+    directory, {model} the key of its model.
 
     answers: of its model. files: by their path below the home directory. setup: a command to run before.
     """
@@ -78,10 +62,11 @@ class Agent:
             CalledProcessError, TimeoutExpired: it failed.
             ValueError: the file is missing, or has another text.
         """
-        with self.workplace(directory, url) as place:
+        with self.prepared(directory, url) as (work, environment):
             for command in filter(None, (self.setup, self.command)):
-                _run(place.fill(command), cwd=place.work, env=place.environment, stdin=subprocess.DEVNULL)
-            written = place.work / TASK
+                filled = [self.fill(part, url, work) for part in command]
+                _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
+            written = work / TASK
             if not written.exists() or written.read_text().strip() != TEXT.strip():
                 raise ValueError(
                     f"{TASK} is {written.read_text() if written.exists() else 'missing'!r}; expected {TEXT!r}"
@@ -89,28 +74,23 @@ class Agent:
         return f"wrote {TASK} with its own tool"
 
     @contextmanager
-    def workplace(self, directory: Path, url: str) -> Iterator[Workplace]:
-        """The agent, installed into a directory, with a new home and a new working directory."""
+    def prepared(self, directory: Path, url: str) -> Iterator[tuple[Path, dict[str, str]]]:
+        """Install the agent into a directory: an empty working directory, and the environment of its commands.
+
+        Raises CalledProcessError, TimeoutExpired.
+        """
         programs = self._install(directory)
         with tempfile.TemporaryDirectory() as temporary:
             home, work = Path(temporary) / "home", Path(temporary) / "work"
             home.mkdir()
             work.mkdir()
-            own = {"HOME": str(home), "PWD": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
-            words = {
-                "url": f"{url}/v1",
-                "base": url,
-                "work": str(work),
-                "model": self.key,
-                "modules": str(programs.parent),
-            }
-            place = Workplace(work, {**os.environ, **own}, words)
             for name, text in self.files.items():
                 (home / name).parent.mkdir(parents=True, exist_ok=True)
-                (home / name).write_text(place.fill([text])[0])
-            place.environment.update(zip(self.variables, place.fill(self.variables.values()), strict=True))
+                (home / name).write_text(self.fill(text, url, work))
+            variables = {name: self.fill(value, url, work) for name, value in self.variables.items()}
+            own = {"HOME": str(home), "PWD": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
             try:
-                yield place
+                yield work, {**os.environ, **own, **variables}
             finally:
                 subprocess.run(["pkill", "-f", temporary], check=False)  # what it left running there
 
@@ -128,6 +108,13 @@ class Agent:
             package = self.package.removeprefix("pypi:")
             _run([str(programs / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check", package])
         return programs
+
+    def fill(self, text: str, url: str, work: Path) -> str:
+        """The text with the URLs of the API and of the server, the working directory and the key of the model."""
+        words = {"url": f"{url}/v1", "base": url, "work": str(work), "model": self.key}
+        for name, word in words.items():
+            text = text.replace(f"{{{name}}}", word)
+        return text
 
 
 def _run(command: Sequence[str], **options: object) -> None:

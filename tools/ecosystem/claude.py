@@ -1,116 +1,77 @@
-"""Claude Code on scripted models, without a terminal: a task with three calls, also beside a running stream of another
-model, a prompt that is too long, and an interrupt.
-"""
+"""Claude Code, which speaks messages alone: a task of three calls, also beside a stream; too long a prompt; Ctrl-C."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tools.ecosystem.agents import DONE, REQUEST, Agent, Workplace
-from tools.harness.agents import TASK, agent_model, call
-from tools.harness.models import scripted_model
+from tools.ecosystem.agents import CONTEXT, DONE, REQUEST, TIMEOUT, Agent
+from tools.ecosystem.codex import running_stream, wait_for_requests
+from tools.harness.agents import TASK, agent_model, call, say
 from tools.harness.scripts import Script
 
-SHORT = 10_000  # tokens of context, fewer than those of its prompt
-ENDLESS = "forever"  # the word in a message to the model that ends by itself never
-DEADLINE = 120.0  # seconds that a request may take to begin, and to end
-TOO_LONG = "Prompt is too long"  # what it writes once it has understood the server's refusal
+SMALL, ENDLESS = "for-claude-small", "for-claude-endless"
+SMALL_CONTEXT = 10_000  # tokens, fewer than those of its prompt
+TOO_LONG = "Prompt is too long"  # what it prints once it has understood the refusal
+COMMAND = ("claude", "-p", REQUEST, "--dangerously-skip-permissions")
 
 
 class ClaudeCode(Agent):
-    """The agent and its models: the one of the task, one with a short context, one without an end."""
+    """Claude Code with models of its own: one that does the task, one of a small context, one that never ends."""
 
     def write_model(self, directory: Path) -> str:
         """Write its models; returns their sections of the configuration."""
-        short = agent_model(directory / "for-claude-short", self.answers, context=SHORT)
-        endless = scripted_model(
-            directory / "for-claude-endless", {ENDLESS: Script(["tick ", "tock "], endless=True)}, context=200_000
+        small = agent_model(directory / SMALL, [say("Never.")], context=SMALL_CONTEXT)
+        endless = Script(["Hm.", "\n</think>\n\n", "tick ", "tock "], endless=True)
+        forever = agent_model(directory / ENDLESS, [endless], context=CONTEXT)
+        return (
+            f"{super().write_model(directory)}"
+            f'[models.{SMALL}]\nsource = "{small}"\n'
+            f'[models.{ENDLESS}]\nsource = "{forever}"\ncontext_length = {CONTEXT}\n'
         )
-        sections = [
-            f'[models.{self.key}-short]\nsource = "{short}"\ncontext_length = {SHORT}\n',
-            f'[models.{self.key}-endless]\nsource = "{endless}"\ncontext_length = 200000\n',
-        ]
-        return "\n".join([Agent.write_model(self, directory), *sections])
 
     def try_out(self, directory: Path, url: str) -> str:
-        """Install it and run all four; one line on what it did. Raises CalledProcessError, ValueError."""
-        Agent.try_out(self, directory, url)
-        with _stream(f"{self.key}-endless", url):
-            Agent.try_out(self, directory, url)
-        with self.workplace(directory, url) as place:
-            self._overflow(place)
-            self._interrupt(place, url)
-        return f"wrote {TASK} with three calls, twice; understood a refusal; left at an interrupt"
+        """Install it into a directory and run it; one line on what it did.
 
-    def _overflow(self, place: Workplace) -> None:
-        """Ask a model whose context is shorter than the prompt."""
-        done = subprocess.run(
-            place.fill(self.command),
-            cwd=place.work,
-            env={**place.environment, "ANTHROPIC_MODEL": f"{self.key}-short"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-        if done.returncode == 0 or TOO_LONG not in done.stdout:
-            raise ValueError(f"a prompt that is too long gave {done.returncode}, {done.stdout!r}")
-
-    def _interrupt(self, place: Workplace, url: str) -> None:
-        """Interrupt it within an answer; the server has no request left."""
-        model = f"{self.key}-endless"
-        with subprocess.Popen(
-            place.fill(self.command),
-            cwd=place.work,
-            env={**place.environment, "ANTHROPIC_MODEL": model},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from a terminal reaches all of its processes
-        ) as process:
-            try:
-                _wait_for_requests(model, url, 1)
-                os.killpg(process.pid, signal.SIGINT)
-                _wait_for_requests(model, url, 0)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        Raises:
+            CalledProcessError, TimeoutExpired: it failed.
+            ValueError: the file is missing or has another text, or what it printed is not what happened.
+        """
+        done = [super().try_out(directory, url)]
+        with running_stream(url):
+            super().try_out(directory, url)
+            done.append("again beside a stream")
+        with self.prepared(directory, url) as (work, environment):
+            output = _claude(SMALL, work, environment).communicate(timeout=TIMEOUT)[0]
+            if TOO_LONG not in output:
+                raise ValueError(f"too long a prompt: {output}")
+            done.append("found the context too small")
+            running = _claude(ENDLESS, work, environment)
+            wait_for_requests(url, ENDLESS, 1)
+            running.send_signal(signal.SIGINT)
+            running.communicate(timeout=TIMEOUT)
+            wait_for_requests(url, ENDLESS, 0)
+            done.append("freed its slot at Ctrl-C")
+        return ", ".join(done)
 
 
-@contextmanager
-def _stream(model: str, url: str) -> Iterator[None]:
-    """A stream without an end, which is still being sent at the end of the block."""
-    body = {"model": model, "stream": True, "messages": [{"role": "user", "content": ENDLESS}]}
-    request = urllib.request.Request(f"{url}/v1/messages", json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=DEADLINE) as response:
-        response.readline()
-        yield
-        if not response.readline():
-            raise ValueError("the stream beside it ended")
-
-
-def _wait_for_requests(model: str, url: str, count: int) -> None:
-    end = time.monotonic() + DEADLINE
-    while time.monotonic() < end:
-        with urllib.request.urlopen(f"{url}/v1/models/{model}", timeout=DEADLINE) as response:
-            if json.load(response)["running_requests"] == count:
-                return
-        time.sleep(0.1)
-    raise ValueError(f"{model} has not come to {count} running requests")
+def _claude(model: str, work: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        COMMAND,
+        cwd=work,
+        env={**environment, "ANTHROPIC_MODEL": model},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 CLAUDE = ClaudeCode(
     "claude",
     "@anthropic-ai/claude-code",
-    ("node", "{modules}/@anthropic-ai/claude-code/cli-wrapper.cjs", "-p", REQUEST, "--dangerously-skip-permissions"),
+    COMMAND,
     (
         call("Write", file_path=TASK, content="remember the bread\n"),
         call("Edit", file_path=TASK, old_string="bread", new_string="milk"),
@@ -123,6 +84,8 @@ CLAUDE = ClaudeCode(
         "ANTHROPIC_MODEL": "{model}",
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "{model}",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "IS_SANDBOX": "1",  # a container's root may skip the permissions, too
+        "IS_SANDBOX": "1",  # where root may skip the permissions, too
     },
+    # What npm's script of the package does, which may be switched off.
+    setup=("sh", "-c", 'node "$(dirname "$(command -v claude)")/../@anthropic-ai/claude-code/install.cjs"'),
 )

@@ -43,6 +43,8 @@ REASONING: dict[str, Any] = {
         "exclude": {},
         "summary": {},
         "generate_summary": {},
+        "context": {},
+        "mode": {},
     },
     "additionalProperties": False,
 }
