@@ -83,7 +83,8 @@ class PromptFormat:
         if tool_choice and tool_choice.mode == "none":
             prompt = replace(prompt, tools=())
         variables = self._variables(prompt.template_kwargs)
-        admitted = replace(prompt, conversation=tuple(admit(prompt)), template_kwargs=variables)
+        tools = tuple(sorted(prompt.tools, key=lambda tool: tool.name))  # programs send the same ones in any order
+        admitted = replace(prompt, conversation=tuple(admit(prompt)), tools=tools, template_kwargs=variables)
         return self._render(*self._fit(admitted))
 
     def budget(self, prompt: Prompt) -> int | None:
@@ -168,7 +169,7 @@ class PromptFormat:
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):
             appended = text.removeprefix(self._template.render(prompt, opens_answer=False))
             opens_thinking = appended.rstrip().endswith(self._tags[0])
-        tokens = self._template.encode(prompt)
+        tokens = self._template.encode(prompt, text)
         boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
         return FormattedPrompt(tokens, text, opens_thinking, boundaries)
 
