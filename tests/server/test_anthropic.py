@@ -228,6 +228,15 @@ def test_cached_tokens_are_not_among_the_input(server):
     assert streamed[-2].usage.cache_read_input_tokens == second.cache_read_input_tokens
 
 
+def test_a_prompt_without_an_answer_is_kept(server):
+    body = asked("this prompt is only read, so that the next one is answered sooner " * 4, model="tiny")
+    warming = checked_message(post(server, {**body, "max_tokens": 0}).json)
+    assert (warming.content, warming.stop_reason, warming.usage.output_tokens) == ([], "max_tokens", 0)
+    assert told(checked_events(post(server, {**body, "max_tokens": 0, "stream": True}).body)) == []
+    answered = checked_message(post(server, {**body, "max_tokens": 2}).json)
+    assert answered.usage.cache_read_input_tokens == warming.usage.input_tokens - 1
+
+
 # Tokens
 
 
