@@ -3,7 +3,8 @@
 Run: python -m tools.measure_memory [--tiny] [SOURCE ...]; by default the embedded model, three llamas, and ten
 architectures of the zoo, of random weights. SOURCE may be the name of one of those, too. Each model is measured in a
 separate process: eight sequences fill the KV cache, then one prompt fills the context. MLX is the peak of MLX's arrays,
-RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere.
+RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere. Held: by the sequences, with the prefixes
+that are kept.
 """
 
 from __future__ import annotations
