@@ -3,7 +3,7 @@
 Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0]. Exit status 1 if a promise was broken:
 
 Promise 1: every request is answered, or its connection closed, within TIMEOUT seconds; never with a 5xx.
-Promise 2: an answer is valid, or OpenAI's error object, and short.
+Promise 2: an answer is valid, or the error object of OpenAI's API or of Anthropic's, and short.
 Promise 3: the server stays healthy, and its memory at the end is that after the warm-up, within 5 %.
 """
 
@@ -28,7 +28,10 @@ WORKERS = 16
 LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
 PARTS = 4  # the memory is measured after each part of the requests
 PREFIX_CACHE = "512KiB"  # full after a few hundred requests, so that it does not look like a leak
-FLAGS = ("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1")
+FLAGS = (
+    *("--no-defaults", "--log-level", "critical"),
+    *("--header-timeout", "1", "--body-timeout", "1", "--idle-connection-timeout", "1"),
+)
 
 
 class Broken(Exception):
@@ -124,17 +127,28 @@ def _fault(answer: Answer, has_body: bool) -> str | None:
         return _fault_of_error(json.loads(answer.body))
     if kind.startswith("text/event-stream"):
         last = answer.body.strip().rpartition(b"data: ")[2]
-        return None if last == b"[DONE]" else _fault_of_error(json.loads(last))
+        return None if last == b"[DONE]" else _fault_of_last(json.loads(last))
     if kind == "application/json":
         json.loads(answer.body)
     return None
 
 
+def _fault_of_last(content: object) -> str | None:
+    """The fault of the last event of a stream that does not end in [DONE]: a response that is over, or an error."""
+    last = ("response.completed", "response.incomplete", "message_stop")
+    is_over = isinstance(content, dict) and content.get("type") in last
+    return None if is_over else _fault_of_error(content)
+
+
 def _fault_of_error(content: object) -> str | None:
-    if not isinstance(content, dict) or content.keys() != {"error"}:
+    fields = {
+        frozenset({"error"}): {"message", "type", "param", "code"},
+        frozenset({"type", "error", "request_id"}): {"message", "type"},
+    }
+    if not isinstance(content, dict) or frozenset(content) not in fields:
         return "no error object"
-    if content["error"].keys() != {"message", "type", "param", "code"} or not content["error"]["message"]:
-        return "an error object without its four fields"
+    if content["error"].keys() != fields[frozenset(content)] or not content["error"]["message"]:
+        return "an error object without its fields"
     return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes a long value"
 
 
