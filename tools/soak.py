@@ -39,8 +39,8 @@ from tools.harness.running_server import running_server
 
 KEYS = ("a", "b", "c", "d", "e")
 TOGETHER = 3  # models that are loaded at once
-CONTEXT, MIN_CONTEXT = 65_536, 512  # tokens
-LONG = 600  # words of a long prompt
+CONTEXT, MIN_CONTEXT = 61_440, 512  # tokens
+LONG = 200  # words of a long prompt
 SAMPLE = 0.1  # seconds between two samples of the memory
 WORKERS = 12
 PART = 5.0  # minutes between two measurements without models; a short run has five parts
@@ -218,7 +218,7 @@ async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace)
     assert this_task
     for stop in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(stop, this_task.cancel)
-    timeout = aiohttp.ClientTimeout(total=60)
+    timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         clients = Soak(session, url, sources, arguments.seed)
         # What the process allocates once, in its first steps, is not a leak.
