@@ -41,6 +41,7 @@ from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.thread_pool import ThreadPool
 from mlxserver.manager.loading import StartEngine
@@ -202,7 +203,8 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         return threads.call(lambda: sharding.share(estimate(spec), spec, position))
 
     disk, pool = prefix_store(settings), KVPool()
-    builder = Builder(settings.stall_target, leader, disk=disk, pool=pool)
+    kept_checks = KeptChecks(gguf.cache_directory() / "self-checks")
+    builder = Builder(settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks)
     manager = ModelManager(
         settings,
         engine_starter(builder, threads),

@@ -22,6 +22,7 @@ from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import ModelBatch, TextRunner
 from mlxserver.engine.scheduler.kv_budget import block_bytes
@@ -40,7 +41,7 @@ class Builder:
 
     stall_target: seconds that prefill may delay running streams. leader: leads the ranks that share models, if any.
     disk: holds prefixes beyond the process; not those of models that ranks share. pool: memory of KV cache and
-    prefixes, None for no limit.
+    prefixes, None for no limit. kept_checks: outcomes of self-checks.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Builder:
         policy: ExecutionPolicy | None = None,
         disk: DiskTier | None = None,
         pool: KVPool | None = None,
+        kept_checks: KeptChecks | None = None,
     ) -> None:
         self.pool = pool or KVPool()
         self.pool.prefixes = tier = RamTier(policy)
@@ -57,6 +59,7 @@ class Builder:
         self._policy = policy or current()
         self._stall_target = stall_target
         self._leader = leader
+        self._kept_checks = kept_checks
         self._peers = ProcessPeers()
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> Runner:
@@ -127,7 +130,7 @@ class Builder:
         failure: LoadFailed
         try:
             with naming_what_is_missing():
-                return fitting_policy(loaded.model, self._policy, spec.key)
+                return fitting_policy(loaded.model, self._policy, spec.key, self._kept_checks)
         except Exception as error:  # foreign code: it can raise anything
             failure = LoadFailed(spec.key, f"the model can't be run: {one_line(error)}")
         raise failure  # out here, without the frames that hold the weights

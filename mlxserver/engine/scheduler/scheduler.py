@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from concurrent.futures import wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
 
 from mlxserver.engine.mlx import mx
@@ -35,6 +35,8 @@ from mlxserver.engine.scheduler.peers import FixedPeers, Peers
 from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill, waiting_ratio
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import SampledToken, Sequence
+
+_RESTORE_WAIT = 0.01  # seconds for a prefix from disk, before the engine looks at its messages again
 
 
 class Scheduler:
@@ -224,19 +226,21 @@ class Scheduler:
     # -- joining and leaving ------------------------------------------------------------------------------------
 
     def _admit(self, now: float) -> None:
-        """Give waiting prompts slots, in order of arrival, as long as they fit."""
-        while self._waiting and self._try_admit(self._waiting[0], now):
-            self._prefilling.append(self._waiting.pop(0))
+        """Give waiting prompts slots, in order of arrival, as long as they fit. Prefixes from disk delay no others."""
+        restoring = [prompt.restoring for prompt in self._waiting if prompt.restoring and prompt.is_restoring]
+        if restoring and len(restoring) == len(self._waiting) and not self._num_running:
+            wait(restoring, _RESTORE_WAIT, FIRST_COMPLETED)  # there is nothing else to do, but new messages may come
+        for prompt in [prompt for prompt in self._waiting if not prompt.is_restoring]:
+            if not self._try_admit(prompt, now):
+                break
+            self._waiting = [other for other in self._waiting if other is not prompt]
+            self._prefilling.append(prompt)
 
     def _try_admit(self, prompt: PendingPrompt, now: float) -> bool:
         """Start a prompt if there are slots and KV cache for all its sequences. The first of all is within any cap."""
         taken = self._num_running
         if taken + len(prompt.sequences) > self._max_running:
             return False
-        if prompt.restoring:
-            if taken and not prompt.restoring.done():
-                return False
-            wait([prompt.restoring])  # there is nothing else to do, or it is done
         with_prompt = [*self._prefilling, prompt]
         kv_tokens = self._budget.compacted_tokens_of(with_prompt)
         if taken and not self._budget.holds(kv_tokens):
