@@ -230,11 +230,6 @@ async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace)
         figures = await clients.figures()
         for name in ("loads_total loaded", "loads_total aborted", "unloads_total evict", "completion_tokens_total"):
             print(f"{figures.get(name, 0):>7.0f}  {name}")
-        budget, most = figures["memory_budget_bytes"], clients.most
-        print(
-            f"budget {budget / 2**20:.1f} MiB, at most {most['held'] / 2**20:.1f} MiB held and "
-            f"{most['live'] / 2**20:.1f} MiB in live arrays, in {clients.samples} samples"
-        )
         print(f"memory at the start {before / 2**20:.1f} MiB, at the end {after / 2**20:.1f} MiB: {after / before:.3f}")
         return after <= before * float(arguments.growth)
 
@@ -254,6 +249,8 @@ async def run_parts(clients: Soak, minutes: float) -> int:
             print(f"part {part}/{parts}: {clients.tally}, {bytes / 2**20:.1f} MiB", flush=True)
     finally:
         print(f"all: {total}")
+        held, live = clients.most["held"] / 2**20, clients.most["live"] / 2**20
+        print(f"at most {held:.1f} MiB held, {live:.1f} MiB in live arrays, in {clients.samples} samples")
         for outcome, count in sorted(total.outcomes.items()):
             print(f"{count:>7}  {outcome}")
     return bytes
