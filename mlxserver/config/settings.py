@@ -45,7 +45,6 @@ class ModelSpec:
     adapter: Annotated[str | None, Shared(), Identity()] = None
     preload: Annotated[bool, Live()] = False
     context_length: Annotated[int | None, Range(1), Shared(), Identity()] = None
-    min_context: Annotated[int, Range(16), Shared()] = 4096
     max_running: Annotated[int, Range(1), Shared()] = 32
     max_waiting: Annotated[int, Range(0), Live()] = 256
     prefix_cache_bytes: Annotated[int, Range(0), Size(), Shared()] = 1 << 30
@@ -57,6 +56,7 @@ class ModelSpec:
     defaults: Mapping[str, float] = field(default_factory=dict)
     shard: Annotated[Shard | None, Shared(), Identity()] = None
     unclosed_thinking: UnclosedThinking = "reasoning"
+    min_context: Annotated[int, Range(16), Shared()] = 4096
 
 
 @dataclass(frozen=True, slots=True)
