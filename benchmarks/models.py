@@ -50,7 +50,7 @@ class Shape:
             "head_dim": self.hidden // self.heads,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
-            "max_position_embeddings": 16384,
+            "max_position_embeddings": 131072,
             "vocab_size": self.vocab,
             "tie_word_embeddings": self.tied,
             "eos_token_id": None,

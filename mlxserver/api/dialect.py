@@ -30,7 +30,7 @@ class Failure:
     """A failure, before it is put in a dialect's envelope.
 
     param: the field of the request that is wrong. code: what happened, as a word for programs. projection: memory that
-    a load needs and that there is.
+    a load needs and that there is. request_id: by which the log knows the request.
     """
 
     message: str
@@ -38,15 +38,22 @@ class Failure:
     param: str | None = None
     code: str | None = None
     projection: Projection | None = None
+    request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """An API that programs speak. envelope: body of an error, JSON. error_schema: name of its JSON schema."""
+    """An API that programs speak. envelope: body of an error, JSON. error_schema: name of its JSON schema.
+
+    header: one, in lower case, that its clients send with every request; None where there is none. ends_with_done:
+    whether the last event of its streams is [DONE].
+    """
 
     name: str
     envelope: Callable[[Failure], bytes]
     error_schema: str
+    header: str | None = None
+    ends_with_done: bool = True
 
 
 class Encoder(Protocol):
@@ -86,7 +93,8 @@ class Call:
     """What one body asks for: engine requests to one model, and how they are answered.
 
     requests: all with the same n. idle_timeout: seconds that the model stays loaded afterwards, None leaves it to the
-    model's own. ignored: names of unknown parameters.
+    model's own. ignored: names of unknown parameters. for_client: makes the call that a client means, by the id of that
+    client (server/keys.py), where that depends on what the server keeps for it; raises ValidationFailed.
     """
 
     model: str
@@ -96,6 +104,7 @@ class Call:
     idle_timeout: float | None = None
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
+    for_client: Callable[[Call, str], Call] | None = None
 
 
 class Dialect(Protocol):

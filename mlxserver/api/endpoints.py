@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from mlxserver.api.dialect import Failure
+from collections.abc import Container
+
+from mlxserver.api.anthropic import endpoints as anthropic
+from mlxserver.api.anthropic.errors import ANTHROPIC
+from mlxserver.api.dialect import Api, Failure
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.native.apply_template import ApplyTemplateRequest
 from mlxserver.api.native.load import LoadRequest
@@ -11,6 +15,7 @@ from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
 from mlxserver.api.openai.errors import OPENAI
+from mlxserver.api.openai.responses import endpoints as responses
 
 ENDPOINTS = (
     Endpoint(
@@ -33,7 +38,16 @@ ENDPOINTS = (
         "CompletionChunk",
         CompletionDialect,
     ),
-    Endpoint("list_models", "GET", "/v1/models", "Every registered model, loaded or not.", "ModelList"),
+    *responses.ENDPOINTS,
+    *anthropic.ENDPOINTS,
+    Endpoint(
+        "list_models",
+        "GET",
+        "/v1/models",
+        "Every registered model, loaded or not.",
+        "ModelList",
+        others=("ModelPage",),
+    ),
     Endpoint(
         "load_model", "POST", "/v1/models/load", "Load a model.", "Loaded", LoadRequest, "LoadProgress", manages=True
     ),
@@ -41,7 +55,14 @@ ENDPOINTS = (
     Endpoint("reload_models", "POST", "/v1/models/reload", "Read the settings again.", "Reloaded", manages=True),
     Endpoint("cache", "GET", "/v1/cache", "What the prefix cache has, by tier and model.", "CacheUsage", manages=True),
     Endpoint("clear_cache", "POST", "/v1/cache/clear", "Empty the prefix cache.", "CacheUsage", manages=True),
-    Endpoint("retrieve_model", "GET", "/v1/models/{key}", "One model, and what it can do.", "Model"),
+    Endpoint(
+        "retrieve_model",
+        "GET",
+        "/v1/models/{key}",
+        "One model, and what it can do.",
+        "Model",
+        others=("ModelInfo",),
+    ),
     Endpoint("tokenize", "POST", "/tokenize", "The tokens of a text or a conversation.", "Tokens", TokenizeRequest),
     Endpoint("detokenize", "POST", "/detokenize", "The text of tokens.", "Prompt", DetokenizeRequest),
     Endpoint(
@@ -61,9 +82,17 @@ ENDPOINTS = (
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),
 )
 
-APIS = {endpoint.path: endpoint.api for endpoint in ENDPOINTS}
+APIS = (ANTHROPIC,)  # beside OpenAI's
+APIS_BY_PATH = {endpoint.path: endpoint.api for endpoint in ENDPOINTS}
 
 
-def encode_failure(path: str, failure: Failure) -> bytes:
-    """The failure as JSON, in the envelope of the API that has this path; OpenAI's where none has."""
-    return APIS.get(path, OPENAI).envelope(failure)
+def api_of(path: str, headers: Container[str] = ()) -> Api:
+    """The API that a client speaks: that of the path, or, at a path of no other API, the one its headers tell."""
+    if (api := APIS_BY_PATH.get(path, OPENAI)) is not OPENAI:
+        return api
+    return next((each for each in APIS if each.header in headers), OPENAI)
+
+
+def encode_failure(path: str, failure: Failure, headers: Container[str] = ()) -> bytes:
+    """The failure as JSON, in the envelope of the API that a client speaks who sent these headers to this path."""
+    return api_of(path, headers).envelope(failure)

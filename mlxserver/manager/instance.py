@@ -122,8 +122,8 @@ class ModelInstance:
 
     @property
     def reserved_bytes(self) -> int:
-        """Memory that is reserved for the model."""
-        return self._reservation.bytes
+        """Memory that the model holds: what is reserved for it, and the KV cache beyond that."""
+        return self._memory.held(self._reservation)
 
     @property
     def expires_in(self) -> float | None:
@@ -134,10 +134,13 @@ class ModelInstance:
     def _engine(self) -> Engine | None:
         return self._lifecycle.engine
 
-    async def generate(self, request: GenerationRequest, idle_timeout: float | None = None) -> Generation:
+    async def generate(
+        self, request: GenerationRequest, idle_timeout: float | None = None, dialect: str = ""
+    ) -> Generation:
         """Queue a request, load the model if need be, and submit the request to its engine.
 
-        idle_timeout: seconds that the model stays loaded after this request, instead of its ttl.
+        idle_timeout: seconds that the model stays loaded after this request, instead of its ttl. dialect: as metrics
+        have it.
 
         Raises:
             QueueFull: max_waiting requests wait already.
@@ -153,12 +156,12 @@ class ModelInstance:
         except BaseException as error:
             self._exit(lease)
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
-            self.metrics.requests[outcome] += 1
+            self.metrics.note(outcome, dialect=dialect)
             raise
         if generation.is_done:
-            self._finish(lease, generation)
+            self._finish(lease, generation, dialect)
         else:
-            generation.on_done = lambda: self._finish(lease, generation)
+            generation.on_done = lambda: self._finish(lease, generation, dialect)
         return generation
 
     async def ask(self, question: Question) -> Any:
@@ -185,13 +188,13 @@ class ModelInstance:
             raise ModelUnloading(self.key)
         return self._engine
 
-    def _finish(self, lease: Lease, generation: Generation) -> None:
+    def _finish(self, lease: Lease, generation: Generation, dialect: str) -> None:
         """The engine is done with a request."""
         if generation.usage:  # a complete answer
             self._queue.note_answer(lease)
             self._lifecycle.backoff.reset()
         self._exit(lease)
-        self.metrics.note(generation.outcome, generation.usage)
+        self.metrics.note(generation.outcome, generation.usage, dialect)
 
     def _exit(self, lease: Lease) -> None:
         if self._queue.remove(lease):
@@ -237,6 +240,11 @@ class ModelInstance:
     def waiting_since(self) -> float | None:
         """Arrival of the oldest request that waits for the model, by time.monotonic(); None without one."""
         return self._queue.waiting_since
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is never evicted."""
+        return self.spec.pin
 
     def resident(self, bytes: int) -> Resident:
         """Figures of the model for a decision on memory."""

@@ -10,7 +10,9 @@ from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ops import OpsHandlers
+from mlxserver.server.responses import ResponseHandlers
 
+ROOMS = (ModelHandlers, OpsHandlers, ResponseHandlers)
 DOCUMENT = document(ENDPOINTS, "Title & more", "1.0")
 
 
@@ -20,7 +22,7 @@ def test_the_document_is_openapi_3_1():
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
 def test_every_endpoint_has_a_handler_and_is_described(endpoint):
-    handlers = [getattr(room, endpoint.name) for room in (ModelHandlers, OpsHandlers) if hasattr(room, endpoint.name)]
+    handlers = [getattr(room, endpoint.name) for room in ROOMS if hasattr(room, endpoint.name)]
     assert len(handlers) == (0 if endpoint.dialect else 1)
     operation = DOCUMENT["paths"][endpoint.path][endpoint.method.lower()]
     assert operation["summary"]

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,8 @@ DONE = say("The file is written.")
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """Agent under test. In commands, files and variables {url} is the API's, {work} the working directory.
+    """Agent under test. In commands, files and variables {url} is the API's, {base} the server's, {work} the working
+    directory, {model} the key of its model.
 
     answers: of its model. files: by their path below the home directory. setup: a command to run before.
     """
@@ -46,7 +48,7 @@ class Agent:
     @property
     def directory(self) -> str:
         """Name of the directory of its environment."""
-        return self.name
+        return self.package.removeprefix("pypi:").replace("/", "-")
 
     def write_model(self, directory: Path) -> str:
         """Write its model; returns its section of the configuration."""
@@ -60,6 +62,23 @@ class Agent:
             CalledProcessError, TimeoutExpired: it failed.
             ValueError: the file is missing, or has another text.
         """
+        with self.prepared(directory, url) as (work, environment):
+            for command in filter(None, (self.setup, self.command)):
+                filled = [self.fill(part, url, work) for part in command]
+                _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
+            written = work / TASK
+            if not written.exists() or written.read_text().strip() != TEXT.strip():
+                raise ValueError(
+                    f"{TASK} is {written.read_text() if written.exists() else 'missing'!r}; expected {TEXT!r}"
+                )
+        return f"wrote {TASK} with its own tool"
+
+    @contextmanager
+    def prepared(self, directory: Path, url: str) -> Iterator[tuple[Path, dict[str, str]]]:
+        """Install the agent into a directory: an empty working directory, and the environment of its commands.
+
+        Raises CalledProcessError, TimeoutExpired.
+        """
         programs = self._install(directory)
         with tempfile.TemporaryDirectory() as temporary:
             home, work = Path(temporary) / "home", Path(temporary) / "work"
@@ -67,22 +86,13 @@ class Agent:
             work.mkdir()
             for name, text in self.files.items():
                 (home / name).parent.mkdir(parents=True, exist_ok=True)
-                (home / name).write_text(self._fill(text, url, work))
-            variables = {name: self._fill(value, url, work) for name, value in self.variables.items()}
+                (home / name).write_text(self.fill(text, url, work))
+            variables = {name: self.fill(value, url, work) for name, value in self.variables.items()}
             own = {"HOME": str(home), "PWD": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
-            environment = {**os.environ, **own, **variables}
             try:
-                for command in filter(None, (self.setup, self.command)):
-                    filled = [self._fill(part, url, work) for part in command]
-                    _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
+                yield work, {**os.environ, **own, **variables}
             finally:
                 subprocess.run(["pkill", "-f", temporary], check=False)  # what it left running there
-            written = work / TASK
-            if not written.exists() or written.read_text().strip() != TEXT.strip():
-                raise ValueError(
-                    f"{TASK} is {written.read_text() if written.exists() else 'missing'!r}; expected {TEXT!r}"
-                )
-        return f"wrote {TASK} with its own tool"
 
     def _install(self, directory: Path) -> Path:
         """Install the package, from npm, or from PyPI for a name with "pypi:"; the directory of its programs."""
@@ -99,8 +109,12 @@ class Agent:
             _run([str(programs / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check", package])
         return programs
 
-    def _fill(self, text: str, url: str, work: Path) -> str:
-        return text.replace("{url}", f"{url}/v1").replace("{work}", str(work)).replace("{model}", self.key)
+    def fill(self, text: str, url: str, work: Path) -> str:
+        """The text with the URLs of the API and of the server, the working directory and the key of the model."""
+        words = {"url": f"{url}/v1", "base": url, "work": str(work), "model": self.key}
+        for name, word in words.items():
+            text = text.replace(f"{{{name}}}", word)
+        return text
 
 
 def _run(command: Sequence[str], **options: object) -> None:
@@ -140,6 +154,13 @@ AGENTS = (
         ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
         (call("write", filePath=TASK, content=TEXT), DONE),
         {".config/opencode/opencode.json": OPENCODE},
+    ),
+    Agent(
+        "opencode-messages",
+        "opencode-ai",
+        ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
+        (call("write", filePath=TASK, content=TEXT), DONE),
+        {".config/opencode/opencode.json": OPENCODE.replace("@ai-sdk/openai-compatible", "@ai-sdk/anthropic")},
     ),
     Agent(
         "qwen-code",

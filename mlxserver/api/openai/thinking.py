@@ -24,7 +24,7 @@ THINKING: dict[str, Any] = {
     "type": ["object", "boolean"],
     "description": '{"type": "enabled", "budget_tokens": ...} or {"type": "disabled"}',
     "properties": {
-        "type": {"enum": ["enabled", "disabled", "adaptive", "auto"]},
+        "type": {"enum": ["enabled", "disabled", "adaptive", "auto", "between_tools"]},
         "budget_tokens": BUDGET,
         "display": {},
         "keep": {},
@@ -43,6 +43,8 @@ REASONING: dict[str, Any] = {
         "exclude": {},
         "summary": {},
         "generate_summary": {},
+        "context": {},
+        "mode": {},
     },
     "additionalProperties": False,
 }
@@ -55,6 +57,13 @@ class Thinking:
     is_on: bool | None = None
     effort: str | None = None
     budget: int | None = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template: enable_thinking, or else reasoning_effort."""
+        if self.is_on is False:  # on is what a thinking model is anyway, and no other can be
+            return {"enable_thinking": False}
+        return {} if self.effort is None else {"reasoning_effort": self.effort}
 
 
 def of_effort(effort: str | None) -> Thinking:
@@ -152,11 +161,7 @@ class ThinkingRequest(ModelRequest):
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Variables of the chat template: enable_thinking or reasoning_effort by the switches, and the given."""
-        switches = self.switches
-        if switches.is_on is False:  # on is what a thinking model is anyway, and no other can be
-            return {"enable_thinking": False} | self.chat_template_kwargs
-        effort = {} if switches.effort is None else {"reasoning_effort": switches.effort}
-        return effort | self.chat_template_kwargs
+        return self.switches.template_kwargs | self.chat_template_kwargs
 
     def check_together(self) -> None:
         """Refuse switches that contradict each other."""

@@ -14,7 +14,11 @@ from typing import Any
 from mlxserver.api.schema.parameters import ValidationFailed
 from mlxserver.config.settings import Settings
 
-PROMPT_FIELDS = ("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format")
+PROMPT_FIELDS = (
+    *("messages", "prompt", "tokens", "input", "instructions"),
+    *("tools", "chat_template_kwargs", "response_format", "text"),
+    *("system", "output_config"),
+)
 TOKEN_BYTES = 4  # of a token id in a prompt
 
 
@@ -61,7 +65,9 @@ class Limits:
         self._check_depth(document)
         for param, limit, things in (
             ("messages", self.messages, "messages"),
+            ("input", self.messages, "items"),
             ("stop", self.stops, "strings"),
+            ("stop_sequences", self.stops, "strings"),
             ("logit_bias", self.biases, "tokens"),
         ):
             value = document.get(param)

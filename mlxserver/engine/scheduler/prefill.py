@@ -118,14 +118,21 @@ class Prefill:
             return
         # First comes what would be done first had it started at its arrival.
         waiting.sort(key=lambda prompt: prompt.arrived + prompt.remaining * budget.token_seconds)
-        chunk = self._strategy.choose(waiting, budget.tokens)
+        if waiting[0].is_scored:
+            self._strategy.score(waiting[0], budget.tokens, budget.beside_peers)
+            return
+        chunk = self._strategy.choose([prompt for prompt in waiting if not prompt.is_scored], budget.tokens)
         started = time.monotonic()
         tokens = self._strategy.run(chunk, budget.beside_peers)
         self.times.note(tokens, time.monotonic() - started)
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
-        """Tokens of KV cache that a prompt takes while it is processed."""
-        return self._strategy.tokens_for(prompt)
+    def tokens_for(self, length: int) -> int:
+        """Tokens of KV cache that a prompt of so many tokens takes while it is processed."""
+        return self._strategy.tokens_for(length)
+
+    def bytes_beyond(self, length: int) -> int:
+        """Memory that a prompt of so many tokens takes beside its KV cache and what is reserved for chunks."""
+        return self._strategy.bytes_beyond(length)
 
     def warm_up(self) -> None:
         """Run the shapes that prompts use, so that no prompt pays for a compilation."""
