@@ -38,7 +38,7 @@ FLAGS = (
     *("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1"),
     *("--idle-connection-timeout", "5"),  # a connection that is left open must end within TIMEOUT
 )
-LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
+LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete")  # of streams without [DONE]
 DOCUMENT = openapi.document(ENDPOINTS, "", "")
 VALIDATORS = {
     name: Draft202012Validator({**named(name), "components": DOCUMENT["components"]})
@@ -149,6 +149,8 @@ def _fault_of_end(last: bytes, path: str | None) -> str | None:
     if last == b"[DONE]":
         return None
     content = json.loads(last)
+    if isinstance(content, dict) and content.get("type") == "response.failed":
+        return "a response that failed" if content["response"]["error"]["code"] == "server_error" else None
     if isinstance(content, dict) and (content.get("type") in LAST_EVENTS or content.get("done") is True):
         chunks = [each.chunk for each in ENDPOINTS if each.chunk and path in (None, each.path)]
         return None if any(VALIDATORS[chunk].is_valid(content) for chunk in chunks) else "a last event of a wrong shape"

@@ -23,11 +23,12 @@ from pathlib import Path
 
 from tools.ecosystem.agents import AGENTS as OTHERS
 from tools.ecosystem.agents import Agent
+from tools.ecosystem.claude import CLAUDE
 from tools.ecosystem.codex import CODEX
 from tools.ecosystem.contract import Contract
 from tools.ecosystem.scoring import Scoring
 
-AGENTS = (*OTHERS, CODEX)
+AGENTS = (*OTHERS, CODEX, CLAUDE)
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
