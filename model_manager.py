@@ -117,6 +117,10 @@ class ModelManager:
         """The model with this key or alias. Raises ModelNotFound."""
         return self._registry.find(name)
 
+    def copy(self, name: str, alias: str) -> None:
+        """Give a model one more name while the server runs. Raises ModelNotFound, ModelExists."""
+        self._registry.copy(self.instance(name), alias)
+
     def resolve(self, name: str) -> ModelInstance:
         """The model with this key or alias, for a request that it is to serve. Registers it if allow_any_model is set.
 

@@ -8,6 +8,7 @@ from mlxserver.api.native.apply_template import ApplyTemplateRequest
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
+from mlxserver.api.ollama.endpoints import OLLAMA_ENDPOINTS
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
 from mlxserver.api.openai.errors import OPENAI
@@ -59,11 +60,14 @@ ENDPOINTS = (
     Endpoint("metrics", "GET", "/metrics", "Figures for Prometheus.", None, media="text/plain", manages=True),
     Endpoint("openapi", "GET", "/openapi.json", "This description.", "OpenAPI"),
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),
+    *OLLAMA_ENDPOINTS,
 )
 
 APIS = {endpoint.path: endpoint.api for endpoint in ENDPOINTS}
+PREFIXES = {api.prefix: api for api in APIS.values() if api.prefix}
 
 
 def encode_failure(path: str, failure: Failure) -> bytes:
     """The failure as JSON, in the envelope of the API that has this path; OpenAI's where none has."""
-    return APIS.get(path, OPENAI).envelope(failure)
+    by_prefix = (api for prefix, api in PREFIXES.items() if path.startswith(prefix))
+    return (APIS.get(path) or next(by_prefix, OPENAI)).envelope(failure)

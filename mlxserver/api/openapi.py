@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from mlxserver.api.endpoint import Endpoint
-from mlxserver.api.response_schemas import RESPONSE_SCHEMAS, named
+from mlxserver.api.published import PUBLISHED_SCHEMAS
+from mlxserver.api.response_schemas import named
 from mlxserver.api.schema.parameters import json_schema
 
 FAILURES = {
@@ -32,7 +33,7 @@ def document(endpoints: Sequence[Endpoint], title: str, version: str) -> dict[st
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},
         "paths": paths,
-        "components": {"schemas": {**requests, **RESPONSE_SCHEMAS}},
+        "components": {"schemas": {**requests, **PUBLISHED_SCHEMAS}},
     }
 
 
@@ -70,8 +71,15 @@ def _content(endpoint: Endpoint) -> dict[str, Any]:
         return {endpoint.media: {"schema": {"type": "string"}}}
     content: dict[str, Any] = {"application/json": {"schema": named(endpoint.response)}}
     if endpoint.chunk:
-        content["text/event-stream"] = {"schema": _event(endpoint.chunk, endpoint.api.error_schema)}
+        content[endpoint.api.stream_media] = {"schema": _part(endpoint)}
     return content
+
+
+def _part(endpoint: Endpoint) -> dict[str, Any]:
+    """The schema of one part of a stream: of a server-sent event, or of a line of JSON."""
+    if endpoint.api.stream_media == "text/event-stream":
+        return _event(endpoint.chunk or "", endpoint.api.error_schema)
+    return {"anyOf": [named(endpoint.chunk or ""), named(endpoint.api.error_schema)]}
 
 
 def _event(chunk: str, error: str) -> dict[str, Any]:

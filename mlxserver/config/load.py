@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.fields import Setting, settings_of
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.config.settings import ModelSpec, Settings, is_pattern
 
 SETTINGS = settings_of(Settings)
 MODEL_FIELDS = {name: setting for name, setting in settings_of(ModelSpec).items() if name != "key"}
@@ -32,6 +32,7 @@ KEY_FILES = {"api_key_file": "api_key", "admin_key_file": "admin_key"}
 CACHE_VARIABLE = "MLX_SERVER_CACHE"  # where conversions are kept: no setting, loading/gguf.py reads it
 MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 CHECK = "--check-config"
+ALIAS = re.compile(r"[A-Za-z0-9._:/*?!\[\]-]{1,128}")
 KEY_EXPECTED = "a model key: 1 to 128 letters, digits or any of . _ : / -"
 
 
@@ -166,9 +167,13 @@ def _checked(
 
 
 def _aliases(place: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and MODEL_KEY.fullmatch(name) for name in value):
-        raise ConfigInvalid(place, value, f"a list of names, each like {KEY_EXPECTED}")
+    if not isinstance(value, list) or not all(isinstance(name, str) and _is_alias(name) for name in value):
+        raise ConfigInvalid(place, value, f"a list of names, each like {KEY_EXPECTED}, or of patterns such as 'gpt-*'")
     return tuple(value)
+
+
+def _is_alias(name: str) -> bool:
+    return (ALIAS if is_pattern(name) else MODEL_KEY).fullmatch(name) is not None
 
 
 def _check_aliases(models: Sequence[ModelSpec]) -> None:

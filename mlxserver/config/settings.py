@@ -23,6 +23,11 @@ UnknownParameters = Literal["refuse", "ignore"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
+def is_pattern(alias: str) -> bool:
+    """Whether an alias is a pattern (fnmatch) of names."""
+    return not {*alias}.isdisjoint("*?[")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One registered model.
@@ -33,10 +38,10 @@ class ModelSpec:
     decoding together, and waiting for a slot. prefix_cache_bytes: what the prefix cache may keep, within the KV cache.
     checkpoint_interval: tokens between the checkpoints of a long prompt, where the KV cache can't be trimmed.
     cache_tokens: tokens in the KV cache of all requests together, None is loading/estimate.py's choice. aliases: more
-    names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes the server's. defaults:
-    sampling parameters by name (config/sampling_params.py). shard: how several ranks share it (loading/sharding.py),
-    None: rank 0 has it alone. unclosed_thinking: what an answer is that the model ended inside its reasoning; "content"
-    gives it as both.
+    names in requests, or patterns of names. pin: never evicted. ttl: idle seconds until it is unloaded, None takes the
+    server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how several ranks share it
+    (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that the model ended inside
+    its reasoning; "content" gives it as both.
     """
 
     key: Annotated[str, Shared()]

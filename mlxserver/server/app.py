@@ -18,10 +18,12 @@ from mlxserver.server.errors import exception_handlers
 from mlxserver.server.generate import Handler, generate
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.models import ModelHandlers
+from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import TITLE, OpsHandlers
 from model_manager import ModelManager
 
 ReloadSettings = Callable[[], Awaitable[Reload]]
+HANDLERS = (ModelHandlers, OpsHandlers, OllamaHandlers)
 
 
 class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
@@ -41,12 +43,12 @@ class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
 
 def routes(manager: ModelManager, reload: ReloadSettings) -> list[Route]:
     """A route for every endpoint; its handler has the endpoint's name, or is made from its dialect."""
-    models, ops = ModelHandlers(manager, reload), OpsHandlers(manager)
+    rooms = (ModelHandlers(manager, reload), OpsHandlers(manager), OllamaHandlers(manager))
 
     def handler_of(endpoint: Endpoint) -> Handler:
         if endpoint.dialect:
             return generate(endpoint.dialect(manager.settings), manager)
-        handler: Handler = getattr(models, endpoint.name, None) or getattr(ops, endpoint.name)
+        handler: Handler = next(getattr(room, endpoint.name) for room in rooms if hasattr(room, endpoint.name))
         return managing(handler) if endpoint.manages else handler
 
     return [

@@ -6,10 +6,9 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.api.openapi import document, page
-from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
+from mlxserver.api.published import PUBLISHED_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
-from mlxserver.server.models import ModelHandlers
-from mlxserver.server.ops import OpsHandlers
+from mlxserver.server.app import HANDLERS
 
 DOCUMENT = document(ENDPOINTS, "Title & more", "1.0")
 
@@ -20,12 +19,12 @@ def test_the_document_is_openapi_3_1():
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
 def test_every_endpoint_has_a_handler_and_is_described(endpoint):
-    handlers = [getattr(room, endpoint.name) for room in (ModelHandlers, OpsHandlers) if hasattr(room, endpoint.name)]
+    handlers = [getattr(room, endpoint.name) for room in HANDLERS if hasattr(room, endpoint.name)]
     assert len(handlers) == (0 if endpoint.dialect else 1)
     operation = DOCUMENT["paths"][endpoint.path][endpoint.method.lower()]
     assert operation["summary"]
     for schema in (endpoint.response, endpoint.chunk):
-        assert schema is None or schema in RESPONSE_SCHEMAS
+        assert schema is None or schema in PUBLISHED_SCHEMAS
     if endpoint.request:
         described = DOCUMENT["components"]["schemas"][endpoint.request.__name__]
         assert described == json_schema(endpoint.request)

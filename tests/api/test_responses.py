@@ -12,6 +12,7 @@ from mlxserver.api.native.apply_template import rendered
 from mlxserver.api.native.load import load_progress, loaded
 from mlxserver.api.native.tokenize import detokenized, tokenized
 from mlxserver.api.native.unload import unloaded
+from mlxserver.api.openai.errors import OPENAI
 from mlxserver.api.openai.models import model_card, model_list
 from mlxserver.api.openai.usage import timings_object, usage_object
 from mlxserver.engine.errors import Projection
@@ -81,12 +82,20 @@ def test_native_answers_are_of_their_schemas():
     check(rendered("x"), "Prompt")
 
 
-@pytest.mark.parametrize("path", [*(endpoint.path for endpoint in ENDPOINTS), "/no/such/path", ""])
+@pytest.mark.parametrize(
+    "path", [*(endpoint.path for endpoint in ENDPOINTS if endpoint.api is OPENAI), "/no/such/path", ""]
+)
 def test_an_error_has_all_four_fields_at_every_path(path):
     failure = Failure("No.", "invalid_request", "messages")
     assert check(json.loads(encode_failure(path, failure)), "Error") == {
         "error": {"message": "No.", "type": "invalid_request_error", "param": "messages", "code": None}
     }
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
+def test_an_error_is_in_the_envelope_of_its_api(endpoint):
+    failure = Failure("No.", "invalid_request", "messages")
+    check(json.loads(encode_failure(endpoint.path, failure)), endpoint.api.error_schema)
 
 
 def test_an_error_of_memory_has_the_projection_beside():

@@ -56,6 +56,13 @@ class Thinking:
     effort: str | None = None
     budget: int | None = None
 
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template: enable_thinking or reasoning_effort."""
+        if self.is_on is False:  # on is what a thinking model is anyway, and no other can be
+            return {"enable_thinking": False}
+        return {} if self.effort is None else {"reasoning_effort": self.effort}
+
 
 def of_effort(effort: str | None) -> Thinking:
     """What a reasoning effort states."""
@@ -152,11 +159,7 @@ class ThinkingRequest(ModelRequest):
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Variables of the chat template: enable_thinking or reasoning_effort by the switches, and the given."""
-        switches = self.switches
-        if switches.is_on is False:  # on is what a thinking model is anyway, and no other can be
-            return {"enable_thinking": False} | self.chat_template_kwargs
-        effort = {} if switches.effort is None else {"reasoning_effort": switches.effort}
-        return effort | self.chat_template_kwargs
+        return self.switches.template_kwargs | self.chat_template_kwargs
 
     def check_together(self) -> None:
         """Refuse switches that contradict each other."""

@@ -14,7 +14,10 @@ from typing import Any
 from mlxserver.api.schema.parameters import ValidationFailed
 from mlxserver.config.settings import Settings
 
-PROMPT_FIELDS = ("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format")
+PROMPT_FIELDS = (
+    *("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format"),
+    *("system", "format"),  # of Ollama
+)
 TOKEN_BYTES = 4  # of a token id in a prompt
 
 
@@ -59,12 +62,13 @@ class Limits:
     def check(self, document: Mapping[str, Any], body_bytes: int) -> None:
         """Check a request, which was read from so many bytes. Raises ValidationFailed."""
         self._check_depth(document)
-        for param, limit, things in (
-            ("messages", self.messages, "messages"),
-            ("stop", self.stops, "strings"),
-            ("logit_bias", self.biases, "tokens"),
+        options = document.get("options")  # of Ollama
+        for param, value, limit, things in (
+            ("messages", document.get("messages"), self.messages, "messages"),
+            ("stop", document.get("stop"), self.stops, "strings"),
+            ("options.stop", options.get("stop") if isinstance(options, dict) else None, self.stops, "strings"),
+            ("logit_bias", document.get("logit_bias"), self.biases, "tokens"),
         ):
-            value = document.get(param)
             if isinstance(value, list | dict) and len(value) > limit:
                 raise _over(param, f"has {len(value)} {things}", limit)
         for param in ("n", "best_of"):
