@@ -18,10 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlxserver.config.aliases import clash, is_pattern
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.fields import Setting, settings_of
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import ModelSpec, Settings, is_pattern
+from mlxserver.config.settings import ModelSpec, Settings
 
 SETTINGS = settings_of(Settings)
 MODEL_FIELDS = {name: setting for name, setting in settings_of(ModelSpec).items() if name != "key"}
@@ -181,8 +182,12 @@ def _check_aliases(models: Sequence[ModelSpec]) -> None:
     owners = {spec.key: spec.key for spec in models}
     for spec in models:
         for alias in spec.aliases:
-            if owners.setdefault(alias, spec.key) != spec.key:
-                raise ConfigInvalid(f"models.{spec.key}.aliases", alias, f"a name that {owners[alias]!r} has not taken")
+            taken = next((name for name, owner in owners.items() if owner != spec.key and clash(name, alias)), None)
+            if taken:
+                which = "" if taken == alias else f" with {taken!r}"
+                expected = f"a name that {owners[taken]!r} has not taken{which}"
+                raise ConfigInvalid(f"models.{spec.key}.aliases", alias, expected)
+            owners.setdefault(alias, spec.key)
 
 
 def _located(fields: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, str]]:

@@ -23,11 +23,6 @@ UnknownParameters = Literal["refuse", "ignore"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
-def is_pattern(alias: str) -> bool:
-    """Whether an alias is a pattern (fnmatch) of names."""
-    return not {*alias}.isdisjoint("*?[")
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One registered model.

@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 
-from mlxserver.config.settings import is_pattern
+from mlxserver.config.aliases import fits
 from mlxserver.engine.errors import ModelExists, ModelNotFound, ModelReplaced
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.manager.instance import ModelInstance
@@ -84,7 +83,7 @@ class Registry:
             (len(alias), instance)
             for instance in self.instances
             for alias in instance.spec.aliases
-            if is_pattern(alias) and fnmatchcase(name, alias)
+            if fits(name, alias)
         ]
         return max(patterns, key=lambda fitting: fitting[0], default=(0, None))[1]
 

@@ -29,7 +29,8 @@ def describe(source: str) -> Description:
         return Description()
     if directory is None:
         return Description()
-    headers = [header for file in sorted(directory.glob("model*.safetensors")) for header in [_header(file)]]
+    files = sorted(directory.glob("model*.safetensors"))
+    headers = [_header(file) for file in files]
     quantization = config.get("quantization") or config.get("quantization_config") or {}
     bits = quantization.get("bits") if isinstance(quantization, Mapping) else None
     return Description(
@@ -44,7 +45,7 @@ def describe(source: str) -> Description:
         kv_heads=_first(config, "num_key_value_heads", "n_kv_heads", *HEAD_KEYS),
         width=_first(config, "hidden_size", "n_embd", "d_model", "dim"),
         vocab=_first(config, "vocab_size"),
-        stored_bytes=sum(file.stat().st_size for file in directory.glob("model*.safetensors")),
+        stored_bytes=sum(file.stat().st_size for file in files),
         template=_template(directory),
         modified=(directory / "config.json").stat().st_mtime,
     )
@@ -64,7 +65,12 @@ def _header(file: Path) -> dict[str, Any]:
             content = json.loads(stream.read(length)) if length <= LONGEST_HEADER else {}
     except (OSError, ValueError, struct.error, RecursionError):
         return {}
-    return {name: value for name, value in content.items() if isinstance(value, dict) and "shape" in value}
+    arrays = content if isinstance(content, dict) else {}
+    return {name: value for name, value in arrays.items() if isinstance(value, dict) and _is_shape(value.get("shape"))}
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int for size in value)
 
 
 def _count(header: Mapping[str, Any], bits: int) -> int:
