@@ -3,7 +3,7 @@
 Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0]. Exit status 1 if a promise was broken:
 
 Promise 1: every request is answered, or its connection closed, within TIMEOUT seconds; never with a 5xx.
-Promise 2: an answer is valid, or OpenAI's error object, and short.
+Promise 2: an answer is valid, or the error object of the API that was asked, and short.
 Promise 3: the server stays healthy, and its memory at the end is that after the warm-up, within 5 %.
 """
 
@@ -28,7 +28,8 @@ WORKERS = 16
 LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
 PARTS = 4  # the memory is measured after each part of the requests
 PREFIX_CACHE = "512KiB"  # full after a few hundred requests, so that it does not look like a leak
-FLAGS = ("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1")
+TIMEOUTS = ("--header-timeout", "1", "--body-timeout", "1", "--idle-connection-timeout", "1")
+FLAGS = ("--no-defaults", "--log-level", "critical", *TIMEOUTS)
 
 
 class Broken(Exception):
@@ -108,32 +109,39 @@ class Fuzz:
 
     def _judge(self, case: Case, answer: Answer, *, has_body: bool) -> None:
         """Count an answer. Raises Broken for one that is neither valid nor an error object."""
-        if fault := _fault(answer, has_body):
+        if fault := _fault(answer, has_body, speaks_ollama=b" /api/" in case.data):
             raise Broken(f"{case.name}: {fault}; {answer.status} {answer.body[:500]!r}; asked {case.data[:2000]!r}")
         self.outcomes[str(answer.status)] += 1
 
 
-def _fault(answer: Answer, has_body: bool) -> str | None:
-    """The fault of an answer; None if it has none."""
+def _fault(answer: Answer, has_body: bool, *, speaks_ollama: bool) -> str | None:
+    """The fault of an answer; None if it has none. speaks_ollama: an error may be in the form of Ollama's API."""
     if answer.status >= 500:
         return "a 5xx"
     if not has_body or answer.status == 204:
         return None
     kind = answer.headers.get("content-type", "")
     if answer.status >= 400:
-        return _fault_of_error(json.loads(answer.body))
+        return _fault_of_error(json.loads(answer.body), speaks_ollama=speaks_ollama)
     if kind.startswith("text/event-stream"):
         last = answer.body.strip().rpartition(b"data: ")[2]
         return None if last == b"[DONE]" else _fault_of_error(json.loads(last))
+    if kind == "application/x-ndjson":
+        last = [json.loads(line) for line in answer.body.splitlines()][-1]
+        is_whole = last.get("done") is True or last.get("status") == "success"
+        return None if is_whole else _fault_of_error(last, speaks_ollama=True)
     if kind == "application/json":
         json.loads(answer.body)
     return None
 
 
-def _fault_of_error(content: object) -> str | None:
-    if not isinstance(content, dict) or content.keys() != {"error"}:
+def _fault_of_error(content: object, *, speaks_ollama: bool = False) -> str | None:
+    if not isinstance(content, dict) or content.keys() != {"error"} or not content["error"]:
         return "no error object"
-    if content["error"].keys() != {"message", "type", "param", "code"} or not content["error"]["message"]:
+    if isinstance(content["error"], str):
+        if not speaks_ollama:
+            return "an error of another API"
+    elif content["error"].keys() != {"message", "type", "param", "code"} or not content["error"]["message"]:
         return "an error object without its four fields"
     return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes a long value"
 

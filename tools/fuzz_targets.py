@@ -19,6 +19,7 @@ from mlx_lm import tool_parsers
 
 from mlxserver.api.endpoints import ENDPOINTS, encode_failure
 from mlxserver.api.native.load import LoadRequest
+from mlxserver.api.ollama.pull import OllamaPullRequest
 from mlxserver.api.openai.chat import ChatDialect
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, parse
@@ -43,7 +44,10 @@ from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat, pars
 from mlxserver.server.errors import failure_of
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
-READING = ("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model")
+READING = (
+    *("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model"),
+    *("ollama_chat", "ollama_generate", "ollama_show", "ollama_pull", "ollama_copy", "ollama_delete", "ollama_embed"),
+)
 TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
 PARSERS = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
 FORMATS = (
@@ -70,6 +74,9 @@ def requests(data: bytes) -> None:
             asked = parse(endpoint.request, data[1:], Limits.of(settings))
             if isinstance(asked, LoadRequest):
                 sources.check(asked.model)
+                asked.spec  # noqa: B018  (derives a key)
+            if isinstance(asked, OllamaPullRequest):
+                sources.check(asked.source)
                 asked.spec  # noqa: B018  (derives a key)
     except (ValidationFailed, SourceInvalid) as error:
         encode_failure(endpoint.path, failure_of(error)[1])
@@ -189,6 +196,11 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b'\x01{"model":"m","prompt":[[1,2],[3]],"echo":true,"logprobs":1,"max_tokens":5}',
             b'\x05{"model":"org/m","key":"k","defaults":{"top_p":0.5},"ttl":"5m","replace":true}',
             b'\x06{"key":"k","mode":"drain","timeout":1.5}',
+            b'\x07{"model":"m:latest","messages":[{"role":"user","content":"x","images":[]},{"role":"assistant","thinking":'
+            b'"t","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}}]},{"role":"tool","tool_name":"f"}],'
+            b'"format":{"type":"object"},"options":{"num_predict":-1,"stop":["a"],"mirostat":2},"think":"low"}',
+            b'\x08{"model":"m","prompt":"x","system":"s","raw":true,"keep_alive":"5m","context":[],"format":"json"}',
+            b'\x0a{"name":"hf.co/org/m:latest","insecure":true}',
         ),
     ),
     "calls": (

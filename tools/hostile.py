@@ -32,6 +32,11 @@ PATHS = (
     "/openapi.json",
     "/docs",
     "/",
+    "/api/tags",
+    "/api/ps",
+    "/api/version",
+    "/api/delete",
+    "/api/push",
     "/v1/models/",
     "/v1/chat/completions/",
     "//v1/models",
@@ -53,7 +58,15 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"model": MODEL, "prompt": "hello"},
     "/detokenize": {"model": MODEL, "tokens": [5, 6, 7]},
     "/apply-template": {"model": MODEL, "messages": HELLO},
+    "/api/chat": {"model": MODEL, "messages": HELLO, "options": {"num_predict": 3}},
+    "/api/generate": {"model": f"{MODEL}:latest", "prompt": "hello", "options": {"num_predict": 3}},
+    "/api/show": {"name": MODEL},
+    "/api/pull": {"model": "/no/such/model"},
+    "/api/copy": {"source": MODEL, "destination": "copied"},
+    "/api/embed": {"model": MODEL, "input": ["hello"]},
 }
+WEIGHTS = (8, 4, 1, 1, 2, 2, 2, 4, 4, 1, 1, 1, 1)  # of the bodies
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate")
 PARAMETERS = (
     "model",
     "messages",
@@ -98,6 +111,14 @@ PARAMETERS = (
     "modalities",
     "thinking_budget",
     "continue_final_message",
+    "options",
+    "format",
+    "think",
+    "raw",
+    "system",
+    "images",
+    "context",
+    "name",
     "\u0000",
     "",
 )
@@ -324,8 +345,8 @@ class Hostile:
         return Case("cut", whole.data[: self._random.randrange(len(whole.data))], is_cut=True)
 
     def _body(self) -> tuple[str, dict[str, Any]]:
-        path = self._random.choices(list(BODIES), weights=(8, 4, 1, 1, 2, 2, 2))[0]
-        stream = {"stream": True} if path in ("/v1/chat/completions", "/v1/completions") else {}
+        path = self._random.choices(list(BODIES), weights=WEIGHTS)[0]
+        stream = {"stream": not path.startswith("/api/")} if path in GENERATING else {}
         return path, BODIES[path] | (stream if self._random.random() < 0.3 else {})
 
 
