@@ -114,7 +114,7 @@ class Call:
 
     requests: all with the same n; without any the model is loaded and nothing generated. idle_timeout: seconds that the
     model stays loaded afterwards, None leaves it to the model's own; 0 without requests unloads it. ignored: names of
-    unknown parameters.
+    unknown parameters. other_names: of the model, where none is registered under the first.
     """
 
     model: str
@@ -124,6 +124,7 @@ class Call:
     idle_timeout: float | None = None
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
+    other_names: Sequence[str] = ()
 
 
 class Dialect(Protocol):

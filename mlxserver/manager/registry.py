@@ -55,10 +55,15 @@ class Registry:
         """The model registered under this key; aliases do not count."""
         return self._registered.get(key)
 
-    def find(self, name: str) -> ModelInstance:
-        """The model with this key or alias, or with a pattern that the name fits. Raises ModelNotFound."""
-        if found := self._registered.get(name) or self.with_alias(name) or self._with_pattern(name):
-            return found
+    def find(self, name: str, *others: str) -> ModelInstance:
+        """The model with this key or alias, or with a pattern that the name fits. Raises ModelNotFound.
+
+        others: more spellings of the name; one that is a key counts before one that is an alias, and so on.
+        """
+        for look_up in (self.get, self.with_alias, self._with_pattern):
+            for spelling in (name, *others):
+                if found := look_up(spelling):
+                    return found
         raise ModelNotFound(name, self.keys)
 
     def with_alias(self, alias: str) -> ModelInstance | None:

@@ -23,7 +23,7 @@ def generate(dialect: Dialect, manager: ModelManager) -> Handler:
         call = dialect.parse(await read_body(request, settings))
         headers = ignored_headers(request, call.ignored)
         return GenerationResponse(
-            manager.resolve(call.model),
+            manager.resolve(call.model, *call.other_names),
             call,
             headers,
             max_unread=settings.max_unread_events,

@@ -13,7 +13,7 @@ from mlxserver.api.ollama import models
 from mlxserver.api.ollama.embed import EmbeddingRequest, OllamaEmbeddingsRequest, OllamaEmbedRequest, no_embeddings
 from mlxserver.api.ollama.errors import LINES
 from mlxserver.api.ollama.models import OllamaCopyRequest, OllamaDeleteRequest, OllamaShowRequest
-from mlxserver.api.ollama.names import key_of
+from mlxserver.api.ollama.names import key_of, names_of
 from mlxserver.api.ollama.pull import SUCCESS, OllamaPullRequest, PullEncoder
 from mlxserver.api.schema import parameters
 from mlxserver.api.schema.limits import Limits
@@ -76,7 +76,7 @@ class OllamaHandlers:
     async def ollama_show(self, request: Request) -> Response:
         """POST /api/show."""
         asked, headers = await self._read(OllamaShowRequest, request)
-        instance = self._manager.resolve(key_of(asked.asked))
+        instance = self._manager.instance(*names_of(asked.asked))
         described = await self._describe([instance])
         defaults = sorted(instance.spec.defaults.items())
         body = models.shown(model_status(instance), described[instance.key], defaults)
@@ -87,7 +87,7 @@ class OllamaHandlers:
         asked, headers = await self._read(OllamaPullRequest, request)
         encoder = PullEncoder(asked.source)
         try:
-            instance = self._manager.instance(key_of(asked.asked))
+            instance = self._manager.instance(*names_of(asked.asked))
         except ModelNotFound:
             require(request, Permission.NAME_FILES if sources.is_path(asked.source) else Permission.MANAGE)
         else:
@@ -106,20 +106,21 @@ class OllamaHandlers:
         """POST /api/copy."""
         asked, headers = await self._read(OllamaCopyRequest, request)
         destination = check_key(key_of(asked.destination), "destination")
-        self._manager.copy(key_of(asked.source), destination)
+        self._manager.copy(self._manager.instance(*names_of(asked.source)), destination)
         return Response(headers=headers)
 
     async def ollama_delete(self, request: Request) -> Response:
         """DELETE /api/delete."""
         asked, headers = await self._read(OllamaDeleteRequest, request)
-        name = key_of(asked.asked)
-        instance = self._manager.instance(name)
-        if name in instance.copied_aliases:
-            instance.forget_alias(name)
-        elif name != instance.key or name in {spec.key for spec in self._manager.settings.models}:
-            raise ValidationFailed(f"'{name}' is in the server's configuration, and is removed there.", "model")
+        names = names_of(asked.asked)
+        instance = self._manager.instance(*names)
+        configured = {spec.key for spec in self._manager.settings.models}
+        if copied := {*names}.intersection(instance.copied_aliases):
+            instance.forget_alias(copied.pop())
+        elif instance.key not in names or instance.key in configured:
+            raise ValidationFailed(f"'{names[0]}' is in the server's configuration, and is removed there.", "model")
         else:
-            await unless_stalled(instance, self._manager.forget(name))
+            await unless_stalled(instance, self._manager.forget(instance.key))
         return Response(headers=headers)
 
     async def ollama_embed(self, request: Request) -> Response:
@@ -132,7 +133,7 @@ class OllamaHandlers:
 
     async def _refuse_embeddings(self, schema: type[EmbeddingRequest], request: Request) -> Response:
         asked, _ = await self._read(schema, request)
-        self._manager.instance(key_of(asked.model))
+        self._manager.instance(*names_of(asked.model))
         raise no_embeddings(asked.model)
 
     async def _describe(self, instances: list[ModelInstance]) -> dict[str, Description]:

@@ -12,7 +12,7 @@ from mlxserver.api.model_status import ModelStatus, Progress
 from mlxserver.api.ollama.encoder import LineEncoder
 from mlxserver.api.ollama.generation import OllamaChatDialect, OllamaGenerateDialect
 from mlxserver.api.ollama.models import OllamaShowRequest, running, shown, tags
-from mlxserver.api.ollama.names import key_of, name_of
+from mlxserver.api.ollama.names import name_of, names_of
 from mlxserver.api.ollama.pull import OllamaPullRequest, PullEncoder
 from mlxserver.api.schema.parameters import ValidationFailed, parse
 from mlxserver.config.settings import Settings
@@ -51,10 +51,15 @@ def refused(dialect=OllamaChatDialect, settings=SETTINGS, **body):
 
 def test_a_stream_is_the_default_and_latest_need_not_be_written():
     call = call_of(model="m:latest", messages=HELLO)
-    assert (call.model, call.streams, call.idle_timeout) == ("m", True, None)
+    assert (call.model, call.other_names, call.streams, call.idle_timeout) == ("m", ["m:latest"], True, None)
     assert not call_of(messages=HELLO, stream=False).streams
-    assert [key_of(name_of(key)) for key in ("m", "org/m", "m:7b", "m:latest")] == ["m", "org/m", "m:7b", "m:latest"]
-    assert (name_of("m"), name_of("m:7b")) == ("m:latest", "m:7b")
+    assert [names_of(name) for name in ("m", "m:latest", "m:7b")] == [("m",), ("m", "m:latest"), ("m:7b",)]
+    assert [name_of(key) for key in ("m", "org/m", "m:7b", "m:latest")] == [
+        "m:latest",
+        "org/m:latest",
+        "m:7b",
+        "m:latest",
+    ]
 
 
 def test_options_are_the_sampling_the_stops_and_the_limit():

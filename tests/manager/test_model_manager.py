@@ -93,6 +93,7 @@ async def test_a_key_comes_before_an_alias_and_an_alias_before_the_longest_patte
     async with managed(models) as (manager, _):
         names = {"gpt-3": "a", "gpt-4": "a", "gpt-4o": "b", "gpt-5": "gpt-5", "gpt-50": "a"}
         assert {name: manager.instance(name).key for name in names} == names
+        assert manager.instance("gpt-9", "gpt-5").key == "gpt-5"  # of several spellings the one that is a key
         with pytest.raises(ModelNotFound):
             manager.instance("GPT-4")
 
@@ -100,14 +101,14 @@ async def test_a_key_comes_before_an_alias_and_an_alias_before_the_longest_patte
 @within_deadline
 async def test_a_copied_alias_moves_and_survives_a_change_of_its_model():
     async with managed((ModelSpec("a", "x", aliases=("b",)), ModelSpec("c", "y"))) as (manager, _):
-        manager.copy("a", "copied")
-        manager.copy("b", "copied")
+        manager.copy(manager.instance("a"), "copied")
+        manager.copy(manager.instance("b"), "copied")
         assert manager.instance("copied").aliases == ("b", "copied")
-        manager.copy("c", "copied")
+        manager.copy(manager.instance("c"), "copied")
         assert (manager.instance("a").aliases, manager.instance("copied").key) == (("b",), "c")
         for taken in ("a", "b"):
             with pytest.raises(ModelExists):
-                manager.copy("c", taken)
+                manager.copy(manager.instance("c"), taken)
         await manager.reload(replace(manager.settings, models=(manager.instance("a").spec, ModelSpec("c", "z"))))
         assert manager.instance("copied").spec.source == "z"
         manager.instance("c").forget_alias("copied")

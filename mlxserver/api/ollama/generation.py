@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from mlxserver.api.dialect import Call
 from mlxserver.api.ollama.encoder import LineEncoder
-from mlxserver.api.ollama.names import key_of
+from mlxserver.api.ollama.names import names_of
 from mlxserver.api.ollama.requests import AnsweringRequest, OllamaChatRequest, OllamaGenerateRequest
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import parse
@@ -31,13 +31,15 @@ class LineDialect:
             has_logprobs=request.logprobs,
             load_reason="" if asked else "unload" if request.keep_alive == 0 else "load",
         )
+        name, *other_names = names_of(request.model)
         return Call(
-            key_of(request.model),
+            name,
             asked,
             encoder,
             streams=request.stream,
             idle_timeout=request.keep_alive,
             ignored=request.all_ignored,
+            other_names=other_names,
         )
 
 

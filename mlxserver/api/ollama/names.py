@@ -6,10 +6,15 @@ LATEST = ":latest"
 
 
 def key_of(name: str) -> str:
-    """The key or alias that a name stands for."""
+    """The key that a name stands for."""
     return name.removesuffix(LATEST) or name
 
 
+def names_of(name: str) -> tuple[str, ...]:
+    """The names that a model may be registered under: the key, and the name as it was given."""
+    return tuple(dict.fromkeys((key_of(name), name)))
+
+
 def name_of(key: str) -> str:
-    """The name under which a key is listed; key_of() gives the key back."""
-    return key if ":" in key and not key.endswith(LATEST) else key + LATEST
+    """The name under which a key is listed; names_of() has the key."""
+    return key if ":" in key else key + LATEST
