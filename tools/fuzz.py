@@ -28,8 +28,10 @@ WORKERS = 16
 LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
 PARTS = 4  # the memory is measured after each part of the requests
 PREFIX_CACHE = "512KiB"  # full after a few hundred requests, so that it does not look like a leak
-TIMEOUTS = ("--header-timeout", "1", "--body-timeout", "1", "--idle-connection-timeout", "1")
-FLAGS = ("--no-defaults", "--log-level", "critical", *TIMEOUTS)
+FLAGS = (
+    *("--no-defaults", "--log-level", "critical"),
+    *("--header-timeout", "1", "--body-timeout", "1", "--idle-connection-timeout", "1"),
+)
 
 
 class Broken(Exception):

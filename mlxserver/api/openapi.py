@@ -7,9 +7,9 @@ from html import escape
 from typing import Any
 
 from mlxserver.api.endpoint import Endpoint
-from mlxserver.api.published import PUBLISHED_SCHEMAS
-from mlxserver.api.response_schemas import named
+from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
+from mlxserver.api.schema.response_shapes import named
 
 FAILURES = {
     "400": "The request can't be understood or honoured; param names what is wrong.",
@@ -33,7 +33,7 @@ def document(endpoints: Sequence[Endpoint], title: str, version: str) -> dict[st
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},
         "paths": paths,
-        "components": {"schemas": {**requests, **PUBLISHED_SCHEMAS}},
+        "components": {"schemas": {**requests, **RESPONSE_SCHEMAS}},
     }
 
 

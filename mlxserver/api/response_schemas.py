@@ -2,67 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from mlxserver.api.ollama.schemas import OLLAMA_SCHEMAS
 from mlxserver.api.openai.models import CAPABILITIES
+from mlxserver.api.schema.response_shapes import (
+    BYTES,
+    COUNT,
+    NUMBER,
+    TEXT,
+    Schema,
+    by_key,
+    each,
+    exactly,
+    maybe,
+    named,
+    one_of,
+)
 
-Schema = dict[str, Any]
-
-TEXT: Schema = {"type": "string"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-NUMBER: Schema = {"type": "number"}
-BYTES: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}}
-
-
-def exactly(**fields: Schema) -> Schema:
-    """An object with these fields, and no others. A name that ends in _ may be left out."""
-    return {
-        "type": "object",
-        "properties": {name.removesuffix("_"): schema for name, schema in fields.items()},
-        "required": [name for name in fields if not name.endswith("_")],
-        "additionalProperties": False,
-    }
-
-
-def each(schema: Schema) -> Schema:
-    """A list."""
-    return {"type": "array", "items": schema}
-
-
-def by_key(schema: Schema) -> Schema:
-    """An object whose values are these, under any names."""
-    return {"type": "object", "additionalProperties": schema}
-
-
-def maybe(schema: Schema) -> Schema:
-    """The same, or null."""
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def named(name: str) -> Schema:
-    """The schema of this name."""
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _one_of(*values: str) -> Schema:
-    return {"type": "string", "enum": list(values)}
-
-
-STATE = _one_of("unloaded", "loading", "loaded", "draining", "failed")
-FINISH = _one_of("stop", "length", "tool_calls")
-CALL = exactly(id=TEXT, type=_one_of("function"), function=exactly(name=TEXT, arguments=TEXT))
-CALL_DELTA = exactly(index=COUNT, id_=TEXT, type_=_one_of("function"), function=exactly(name_=TEXT, arguments=TEXT))
+STATE = one_of("unloaded", "loading", "loaded", "draining", "failed")
+FINISH = one_of("stop", "length", "tool_calls")
+CALL = exactly(id=TEXT, type=one_of("function"), function=exactly(name=TEXT, arguments=TEXT))
+CALL_DELTA = exactly(index=COUNT, id_=TEXT, type_=one_of("function"), function=exactly(name_=TEXT, arguments=TEXT))
 LOGPROBS = exactly(content=each(named("TokenLogprob")), refusal={"type": "null"})
 REASONING = {"reasoning_content_": TEXT, "reasoning_": TEXT}
 HEAD = {"id": TEXT, "created": COUNT, "model": TEXT, "system_fingerprint": TEXT}
 COUNTS = {"usage": named("Usage"), "timings": named("Timings")}
 
 EXECUTION = exactly(
-    cache=_one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
+    cache=one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
 )
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 
 RESPONSE_SCHEMAS: dict[str, Schema] = {
+    **OLLAMA_SCHEMAS,
     "Error": exactly(
         error=exactly(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT)), projection_=named("Projection")
     ),
@@ -93,12 +64,12 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         top_logprobs=each(exactly(token=TEXT, bytes=BYTES, logprob=NUMBER)),
     ),
     "ChatCompletion": exactly(
-        object=_one_of("chat.completion"),
+        object=one_of("chat.completion"),
         choices=each(
             exactly(
                 index=COUNT,
                 message=exactly(
-                    role=_one_of("assistant"),
+                    role=one_of("assistant"),
                     content=maybe(TEXT),
                     refusal={"type": "null"},
                     tool_calls_=each(CALL),
@@ -112,7 +83,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         **COUNTS,
     ),
     "ChatCompletionChunk": exactly(
-        object=_one_of("chat.completion.chunk"),
+        object=one_of("chat.completion.chunk"),
         choices=each(
             exactly(
                 index=COUNT,
@@ -125,13 +96,13 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         **{f"{name}_": schema for name, schema in COUNTS.items()},
     ),
     "Completion": exactly(
-        object=_one_of("text_completion"),
+        object=one_of("text_completion"),
         choices=each(exactly(index=COUNT, text=TEXT, logprobs=maybe(named("TextLogprobs")), finish_reason=FINISH)),
         **HEAD,
         **COUNTS,
     ),
     "CompletionChunk": exactly(
-        object=_one_of("text_completion"),
+        object=one_of("text_completion"),
         choices=each(
             exactly(index=COUNT, text=TEXT, logprobs=maybe(named("TextLogprobs")), finish_reason=maybe(FINISH))
         ),
@@ -146,11 +117,11 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
     ),
     "Model": exactly(
         id=TEXT,
-        object=_one_of("model"),
+        object=one_of("model"),
         created=COUNT,
         owned_by=TEXT,
         status=exactly(value=STATE, error_=TEXT),
-        type=maybe(_one_of("thinking", "instruction")),
+        type=maybe(one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),
         max_model_len=maybe(COUNT),
@@ -167,26 +138,26 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         expires_in_seconds=maybe(NUMBER),
         loading=maybe(exactly(stage=TEXT, done=COUNT, total=COUNT)),
     ),
-    "ModelList": exactly(object=_one_of("list"), data=each(named("Model"))),
+    "ModelList": exactly(object=one_of("list"), data=each(named("Model"))),
     "Loaded": exactly(
-        event=_one_of("loaded"),
+        event=one_of("loaded"),
         key=TEXT,
-        status=_one_of("loaded"),
+        status=one_of("loaded"),
         load_time_seconds=NUMBER,
         memory_bytes=COUNT,
         reserved_bytes=COUNT,
         estimate=maybe(ESTIMATE),
     ),
-    "LoadProgress": exactly(event=_one_of("progress"), stage=TEXT, done=COUNT, total=COUNT),
+    "LoadProgress": exactly(event=one_of("progress"), stage=TEXT, done=COUNT, total=COUNT),
     "CacheUsage": exactly(
-        object=_one_of("list"),
-        data=each(exactly(tier=_one_of("ram", "disk"), model=TEXT, entries=COUNT, bytes=COUNT, hits=COUNT)),
+        object=one_of("list"),
+        data=each(exactly(tier=one_of("ram", "disk"), model=TEXT, entries=COUNT, bytes=COUNT, hits=COUNT)),
         disk=maybe(exactly(entries=COUNT, bytes=COUNT, hits=COUNT)),
     ),
     "Reloaded": exactly(added=each(TEXT), removed=each(TEXT), changed=each(TEXT), restart_needed=each(TEXT)),
     "Unloaded": exactly(
         key=TEXT,
-        status=_one_of("unloaded"),
+        status=one_of("unloaded"),
         completed_requests=COUNT,
         aborted_requests=COUNT,
         freed_bytes=COUNT,
@@ -194,14 +165,14 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
     "Tokens": exactly(count=COUNT, tokens=each(COUNT), max_model_len=maybe(COUNT)),
     "Prompt": exactly(prompt=TEXT),
     "Health": exactly(
-        status=_one_of("ok", "degraded"),
+        status=one_of("ok", "degraded"),
         version_=TEXT,
         uptime_seconds_=NUMBER,
         models_=by_key(named("ModelHealth")),
         ranks_=each(named("RankHealth")),
     ),
-    "RankHealth": exactly(rank=COUNT, status=_one_of("ok", "lost"), memory_bytes=COUNT, error_=TEXT),
-    "Ready": exactly(status=_one_of("ready"), models=by_key(named("ModelHealth"))),
+    "RankHealth": exactly(rank=COUNT, status=one_of("ok", "lost"), memory_bytes=COUNT, error_=TEXT),
+    "Ready": exactly(status=one_of("ready"), models=by_key(named("ModelHealth"))),
     "ModelHealth": exactly(
         status=STATE,
         wedged={"type": "boolean"},

@@ -24,7 +24,7 @@ from model_manager import ModelManager
 
 OPEN_PATHS = {"/health"}
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
-METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
+METHODS = "GET, POST, DELETE, OPTIONS"
 PREFLIGHT_MAX_AGE = "86400"  # seconds that a browser may cache the response to a preflight
 RETRY_AFTER = "5"  # seconds: another server takes over, or this one is started again
 EXPOSED_HEADERS = "X-Request-Id, Retry-After, X-Ignored-Parameters"

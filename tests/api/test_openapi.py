@@ -6,7 +6,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.api.openapi import document, page
-from mlxserver.api.published import PUBLISHED_SCHEMAS
+from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
 from mlxserver.server.app import HANDLERS
 
@@ -24,7 +24,7 @@ def test_every_endpoint_has_a_handler_and_is_described(endpoint):
     operation = DOCUMENT["paths"][endpoint.path][endpoint.method.lower()]
     assert operation["summary"]
     for schema in (endpoint.response, endpoint.chunk):
-        assert schema is None or schema in PUBLISHED_SCHEMAS
+        assert schema is None or schema in RESPONSE_SCHEMAS
     if endpoint.request:
         described = DOCUMENT["components"]["schemas"][endpoint.request.__name__]
         assert described == json_schema(endpoint.request)

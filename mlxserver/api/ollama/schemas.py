@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mlxserver.api.response_schemas import COUNT, NUMBER, TEXT, Schema, each, exactly, named
+from mlxserver.api.schema.response_shapes import COUNT, NUMBER, TEXT, Schema, each, exactly, named, one_of
 
 FLAG: Schema = {"type": "boolean"}
 CALL = exactly(id=TEXT, function=exactly(index=COUNT, name=TEXT, arguments={"type": "object"}))
 ENDING = {
-    "done_reason_": {"type": "string", "enum": ["stop", "length", "load", "unload"]},
+    "done_reason_": one_of("stop", "length", "load", "unload"),
     "total_duration_": COUNT,
     "load_duration_": COUNT,
     "prompt_eval_count_": COUNT,
@@ -29,7 +29,7 @@ MODEL = {"name": TEXT, "model": TEXT, "digest": TEXT, "size": COUNT, "details": 
 OLLAMA_SCHEMAS: dict[str, Schema] = {
     "OllamaError": exactly(error=TEXT),
     "OllamaChat": exactly(
-        message=exactly(role={"const": "assistant"}, content=TEXT, thinking_=TEXT, tool_calls_=each(CALL)),
+        message=exactly(role=one_of("assistant"), content=TEXT, thinking_=TEXT, tool_calls_=each(CALL)),
         **HEAD,
         **ENDING,
     ),

@@ -58,7 +58,7 @@ class Thinking:
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """Variables of the chat template: enable_thinking or reasoning_effort."""
+        """Variables of the chat template: enable_thinking, or else reasoning_effort."""
         if self.is_on is False:  # on is what a thinking model is anyway, and no other can be
             return {"enable_thinking": False}
         return {} if self.effort is None else {"reasoning_effort": self.effort}
