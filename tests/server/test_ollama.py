@@ -28,7 +28,7 @@ def server(tmp_path_factory, scripted_path, tiny_llama_path):
     """Keys, a scripted model that may think, one that doesn't, and a tiny one that is not loaded."""
     path = tmp_path_factory.mktemp("config") / "models.toml"
     path.write_text(
-        f'api_key = ["{USER}"]\nadmin_key = ["{ADMIN}"]\nunknown_parameters = "refuse"\n'
+        f'api_key = ["{USER}"]\nadmin_key = ["{ADMIN}"]\nheartbeat_interval = 0.02\n'
         f'[models.talker]\nsource = "{scripted_path}"\ntype = "instruction"\naliases = ["gpt-*", "mini"]\n'
         f"preload = true\n[models.talker.defaults]\ntop_p = 0.5\n"
         f'[models.thinker]\nsource = "{scripted_path}"\ntype = "thinking"\naliases = ["gpt-4*"]\n'
@@ -213,8 +213,9 @@ def test_an_empty_request_loads_and_keep_alive_zero_unloads(server, client):
         assert eventually(lambda: "tiny:latest" not in [model.model for model in client.ps().models])
         assert load("tiny", keep_alive=0).done_reason == "unload"  # which loads nothing
         assert eventually(lambda: status_of(server, "tiny") == "unloaded")
-    (line,) = lines(server, "/api/generate", model="tiny", keep_alive="10m")
+    *waited, line = lines(server, "/api/generate", model="tiny", keep_alive="10m")
     assert (line["response"], line["done_reason"]) == ("", "load")
+    assert not any(line["response"] for line in waited)
     (tiny,) = [model for model in client.ps().models if model.model == "tiny:latest"]
     assert tiny.expires_at.year < 9999
     client.chat("tiny", ASK, options={"num_predict": 2}, keep_alive=0)
@@ -392,17 +393,14 @@ def test_what_programs_send_is_answered(server, body):
     assert "".join(line["message"]["content"] for line in answer) == HELLO
 
 
-def test_a_stream_that_waits_for_its_model_has_heartbeats_that_are_lines(tmp_path, tiny_llama_path):
-    flags = ("--no-defaults", "--model", f"tiny={tiny_llama_path}", "--heartbeat-interval", "0.02")
-    with running_server(*flags) as server:
-        for path in ("/api/chat", "/api/generate"):
-            body = {"model": "tiny", "messages": ASK} if path == "/api/chat" else {"model": "tiny", "prompt": "x"}
-            server.post("/v1/models/unload", {"key": "tiny"})
-            answer = server.post(path, {**body, "options": {"num_predict": 2}})
-            found = [json.loads(line) for line in answer.body.splitlines()]
-            assert answer.status == 200
-            assert found[-1]["eval_count"] == 2
-            assert len([line for line in found if not line["done"]]) > 2
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_a_stream_that_waits_for_its_model_has_heartbeats_that_are_lines(server, path):
+    ask(server, "/v1/models/unload", {"key": "tiny"}, key=ADMIN)
+    question = {"messages": ASK} if path == "/api/chat" else {"prompt": "hello"}
+    *before, last = lines(server, path, model="tiny", options={"num_predict": 2}, **question)
+    assert last["eval_count"] == 2
+    assert len(before) > 2  # two tokens make two lines at most
+    assert not any(line["done"] for line in before)
 
 
 # Between dialects

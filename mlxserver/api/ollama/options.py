@@ -16,9 +16,11 @@ from mlxserver.api.schema.validators import check_stop
 
 RANDOM_SEED = -1
 LIMIT: dict[str, Any] = {"type": "integer", "minimum": -2, "description": "an integer; 0, -1 and -2 are no limit"}
-HARDWARE = ("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "low_vram", "use_mmap")
-MORE_HARDWARE = ("use_mlock", "numa", "f16_kv", "mirostat_eta", "mirostat_tau")
-UNUSED = ("logits_all", "vocab_only", "embedding_only", "num_gqa", "rope_frequency_base", "rope_frequency_scale")
+HARMLESS = (
+    *("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "low_vram", "use_mmap", "use_mlock"),
+    *("numa", "f16_kv", "mirostat_eta", "mirostat_tau"),
+)
+OF_FILES = ("logits_all", "vocab_only", "embedding_only", "num_gqa", "rope_frequency_base", "rope_frequency_scale")
 
 
 def check_limit(value: int, param: str) -> int | None:
@@ -31,8 +33,8 @@ def check_limit(value: int, param: str) -> int | None:
 class Options(Request):
     """The object `options`."""
 
-    __no_effect__: ClassVar = {name: NO_EFFECT[name] for name in (*HARDWARE, *MORE_HARDWARE)} | dict.fromkeys(
-        UNUSED, "how a model is read is known from its files"
+    __no_effect__: ClassVar = {name: NO_EFFECT[name] for name in HARMLESS} | dict.fromkeys(
+        OF_FILES, "how a model is read is known from its files"
     )
     __not_applied__: ClassVar = NOT_APPLIED
 
