@@ -68,8 +68,14 @@ THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 def main() -> int:
     """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address or another rank can't be had.
 
+    `launch` starts a program that uses a server instead (client/launch/command.py).
+
     A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
     """
+    if sys.argv[1:2] == ["launch"]:
+        from mlxserver.client.launch import command  # the server itself needs nothing of the client
+
+        return command.main(sys.argv[2:])
     try:
         run(sys.argv[1:])
     except (ConfigInvalid, RanksDiffer) as error:

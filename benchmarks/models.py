@@ -50,7 +50,7 @@ class Shape:
             "head_dim": self.hidden // self.heads,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
-            "max_position_embeddings": 16384,
+            "max_position_embeddings": 131072,
             "vocab_size": self.vocab,
             "tie_word_embeddings": self.tied,
             "eos_token_id": None,
@@ -75,12 +75,12 @@ def prepare_pair(shape: str, dtype: str, work: Path, tokenizer: Path | None = No
     first = work / f"{shape}-{dtype}"
     if shape == EMBEDDED:
         source = embedded_directory(work, dtype)
-        _make_once(first, lambda target: _write_endless_copy(source, target))
+        make_once(first, lambda target: _write_endless_copy(source, target))
     else:
         plain = tokenizer or embedded_directory(work, "float32")
-        _make_once(first, lambda target: _write_random(SHAPES[shape], dtype, plain, target))
+        make_once(first, lambda target: _write_random(SHAPES[shape], dtype, plain, target))
     second = work / f"{shape}-{dtype}-second"
-    _make_once(second, lambda target: _link_files(first, target))
+    make_once(second, lambda target: _link_files(first, target))
     return first, second
 
 
@@ -97,7 +97,7 @@ def embedded_directory(work: Path, dtype: str) -> Path:
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     converter = ["-m", "gguf2mlx", "-i", str(gguf), "--dtype", dtype, "--offline"]
     directory = work / f"embedded-{dtype}"
-    _make_once(directory, lambda target: _run([sys.executable, *converter, "-o", str(target)]))
+    make_once(directory, lambda target: _run([sys.executable, *converter, "-o", str(target)]))
     return directory
 
 
@@ -107,7 +107,8 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
 
 
-def _make_once(directory: Path, write: Callable[[Path], None]) -> None:
+def make_once(directory: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory, if it is not there: complete or not at all."""
     if directory.exists():
         return
     unfinished = directory.with_name(f"{directory.name}.{os.getpid()}")

@@ -77,7 +77,7 @@ GPU = Sizes(
     stream_tokens=512,
     warmup_tokens=128,
     raw_batch=32,
-    long_tokens=12_000,
+    long_tokens=60_000,
     long_answer=1024,
 )
 QUICK = Sizes(

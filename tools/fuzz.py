@@ -127,24 +127,35 @@ def _fault(answer: Answer, has_body: bool, *, speaks_ollama: bool) -> str | None
         return _fault_of_error(json.loads(answer.body), speaks_ollama=speaks_ollama)
     if kind.startswith("text/event-stream"):
         last = answer.body.strip().rpartition(b"data: ")[2]
-        return None if last == b"[DONE]" else _fault_of_error(json.loads(last))
+        return None if last == b"[DONE]" else _fault_of_last(json.loads(last))
     if kind == "application/x-ndjson":
-        last = [json.loads(line) for line in answer.body.splitlines()][-1]
-        is_whole = last.get("done") is True or last.get("status") == "success"
-        return None if is_whole else _fault_of_error(last, speaks_ollama=True)
+        *_, final = [json.loads(line) for line in answer.body.splitlines()]
+        is_whole = final.get("done") is True or final.get("status") == "success"
+        return None if is_whole else _fault_of_error(final, speaks_ollama=True)
     if kind == "application/json":
         json.loads(answer.body)
     return None
 
 
+def _fault_of_last(content: object) -> str | None:
+    """The fault of the last event of a stream that does not end in [DONE]: a response that is over, or an error."""
+    last = ("response.completed", "response.incomplete", "message_stop")
+    is_over = isinstance(content, dict) and content.get("type") in last
+    return None if is_over else _fault_of_error(content)
+
+
 def _fault_of_error(content: object, *, speaks_ollama: bool = False) -> str | None:
-    if not isinstance(content, dict) or content.keys() != {"error"} or not content["error"]:
+    fields = {
+        frozenset({"error"}): {"message", "type", "param", "code"},
+        frozenset({"type", "error", "request_id"}): {"message", "type"},
+    }
+    if not isinstance(content, dict) or frozenset(content) not in fields or not content["error"]:
         return "no error object"
     if isinstance(content["error"], str):
-        if not speaks_ollama:
+        if not speaks_ollama or content.keys() != {"error"}:
             return "an error of another API"
-    elif content["error"].keys() != {"message", "type", "param", "code"} or not content["error"]["message"]:
-        return "an error object without its four fields"
+    elif content["error"].keys() != fields[frozenset(content)] or not content["error"]["message"]:
+        return "an error object without its fields"
     return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes a long value"
 
 

@@ -46,6 +46,7 @@ from mlxserver.server.errors import failure_of
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 READING = (
     *("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model"),
+    *("responses", "messages", "count_tokens"),
     *("ollama_chat", "ollama_generate", "ollama_show", "ollama_pull", "ollama_copy", "ollama_delete", "ollama_embed"),
 )
 TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
@@ -69,7 +70,9 @@ def requests(data: bytes) -> None:
     settings = Settings(unknown_parameters="ignore" if data[0] & 128 else "refuse")
     try:
         if endpoint.dialect:
-            endpoint.dialect(settings).parse(data[1:])
+            call = endpoint.dialect(settings).parse(data[1:])
+            if call.for_client:
+                call.for_client(call, "")
         elif endpoint.request:
             asked = parse(endpoint.request, data[1:], Limits.of(settings))
             if isinstance(asked, LoadRequest):
@@ -196,11 +199,20 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b'\x01{"model":"m","prompt":[[1,2],[3]],"echo":true,"logprobs":1,"max_tokens":5}',
             b'\x05{"model":"org/m","key":"k","defaults":{"top_p":0.5},"ttl":"5m","replace":true}',
             b'\x06{"key":"k","mode":"drain","timeout":1.5}',
-            b'\x07{"model":"m:latest","messages":[{"role":"user","content":"x","images":[]},{"role":"assistant","thinking":'
+            b'\x07{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"x"}]},{"type":'
+            b'"function_call","name":"f","call_id":"c","arguments":"{}"},{"type":"function_call_output","call_id":"c",'
+            b'"output":"y"},{"type":"reasoning","summary":[{"type":"summary_text","text":"z"}]}],"tools":[{"type":'
+            b'"custom","name":"f"}],"tool_choice":{"type":"custom","name":"f"},"text":{"format":{"type":"text"}}}',
+            b'\x08{"model":"m","system":[{"type":"text","text":"s"}],"messages":[{"role":"user","content":[{"type":'
+            b'"tool_result","tool_use_id":"i","content":[{"type":"text","text":"x"}],"is_error":true}]},{"role":'
+            b'"assistant","content":[{"type":"tool_use","id":"i","name":"f","input":{}}]}],"tools":[{"name":"f",'
+            b'"input_schema":{}}],"tool_choice":{"type":"any"},"thinking":{"type":"enabled","budget_tokens":-1},'
+            b'"output_config":{"effort":"low","format":{"type":"json_schema","schema":{}}},"stop_sequences":["a"]}',
+            b'\x0a{"model":"m:latest","messages":[{"role":"user","content":"x","images":[]},{"role":"assistant","thinking":'
             b'"t","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}}]},{"role":"tool","tool_name":"f"}],'
             b'"format":{"type":"object"},"options":{"num_predict":-1,"stop":["a"],"mirostat":2},"think":"low"}',
-            b'\x08{"model":"m","prompt":"x","system":"s","raw":true,"keep_alive":"5m","context":[],"format":"json"}',
-            b'\x0a{"name":"hf.co/org/m:latest","insecure":true}',
+            b'\x0b{"model":"m","prompt":"x","system":"s","raw":true,"keep_alive":"5m","context":[],"format":"json"}',
+            b'\x0d{"name":"hf.co/org/m:latest","insecure":true}',
         ),
     ),
     "calls": (

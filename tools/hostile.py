@@ -19,6 +19,12 @@ MODEL = "tiny"
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
+    "/v1/responses/resp_1",
+    "/v1/responses/resp_1/input_items?limit=x",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/messages/batches",
     "/v1/models/load",
     "/v1/models/unload",
     "/v1/models/reload",
@@ -53,8 +59,11 @@ HELLO = [{"role": "user", "content": "hello"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": MODEL, "messages": HELLO, "max_tokens": 3},
     "/v1/completions": {"model": MODEL, "prompt": "hello", "max_tokens": 3},
+    "/v1/messages": {"model": MODEL, "messages": HELLO, "max_tokens": 3},
+    "/v1/messages/count_tokens": {"model": MODEL, "messages": HELLO},
     "/v1/models/load": {"model": "/no/such/model", "key": "nothing"},
     "/v1/models/unload": {"key": "unknown"},
+    "/v1/responses": {"model": MODEL, "input": "hello", "max_output_tokens": 3},
     "/tokenize": {"model": MODEL, "prompt": "hello"},
     "/detokenize": {"model": MODEL, "tokens": [5, 6, 7]},
     "/apply-template": {"model": MODEL, "messages": HELLO},
@@ -65,8 +74,11 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/copy": {"source": MODEL, "destination": "copied"},
     "/api/embed": {"model": MODEL, "input": ["hello"]},
 }
-WEIGHTS = (8, 4, 1, 1, 2, 2, 2, 4, 4, 1, 1, 1, 1)  # of the bodies
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate")
+WEIGHTS = (8, 4, 6, 2, 1, 1, 6, 2, 2, 2, 4, 4, 1, 1, 1, 1)  # of the bodies
+GENERATING = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+    *("/api/chat", "/api/generate"),
+)
 PARAMETERS = (
     "model",
     "messages",
@@ -115,10 +127,22 @@ PARAMETERS = (
     "format",
     "think",
     "raw",
-    "system",
     "images",
     "context",
     "name",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "previous_response_id",
+    "text",
+    "include",
+    "reasoning",
+    "store",
+    "truncation",
+    "system",
+    "stop_sequences",
+    "thinking",
+    "output_config",
     "\u0000",
     "",
 )
@@ -171,6 +195,18 @@ VALUES = (
     '{"type": "json_schema", "json_schema": {"name": 1}}',
     '[{"role": "assistant", "content": null, "tool_calls": [{"id": 1}]}]',
     '[{"type": "function", "function": {}}]',
+    '[{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}, {"type": "namespace", "name": "n"}]',
+    '[{"type": "function_call", "name": "f", "arguments": "{"}, {"type": "function_call_output", "output": [5]}]',
+    '[{"type": "reasoning", "summary": [5, {"text": "x"}]}, {"type": "custom_tool_call"}, {"id": "x"}]',
+    '{"format": {"type": "json_schema", "schema": {"type": "string"}}}',
+    '{"effort": "low", "summary": 5}',
+    '{"type": "allowed_tools", "mode": "required", "tools": [{"name": []}]}',
+    '[{"role": "assistant", "content": [{"type": "tool_use", "id": 1, "name": "x", "input": 5}]}]',
+    '[{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}]',
+    '[{"type": "text", "text": "x"}]',
+    '[{"name": "add", "input_schema": {"type": "object"}}, {"type": "web_search_20250305"}]',
+    '{"type": "enabled", "budget_tokens": 5}',
+    '{"effort": "high", "format": {"type": "json_schema", "schema": {}}}',
     '{"5": 1000}',
     '{"-1": 1}',
     '{"999999999": 1}',
@@ -216,6 +252,7 @@ HEADERS = (
     "Range: bytes=0-1",
     "X-Forwarded-For: 1.2.3.4",
     "Keep-Alive: timeout=-1",
+    "anthropic-version: 2023-06-01",
 )
 GARBAGE = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",

@@ -30,7 +30,7 @@ class Failure:
     """A failure, before it is put in a dialect's envelope.
 
     param: the field of the request that is wrong. code: what happened, as a word for programs. projection: memory that
-    a load needs and that there is.
+    a load needs and that there is. request_id: by which the log knows the request.
     """
 
     message: str
@@ -38,19 +38,23 @@ class Failure:
     param: str | None = None
     code: str | None = None
     projection: Projection | None = None
+    request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """An API that programs speak.
+    """An API that programs speak. envelope: body of an error, JSON. error_schema: name of its JSON schema.
 
-    envelope: body of an error, JSON. error_schema: name of its JSON schema. prefix: of paths that are this API's even
-    where there is no such endpoint. stream_media: type of its streams, events or lines of JSON.
+    header: one, in lower case, that its clients send with every request; None where there is none. prefix: of paths
+    that are its own even where there is no such endpoint. stream_media: type of its streams, events or lines of JSON.
+    ends_with_done: whether the last event of its streams is [DONE].
     """
 
     name: str
     envelope: Callable[[Failure], bytes]
     error_schema: str
+    header: str | None = None
+    ends_with_done: bool = True
     prefix: str | None = None
     stream_media: str = "text/event-stream"
 
@@ -114,7 +118,9 @@ class Call:
 
     requests: all with the same n; without any the model is loaded and nothing generated. idle_timeout: seconds that the
     model stays loaded afterwards, None leaves it to the model's own; 0 without requests unloads it. ignored: names of
-    unknown parameters. other_names: of the model, where none is registered under the first.
+    unknown parameters. for_client: makes the call that a client means, by the id of that client (server/keys.py), where
+    that depends on what the server keeps for it; raises ValidationFailed. other_names: of the model, where none is
+    registered under the first.
     """
 
     model: str
@@ -124,6 +130,7 @@ class Call:
     idle_timeout: float | None = None
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
+    for_client: Callable[[Call, str], Call] | None = None
     other_names: Sequence[str] = ()
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from mlxserver.api.dialect import Failure
+from collections.abc import Container
+
+from mlxserver.api.anthropic import endpoints as anthropic
+from mlxserver.api.anthropic.errors import ANTHROPIC
+from mlxserver.api.dialect import Api, Failure
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.native.apply_template import ApplyTemplateRequest
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.ollama.endpoints import OLLAMA_ENDPOINTS
+from mlxserver.api.ollama.errors import OLLAMA
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
 from mlxserver.api.openai.errors import OPENAI
+from mlxserver.api.openai.responses import endpoints as responses
 
 ENDPOINTS = (
     Endpoint(
@@ -34,7 +40,16 @@ ENDPOINTS = (
         "CompletionChunk",
         CompletionDialect,
     ),
-    Endpoint("list_models", "GET", "/v1/models", "Every registered model, loaded or not.", "ModelList"),
+    *responses.ENDPOINTS,
+    *anthropic.ENDPOINTS,
+    Endpoint(
+        "list_models",
+        "GET",
+        "/v1/models",
+        "Every registered model, loaded or not.",
+        "ModelList",
+        others=("ModelPage",),
+    ),
     Endpoint(
         "load_model", "POST", "/v1/models/load", "Load a model.", "Loaded", LoadRequest, "LoadProgress", manages=True
     ),
@@ -42,7 +57,14 @@ ENDPOINTS = (
     Endpoint("reload_models", "POST", "/v1/models/reload", "Read the settings again.", "Reloaded", manages=True),
     Endpoint("cache", "GET", "/v1/cache", "What the prefix cache has, by tier and model.", "CacheUsage", manages=True),
     Endpoint("clear_cache", "POST", "/v1/cache/clear", "Empty the prefix cache.", "CacheUsage", manages=True),
-    Endpoint("retrieve_model", "GET", "/v1/models/{key}", "One model, and what it can do.", "Model"),
+    Endpoint(
+        "retrieve_model",
+        "GET",
+        "/v1/models/{key}",
+        "One model, and what it can do.",
+        "Model",
+        others=("ModelInfo",),
+    ),
     Endpoint("tokenize", "POST", "/tokenize", "The tokens of a text or a conversation.", "Tokens", TokenizeRequest),
     Endpoint("detokenize", "POST", "/detokenize", "The text of tokens.", "Prompt", DetokenizeRequest),
     Endpoint(
@@ -63,11 +85,18 @@ ENDPOINTS = (
     *OLLAMA_ENDPOINTS,
 )
 
-APIS = {endpoint.path: endpoint.api for endpoint in ENDPOINTS}
-PREFIXES = {api.prefix: api for api in APIS.values() if api.prefix}
+APIS = (ANTHROPIC, OLLAMA)  # beside OpenAI's
+APIS_BY_PATH = {endpoint.path: endpoint.api for endpoint in ENDPOINTS}
 
 
-def encode_failure(path: str, failure: Failure) -> bytes:
-    """The failure as JSON, in the envelope of the API that has this path; OpenAI's where none has."""
-    by_prefix = (api for prefix, api in PREFIXES.items() if path.startswith(prefix))
-    return (APIS.get(path) or next(by_prefix, OPENAI)).envelope(failure)
+def api_of(path: str, headers: Container[str] = ()) -> Api:
+    """The API that a client speaks: that of the path, or, at a path of no other API, the one its headers tell."""
+    if (api := APIS_BY_PATH.get(path, OPENAI)) is not OPENAI:
+        return api
+    others = (each for each in APIS if (each.prefix and path.startswith(each.prefix)) or each.header in headers)
+    return next(others, OPENAI)
+
+
+def encode_failure(path: str, failure: Failure, headers: Container[str] = ()) -> bytes:
+    """The failure as JSON, in the envelope of the API that a client speaks who sent these headers to this path."""
+    return api_of(path, headers).envelope(failure)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from mlxserver.api.dialect import Api
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
 from mlxserver.api.schema.response_shapes import named
 
+PLACE = re.compile(r"\{(\w+)\}")  # of a parameter in a path
 FAILURES = {
     "400": "The request can't be understood or honoured; param names what is wrong.",
     "404": "There is no such model or path.",
@@ -55,8 +58,9 @@ vertical-align:top}td:first-child{white-space:nowrap}small{color:#666}
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
     operation: dict[str, Any] = {"operationId": endpoint.name, "summary": endpoint.summary}
-    if "{key}" in endpoint.path:
-        operation["parameters"] = [{"name": "key", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if names := PLACE.findall(endpoint.path):
+        schema = {"type": "string"}
+        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
     if endpoint.request:
         body = {"application/json": {"schema": named(endpoint.request.__name__)}}
         operation["requestBody"] = {"required": True, "content": body}
@@ -69,24 +73,26 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
 def _content(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.response is None:
         return {endpoint.media: {"schema": {"type": "string"}}}
-    content: dict[str, Any] = {"application/json": {"schema": named(endpoint.response)}}
+    answers = [named(name) for name in (endpoint.response, *endpoint.others)]
+    content: dict[str, Any] = {"application/json": {"schema": {"anyOf": answers} if endpoint.others else answers[0]}}
     if endpoint.chunk:
-        content[endpoint.api.stream_media] = {"schema": _part(endpoint)}
+        content[endpoint.api.stream_media] = {"schema": _part(endpoint.chunk, endpoint.api)}
     return content
 
 
-def _part(endpoint: Endpoint) -> dict[str, Any]:
+def _part(chunk: str, api: Api) -> dict[str, Any]:
     """The schema of one part of a stream: of a server-sent event, or of a line of JSON."""
-    if endpoint.api.stream_media == "text/event-stream":
-        return _event(endpoint.chunk or "", endpoint.api.error_schema)
-    return {"anyOf": [named(endpoint.chunk or ""), named(endpoint.api.error_schema)]}
+    is_event = api.stream_media == "text/event-stream"
+    return _event(chunk, api) if is_event else {"anyOf": [named(chunk), named(api.error_schema)]}
 
 
-def _event(chunk: str, error: str) -> dict[str, Any]:
+def _event(chunk: str, api: Api) -> dict[str, Any]:
     """The schema of one server-sent event: a chunk, an error that ends the stream, or [DONE]."""
-    content = {"anyOf": [named(chunk), named(error)]}
-    payload = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
-    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, payload]}}, "required": ["data"]}
+    content = {"anyOf": [named(chunk), named(api.error_schema)]}
+    payload: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    if api.ends_with_done:
+        payload = {"anyOf": [{"const": "[DONE]"}, payload]}
+    return {"type": "object", "properties": {"data": payload}, "required": ["data"]}
 
 
 def _sections(document: dict[str, Any]) -> Iterator[str]:

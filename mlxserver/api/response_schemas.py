@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mlxserver.api.anthropic.response_schemas import ANTHROPIC_SCHEMAS
 from mlxserver.api.ollama.schemas import OLLAMA_SCHEMAS
 from mlxserver.api.openai.models import CAPABILITIES
+from mlxserver.api.openai.responses.schemas import RESPONSES_SCHEMAS
 from mlxserver.api.schema.response_shapes import (
     BYTES,
     COUNT,
@@ -33,6 +35,8 @@ EXECUTION = exactly(
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 
 RESPONSE_SCHEMAS: dict[str, Schema] = {
+    **RESPONSES_SCHEMAS,
+    **ANTHROPIC_SCHEMAS,
     **OLLAMA_SCHEMAS,
     "Error": exactly(
         error=exactly(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT)), projection_=named("Projection")
@@ -63,8 +67,10 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         logprob=NUMBER,
         top_logprobs=each(exactly(token=TEXT, bytes=BYTES, logprob=NUMBER)),
     ),
+    "PromptLogprobs": each(maybe(by_key(exactly(logprob=NUMBER, rank=COUNT, decoded_token=TEXT)))),
     "ChatCompletion": exactly(
         object=one_of("chat.completion"),
+        prompt_logprobs_=named("PromptLogprobs"),
         choices=each(
             exactly(
                 index=COUNT,
@@ -97,7 +103,15 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
     ),
     "Completion": exactly(
         object=one_of("text_completion"),
-        choices=each(exactly(index=COUNT, text=TEXT, logprobs=maybe(named("TextLogprobs")), finish_reason=FINISH)),
+        choices=each(
+            exactly(
+                index=COUNT,
+                text=TEXT,
+                logprobs=maybe(named("TextLogprobs")),
+                finish_reason=FINISH,
+                prompt_logprobs_=named("PromptLogprobs"),
+            )
+        ),
         **HEAD,
         **COUNTS,
     ),
@@ -111,8 +125,8 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
     ),
     "TextLogprobs": exactly(
         tokens=each(TEXT),
-        token_logprobs=each(NUMBER),
-        top_logprobs=each({"type": "object", "additionalProperties": NUMBER}),
+        token_logprobs=each(maybe(NUMBER)),
+        top_logprobs=each(maybe(by_key(NUMBER))),
         text_offset=each(COUNT),
     ),
     "Model": exactly(

@@ -15,9 +15,10 @@ LINE_BREAK = re.compile(rb"\r\n|\r|\n")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def encode(payload: bytes) -> bytes:
-    """One event. Line breaks of the payload arrive as line feeds."""
-    return b"".join(b"data: %b\n" % line for line in LINE_BREAK.split(payload)) + b"\n"
+def encode(payload: bytes, event: str = "") -> bytes:
+    """One event, with its name if it has one. Line breaks of the payload arrive as line feeds."""
+    name = b"event: %b\n" % event.encode() if event else b""
+    return name + b"".join(b"data: %b\n" % line for line in LINE_BREAK.split(payload)) + b"\n"
 
 
 def comment(text: str) -> bytes:

@@ -105,7 +105,7 @@ class Tool:
     """A function that the model may call.
 
     parameters: JSON Schema of its arguments. strict: whether they are held to it. origin: where the client wrote the
-    function, as its dialect names it: "tools[0].function".
+    function, as its dialect names it: "tools[0].function". schema_field: the name that the schema has there.
     """
 
     name: str
@@ -113,6 +113,12 @@ class Tool:
     parameters: Mapping[str, Any] | None = None
     strict: bool | None = None
     origin: str = ""
+    schema_field: str = "parameters"
+
+    @property
+    def schema_origin(self) -> str:
+        """Where the client wrote the schema."""
+        return f"{self.origin}.{self.schema_field}"
 
     @property
     def function(self) -> dict[str, Any]:

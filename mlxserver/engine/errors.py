@@ -134,13 +134,13 @@ class PromptRejected(EngineError):
 class ContextExceeded(PromptRejected):
     """The prompt is longer than the model's context, counts in tokens.
 
-    Programs look for the words "maximum context length is N tokens".
+    Programs look for the words "maximum context length is N tokens", others for "prompt is too long: N tokens > M".
     """
 
     def __init__(self, prompt_tokens: int, context_length: int, param: str) -> None:
         super().__init__(
-            f"This model's maximum context length is {context_length} tokens. The prompt has {prompt_tokens} tokens, "
-            "which leaves no room to answer. Shorten it.",
+            f"The prompt is too long: {prompt_tokens} tokens > {context_length} maximum. This model's maximum context "
+            f"length is {context_length} tokens, and the answer needs some of them. Shorten the prompt.",
             param,
         )
 

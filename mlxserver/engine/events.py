@@ -1,7 +1,7 @@
 """Events that an engine emits for a request. Plain frozen data, safe to share between threads.
 
 Rule: a generation is Accepted, then any number of Deltas, one Finish per choice, and Usage at the very end; or, at any
-      point, one EngineError and nothing after it.
+      point, one EngineError and nothing after it. PromptLogprobs, where asked for, come before all else of a choice.
 """
 
 from __future__ import annotations
@@ -32,6 +32,26 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """Token of a prompt. logprob: None for the first, which follows nothing; rank: by likelihood, from 1."""
+
+    id: int
+    text: str
+    bytes: bytes
+    logprob: float | None = None
+    rank: int = 0
+    top: tuple[PromptToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of all tokens of the prompt, for one choice."""
+
+    tokens: tuple[PromptToken, ...]
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """Text of one choice, on its channel, without tags and stop strings.
 
@@ -57,10 +77,11 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """End of one choice."""
+    """End of one choice. stop: the stop string that ended it, None where none did."""
 
     reason: FinishReason
     index: int = 0
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,4 +129,4 @@ class PromptProgress:
     state: QueuePosition | PrefillProgress | None = QueuePosition()
 
 
-Event = Accepted | Delta | ToolCallDelta | Finish | Usage
+Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Finish | Usage

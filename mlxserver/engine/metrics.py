@@ -7,7 +7,7 @@ Rule 2: counting costs less than a microsecond; the reader pays for sums and per
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -46,13 +46,14 @@ class ModelMetrics:
     """All counters of one model.
 
     Written by the engine thread: batch_size, inter_token and faults; by the event loop: the rest. `requests` are keyed
-    by outcome ("stop", "length", "tool_calls", "cancelled", or an error's name), `loads` by "loaded", "failed",
+    by outcome ("stop", "length", "tool_calls", "cancelled", or an error's name) and the dialect of the client ("" where
+    there is none), `ttft` by the dialect, `loads` by "loaded", "failed",
     "aborted" and "refused", `unloads` by cause ("drain", "abort", "reject", "evict", "idle"), `faults` by what failed
     ("request", "step", "out_of_memory"). Times in seconds.
     """
 
     key: str
-    ttft: Histogram = field(default_factory=_seconds)
+    ttft: dict[str, Histogram] = field(default_factory=lambda: defaultdict(_seconds))
     inter_token: Histogram = field(default_factory=_seconds)
     queue: Histogram = field(default_factory=_seconds)
     load: Histogram = field(default_factory=_seconds)
@@ -61,18 +62,18 @@ class ModelMetrics:
     cached_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
-    requests: Counter[str] = field(default_factory=Counter)
+    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     unloads: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
 
-    def note(self, outcome: str, usage: Usage | None) -> None:
+    def note(self, outcome: str, usage: Usage | None = None, dialect: str = "") -> None:
         """Count a request that has ended."""
-        self.requests[outcome] += 1
+        self.requests[outcome, dialect] += 1
         if usage is None:
             return
         self.queue.observe(usage.timings.queue)
-        self.ttft.observe(usage.timings.queue + usage.timings.prompt)
+        self.ttft[dialect].observe(usage.timings.queue + usage.timings.prompt)
         self.prompt_tokens += usage.prompt_tokens
         self.cached_tokens += usage.cached_tokens
         self.completion_tokens += usage.completion_tokens

@@ -14,13 +14,14 @@ class ChatPrompt:
     """Conversation to be set in the model's chat template.
 
     template_kwargs: variables of the template. continues_answer: the last message is the assistant's, and the answer
-    goes on from its text.
+    goes on from its text. drops_oldest: messages are left out so that it fits in the context.
     """
 
     conversation: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues_answer: bool = False
+    drops_oldest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,15 @@ class TokenPrompt:
     tokens: tuple[int, ...]
 
 
-Prompt = ChatPrompt | TextPrompt | TokenPrompt
+@dataclass(frozen=True, slots=True)
+class FillPrompt:
+    """Text before a gap that is to be filled in, and text behind it."""
+
+    prefix: str
+    suffix: str
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt | FillPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +74,14 @@ class FormattedPrompt:
     """Prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come.
 
     boundaries: numbers of its first tokens that another prompt of the conversation is likely to have in common with it.
+    ends: tokens that end its answer beside those that end any.
     """
 
     tokens: tuple[int, ...]
     text: str
     opens_thinking: bool = False
     boundaries: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +102,10 @@ class GenerationRequest:
     """One request to one model.
 
     sampling: the parameters that the request states, by their names in SamplingParams; the model's defaults fill in.
-    max_tokens None means: up to the end of the context. n answers are made from one prompt. top_logprobs None asks for
-    no log-probabilities, 0 for the chosen token's alone. thinking_budget: most tokens of reasoning before it is closed.
-    formatted: the prompt as the model reads it, once it is known; grammar: that of the answers, known with it.
+    max_tokens None means: up to the end of the context; 0: an answer without a token. n answers are made from one
+    prompt. top_logprobs None asks for no log-probabilities, 0 for the chosen token's alone; prompt_logprobs: likewise,
+    of the prompt. thinking_budget: most tokens of reasoning before it is closed. formatted: the prompt as the model
+    reads it, once it is known; grammar: that of the answers, known with it.
     """
 
     prompt: Prompt
@@ -104,6 +116,7 @@ class GenerationRequest:
     min_tokens: int = 0
     ignore_eos: bool = False
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     format: JsonFormat | None = None
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     thinking_budget: int | None = None
@@ -148,8 +161,8 @@ class Execution:
 class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
-    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs" and "thinking". execution: None
-    where ranks share the model.
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking" and "fill_in_middle".
+    execution: None where ranks share the model.
     """
 
     type: str

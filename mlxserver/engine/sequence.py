@@ -27,7 +27,8 @@ class Sequence:
 
     num_generated: how many of the last tokens were generated before the sequence was preempted. max_tokens: most tokens
     to generate from here on. boundaries: lengths at which another prompt is likely to differ. progress: where the
-    progress of its prompt is reported.
+    progress of its prompt is reported. prompt_logprobs: how many of the likeliest tokens are measured at each position
+    of the prompt beside its own token, None for no measurement.
     """
 
     id: int
@@ -39,21 +40,32 @@ class Sequence:
     num_generated: int = 0
     boundaries: tuple[int, ...] = ()
     progress: PromptProgress | None = field(default=None, compare=False, repr=False)
+    prompt_logprobs: int | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the log-probabilities of its prompt are still to be measured."""
+        return self.prompt_logprobs is not None and not self.num_generated
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities at one position: that of the sampled token, and the likeliest tokens with theirs."""
+    """Log-probabilities at one position: that of the token there, and the likeliest tokens with theirs.
+
+    rank: place of the token among all by likelihood, from 1; 0 where it is not measured.
+    """
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     """A generated token of one sequence. cached_tokens: tokens of its prompt that came from the prefix cache.
 
-    started: when the sequence got its slot, by time.monotonic().
+    started: when the sequence got its slot, by time.monotonic(). prompt_logprobs: of the prompt's tokens from the
+    second on, with the first token of a sequence that asked for them.
     """
 
     sequence_id: int
@@ -61,3 +73,4 @@ class SampledToken:
     cached_tokens: int = 0
     logprobs: Logprobs | None = None
     started: float = 0.0
+    prompt_logprobs: tuple[Logprobs, ...] | None = None

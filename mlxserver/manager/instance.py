@@ -143,10 +143,13 @@ class ModelInstance:
     def _engine(self) -> Engine | None:
         return self._lifecycle.engine
 
-    async def generate(self, request: GenerationRequest, idle_timeout: float | None = None) -> Generation:
+    async def generate(
+        self, request: GenerationRequest, idle_timeout: float | None = None, dialect: str = ""
+    ) -> Generation:
         """Queue a request, load the model if need be, and submit the request to its engine.
 
-        idle_timeout: seconds that the model stays loaded after this request, instead of its ttl.
+        idle_timeout: seconds that the model stays loaded after this request, instead of its ttl. dialect: as metrics
+        have it.
 
         Raises:
             QueueFull: max_waiting requests wait already.
@@ -162,12 +165,12 @@ class ModelInstance:
         except BaseException as error:
             self._exit(lease)
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
-            self.metrics.requests[outcome] += 1
+            self.metrics.note(outcome, dialect=dialect)
             raise
         if generation.is_done:
-            self._finish(lease, generation)
+            self._finish(lease, generation, dialect)
         else:
-            generation.on_done = lambda: self._finish(lease, generation)
+            generation.on_done = lambda: self._finish(lease, generation, dialect)
         return generation
 
     async def ask(self, question: Question) -> Any:
@@ -207,13 +210,13 @@ class ModelInstance:
             raise ModelUnloading(self.key)
         return self._engine
 
-    def _finish(self, lease: Lease, generation: Generation) -> None:
+    def _finish(self, lease: Lease, generation: Generation, dialect: str) -> None:
         """The engine is done with a request."""
         if generation.usage:  # a complete answer
             self._queue.note_answer(lease)
             self._lifecycle.backoff.reset()
         self._exit(lease)
-        self.metrics.note(generation.outcome, generation.usage)
+        self.metrics.note(generation.outcome, generation.usage, dialect)
 
     def _exit(self, lease: Lease) -> None:
         if self._queue.remove(lease):

@@ -11,8 +11,10 @@ from starlette.routing import Route
 from turboapi import APIRouter, TurboAPI
 
 from mlxserver import __version__
+from mlxserver.api.dialect import Dialect
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.endpoints import ENDPOINTS
+from mlxserver.api.openai.responses.dialect import ResponsesDialect
 from mlxserver.manager.reload import Reload
 from mlxserver.server.errors import exception_handlers
 from mlxserver.server.generate import Handler, generate
@@ -20,10 +22,10 @@ from mlxserver.server.keys import Permission, require
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import TITLE, OpsHandlers
+from mlxserver.server.responses import ResponseHandlers
 from model_manager import ModelManager
 
 ReloadSettings = Callable[[], Awaitable[Reload]]
-HANDLERS = (ModelHandlers, OpsHandlers, OllamaHandlers)
 
 
 class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
@@ -43,12 +45,20 @@ class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
 
 def routes(manager: ModelManager, reload: ReloadSettings) -> list[Route]:
     """A route for every endpoint; its handler has the endpoint's name, or is made from its dialect."""
-    rooms = (ModelHandlers(manager, reload), OpsHandlers(manager), OllamaHandlers(manager))
+    responses = ResponsesDialect(manager.settings)
+    rooms = (
+        ModelHandlers(manager, reload),
+        ResponseHandlers(responses.store),
+        OpsHandlers(manager),
+        OllamaHandlers(manager),
+    )
+    shared: dict[type[Dialect], Dialect] = {ResponsesDialect: responses}  # by several endpoints
 
     def handler_of(endpoint: Endpoint) -> Handler:
         if endpoint.dialect:
-            return generate(endpoint.dialect(manager.settings), manager)
-        handler: Handler = next(getattr(room, endpoint.name) for room in rooms if hasattr(room, endpoint.name))
+            dialect = shared.get(endpoint.dialect) or endpoint.dialect(manager.settings)
+            return generate(dialect, manager, endpoint.label)
+        handler: Handler = next(getattr(each, endpoint.name) for each in rooms if hasattr(each, endpoint.name))
         return managing(handler) if endpoint.manages else handler
 
     return [

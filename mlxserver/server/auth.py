@@ -4,7 +4,7 @@ Rule 1: a request is refused for the name it calls the server by, then for the p
         then because the server stops. Nothing of its body is read before, and no refusal depends on the path; only the
         envelope does, which is that of the path's dialect.
 Rule 2: /health needs no key, only a right host name.
-Rule 3: what an authenticated request may do is in its state, `permission` (server/keys.py).
+Rule 3: what an authenticated request may do is in its state, `permission`, and whose it is `client` (server/keys.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 METHODS = "GET, POST, DELETE, OPTIONS"
 PREFLIGHT_MAX_AGE = "86400"  # seconds that a browser may cache the response to a preflight
 RETRY_AFTER = "5"  # seconds: another server takes over, or this one is started again
-EXPOSED_HEADERS = "X-Request-Id, Retry-After, X-Ignored-Parameters"
+EXPOSED_HEADERS = "X-Request-Id, Request-Id, Retry-After, X-Ignored-Parameters"
 
 
 class Auth:
@@ -69,15 +69,16 @@ class Auth:
     def _check_key(self, scope: Scope, headers: Headers, settings: Settings) -> Response | None:
         path = scope["path"]
         given = [headers.get(name, "").encode("latin-1") for name in ("authorization", "x-api-key")]
-        permission = self._keys(settings).permission(*given)
+        permission, client = self._keys(settings).identify(*given)
         if permission is None and path not in OPEN_PATHS:
             message = "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY."
             failure = Failure(message, "authentication", code="invalid_api_key")
-            return failure_response(path, 401, failure, {"WWW-Authenticate": "Bearer"})
-        scope.setdefault("state", {})["permission"] = Permission.LOOK if permission is None else permission
+            return failure_response(scope, 401, failure, {"WWW-Authenticate": "Bearer"})
+        state = {"permission": Permission.LOOK if permission is None else permission, "client": client}
+        scope.setdefault("state", {}).update(state)
         if self._manager.is_closing and path not in OPEN_PATHS:
             failure = Failure("The server is stopping. Try again later.", "server", code="stopping")
-            return failure_response(path, 503, failure, {"Retry-After": RETRY_AFTER, "Connection": "close"})
+            return failure_response(scope, 503, failure, {"Retry-After": RETRY_AFTER, "Connection": "close"})
         return None
 
     def _keys(self, settings: Settings) -> Keys:
@@ -137,4 +138,4 @@ def _readable_by(origin: str, send: Send) -> Send:
 
 
 def _forbidden(scope: Scope, message: str, code: str) -> Response:
-    return failure_response(scope["path"], 403, Failure(message, "permission", code=code))
+    return failure_response(scope, 403, Failure(message, "permission", code=code))

@@ -240,7 +240,7 @@ class Connection(HttpToolsProtocol):
 async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
     """Application of a connection beyond the limit."""
     failure = Failure("The server has as many connections as it takes.", "server", code="overloaded")
-    response = failure_response(scope["path"], 503, failure, {"Retry-After": "1", "Connection": "close"})
+    response = failure_response(scope, 503, failure, {"Retry-After": "1", "Connection": "close"})
     await response(scope, receive, send)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from mlxserver.api.dialect import Failure, FailureKind
 from mlxserver.api.endpoints import encode_failure
+from mlxserver.api.openai.responses.store import ResponseNotFound
 from mlxserver.api.schema.parameters import ValidationFailed, abbreviate
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.engine.errors import (
@@ -39,11 +43,13 @@ from mlxserver.engine.errors import (
     StepFailed,
 )
 from mlxserver.server.keys import Forbidden
+from mlxserver.server.request_log import request_id
 
 # The first row that fits: exception, status, kind, code.
 ERRORS: tuple[tuple[type[Exception], int, FailureKind, str | None], ...] = (
     (ModelNotFound, 404, "not_found", "model_not_found"),
     (ModelNotLoaded, 404, "not_found", "model_not_loaded"),
+    (ResponseNotFound, 404, "not_found", "response_not_found"),
     (ContextExceeded, 400, "invalid_request", "context_length_exceeded"),
     (PromptRejected, 400, "invalid_request", None),
     (SourceInvalid, 400, "invalid_request", "invalid_source"),
@@ -75,7 +81,8 @@ def failure_of(error: Exception) -> tuple[int, Failure]:
     status, kind, code = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
     param = getattr(error, "param", "model" if isinstance(error, SourceInvalid) else None)
     projection = error.projection if isinstance(error, NoRoom) else None
-    return status, Failure(str(error), kind, param, getattr(error, "code", None) or code, projection)
+    code = getattr(error, "code", None) or code
+    return status, Failure(str(error), kind, param, code, projection, request_id())
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -83,9 +90,10 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
-def failure_response(path: str, status: int, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
-    """The response to a request for this path that failed."""
-    return Response(encode_failure(path, failure), status, headers, media_type="application/json")
+def failure_response(scope: Scope, status: int, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
+    """The response to a request that failed, in the envelope of the client's API."""
+    body = encode_failure(scope["path"], replace(failure, request_id=request_id()), Headers(scope=scope))
+    return Response(body, status, headers, media_type="application/json")
 
 
 async def on_known_error(request: Request, error: Exception) -> Response:
@@ -93,7 +101,7 @@ async def on_known_error(request: Request, error: Exception) -> Response:
     status, failure = failure_of(error)
     retry_after = getattr(error, "retry_after", None)
     headers = {"Retry-After": str(max(1, round(retry_after)))} if retry_after else None
-    return failure_response(request.scope["path"], status, failure, headers)
+    return failure_response(request.scope, status, failure, headers)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -106,8 +114,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         404: f"Unknown path: {request.method} {path}.",
         405: f"{path} does not take {request.method}.",
     }.get(error.status_code, error.detail)
-    failure = Failure(message, "not_found" if error.status_code == 404 else "invalid_request")
-    return failure_response(request.scope["path"], error.status_code, failure, dict(error.headers or {}))
+    code = "request_too_large" if error.status_code == 413 else None
+    failure = Failure(message, "not_found" if error.status_code == 404 else "invalid_request", code=code)
+    return failure_response(request.scope, error.status_code, failure, dict(error.headers or {}))
 
 
 async def on_disconnect(request: Request, error: Exception) -> None:
@@ -117,7 +126,7 @@ async def on_disconnect(request: Request, error: Exception) -> None:
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     """Respond to any other exception; the log has the traceback."""
     failure = Failure("The server failed to process the request.", "server")
-    return failure_response(request.scope["path"], 500, failure)
+    return failure_response(request.scope, 500, failure)
 
 
 def exception_handlers() -> dict[Any, Any]:

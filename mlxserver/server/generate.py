@@ -9,18 +9,25 @@ from starlette.requests import Request
 
 from mlxserver.api.dialect import Dialect
 from mlxserver.server.body import ignored_headers, read_body
+from mlxserver.server.request_log import note_dialect
 from mlxserver.server.streaming import GenerationResponse
 from model_manager import ModelManager
 
 Handler = Callable[[Request], Awaitable[Any]]
 
 
-def generate(dialect: Dialect, manager: ModelManager) -> Handler:
-    """The handler of one dialect: parse the body, resolve the model, respond with what it generates."""
+def generate(dialect: Dialect, manager: ModelManager, label: str = "") -> Handler:
+    """The handler of one dialect: parse the body, resolve the model, respond with what it generates.
+
+    label: the dialect in metrics and in the request log.
+    """
     settings = manager.settings
 
     async def handle(request: Request) -> GenerationResponse:
+        note_dialect(label)
         call = dialect.parse(await read_body(request, settings))
+        if call.for_client:
+            call = call.for_client(call, request.state.client)
         headers = ignored_headers(request, call.ignored)
         return GenerationResponse(
             manager.resolve(call.model, *call.other_names),
@@ -28,6 +35,7 @@ def generate(dialect: Dialect, manager: ModelManager) -> Handler:
             headers,
             max_unread=settings.max_unread_events,
             heartbeat_interval=manager.settings.heartbeat_interval,  # a reload may have changed it
+            dialect=label,
         )
 
     return handle

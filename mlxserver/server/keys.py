@@ -44,14 +44,18 @@ class Keys:
 
     def permission(self, authorization: bytes, api_key: bytes = b"") -> Permission | None:
         """What the values of the headers Authorization and x-api-key grant; None: nothing."""
+        return self.identify(authorization, api_key)[0]
+
+    def identify(self, authorization: bytes, api_key: bytes = b"") -> tuple[Permission | None, str]:
+        """What the values of both headers grant, and the id of the client that has the key; "" without one."""
         if self._without_key:
-            return self._without_key
+            return self._without_key, ""
         is_bearer = authorization[: len(SCHEME)].lower() == SCHEME
         keys = (authorization[len(SCHEME) :] if is_bearer else b"", api_key)
         digests = [hashlib.sha256(key.strip()).digest() for key in keys]
         pairs = [(given, known, permission) for given in digests for known, permission in self._known]
-        matches = [permission for given, known, permission in pairs if hmac.compare_digest(known, given)]
-        return max(matches, default=None)
+        matches = [(permission, known.hex()) for given, known, permission in pairs if hmac.compare_digest(known, given)]
+        return max(matches, default=(None, ""))
 
 
 class Forbidden(Exception):

@@ -1,11 +1,11 @@
 """Metrics of all models in Prometheus' text format.
 
-Rule: names and labels are an interface, which dashboards depend on: they stay as they are.
+Rule: names and labels are an interface, which dashboards depend on: they stay as they are. A label may be added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -21,10 +21,6 @@ EXPOSITION_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "mlx_server_"
 
 HISTOGRAMS: Mapping[str, tuple[str, Callable[[ModelMetrics], Histogram]]] = {
-    "time_to_first_token_seconds": (
-        "Time from a request's arrival at the engine to its first token.",
-        lambda m: m.ttft,
-    ),
     "inter_token_seconds": ("Time between two decode steps of one request.", lambda m: m.inter_token),
     "queue_seconds": ("Time from a request's arrival at the engine to its slot.", lambda m: m.queue),
     "load_seconds": ("Duration of loads that succeeded.", lambda m: m.load),
@@ -37,7 +33,6 @@ TOTALS: Mapping[str, tuple[str, Callable[[ModelMetrics], int]]] = {
     "reasoning_tokens": ("Tokens of reasoning.", lambda m: m.reasoning_tokens),
 }
 KINDS: Mapping[str, tuple[str, str, Callable[[ModelMetrics], Mapping[str, int]]]] = {
-    "requests": ("outcome", "Requests that have ended.", lambda m: m.requests),
     "loads": ("outcome", "Loads that have ended.", lambda m: m.loads),
     "unloads": ("reason", "Unloads, by their reason.", lambda m: m.unloads),
     "faults": ("kind", "Faults in the engine, by their kind.", lambda m: m.faults),
@@ -63,8 +58,9 @@ class Collector:
     def collect(self) -> Iterator[Metric]:
         """Every metric family."""
         models = self._manager.metrics
+        yield from _by_dialect(models)
         for name, (meaning, histogram) in HISTOGRAMS.items():
-            yield _histograms(PREFIX + name, meaning, {m.key: histogram(m) for m in models})
+            yield _histograms(PREFIX + name, meaning, ["model"], {(m.key,): histogram(m) for m in models})
         for name, (meaning, total) in TOTALS.items():
             counter = CounterMetricFamily(PREFIX + name, meaning, labels=["model"])
             for model in models:
@@ -117,10 +113,28 @@ def exposition(manager: ModelManager) -> bytes:
     return generate_latest(registry)
 
 
-def _histograms(name: str, meaning: str, histograms: Mapping[str, Histogram]) -> Metric:
-    family = HistogramMetricFamily(name, meaning, labels=["model"])
-    for key, histogram in histograms.items():
+def _by_dialect(models: Sequence[ModelMetrics]) -> Iterator[Metric]:
+    """Figures of requests, by model and by the dialect of the client."""
+    meaning = "Time from a request's arrival at the engine to its first token."
+    ttft: dict[tuple[str, ...], Histogram] = {
+        (m.key, dialect): histogram for m in models for dialect, histogram in list(m.ttft.items())
+    }
+    yield _histograms(PREFIX + "time_to_first_token_seconds", meaning, ["model", "dialect"], ttft)
+    counter = CounterMetricFamily(
+        PREFIX + "requests_total", "Requests that have ended.", labels=["model", "outcome", "dialect"]
+    )
+    for model in models:
+        for labels, count in list(model.requests.items()):
+            counter.add_metric([model.key, *labels], count)
+    yield counter
+
+
+def _histograms(
+    name: str, meaning: str, labels: Sequence[str], histograms: Mapping[tuple[str, ...], Histogram]
+) -> Metric:
+    family = HistogramMetricFamily(name, meaning, labels=labels)
+    for values, histogram in histograms.items():
         counts = histogram.cumulative
         bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-        family.add_metric([key], list(zip(bounds, counts, strict=True)), histogram.sum)
+        family.add_metric(values, list(zip(bounds, counts, strict=True)), histogram.sum)
     return family

@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mlxserver.api.anthropic.errors import ANTHROPIC
+from mlxserver.api.anthropic.models import model_info, model_page
+from mlxserver.api.anthropic.prompt import CountTokensRequest, token_count
+from mlxserver.api.endpoints import api_of
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
 from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
 from mlxserver.api.native.reload import reloaded
@@ -20,7 +24,7 @@ from mlxserver.api.schema import parameters
 from mlxserver.api.schema.limits import Limits
 from mlxserver.engine.errors import ModelNotFound, ModelStalled
 from mlxserver.engine.loading import sources
-from mlxserver.engine.requests import ApplyTemplate, Detokenize
+from mlxserver.engine.requests import ApplyTemplate, Detokenize, Tokenize
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.reload import Reload
 from mlxserver.server.body import ignored_headers, read_body
@@ -46,12 +50,17 @@ class ModelHandlers:
         self._reload = reload
 
     async def list_models(self, request: Request) -> Response:
-        """GET /v1/models."""
-        return json_response(model_list(map(model_status, self._manager.instances)))
+        """GET /v1/models, as the client's API has it."""
+        models = [model_status(instance) for instance in self._manager.instances]
+        if api_of(request.scope["path"], request.headers) is ANTHROPIC:
+            return json_response(model_page(models, request.query_params))
+        return json_response(model_list(models))
 
     async def retrieve_model(self, request: Request) -> Response:
-        """GET /v1/models/{key}."""
-        return json_response(model_card(model_status(self._manager.instance(request.path_params["key"]))))
+        """GET /v1/models/{key}, as the client's API has it."""
+        model = model_status(self._manager.instance(request.path_params["key"]))
+        is_anthropic = api_of(request.scope["path"], request.headers) is ANTHROPIC
+        return json_response(model_info(model) if is_anthropic else model_card(model))
 
     async def load_model(self, request: Request) -> Response | LoadResponse:
         """POST /v1/models/load."""
@@ -94,6 +103,12 @@ class ModelHandlers:
         tokens = await instance.ask(asked.question)
         context_length = instance.facts.context_length if instance.facts else None
         return json_response(tokenized(tokens, context_length), headers=headers)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens."""
+        asked, headers = await self._read(CountTokensRequest, request)
+        tokens = await self._manager.resolve(asked.model).ask(Tokenize(asked.prompt))
+        return json_response(token_count(tokens), headers=headers)
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""

@@ -1,6 +1,7 @@
 """Request log: one line per request, and the id that it is known by.
 
-Rule 1: the id comes from the client (X-Request-Id) or is made here; the response has it in a header.
+Rule 1: the id comes from the client (X-Request-Id) or is made here; the response has it in a header, under both names
+        that clients look for.
 Rule 2: the line is written when the response has ended, however it ended.
 """
 
@@ -35,6 +36,7 @@ class RequestRecord:
     path: str
     started: float = field(default_factory=time.monotonic)
     status: int | None = None
+    dialect: str | None = None
     model: str | None = None
     generations: list[Generation] = field(default_factory=list)
 
@@ -42,6 +44,8 @@ class RequestRecord:
         """Fields of the log line."""
         yield from (("id", self.id), ("method", self.method), ("path", self.path[:MAX_PATH]), ("status", self.status))
         yield "seconds", round(time.monotonic() - self.started, 4)
+        if self.dialect:
+            yield "dialect", self.dialect
         if not self.generations:
             return
         yield "model", self.model
@@ -64,10 +68,22 @@ def note_generation(model: str, generation: Generation) -> None:
         record.generations.append(generation)
 
 
+def note_dialect(dialect: str) -> None:
+    """Add the dialect to the record of the current request."""
+    if record := _current.get():
+        record.dialect = dialect
+
+
 def has_response() -> bool:
     """Whether the head of the response to the current request has been sent."""
     record = _current.get()
     return record is not None and record.status is not None
+
+
+def request_id() -> str | None:
+    """The id of the current request; None outside of any."""
+    record = _current.get()
+    return record.id if record else None
 
 
 class RequestLog:
@@ -86,7 +102,8 @@ class RequestLog:
         async def note_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", record.id.encode())]}
+                ids = [(name, record.id.encode()) for name in (b"x-request-id", b"request-id")]
+                message = {**message, "headers": [*message.get("headers", ()), *ids]}
             await send(message)
 
         try:

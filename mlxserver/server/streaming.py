@@ -16,7 +16,7 @@ from contextlib import ExitStack, aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlxserver.api.dialect import Call
+from mlxserver.api.dialect import Call, WaitProgress
 from mlxserver.engine.errors import EngineError
 from mlxserver.engine.events import Accepted, Event, Timings, Usage
 from mlxserver.engine.worker.generation import Generation
@@ -31,7 +31,7 @@ class GenerationResponse:
     """The response to one call.
 
     max_unread: events of a stream that may wait for a slow reader. heartbeat_interval: most seconds of a stream without
-    a byte, 0 for no limit.
+    a byte, 0 for no limit. dialect: as metrics have it.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class GenerationResponse:
         *,
         max_unread: int,
         heartbeat_interval: float,
+        dialect: str = "",
     ) -> None:
         self._instance = instance
         self._call = call
@@ -49,8 +50,10 @@ class GenerationResponse:
         self._headers = headers
         self._max_unread = max_unread
         self._heartbeat_interval = heartbeat_interval
+        self._dialect = dialect
         self._generations: list[Generation] = []
         self._event_stream: EventStream | None = None
+        self._pending = b""  # what is encoded and not sent; nothing that is encoded later goes before it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, unless the client disconnects first."""
@@ -90,7 +93,7 @@ class GenerationResponse:
         for lookup in self._call.lookups:
             lookup.receive(await self._instance.ask(lookup.question))
         for request in self._call.requests:
-            generation = await self._instance.generate(request, self._call.idle_timeout)
+            generation = await self._instance.generate(request, self._call.idle_timeout, self._dialect)
             stack.callback(generation.close)
             note_generation(self._instance.key, generation)
             if self._call.streams:
@@ -99,18 +102,24 @@ class GenerationResponse:
         return sum([(await generation.accepted()).prompt_tokens for generation in self._generations])
 
     def _heartbeat(self) -> bytes:
-        """A heartbeat with the progress of what the stream waits for."""
+        """A heartbeat with the progress of what the stream waits for, behind what is pending."""
+        return self._take_pending() + self._encoder.heartbeat(self._progress())
+
+    def _progress(self) -> WaitProgress | None:
         if not self._generations and self._instance.status != "loaded":
-            return self._encoder.heartbeat(progress(self._instance.load_progress))
+            return progress(self._instance.load_progress)
         waits = [wait for generation in self._generations if (wait := generation.progress)]
-        return self._encoder.heartbeat(waits[0] if waits else None)
+        return waits[0] if waits else None
+
+    def _take_pending(self) -> bytes:
+        pending, self._pending = self._pending, b""
+        return pending
 
     async def _stream(self, stack: ExitStack, stream: EventStream) -> None:
         encoder = self._encoder
-        pending = b""
         usages: list[Usage] = []
         try:
-            pending = encoder.start(await self._submit(stack))
+            self._pending = encoder.start(await self._submit(stack))
             await stream.start()
             async with aclosing(merged_events(self._generations)) as batches:
                 async for first_choice, events in batches:
@@ -118,16 +127,15 @@ class GenerationResponse:
                         if isinstance(event, Usage):
                             usages.append(event)
                         elif not isinstance(event, Accepted):
-                            pending += encoder.event(event, first_choice + event.index)
-                    if pending:
-                        await stream.write(pending)
-                        pending = b""
-            pending += encoder.end(total(usages))
+                            self._pending += encoder.event(event, first_choice + event.index)
+                    if self._pending:
+                        await stream.write(self._take_pending())
+            self._pending += encoder.end(total(usages))
         except EngineError as error:
             if not stream.is_started:
                 raise
-            pending += encoder.failed(failure_of(error)[1])
-        await stream.end(pending)
+            self._pending += encoder.failed(failure_of(error)[1])
+        await stream.end(self._take_pending())
 
     async def _collect(self) -> bytes:
         choices: list[list[Event]] = [[] for generation in self._generations for _ in range(generation.request.n)]

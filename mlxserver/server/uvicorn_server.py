@@ -98,7 +98,7 @@ class Interruptible:
         except asyncio.CancelledError:
             if not has_response():
                 failure = Failure("The server has stopped.", "server", code="stopping")
-                await failure_response(scope["path"], 503, failure)(scope, receive, send)
+                await failure_response(scope, 503, failure)(scope, receive, send)
 
 
 def _log_failure(reloading: asyncio.Future[Reload]) -> None:

@@ -19,7 +19,7 @@ from mlxserver.config.settings import Settings
 from mlxserver.engine.conversation import Message, Reasoning, Text, ToolCall, ToolResult
 from mlxserver.engine.description import Description
 from mlxserver.engine.events import Delta, Finish, PrefillProgress, Timings, TokenLogprob, ToolCallDelta, Usage
-from mlxserver.engine.requests import ChatPrompt, JsonFormat, TextPrompt
+from mlxserver.engine.requests import ChatPrompt, FillPrompt, JsonFormat, TextPrompt
 from tests.support.published import check
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -166,11 +166,13 @@ def test_a_prompt_is_a_chat_of_one_message_or_raw_text():
         (Message("system", (Text("Be brief."),), "system"), Message("user", (Text("Hello"),), "prompt"))
     )
     assert generate(raw=True).prompt == TextPrompt("Hello")
+    assert generate(suffix="there").prompt == FillPrompt("Hello", "there")
+    assert generate(prompt="", suffix="there").prompt == FillPrompt("", "there")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("suffix", "x"), ("template", "{{ .Prompt }}"), ("context", [1, 2]), ("images", ["aGk="]), ("width", 5)],
+    [("template", "{{ .Prompt }}"), ("context", [1, 2]), ("images", ["aGk="]), ("width", 5)],
 )
 def test_what_is_not_supported_is_refused_by_name_and_an_empty_value_is_taken(name, value):
     error = refused(OllamaGenerateDialect, prompt="x", **{name: value})

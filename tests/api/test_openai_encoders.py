@@ -13,13 +13,23 @@ from mlxserver.api.openai.chat import ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect
 from mlxserver.api.sse import SSEDecoder
 from mlxserver.config.settings import Settings
-from mlxserver.engine.events import Delta, Finish, Timings, TokenLogprob, ToolCallDelta, Usage
+from mlxserver.engine.events import (
+    Delta,
+    Finish,
+    PromptLogprobs,
+    PromptToken,
+    Timings,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 from tests.support.published import check
 
 USAGE = Usage(10, 5, 2, 4, Timings(0.1, 0.2, 0.3))
 
 
 SETTINGS = Settings()
+PROMPT_TOP = PromptToken(8, "Q", b"Q", -0.25, 1)
 
 
 def chat_encoder(settings=SETTINGS, **parameters):
@@ -210,6 +220,38 @@ def test_bare_logprobs_have_the_older_shape():
     assert check(complete(completion_encoder(logprobs=1), events), "Completion")["choices"][0]["logprobs"] == expected
     streamed = [c["choices"][0]["logprobs"] for c in chunks(completion_encoder(logprobs=1), events, "CompletionChunk")]
     assert [part["text_offset"] for part in streamed if part] == [[0], [3]]
+
+
+def test_an_echo_with_logprobs_has_those_of_the_prompt():
+    """Also where the tokens have a beginning of sequence that the text has not."""
+    first, second = PromptToken(1, "<s>", b"<s>"), PromptToken(7, "Hé", "Hé".encode(), -1.5, 3, (PROMPT_TOP,))
+    events = [PromptLogprobs((first, second)), Delta("is", logprobs=(token("is"),)), Finish("stop")]
+    expected = {
+        "tokens": ["<s>", "Hé", "is"],
+        "token_logprobs": [None, -1.5, -0.5],
+        "top_logprobs": [None, {"Q": -0.25, "Hé": -1.5}, {"is": -0.5}],
+        "text_offset": [0, 0, 2],
+    }
+    asked = {"prompt": "Hé", "echo": True, "logprobs": 1}
+    choice = check(complete(completion_encoder(**asked), events), "Completion")["choices"][0]
+    assert (choice["text"], choice["logprobs"]) == ("Héis", expected)
+    streamed = [c["choices"][0] for c in chunks(completion_encoder(**asked), events, "CompletionChunk")]
+    assert [part["text"] for part in streamed] == ["Hé", "is", ""]
+    parts = [part["logprobs"] for part in streamed if part["logprobs"]]
+    assert {name: [item for part in parts for item in part[name]] for name in expected} == expected
+
+
+def test_prompt_logprobs_have_vllms_shape():
+    tokens = (PromptToken(1, "<s>", b"<s>"), PromptToken(7, "H", b"H", -1.5, 3, (PROMPT_TOP, PROMPT_TOP)))
+    events = [PromptLogprobs(tokens), Delta("is"), Finish("stop")]
+    own, best = (
+        {"logprob": -1.5, "rank": 3, "decoded_token": "H"},
+        {"logprob": -0.25, "rank": 1, "decoded_token": "Q"},
+    )
+    bare = check(complete(completion_encoder(prompt_logprobs=1), events), "Completion")
+    assert bare["choices"][0]["prompt_logprobs"] == [None, {"7": own, "8": best}]
+    chat = check(complete(chat_encoder(prompt_logprobs=0), events), "ChatCompletion")
+    assert chat["prompt_logprobs"] == [None, {"7": own}]
 
 
 def test_bare_tokens_that_are_no_text_are_named_by_their_bytes():

@@ -76,12 +76,12 @@ CHAT_REFUSED = {
 COMPLETION_VALUES = {
     "model": "m", "prompt": "x", "best_of": 1, "echo": True, "frequency_penalty": 1, "presence_penalty": 1,
     "logit_bias": {"5": 1}, "logprobs": 3, "max_tokens": 5, "n": 1, "seed": 1, "stop": "x", "stream": True,
-    "stream_options": {"include_usage": True}, "temperature": 0.5, "top_p": 0.5, "user": "u",
+    "stream_options": {"include_usage": True}, "temperature": 0.5, "top_p": 0.5, "user": "u", "suffix": "x",
 }  # fmt: skip
 NEEDS = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
 SURFACES = [
     (chat_create_params, ChatCompletionRequest, CHAT_VALUES, CHAT_REFUSED),
-    (completion_create_params, CompletionRequest, COMPLETION_VALUES, {"suffix": "x"}),
+    (completion_create_params, CompletionRequest, COMPLETION_VALUES, {}),
 ]
 
 
@@ -458,12 +458,17 @@ def test_a_prompt_is_text_or_tokens_one_or_many(prompt, prompts):
         ({"best_of": 2, "n": 3}, "best_of"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "logprobs"),
         ({"messages": HELLO}, "messages"),
         ({"min_tokens": 17}, "min_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"num_predict": 0}, "num_predict"),
+        ({"max_tokens": False}, "max_tokens"),
+        ({"max_tokens": 0, "min_tokens": 1}, "min_tokens"),
         ({"max_tokens": 5, "num_predict": 6}, "max_tokens"),
-        ({"suffix": "x"}, "suffix"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"suffix": 1}, "suffix"),
+        ({"suffix": "x", "prompt": [1, 2]}, "suffix"),
+        ({"suffix": "x", "echo": True, "logprobs": 1}, "suffix"),
     ],
 )
 def test_a_wrong_completion_is_refused_at_its_place(wrong, param):
@@ -475,6 +480,13 @@ def test_a_completion_has_openais_defaults():
     assert (request.token_limit, request.echo, request.logprobs, request.n) == (16, False, None, 1)
     assert [complete(max_tokens=-1).token_limit, complete(num_predict=-1).token_limit] == [None, None]
     assert (complete(num_predict=20).token_limit, complete(max_tokens=5).token_limit) == (20, 5)
+    assert complete(max_tokens=0).token_limit == 0
+
+
+def test_an_echo_with_logprobs_has_the_prompt_scored():
+    assert complete(logprobs=2).scored is complete(echo=True).scored is None
+    assert (complete(logprobs=2, echo=True).scored, complete(prompt_logprobs=0).scored) == (2, 0)
+    assert complete(logprobs=2, echo=True, prompt_logprobs=5).scored == 5
 
 
 def test_tokens_go_both_ways():

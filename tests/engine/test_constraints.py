@@ -486,7 +486,7 @@ def test_the_engine_thread_encodes_nothing(tiny_llama_path, monkeypatch):
 
     monkeypatch.setattr(type(runner.tokenizer._tokenizer), "_encode_plus", refuse)
     with pytest.raises(Encoded):
-        runner.preprocess(ask())
+        runner.preprocess(ask("A text that is new."))
     assert [sequence.constraint is not None for sequence, _ in runner.prepare(request, itertools.count())] == [True] * 2
     runner.batch.close()
 

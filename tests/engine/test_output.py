@@ -140,6 +140,11 @@ def test_a_stop_string_ends_the_content_and_is_never_part_of_it(pieces, stop, co
     assert Play(pieces, stop=stop).result() == ("", content, reason)
 
 
+def test_the_finish_names_the_stop_string_that_was_found():
+    assert [*Play(["a b", "c d"], stop=["d", "bc"]).steps()][-1][-1] == Finish("stop", stop="bc")
+    assert [*Play(["a", "b"], stop=["bc"]).steps()][-1][-1] == Finish("stop")
+
+
 def test_text_is_released_as_soon_as_it_can_be_no_stop_string():
     stops = StopStrings(["STOP", "\n\n"])
     fed = [stops.feed(piece) for piece in ("one S", "T", "A", "\n", "x\n")]

@@ -251,7 +251,7 @@ async def test_more_requests_than_may_run_and_wait_are_refused():
             await instance.generate(request())
         assert caught.value.retry_after > 0
         assert instance.requests == 3
-        assert instance.metrics.requests == {"QueueFull": 1}
+        assert instance.metrics.requests == {("QueueFull", ""): 1}
         held.pop().close()
         await until(lambda: instance.requests == 2)
         held.append(await instance.generate(request()))

@@ -428,7 +428,23 @@ def cached_tokens(server):
     return int(float(line.rpartition(" ")[2]))
 
 
-DIALECTS = {"chat": chat_completion, "ollama": ollama_chat}
+def anthropic_message(server, messages):
+    body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+    answer = ask(server, "/v1/messages", body, **{"anthropic-version": "2023-06-01"}).json
+    usage = answer["usage"]
+    cached = usage["cache_read_input_tokens"]
+    tokens = usage["input_tokens"] + cached + (usage["cache_creation_input_tokens"] or 0)
+    return "".join(part["text"] for part in answer["content"]), tokens, cached
+
+
+def response(server, messages):
+    body = {"model": "tiny", "input": messages, "max_output_tokens": 8, "temperature": 0}
+    answer = ask(server, "/v1/responses", body).json
+    text = "".join(part["text"] for item in answer["output"] for part in item["content"])
+    return text, answer["usage"]["input_tokens"], answer["usage"]["input_tokens_details"]["cached_tokens"]
+
+
+DIALECTS = {"chat": chat_completion, "ollama": ollama_chat, "messages": anthropic_message, "responses": response}
 
 
 @pytest.mark.parametrize("first", DIALECTS)

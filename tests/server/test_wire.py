@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.support.published import check
+from tools.harness.models import scripted_model
 from tools.harness.running_server import eventually, running_server
 
 HELLO = "Hello there, and hello there again."
@@ -17,6 +18,8 @@ ADD = {
     },
 }
 
+FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, scripted_path, tiny_llama_path):
@@ -25,6 +28,7 @@ def flags(tmp_path_factory, scripted_path, tiny_llama_path):
         "talker": scripted,
         "thinker": {**scripted, "type": "thinking"},
         "tiny": {"source": str(tiny_llama_path), "preload": True},
+        "filler": {"source": str(scripted_model(tmp_path_factory.mktemp("filler"), {"x": "Hi."}, tokens=FIM))},
     }
     lines = []
     for key, fields in models.items():
@@ -370,6 +374,82 @@ def test_bare_logprobs_have_the_older_shape(server):
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 4
     assert all(2 <= len(top) <= 3 for top in logprobs["top_logprobs"])
     assert logprobs["text_offset"][0] == 0
+
+
+def test_an_echo_with_logprobs_scores_the_prompt(server):
+    """The text is the one that is generated anyway; each token begins where the text has it."""
+    plain = texts(complete(server, "The quick", max_tokens=3, temperature=0))
+    tokens = server.post("/tokenize", {"model": "tiny", "prompt": "The quick"}).json["tokens"]
+    for prompt in ("The quick", tokens):
+        answer = complete(server, prompt, max_tokens=3, echo=True, logprobs=2, temperature=0)
+        (choice,) = answer["choices"]
+        assert choice["text"] == "The quick" + plain[0]
+        logprobs = choice["logprobs"]
+        assert len(logprobs["tokens"]) == len(tokens) + 3
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+        for token, offset in zip(logprobs["tokens"][: len(tokens)], logprobs["text_offset"], strict=False):
+            assert "The quick".startswith(token, offset)
+        assert logprobs["text_offset"][len(tokens)] == len("The quick")
+
+
+def test_no_tokens_are_made_where_none_are_wanted(server):
+    tokens = server.post("/tokenize", {"model": "tiny", "prompt": "The quick"}).json["tokens"]
+    answer = complete(server, "The quick", max_tokens=0, echo=True, logprobs=1)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("The quick", "length")
+    assert len(choice["logprobs"]["tokens"]) == len(tokens)
+    assert answer["usage"]["completion_tokens"] == 0
+    bare = complete(server, [tokens, tokens[:1]], max_tokens=0)
+    assert texts(bare) == ["", ""]
+    assert bare["usage"]["prompt_tokens"] == len(tokens) + 1
+
+
+def test_a_prompt_as_long_as_the_context_is_scored(server):
+    asked = {"max_tokens": 0, "echo": True, "logprobs": 0}
+    whole = complete(server, [5] * 2048, **asked)["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(whole) == 2048
+    assert refused(server, "/v1/completions", prompt=[5] * 2049, **asked) == "prompt"
+    assert refused(server, "/v1/completions", prompt=[5] * 2048, max_tokens=1) == "prompt"
+
+
+def test_prompt_logprobs_are_those_of_an_echo(server):
+    asked = {"max_tokens": 2, "n": 2, "logprobs": 2}
+    echoed = complete(server, "The quick", echo=True, **asked)["choices"][0]["logprobs"]["token_logprobs"]
+    tokens = server.post("/tokenize", {"model": "tiny", "prompt": "The quick"}).json["tokens"]
+    for choice in complete(server, "The quick", prompt_logprobs=2, **asked)["choices"]:
+        scores = choice["prompt_logprobs"]
+        assert scores[0] is None
+        own = [score[str(token)]["logprob"] for score, token in zip(scores[1:], tokens[1:], strict=True)]
+        assert own == pytest.approx(echoed[1 : len(tokens)], abs=1e-4)
+    chat = completed(server, "hello", "tiny", max_tokens=1, prompt_logprobs=1)
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+
+
+def test_an_echo_with_logprobs_can_be_streamed(server):
+    body = {"model": "tiny", "prompt": ["The", "quick"], "echo": True, "logprobs": 1, "max_tokens": 2, "temperature": 0}
+    whole = complete(server, ["The", "quick"], echo=True, logprobs=1, max_tokens=2, temperature=0)["choices"]
+    answer = server.post("/v1/completions", {**body, "stream": True})
+    payloads = [line.removeprefix(b"data: ") for line in answer.body.split(b"\n\n") if line]
+    parts = [check(json.loads(payload), "CompletionChunk")["choices"][0] for payload in payloads[:-1]]
+    for choice in whole:
+        own = [part for part in parts if part["index"] == choice["index"]]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        offsets = [at for part in own if part["logprobs"] for at in part["logprobs"]["text_offset"]]
+        assert offsets == choice["logprobs"]["text_offset"]
+
+
+def test_a_model_with_the_tokens_fills_in_the_middle(server):
+    answer = complete(server, "ab", "filler", suffix="c", max_tokens=1, echo=True)
+    assert answer["usage"]["prompt_tokens"] == 3 + 3
+    assert texts(answer)[0].startswith("ab")
+    assert server.model("filler")["capabilities"]["fill_in_middle"]
+    assert complete(server, "ab", "filler", suffix="", max_tokens=1)["usage"]["prompt_tokens"] == 2
+
+
+def test_a_model_without_the_tokens_refuses_a_suffix(server):
+    assert not server.model("tiny")["capabilities"]["fill_in_middle"]
+    assert refused(server, "/v1/completions", prompt="ab", suffix="c") == "suffix"
 
 
 def test_several_prompts_stream_side_by_side(server):

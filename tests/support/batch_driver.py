@@ -13,8 +13,8 @@ def prompt(length, seed=0):
     return tuple(random.Random(seed).choices(range(2, 300), k=length))
 
 
-def sequence(id, tokens, sampling=GREEDY, max_tokens=8):
-    return Sequence(id, tuple(tokens), sampling, max_tokens)
+def sequence(id, tokens, sampling=GREEDY, max_tokens=8, **fields):
+    return Sequence(id, tuple(tokens), sampling, max_tokens, **fields)
 
 
 class Driver:
@@ -25,6 +25,7 @@ class Driver:
         self.sequences = {}
         self.tokens = {}
         self.cached = {}
+        self.prompt_logprobs = {}
         self.add(*sequences)
 
     def add(self, *sequences):
@@ -43,6 +44,8 @@ class Driver:
         for token in self.scheduler.decode():
             generated = self.tokens[token.sequence_id]
             generated.append(token.token)
+            if token.prompt_logprobs is not None:
+                self.prompt_logprobs[token.sequence_id] = token.prompt_logprobs
             self.cached[token.sequence_id] = token.cached_tokens
             if len(generated) == self.sequences[token.sequence_id].max_tokens:
                 finished.append(token.sequence_id)

@@ -223,10 +223,10 @@ def test_metrics_are_what_prometheus_reads(server):
     def grown(*name):
         return after[name] - before.get(name, 0)
 
-    assert grown("mlx_server_requests_total", "a", "stop") == 1
+    assert grown("mlx_server_requests_total", "a", "openai", "stop") == 1
     assert grown("mlx_server_loads_total", "a", "loaded") == 1
     assert grown("mlx_server_completion_tokens_total", "a") > 3
-    assert grown("mlx_server_time_to_first_token_seconds_count", "a") == 1
+    assert grown("mlx_server_time_to_first_token_seconds_count", "a", "openai") == 1
     assert after["mlx_server_loaded", "a"] == 1
     assert after["mlx_server_memory_reserved_bytes",] == after["mlx_server_reserved_bytes", "a"] > 0
 
@@ -251,6 +251,7 @@ def test_a_request_has_one_line_in_the_log_and_an_id(server):
         ("request", "a", "stop", 200)
     ]
     assert lines[0]["completion_tokens"] > 3
+    assert lines[0]["dialect"] == "openai"
     assert any(line["message"] == "transition" and line["to"] == "loaded" for line in logged(server))
 
 

@@ -93,6 +93,11 @@ def said(server, key, number):
     return [token["bytes"] for token in answer["choices"][0]["logprobs"]["content"]]
 
 
+def scores(server, key, text):
+    scored = server.chat(key, text, max_tokens=1, prompt_logprobs=0).json["prompt_logprobs"]
+    return [score["logprob"] for token in scored[1:] for score in token.values()]
+
+
 def hang_up(server, times):
     for number in range(times):
         with server.stream(list(LIKE)[number % 2], "Hello", max_tokens=400, temperature=0) as stream:
@@ -111,6 +116,9 @@ def check_what_a_single_process_promises(server):
     biased = server.chat("pipeline", "Hello", max_tokens=3, n=2, logit_bias={"70": 100}).json
     (token,) = {choice["message"]["content"] for choice in biased["choices"]}
     assert token == server.post("/detokenize", {"model": "qwen", "tokens": [70] * 3}).json["prompt"]
+    for key, alike in LIKE.items():
+        one, other = (scores(server, each, long) for each in (key, alike))
+        assert one == pytest.approx(other, abs=1e-3)
     metrics = server.get("/metrics").body.decode()
     assert 'mlx_server_rank_up{rank="1"} 1.0' in metrics
     assert re.search(r'batch_rows_count\{model="tensor"\} [1-9]', metrics)
@@ -358,7 +366,7 @@ samplings = st.builds(
 @given(st.lists(samplings, min_size=1, max_size=4), st.lists(st.integers(0, 200_000), min_size=1))
 def test_rows_arrive_as_they_were_sent(settings_of_rows, tokens):
     rows = [
-        Sequence(-n, tuple(tokens), sampling, 7 + n, n or None, boundaries=(len(tokens), 1))
+        Sequence(-n, tuple(tokens), sampling, 7 + n, n or None, boundaries=(len(tokens), 1), prompt_logprobs=2)
         for n, sampling in enumerate(settings_of_rows)
     ]
     arrived = decode_sequences(through_json(encode_sequences(rows)), lambda sequence_id, accepted: None)
@@ -369,7 +377,7 @@ def test_rows_arrive_as_they_were_sent(settings_of_rows, tokens):
 
 def unseeded(row):
     fields = {name: getattr(row.sampling, name) for name in SamplingParams.__slots__ if name != "seed"}
-    return row.id, row.tokens, row.boundaries, row.max_tokens, row.top_logprobs, fields
+    return row.id, row.tokens, row.boundaries, row.max_tokens, row.top_logprobs, row.prompt_logprobs, fields
 
 
 def test_a_rank_that_does_not_sample_gets_no_sampling_parameters():
@@ -379,6 +387,8 @@ def test_a_rank_that_does_not_sample_gets_no_sampling_parameters():
 
 def test_tokens_arrive_as_they_were_sent():
     tokens = [SampledToken(1, 2, 3, Logprobs(-0.5, ((4, -1.5), (5, float("-inf")))), 6.25), SampledToken(7, 8)]
+    tokens.append(SampledToken(9, 8, prompt_logprobs=(Logprobs(-0.5, ((4, -1.5),), 3), Logprobs(-2.0))))
+    tokens.append(SampledToken(9, 8, prompt_logprobs=()))
     assert decode_tokens(through_json(encode_tokens(tokens))) == tokens
 
 

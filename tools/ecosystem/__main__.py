@@ -1,6 +1,6 @@
 """Round trips with widely used clients and coding agents (agents.py), against a running server.
 
-Clients use the embedded model, agents a scripted one each.
+Clients use the embedded model, agents a scripted one each, lm-eval (scoring.py) one of random weights.
 
 Each client is installed into a separate environment, which is removed afterwards (or kept with --keep DIRECTORY, so
 that a second run starts at once), and prints one line on what it did. The exit status is the number of failed clients.
@@ -20,7 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.ecosystem.agents import AGENTS, Agent
+from tools.ecosystem.agents import AGENTS as OTHERS
+from tools.ecosystem.agents import Agent
+from tools.ecosystem.codex import CODEX
+from tools.ecosystem.scoring import Scoring
+
+AGENTS = (*OTHERS, CODEX)
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
@@ -74,9 +79,11 @@ ALL = (
     Client("pydantic-ai", "pydantic_ai_client.py", ("pydantic-ai-slim[openai]",)),
     Client("llm", "llm_command.py", ("llm",)),
     Client("Vercel AI SDK", "vercel_ai.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
+    Client("Vercel AI SDK, responses", "vercel_responses.mjs", ("ai", "@ai-sdk/openai", "zod")),
     Client("event-stream parsers", "event_streams.mjs", ("eventsource-parser",)),
     Client("httpx-sse", "httpx_sse_client.py", ("httpx-sse", "httpx")),
 )
+WITH_MODELS: tuple[Agent | Scoring, ...] = (Scoring(), *AGENTS)
 
 
 def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
@@ -87,8 +94,11 @@ def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
 
 @contextmanager
 def running_server(directory: Path) -> Iterator[str]:
-    """The URL of a server with the embedded model and the agents' models, which are written into a directory."""
-    sections = [f'[models.{MODEL}]\nsource = "embedded:smollm2"\n', *(agent.write_model(directory) for agent in AGENTS)]
+    """The URL of a server with the embedded model and the others' models, which are written into a directory."""
+    sections = [
+        f'[models.{MODEL}]\nsource = "embedded:smollm2"\n',
+        *(each.write_model(directory) for each in WITH_MODELS),
+    ]
     (directory / "models.toml").write_text("\n".join(sections))
     command = [sys.executable, "mlx_api_server.py", "--port", "0", "--no-defaults"]
     command += ["--config", str(directory / "models.toml"), "--log-level", "warning"]
@@ -100,7 +110,7 @@ def running_server(directory: Path) -> Iterator[str]:
             process.terminate()
 
 
-def try_out(client: Client | Agent, directory: Path, url: str) -> bool:
+def try_out(client: Client | Agent | Scoring, directory: Path, url: str) -> bool:
     """Install a client, run its round trips, and print its line; whether all succeeded."""
     fault, summary = "", ""
     try:
@@ -121,8 +131,10 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="directory of the environments")
     parser.add_argument("names", nargs="*", metavar="NAME", help="the clients to try; all by default")
     options = parser.parse_args()
-    chosen: list[Client | Agent] = [
-        client for client in (*ALL, *AGENTS) if not options.names or any(name in client.name for name in options.names)
+    chosen: list[Client | Agent | Scoring] = [
+        client
+        for client in (*ALL, *WITH_MODELS)
+        if not options.names or any(name in client.name for name in options.names)
     ]
     with tempfile.TemporaryDirectory() as temporary, running_server(Path(temporary)) as url:
         directory = options.keep or Path(temporary)

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +61,23 @@ class Agent:
             CalledProcessError, TimeoutExpired: it failed.
             ValueError: the file is missing, or has another text.
         """
+        with self.prepared(directory, url) as (work, environment):
+            for command in filter(None, (self.setup, self.command)):
+                filled = [self.fill(part, url, work) for part in command]
+                _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
+            written = work / TASK
+            if not written.exists() or written.read_text().strip() != TEXT.strip():
+                raise ValueError(
+                    f"{TASK} is {written.read_text() if written.exists() else 'missing'!r}; expected {TEXT!r}"
+                )
+        return f"wrote {TASK} with its own tool"
+
+    @contextmanager
+    def prepared(self, directory: Path, url: str) -> Iterator[tuple[Path, dict[str, str]]]:
+        """Install the agent into a directory: an empty working directory, and the environment of its commands.
+
+        Raises CalledProcessError, TimeoutExpired.
+        """
         programs = self._install(directory)
         with tempfile.TemporaryDirectory() as temporary:
             home, work = Path(temporary) / "home", Path(temporary) / "work"
@@ -67,22 +85,13 @@ class Agent:
             work.mkdir()
             for name, text in self.files.items():
                 (home / name).parent.mkdir(parents=True, exist_ok=True)
-                (home / name).write_text(self._fill(text, url, work))
-            variables = {name: self._fill(value, url, work) for name, value in self.variables.items()}
+                (home / name).write_text(self.fill(text, url, work))
+            variables = {name: self.fill(value, url, work) for name, value in self.variables.items()}
             own = {"HOME": str(home), "PWD": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
-            environment = {**os.environ, **own, **variables}
             try:
-                for command in filter(None, (self.setup, self.command)):
-                    filled = [self._fill(part, url, work) for part in command]
-                    _run(filled, cwd=work, env=environment, stdin=subprocess.DEVNULL)
+                yield work, {**os.environ, **own, **variables}
             finally:
                 subprocess.run(["pkill", "-f", temporary], check=False)  # what it left running there
-            written = work / TASK
-            if not written.exists() or written.read_text().strip() != TEXT.strip():
-                raise ValueError(
-                    f"{TASK} is {written.read_text() if written.exists() else 'missing'!r}; expected {TEXT!r}"
-                )
-        return f"wrote {TASK} with its own tool"
 
     def _install(self, directory: Path) -> Path:
         """Install the package, from npm, or from PyPI for a name with "pypi:"; the directory of its programs."""
@@ -99,7 +108,8 @@ class Agent:
             _run([str(programs / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check", package])
         return programs
 
-    def _fill(self, text: str, url: str, work: Path) -> str:
+    def fill(self, text: str, url: str, work: Path) -> str:
+        """The text with the API's URL, the working directory and the key of the model."""
         return text.replace("{url}", f"{url}/v1").replace("{work}", str(work)).replace("{model}", self.key)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.harness.models import write_scripted
-from tools.harness.scripts import words
+from tools.harness.scripts import Script, words
 
 TASK = "notes.txt"  # the word in the user's message by which a conversation is the task
 
@@ -47,8 +47,9 @@ def say(text: str) -> str:
     return f"Nothing is left to do.\n</think>\n\n{text}"
 
 
-def agent_model(path: Path, answers: Sequence[str], *, context: int = 200_000) -> Path:
+def agent_model(path: Path, answers: Sequence[str | Script], *, context: int = 200_000) -> Path:
     """Write a thinking model that gives these answers one after the other, the last one for ever."""
-    plays = [words(text) for text in (say("A short line."), *answers)]
+    given = (say("A short line."), *answers)
+    plays = [answer if isinstance(answer, Script) else words(answer) for answer in given]
     template = TEMPLATE.replace("TASK", TASK).replace("LAST", str(len(answers)))
     return write_scripted(path, plays, template, tokens=("<think>", "</think>"), context=context)

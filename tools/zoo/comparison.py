@@ -1,6 +1,7 @@
 """Comparison of the engine with mlx-lm alone: the same greedy tokens with the same log-probabilities.
 
-In every way that requests meet: alone, together with prompts of other lengths, joining others, and as a second turn.
+In every way that requests meet: alone, together with prompts of other lengths, joining others, as a second turn, and in
+a conversation, whose prompts have to come from the prefix cache as far as they are common to an earlier one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tools.zoo.models import VOCAB
 
 _LENGTHS = (45, 7, 20, 70)  # tokens of prompts; windows have 32
 _ANSWER = 6  # tokens
+_REUSED = 0.9  # share of the tokens in common with an earlier prompt that has to come from the prefix cache
 _CLOSE = 0.02  # nats by which a log-probability may differ; nearer than that, two tokens may change places
 
 Tokens = tuple[int, ...]
@@ -72,6 +74,33 @@ def problems(model: Any, policy: ExecutionPolicy) -> dict[str, str]:
             wrong = [f"{type(error).__name__}: {error}"]
         if reasons := [reason for reason in wrong if reason]:
             found[way] = reasons[0]
+    return found | _conversation_problems(alone, _Engine(model, policy))
+
+
+def _conversation_problems(alone: _Alone, engine: _Engine) -> dict[str, str]:
+    """What is wrong in a conversation: a text, or how much of a prompt came from the prefix cache."""
+    system, opening = _prompt(60), _prompt(3)
+    questions = [_prompt(length) for length in (41, 43, 42, 40)]
+    first = (*system, *questions[0], *opening)
+    history = (*first, *alone.answer(first).tokens)
+    found = {}
+    for way, start, question, common in (
+        ("first turn", system, questions[0], 0),
+        ("same prompt", system, questions[0], len(first) - 1),
+        ("continuation", history, questions[1], len(history) - 1),
+        ("edited last turn", history, questions[2], len(history)),
+        ("same system", system, questions[3], len(system)),
+    ):
+        prompt = (*start, *question, *opening)
+        try:
+            answer, cached = engine.ask(prompt, (len(system), len(start), len(prompt) - len(opening)))
+            problem = answer.problem(alone.answer(prompt))
+        except Exception as error:  # foreign code: it can raise anything
+            cached, problem = common, f"{type(error).__name__}: {error}"
+        if cached < _REUSED * common:
+            problem = problem or f"{cached} of {common} tokens from the prefix cache"
+        if problem:
+            found[way] = problem
     return found
 
 
@@ -104,6 +133,12 @@ class _Engine:
         self._prompts: list[Tokens] = []
         self._answers: list[list[sequence.SampledToken]] = []
 
+    def ask(self, prompt: Tokens, boundaries: Tokens) -> tuple[Answer, int]:
+        """The answer to a prompt, and how many of its tokens came from the prefix cache."""
+        self._insert(prompt, boundaries)
+        self._step_until(self._scheduler.is_empty)
+        return _answer(self._answers[-1]), self._answers[-1][0].cached_tokens
+
     def run(self, groups: Iterable[Sequence[Tokens]]) -> dict[Tokens, Answer]:
         """The answers. Each group comes when the first sequence of the one before has said two tokens, or all is done
         where a group is empty.
@@ -114,17 +149,20 @@ class _Engine:
                 continue
             first = len(self._prompts)
             for prompt in group:
-                tokens = sequence.Sequence(
-                    len(self._prompts), prompt, SamplingParams(temperature=0.0), _ANSWER, top_logprobs=0
-                )
-                self._prompts.append(prompt)
-                self._answers.append([])
-                self._scheduler.insert([tokens])
+                self._insert(prompt)
             self._step_until(lambda own=first: len(self._answers[own]) >= 2)  # type: ignore[misc]
         self._step_until(self._scheduler.is_empty)
         self._scheduler.close()
-        pairs = zip(self._prompts, self._answers, strict=True)
-        return {prompt: Answer(tuple(t.token for t in own), tuple(_chosen(t) for t in own)) for prompt, own in pairs}
+        return {prompt: _answer(own) for prompt, own in zip(self._prompts, self._answers, strict=True)}
+
+    def _insert(self, prompt: Tokens, boundaries: Tokens = ()) -> None:
+        sampling = SamplingParams(temperature=0.0)
+        number = len(self._prompts)
+        self._prompts.append(prompt)
+        self._answers.append([])
+        self._scheduler.insert(
+            [sequence.Sequence(number, prompt, sampling, _ANSWER, top_logprobs=0, boundaries=boundaries)]
+        )
 
     def _step_until(self, condition: Any) -> None:
         for _ in range(1000):
@@ -138,6 +176,10 @@ class _Engine:
             self._scheduler.remove(finished)
             self._scheduler.prefill()
         raise RuntimeError("the batch makes no progress")
+
+
+def _answer(sampled: Sequence[sequence.SampledToken]) -> Answer:
+    return Answer(tuple(token.token for token in sampled), tuple(_chosen(token) for token in sampled))
 
 
 def _chosen(token: sequence.SampledToken) -> float:

@@ -17,7 +17,7 @@ from mlxserver.api.openai.tools import TOOLS, check_tools
 from mlxserver.api.schema.parameters import Check, Parameter, ValidationFailed, invalid
 from mlxserver.api.schema.validators import check_keep_alive
 from mlxserver.engine.conversation import Message, Text, Tool
-from mlxserver.engine.requests import ChatPrompt, GenerationRequest, JsonFormat, Prompt, TextPrompt
+from mlxserver.engine.requests import ChatPrompt, FillPrompt, GenerationRequest, JsonFormat, Prompt, TextPrompt
 
 FORMAT: dict[str, Any] = {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]}
 
@@ -128,17 +128,21 @@ class OllamaGenerateRequest(AnsweringRequest):
 
     prompt: str = Parameter(str, "What to answer; without it the model is loaded.", default="")
     system: str = Parameter(str, "System message before the prompt.", default="")
+    suffix: str = Parameter(
+        str, "What follows the text that is to be generated, for models that can fill in the middle.", default=""
+    )
     raw: bool = Parameter(bool, "Go on from the prompt as it is, without the chat template.", default=False)
     images: object = Parameter(
         object, "Refused unless it is empty.", check=check_images, shape={"type": "array", "maxItems": 0}
     )
-    suffix: None = _refused_field("Text is only made at the end of a prompt.")
     template: None = _refused_field("The chat template is the model's; send a finished prompt with 'raw'.")
     context: None = _refused_field("Send the conversation to /api/chat.")
 
     @property
     def prompt_or_none(self) -> Prompt | None:
         """What is to be answered; None loads or unloads the model."""
+        if self.suffix:
+            return FillPrompt(self.prompt, self.suffix)
         if not self.prompt:
             return None
         if self.raw:

@@ -165,6 +165,7 @@ def _generation_request(request: ChatCompletionRequest) -> GenerationRequest:
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
         top_logprobs=request.top_logprobs or 0 if request.logprobs else None,
+        prompt_logprobs=request.prompt_logprobs,
         format=request.response_format,
         tool_choice=ToolChoice(mode, name, request.parallel_tool_calls),  # type: ignore[arg-type]
         thinking_budget=request.switches.budget,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from mlxserver.api.dialect import Call, Lookup
 from mlxserver.api.openai.encoders import CompletionEncoder
-from mlxserver.api.openai.generation import TOKEN_LIMIT, GeneratingRequest, check_limit
+from mlxserver.api.openai.generation import TOKEN_LIMIT, UNLIMITED, GeneratingRequest, check_limit
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
 from mlxserver.config.settings import Settings
-from mlxserver.engine.requests import Detokenize, GenerationRequest, TextPrompt, TokenPrompt
+from mlxserver.engine.requests import Detokenize, FillPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 
 MAX_PROMPTS = 128
 MAX_TOP_LOGPROBS = 5
@@ -31,6 +31,8 @@ PROMPT: dict[str, Any] = {
 }
 TOKEN_IDS = "a non-empty list of token ids (integers from 0)"
 
+LIMIT_OR_NONE: dict[str, Any] = {**TOKEN_LIMIT, "anyOf": [{"enum": [*UNLIMITED]}, {"minimum": 0}]}
+
 BarePrompt = str | tuple[int, ...]
 
 
@@ -39,6 +41,11 @@ def check_tokens(value: Any, param: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
         raise invalid(param, value, "a list of token ids (integers from 0)")
     return tuple(value)
+
+
+def check_limit_or_none(value: int, param: str) -> int:
+    """Most tokens to generate, 0 included, or no limit. Raises ValidationFailed."""
+    return 0 if value == 0 else check_limit(value, param)
 
 
 def check_prompts(value: Any, param: str) -> list[BarePrompt]:
@@ -65,8 +72,6 @@ def _prompt(value: Any, param: str, kind: type) -> BarePrompt:
 class CompletionRequest(GeneratingRequest):
     """POST /v1/completions."""
 
-    __unsupported__: ClassVar = {"suffix": "Text is only made at the end of a prompt."}
-
     prompt: list[BarePrompt] = Parameter(
         object,
         "What to go on from: text or token ids, one or a list of them.",
@@ -76,9 +81,12 @@ class CompletionRequest(GeneratingRequest):
     )
     max_tokens: int | None = Parameter(
         int,
-        f"Most tokens to generate; {DEFAULT_TOKENS} by default, -1 is no limit.",
-        check=check_limit,
-        shape=TOKEN_LIMIT,
+        f"Most tokens to generate; {DEFAULT_TOKENS} by default, 0 for none, -1 is no limit.",
+        check=check_limit_or_none,
+        shape=LIMIT_OR_NONE,
+    )
+    suffix: str | None = Parameter(
+        str, "What follows the text that is to be generated, for models that can fill in the middle; prompts are text."
     )
     echo: bool = Parameter(bool, "Begin each answer with its prompt.", default=False)
     best_of: int | None = Parameter(int, "As many as n.", ge=1)
@@ -95,13 +103,21 @@ class CompletionRequest(GeneratingRequest):
         stated = super().token_limits
         return stated if any(limit is not None for limit in stated.values()) else {"max_tokens": DEFAULT_TOKENS}
 
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens are needed at each position of the prompt; None for no log-probabilities."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((most for most in asked if most is not None), default=None)
+
     def check_together(self) -> None:
         """Refuse what can't be had together."""
         super().check_together()
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise ValidationFailed("'suffix' needs prompts of text, not of token ids.", "suffix")
+        if self.suffix and self.echo and self.logprobs is not None:
+            raise ValidationFailed("'echo' with 'logprobs' can't be had beside 'suffix'.", "suffix")
         if self.best_of not in (None, self.n):
             raise invalid("best_of", self.best_of, f"{self.n}, as many as 'n': answers are not made to be thrown away")
-        if self.echo and self.logprobs is not None:
-            raise ValidationFailed("'logprobs' can't be had with 'echo': a prompt has none here.", "logprobs")
 
 
 class CompletionDialect:
@@ -113,7 +129,7 @@ class CompletionDialect:
     def parse(self, body: bytes) -> Call:
         """Read a bare completion. Raises ValidationFailed."""
         request = parse(CompletionRequest, body, self._limits)
-        encoder = CompletionEncoder(request, has_logprobs=request.logprobs is not None)
+        encoder = CompletionEncoder(request, logprobs=request.logprobs)
         return Call(
             request.model,
             [_generation_request(request, prompt) for prompt in request.prompt],
@@ -127,7 +143,7 @@ class CompletionDialect:
 
 def _generation_request(request: CompletionRequest, prompt: BarePrompt) -> GenerationRequest:
     return GenerationRequest(
-        TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
+        _prompt_of(prompt, request.suffix),
         request.sampling,
         request.token_limit,
         request.stop,
@@ -135,7 +151,14 @@ def _generation_request(request: CompletionRequest, prompt: BarePrompt) -> Gener
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
         top_logprobs=request.logprobs,
+        prompt_logprobs=request.scored,
     )
+
+
+def _prompt_of(prompt: BarePrompt, suffix: str | None) -> Prompt:
+    if not isinstance(prompt, str):
+        return TokenPrompt(prompt)
+    return FillPrompt(prompt, suffix) if suffix else TextPrompt(prompt)
 
 
 def _echoes(request: CompletionRequest, encoder: CompletionEncoder) -> Iterator[Lookup]:

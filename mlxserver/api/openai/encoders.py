@@ -22,7 +22,7 @@ from mlxserver.api.dialect import Failure, WaitProgress
 from mlxserver.api.model_status import Progress
 from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import GeneratingRequest
-from mlxserver.api.openai.logprobs import chat_logprobs, text_logprobs
+from mlxserver.api.openai.logprobs import chat_logprobs, echo_logprobs, joined, prompt_logprobs, text_logprobs
 from mlxserver.api.openai.tool_calls import tool_call_delta, tool_calls
 from mlxserver.api.openai.usage import counts_object, timings_object, usage_object
 from mlxserver.config.settings import ReasoningFormat
@@ -31,6 +31,8 @@ from mlxserver.engine.events import (
     Event,
     Finish,
     PrefillProgress,
+    PromptLogprobs,
+    PromptToken,
     QueuePosition,
     ToolCallDelta,
     Usage,
@@ -61,6 +63,7 @@ class OpenAIEncoder(ABC):
         }
         self._chunk_start = b"data: " + orjson.dumps(self._head | {"object": objects[1]})[:-1] + b',"choices":['
         self._chunk_end = b"]}\n\n"
+        self._prompt_logprobs = request.prompt_logprobs
         self._includes_usage, self._counts_deltas = request.include_usage, request.counts_pieces
         self._inline = InlineReasoning() if is_inline else None
         self._prompt_tokens = self._num_deltas = 0
@@ -75,7 +78,7 @@ class OpenAIEncoder(ABC):
     def event(self, event: Event, choice: int) -> bytes:
         """Chunk of an event; none of one that the API does not show."""
         if self._counts_deltas:
-            self._num_deltas += not isinstance(event, Finish)
+            self._num_deltas += isinstance(event, Delta | ToolCallDelta)
             self._update_usage()
         if self._inline is None:
             return self._chunk(event, choice)
@@ -102,7 +105,17 @@ class OpenAIEncoder(ABC):
         """Whole answer."""
         answers = [self._choice(self._inlined(events, index), index) for index, events in enumerate(choices)]
         counts = {"usage": usage_object(usage), "timings": timings_object(usage)}
-        return orjson.dumps({**self._head, "choices": answers, **counts})
+        return orjson.dumps({**self._head, "choices": answers, **counts, **self._of_prompt(choices)})
+
+    def _of_prompt(self, choices: Sequence[Sequence[Event]]) -> dict[str, Any]:
+        """What a whole answer has beside its choices, about the prompt."""
+        return {}
+
+    def _scores(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The prompt's log-probabilities, where they were asked for."""
+        if self._prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(scored_prompt(events), self._prompt_logprobs)}
 
     @abstractmethod
     def _first_chunks(self) -> bytes: ...
@@ -158,6 +171,9 @@ class ChatEncoder(OpenAIEncoder):
         members = (self._chunk_start, choice, member, logprobs, reason, self._chunk_end)
         return b'%b{"index":%d,"delta":{%b}%b,"finish_reason":%b}%b' % members
 
+    def _of_prompt(self, choices: Sequence[Sequence[Event]]) -> dict[str, Any]:
+        return self._scores([event for events in choices[:1] for event in events])
+
     def _choice(self, events: Sequence[Event], index: int) -> dict[str, Any]:
         content, reasoning, calls = text_of(events), text_of(events, "reasoning"), tool_calls(events)
         message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
@@ -173,11 +189,15 @@ class ChatEncoder(OpenAIEncoder):
 
 
 class CompletionEncoder(OpenAIEncoder):
-    """Encoder of bare completions. set_echo() gives prompts that their choices begin with."""
+    """Encoder of bare completions. set_echo() gives prompts that their choices begin with.
 
-    def __init__(self, request: GeneratingRequest, *, has_logprobs: bool = False) -> None:
+    logprobs: how many of the likeliest tokens each token has beside it, None for no log-probabilities. Those of an
+    echoed prompt come with its text.
+    """
+
+    def __init__(self, request: GeneratingRequest, *, logprobs: int | None = None) -> None:
         super().__init__(request, "cmpl", ("text_completion", "text_completion"), is_inline=True)
-        self._choices_per_prompt, self._has_logprobs = request.n, has_logprobs
+        self._choices_per_prompt, self._logprobs = request.n, logprobs
         self._echoes: dict[int, str] = {}
         self._offsets: defaultdict[int, int] = defaultdict(int)  # characters sent, by choice
 
@@ -187,11 +207,17 @@ class CompletionEncoder(OpenAIEncoder):
         self._echoes |= dict.fromkeys(range(first, first + self._choices_per_prompt), text)
 
     def _first_chunks(self) -> bytes:
+        if self._logprobs is not None:  # an echo waits for the log-probabilities
+            return b""
         return b"".join(self._text(text, choice) for choice, text in self._echoes.items())
 
     def _chunk(self, event: Event, choice: int) -> bytes:
         match event:
-            case Delta(text) if not self._has_logprobs:
+            case PromptLogprobs(scored):
+                text = self._echoes[choice]
+                self._offsets[choice] = len(text)
+                return self._text(text, choice, orjson.dumps(echo_logprobs(scored, text, self._logprobs or 0)))
+            case Delta(text) if self._logprobs is None:
                 return self._text(text, choice)
             case Delta(text, logprobs=tokens):
                 logprobs = text_logprobs(tokens, self._offsets[choice])
@@ -207,11 +233,18 @@ class CompletionEncoder(OpenAIEncoder):
 
     def _choice(self, events: Sequence[Event], index: int) -> dict[str, Any]:
         tokens = [token for event in events if isinstance(event, Delta) for token in event.logprobs]
+        echo = self._echoes.get(index, "")
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = text_logprobs(tokens, len(echo))
+            if index in self._echoes:
+                logprobs = joined(echo_logprobs(scored_prompt(events), echo, self._logprobs), logprobs)
         return {
-            "text": self._echoes.get(index, "") + text_of(events),
+            "text": echo + text_of(events),
             "index": index,
-            "logprobs": text_logprobs(tokens, 0) if self._has_logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": finish_reason(events),
+            **self._scores(events),
         }
 
 
@@ -234,6 +267,11 @@ class InlineReasoning:
                 yield event
             case _:
                 yield event
+
+
+def scored_prompt(events: Sequence[Event]) -> tuple[PromptToken, ...]:
+    """The tokens of a choice's prompt, which was scored."""
+    return next(event.tokens for event in events if isinstance(event, PromptLogprobs))
 
 
 def text_of(events: Sequence[Event], channel: str = "content") -> str:

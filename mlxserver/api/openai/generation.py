@@ -22,6 +22,7 @@ from mlxserver.api.schema.validators import (
 from mlxserver.config.fields import Range
 from mlxserver.config.sampling_params import BIAS_RANGE, NUMBERS, SamplingParams
 
+MAX_PROMPT_LOGPROBS = 20
 MAX_CHOICES = 128  # of any server; this one may set a lower limit (api/schema/limits.py)
 STOP: dict[str, Any] = {
     "anyOf": [
@@ -160,6 +161,12 @@ class GeneratingRequest(SamplingRequest):
         check=check_keep_alive,
         shape=KEEP_ALIVE,
     )
+    prompt_logprobs: int | None = Parameter(
+        int,
+        "Tell each token of the prompt with its log-probability, and this many of the likeliest ones; not in streams.",
+        ge=0,
+        le=MAX_PROMPT_LOGPROBS,
+    )
     user: str | None = Parameter(str, "Accepted without effect.")
     metadata: dict[str, Any] | None = Parameter(dict, "Accepted without effect.")
     store: bool | None = Parameter(bool, "Accepted without effect.")
@@ -203,3 +210,5 @@ class GeneratingRequest(SamplingRequest):
             raise invalid("min_tokens", self.min_tokens, f"at most {limit}, the most tokens to generate")
         if self.stream_options and not self.stream:
             raise ValidationFailed("'stream_options' needs 'stream': true.", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValidationFailed("'prompt_logprobs' can't be had with 'stream'.", "prompt_logprobs")

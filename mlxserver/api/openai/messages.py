@@ -112,7 +112,7 @@ def _message(value: Any, origin: str) -> Message:
     if "content" not in value and role not in WRITTEN_BY_OTHERS:
         raise invalid(f"{origin}.content", None, "a string or a list of text parts")
     fields = _fields(value, role, origin)
-    parts = _content(value.get("content"), role, f"{origin}.content")
+    parts = read_content(value.get("content"), role, f"{origin}.content")
     name = fields.get("name")
     if role == "tool":
         result = ToolResult(fields.get("tool_call_id", ""), "".join([part.text for part in parts]), name)
@@ -149,7 +149,7 @@ def _fields(message: dict[str, Any], role: str, origin: str) -> dict[str, Any]:
     return fields
 
 
-def _content(value: Any, role: str, param: str) -> tuple[Text | Reasoning, ...]:
+def read_content(value: Any, role: str, param: str) -> tuple[Text | Reasoning, ...]:
     """The text as one part where there is any, and the reasoning of an answer's parts before it."""
     if value is None or isinstance(value, str):
         return (Text(value),) if value else ()

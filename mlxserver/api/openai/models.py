@@ -9,7 +9,7 @@ from typing import Any
 from mlxserver.api.model_status import MemoryEstimate, ModelStatus
 
 OWNER = "mlx-server"
-CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs")
+CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle")
 
 
 def model_card(model: ModelStatus) -> dict[str, Any]:

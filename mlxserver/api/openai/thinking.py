@@ -24,7 +24,7 @@ THINKING: dict[str, Any] = {
     "type": ["object", "boolean"],
     "description": '{"type": "enabled", "budget_tokens": ...} or {"type": "disabled"}',
     "properties": {
-        "type": {"enum": ["enabled", "disabled", "adaptive", "auto"]},
+        "type": {"enum": ["enabled", "disabled", "adaptive", "auto", "between_tools"]},
         "budget_tokens": BUDGET,
         "display": {},
         "keep": {},
@@ -43,6 +43,8 @@ REASONING: dict[str, Any] = {
         "exclude": {},
         "summary": {},
         "generate_summary": {},
+        "context": {},
+        "mode": {},
     },
     "additionalProperties": False,
 }

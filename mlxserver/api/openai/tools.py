@@ -4,6 +4,7 @@ choice among them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mlxserver.api.schema.json_schema import check_shape
@@ -63,13 +64,19 @@ CHOICE: dict[str, Any] = {"anyOf": [{"enum": MODES}, _function(), BARE_MODE, BAR
 def check_tools(value: Any, param: str) -> tuple[Tool, ...]:
     """The tools, each with a name of its own. Raises ValidationFailed."""
     check_shape(value, TOOLS, param)
-    tools = tuple(Tool(**tool["function"], origin=f"{param}[{index}].function") for index, tool in enumerate(value))
+    return with_own_names(
+        [Tool(**tool["function"], origin=f"{param}[{index}].function") for index, tool in enumerate(value)]
+    )
+
+
+def with_own_names(tools: Sequence[Tool]) -> tuple[Tool, ...]:
+    """The tools, if each has a name of its own. Raises ValidationFailed."""
     names: set[str] = set()
     for tool in tools:
         if tool.name in names:
             raise invalid(f"{tool.origin}.name", tool.name, "a name that no other tool has")
         names.add(tool.name)
-    return tools
+    return tuple(tools)
 
 
 def check_tool_choice(value: Any, param: str) -> tuple[str, str | None]:

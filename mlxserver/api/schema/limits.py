@@ -15,8 +15,9 @@ from mlxserver.api.schema.parameters import ValidationFailed
 from mlxserver.config.settings import Settings
 
 PROMPT_FIELDS = (
-    *("messages", "prompt", "tokens", "tools", "chat_template_kwargs", "response_format"),
-    *("system", "format"),  # of Ollama
+    *("messages", "prompt", "tokens", "input", "instructions"),
+    *("tools", "chat_template_kwargs", "response_format", "text"),
+    *("system", "output_config", "format"),
 )
 TOKEN_BYTES = 4  # of a token id in a prompt
 
@@ -65,7 +66,9 @@ class Limits:
         options = document.get("options")  # of Ollama
         for param, value, limit, things in (
             ("messages", document.get("messages"), self.messages, "messages"),
+            ("input", document.get("input"), self.messages, "items"),
             ("stop", document.get("stop"), self.stops, "strings"),
+            ("stop_sequences", document.get("stop_sequences"), self.stops, "strings"),
             ("options.stop", options.get("stop") if isinstance(options, dict) else None, self.stops, "strings"),
             ("logit_bias", document.get("logit_bias"), self.biases, "tokens"),
         ):

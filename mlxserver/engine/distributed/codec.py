@@ -23,6 +23,7 @@ def encode_sequences(sequences: abc.Sequence[Sequence]) -> dict[str, Any]:
     return {
         "tokens": sequences[0].tokens,
         "boundaries": sequences[0].boundaries,
+        "prompt_logprobs": sequences[0].prompt_logprobs,
         "sequences": [
             {
                 "id": sequence.id,
@@ -38,10 +39,11 @@ def encode_sequences(sequences: abc.Sequence[Sequence]) -> dict[str, Any]:
 
 def decode_sequences(content: Mapping[str, Any], ask: Ask | None) -> list[Sequence]:
     """Decoded sequences. Without `ask`, for a rank that does not sample: without sampling parameters."""
-    tokens, boundaries = tuple(content["tokens"]), tuple(content["boundaries"])
+    tokens, shared = tuple(content["tokens"]), {"prompt_logprobs": content["prompt_logprobs"]}
+    shared["boundaries"] = tuple(content["boundaries"])
     if ask is None:
         return [
-            Sequence(each["id"], tokens, SamplingParams(), each["max_tokens"], boundaries=boundaries)
+            Sequence(each["id"], tokens, SamplingParams(), each["max_tokens"], **shared)
             for each in content["sequences"]
         ]
     return [
@@ -52,7 +54,7 @@ def decode_sequences(content: Mapping[str, Any], ask: Ask | None) -> list[Sequen
             each["max_tokens"],
             each["top_logprobs"],
             RemoteConstraint(each["id"], ask) if each["is_constrained"] else None,
-            boundaries=boundaries,
+            **shared,
         )
         for each in content["sequences"]
     ]
@@ -96,8 +98,9 @@ def encode_tokens(tokens: abc.Sequence[SampledToken]) -> list[list[Any]]:
             t.sequence_id,
             t.token,
             t.cached_tokens,
-            [t.logprobs.chosen, t.logprobs.top] if t.logprobs else None,
+            _encode_logprobs(t.logprobs),
             t.started,
+            None if t.prompt_logprobs is None else [_encode_logprobs(each) for each in t.prompt_logprobs],
         ]
         for t in tokens
     ]
@@ -106,16 +109,24 @@ def encode_tokens(tokens: abc.Sequence[SampledToken]) -> list[list[Any]]:
 def decode_tokens(content: abc.Sequence[abc.Sequence[Any]]) -> list[SampledToken]:
     """Decoded tokens of a step."""
     return [
-        SampledToken(sequence_id, token, cached, _decode_logprobs(logprobs), started)
-        for sequence_id, token, cached, logprobs, started in content
+        SampledToken(sequence_id, token, cached, _decode_logprobs(logprobs), started, _decode_prompt(of_prompt))
+        for sequence_id, token, cached, logprobs, started, of_prompt in content
     ]
+
+
+def _encode_logprobs(logprobs: Logprobs | None) -> list[Any] | None:
+    return [logprobs.chosen, logprobs.top, logprobs.rank] if logprobs else None
 
 
 def _decode_logprobs(content: abc.Sequence[Any] | None) -> Logprobs | None:
     if content is None:
         return None
-    chosen, top = content
-    return Logprobs(_finite(chosen), tuple((token, _finite(logprob)) for token, logprob in top))
+    chosen, top, rank = content
+    return Logprobs(_finite(chosen), tuple((token, _finite(logprob)) for token, logprob in top), rank)
+
+
+def _decode_prompt(content: abc.Sequence[Any] | None) -> tuple[Logprobs, ...] | None:
+    return None if content is None else tuple(filter(None, map(_decode_logprobs, content)))
 
 
 def _finite(logprob: float | None) -> float:

@@ -1,8 +1,9 @@
 """Ragged attention: keys and values of several capacity classes in one forward pass.
 
 Everything but the attention of a model computes all rows together; its attention runs per class, so that the time of a
-sequence follows the capacity of its own class. mlx-lm's models pass what a cache returns to
-scaled_dot_product_attention(). In their modules that name is bound to attention(), which knows Ragged.
+sequence follows the capacity of its own class; or, on CUDA, in one kernel of all classes (platform/cuda_attention.py).
+mlx-lm's models pass what a cache returns to scaled_dot_product_attention(). In their modules that name is bound to
+attention(), which knows Ragged.
 
 Rule: a Ragged has a dtype, and no operation but being passed to attention(). A model that does anything else with its
       keys, values or mask raises; one whose step can be built computes each class by itself (can_be_ragged()).
@@ -20,17 +21,21 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models import base
 
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow
+from mlxserver.engine.platform import cuda_attention
 
 _attention = base.scaled_dot_product_attention
 
 
 class Ragged:
-    """Arrays of the classes' rows, in the order of the rows in the batch."""
+    """Arrays of the classes' rows, in the order of the rows in the batch.
 
-    __slots__ = ("parts",)
+    offsets: of masks, [rows], where a kernel may do: each row has one token, which attends to all before it and itself.
+    """
 
-    def __init__(self, parts: Sequence[mx.array]) -> None:
-        self.parts = parts
+    __slots__ = ("offsets", "parts")
+
+    def __init__(self, parts: Sequence[mx.array], offsets: mx.array | None = None) -> None:
+        self.parts, self.offsets = parts, offsets
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -42,11 +47,12 @@ class RaggedLayer:
     """Cache of one layer of all classes during a step, with the interface that mlx-lm's models use.
 
     classes: cache of this layer per class. offset: [rows], of all classes. ends: row behind each class's last one.
+    has_kernel: the attention of all classes may be one kernel.
     """
 
-    def __init__(self, classes: Sequence[SlotLayer], offset: mx.array, ends: Sequence[int]) -> None:
+    def __init__(self, classes: Sequence[SlotLayer], offset: mx.array, ends: Sequence[int], has_kernel: bool) -> None:
         self.offset = offset
-        self._classes, self._ends = classes, ends
+        self._classes, self._ends, self._has_kernel = classes, ends, has_kernel
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
         """Write tokens, [rows, heads, tokens, dim], those of each class to its own slots."""
@@ -56,17 +62,18 @@ class RaggedLayer:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Ragged:
         """Masks of the classes, each [batch, 1, N, visible] of bool."""
-        return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes])
+        offsets = self.offset if self._has_kernel and N == 1 and window_size is None else None
+        return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes], offsets)
 
 
-def ragged_layers(classes: Sequence[Sequence[SlotLayer]]) -> list[RaggedLayer]:
+def ragged_layers(classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = False) -> list[RaggedLayer]:
     """One cache per layer from those of several classes."""
     offsets = [layers[0].offset for layers in classes]
     ends = [0]
     for offset in offsets:
         ends.append(ends[-1] + offset.shape[0])
     offset = mx.concatenate(offsets)  # one object: rotary embeddings of a step are computed once for it
-    return [RaggedLayer(layers, offset, ends) for layers in zip(*classes, strict=True)]
+    return [RaggedLayer(layers, offset, ends, has_kernel) for layers in zip(*classes, strict=True)]
 
 
 def attention(
@@ -84,6 +91,8 @@ def attention(
         return result
     if not (isinstance(values, Ragged) and isinstance(mask, Ragged)):
         raise TypeError("ragged keys need ragged values and a ragged mask")
+    if mask.offsets is not None and sinks is None and cuda_attention.supports(queries, keys.parts, values.parts):
+        return cuda_attention.decode_attention(queries, keys.parts, values.parts, mask.offsets, scale)
     ends = [0]
     for part in keys.parts:
         ends.append(ends[-1] + part.shape[0])

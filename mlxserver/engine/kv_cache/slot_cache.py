@@ -42,6 +42,7 @@ class SlotCache:
         self._model = model
         self._is_padded = policy.pad_slots
         self._is_compiled = policy.compile_steps
+        self._has_kernel = policy.decode_kernel
         self._step = mx.compile(self._forward) if self._is_compiled else self._forward
         self._put = mx.compile(put) if self._is_compiled else put
         self._empty = empty_layers(model)
@@ -199,10 +200,10 @@ class SlotCache:
     def _compute(self, inputs: mx.array, classes: list[list[SlotLayer]]) -> mx.array:
         """Logits of the rows, [rows, 1] -> [rows, 1, vocab]."""
         logits: mx.array
-        if len(classes) == 1:
+        if self._is_ragged and (len(classes) > 1 or self._has_kernel):
+            logits = self._model(inputs, cache=ragged_layers(classes, self._has_kernel))
+        elif len(classes) == 1:
             logits = self._model(inputs, cache=classes[0])
-        elif self._is_ragged:
-            logits = self._model(inputs, cache=ragged_layers(classes))
         else:
             start, parts = 0, []
             for layers in classes:

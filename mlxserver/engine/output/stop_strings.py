@@ -23,11 +23,15 @@ def overlap(text: str, wanted: str) -> int:
 
 
 class StopStrings:
-    """Filter that passes text on up to the first stop string. Empty stop strings are ignored."""
+    """Filter that passes text on up to the first stop string. Empty stop strings are ignored.
+
+    matched: the stop string that was found.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = TokenText()
+        self.matched: str | None = None
 
     def feed(self, text: TokenText | str) -> tuple[TokenText, bool]:
         """The text that can be passed on, and whether a stop string was found; nothing may be fed after one."""
@@ -35,8 +39,10 @@ class StopStrings:
         if not self._stops:
             return known, False
         if cut := self._first_match(known.text):
+            end, start = cut
+            self.matched = known.text[start:end]
             self._held = TokenText()
-            return known.cut(cut[1])[0], True
+            return known.cut(start)[0], True
         held = max((overlap(known.text, stop) for stop in self._stops), default=0)
         passed, self._held = known.cut(len(known) - held)
         return passed, False

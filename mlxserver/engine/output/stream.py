@@ -33,11 +33,12 @@ OutputEvent = Delta | ToolCallDelta | Finish
 class OutputStream:
     """Parser of the tokens of one choice.
 
-    eos: the tokens that end it; with ignore_eos they have no text and end nothing. thinking: splits reasoning from
-    content, and calls where the model writes them as messages; None where all is content. tools: None where none may be
-    called in the content. repeats_unclosed: an answer that is all reasoning, and that the model itself ended without
-    closing it, is given as content, too. completion_tokens counts every token fed, an end of sequence included;
-    reasoning_tokens those of the reasoning, marks included.
+    eos: the tokens that end it; with ignore_eos they have no text and end nothing. max_tokens: 0 ends it with the first
+    token, which is no part of it. thinking: splits reasoning from content, and calls where the model writes them as
+    messages; None where all is content. tools: None where none may be called in the content. repeats_unclosed: an
+    answer that is all reasoning, and that the model itself ended without closing it, is given as content, too.
+    completion_tokens counts every token of it, an end of sequence included; reasoning_tokens those of the reasoning,
+    marks included.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class OutputStream:
         """
         if self.is_finished:
             raise ValueError(f"token {token} after the end of choice {self._index}; expected none")
+        if not self._max_tokens:
+            return self._finish("length")
         self.completion_tokens += 1
         events = self._read(token, logprobs)
         return events if self._reasoning is None else self._repeat_unclosed(events)
@@ -192,7 +195,7 @@ class OutputStream:
         events = self._to_events(self._tools.flush(is_cut=is_cut)) if self._tools else []
         if reason == "stop" and (self._has_calls or (self._tools and self._tools.completed)):
             reason = "tool_calls"
-        return [*events, Finish(reason, self._index)]
+        return [*events, Finish(reason, self._index, self._stops.matched)]
 
     def _to_events(self, pieces: Iterable[TokenText | ToolCallDelta]) -> list[OutputEvent]:
         return [self._delta(piece) if isinstance(piece, TokenText) else piece for piece in pieces]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from mlxserver.engine.events import TokenLogprob
+from mlxserver.engine.events import PromptToken, TokenLogprob
+from mlxserver.engine.sequence import Logprobs
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -29,6 +31,24 @@ def token_logprob(
     likeliest = tuple(token_logprob(tokenizer, other, value) for other, value in top)
     encoded = token_bytes(tokenizer, token)
     return TokenLogprob(encoded.decode(errors="replace"), encoded, logprob, likeliest)
+
+
+def prompt_tokens(
+    tokenizer: TokenizerWrapper, tokens: Sequence[int], logprobs: Sequence[Logprobs]
+) -> tuple[PromptToken, ...]:
+    """The tokens of a prompt. logprobs: from the second on."""
+    scored = [_prompt_token(tokenizer, *pair) for pair in zip(tokens[1:], logprobs, strict=True)]
+    return (_prompt_token(tokenizer, tokens[0]), *scored)
+
+
+def _prompt_token(tokenizer: TokenizerWrapper, token: int, logprobs: Logprobs | None = None) -> PromptToken:
+    encoded = token_bytes(tokenizer, token)
+    text = encoded.decode(errors="replace")
+    if logprobs is None:
+        return PromptToken(token, text, encoded)
+    likeliest = (_prompt_token(tokenizer, other, Logprobs(value)) for other, value in logprobs.top)
+    top = tuple(replace(other, rank=rank) for rank, other in enumerate(likeliest, 1))
+    return PromptToken(token, text, encoded, logprobs.chosen, logprobs.rank, top)
 
 
 def token_bytes(tokenizer: TokenizerWrapper, token: int) -> bytes:

@@ -38,6 +38,8 @@ class ExecutionPolicy:
     weights: the format in which they are computed with.
     eager_prefix_copy: what the prefix cache stores is evaluated before the next step is prepared.
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
+    decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
+        model and its types allow it.
     layers_ahead: layers whose intermediate values exist at the same time.
     parallel_models: decode steps of other models go on during a prefill chunk.
     replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py and cpu_matmul.py.
@@ -58,6 +60,7 @@ class ExecutionPolicy:
     weights: WeightPolicy
     eager_prefix_copy: bool
     materialized_attention: bool
+    decode_kernel: bool
     layers_ahead: int
     parallel_models: bool
     replace_kernels: bool
@@ -86,6 +89,7 @@ CPU = ExecutionPolicy(
     weights=WeightPolicy.FLOAT32,
     eager_prefix_copy=True,
     materialized_attention=True,
+    decode_kernel=False,
     layers_ahead=4,
     parallel_models=True,
     replace_kernels=sys.platform == "linux",
@@ -103,6 +107,7 @@ METAL = ExecutionPolicy(
     weights=WeightPolicy.STORED,
     eager_prefix_copy=False,
     materialized_attention=False,
+    decode_kernel=False,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,
@@ -120,6 +125,7 @@ CUDA = ExecutionPolicy(
     weights=WeightPolicy.STORED,
     eager_prefix_copy=False,
     materialized_attention=False,
+    decode_kernel=True,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,

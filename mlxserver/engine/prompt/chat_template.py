@@ -25,6 +25,7 @@ from mlxserver.engine.output.call_families import find_format
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
 from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, STYLES, CallStyle
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
+from mlxserver.engine.prompt.segments import SegmentEncoder
 from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.prompt.switches import Switches
 from mlxserver.engine.prompt.transitions import Transitions
@@ -149,14 +150,35 @@ class ChatTemplate:
         """The prompt as text, up to the beginning of the answer or not. Raises PromptRejected."""
         return str(self._apply(prompt, self.call_style or CallStyle(), opens_answer=opens_answer, tokenize=False))
 
-    def encode(self, prompt: ChatPrompt) -> tuple[int, ...]:
-        """The prompt as token ids, up to the beginning of the answer. Raises PromptRejected."""
+    def encode(self, prompt: ChatPrompt, text: str) -> tuple[int, ...]:
+        """The prompt as token ids, up to the beginning of the answer. text: it rendered. Raises PromptRejected."""
         if not self.source:  # the model's own code renders text only
-            return tuple(self._tokenizer.encode(self.render(prompt), add_special_tokens=False))
+            return self._encoder.encode(text)
         style = self.call_style or CallStyle()
-        return tuple(self._apply(prompt, style, tokenize=True, sanitize_control_tokens=True))
+        if not self._encoder.marks_control_tokens:
+            return tuple(self._apply(prompt, style, tokenize=True, sanitize_control_tokens=True))
+        messages, options = self._arguments(prompt, style)
+        given = [messages, options.get("tools"), dict(prompt.template_kwargs)]
+        messages, tools, variables = marked = self._encoder.mark(given, options.get("chat_template"))
+        if marked != given:
+            options |= variables | ({"tools": tools} if tools else {})
+            text = self._call(messages, {**options, "tokenize": False})
+        try:
+            return self._encoder.encode(text)
+        except ValueError as error:  # a control token can't be encoded as text
+            raise _refusal(error) from error
 
-    def _apply(self, prompt: ChatPrompt, style: CallStyle, *, opens_answer: bool = True, **options: Any) -> Any:
+    @functools.cached_property
+    def _encoder(self) -> SegmentEncoder:
+        return SegmentEncoder(self._tokenizer, self.source)
+
+    def _apply(self, prompt: ChatPrompt, style: CallStyle, **options: Any) -> Any:
+        return self._call(*self._arguments(prompt, style, **options))
+
+    def _arguments(
+        self, prompt: ChatPrompt, style: CallStyle, *, opens_answer: bool = True, **options: Any
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Messages and options for the tokenizer's apply_chat_template(). Raises PromptRejected."""
         if reserved := RESERVED.intersection(prompt.template_kwargs):
             names = ", ".join(sorted(reserved))
             raise PromptRejected(f"The variables of the chat template can't set {names}.", "prompt.template_kwargs")
@@ -172,7 +194,7 @@ class ChatTemplate:
         if template := self._substitute or self._named(prompt):
             options["chat_template"] = template
         messages = [_write(message, style, form) for message in prompt.conversation]
-        return self._call(messages, {**options, **prompt.template_kwargs})
+        return messages, {**options, **prompt.template_kwargs}
 
     def _call(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
         try:
@@ -181,9 +203,7 @@ class ChatTemplate:
             if "tools" not in options:  # some templates go through their tools without asking whether there are any
                 with contextlib.suppress(*RENDERING_FAILURES):
                     return self._tokenizer.apply_chat_template(messages, **options, tools=[])
-            raise PromptRejected(
-                f"The chat template of this model refuses the messages: {error}", "prompt.conversation"
-            ) from error
+            raise _refusal(error) from error
 
     def _named(self, prompt: ChatPrompt) -> str | None:
         """The template for this prompt, of a model that has several by name."""
@@ -212,6 +232,10 @@ class ChatTemplate:
             return CALL_WORDS[0] in self._apply(prompt, CallStyle(), tokenize=False, has_whole_tools=is_whole)
         except PromptRejected:
             return False
+
+
+def _refusal(error: Exception) -> PromptRejected:
+    return PromptRejected(f"The chat template of this model refuses the messages: {error}", "prompt.conversation")
 
 
 def _write(message: Message, style: CallStyle, form: ReasoningForm | None) -> dict[str, Any]:

@@ -26,11 +26,20 @@ from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
 from mlxserver.engine.prompt.boundaries import Boundaries
 from mlxserver.engine.prompt.chat_template import ChatTemplate
+from mlxserver.engine.prompt.fill_in_middle import FillInMiddle
 from mlxserver.engine.prompt.switches import EFFORT, THINKING
 from mlxserver.engine.prompt.tool_text import describe, write_plain, write_reasoning
 from mlxserver.engine.prompt.transitions import StrictTable, Table
 from mlxserver.engine.prompt.turns import admit, check_text, count_lost, name_developer_system
-from mlxserver.engine.requests import ChatPrompt, FormattedPrompt, Prompt, TextPrompt, TokenPrompt, ToolChoice
+from mlxserver.engine.requests import (
+    ChatPrompt,
+    FillPrompt,
+    FormattedPrompt,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+    ToolChoice,
+)
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -50,6 +59,12 @@ class PromptFormat:
         self._template = ChatTemplate(tokenizer, config)
         self._boundaries = Boundaries(self._template, tokenizer) if finds_boundaries else None
         self._tags = thinking_tags(tokenizer)
+        self._fill_in_middle = FillInMiddle(tokenizer)
+
+    @property
+    def fills_in_middle(self) -> bool:
+        """Whether the model has tokens to fill in the middle."""
+        return self._fill_in_middle.marks is not None
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -63,10 +78,13 @@ class PromptFormat:
                 return format_text(self._tokenizer, text)
             case TokenPrompt(tokens):
                 return format_tokens(self._tokenizer, tokens)
+            case FillPrompt(prefix, suffix):
+                return self._fill_in_middle.format(prefix, suffix)
         if tool_choice and tool_choice.mode == "none":
             prompt = replace(prompt, tools=())
         variables = self._variables(prompt.template_kwargs)
-        admitted = replace(prompt, conversation=tuple(admit(prompt)), template_kwargs=variables)
+        tools = tuple(sorted(prompt.tools, key=lambda tool: tool.name))  # programs send the same ones in any order
+        admitted = replace(prompt, conversation=tuple(admit(prompt)), tools=tools, template_kwargs=variables)
         return self._render(*self._fit(admitted))
 
     def budget(self, prompt: Prompt) -> int | None:
@@ -151,7 +169,7 @@ class PromptFormat:
         elif opens_thinking := text.rstrip().endswith(self._tags[0]):
             appended = text.removeprefix(self._template.render(prompt, opens_answer=False))
             opens_thinking = appended.rstrip().endswith(self._tags[0])
-        tokens = self._template.encode(prompt)
+        tokens = self._template.encode(prompt, text)
         boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
         return FormattedPrompt(tokens, text, opens_thinking, boundaries)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from mlxserver.config.errors import abbreviate
 from mlxserver.engine.conversation import Message, Part, Text, ToolCall, ToolResult
 from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.prompt.volatile import without_volatile_lines
 from mlxserver.engine.requests import ChatPrompt
 
 BLANK_LINE = Text("\n\n")
@@ -21,7 +22,7 @@ BLANK_LINE = Text("\n\n")
 def admit(prompt: ChatPrompt) -> list[Message]:
     """The messages, each call with an id, each result with its call's id and the name of the function where it has one.
 
-    Raises PromptRejected.
+    What changes from request to request is left out of them. Raises PromptRejected.
     """
     if not prompt.conversation:
         raise PromptRejected("There are no messages; expected at least one.", "prompt.conversation")
@@ -29,7 +30,8 @@ def admit(prompt: ChatPrompt) -> list[Message]:
         check_text(message.text, f"{message.origin}.content")
     if prompt.continues_answer:
         _check_continued(prompt.conversation[-1])
-    return _pair(prompt.conversation)
+    stable = list(without_volatile_lines(prompt.conversation))
+    return _pair(stable or prompt.conversation)
 
 
 def check_text(text: str, param: str) -> None:

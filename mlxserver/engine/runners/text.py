@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ContextExceeded, PromptRejected
-from mlxserver.engine.events import Event
+from mlxserver.engine.events import Event, PromptLogprobs
 from mlxserver.engine.kv_cache.checkpoints import needs_checkpoints
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.output.reasoning_formats import turn_ends
 from mlxserver.engine.output.stream import OutputStream
-from mlxserver.engine.output.token_bytes import token_logprob
+from mlxserver.engine.output.token_bytes import prompt_tokens, token_logprob
 from mlxserver.engine.prompt.formats import FORMATS, PromptFormat, find_type
+from mlxserver.engine.prompt.truncation import most_tokens, truncate
 from mlxserver.engine.requests import (
     ApplyTemplate,
     ChatPrompt,
@@ -67,6 +68,7 @@ class TextRunner:
         prompts = FORMATS[kind](loaded.tokenizer, loaded.config, finds_boundaries=needs_boundaries)
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
         capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
+        capabilities |= {"fill_in_middle"} if prompts.fills_in_middle else set()
         capabilities -= set() if grammars.is_usable else {"json_schema"}
         self.facts = ModelFacts(kind, loaded.context_length, loaded.weight_bytes, capabilities, batch.execution)
         self._defaults: Mapping[str, Any] = {**loaded.generation_defaults, **spec.defaults}
@@ -75,7 +77,9 @@ class TextRunner:
         self._vocab_size = batch.vocab_size
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
-        preprocessor = _Preprocessor(loaded.tokenizer, prompts, self._constraints, batch.vocab_size)
+        preprocessor = _Preprocessor(
+            loaded.tokenizer, prompts, self._constraints, batch.vocab_size, loaded.context_length
+        )
         self.preprocess = preprocessor.preprocess
         self.answer = preprocessor.answer
 
@@ -91,9 +95,9 @@ class TextRunner:
         param = "prompt.conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
         _check_tokens(prompt.tokens, self._vocab_size, param)
         room = self.facts.context_length - len(prompt.tokens)
-        if room < 1:
+        if room < 0 or (room == 0 and request.max_tokens != 0):
             raise ContextExceeded(len(prompt.tokens), self.facts.context_length, param)
-        max_tokens = min(request.max_tokens or room, room)
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         sampling = SamplingParams(**{**self._defaults, **request.sampling})
         grammar = self._constraints.grammar(request)
         choices = []
@@ -102,10 +106,11 @@ class TextRunner:
                 next(ids),
                 prompt.tokens,
                 sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
-                max_tokens,
+                max(1, max_tokens),  # the first step is the last prompt token's
                 request.top_logprobs,
                 self._constraints.constraint(request, prompt, grammar),
                 boundaries=prompt.boundaries,
+                prompt_logprobs=request.prompt_logprobs,
             )
             choices.append((sequence, self._output(request, prompt, max_tokens, index)))
         return choices
@@ -120,7 +125,7 @@ class TextRunner:
     def _output(self, request: GenerationRequest, prompt: FormattedPrompt, max_tokens: int, index: int) -> TextOutput:
         stream = OutputStream(
             self.tokenizer,
-            eos=self.tokenizer.eos_token_ids,
+            eos={*self.tokenizer.eos_token_ids, *prompt.ends},
             max_tokens=max_tokens,
             stop=request.stop,
             thinking=self._constraints.parser(request, prompt, index),
@@ -129,25 +134,37 @@ class TextRunner:
             repeats_unclosed=self._repeats_unclosed,
             index=index,
         )
-        return TextOutput(stream, self.tokenizer)
+        return TextOutput(stream, self.tokenizer, prompt.tokens, index)
 
 
 class _Preprocessor:
     """The tokenizer worker's part: holds nothing of the batch."""
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, prompts: PromptFormat, constraints: RequestConstraints, vocab_size: int
+        self,
+        tokenizer: TokenizerWrapper,
+        prompts: PromptFormat,
+        constraints: RequestConstraints,
+        vocab_size: int,
+        context_length: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._constraints = constraints
         self._vocab_size = vocab_size
+        self._context_length = context_length
 
     def preprocess(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its prompt rendered, its grammar compiled. Raises PromptRejected."""
         grammar = self._constraints.compile(request)
-        formatted = self._prompts.format(request.prompt, request.tool_choice)
-        return replace(request, formatted=formatted, grammar=grammar)
+        return replace(request, formatted=self._format(request), grammar=grammar)
+
+    def _format(self, request: GenerationRequest) -> FormattedPrompt:
+        prompt, choice = request.prompt, request.tool_choice
+        if isinstance(prompt, ChatPrompt) and prompt.drops_oldest:
+            most = most_tokens(self._context_length, request.max_tokens)
+            return truncate(prompt, lambda shorter: self._prompts.format(shorter, choice), most)
+        return self._prompts.format(prompt, choice)
 
     def answer(self, question: Question) -> tuple[int, ...] | str:
         """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""
@@ -167,6 +184,8 @@ class TextOutput:
 
     stream: OutputStream
     tokenizer: TokenizerWrapper
+    prompt: tuple[int, ...]
+    index: int
 
     @property
     def completion_tokens(self) -> int:
@@ -180,10 +199,14 @@ class TextOutput:
 
     def feed(self, token: SampledToken) -> list[Event]:
         """The events of a token."""
-        if token.logprobs is None:
-            return [*self.stream.feed(token.token)]
-        logprob = token_logprob(self.tokenizer, token.token, token.logprobs.chosen, token.logprobs.top)
-        return [*self.stream.feed(token.token, logprob)]
+        logprob = None
+        if token.logprobs:
+            logprob = token_logprob(self.tokenizer, token.token, token.logprobs.chosen, token.logprobs.top)
+        events = self.stream.feed(token.token, logprob)
+        if token.prompt_logprobs is None:
+            return [*events]
+        scored = prompt_tokens(self.tokenizer, self.prompt, token.prompt_logprobs)
+        return [PromptLogprobs(scored, self.index), *events]
 
 
 def _check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of sampled tokens, computed only for the sequences that ask for them.
+"""Log-probabilities of sampled tokens and of prompts, computed only for the sequences that ask for them.
 
 They are the model's own: before penalties, bias, temperature and filters.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.sequence import Logprobs, Sequence
+
+_POSITIONS = 32  # of a prompt that are measured at once, in float32
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,30 @@ def measure(sequences: abc.Sequence[Sequence], logits: mx.array, tokens: mx.arra
     return MeasuredLogprobs(
         tuple(sequences[index] for index in asking), [chosen, ids, mx.take_along_axis(own, ids, axis=-1)]
     )
+
+
+def measure_prompt(logits: mx.array, tokens: list[int], most: int) -> list[mx.array]:
+    """Log-probabilities of a prompt's tokens, each at the position before it: logits [positions, vocab].
+
+    Returns arrays of the tokens' own [positions], their ranks [positions], the ids of the `most` likeliest tokens
+    [positions, most] and the log-probabilities of these. Nothing is evaluated.
+    """
+    parts: list[tuple[mx.array, ...]] = []
+    for start in range(0, len(tokens), _POSITIONS):
+        own = logits[start : start + _POSITIONS].astype(mx.float32)
+        own = own - mx.logsumexp(own, axis=-1, keepdims=True)
+        there = mx.array(tokens[start : start + _POSITIONS], dtype=mx.uint32)[:, None]
+        chosen = mx.take_along_axis(own, there, axis=-1)
+        ids = mx.argpartition(-own, kth=max(most - 1, 0), axis=-1)[:, :most]
+        ranks = mx.sum(own > chosen, axis=-1) + 1
+        parts.append((chosen[:, 0], ranks, ids, mx.take_along_axis(own, ids, axis=-1)))
+    return [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
+
+
+def read_prompt(arrays: abc.Sequence[mx.array], count: int) -> list[Logprobs]:
+    """The first `count` log-probabilities of measure_prompt(); waits for the device."""
+    rows = zip(*(cast(list[Any], array[:count].tolist()) for array in arrays), strict=True)
+    return [
+        Logprobs(own, tuple(sorted(zip(ids, values, strict=True), key=lambda pair: -pair[1])), rank)
+        for own, rank, ids, values in rows
+    ]

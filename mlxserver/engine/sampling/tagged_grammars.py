@@ -60,9 +60,7 @@ class TaggedCalls:
         opening, name = self._tag(self._syntax.call(tool.name)), f"function{index}"
         if not tool.strict:
             return [f"{name}: {opening} {name}rest", *self._until(f"{name}rest", "TEXT", self._syntax.call_end)]
-        document = SchemaDocument(
-            tool.parameters or {}, f"The parameters of {tool.name!r}", f"{tool.origin}.parameters"
-        )
+        document = SchemaDocument(tool.parameters or {}, f"The parameters of {tool.name!r}", tool.schema_origin)
         self.documents += (document,)
         with refusing(document):
             parameters, rules = [], list[str]()

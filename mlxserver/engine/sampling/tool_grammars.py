@@ -224,9 +224,7 @@ class CallSchemas:
         return schema_text(form, self._normalizer.definitions)
 
     def _arguments(self, tool: Tool) -> dict[str, Any]:
-        document = SchemaDocument(
-            tool.parameters or {}, f"The parameters of {tool.name!r}", f"{tool.origin}.parameters"
-        )
+        document = SchemaDocument(tool.parameters or {}, f"The parameters of {tool.name!r}", tool.schema_origin)
         self.documents += (document,)
         with refusing(document):
             form = self._normalizer.add(document)

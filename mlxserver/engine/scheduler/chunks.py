@@ -18,12 +18,14 @@ from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.requests import Execution
+from mlxserver.engine.sampling.logprobs import measure_prompt, read_prompt
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 
 # Tokens of a chunk where shapes have to recur. Fewer than 512 take little less time, but leave the GPU to other models.
 _LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048)
 _SHORT = 512  # longest prompts that share a chunk
 _MOST_TOGETHER = 4  # prompts of a chunk: joining the decode batch delays a step, too
+_SCORED = 128  # tokens of a chunk whose logits are needed: about as many values as sampling takes
 _SLACK = 1.25  # most that a chunk may exceed its budget by, lest the end of a prompt be left over
 
 
@@ -48,6 +50,9 @@ class PrefillStrategy(Protocol):
 
         beside_peers: other models stream meanwhile.
         """
+
+    def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
+        """Process a chunk of one prompt, of `budget` tokens at the most, and record its log-probabilities."""
 
     def tokens_for(self, prompt: PendingPrompt) -> int:
         """Tokens of KV cache that a prompt takes while it is processed."""
@@ -122,6 +127,15 @@ class PlainPrefill:
         prompt.done += len(tokens)
         return len(tokens)
 
+    def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
+        """Process the next tokens of the prompt."""
+        tokens = prompt.next(self._attention.fit(min(budget, _SCORED), prompt.done))
+        with cpu_kernels.layer_by_layer(beside_peers):
+            logits = self._model(mx.array([tokens]), cache=prompt.cache)
+            measured = _measure(prompt, logits, len(tokens))
+            mx.eval([layer.state for layer in prompt.cache], measured)
+        _record(prompt, measured, len(tokens))
+
     def tokens_for(self, prompt: PendingPrompt) -> int:
         """The prompt's own tokens."""
         return len(prompt.tokens)
@@ -156,7 +170,9 @@ class BucketedPrefill:
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         self._model = model
         self._empty = empty_layers(model)
-        self._forward = mx.compile(self._advance) if (policy or current()).compile_steps else self._advance
+        is_compiled = (policy or current()).compile_steps
+        self._forward = mx.compile(self._advance) if is_compiled else self._advance
+        self._scoring_forward = mx.compile(self._advance_scored) if is_compiled else self._advance_scored
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """Short prompts together, as many as the budget holds, a power of two; or one long prompt."""
@@ -173,18 +189,21 @@ class BucketedPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        capacity = max(self._capacity(prompt, chunk.length) for prompt in chunk.prompts)
-        tokens = [prompt.next(chunk.length) for prompt in chunk.prompts]
-        padded = mx.array([part + [0] * (chunk.length - len(part)) for part in tokens], dtype=mx.uint32)
-        offsets = mx.array([prompt.done for prompt in chunk.prompts], dtype=mx.int32)
-        keys, values = self._forward(padded, offsets, *self._take_slots(chunk.prompts, capacity))
+        keys, values = self._forward(*self._inputs(chunk))
         mx.eval(keys, values)
-        for slot, (prompt, part) in enumerate(zip(chunk.prompts, tokens, strict=True)):
-            prompt.done += len(part)
-            for layer, layer_keys, layer_values in zip(prompt.cache, keys, values, strict=True):
-                layer.keys, layer.values = layer_keys[slot : slot + 1], layer_values[slot : slot + 1]
-                layer.offset = prompt.done
-        return int(padded.size)
+        for slot, prompt in enumerate(chunk.prompts):
+            prompt.done += len(prompt.next(chunk.length))
+            _give_back(prompt, keys, values, slot)
+        return len(chunk.prompts) * chunk.length
+
+    def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
+        """Process the next tokens of the prompt, in one shape."""
+        count = len(prompt.next(_SCORED))
+        keys, values, logits = self._scoring_forward(*self._inputs(Chunk([prompt], _SCORED)))
+        measured = _measure(prompt, logits, _SCORED)
+        mx.eval(keys, values, measured)
+        _record(prompt, measured, count)
+        _give_back(prompt, keys, values, 0)
 
     def tokens_for(self, prompt: PendingPrompt) -> int:
         """Capacity of a slot for its tokens, wherever its chunks begin, and for the padding of the last one."""
@@ -204,11 +223,26 @@ class BucketedPrefill:
 
     def _advance(self, tokens: mx.array, offsets: mx.array, keys: Layers, values: Layers) -> tuple[Layers, Layers]:
         """Forward pass of tokens, [slots, tokens]. Returns the keys and values with them written, per layer."""
+        keys, values, _ = self._advance_scored(tokens, offsets, keys, values)
+        return keys, values
+
+    def _advance_scored(
+        self, tokens: mx.array, offsets: mx.array, keys: Layers, values: Layers
+    ) -> tuple[Layers, Layers, mx.array]:
+        """As _advance(), with the logits, [slots, tokens, vocab]."""
         slots, _, capacity, _ = keys[0].shape
         step = StepPositions(offsets, slots, capacity)
         cache = [SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)]
-        self._model(tokens, cache=cache)
-        return [layer.keys for layer in cache], [layer.values for layer in cache]
+        logits = self._model(tokens, cache=cache)
+        return [layer.keys for layer in cache], [layer.values for layer in cache], logits
+
+    def _inputs(self, chunk: Chunk) -> tuple[mx.array, mx.array, Layers, Layers]:
+        """The chunk's tokens, padded, their offsets, and the prompts' slots."""
+        capacity = max(self._capacity(prompt, chunk.length) for prompt in chunk.prompts)
+        tokens = [prompt.next(chunk.length) for prompt in chunk.prompts]
+        padded = mx.array([part + [0] * (chunk.length - len(part)) for part in tokens], dtype=mx.uint32)
+        offsets = mx.array([prompt.done for prompt in chunk.prompts], dtype=mx.int32)
+        return padded, offsets, *self._take_slots(chunk.prompts, capacity)
 
     def _take_slots(self, prompts: abc.Sequence[PendingPrompt], capacity: int) -> tuple[Layers, Layers]:
         """The prompts' KV caches in slots of one capacity. The prompts lose them: MLX writes a chunk in place only if
@@ -226,6 +260,25 @@ class BucketedPrefill:
     def _capacity(self, prompt: PendingPrompt, length: int) -> int:
         """Capacity of the slot that a prompt needs for a chunk of so many tokens."""
         return slot_capacity(max(len(prompt.tokens), prompt.done + length), _SHORT)
+
+
+def _give_back(prompt: PendingPrompt, keys: Layers, values: Layers, slot: int) -> None:
+    """Give a prompt the KV cache of its slot."""
+    for layer, layer_keys, layer_values in zip(prompt.cache, keys, values, strict=True):
+        layer.keys, layer.values = layer_keys[slot : slot + 1], layer_values[slot : slot + 1]
+        layer.offset = prompt.done
+
+
+def _measure(prompt: PendingPrompt, logits: mx.array, length: int) -> list[mx.array]:
+    """Log-probabilities of the tokens behind a chunk of so many of a prompt's, padding included."""
+    tokens = prompt.following(length)
+    return measure_prompt(logits[0], tokens + [0] * (length - len(tokens)), prompt.sequences[0].prompt_logprobs or 0)
+
+
+def _record(prompt: PendingPrompt, measured: abc.Sequence[mx.array], count: int) -> None:
+    """Record the log-probabilities of a chunk that is processed."""
+    prompt.logprobs += read_prompt(measured, count)
+    prompt.done += count
 
 
 def _side_by_side(prompts: abc.Sequence[Layers], capacity: int) -> Layers:

@@ -22,7 +22,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.logprobs import MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.prompts import PendingPrompt
-from mlxserver.engine.sequence import SampledToken, Sequence
+from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 
 
 class Sampler(Protocol):
@@ -44,7 +44,7 @@ MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 @dataclass
 class RunningSequence:
     """A sequence that decodes. `fed`: its tokens in the KV cache behind the prompt's first ones, from the last prompt
-    token on. num_sampled: tokens sampled for it, read or not.
+    token on. num_sampled: tokens sampled for it, read or not. prompt_logprobs: to be published with its first token.
     """
 
     sequence: Sequence
@@ -53,6 +53,7 @@ class RunningSequence:
     fed: list[int] = field(default_factory=list)
     num_sampled: int = 0
     is_fresh: bool = True  # its input is still the last prompt token, which is not published
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
 
     @property
     def length(self) -> int:
@@ -63,6 +64,11 @@ class RunningSequence:
     def tokens(self) -> tuple[int, ...]:
         """All tokens in its KV cache, once one was fed."""
         return (*self.sequence.tokens[:-1], *self.fed)
+
+    def publish(self, token: int, logprobs: Logprobs | None) -> SampledToken:
+        """A sampled token, the first one with the log-probabilities of the prompt."""
+        of_prompt, self.prompt_logprobs = self.prompt_logprobs, None
+        return SampledToken(self.sequence.id, token, self.cached_tokens, logprobs, self.started, of_prompt)
 
     def resumed(self) -> Sequence:
         """The sequence that goes on from here after a preemption."""
@@ -111,7 +117,13 @@ class DecodeBatch:
         self._set_inputs(mx.concatenate([self.sampled, last_tokens]))
         self._sampler.extend([sequence for sequence, _ in joining])
         self.sequences += [
-            RunningSequence(sequence, prompt.cached_tokens, prompt.started) for sequence, prompt in joining
+            RunningSequence(
+                sequence,
+                prompt.cached_tokens,
+                prompt.started,
+                prompt_logprobs=tuple(prompt.logprobs) if sequence.is_scored else None,
+            )
+            for sequence, prompt in joining
         ]
 
     def leave(self, leaving: abc.Sequence[int]) -> None:
@@ -168,8 +180,7 @@ class DecodeBatch:
             if not running.is_fresh:
                 if running.sequence.constraint:
                     running.sequence.constraint.accept(token)
-                id = running.sequence.id
-                published.append(SampledToken(id, token, running.cached_tokens, logprobs.get(id), running.started))
+                published.append(running.publish(token, logprobs.get(running.sequence.id)))
             running.is_fresh = False
         return published
 

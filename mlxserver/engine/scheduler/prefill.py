@@ -118,7 +118,10 @@ class Prefill:
             return
         # First comes what would be done first had it started at its arrival.
         waiting.sort(key=lambda prompt: prompt.arrived + prompt.remaining * budget.token_seconds)
-        chunk = self._strategy.choose(waiting, budget.tokens)
+        if waiting[0].is_scored:
+            self._strategy.score(waiting[0], budget.tokens, budget.beside_peers)
+            return
+        chunk = self._strategy.choose([prompt for prompt in waiting if not prompt.is_scored], budget.tokens)
         started = time.monotonic()
         tokens = self._strategy.run(chunk, budget.beside_peers)
         self.times.note(tokens, time.monotonic() - started)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mlxserver.engine.events import PrefillProgress, QueuePosition
 from mlxserver.engine.kv_cache.caches import Cache
-from mlxserver.engine.sequence import Sequence
+from mlxserver.engine.sequence import Logprobs, Sequence
 
 _ANSWER_TOKENS = 64  # of KV cache that a prompt must find beside its own, lest it should join only to be preempted
 
@@ -18,7 +18,7 @@ class PendingPrompt:
 
     done: how many of its tokens are in `cache`, a list of mlx-lm's caches. cached_tokens: those from the prefix cache.
     stops: lengths, in order, at which a chunk ends, for a checkpoint to be taken (kv_cache/checkpoints.py). restoring:
-    a prefix of it is being brought from disk.
+    a prefix of it is being brought from disk. logprobs: of the tokens from the second on, as far as they are measured.
     """
 
     sequences: list[Sequence]
@@ -29,6 +29,7 @@ class PendingPrompt:
     cached_tokens: int = 0
     stops: list[int] = field(default_factory=list)
     restoring: Future[None] | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.report()
@@ -37,6 +38,11 @@ class PendingPrompt:
     def tokens(self) -> tuple[int, ...]:
         """All tokens of the prompt."""
         return self.sequences[0].tokens
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its log-probabilities are measured: then all of it is prefilled, whatever the prefix cache has."""
+        return self.sequences[0].is_scored
 
     @property
     def remaining(self) -> int:
@@ -70,6 +76,10 @@ class PendingPrompt:
     def next(self, most: int) -> list[int]:
         """Its next tokens, so many at the most."""
         return list(self.tokens[self.done : self.done + min(self.ahead, most)])
+
+    def following(self, count: int) -> list[int]:
+        """The tokens behind each of its next ones."""
+        return list(self.tokens[self.done + 1 : self.done + 1 + count])
 
     def reach_stop(self) -> bool:
         """Whether it is prefilled up to a stop, which is one no more."""

@@ -88,7 +88,7 @@ class Scheduler:
         self._meter.insert(sequences)
         together = PendingPrompt(list(sequences), now)
         fit = self._budget.holds_together(together)
-        restoring = self._budget.restore_prefix(together.tokens)
+        restoring = None if together.is_scored else self._budget.restore_prefix(together.tokens)
         prompts = [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
         for prompt in prompts:
             prompt.restoring = restoring
@@ -218,7 +218,9 @@ class Scheduler:
         if taken and not self._budget.holds(kv_tokens):
             return False
         prompt.started = now
-        cache, length = self._budget.fetch_prefix(prompt.tokens)  # before it may have to go for this very prompt
+        cache, length = None, 0
+        if not prompt.is_scored:
+            cache, length = self._budget.fetch_prefix(prompt.tokens)  # before it may have to go for this very prompt
         self._budget.shrink_prefixes_beside(kv_tokens, taken + len(prompt.sequences))
         prompt.cache = cache or caches.new_cache(self._model)
         prompt.done = prompt.cached_tokens = length

@@ -1,0 +1,1 @@
+"""OpenAI's responses: the request, its dialect, and the store of past responses."""

@@ -1,0 +1,1 @@
+"""Launch: coding agents and other programs, set up for a server."""

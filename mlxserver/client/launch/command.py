@@ -1,0 +1,112 @@
+"""`mlx-server launch PROGRAM`: starts a program with the settings that it needs for a server, or prints them.
+
+Rule: nothing of the user's is written. Files go into a temporary directory, which is removed when the program ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient
+from mlxserver.client.command import INTERRUPTED, choose_model, conclude
+from mlxserver.client.errors import ClientError
+from mlxserver.client.launch.programs import PROGRAMS, Program
+from mlxserver.client.views import print_status
+
+NO_KEY = "none"  # for a server without keys: programs want one all the same
+HIDDEN_KEY = "YOUR_KEY"
+ASSUMED_CONTEXT = 32_768  # tokens, of a model that has not been loaded yet
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit status, which is the program's where one was started."""
+    try:
+        return run(_parse(arguments))
+    except ClientError as error:
+        return conclude(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run(options: Namespace) -> int:
+    """Start the program or print its settings. Raises ClientError."""
+    program = PROGRAMS[options.program]
+    values = asyncio.run(_values(options))
+    installed = shutil.which(program.command[0])
+    if options.print or program.setup or not installed:
+        hidden = {**values, "files": "."} | ({} if values["key"] == NO_KEY else {"key": HIDDEN_KEY})
+        print("\n".join(lines(program, hidden, options.arguments)))
+        if not (options.print or installed):
+            print_status(f"{program.command[0]} is not installed: {program.package}")
+        return 0
+    return start(program, installed, values, options.arguments)
+
+
+def lines(program: Program, values: Mapping[str, str], arguments: Sequence[str] = ()) -> Iterator[str]:
+    """The settings as lines for a shell, with the files as comments before them."""
+    for name, text in program.files.items():
+        yield f"# {name}:"
+        yield from (f"#   {line}" for line in _fill(text, values).splitlines())
+    for name, value in program.variables.items():
+        yield f"export {name}={shlex.quote(_fill(value, values))}"
+    for command in (*program.setup, (*program.command, *arguments)):
+        yield shlex.join(_fill(part, values) for part in command)
+
+
+def start(program: Program, installed: str, values: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
+    """Run the program to its end; its exit status. Ctrl-C is the program's alone."""
+    with tempfile.TemporaryDirectory(prefix="mlx-server-") as directory:
+        filled = {**values, "files": directory}
+        for name, text in program.files.items():
+            (Path(directory) / name).write_text(_fill(text, filled))
+        variables = {name: _fill(value, filled) for name, value in program.variables.items()}
+        command = [installed, *(_fill(part, filled) for part in program.command[1:]), *arguments]
+        print_status(f"{program.name}: {values['model']} at {values['url']}")
+        before = signal.signal(signal.SIGINT, lambda *_: None)  # a handler, unlike SIG_IGN, is not inherited
+        try:
+            return subprocess.run(command, env={**os.environ, **variables}, check=False).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+async def _values(options: Namespace) -> dict[str, str]:
+    """What the placeholders stand for, from the server."""
+    async with ChatClient(options.base_url, options.api_key) as client:
+        model = options.model or await choose_model(client)
+        card = await client.model(model)
+        key = options.api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        return {
+            "url": client.base_url,
+            "root": client.base_url.removesuffix("/v1"),
+            "model": model,
+            "key": key,
+            "context": str(card.context_length or ASSUMED_CONTEXT),
+        }
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    """The command line; what follows `--` is the program's. Wrong usage is an error on stderr and exit status 2."""
+    own = [*takewhile(lambda argument: argument != "--", arguments)]
+    parser = ArgumentParser(prog="mlx-server launch", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("program", choices=sorted(PROGRAMS), metavar="PROGRAM", help=", ".join(sorted(PROGRAMS)))
+    parser.add_argument("--print", action="store_true", help="print the settings, and start nothing")
+    parser.add_argument("--model", metavar="KEY", help="the model to use (default: the first that is loaded)")
+    parser.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
+    parser.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
+    return parser.parse_args(own, Namespace(arguments=[*arguments[len(own) + 1 :]]))
