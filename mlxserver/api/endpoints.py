@@ -93,8 +93,9 @@ def api_of(path: str, headers: Container[str] = ()) -> Api:
     """The API that a client speaks: that of the path, or, at a path of no other API, the one its headers tell."""
     if (api := APIS_BY_PATH.get(path, OPENAI)) is not OPENAI:
         return api
-    others = (each for each in APIS if (each.prefix and path.startswith(each.prefix)) or each.header in headers)
-    return next(others, OPENAI)
+    by_prefix = (each for each in APIS if each.prefix and path.startswith(each.prefix))
+    by_header = (each for each in APIS if each.header and each.header in headers)
+    return next(by_prefix, None) or next(by_header, OPENAI)
 
 
 def encode_failure(path: str, failure: Failure, headers: Container[str] = ()) -> bytes:
