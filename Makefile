@@ -3,7 +3,7 @@
 # make test     set up if needed, then run the tests
 # make lint     ruff (format and check) and mypy
 # make audit    ask PyPI for known vulnerabilities of all that is installed
-# make zoo      every architecture of mlx-lm, tiny and random, beside mlx-lm alone (ARGS="--padded llama gemma2")
+# make zoo      every architecture of mlx-lm, tiny and random, beside mlx-lm alone (ARGS="--padded --jobs 2 llama gemma2")
 # make ecosystem  round trips with the SDKs and frameworks that people use (ARGS="--keep DIRECTORY litellm")
 
 PYTHON       ?= python3

@@ -34,12 +34,14 @@ from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.distributed.link import LinkLost
 from mlxserver.engine.errors import EngineError, SourceInvalid
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
+from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import gguf, sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.thread_pool import ThreadPool
 from mlxserver.manager.loading import StartEngine
@@ -200,14 +202,16 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         position = sharding.RankPosition(0, leader.size if leader else 1)
         return threads.call(lambda: sharding.share(estimate(spec), spec, position))
 
-    disk = prefix_store(settings)
-    builder = Builder(settings.stall_target, leader, disk=disk)
+    disk, pool = prefix_store(settings), KVPool()
+    kept_checks = KeptChecks(gguf.cache_directory() / "self-checks")
+    builder = Builder(settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks)
     manager = ModelManager(
         settings,
         engine_starter(builder, threads),
         device.process_bytes,
         estimate_share,
         device.active_bytes,
+        pool,
     )
     manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
+from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate, budget
 from mlxserver.engine.metrics import ModelMetrics, RankReport, TierUsage
@@ -45,7 +46,7 @@ class ModelManager:
     start_engine: makes the engine of a spec (runners/builder.py in the server, a scripted one in tests).
     measure_memory: bytes that this process holds; measure_arrays: those of them in models' arrays. estimate: memory
     that a model will take. `ranks`: reports of the ranks that share models, none if the server is alone. `cache_usage`,
-    `clear_cache`: of the prefix cache.
+    `clear_cache`: of the prefix cache. pool: what the engines' KV cache and prefixes come out of.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class ModelManager:
         measure_memory: Callable[[], int],
         estimate: Callable[[ModelSpec], Estimate],
         measure_arrays: Callable[[], int] = lambda: 0,
+        pool: KVPool | None = None,
     ) -> None:
         self.settings = settings
         self.ranks: Callable[[], Sequence[RankReport]] = list
         self.cache_usage: Callable[[], Sequence[TierUsage]] = list
         self.clear_cache: Callable[[], None] = lambda: None
-        self.memory = MemoryBudget(self._rules, measure_arrays)
+        self.memory = MemoryBudget(self._rules, measure_arrays, pool)
         self._started = time.monotonic()
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._registry = Registry()

@@ -1,8 +1,10 @@
 """Memory estimates against measurements: after the load, and at the peak that requests can cause.
 
-Run: python -m tools.measure_memory [SOURCE ...]; by default the embedded model and three shapes of random weights.
-Each model is measured in a separate process: eight sequences fill the KV cache, then one prompt fills the context. MLX
-is the peak of MLX's arrays, RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere.
+Run: python -m tools.measure_memory [--tiny] [SOURCE ...]; by default the embedded model, three llamas, and ten
+architectures of the zoo, of random weights. SOURCE may be the name of one of those, too. Each model is measured in a
+separate process: eight sequences fill the KV cache, then one prompt fills the context. MLX is the peak of MLX's arrays,
+RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere. Held: by the sequences, with the prefixes
+that are kept.
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlx_lm.models.llama import Model, ModelArgs
-from mlx_lm.utils import save_model
+from mlx_lm.utils import _get_classes, save_model
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
@@ -28,22 +29,29 @@ from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
+from tools.zoo import models
 
 # hidden size, layers, heads, KV heads, width of the MLP, vocabulary
-SHAPES = {
+LLAMAS = {
     "small": (512, 8, 8, 8, 1408, 32_000),
     "wide": (2048, 4, 16, 4, 5632, 32_000),
     "deep": (768, 24, 12, 4, 2048, 50_000),
 }
-CACHE_TOKENS, CONTEXT = 2048, 2048
+# Kinds of caches: plain, windows, MLA, MLA with an index, states beside plain ones, states alone.
+ZOO = (
+    *("llama", "qwen3_moe", "gemma3_text", "gpt_oss", "deepseek_v3", "deepseek_v32"),
+    *("falcon_h1", "qwen3_next", "nemotron_h", "jamba", "plamo2", "mamba2", "rwkv7"),
+)
+FACTOR = 4  # of the zoo's heads and their dimensions; hidden sizes grow with its square
+TOKENS = 2048  # of the context, and of the cache
 SEQUENCES, ANSWER = 8, 32
 MIB = 1 << 20
 
 
-def write_shape(path: Path, shape: tuple[int, ...]) -> Path:
-    """Write a llama of random float16 weights with the embedded model's tokenizer."""
+def llama_config(shape: tuple[int, ...]) -> dict[str, Any]:
+    """The config.json of one of LLAMAS."""
     hidden, layers, heads, kv_heads, width, vocab = shape
-    config = {
+    return {
         "model_type": "llama",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -51,13 +59,24 @@ def write_shape(path: Path, shape: tuple[int, ...]) -> Path:
         "num_key_value_heads": kv_heads,
         "intermediate_size": width,
         "vocab_size": vocab,
-        "max_position_embeddings": CONTEXT,
+        "max_position_embeddings": TOKENS,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "eos_token_id": 2,
     }
-    model = Model(ModelArgs.from_dict(config))
+
+
+def config_of(name: str, *, is_tiny: bool) -> dict[str, Any]:
+    """The config.json of one of LLAMAS or ZOO."""
+    if name in LLAMAS:
+        return llama_config(LLAMAS[name])
+    return models.scaled(models.config(name), 1 if is_tiny else FACTOR)
+
+
+def write_model(path: Path, config: dict[str, Any]) -> Path:
+    """Write a model of random float16 weights with the embedded model's tokenizer."""
+    config = config | {"torch_dtype": "float16", "eos_token_id": 2}
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
     model.set_dtype(mx.float16)
     path.mkdir(parents=True)
     save_model(path, model)
@@ -67,9 +86,12 @@ def write_shape(path: Path, shape: tuple[int, ...]) -> Path:
     return path
 
 
-def measure(source: str) -> dict[str, float]:
-    """Load the model and run the largest requests; the sizes in MiB, and the deviation of the estimate in percent."""
-    spec = ModelSpec("model", source, type="instruction", cache_tokens=CACHE_TOKENS, max_running=SEQUENCES)
+def measure(source: str, tokens: int) -> dict[str, float]:
+    """Load the model and run the largest requests of a context of so many tokens.
+
+    Returns the sizes in MiB, and the deviation of the estimate in percent.
+    """
+    spec = ModelSpec("model", source, type="instruction", cache_tokens=tokens, max_running=SEQUENCES)
     expected = estimate(spec)
     rss, active = device.process_bytes(), device.active_bytes()
     with streams.thread_stream():
@@ -77,24 +99,29 @@ def measure(source: str) -> dict[str, float]:
         batch: Any = builder.Builder(stall_target=60.0).build(spec).batch
         loaded = device.active_bytes() - active
         mx.reset_peak_memory()
-        answer(batch, sequences=SEQUENCES, prompt=CACHE_TOKENS // SEQUENCES - ANSWER - 2)
-        answer(batch, sequences=1, prompt=CONTEXT - ANSWER - 2)
+        held = answer(batch, sequences=SEQUENCES, prompt=tokens // SEQUENCES - ANSWER - 2) - active - loaded
+        answer(batch, sequences=1, prompt=tokens - ANSWER - 2)
         mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
         batch.close()
     is_off = expected.total / (process if device.is_cpu() else mlx) - 1
-    sizes = {"weights": expected.weights, "loaded": loaded, "total": expected.total, "mlx": mlx, "rss": process}
+    sizes = {
+        **{"weights": expected.weights, "loaded": loaded, "cache": expected.cache, "held": held},
+        **{"total": expected.total, "mlx": mlx, "rss": process},
+    }
     return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
 
 
-def answer(batch: Any, *, sequences: int, prompt: int) -> None:
-    """Generate the answers of `sequences` at once. prompt: tokens of each."""
+def answer(batch: Any, *, sequences: int, prompt: int) -> int:
+    """Generate the answers of `sequences` at once. prompt: tokens of each. Returns the bytes of arrays at the end."""
     for n in range(sequences):
         batch.insert([Sequence(n, tuple(range(3, 3 + prompt)), SamplingParams(temperature=0.0), ANSWER)])
     generated = 0
     while generated < sequences * ANSWER:
         generated += len(batch.decode())
         batch.prefill()
+    held = device.active_bytes()
     batch.remove(range(sequences))
+    return held
 
 
 def highest_process_bytes() -> int:
@@ -109,23 +136,26 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="*")
+    parser.add_argument("--tiny", action="store_true", help="the zoo as small as it is")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the context, and of the cache ({TOKENS})")
     parser.add_argument("--one", action="store_true", help="measure a single source here and print JSON")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.sources[0])))
+        print(json.dumps(measure(arguments.sources[0], arguments.tokens)))
         return 0
-    with tempfile.TemporaryDirectory() as directory:
-        made = {name: str(write_shape(Path(directory) / name, shape)) for name, shape in SHAPES.items()}
-        wanted = {s: s for s in arguments.sources} or {"embedded:smollm2": "embedded:smollm2", **made}
-        print(f"{'MiB':<18}{'weights':>9}{'loaded':>9}   {'estimate':>9}{'MLX':>9}{'RSS':>9}{'off':>8}")
-        for name, source in wanted.items():
-            command = [sys.executable, "-m", "tools.measure_memory", "--one", source]
+    print(
+        f"{'MiB':<18}{'weights':>9}{'loaded':>9}{'cache':>9}{'held':>9}   {'estimate':>9}{'MLX':>9}{'RSS':>9}{'off':>8}"
+    )
+    for name in arguments.sources or ["embedded:smollm2", *LLAMAS, *ZOO]:
+        with tempfile.TemporaryDirectory() as directory:
+            is_made = name in LLAMAS or name in ZOO
+            source = write_model(Path(directory) / "m", config_of(name, is_tiny=arguments.tiny)) if is_made else name
+            command = [sys.executable, "-m", "tools.measure_memory", "--tokens", str(arguments.tokens)]
+            command += ["--one", str(source)]
             m = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-            print(
-                f"{name:<18}{m['weights']:>9.1f}{m['loaded']:>9.1f}   "
-                f"{m['total']:>9.1f}{m['mlx']:>9.1f}{m['rss']:>9.1f}{m['off']:>+7.1f}%",
-                flush=True,
-            )
+        sizes = "".join(f"{m[part]:>9.1f}" for part in ("weights", "loaded", "cache", "held"))
+        totals = "".join(f"{m[part]:>9.1f}" for part in ("total", "mlx", "rss"))
+        print(f"{name:<18}{sizes}   {totals}{m['off']:>+7.1f}%", flush=True)
     return 0
 
 

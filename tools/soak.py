@@ -1,10 +1,14 @@
-"""Soak test: random loads, unloads, evictions, chats and hang-ups on a server with memory for two of five models.
+"""Soak test: random loads, unloads, evictions, chats and hang-ups on a server with little memory for five models.
+
+Its budget is what one model would take with its whole KV cache reserved. Three fit at once, and the others after
+evictions; long prompts make them compete for KV cache.
 
 Run: python -m tools.soak [--minutes 10] [--seed 0]. Exit status 1 if a promise was broken:
 
 Promise 1: every accepted request is answered whole, or with an error object.
 Promise 2: no model is stalled: at the end each one is unloaded and has no request.
 Promise 3: the memory returns to its size at the start, within 5 %.
+Promise 4: three models are loaded at once, and at every sample what is held, and live arrays, are within the budget.
 
 It prints one line per part: the requests that were answered, refused and hung up on, the median, the 99th percentile
 and the maximum of the latencies in seconds, and the memory without models; at the end the counts of all outcomes.
@@ -34,7 +38,10 @@ from tools.harness.models import tiny_llama
 from tools.harness.running_server import running_server
 
 KEYS = ("a", "b", "c", "d", "e")
-TOKENS = 2048  # of each model's KV cache
+TOGETHER = 3  # models that are loaded at once
+CONTEXT, MIN_CONTEXT = 65_536, 512  # tokens
+LONG = 600  # words of a long prompt
+SAMPLE = 0.1  # seconds between two samples of the memory
 WORKERS = 12
 PART = 5.0  # minutes between two measurements without models; a short run has five parts
 # Statuses with which a request may end, other than 200.
@@ -76,6 +83,28 @@ class Soak:
         self._sources = sources
         self._random = random.Random(seed)
         self.tally = Tally()
+        self.samples = 0
+        self.most = Counter[str]()  # bytes
+
+    async def load_together(self) -> None:
+        """Load three models at once. Raises Broken if they do not all stay."""
+        for key in KEYS[:TOGETHER]:
+            await self.load(key)
+        async with self._session.get(f"{self._url}/v1/models") as response:
+            loaded = [model for model in (await response.json())["data"] if model["status"]["value"] == "loaded"]
+        if len(loaded) != TOGETHER:
+            raise Broken(f"{len(loaded)} of {TOGETHER} models are loaded at once")
+
+    async def watch(self) -> None:
+        """Sample the memory until cancelled. Raises Broken for a sample beyond the budget."""
+        while True:
+            figures = await self.figures()
+            self.most["held"] = max(self.most["held"], held := int(_held(figures)))
+            self.most["live"] = max(self.most["live"], live := int(figures["memory_active_bytes"]))
+            self.samples += 1
+            if max(held, live) > figures["memory_budget_bytes"]:
+                raise Broken(f"memory beyond the budget: {figures}")
+            await asyncio.sleep(SAMPLE)
 
     async def work(self, until: float) -> None:
         """Run one client until a time of time.monotonic()."""
@@ -156,7 +185,8 @@ class Soak:
         return dict(sums)
 
     def _ask(self, key: str, *, stream: bool = False, max_tokens: int = 40) -> Any:
-        content = " ".join(["word"] * self._random.randrange(1, 120))
+        words = LONG if self._random.random() < 0.1 else 120
+        content = " ".join(["word"] * self._random.randrange(1, words))
         body = {
             "model": key,
             "messages": [{"role": "user", "content": content}],
@@ -177,6 +207,11 @@ class Soak:
         self.tally.outcomes[f"{action} {status}{code}"] += 1
 
 
+def _held(figures: dict[str, float]) -> float:
+    """Bytes that models and prefixes hold."""
+    return figures["memory_reserved_bytes"] + figures["memory_prefix_bytes"]
+
+
 async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace) -> bool:
     """Run all parts and print the figures; whether every promise was kept. Raises CancelledError if stopped."""
     this_task = asyncio.current_task()
@@ -187,6 +222,7 @@ async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         clients = Soak(session, url, sources, arguments.seed)
         # What the process allocates once, in its first steps, is not a leak.
+        await clients.load_together()
         await run(clients, min(60.0, arguments.minutes * 20))
         before = await clients.settle()
         print(f"start: {before / 2**20:.1f} MiB", flush=True)
@@ -194,6 +230,11 @@ async def soak(url: str, sources: dict[str, str], arguments: argparse.Namespace)
         figures = await clients.figures()
         for name in ("loads_total loaded", "loads_total aborted", "unloads_total evict", "completion_tokens_total"):
             print(f"{figures.get(name, 0):>7.0f}  {name}")
+        budget, most = figures["memory_budget_bytes"], clients.most
+        print(
+            f"budget {budget / 2**20:.1f} MiB, at most {most['held'] / 2**20:.1f} MiB held and "
+            f"{most['live'] / 2**20:.1f} MiB in live arrays, in {clients.samples} samples"
+        )
         print(f"memory at the start {before / 2**20:.1f} MiB, at the end {after / 2**20:.1f} MiB: {after / before:.3f}")
         return after <= before * float(arguments.growth)
 
@@ -219,19 +260,20 @@ async def run_parts(clients: Soak, minutes: float) -> int:
 
 
 async def run(clients: Soak, seconds: float) -> None:
-    """Run all clients at once."""
+    """Run all clients at once, and sample the memory meanwhile."""
     end = time.monotonic() + seconds
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(WORKERS):
-            tasks.create_task(clients.work(end))
+        watching = tasks.create_task(clients.watch())
+        await asyncio.gather(*(tasks.create_task(clients.work(end)) for _ in range(WORKERS)))
+        watching.cancel()
 
 
 def write_config(directory: Path, sources: dict[str, str]) -> Path:
-    """Write settings with memory for two of the models, and frequent evictions."""
-    each = estimate.estimate(ModelSpec("a", sources["a"], cache_tokens=TOKENS)).total
-    lines = [f"memory_limit = {int(each * 2.5)}", "min_residency = 0.5", "max_wait = 2"]
+    """Write settings with memory for one model with its whole KV cache, and frequent evictions."""
+    reserved = estimate.estimate(ModelSpec("a", sources["a"], min_context=CONTEXT)).total
+    lines = [f"memory_limit = {reserved}", "min_residency = 0.5", "max_wait = 2"]
     for key, source in sources.items():
-        lines += [f"[models.{key}]", f'source = "{source}"', f"cache_tokens = {TOKENS}", "max_waiting = 8"]
+        lines += [f"[models.{key}]", f'source = "{source}"', f"min_context = {MIN_CONTEXT}", "max_waiting = 8"]
     path = directory / "models.toml"
     path.write_text("\n".join(lines))
     return path
@@ -245,7 +287,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--growth", type=float, default=1.05, help="allowed ratio of the memory at the end")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
-        sources = {key: str(tiny_llama(Path(directory) / key, seed=n)) for n, key in enumerate(KEYS)}
+        sources = {
+            key: str(tiny_llama(Path(directory) / key, seed=n, hidden=256, layers=8, context=CONTEXT))
+            for n, key in enumerate(KEYS)
+        }
         config = write_config(Path(directory), sources)
         with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
             status = 1

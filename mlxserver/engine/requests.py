@@ -161,6 +161,7 @@ class Execution:
 class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
+    reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
     capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking" and "fill_in_middle".
     execution: None where ranks share the model.
     """
@@ -170,3 +171,4 @@ class ModelFacts:
     weight_bytes: int
     capabilities: frozenset[str] = frozenset()
     execution: Execution | None = None
+    reserved_kv_bytes: int | None = None

@@ -131,8 +131,8 @@ class ModelInstance:
 
     @property
     def reserved_bytes(self) -> int:
-        """Memory that is reserved for the model."""
-        return self._reservation.bytes
+        """Memory that the model holds: what is reserved for it, and the KV cache beyond that."""
+        return self._memory.held(self._reservation)
 
     @property
     def expires_in(self) -> float | None:
@@ -266,6 +266,11 @@ class ModelInstance:
     def waiting_since(self) -> float | None:
         """Arrival of the oldest request that waits for the model, by time.monotonic(); None without one."""
         return self._queue.waiting_since
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is never evicted."""
+        return self.spec.pin
 
     def resident(self, bytes: int) -> Resident:
         """Figures of the model for a decision on memory."""

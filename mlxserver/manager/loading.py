@@ -78,7 +78,8 @@ class Loader:
         engine, facts = await self._started_engine(spec, on_death)
         self.seconds = time.monotonic() - started
         self._metrics.load.observe(self.seconds)
-        return engine, facts, facts.weight_bytes + self.estimate.cache + self.estimate.activations
+        kv_bytes = self.estimate.cache if facts.reserved_kv_bytes is None else facts.reserved_kv_bytes
+        return engine, facts, facts.weight_bytes + kv_bytes + self.estimate.activations
 
     async def _started_engine(
         self, spec: ModelSpec, on_death: Callable[[EngineError], None]

@@ -1,4 +1,4 @@
-"""Memory budget of all models: their reservations, and the evictions that make room for them.
+"""Memory budget of all models: their reservations, and the evictions that make room for them and for KV cache.
 
 Invariants
 1. A decision and its record are one plain step: a granted reservation counts at once, its victims no more. Two loads
@@ -6,8 +6,10 @@ Invariants
 2. A grant is used only once its victims have left. If the memory is not there even then, because a model grew or the
    limit was lowered meanwhile, it is decided anew.
 3. No polling: every change of a model, and the end of a time limit, calls reconsider().
-4. Freed memory is measured: bytes in use beyond all reservations, as an engine that ended badly may leave, are not
-   granted.
+4. Freed memory is measured: bytes in use beyond all reservations, KV cache and prefixes, as an engine that ended badly
+   may leave, are not granted.
+5. Engines claim KV cache beyond their reservations on their own threads (engine/kv_pool.py): decisions are made and
+   recorded under the pool's lock. Prefixes count as free: the pool drops them.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 from mlxserver.engine.errors import LoadAborted, NoRoom
+from mlxserver.engine.kv_claims import Outlook
+from mlxserver.engine.kv_pool import KVPool, Reserved
 from mlxserver.manager.eviction import Granted, MemoryRequest, Postponed, Refused, Resident, Rules, decide
 from mlxserver.manager.states import ModelState
 
@@ -38,6 +43,10 @@ class MemoryHolder(Protocol):
     @property
     def waiting_since(self) -> float | None:
         """Arrival of the oldest request that waits for it, by time.monotonic(); None without one."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is never evicted."""
 
     def resident(self, bytes: int) -> Resident:
         """Its figures for a decision, with this much memory."""
@@ -80,6 +89,7 @@ class Reservation:
         self.wanted = bytes
         self.outcome = asyncio.get_running_loop().create_future()
         self._budget.reservations[self] = None
+        self._budget.listen()
         self._budget.reconsider()
         await self.outcome
 
@@ -99,20 +109,35 @@ class Reservation:
 class MemoryBudget:
     """Ledger of all reservations. Used on one event loop. `rules` are read at every decision: a reload changes them.
 
-    measure_arrays: bytes of all models' arrays in memory.
+    measure_arrays: bytes of all models' arrays in memory. pool: what engines hold beyond their reservations.
     """
 
-    def __init__(self, rules: Callable[[], Rules], measure_arrays: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        rules: Callable[[], Rules],
+        measure_arrays: Callable[[], int] = lambda: 0,
+        pool: KVPool | None = None,
+    ) -> None:
         self.reservations: dict[Reservation, None] = {}
         self.is_closed = False
         self._rules = rules
         self._measure_arrays = measure_arrays
+        self._pool = pool or KVPool()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def reserved(self) -> int:
-        """Bytes granted to all models."""
-        return sum(each.bytes for each in self.reservations)
+        """Bytes that all models hold, with the KV cache beyond their reservations."""
+        return self._in_use + self._pool.total_over
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefixes of all models in memory."""
+        return self._pool.prefix_bytes
+
+    def held(self, reservation: Reservation) -> int:
+        """Bytes granted to one model, with the KV cache that it has beyond its reservation."""
+        return reservation.bytes + (self._pool.over(reservation.holder.key) if reservation.bytes else 0)
 
     @property
     def budget(self) -> int:
@@ -121,13 +146,13 @@ class MemoryBudget:
 
     @property
     def unaccounted(self) -> int:
-        """Bytes in use beyond all reservations."""
-        return max(0, self._measure_arrays() - self.reserved)
+        """Bytes in use beyond all reservations, KV cache and prefixes."""
+        return max(0, self._measure_arrays() - self.reserved - self.prefix_bytes)
 
     def reconsider(self) -> None:
-        """Decide on every pending reservation anew: something has changed.
+        """Decide on every pending reservation anew, and on every claim that waits: something has changed.
 
-        Loads without a request come first, then requests in the order of their arrival.
+        Claims come first, then loads without a request, then requests in the order of their arrival.
         """
         if self._timer:
             self._timer.cancel()
@@ -135,10 +160,23 @@ class MemoryBudget:
         pending = sorted(
             (each for each in self.reservations if each.is_pending), key=lambda each: each.holder.waiting_since or 0.0
         )
-        soonest = min([self._settle(each) for each in pending], default=math.inf)
+        with self._pool.lock:
+            self._publish()
+            soonest = min([*self._answer_claims(), *(self._settle(each) for each in pending)], default=math.inf)
+            self._publish()
         if soonest < math.inf:
             delay = max(0.0, soonest - time.monotonic())
             self._timer = asyncio.get_running_loop().call_later(delay, self.reconsider)
+
+    def listen(self) -> None:
+        """Decide anew whenever an engine's claim waits."""
+        loop = asyncio.get_running_loop()
+
+        def on_pressure() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self.reconsider)
+
+        self._pool.on_pressure = on_pressure
 
     def close(self) -> None:
         """Refuse every pending reservation, and every one from now on."""
@@ -152,8 +190,7 @@ class MemoryBudget:
         assert pending.outcome is not None
         if not pending.bytes:
             request = MemoryRequest(pending.wanted, pending.holder.waiting_since)
-            granted = [each for each in self.reservations if each.bytes and not each.holder.state.is_leaving]
-            residents = [each.holder.resident(each.bytes) for each in granted]
+            residents = [each.holder.resident(self.held(each)) for each in self._staying]
             match decide(request, residents, replace(self._rules(), budget=self._grantable), time.monotonic()):
                 case Postponed(until):
                     return until
@@ -165,13 +202,60 @@ class MemoryBudget:
                     for victim in victims:
                         victim.evict()
         in_use = [each for each in self.reservations if each.is_in_use]
-        if sum(each.bytes for each in in_use) + pending.bytes <= self._grantable:
+        if self._in_use + self._pool.total_over + pending.bytes <= self._grantable:
             pending.is_in_use = True
             pending.outcome.set_result(None)
         elif not any(each.holder.state.is_leaving for each in in_use):
             pending.bytes = 0  # its victims have left, and the memory is not there
             return self._settle(pending)
         return math.inf
+
+    # -- the pool -------------------------------------------------------------------------------------------------
+
+    def _answer_claims(self) -> Iterator[float]:
+        """Evict models for the claims that wait, and tell the pool what comes of it. Times to decide again."""
+        promised = 0
+        for account, demand in self._pool.demands:
+            residents = [
+                each.holder.resident(self.held(each)) for each in self._staying if each.holder.key != account.key
+            ]
+            own = [each for each in self._staying if each.holder.key == account.key]
+            if not own:  # it is being unloaded: its requests end, one way or another
+                self._pool.answer(account, demand, Outlook.LATER)
+                continue
+            fits_in_time = self._pool.is_had_without(account, demand)
+            request = MemoryRequest(demand.extra, None if fits_in_time else demand.since)
+            budget = self._grantable - promised - sum(self.held(each) for each in own)
+            match decide(request, residents, replace(self._rules(), budget=budget), time.monotonic()):
+                case Postponed(until):
+                    self._pool.answer(account, demand, Outlook.LATER)
+                    yield until
+                case Refused():
+                    self._pool.answer(account, demand, Outlook.LATER if fits_in_time else Outlook.NEVER)
+                case Granted(victims):
+                    promised += demand.extra
+                    self._pool.answer(account, demand, Outlook.COMING)
+                    for victim in victims:
+                        victim.evict()
+
+    def _publish(self) -> None:
+        """Tell the pool what is reserved: now, and once the models that are leaving have left, whichever is more."""
+        later = sum(each.bytes for each in self._staying)
+        reserved = {
+            each.holder.key: Reserved(each.bytes, each.holder.is_pinned, each.holder.state.is_leaving)
+            for each in self.reservations
+            if each.bytes
+        }
+        self._pool.publish(self._grantable, max(self._in_use, later), reserved)
+
+    @property
+    def _in_use(self) -> int:
+        return sum(each.bytes for each in self.reservations if each.is_in_use)
+
+    @property
+    def _staying(self) -> list[Reservation]:
+        """Reservations that were granted to models that are not leaving."""
+        return [each for each in self.reservations if each.bytes and not each.holder.state.is_leaving]
 
     @property
     def _grantable(self) -> int:

@@ -41,7 +41,7 @@ GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
     "running_requests": ("Requests that have a slot.", lambda i: i.running),
     "waiting_requests": ("Requests that wait for a slot, or for the model.", lambda i: i.waiting),
     "weights_bytes": ("Memory of the weights.", lambda i: i.facts.weight_bytes if i.facts else 0),
-    "reserved_bytes": ("Memory that the model may take.", lambda i: i.reserved_bytes),
+    "reserved_bytes": ("Memory that the model holds, beside its prefixes.", lambda i: i.reserved_bytes),
     "estimated_bytes": ("Memory that the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
     "failed": ("Whether the model's last load failed, or its engine ended.", lambda i: int(i.status == "failed")),
     "wedged": ("Whether the engine is stalled in a step.", lambda i: int(i.is_stalled)),
@@ -84,9 +84,10 @@ class Collector:
         memory = self._manager.memory
         yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", memory.budget)
         yield GaugeMetricFamily(
-            PREFIX + "memory_reserved_bytes", "Memory that is reserved for models.", memory.reserved
+            PREFIX + "memory_reserved_bytes", "Memory that models hold, beside their prefixes.", memory.reserved
         )
-        unaccounted = "Memory of live arrays beyond what is reserved for models."
+        yield GaugeMetricFamily(PREFIX + "memory_prefix_bytes", "Memory of all models' prefixes.", memory.prefix_bytes)
+        unaccounted = "Memory of live arrays beyond what models and prefixes hold."
         yield GaugeMetricFamily(PREFIX + "memory_unaccounted_bytes", unaccounted, memory.unaccounted)
         yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())
         yield GaugeMetricFamily(PREFIX + "process_bytes", "Resident memory of the process.", device.process_bytes())

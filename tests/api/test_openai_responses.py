@@ -330,6 +330,12 @@ def test_a_response_is_continued_with_all_its_items():
     assert [(message.role, message.text) for message in second] == [
         ("user", "one"), ("assistant", "two"), ("user", "three"),
     ]  # fmt: skip
+    item = dialect.store.get("a", id).output_items[0]["id"]
+    reference = {"type": "item_reference", "id": item}
+    assert ask("a", input=[reference]).requests[0].prompt.conversation[0].text == "two"
+    for client, items in (("a", [reference, reference]), ("b", [reference])):
+        with pytest.raises(ValidationFailed, match="Invalid value|not found"):
+            ask(client, input=items)
     with pytest.raises(ValidationFailed) as caught:
         ask("b", input="three", previous_response_id=id)
     assert caught.value.code == "previous_response_not_found"

@@ -1,11 +1,11 @@
 """The prefix cache on disk: what is found after a restart, and what never is."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 from mlxserver.engine.mlx import mx
@@ -13,8 +13,11 @@ from mlxserver.engine.mlx import mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import ArraysCache, KVCache
 
-from mlxserver.engine.kv_cache import cache_files, caches
+from mlxserver.engine.kv_cache import cache_files, caches, checkpoints
+from mlxserver.engine.kv_cache.disk_index import FileName
+from mlxserver.engine.kv_cache.disk_reader import Blocks
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
@@ -53,7 +56,7 @@ class Process:
 
 
 def files(folder):
-    return sorted(folder.rglob("*.kv"))
+    return sorted(folder.rglob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,7 @@ def test_a_file_that_is_not_what_was_written_is_removed_and_not_served(name, dam
 def test_a_file_under_another_s_name_is_not_served(llama, filled):
     for path in files(filled):
         kind, start, end, _ = path.stem.split("-")
-        path.rename(path.with_name(f"{kind}-{start}-{end}-{'0' * 32}.kv"))
+        path.rename(path.with_name(f"{kind}-{start}-{end}-{'0' * 32}.safetensors"))
     swapped = Process(llama, filled)
     assert swapped.ask(PROMPT)[1] == 0
     swapped.end()
@@ -171,7 +174,10 @@ def test_a_file_under_another_s_name_is_not_served(llama, filled):
 
 def test_other_files_in_the_folder_are_left_alone(llama, filled):
     folder = files(filled)[0].parent
-    others = [folder / name for name in ("notes.txt", "w-1.kv", "x-y-z-0.kv", "young.kv.1.partial")]
+    others = [
+        folder / name
+        for name in ("notes.txt", "w-1.safetensors", "x-y-z-0.safetensors", "young.1-2-3.partial.safetensors")
+    ]
     for path in others:
         path.write_text("mine")
     process = Process(llama, filled)
@@ -185,7 +191,7 @@ def test_files_are_bounded_and_the_least_recently_used_go_first(llama, tmp_path)
     process.ask(PROMPT)
     process.disk.flush()
     size = process.disk.usage()[1]
-    process.disk.max_bytes = 3 * size
+    process.disk.files.max_bytes = 3 * size
     for seed in range(4):
         process.ask(prompt(350, seed=10 + seed))
         process.disk.flush()
@@ -264,12 +270,97 @@ def test_what_is_not_finite_is_not_written(tmp_path):
 
 
 def test_files_that_were_never_completed_are_removed_in_time(llama, filled):
-    left = files(filled)[0].with_suffix(".1-2-3.partial")
+    left = files(filled)[0].with_suffix(".1-2-3.partial.safetensors")
     left.write_bytes(b"half")
     old = time.time() - 3600
     os.utime(left, (old, old))
     Process(llama, filled).end()
     assert not left.exists()
+
+
+def test_files_of_the_former_format_are_removed(llama, filled):
+    former = filled / ("0" * 32)
+    former.mkdir()
+    (former / f"w-0-128-{'a' * 32}.kv").write_bytes(b"mlxkvpc\x01")
+    (filled / "mine.kv").write_text("mine")
+    process = Process(llama, filled)
+    process.disk.flush()
+    assert process.ask(PROMPT)[1] == 256
+    process.end()
+    assert not former.exists()
+    assert (filled / "mine.kv").exists()
+
+
+class WaitingTier(DiskTier):
+    """A disk whose answers come when a test sets them."""
+
+    def __init__(self, folder, max_bytes):
+        super().__init__(folder, max_bytes)
+        self.reads = []
+
+    def restore(self, model, tokens, beyond, keep):
+        self.reads.append(Future())
+        return self.reads[-1]
+
+
+def test_a_prompt_whose_prefix_is_being_read_delays_no_other_one_and_can_be_removed(llama, tmp_path):
+    disk = WaitingTier(tmp_path, 1 << 30)
+    prefixes = PrefixCache(RamTier(), disk).open(IDENTITY, 1 << 30)
+    prefixes.is_warm = True
+    driver = Driver(Scheduler(llama, prefixes=prefixes))
+    driver.add(*(sequence(id, prompt(40, seed=id)) for id in range(4)))
+    driver.step()
+    assert driver.scheduler.waiting() == {0, 1, 2, 3}
+    disk.reads[2].set_result(None)
+    driver.until_generated(2, 8)
+    assert driver.scheduler.waiting() == {0, 1, 3}
+    driver.scheduler.remove([1])
+    disk.reads[0].set_result(None)
+    disk.reads[3].set_result(None)
+    tokens = driver.finish()
+    assert [len(tokens[id]) for id in range(4)] == [8, 0, 8, 8]
+    disk.close()
+
+
+@pytest.mark.parametrize("length", [1, 100, 128, 129, 1000])
+def test_layers_are_put_together_from_blocks_as_they_were(length, tmp_path):
+    """Keys of another type and shape than values, in more layers than a stack has arrays."""
+    layers = []
+    for n in range(11):
+        layer = KVCache()
+        layer.keys = mx.random.normal((1, 2, length + 7, 8), key=mx.random.key(n)).astype(mx.bfloat16)
+        layer.values = mx.random.normal((1, 2, length + 7, 5), key=mx.random.key(n)).astype(mx.float16)
+        layer.offset = length
+        layers.append(layer)
+    blocks = Blocks(length)
+    for start in range(0, length, 128):
+        end = min(start + 128, length)
+        path = tmp_path / f"{start}.safetensors"
+        cache_files.write(path, checkpoints.cut_out(layers, start, end))
+        blocks.put(cache_files.read(path), FileName("w", start, end, ""))
+    for layer, again in zip(layers, blocks.part(), strict=True):
+        assert (again.offset, again.keys.dtype, again.values.dtype) == (length, mx.bfloat16, mx.float16)
+        assert mx.array_equal(again.keys, layer.keys[:, :, :length])
+        assert mx.array_equal(again.values, layer.values[:, :, :length])
+
+
+@pytest.mark.parametrize("place", [0, 4095, 4096, -1])
+def test_any_damage_to_the_content_is_found(place, tmp_path):
+    """The content of a file, behind its header, byte by byte; so are rows of the checksum that are swapped."""
+    layer = ArraysCache(1)
+    layer.cache = [mx.random.normal((4, 1024), key=mx.random.key(0))]
+    path = tmp_path / "c.safetensors"
+    cache_files.write(path, [layer])
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    damaged = bytearray(content[start:])
+    damaged[place] ^= 16
+    swapped = content[start + 4096 : start + 8192] + content[start : start + 4096] + content[start + 8192 :]
+    cache_files.read(path)
+    for body in (damaged, swapped, bytes(len(damaged))):
+        path.write_bytes(content[:start] + body)
+        with pytest.raises(cache_files.CacheFileInvalid):
+            cache_files.read(path)
 
 
 def test_usage_has_entries_bytes_and_hits_and_clear_removes_all(llama, filled):
@@ -291,12 +382,10 @@ def test_a_part_comes_back_as_it_was(tmp_path):
     model = random_model("baichuan_m1")
     cache = caches.new_cache(model)
     model(mx.array([prompt(70)]), cache=cache)
-    cache_files.write(tmp_path / "one.kv", cache)
-    again = cache_files.restored(cache_files.read(tmp_path / "one.kv"))
+    cache_files.write(tmp_path / "one.safetensors", cache)
+    again = cache_files.restored(cache_files.read(tmp_path / "one.safetensors"))
     step = mx.array([[5]])
     assert mx.array_equal(model(step, cache=again), model(step, cache=cache))
-    header = (tmp_path / "one.kv").read_bytes()[16:].split(b"\n")[0][:20]
-    assert json.loads(header[: header.index(b",")] + b"}") == {"name": "one.kv"}
 
 
 EDITS = st.lists(

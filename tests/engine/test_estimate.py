@@ -12,18 +12,21 @@ from hypothesis import strategies as st
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed
+from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.loading import estimate as estimate_module
 from mlxserver.engine.loading import loader
-from mlxserver.engine.loading.architecture import Architecture
+from mlxserver.engine.loading.architecture import Architecture, inspect_architecture
 from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Limits, budget, estimate
-from mlxserver.engine.platform import device
+from mlxserver.engine.loading.sources import checkpoint_metadata
+from mlxserver.engine.platform import cpu_layers, device
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
-from mlxserver.engine.platform.policy import CPU
+from mlxserver.engine.platform.policy import CPU, current
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
+from tools.zoo import models
 
 SHAPES = [(64, 2), (256, 8), (512, 3)]
 
@@ -44,7 +47,7 @@ def test_the_weights_are_estimated_within_15_percent(tmp_path, hidden, layers):
     loaded, taken = measured_load(spec)
     assert expected.weights == loaded.weight_bytes
     assert abs(expected.weights - taken) <= 0.15 * taken
-    assert expected.cache == loaded.limits.cache_tokens * bytes_per_token(loaded.model)
+    assert expected.cache == loaded.limits.reserved * bytes_per_token(loaded.model)
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="the figures are those of float32")
@@ -53,7 +56,7 @@ def test_the_embedded_model_is_estimated_within_15_percent():
     expected = estimate(spec)
     loaded, taken = measured_load(spec)
     assert abs(expected.weights - taken) <= 0.15 * taken
-    assert expected.cache == loaded.limits.cache_tokens * bytes_per_token(loaded.model)
+    assert expected.cache == loaded.limits.reserved * bytes_per_token(loaded.model)
 
 
 def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_path, monkeypatch):
@@ -71,16 +74,32 @@ def test_a_gguf_file_is_estimated_from_its_header_before_it_is_converted(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "own", "limits"),
     [
-        ({}, 2048, Limits(2048, DEFAULT_CACHE_TOKENS)),
-        ({"max_running": 4}, 2048, Limits(2048, 8192)),
-        ({}, 131_072, Limits(DEFAULT_CACHE_TOKENS, DEFAULT_CACHE_TOKENS)),
-        ({"context_length": 131_072}, 131_072, Limits(131_072, 131_072)),
-        ({"context_length": 512, "max_running": 2}, 2048, Limits(512, 1024)),
-        ({"cache_tokens": 1000}, 2048, Limits(1000, 1000)),
+        ({}, 2048, Limits(2048, 2048, 1, None)),
+        ({}, 131_072, Limits(131_072, 4096, 1, None)),
+        ({"min_context": 512}, 131_072, Limits(131_072, 512, 1, None)),
+        ({"context_length": 512}, 2048, Limits(512, 512, 1, None)),
+        ({"cache_tokens": 1000}, 2048, Limits(1000, 1000, 1, 1000)),
     ],
 )
-def test_the_cache_has_a_default_size_unless_another_is_set(fields, own, limits):
+def test_the_context_is_the_model_s_own_and_one_short_request_is_reserved(fields, own, limits):
     assert estimate_module.limits(ModelSpec("m", "x", **fields), own) == limits
+
+
+@pytest.mark.parametrize(
+    ("fields", "own", "context", "cache_tokens"),
+    [
+        ({}, 2048, 2048, DEFAULT_CACHE_TOKENS),
+        ({"max_running": 4}, 2048, 2048, 8192),
+        ({}, 131_072, DEFAULT_CACHE_TOKENS, DEFAULT_CACHE_TOKENS),
+        ({"context_length": 131_072}, 131_072, 131_072, 131_072),
+        ({"context_length": 512, "max_running": 2}, 2048, 512, 1024),
+        ({"cache_tokens": 1000}, 2048, 1000, 1000),
+    ],
+)
+def test_the_cache_of_a_shared_model_is_reserved_whole(fields, own, context, cache_tokens):
+    spec = ModelSpec("m", "x", shard="tensor", **fields)
+    expected = Limits(context, cache_tokens, spec.max_running, cache_tokens)
+    assert estimate_module.limits(spec, own) == expected
 
 
 @pytest.mark.parametrize(
@@ -141,3 +160,45 @@ def test_a_prompt_as_long_as_the_context_takes_no_more_than_was_estimated(tmp_pa
     taken = mx.get_peak_memory() - before
     batch.close()
     assert expected.weights < taken <= expected.total
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="the figures are those of float32")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "gemma3_text", "gpt_oss", "deepseek_v3", "deepseek_v32", "longcat_flash", "deepseek_v41"),
+        *("llama4", "falcon_h1", "mamba2", "nemotron_h", "rwkv7", "jamba", "qwen3_next", "plamo2"),
+    ],
+)
+def test_caches_of_every_kind_are_counted(name):
+    """Plain ones, windows, MLA, several per layer, an architecture's own, chunks, states; beyond their windows."""
+    tokens = 256  # mlx-lm's caches grow by so many
+    if current().replace_kernels:
+        cpu_layers.replace_functions()
+    expected = inspect_architecture(models.config(name)).cache_values(tokens, 1) * 4
+    model = models.build(name)
+    cache = caches.new_cache(model)
+    model(mx.array([[n % models.VOCAB for n in range(tokens - 1)]]), cache=cache)
+    model(mx.array([[1]]), cache=cache)
+    mx.eval([layer.state for layer in cache])
+    assert expected == pytest.approx(caches.cache_bytes(cache), rel=0.15)
+
+
+def test_towers_for_images_are_not_part_of_a_text_models_weights(tmp_path):
+    path = tiny_llama(tmp_path / "m")
+    stored = checkpoint_metadata(str(path)).stored_bytes
+    towers = ("vision_tower.a", "model.visual.a", "language_model.vision_model.a", "multi_modal_projector.a", "mtp.a")
+    image = {f"{name}.weight": mx.zeros((64, 64)) for name in towers}
+    mx.save_safetensors(str(path / "model-2.safetensors"), image | {"visual_head.weight": mx.zeros((2, 64))})
+    header = int.from_bytes((path / "model-2.safetensors").read_bytes()[:8], "little")
+    assert checkpoint_metadata(str(path)).stored_bytes == stored + 8 + header + 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"1234567", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{]"]
+)
+def test_a_file_of_weights_without_a_header_counts_whole(tmp_path, content):
+    path = tiny_llama(tmp_path / "m")
+    stored = checkpoint_metadata(str(path)).stored_bytes
+    (path / "model-2.safetensors").write_bytes(content)
+    assert checkpoint_metadata(str(path)).stored_bytes == stored + len(content)

@@ -229,3 +229,15 @@ def test_an_address_that_others_reach_gives_a_warning_without_keys(scripted_path
         assert (load.status, load.error["code"]) == (403, "admin_key_needed")
         assert server.ask("GET", "/v1/models", None, {"Host": "any.example"}).status == 200
         assert "no keys (--api-key)" in server.stop().stderr
+
+
+def test_a_client_is_known_by_its_key():
+    """Whichever header has it; without keys all clients are one."""
+    keys = Keys(Settings(api_key=(USER,), admin_key=(ADMIN,)), "127.0.0.1")
+    user, admin = (keys.identify(f"Bearer {key}".encode()) for key in (USER, ADMIN))
+    assert (user[0], admin[0]) == (Permission.GENERATE, Permission.NAME_FILES)
+    assert user[1] != admin[1] and USER not in user[1]
+    assert keys.identify(b"", USER.encode()) == user
+    assert keys.identify(f"Bearer {USER}".encode(), ADMIN.encode()) == admin
+    assert keys.identify(b"Bearer x") == (None, "")
+    assert Keys(Settings(), "127.0.0.1").identify(b"Bearer x")[1] == ""

@@ -1,68 +1,32 @@
 """make zoo: every architecture of mlx-lm, tiny and random, in the engine beside mlx-lm alone.
 
-Prints a row per architecture, and the table of docs/models.md.
+Prints a row per architecture, and the table of docs/models.md. Needs no tokenizer and no network.
 
-python -m tools.zoo [--padded] [NAME ...]
+python -m tools.zoo [--padded] [--jobs N] [--limit SECONDS] [--json FILE] [NAME ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
-from mlxserver.engine.mlx import mx
-
-from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
-from mlxserver.engine.platform import cpu_layers
-from mlxserver.engine.platform.policy import ExecutionPolicy, current
-from mlxserver.engine.runners.self_check import fitting_policy
-from mlxserver.engine.scheduler.chunks import execution
 from tools.zoo import models
-from tools.zoo.comparison import problems
+from tools.zoo.check import Result
+from tools.zoo.workers import run_all
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of an architecture. cache: of its decode batch, "" if it does not run here."""
-
-    name: str
-    cache: str
-    text: str
-
-    @property
-    def is_wrong(self) -> bool:
-        """Whether it runs and does not say what mlx-lm says."""
-        return self.text != "right" and not self.text.startswith("not run")
-
-
-def check(name: str, policy: ExecutionPolicy) -> Result:
-    """Build and compare one architecture."""
-    cache, text = "", "right"
-    try:
-        with naming_what_is_missing():
-            model = models.build(name)
-            fitting = fitting_policy(model, policy, name)
-            cache = execution(model, fitting).cache
-            found = problems(model, fitting)
-        if found:
-            text = "; ".join(f"{way}: {problem}" for way, problem in found.items())
-    except Unsupported as missing:
-        text = f"not run: {missing}"
-    except Exception as error:  # mlx-lm's own failure, of any kind
-        text = f"{type(error).__name__}: {error}"
-    mx.clear_cache()
-    return Result(name, cache, " ".join(text.split()))
-
-
-def run(names: list[str], policy: ExecutionPolicy) -> list[Result]:
-    """Print a row per architecture."""
-    print("| architecture | layers keep | runs as | result |\n| --- | --- | --- | --- |")
-    results = []
-    for name in names:
-        results.append(result := check(name, policy))
-        print(f"| {name} | {models.CACHES[name]} | {result.cache} | {result.text} |", flush=True)
-    return results
+def run(names: list[str], options: argparse.Namespace) -> Iterator[Result]:
+    """The results, each as it comes, with a row in the output."""
+    print("| architecture | layers keep | runs as | result | seconds |\n| --- | --- | --- | --- | --- |")
+    for result in run_all(names, options.jobs, options.limit, is_padded=options.padded):
+        cells = (result.name, models.CACHES[result.name], result.cache, result.text, f"{result.seconds:.1f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+        yield result
 
 
 def print_summary(results: list[Result]) -> None:
@@ -78,13 +42,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all by default")
     parser.add_argument("--padded", action="store_true", help="with a GPU's padded slots and bucketed chunks")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once (1)")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one architecture (600)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     options = parser.parse_args()
     if unknown := set(options.names) - set(models.NAMES):
         parser.error(f"unknown architecture: {', '.join(sorted(unknown))}")
-    policy = replace(current(), pad_slots=True, bucket_prefill=True) if options.padded else current()
-    if policy.replace_kernels:
-        cpu_layers.replace_functions()
-    results = run(options.names or list(models.NAMES), policy)
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # for the workers: products of 10 bits can't be compared this closely
+    results = []
+    for result in run(options.names or list(models.NAMES), options):
+        results.append(result)
+        if options.json:
+            options.json.write_text(json.dumps([asdict(own) for own in results], indent=1) + "\n")
     print_summary(results)
     wrong = sum(result.is_wrong for result in results)
     print(f"{wrong} wrong", file=sys.stderr)

@@ -53,13 +53,16 @@ class Answer:
         return None
 
 
-def problems(model: Any, policy: ExecutionPolicy) -> dict[str, str]:
+def problems(
+    model: Any, policy: ExecutionPolicy, reference: Any = None, lengths: Sequence[int] = _LENGTHS
+) -> dict[str, str]:
     """What is wrong, by the way in which requests meet. Raises what the model does, run alone.
 
-    policy: the one that fits the model (runners/self_check.py).
+    policy: the one that fits the model (runners/self_check.py). reference: the model as mlx-lm has it, if that is
+    another one. lengths: of the prompts in tokens.
     """
-    alone = _Alone(model)
-    prompts = [_prompt(length) for length in _LENGTHS]
+    alone = _Alone(reference or model)
+    prompts = [_prompt(length) for length in lengths]
     found = {}
     for way, groups in {
         "alone": [[prompts[0]]],

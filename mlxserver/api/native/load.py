@@ -49,11 +49,13 @@ class LoadRequest(Request):
     )
     adapter: str | None = Parameter(str, "Directory of a LoRA adapter.", check=check_path)
     context_length: int | None = Parameter(
-        int, "Longest context in tokens; by default the model's own, as far as cache_tokens go.", ge=1
+        int, "Longest context in tokens; by default the model's own, as far as memory goes.", ge=1
     )
     max_running: int | None = Parameter(int, "Requests that decode together.", ge=1)
     max_waiting: int | None = Parameter(int, "Requests that may wait for a place.", ge=0)
-    cache_tokens: int | None = Parameter(int, "Tokens whose keys and values all requests together may hold.", ge=16)
+    cache_tokens: int | None = Parameter(
+        int, "Most tokens whose keys and values all requests together may hold.", ge=16
+    )
     shard: Literal["tensor", "pipeline"] | None = Parameter(
         str,
         "How all ranks share the model: each has a part of every layer, or some layers. By default rank 0 has it.",

@@ -37,6 +37,7 @@ class LeadingBatch:
         self.vocab_size = opened.vocab_size
         self.load = EngineLoad()
         self.execution: Execution | None = None
+        self.reserved_kv_bytes: int | None = None
         self._leader = leader
         self._number = number
         self._peers = peers or FixedPeers()
@@ -62,6 +63,10 @@ class LeadingBatch:
         if not self._constraints:
             self._note_idle()
         self._send("remove", list(sequence_ids))
+
+    def longest(self, most: int) -> int:
+        """All of them: the ranks have reserved their KV cache."""
+        return most
 
     def warm_up(self) -> None:
         """Warm up the shapes of prefill chunks."""

@@ -40,6 +40,9 @@ class BatchCache(Protocol):
     def tokens_for(self, lengths: Sequence[int]) -> int:
         """Tokens of KV cache of sequences of so many tokens each; unused capacity included."""
 
+    def tokens_alone(self, length: int) -> int:
+        """Tokens of KV cache of a single sequence, with nothing beside it."""
+
     def compact(self) -> None:
         """Give back slots and capacity that the present sequences do not need."""
 

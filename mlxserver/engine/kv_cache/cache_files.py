@@ -1,58 +1,50 @@
 """Files of the prefix cache: parts of KV caches, each file complete in itself and checked when it is read.
 
-A file is a magic number, the length of its header and the header's CRC-32; the header, JSON; and the arrays' bytes, one
-after the other. The header has the file's name, the structure of the part, and of each array its type, its shape and
-its CRC-32.
+A file is in the safetensors format, which MLX writes and reads without Python's lock, and on a GPU from and into its
+memory. Arrays of one type and shape are stacked, so that a file has few of them. The metadata has the structure of the
+part, the indices of the arrays in each stack, and a checksum of it all and of the file's name.
 
 Rule: a file appears under its name by one rename, when it is whole. It is not synchronized: what a power failure
-damages, the checksums find.
+damages, the checksum finds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import struct
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlxserver.engine.mlx import mx
 
-import numpy as np
 from mlx_lm.models import cache as mlx_caches
 
 from mlxserver.engine.kv_cache.caches import Cache
 
-FORMAT = 1
-SUFFIX = ".kv"
-PARTIAL = ".partial"
-_MAGIC = b"mlxkvpc" + bytes([FORMAT])
-_HEAD = struct.Struct("<8sII")
+FORMAT = 2
+SUFFIX = ".safetensors"
+PARTIAL = ".partial.safetensors"
+_STACKED = 8  # arrays in a stack, most: of a long prompt, too, a stack stays below 2^31 values
+_ROW = 1024  # words that are summed up for the checksum
+_HEADER = 1 << 16  # bytes: what has the header, nearly always
 _numbers = count()
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredArray:
-    """An array as its bytes."""
-
-    content: mx.array
-    dtype: mx.Dtype
-    shape: tuple[int, ...]
+Loaded = tuple[dict[str, mx.array], dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A part as it is in a file."""
+    """A part as it is in a file. stacks: [arrays, *shape]. members: the indices of their arrays in `structure`."""
 
     structure: Sequence[Any]
-    arrays: Sequence[StoredArray]
+    members: Sequence[Sequence[int]]
+    stacks: Sequence[mx.array]
 
 
 class CacheFileInvalid(Exception):
@@ -63,70 +55,82 @@ class NotStorable(Exception):
     """A part with a layer that has no form on disk."""
 
 
-def write(path: Path, part: Cache) -> int:
-    """Write a part to a new file. Returns its size in bytes. Raises OSError, NotStorable."""
+def write(path: Path, part: Cache) -> None:
+    """Write a part to a new file. Raises OSError, NotStorable."""
     arrays: list[mx.array] = []
     structure = [_described(layer, arrays) for layer in part]
-    contents = [_bytes_of(array) for array in arrays]
-    described = [
-        {"type": str(array.dtype).rpartition(".")[2], "shape": array.shape, "crc": zlib.crc32(content.data)}
-        for array, content in zip(arrays, contents, strict=True)
-    ]
-    header = json.dumps({"name": path.name, "structure": structure, "arrays": described}).encode()
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}-{next(_numbers)}{PARTIAL}")
+    members = list(_alike(arrays))
+    stacks = [mx.stack([arrays[index] for index in own]) for own in members]
+    described = json.dumps([structure, members])
+    metadata = {"part": described, "checksum": _checksum(path.name, described, stacks)}
+    partial = path.with_name(f"{path.stem}.{os.getpid()}-{threading.get_ident()}-{next(_numbers)}{PARTIAL}")
     try:
-        with partial.open("wb") as file:
-            file.write(_HEAD.pack(_MAGIC, len(header), zlib.crc32(header)) + header)
-            for content in contents:
-                file.write(content.data)
-            size = file.tell()
+        _save(partial, {str(number): stack for number, stack in enumerate(stacks)}, metadata)
         partial.rename(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return size
+
+
+def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    try:
+        mx.save_safetensors(str(path), arrays, metadata)
+    except RuntimeError as error:  # which MLX raises for a full disk, too
+        raise OSError(str(error)) from error
 
 
 def read(path: Path) -> StoredPart:
-    """The part in a file. May be called on a thread without an MLX stream. Raises OSError, CacheFileInvalid."""
-    data = np.fromfile(path, dtype=np.uint8)
+    """The part in a file, evaluated. Raises OSError, CacheFileInvalid."""
+    with path.open("rb", buffering=0) as file:
+        file.read(_HEADER)  # MLX reads it with Python's lock held: it must not have to wait for the disk
     try:
-        magic, length, crc = _HEAD.unpack(data[: _HEAD.size].tobytes())
-        text = data[_HEAD.size : _HEAD.size + length].tobytes()
-        if magic != _MAGIC or len(text) != length or zlib.crc32(text) != crc:
-            raise CacheFileInvalid(path.name)
-        header = json.loads(text)
-        if header["name"] != path.name:
-            raise CacheFileInvalid(path.name)
-        arrays, start = [], _HEAD.size + length
-        for described in header["arrays"]:
-            dtype = getattr(mx, described["type"])
-            end = start + int(np.prod(described["shape"])) * dtype.size
-            content = data[start:end]
-            if len(content) != end - start or zlib.crc32(content.data) != described["crc"]:
-                raise CacheFileInvalid(path.name)
-            arrays.append(StoredArray(mx.array(content), dtype, tuple(described["shape"])))
-            start = end
-        if start != len(data):
-            raise CacheFileInvalid(path.name)
-        return StoredPart(header["structure"], arrays)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        arrays, metadata = cast(Loaded, mx.load(str(path), format="safetensors", return_metadata=True))
+        structure, members = json.loads(metadata["part"])
+        stacks = [arrays[str(number)] for number in range(len(arrays))]
+        checksum = metadata["checksum"]
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        path.stat()  # it may be gone, meanwhile
         raise CacheFileInvalid(path.name) from error
+    if checksum != _checksum(path.name, metadata["part"], stacks):
+        raise CacheFileInvalid(path.name)
+    return StoredPart(structure, members, stacks)
 
 
 def restored(stored: StoredPart) -> Cache:
-    """The part that was stored. Its arrays are not evaluated. Raises CacheFileInvalid."""
-    try:
-        arrays = [array.content.view(array.dtype).reshape(array.shape) for array in stored.arrays]
-        return [_layer(described, arrays) for described in stored.structure]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CacheFileInvalid(str(error)) from error
+    """The part that was stored. Its arrays are not evaluated: they are views of the stacks."""
+    arrays = {
+        index: stack[position]
+        for own, stack in zip(stored.members, stored.stacks, strict=True)
+        for position, index in enumerate(own)
+    }
+    return [_layer(described, arrays) for described in stored.structure]
 
 
-def _bytes_of(array: mx.array) -> Bytes:
-    flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-    mx.eval(flat)
-    return np.array(flat, copy=False)
+def _alike(arrays: Sequence[mx.array]) -> Iterator[list[int]]:
+    """Indices of arrays that are stacked."""
+    groups: dict[Any, list[int]] = {}
+    for index, array in enumerate(arrays):
+        groups.setdefault((array.dtype, array.shape), []).append(index)
+    for group in groups.values():
+        yield from (group[start : start + _STACKED] for start in range(0, len(group), _STACKED))
+
+
+def _checksum(name: str, described: str, stacks: Sequence[mx.array]) -> str:
+    """CRC-32 of a file's name and description, and a weighted sum of its content, which the device computes.
+
+    Any damage within one row of words changes the sum, but for one case in 2^32; so do rows that are swapped.
+    """
+    text = f"{name} {described} {[(str(stack.dtype), stack.shape) for stack in stacks]}"
+    sums = mx.concatenate([mx.zeros(1, mx.uint32), *[_row_sums(stack) for stack in stacks if stack.size]])
+    weights = mx.arange(sums.size, dtype=mx.uint32) * 2654435761 | 1
+    return f"{zlib.crc32(text.encode()):08x}{(sums * weights).sum().item():08x}"
+
+
+def _row_sums(stack: mx.array) -> mx.array:
+    """Sums of words, modulo 2^32."""
+    flat = stack.reshape(-1)
+    words = flat.view(mx.uint8).astype(mx.uint32) if flat.nbytes % 4 else flat.view(mx.uint32)
+    return words.reshape(-1, math.gcd(words.size, _ROW)).sum(axis=1)
 
 
 def _described(layer: Any, arrays: list[mx.array]) -> Any:
@@ -153,7 +157,7 @@ def _described_state(state: Any, arrays: list[mx.array]) -> Any:
     raise NotStorable(type(state).__name__)
 
 
-def _layer(described: Any, arrays: Sequence[mx.array]) -> Any:
+def _layer(described: Any, arrays: dict[int, mx.array]) -> Any:
     if described is None:
         return None
     if "layers" in described:
@@ -162,7 +166,7 @@ def _layer(described: Any, arrays: Sequence[mx.array]) -> Any:
     return kind.from_state(_state(described["state"], arrays))
 
 
-def _state(described: Any, arrays: Sequence[mx.array]) -> Any:
+def _state(described: Any, arrays: dict[int, mx.array]) -> Any:
     if isinstance(described, dict):
         return arrays[described["array"]]
     return [_state(item, arrays) for item in described] if isinstance(described, list) else described

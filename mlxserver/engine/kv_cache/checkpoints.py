@@ -68,23 +68,6 @@ def cut_out(part: Cache, start: int, end: int) -> Cache:
     return _part(part, lambda layer: layer is not None, cut)
 
 
-def put_together(parts: Sequence[Cache]) -> Cache:
-    """Pieces of layers that keep all tokens, one behind the other: the opposite of cut_out()."""
-
-    def together(*pieces: Any) -> Any:
-        if pieces[0] is None or hasattr(pieces[0], "caches"):
-            return pieces[0] and CacheList(*map(together, *[piece.caches for piece in pieces]))
-        if pieces[0].keys is None:
-            return pieces[0]
-        whole = copy.copy(pieces[0])
-        pairs = [(piece.keys, piece.values) for piece in pieces]
-        whole.keys, whole.values = tree_map(lambda *arrays: mx.concatenate(arrays, axis=2), *pairs)
-        whole.offset = sum(piece.offset for piece in pieces)
-        return whole
-
-    return list(map(together, *parts))
-
-
 def arrays_of(part: Cache) -> list[mx.array]:
     """All arrays of a part."""
     layers = [layer for layer in flat(part) if layer is not None]

@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mlxserver.engine.kv_cache.cache_files import SUFFIX
 from mlxserver.engine.kv_cache.prefix_cache import Tokens
@@ -17,8 +18,7 @@ from mlxserver.engine.kv_cache.prefix_cache import Tokens
 WHOLE, BESIDE, ALONE, STATE = "w", "b", "c", "s"
 
 
-@dataclass(frozen=True, slots=True)
-class FileName:
+class FileName(NamedTuple):
     """Name of a file: tokens from `start` up to `end`."""
 
     kind: str

@@ -114,6 +114,10 @@ class MergedCache:
         """Tokens of KV cache of such sequences."""
         return sum(len(own) * max(own) for own in grouped(lengths, self._class_of).values())
 
+    def tokens_alone(self, length: int) -> int:
+        """Its own tokens."""
+        return length
+
     def compact(self) -> None:
         """Nothing to do: mlx-lm's caches keep no more than their longest sequence needs."""
 

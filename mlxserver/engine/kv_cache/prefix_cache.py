@@ -1,8 +1,8 @@
 """Prefix cache of one process: KV caches of sequences that left, for prompts that begin alike.
 
 Rule 1: entries belong to the identity of a model, not to a loaded model: loaded models of one identity share them.
-Rule 2: the entries of an identity are bounded by each of its loaded models, and dropped with the last of them: they
-        are part of the memory that was reserved for it. What is on disk stays (kv_cache/disk_tier.py).
+Rule 2: the entries of an identity are bounded by each of its loaded models, and dropped with the last of them. What is
+        on disk stays (kv_cache/disk_tier.py).
 Rule 3: any engine thread may use the cache.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from mlxserver.engine.kv_cache import checkpoints
 from mlxserver.engine.kv_cache.caches import Cache, cache_bytes
+from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.metrics import TierUsage
 
 SHORTEST = 16  # tokens of a prefix that is worth a copy of its KV cache
@@ -112,11 +113,12 @@ class Tier(Protocol):
 
 
 class PrefixCache:
-    """The tier of one process, what is behind it, and the loaded models that use it."""
+    """The tier of one process, what is behind it, and the loaded models that use it. pool: what entries come out of."""
 
-    def __init__(self, tier: Tier, disk: Store | None = None) -> None:
+    def __init__(self, tier: Tier, disk: Store | None = None, pool: KVPool | None = None) -> None:
         self.tier = tier
         self.disk = disk
+        self.pool = pool or KVPool()
         self.hits: Counter[tuple[str, str]] = Counter()  # by tier and key of the model
         self._opened: dict[ModelIdentity, set[ModelPrefixes]] = {}
         self._lock = threading.Lock()
@@ -201,33 +203,39 @@ class ModelPrefixes:
 
     def _keep(self, restored: Restored) -> None:
         self._owner.hits["disk", self.key] += 1
-        if restored.checkpoint:
-            self._tier.store_checkpoint(self.model, restored.checkpoint_tokens, restored.checkpoint)
-        if restored.lasting:
-            self._tier.store_trimmable(self.model, restored.tokens, restored.lasting)
-        self._tier.shrink(self._owner.limit(self.model), self.model)
+        read = [*(restored.checkpoint or ()), *(restored.lasting or ())]
+        with self._owner.pool.storing(cache_bytes(read)) as fits:
+            if fits and restored.checkpoint:
+                self._tier.store_checkpoint(self.model, restored.checkpoint_tokens, restored.checkpoint)
+            if fits and restored.lasting:
+                self._tier.store_trimmable(self.model, restored.tokens, restored.lasting)
+            self._tier.shrink(self._owner.limit(self.model), self.model)
 
     def store(self, tokens: Sequence[int], cache: Cache) -> None:
         """Store the cache of a sequence, which holds exactly these tokens."""
         if len(tokens) < SHORTEST:
             return
         stored, limit = np.asarray(tokens, dtype=np.int64), self._owner.limit(self.model)
-        self._tier.store(self.model, stored, cache)
+        with self._owner.pool.storing(cache_bytes(cache)) as fits:
+            if fits:
+                self._tier.store(self.model, stored, cache)
+            self._tier.shrink(limit, self.model)
         if (disk := self._disk) and cache_bytes(cache) <= limit:  # or else it could not be brought back
             checkpoint = checkpoints.checkpoint_part(cache)
             has_checkpoint = not checkpoints.is_empty(checkpoint)
             disk.store(self.model, stored, checkpoints.lasting_part(cache), checkpoint if has_checkpoint else None)
-        self._tier.shrink(limit, self.model)
 
     def store_checkpoint(self, tokens: Sequence[int], cache: Cache) -> None:
         """Store a checkpoint of a sequence that goes on, and whose cache holds exactly these tokens."""
         if len(tokens) < SHORTEST:
             return
         stored, part = np.asarray(tokens, dtype=np.int64), checkpoints.checkpoint_part(cache)
-        self._tier.store_checkpoint(self.model, stored, part)
+        with self._owner.pool.storing(cache_bytes(part)) as fits:
+            if fits:
+                self._tier.store_checkpoint(self.model, stored, part)
+            self._tier.shrink(self._owner.limit(self.model), self.model)
         if disk := self._disk:
             disk.store(self.model, stored, None, part)
-        self._tier.shrink(self._owner.limit(self.model), self.model)
 
     def shrink(self, max_bytes: int) -> None:
         """Drop the least recently used entries until at most this many bytes are left."""

@@ -195,6 +195,12 @@ class RamTier:
                 if self._drop(owner, entry):
                     del shelves[owner]
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all models' entries."""
+        with self._lock:
+            return sum(shelf.nbytes for shelf in self._shelves.values())
+
     def nbytes(self, model: ModelIdentity) -> int:
         """Bytes of a model's entries."""
         shelf = self._shelves.get(model)

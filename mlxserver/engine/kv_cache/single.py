@@ -46,5 +46,9 @@ class SingleCache:
         """Tokens of KV cache of such sequences."""
         return sum(lengths)
 
+    def tokens_alone(self, length: int) -> int:
+        """Its own tokens."""
+        return length
+
     def compact(self) -> None:
         """Nothing to do: a cache is no longer than its sequence."""

@@ -159,6 +159,10 @@ class SlotCache:
             return slots_for(len(lengths)) * capacity
         return max(present.slots_for(len(lengths)), present.slots) * max(present.capacity, capacity)
 
+    def tokens_alone(self, length: int) -> int:
+        """Tokens that one slot for such a sequence holds."""
+        return capacity_for(length)
+
     @property
     def held_tokens(self) -> int:
         """Tokens that the present slots hold, used or not."""

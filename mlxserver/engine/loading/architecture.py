@@ -5,14 +5,14 @@ One lazy forward step shows the shapes of its cache, so every architecture that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlxserver.engine.mlx import mx
 
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from mlxserver.engine.kv_cache import caches
@@ -55,20 +55,54 @@ def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
     parameters = [array for _, array in tree_flatten(model.parameters())]
     vocab = int(logits.shape[-1])
     outputs = sum(array.shape[-2] for array in parameters if array.ndim >= 2 and array.shape[-2] != vocab)
-    layers, sequence_values = [], 0
-    for layer in caches.flat(cache):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if isinstance(keys, mx.array) and isinstance(values, mx.array):
-            per_token = keys.size // keys.shape[2] + values.size // values.shape[2]
-            layers.append((per_token, int(getattr(layer, "max_size", None) or 0)))
-        else:
-            sequence_values += sum(array.size for _, array in tree_flatten(layer.state) if isinstance(array, mx.array))
+    layers, sequence_values = _cache_values(model, list(caches.flat(cache)))
     mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
     return Architecture(
         sum(array.size for array in parameters),
-        tuple(layers),
+        layers,
         sequence_values,
         outputs // len(cache),
         vocab,
         tuple(model_arguments(model)),
     )
+
+
+def _cache_values(model: Any, layers: Sequence[Any]) -> tuple[tuple[tuple[int, int], ...], int]:
+    """The layers and the state of an Architecture. layers: the caches of a sequence of one token."""
+    kept, state = [], 0
+    grown: Sequence[tuple[int, int]] | None = None
+    for n, layer in enumerate(layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, mx.array) and isinstance(values, mx.array):
+            per_token = keys.size // keys.shape[2] + values.size // values.shape[2]
+            kept.append((per_token, _window(layer)))
+        elif isinstance(layer, ArraysCache):
+            state += _size(layer)
+        else:
+            grown = grown or _measured_growth(model)
+            kept.append((grown[n][0], 0))
+            state += grown[n][1]
+    return tuple(kept), state
+
+
+def _measured_growth(model: Any) -> list[tuple[int, int]]:
+    """Values per token, and of the rest, of each layer's cache, whatever it is: from two lengths beyond any window."""
+    lengths, sizes = (4096, 8192), []
+    for length in lengths:
+        cache = make_prompt_cache(model)
+        model(mx.zeros((1, length), dtype=mx.uint32), cache=cache)
+        sizes.append([_size(layer) for layer in caches.flat(cache)])
+    per_token = [-(-(long - short) // (lengths[1] - lengths[0])) for short, long in zip(*sizes, strict=True)]
+    return [(own, max(0, short - own * lengths[0])) for own, short in zip(per_token, sizes[0], strict=True)]
+
+
+def _window(layer: Any) -> int:
+    """The most tokens that a layer keeps; 0: all. A chunk's cache goes beyond it by the block that it grows by."""
+    if chunk := int(getattr(layer, "chunk_size", None) or 0):
+        return chunk + int(layer.step)
+    return int(getattr(layer, "max_size", None) or 0)
+
+
+def _size(layer: Any) -> int:
+    """Number of values in a layer's cache."""
+    return sum(array.size for _, array in tree_flatten(layer.state) if isinstance(array, mx.array))

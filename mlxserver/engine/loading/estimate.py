@@ -1,8 +1,8 @@
 """Memory estimate of a model before it is loaded, and the memory budget of all models. All sizes are bytes.
 
 Rule 1: an estimate reads configurations and sizes of files, never weights; nothing is computed.
-Rule 2: an estimate is an upper bound: the scheduler holds no more than `cache_tokens` (scheduler/scheduler.py), and
-        prefill chunks are no longer than what was counted (platform/attention_memory.py).
+Rule 2: an estimate is an upper bound: KV cache beyond it is claimed from the pool (engine/kv_pool.py), and prefill
+        chunks are no longer than what was counted (platform/attention_memory.py).
 Rule 3: importing this module does not import MLX: the manager needs only its types.
 """
 
@@ -21,7 +21,7 @@ from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_mis
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
-# Tokens of a model's KV cache by default: some conversations of ordinary length at once.
+# Tokens of a shared model's KV cache by default, which all ranks reserve: some conversations of ordinary length.
 DEFAULT_CACHE_TOKENS = 32_768
 _TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints state has two
 # Memory of a model beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
@@ -31,15 +31,21 @@ _SAMPLING_ARRAYS = 4  # of [sequences, vocab] in float32 at once: logits, probab
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of a model in tokens: the context of one request, and the KV cache of all requests together."""
+    """Limits of a model in tokens.
+
+    context: of one request. reserved: KV cache that is reserved, for `sequences`. cache_tokens: most in the KV cache of
+    all requests together, None for no cap.
+    """
 
     context: int
-    cache_tokens: int
+    reserved: int
+    sequences: int
+    cache_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Memory of a model: its weights in their loaded format, its full KV cache, and the activations of a step."""
+    """Memory of a model: its weights in their loaded format, the reserved KV cache, the activations of a step."""
 
     weights: int
     cache: int
@@ -59,11 +65,17 @@ def budget(limit: int, policy: ExecutionPolicy | None = None) -> int:
 
 
 def limits(spec: ModelSpec, own_context: int) -> Limits:
-    """The limits of a model with a context of `own_context` tokens; the configuration may state a longer one."""
+    """The limits of a model with a context of `own_context` tokens; the configuration may state a longer one.
+
+    A model that ranks share has all its KV cache reserved: they decide alike because nothing changes it.
+    """
     context = spec.context_length or own_context
-    most = max(DEFAULT_CACHE_TOKENS, spec.context_length or 0)
-    cache_tokens = spec.cache_tokens or min(most, context * spec.max_running)
-    return Limits(min(context, cache_tokens), cache_tokens)
+    if spec.shard:
+        most = max(DEFAULT_CACHE_TOKENS, spec.context_length or 0)
+        cache_tokens = spec.cache_tokens or min(most, context * spec.max_running)
+        return Limits(min(context, cache_tokens), cache_tokens, spec.max_running, cache_tokens)
+    context = min(context, spec.cache_tokens or context)
+    return Limits(context, min(context, spec.min_context), 1, spec.cache_tokens)
 
 
 def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate:
@@ -89,8 +101,9 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
     return Estimate(
         weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec),
-        cache=architecture.cache_values(own.cache_tokens, spec.max_running) * value_bytes,
+        cache=architecture.cache_values(own.reserved, own.sequences) * value_bytes,
         activations=_chunk_bytes(architecture.width * value_bytes, attention, own.context)
+        + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
     )
@@ -102,7 +115,7 @@ def _chunk_bytes(width: int, attention: AttentionMemory, context: int) -> int:
     Several short prompts share a chunk, so a chunk may be longer than the context.
     """
     longest = attention.fit(LARGEST_CHUNK, 0)
-    return longest * width * attention.policy.layers_ahead + attention.max_bytes(context)
+    return longest * width * attention.policy.layers_ahead + attention.fitted_bytes(context)
 
 
 def _stated_type(config: Mapping[str, Any]) -> object:

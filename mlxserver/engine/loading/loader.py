@@ -38,6 +38,7 @@ from mlxserver.engine.loading.sources import Progress, recommended_sampling, res
 from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform import cpu_layers, device, openblas
+from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 log = logging.getLogger("engine")
@@ -177,6 +178,7 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
         divide(model)
     elif policy.fuse_projections:
         fuse_projections(model)
+    replace_expert_layers(model)
     if policy.replace_kernels:
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)

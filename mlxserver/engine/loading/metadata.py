@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -19,11 +20,19 @@ CONTEXT_KEYS = (
 )
 HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "num_query_heads")
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+# Weights that mlx-lm leaves out: towers for images and sound with their projectors, and heads that predict more tokens.
+_LEFT_OUT = re.compile(
+    r"(?:^|\.)(?:vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|mm_projector|"
+    r"audio_tower|embed_vision|embed_audio|mtp)\."
+)
+_LARGEST_HEADER = 100 << 20  # bytes of a safetensors file's header, as the format has it
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
-    """Metadata of a checkpoint. config: its config.json. stored_bytes: size of its weights in their stored format."""
+    """Metadata of a checkpoint. config: its config.json. stored_bytes: size of its weights in their stored format,
+    without those of other towers than the text model where the files are at hand.
+    """
 
     config: Mapping[str, Any]
     stored_bytes: int
@@ -38,6 +47,22 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{file} has no object in it")
     return config
+
+
+def text_bytes(file: Path) -> int:
+    """Size of the text model's weights in a safetensors file; that of the file if its header can't be read.
+
+    Raises OSError.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length <= min(size, _LARGEST_HEADER) else {}
+        left_out = [part for name, part in header.items() if _LEFT_OUT.search(name)]
+        return size - sum(int(part["data_offsets"][1]) - int(part["data_offsets"][0]) for part in left_out)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        return size
 
 
 def _decode_float(value: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, hub
-from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
+from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config, text_bytes
 from mlxserver.engine.platform.policy import WeightPolicy, current
 
 # Called with a stage ("downloading", "converting"), the amount that is done, and the whole amount (0: not known yet).
@@ -172,7 +172,7 @@ def silent(stage: str, done: int, total: int) -> None:
 def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
     try:
         config = read_config(path / "config.json")
-        stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+        stored = sum(map(text_bytes, path.glob("model*.safetensors")))
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
     return CheckpointMetadata(config, stored)

@@ -39,6 +39,12 @@ class AttentionMemory:
 
     def max_bytes(self, context: int) -> int:
         """Attention memory of any chunk at most, when no prompt is longer than the context."""
-        longest = self.fit(LARGEST_CHUNK, 0)
-        fitted = min(_MAX_BYTES, self.chunk_bytes(longest, context))
-        return max(fitted, self.chunk_bytes(SMALLEST_CHUNK, context))
+        return self.fitted_bytes(context) + self.bytes_beyond(context)
+
+    def fitted_bytes(self, context: int) -> int:
+        """Attention memory of the chunks whose length fit() chooses."""
+        return min(_MAX_BYTES, self.chunk_bytes(self.fit(LARGEST_CHUNK, 0), context))
+
+    def bytes_beyond(self, length: int) -> int:
+        """What the smallest chunk at the end of a long prompt takes beyond that."""
+        return max(0, self.chunk_bytes(SMALLEST_CHUNK, length) - _MAX_BYTES)

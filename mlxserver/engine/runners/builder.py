@@ -11,17 +11,21 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.errors import LoadFailed, one_line
+from mlxserver.engine.kv_cache.caches import cache_sizes
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
+from mlxserver.engine.kv_pool import KVAccount, KVPool
 from mlxserver.engine.loading import loader, sharding
 from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import ModelBatch, TextRunner
+from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
@@ -36,7 +40,8 @@ class Builder:
     """Builds the runners of one process, which share its cores and its prefix cache.
 
     stall_target: seconds that prefill may delay running streams. leader: leads the ranks that share models, if any.
-    disk: holds prefixes beyond the process; not those of models that ranks share.
+    disk: holds prefixes beyond the process; not those of models that ranks share. pool: memory of KV cache and
+    prefixes, None for no limit. kept_checks: outcomes of self-checks.
     """
 
     def __init__(
@@ -45,19 +50,25 @@ class Builder:
         leader: Leader | None = None,
         policy: ExecutionPolicy | None = None,
         disk: DiskTier | None = None,
+        pool: KVPool | None = None,
+        kept_checks: KeptChecks | None = None,
     ) -> None:
-        self.prefix_cache = PrefixCache(RamTier(policy), disk)
+        self.pool = pool or KVPool()
+        self.pool.prefixes = tier = RamTier(policy)
+        self.prefix_cache = PrefixCache(tier, disk, self.pool)
         self._policy = policy or current()
         self._stall_target = stall_target
         self._leader = leader
+        self._kept_checks = kept_checks
         self._peers = ProcessPeers()
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> Runner:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
         if spec.shard is None:
             loaded = loader.load(spec, progress=progress, policy=self._policy)
-            with self._opened_prefixes(spec, loaded) as prefixes:
-                runner = self._finish(spec, loaded, self._scheduler(spec, loaded, prefixes, metrics), progress)
+            with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
+                scheduler = self._scheduler(spec, loaded, prefixes, account, metrics)
+                runner = self._finish(spec, loaded, scheduler, progress)
                 if prefixes:
                     prefixes.is_warm = True
                 return runner
@@ -82,11 +93,23 @@ class Builder:
             prefixes.close()
             raise
 
+    @contextmanager
+    def _opened_account(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[KVAccount]:
+        """The model's account in the pool; its scheduler closes it, or the end of the block if that fails."""
+        floor = block_bytes(cache_sizes(loaded.model), loaded.limits.reserved, loaded.limits.sequences)
+        account = self.pool.open(spec.key, floor)
+        try:
+            yield account
+        except BaseException:
+            account.close()
+            raise
+
     def _scheduler(
         self,
         spec: ModelSpec,
         loaded: loader.LoadedModel,
         prefixes: ModelPrefixes | None,
+        account: KVAccount,
         metrics: ModelMetrics | None,
     ) -> Scheduler:
         return Scheduler(
@@ -96,6 +119,7 @@ class Builder:
             prefixes=prefixes,
             peers=self._peers,
             max_kv_tokens=loaded.limits.cache_tokens,
+            account=account,
             metrics=metrics,
             checkpoint_interval=spec.checkpoint_interval,
             policy=self._fitting_policy(spec, loaded),
@@ -106,7 +130,7 @@ class Builder:
         failure: LoadFailed
         try:
             with naming_what_is_missing():
-                return fitting_policy(loaded.model, self._policy, spec.key)
+                return fitting_policy(loaded.model, self._policy, spec.key, self._kept_checks)
         except Exception as error:  # foreign code: it can raise anything
             failure = LoadFailed(spec.key, f"the model can't be run: {one_line(error)}")
         raise failure  # out here, without the frames that hold the weights

@@ -4,8 +4,9 @@ Three short prompts of two lengths are prefilled together and decode together: t
 leaves. Their logits must be those that mlx-lm's model gives each of them alone. Some of mlx-lm's models can't take a
 batch, or a mask or offsets per sequence, or can't be compiled, and some of those are wrong without an error.
 
-Rule: a path is turned off if it raises, or if it differs for every one of several sets of tokens: in 16 bits a close
-      choice of experts may turn out otherwise in a batch, but not always.
+Rule 1: a path is turned off if it raises, or if it differs for every one of several sets of tokens: in 16 bits a close
+        choice of experts may turn out otherwise in a batch, but not always.
+Rule 2: an outcome is kept (kept_checks.py) only if there were numbers to compare: weights are no part of its name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mlxserver.engine.errors import one_line
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.platform.policy import ExecutionPolicy
+from mlxserver.engine.runners.kept_checks import KeptChecks, Outcome, check_name
 from mlxserver.engine.scheduler.chunks import execution, make_prefill_strategy
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import Sequence
@@ -44,11 +46,28 @@ _ALWAYS_ALONE = ("minimax_m3_vl",)
 Logits = list[list[mx.array]]  # per prompt, of each of its steps, [vocab]
 
 
-def fitting_policy(model: Any, policy: ExecutionPolicy, key: str) -> ExecutionPolicy:
-    """The policy, without the paths that this model can't take. Raises what the model raises for one prompt alone."""
+def fitting_policy(model: Any, policy: ExecutionPolicy, key: str, kept: KeptChecks | None = None) -> ExecutionPolicy:
+    """The policy, without the paths that this model can't take. Raises what the model raises for one prompt alone.
+
+    kept: outcomes of earlier checks, which need not be repeated.
+    """
     if type(model).__module__.rpartition(".")[2] in _ALWAYS_ALONE:
         return replace(policy, compile_steps=False, bucket_prefill=False, prompts="alone", batch_cache="single")
-    checks = [_Check(model, seed) for seed in range(_TRIALS)]
+    name = check_name(model, policy) if kept else ""
+    outcome = kept.find(name) if kept else None
+    if not outcome:
+        checks = [_Check(model, seed) for seed in range(_TRIALS)]
+        outcome = _outcome(checks, policy)
+        if kept and checks[0].has_numbers:
+            kept.store(name, outcome)
+    fitting = outcome.applied_to(policy)
+    if fitting != policy:
+        log.info("%s: runs as %s; otherwise: %s", key, execution(model, fitting), "; ".join(outcome.reasons))
+    return fitting
+
+
+def _outcome(checks: abc.Sequence[_Check], policy: ExecutionPolicy) -> Outcome:
+    """The outcome of checks that are alike but for their tokens."""
     reasons: list[str] = []
 
     def is_right(passes: Callable[[_Check, ExecutionPolicy], _Problem | None], candidate: ExecutionPolicy) -> bool:
@@ -62,7 +81,7 @@ def fitting_policy(model: Any, policy: ExecutionPolicy, key: str) -> ExecutionPo
         return False
 
     if is_right(_Check.both, policy):
-        return policy
+        return Outcome.of(policy)
     prefill = next(own for own in _prefill_paths(policy) if own.prompts == "alone" or is_right(_Check.prefill, own))
     decode = next(own for own in _decode_paths(policy) if own.batch_cache == "single" or is_right(_Check.decode, own))
     is_single = decode.batch_cache == "single"  # what can't decode in a batch is not trusted with a chunk of several
@@ -74,9 +93,7 @@ def fitting_policy(model: Any, policy: ExecutionPolicy, key: str) -> ExecutionPo
         prompts="alone" if is_single else prefill.prompts,
         batch_cache=decode.batch_cache,
     )
-    if fitting != policy:
-        log.info("%s: runs as %s; otherwise: %s", key, execution(model, fitting), "; ".join(dict.fromkeys(reasons)))
-    return fitting
+    return Outcome.of(fitting, *reasons)
 
 
 def _prefill_paths(policy: ExecutionPolicy) -> Iterator[ExecutionPolicy]:
@@ -119,6 +136,12 @@ class _Check:
         self._has_steps = False
         parameters = [array.dtype for _, array in tree_flatten(model.parameters())]
         self._tolerance = _EXACT if set(parameters) == {mx.float32} else _ROUNDED
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether every step has logits to compare with. A checkpoint with NaN in it has none."""
+        steps = [mx.isfinite(step).any() for prompt in self._alone for step in prompt]
+        return bool(steps) and bool(mx.stack(steps).all().item())
 
     def both(self, policy: ExecutionPolicy) -> _Problem | None:
         """What is wrong with prefill and decoding under a policy; None if nothing is."""

@@ -54,6 +54,13 @@ class ModelBatch(Batch, Protocol):
     def execution(self) -> Execution | None:
         """Paths that serve the model; None where ranks share it."""
 
+    @property
+    def reserved_kv_bytes(self) -> int | None:
+        """KV cache that is reserved with the model; None where ranks share it."""
+
+    def longest(self, most: int) -> int:
+        """Tokens of the longest sequence, of `most` at most, that memory could hold alone."""
+
 
 class TextRunner:
     """A loaded text model. `tokenizer`, `preprocess` and `answer` hold nothing of the batch."""
@@ -70,7 +77,15 @@ class TextRunner:
         capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
         capabilities |= {"fill_in_middle"} if prompts.fills_in_middle else set()
         capabilities -= set() if grammars.is_usable else {"json_schema"}
-        self.facts = ModelFacts(kind, loaded.context_length, loaded.weight_bytes, capabilities, batch.execution)
+        self.facts = ModelFacts(
+            kind,
+            batch.longest(loaded.context_length),
+            loaded.weight_bytes,
+            capabilities,
+            batch.execution,
+            batch.reserved_kv_bytes,
+        )
+        self._longest = batch.longest
         self._defaults: Mapping[str, Any] = {**loaded.generation_defaults, **spec.defaults}
         self._max_running = spec.max_running
         self._repeats_unclosed = spec.unclosed_thinking == "content"
@@ -94,9 +109,10 @@ class TextRunner:
         prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
         param = "prompt.conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
         _check_tokens(prompt.tokens, self._vocab_size, param)
-        room = self.facts.context_length - len(prompt.tokens)
+        context = self._longest(self.facts.context_length)  # other models may have been pinned since
+        room = context - len(prompt.tokens)
         if room < 0 or (room == 0 and request.max_tokens != 0):
-            raise ContextExceeded(len(prompt.tokens), self.facts.context_length, param)
+            raise ContextExceeded(len(prompt.tokens), context, param)
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         sampling = SamplingParams(**{**self._defaults, **request.sampling})
         grammar = self._constraints.grammar(request)

@@ -54,8 +54,11 @@ class PrefillStrategy(Protocol):
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process a chunk of one prompt, of `budget` tokens at the most, and record its log-probabilities."""
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
-        """Tokens of KV cache that a prompt takes while it is processed."""
+    def tokens_for(self, length: int) -> int:
+        """Tokens of KV cache that a prompt of so many tokens takes while it is processed."""
+
+    def bytes_beyond(self, length: int) -> int:
+        """Memory that a prompt of so many tokens takes beside its KV cache and what is reserved for chunks."""
 
     def warm_up(self) -> None:
         """Run the shapes that prompts use."""
@@ -136,9 +139,13 @@ class PlainPrefill:
             mx.eval([layer.state for layer in prompt.cache], measured)
         _record(prompt, measured, len(tokens))
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
+    def tokens_for(self, length: int) -> int:
         """The prompt's own tokens."""
-        return len(prompt.tokens)
+        return length
+
+    def bytes_beyond(self, length: int) -> int:
+        """Attention scores at the end of a long prompt."""
+        return self._attention.bytes_beyond(length)
 
     def warm_up(self) -> None:
         """Nothing to do: any shape will do."""
@@ -205,11 +212,14 @@ class BucketedPrefill:
         _record(prompt, measured, count)
         _give_back(prompt, keys, values, 0)
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
+    def tokens_for(self, length: int) -> int:
         """Capacity of a slot for its tokens, wherever its chunks begin, and for the padding of the last one."""
-        tokens = len(prompt.tokens)
         # Less than half of a long chunk is padding, or else a shorter one would do.
-        return slot_capacity(tokens + min(max(_SHORT, tokens), _LENGTHS[-1] // 2), _SHORT)
+        return slot_capacity(length + min(max(_SHORT, length), _LENGTHS[-1] // 2), _SHORT)
+
+    def bytes_beyond(self, length: int) -> int:
+        """None: a GPU does not write the scores out."""
+        return 0
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""

@@ -126,9 +126,13 @@ class Prefill:
         tokens = self._strategy.run(chunk, budget.beside_peers)
         self.times.note(tokens, time.monotonic() - started)
 
-    def tokens_for(self, prompt: PendingPrompt) -> int:
-        """Tokens of KV cache that a prompt takes while it is processed."""
-        return self._strategy.tokens_for(prompt)
+    def tokens_for(self, length: int) -> int:
+        """Tokens of KV cache that a prompt of so many tokens takes while it is processed."""
+        return self._strategy.tokens_for(length)
+
+    def bytes_beyond(self, length: int) -> int:
+        """Memory that a prompt of so many tokens takes beside its KV cache and what is reserved for chunks."""
+        return self._strategy.bytes_beyond(length)
 
     def warm_up(self) -> None:
         """Run the shapes that prompts use, so that no prompt pays for a compilation."""

@@ -45,6 +45,11 @@ class PendingPrompt:
         return self.sequences[0].is_scored
 
     @property
+    def is_restoring(self) -> bool:
+        """Whether a prefix of it is still being brought from disk."""
+        return self.restoring is not None and not self.restoring.done()
+
+    @property
     def remaining(self) -> int:
         """Number of tokens still to prefill; the last one is left for the first decode step."""
         return len(self.tokens) - 1 - self.done

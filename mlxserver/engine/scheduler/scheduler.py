@@ -2,8 +2,9 @@
 
 Rule 1: a sequence waits, then its prompt is prefilled (scheduler/prefill.py), then it runs (scheduler/decode.py).
 Rule 2: the KV cache of a sequence that leaves goes to the prefix cache, however it leaves.
-Rule 3: KV cache and prefix cache together stay within max_kv_tokens. Prefixes are dropped first; then prompts wait; and
-        when the running sequences outgrow it, the youngest are preempted, and resume later where they were.
+Rule 3: KV cache and prefix cache together stay within max_kv_tokens, and within the pool of all models. Prefixes are
+        dropped first; then prompts wait; and when the running sequences outgrow it, the youngest are preempted, and
+        resume later where they were.
 Rule 4: values that depend on the clock come in through insert() and prefill(), those that depend on other models
         through `peers`; the same calls make the same batch on every rank.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from concurrent.futures import wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
 
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches, checkpoints
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
+from mlxserver.engine.kv_claims import Verdict
+from mlxserver.engine.kv_pool import KVAccount
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
@@ -33,12 +36,15 @@ from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill, waiting_rat
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import SampledToken, Sequence
 
+_RESTORE_WAIT = 0.01  # seconds for a prefix from disk, before the engine looks at its messages again
+
 
 class Scheduler:
     """The batch of one model. All calls on one thread, inside that thread's MLX stream.
 
     max_running: most sequences with a slot. stall_target: seconds that prefill may delay running streams.
     max_kv_tokens: most tokens in KV cache and prefix cache, None for no limit; a single sequence may always go on.
+    account: the model's in the pool of all models, None for no limit.
     sizes: of the KV cache, None measures them. checkpoint_interval: tokens between the checkpoints of a long prompt,
     where the KV cache can't be trimmed.
     """
@@ -52,6 +58,7 @@ class Scheduler:
         prefixes: ModelPrefixes | None = None,
         peers: Peers | None = None,
         max_kv_tokens: int | None = None,
+        account: KVAccount | None = None,
         metrics: ModelMetrics | None = None,
         make_sampler: MakeSampler = BatchSampler,
         sizes: caches.CacheSizes | None = None,
@@ -60,6 +67,7 @@ class Scheduler:
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self.execution: Execution | None = execution(model, policy or current())
+        self.reserved_kv_bytes: int | None = account.floor if account else None
         self._model = model
         self._max_running = max_running
         self._peers = peers or FixedPeers()
@@ -73,7 +81,8 @@ class Scheduler:
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
         sizes = sizes or caches.cache_sizes(model)
-        self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, sizes, max_running)
+        self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, sizes, max_running, account)
+        self._is_held_up = False  # the running sequences wait for memory
         self._takes_checkpoints = prefixes is not None and checkpoints.needs_checkpoints(model)
         self._checkpoint_interval = checkpoint_interval
 
@@ -106,14 +115,20 @@ class Scheduler:
         leaving = [index for index, running in enumerate(self._running.sequences) if running.sequence.id in gone]
         if leaving:
             self._leave(leaving)
+        else:
+            self._budget.settle(self._prefilling)
+        if not self._waiting:
+            self._budget.withdraw()
         self._meter.remove(sequence_ids)
         self._note_load()
 
     def decode(self) -> list[SampledToken]:
-        """Launch one step for all running sequences and return the tokens of the step before."""
+        """Launch one step for all running sequences and return the tokens of the step before. Without memory for the
+        step, nothing is launched.
+        """
         self._peer_step_seconds = self._peers.observe(self.load)
-        self._preempt_to_fit()
-        if not self._running.sequences:
+        self._is_held_up = not self._preempt_to_fit()
+        if self._is_held_up or not self._running.sequences:
             return []
         self._metrics.batch_size.observe(len(self._running.sequences))
         launched = time.monotonic()
@@ -126,8 +141,11 @@ class Scheduler:
     def prefill(self, budget: ChunkBudget | None = None) -> None:
         """Process one chunk of the waiting prompts and let those that are ready join the running sequences."""
         budget = budget or self.chunk_budget()
-        self._admit(budget.now)
+        if not self._is_held_up:
+            self._admit(budget.now)
         if not self._prefilling:
+            if self._is_held_up or (self._waiting and not self._running.sequences):
+                self._budget.wait()
             return
         self._note_load()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
@@ -164,7 +182,10 @@ class Scheduler:
                 gone |= {sequence.id for sequence in prompt.sequences}  # a call that failed halfway may have it twice
         self._waiting, self._prefilling = again, []
         self._running.clear()
+        self._is_held_up = False
         self.shrink_prefixes(0)
+        self._budget.settle(())
+        self._budget.withdraw()
         self._meter.remove(gone - set(staying))
         self._note_load()
         return unpublished
@@ -185,6 +206,10 @@ class Scheduler:
         """Whether a prompt waits or is prefilled."""
         return bool(self._waiting or self._prefilling)
 
+    def longest(self, most: int) -> int:
+        """Tokens of the longest sequence, of `most` at most, that could be served alone."""
+        return self._budget.longest(most)
+
     def warm_up(self) -> None:
         """Run the shapes that prompts use."""
         self._prefill.warm_up()
@@ -201,26 +226,31 @@ class Scheduler:
     # -- joining and leaving ------------------------------------------------------------------------------------
 
     def _admit(self, now: float) -> None:
-        """Give waiting prompts slots, in order of arrival, as long as they fit."""
-        while self._waiting and self._try_admit(self._waiting[0], now):
-            self._prefilling.append(self._waiting.pop(0))
+        """Give waiting prompts slots, in order of arrival, as long as they fit. Prefixes from disk delay no others."""
+        restoring = [prompt.restoring for prompt in self._waiting if prompt.restoring and prompt.is_restoring]
+        if restoring and len(restoring) == len(self._waiting) and not self._num_running:
+            wait(restoring, _RESTORE_WAIT, FIRST_COMPLETED)  # there is nothing else to do, but new messages may come
+        for prompt in [prompt for prompt in self._waiting if not prompt.is_restoring]:
+            if not self._try_admit(prompt, now):
+                break
+            self._waiting = [other for other in self._waiting if other is not prompt]
+            self._prefilling.append(prompt)
 
     def _try_admit(self, prompt: PendingPrompt, now: float) -> bool:
-        """Start a prompt if there are slots and KV cache for all its sequences. The first of all always fits."""
+        """Start a prompt if there are slots and KV cache for all its sequences. The first of all is within any cap."""
         taken = self._num_running
         if taken + len(prompt.sequences) > self._max_running:
             return False
-        if prompt.restoring:
-            if taken and not prompt.restoring.done():
-                return False
-            wait([prompt.restoring])  # there is nothing else to do, or it is done
-        kv_tokens = self._budget.compacted_tokens_of([*self._prefilling, prompt])
+        with_prompt = [*self._prefilling, prompt]
+        kv_tokens = self._budget.compacted_tokens_of(with_prompt)
         if taken and not self._budget.holds(kv_tokens):
             return False
+        # Fetched before it may have to go for this very prompt; not at every try of one that waits for memory.
+        may_fetch = self._budget.has_space(kv_tokens, with_prompt) and not prompt.is_scored
+        cache, length = self._budget.fetch_prefix(prompt.tokens) if may_fetch else (None, 0)
+        if not self._budget.start(kv_tokens, with_prompt, now):
+            return False
         prompt.started = now
-        cache, length = None, 0
-        if not prompt.is_scored:
-            cache, length = self._budget.fetch_prefix(prompt.tokens)  # before it may have to go for this very prompt
         self._budget.shrink_prefixes_beside(kv_tokens, taken + len(prompt.sequences))
         prompt.cache = cache or caches.new_cache(self._model)
         prompt.done = prompt.cached_tokens = length
@@ -236,12 +266,11 @@ class Scheduler:
             if (running := self._running.sequences[index]).fed:
                 self._budget.store_prefix(running.tokens, self._running.cache.extract(index))
         self._running.leave(leaving)
-        kv_tokens = self._budget.compacted_tokens_of(self._prefilling)  # only now: those that left need none any more
-        self._budget.shrink_prefixes_beside(kv_tokens, self._num_running)
+        self._budget.settle(self._prefilling)  # only now: those that left need none any more
 
     def _store_prefix(self, tokens: abc.Sequence[int], cache: caches.Cache) -> None:
         self._budget.store_prefix(tokens, cache)
-        self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling), self._num_running)
+        self._budget.settle(self._prefilling)
 
     def _store_checkpoints(self) -> None:
         """Store checkpoints of the prompts that are at a stop."""
@@ -261,13 +290,18 @@ class Scheduler:
 
     # -- preemption ---------------------------------------------------------------------------------------------
 
-    def _preempt_to_fit(self) -> None:
-        """Preempt the youngest until the next step is within the budget."""
-        while not self._budget.holds(kv_tokens := self._budget.compacted_tokens_of(self._prefilling)):
-            if len(self._running.sequences) + len(self._prefilling) <= 1:
-                break
+    def _preempt_to_fit(self) -> bool:
+        """Preempt the youngest until the next step is within the budget. False: it has to wait for other models."""
+        while self._running.sequences or self._prefilling:
+            kv_tokens = self._budget.compacted_tokens_of(self._prefilling)
+            is_alone = len(self._running.sequences) + len(self._prefilling) <= 1
+            if is_alone or self._budget.holds(kv_tokens):
+                verdict = self._budget.grow(kv_tokens, self._prefilling)
+                if verdict is not Verdict.PREEMPT:
+                    self._budget.shrink_prefixes_beside(kv_tokens, self._num_running)
+                    return verdict is Verdict.GRANTED
             self._preempt()
-        self._budget.shrink_prefixes_beside(kv_tokens, self._num_running)
+        return True
 
     def _preempt(self) -> None:
         """Let the youngest wait again: a prompt, or else a sequence. Its KV cache may stay as a prefix."""

@@ -14,7 +14,7 @@ from mlxserver.api.openai.responses.request import ResponseRequest
 from mlxserver.api.openai.responses.response_object import ResponseObject
 from mlxserver.api.openai.responses.store import ResponseNotFound, ResponseStore
 from mlxserver.api.schema.limits import Limits
-from mlxserver.api.schema.parameters import ValidationFailed, abbreviate, parse
+from mlxserver.api.schema.parameters import ValidationFailed, abbreviate, invalid, parse
 from mlxserver.config.settings import Settings
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest
 
@@ -46,7 +46,7 @@ class ResponsesDialect:
         """The call with what the store has for it, and will have of it. Raises ValidationFailed."""
         items = [*self._previous(request, client), *self._resolved(request, client)]
         wires = [item.wire for item in items]
-        if request.previous_response_id:
+        if request.previous_response_id or any(isinstance(item, Reference) for item in request.input):
             self._limits.check({"input": wires}, self._limits.prompt_bytes + 1)
         is_stored = request.store and self.store.is_on
         encoder = ResponseEncoder(ResponseObject(request, is_stored=is_stored), request.tools)
@@ -67,11 +67,15 @@ class ResponsesDialect:
         yield from _read([*stored.input_items, *stored.output_items], param)
 
     def _resolved(self, request: ResponseRequest, client: str) -> Iterator[Item]:
-        """The items of the input, references by what they refer to."""
+        """The items of the input, references by what they refer to, which each may name once."""
+        named: set[str] = set()
         for item in request.input:
             if isinstance(item, Item):
                 yield item
             elif isinstance(item, Reference):
+                if item.id in named:
+                    raise invalid(f"{item.origin}.id", item.id, "an id that no other reference has")
+                named.add(item.id)
                 found = self.store.item(client, item.id)
                 if found is None:
                     raise ValidationFailed(f"Item with id {abbreviate(item.id)} not found.", f"{item.origin}.id")

@@ -14,7 +14,8 @@ import orjson
 
 from mlxserver.api.dialect import Failure, WaitProgress
 from mlxserver.api.openai.responses.errors import response_error
-from mlxserver.api.openai.responses.output import Output, StreamEvent
+from mlxserver.api.openai.responses.open_items import StreamEvent
+from mlxserver.api.openai.responses.output import Output
 from mlxserver.api.openai.responses.response_object import ResponseObject
 from mlxserver.api.openai.responses.tools import ToolSet
 from mlxserver.engine.events import Event, Usage

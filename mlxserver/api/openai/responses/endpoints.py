@@ -18,6 +18,7 @@ ENDPOINTS = (
         "ResponseEvent",
         ResponsesDialect,
         api=RESPONSES,
+        dialect_name="responses",
     ),
     Endpoint("retrieve_response", "GET", "/v1/responses/{id}", "A response that is kept.", "Response", api=RESPONSES),
     Endpoint("delete_response", "DELETE", "/v1/responses/{id}", "Forget a response.", "DeletedResponse", api=RESPONSES),

@@ -29,4 +29,4 @@ def response_error(failure: Failure) -> dict[str, str]:
     return {"code": code, "message": failure.message.encode(errors="backslashreplace").decode()}
 
 
-RESPONSES = Api("openai", lambda failure: envelope(renamed(failure)), "Error")
+RESPONSES = Api("openai", lambda failure: envelope(renamed(failure)), "Error", ends_with_done=False)

@@ -25,16 +25,19 @@ class ResponseNotFound(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """One response, as JSON. input: the items that it was made from."""
+    """One response, as JSON. input: the items that it was made from. output: those that were generated, by their ids.
+
+    A reference to an item reads that item alone, however large the response is.
+    """
 
     response: bytes
     input: bytes
-    output_ids: tuple[str, ...] = ()
+    output: Mapping[str, bytes]
 
     @property
     def bytes(self) -> int:
-        """Size of both."""
-        return len(self.response) + len(self.input)
+        """Size of all."""
+        return len(self.response) + len(self.input) + sum(map(len, self.output.values()))
 
     @property
     def input_items(self) -> list[dict[str, Any]]:
@@ -44,7 +47,7 @@ class StoredResponse:
     @property
     def output_items(self) -> list[dict[str, Any]]:
         """The items that were generated."""
-        return orjson.loads(self.response)["output"]  # type: ignore[no-any-return]
+        return [orjson.loads(item) for item in self.output.values()]
 
 
 Key = tuple[str, str]  # of a client, and of a response or an item
@@ -70,12 +73,12 @@ class ResponseStore:
 
     def put(self, client: str, response: Mapping[str, Any], input: Sequence[Mapping[str, Any]]) -> None:
         """Keep a response, unless it is larger than all may be."""
-        ids = tuple(item["id"] for item in response["output"])
-        stored = StoredResponse(orjson.dumps(response), orjson.dumps(input), ids)
+        output = {item["id"]: orjson.dumps(item) for item in response["output"]}
+        stored = StoredResponse(orjson.dumps(response), orjson.dumps(input), output)
         if not self.is_on or stored.bytes > self._max_bytes:
             return
         self._responses[client, response["id"]] = stored
-        self._owners |= {(client, id): response["id"] for id in ids}
+        self._owners |= {(client, id): response["id"] for id in output}
         self._bytes += stored.bytes
         while len(self._responses) > self._capacity or self._bytes > self._max_bytes:
             self._forget(*next(iter(self._responses)))
@@ -95,11 +98,10 @@ class ResponseStore:
     def item(self, client: str, id: str) -> dict[str, Any] | None:
         """A generated item of a response that is kept."""
         owner = self._owners.get((client, id))
-        items = self.get(client, owner).output_items if owner else ()
-        return next((item for item in items if item["id"] == id), None)
+        return orjson.loads(self.get(client, owner).output[id]) if owner else None  # type: ignore[no-any-return]
 
     def _forget(self, client: str, id: str) -> None:
         stored = self._responses.pop((client, id))
         self._bytes -= stored.bytes
-        for item in stored.output_ids:
+        for item in stored.output:
             del self._owners[client, item]
