@@ -32,11 +32,11 @@ class ModelSpec:
     context_length: tokens, None takes the model's own. min_context: tokens of one request whose KV cache is reserved
     with the model. max_running, max_waiting: requests decoding together, and waiting for a slot. prefix_cache_bytes:
     what the prefix cache may keep in memory. checkpoint_interval: tokens between the checkpoints of a long prompt,
-    where the KV cache can't be trimmed. cache_tokens: most tokens in the KV cache of all requests together, None for
-    no cap. aliases: more names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes
-    the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how several ranks share it
-    (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that the model ended inside
-    its reasoning; "content" gives it as both.
+    where the KV cache can't be trimmed. cache_tokens: most tokens in the KV cache of all requests together, None for no
+    cap. aliases: more names in requests, or patterns of names. pin: never evicted. ttl: idle seconds until it is
+    unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
+    several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
+    the model ended inside its reasoning; "content" gives it as both.
     """
 
     key: Annotated[str, Shared()]
