@@ -20,7 +20,7 @@ from mlxserver.engine.loading.architecture import Architecture, inspect_architec
 from mlxserver.engine.loading.estimate import DEFAULT_CACHE_TOKENS, Limits, budget, estimate
 from mlxserver.engine.loading.sources import checkpoint_metadata
 from mlxserver.engine.platform import cpu_layers, device
-from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
+from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, STATE_REACH, AttentionMemory
 from mlxserver.engine.platform.policy import CPU, current
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
@@ -127,20 +127,23 @@ def test_the_budget_is_the_limit_or_a_share_of_the_device():
     assert 0 < budget(0) < device.describe().memory_bytes
 
 
-@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), done=st.integers(0, 200_000))
-def test_a_chunk_is_as_long_as_its_scores_allow(heads, wanted, done):
-    memory = AttentionMemory(heads, CPU)
+REACH = st.sampled_from([0, STATE_REACH])
+
+
+@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), done=st.integers(0, 200_000), reach=REACH)
+def test_a_chunk_is_as_long_as_its_scores_allow(heads, wanted, done, reach):
+    memory = AttentionMemory(heads, CPU, reach)
     chunk = memory.fit(wanted, done)
     assert 16 <= chunk <= wanted
     assert chunk == 16 or memory.chunk_bytes(chunk, done + chunk) <= 128 << 20
     assert chunk == wanted or memory.chunk_bytes(chunk + 1, done + chunk + 1) > 128 << 20
 
 
-@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), data=st.data())
-def test_no_chunk_takes_more_than_was_counted(heads, wanted, data):
+@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), reach=REACH, data=st.data())
+def test_no_chunk_takes_more_than_was_counted(heads, wanted, reach, data):
     context = data.draw(st.integers(1, 200_000))
     done = data.draw(st.integers(0, context - 1))
-    memory = AttentionMemory(heads, CPU)
+    memory = AttentionMemory(heads, CPU, reach)
     chunk = min(memory.fit(wanted, done), context - done)
     assert chunk <= memory.fit(LARGEST_CHUNK, 0)
     assert memory.chunk_bytes(chunk, done + chunk) <= memory.max_bytes(context)

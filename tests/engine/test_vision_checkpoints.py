@@ -37,6 +37,10 @@ LAYOUTS = {
     "qwen3_vl, as published": (NESTED, ["model.visual.blocks.0.attn.qkv.weight"]),
     "pixtral": (AS_IT_IS, ["vision_tower.transformer.layers.0.a.weight", "multi_modal_projector.linear_1.weight"]),
     "lfm2-vl": (AS_IT_IS, ["vision_tower.a.weight", "multi_modal_projector.linear_1.weight"]),
+    **{
+        f"{name}, as transformers 5 nests it": (NESTED, ["model.vision_tower.a.weight", "model.projector.weight"])
+        for name in ("gemma3", "llama4", "kimi_k25", "kimi_vl", "pixtral", "lfm2-vl", "llava", "qwen2_5_vl")
+    },
 }
 
 

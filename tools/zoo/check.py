@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mlxserver.engine.mlx import mx
 
+from mlxserver.engine.loading.chunk_masks import correct_chunk_masks
 from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform import cpu_layers
@@ -49,6 +50,7 @@ def check(name: str, policy: ExecutionPolicy) -> Result:
             model, reference = models.build(name), models.build(name)
             for own in (model, reference):  # without this, mlx-lm's own answers are wrong on CUDA
                 replace_expert_layers(own)
+                correct_chunk_masks(own)  # or else mlx-lm's own depend on its chunks
             if policy.fuse_projections:
                 fuse_projections(model)
             fitting = fitting_policy(model, policy, name)

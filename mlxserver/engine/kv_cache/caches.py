@@ -38,6 +38,11 @@ def keeps_state(model: Any) -> bool:
     return any(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
 
 
+def has_attention(model: Any) -> bool:
+    """Whether a layer keeps keys and values, not all of them states."""
+    return not all(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
+
+
 def length(cache: Cache) -> int:
     """Tokens that a sequence's cache has seen; 0 where all its layers keep states, which do not count them."""
     return max(int(getattr(layer, "offset", 0)) for layer in flat(cache))

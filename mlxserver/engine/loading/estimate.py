@@ -18,7 +18,7 @@ from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
 from mlxserver.engine.loading.metadata import attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
-from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, AttentionMemory
+from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, STATE_REACH, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 # Tokens of a shared model's KV cache by default, which all ranks reserve: some conversations of ordinary length.
@@ -97,7 +97,8 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         raise LoadFailed(spec.key, f"its config.json can't be used: {type(error).__name__}: {text}") from None
     is_float32 = policy.weights is WeightPolicy.FLOAT32
     value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
-    attention = AttentionMemory(attention_heads(metadata.config, *architecture.arguments), policy)
+    heads = attention_heads(metadata.config, *architecture.arguments)
+    attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
     return Estimate(
         weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec),

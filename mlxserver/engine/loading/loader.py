@@ -31,12 +31,14 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from mlxserver.engine.loading import estimate
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
+from mlxserver.engine.loading.chunk_masks import correct_chunk_masks
 from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.metadata import context_length, model_arguments, vocab_size
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
+from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers, device, openblas
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
@@ -129,7 +131,7 @@ def _read(
 ) -> LoadedModel:
     """The model in `path`. files: that directory, or a corrected copy of it."""
     with _naming(f"the model in {path} can't be read"), naming_what_is_missing():
-        model, config = load_model(files, lazy=True, trust_remote_code=False)
+        model, config = load_model(files, lazy=True, get_model_classes=model_classes)
     if spec.adapter is not None:
         with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
@@ -179,6 +181,7 @@ def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy:
     elif policy.fuse_projections:
         fuse_projections(model)
     replace_expert_layers(model)
+    correct_chunk_masks(model)
     if policy.replace_kernels:
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)

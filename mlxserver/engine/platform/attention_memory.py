@@ -15,26 +15,36 @@ _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least
 # Tokens in a chunk, on every device: never fewer, so that a slow machine gets on; never more, so that a fast one stays
 # responsive.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 4096
+# mlx-lm computes state-space layers in blocks of so many tokens, in which each has a score for each before it.
+STATE_REACH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMemory:
-    """Attention memory of a model with `heads` query heads per layer (0: unknown, and never a limit)."""
+    """Attention memory of a model with `heads` query heads per layer (0: unknown, and never a limit).
+
+    reach: most tokens that one attends to, 0 for all; STATE_REACH where all layers are state-space models.
+    """
 
     heads: int
     policy: ExecutionPolicy = field(default_factory=current)
+    reach: int = 0
 
     def chunk_bytes(self, chunk: int, length: int) -> int:
         """Attention memory of a chunk of so many tokens, the last of which attends to `length` tokens."""
         if not self.policy.materialized_attention:
             return 0
+        length = min(length, self.reach) if self.reach else length
         return self.policy.layers_ahead * _COPIES * 4 * self.heads * chunk * length
 
     def fit(self, wanted: int, done: int) -> int:
         """Tokens of a chunk behind `done` others: those wanted, or as many as have small enough scores."""
         if not (one := self.chunk_bytes(1, 1)):
             return wanted
-        longest = (math.isqrt(done * done + 4 * (_MAX_BYTES // one)) - done) // 2  # chunk * (done + chunk) scores
+        most = _MAX_BYTES // one
+        longest = (math.isqrt(done * done + 4 * most) - done) // 2  # chunk * (done + chunk) scores
+        if self.reach:
+            longest = max(longest, most // self.reach)
         return min(wanted, max(longest, SMALLEST_CHUNK))
 
     def max_bytes(self, context: int) -> int:

@@ -41,7 +41,7 @@ _CHUNK = 512  # tokens, enough for all prompts
 _EXACT, _ROUNDED = 2e-3, 0.1
 _NOISE, _LARGEST = 4, 0.3  # or so many times the noise of a prompt alone, but never more than that
 # Wrong in batches, but only with prompts far longer than those here: blocks are counted from the padding on.
-_ALWAYS_ALONE = ("minimax_m3_vl",)
+_ALWAYS_ALONE = ("minimax_m3_vl", "phi3small")
 
 Logits = list[list[mx.array]]  # per prompt, of each of its steps, [vocab]
 

@@ -15,7 +15,7 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
 from mlxserver.engine.loading.metadata import attention_heads, model_arguments
 from mlxserver.engine.platform import cpu_kernels
-from mlxserver.engine.platform.attention_memory import AttentionMemory
+from mlxserver.engine.platform.attention_memory import STATE_REACH, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.requests import Execution
 from mlxserver.engine.sampling.logprobs import measure_prompt, read_prompt
@@ -89,7 +89,7 @@ class PlainPrefill:
         policy = policy or current()
         self._model = model
         heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
-        self._attention = AttentionMemory(heads, policy)
+        self._attention = AttentionMemory(heads, policy, 0 if caches.has_attention(model) else STATE_REACH)
         self._rounds = policy.round_chunks
         self._may_share = policy.prompts != "alone"
         self._may_pad = policy.prompts == "padded" and not caches.keeps_state(model)
