@@ -14,6 +14,7 @@ from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
+from mlxserver.api.openai.embeddings import EmbeddingsDialect, EmbeddingsRequest
 from mlxserver.api.openai.errors import OPENAI
 from mlxserver.api.openai.responses import endpoints as responses
 
@@ -37,6 +38,15 @@ ENDPOINTS = (
         CompletionRequest,
         "CompletionChunk",
         CompletionDialect,
+    ),
+    Endpoint(
+        "embeddings",
+        "POST",
+        "/v1/embeddings",
+        "Vectors of texts.",
+        "EmbeddingList",
+        EmbeddingsRequest,
+        dialect=EmbeddingsDialect,
     ),
     *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,
