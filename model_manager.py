@@ -115,18 +115,22 @@ class ModelManager:
             raise ModelExists(spec.key, known.spec.source, spec.source)
         return known
 
-    def instance(self, name: str) -> ModelInstance:
-        """The model with this key or alias. Raises ModelNotFound."""
-        return self._registry.find(name)
+    def instance(self, name: str, *others: str) -> ModelInstance:
+        """The model with this key or alias, or that the name fits. others: more spellings. Raises ModelNotFound."""
+        return self._registry.find(name, *others)
 
-    def resolve(self, name: str) -> ModelInstance:
-        """The model with this key or alias, for a request that it is to serve. Registers it if allow_any_model is set.
+    def copy(self, instance: ModelInstance, alias: str) -> None:
+        """Give a model one more name while the server runs. Raises ModelExists."""
+        self._registry.copy(instance, alias)
+
+    def resolve(self, name: str, *others: str) -> ModelInstance:
+        """As instance(), for a request that the model is to serve. Registers it if allow_any_model is set.
 
         Raises:
             ModelNotFound
         """
         try:
-            return self._registry.find(name)
+            return self._registry.find(name, *others)
         except ModelNotFound:
             may_register = self.settings.allow_any_model and self.settings.load_on_demand
             if not (may_register and sources.is_repository(name)):

@@ -3,7 +3,7 @@
 Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0]. Exit status 1 if a promise was broken:
 
 Promise 1: every request is answered, or its connection closed, within TIMEOUT seconds; never with a 5xx.
-Promise 2: an answer is valid, or the error object of OpenAI's API or of Anthropic's, and short.
+Promise 2: an answer is valid, or an error in the shape of the endpoint's API, and short.
 Promise 3: the server stays healthy, and its memory at the end is that after the warm-up, within 5 %.
 """
 
@@ -18,9 +18,15 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from jsonschema import Draft202012Validator
+
+from mlxserver.api import openapi
+from mlxserver.api.endpoints import ENDPOINTS
+from mlxserver.api.schema.response_shapes import named
 from tools.harness.models import tiny_llama
 from tools.harness.running_server import running_server
-from tools.hostile import MODEL, Case, Hostile
+from tools.hostile import Case, Hostile
+from tools.hostile_bodies import MODEL
 from tools.raw_http import Answer, Malformed, Wire, request
 
 TIMEOUT = 30.0
@@ -28,11 +34,16 @@ WORKERS = 16
 LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
 PARTS = 4  # the memory is measured after each part of the requests
 PREFIX_CACHE = "512KiB"  # full after a few hundred requests, so that it does not look like a leak
-ENDS = ("response.completed", "response.incomplete", "response.failed", "message_stop")  # of streams without [DONE]
 FLAGS = (
-    *("--no-defaults", "--log-level", "critical"),
-    *("--header-timeout", "1", "--body-timeout", "1", "--idle-connection-timeout", "1"),
+    *("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1"),
+    *("--idle-connection-timeout", "5"),  # a connection that is left open must end within TIMEOUT
 )
+LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete")  # of streams without [DONE]
+DOCUMENT = openapi.document(ENDPOINTS, "", "")
+VALIDATORS = {
+    name: Draft202012Validator({**named(name), "components": DOCUMENT["components"]})
+    for name in DOCUMENT["components"]["schemas"]
+}
 
 
 class Broken(Exception):
@@ -112,45 +123,45 @@ class Fuzz:
 
     def _judge(self, case: Case, answer: Answer, *, has_body: bool) -> None:
         """Count an answer. Raises Broken for one that is neither valid nor an error object."""
-        if fault := _fault(answer, has_body):
+        if fault := _fault(answer, has_body, case.path):
             raise Broken(f"{case.name}: {fault}; {answer.status} {answer.body[:500]!r}; asked {case.data[:2000]!r}")
         self.outcomes[str(answer.status)] += 1
 
 
-def _fault(answer: Answer, has_body: bool) -> str | None:
-    """The fault of an answer; None if it has none."""
+def _fault(answer: Answer, has_body: bool, path: str | None) -> str | None:
+    """The fault of an answer; None if it has none. path: of the endpoint that answered, None if it is not known."""
     if answer.status >= 500:
         return "a 5xx"
     if not has_body or answer.status == 204:
         return None
     kind = answer.headers.get("content-type", "")
     if answer.status >= 400:
-        return _fault_of_error(json.loads(answer.body))
-    if kind.startswith("text/event-stream"):
-        last = answer.body.strip().rpartition(b"data: ")[2]
-        return None if last == b"[DONE]" else _fault_of_last(json.loads(last))
+        return _fault_of_error(json.loads(answer.body), path)
+    if kind.startswith(("text/event-stream", "application/x-ndjson")):
+        return _fault_of_end(answer.body.strip().rpartition(b"\n")[2].removeprefix(b"data: "), path)
     if kind == "application/json":
         json.loads(answer.body)
     return None
 
 
-def _fault_of_last(content: object) -> str | None:
-    """The fault of the last event of a stream that does not end in [DONE]: a response that is over, or an error."""
-    if not isinstance(content, dict) or content.get("type") not in ENDS:
-        return _fault_of_error(content)
-    is_our_fault = content["type"] == "response.failed" and content["response"]["error"]["code"] == "server_error"
-    return "a response that failed" if is_our_fault else None
+def _fault_of_end(last: bytes, path: str | None) -> str | None:
+    """The fault of a stream's last event: [DONE], the last of its kind, or an error."""
+    if last == b"[DONE]":
+        return None
+    content = json.loads(last)
+    if isinstance(content, dict) and content.get("type") == "response.failed":
+        return "a response that failed" if content["response"]["error"]["code"] == "server_error" else None
+    fields = content if isinstance(content, dict) else {}
+    if fields.get("type") in LAST_EVENTS or fields.get("done") is True or fields.get("status") == "success":
+        chunks = [each.chunk for each in ENDPOINTS if each.chunk and path in (None, each.path)]
+        return None if any(VALIDATORS[chunk].is_valid(content) for chunk in chunks) else "a last event of a wrong shape"
+    return _fault_of_error(content, path)
 
 
-def _fault_of_error(content: object) -> str | None:
-    fields = {
-        frozenset({"error"}): {"message", "type", "param", "code"},
-        frozenset({"type", "error", "request_id"}): {"message", "type"},
-    }
-    if not isinstance(content, dict) or frozenset(content) not in fields:
-        return "no error object"
-    if content["error"].keys() != fields[frozenset(content)] or not content["error"]["message"]:
-        return "an error object without its fields"
+def _fault_of_error(content: object, path: str | None) -> str | None:
+    apis = [endpoint.api for endpoint in ENDPOINTS if path in (None, endpoint.path)]
+    if not any(VALIDATORS[api.error_schema].is_valid(content) for api in apis):
+        return "no error in the shape of the API"
     return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes a long value"
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
 
+import orjson
 from mlx_lm import tool_parsers
 
 from mlxserver.api.endpoints import ENDPOINTS, encode_failure
 from mlxserver.api.native.load import LoadRequest
+from mlxserver.api.ollama.pull import OllamaPullRequest
 from mlxserver.api.openai.chat import ChatDialect
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, parse
@@ -41,12 +43,10 @@ from mlxserver.engine.output.thinking import ThinkingParser
 from mlxserver.engine.output.tool_calls import ToolCallParser
 from mlxserver.engine.output.tool_formats import FORCED, PLAIN, ToolFormat, parsed_format
 from mlxserver.server.errors import failure_of
+from tools.hostile_bodies import TAKING, good_body
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
-READING = (
-    *("chat_completions", "completions", "tokenize", "detokenize", "apply_template", "load_model", "unload_model"),
-    *("responses", "messages", "count_tokens"),
-)
+READING = [endpoint.name for endpoint in ENDPOINTS if endpoint.request]
 TOOLS = [Tool("add", parameters={"properties": {"a": {"type": "number"}}})]
 PARSERS = [import_module(f"mlx_lm.tool_parsers.{module.name}") for module in iter_modules(tool_parsers.__path__)]
 FORMATS = (
@@ -58,6 +58,11 @@ FORMATS = (
 )
 GLM, QWEN = (bytes([[tool_format.name for tool_format in FORMATS].index(name)]) for name in ("glm", "qwen3_coder"))
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
+
+
+def _reads(name: str) -> bytes:
+    """The first byte of an input that an endpoint is to read."""
+    return bytes([READING.index(name)])
 
 
 def requests(data: bytes) -> None:
@@ -75,6 +80,9 @@ def requests(data: bytes) -> None:
             asked = parse(endpoint.request, data[1:], Limits.of(settings))
             if isinstance(asked, LoadRequest):
                 sources.check(asked.model)
+                asked.spec  # noqa: B018  (derives a key)
+            if isinstance(asked, OllamaPullRequest):
+                sources.check(asked.source)
                 asked.spec  # noqa: B018  (derives a key)
     except (ValidationFailed, SourceInvalid) as error:
         encode_failure(endpoint.path, failure_of(error)[1])
@@ -187,18 +195,23 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
     "requests": (
         requests,
         (
-            b'\x00{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"x"}]}],"n":2,"stop":["a"]}',
-            b'\x00{"model":"m","messages":[{"role":"assistant","tool_calls":[{"id":"i","type":"function","function":'
+            _reads("chat_completions")
+            + b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"x"}]}],"n":2,"stop":["a"]}',
+            _reads("chat_completions")
+            + b'{"model":"m","messages":[{"role":"assistant","tool_calls":[{"id":"i","type":"function","function":'
             b'{"name":"f","arguments":"{}"}}]}],"tools":[{"type":"function","function":{"name":"f"}}],'
             b'"tool_choice":"auto","response_format":{"type":"json_object"},"logit_bias":{"1":2}}',
-            b'\x01{"model":"m","prompt":[[1,2],[3]],"echo":true,"logprobs":1,"max_tokens":5}',
-            b'\x05{"model":"org/m","key":"k","defaults":{"top_p":0.5},"ttl":"5m","replace":true}',
-            b'\x06{"key":"k","mode":"drain","timeout":1.5}',
-            b'\x07{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"x"}]},{"type":'
+            _reads("completions") + b'{"model":"m","prompt":[[1,2],[3]],"echo":true,"logprobs":1,"max_tokens":5}',
+            _reads("load_model") + b'{"model":"org/m","key":"k","defaults":{"top_p":0.5},"ttl":"5m","replace":true}',
+            _reads("unload_model") + b'{"key":"k","mode":"drain","timeout":1.5}',
+            *(_reads(endpoint.name) + orjson.dumps(good_body(endpoint)) for endpoint in TAKING),
+            _reads("responses")
+            + b'{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"x"}]},{"type":'
             b'"function_call","name":"f","call_id":"c","arguments":"{}"},{"type":"function_call_output","call_id":"c",'
             b'"output":"y"},{"type":"reasoning","summary":[{"type":"summary_text","text":"z"}]}],"tools":[{"type":'
             b'"custom","name":"f"}],"tool_choice":{"type":"custom","name":"f"},"text":{"format":{"type":"text"}}}',
-            b'\x08{"model":"m","system":[{"type":"text","text":"s"}],"messages":[{"role":"user","content":[{"type":'
+            _reads("messages")
+            + b'{"model":"m","system":[{"type":"text","text":"s"}],"messages":[{"role":"user","content":[{"type":'
             b'"tool_result","tool_use_id":"i","content":[{"type":"text","text":"x"}],"is_error":true}]},{"role":'
             b'"assistant","content":[{"type":"tool_use","id":"i","name":"f","input":{}}]}],"tools":[{"name":"f",'
             b'"input_schema":{}}],"tool_choice":{"type":"any"},"thinking":{"type":"enabled","budget_tokens":-1},'

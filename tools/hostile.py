@@ -12,31 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlxserver.api.endpoints import ENDPOINTS
+from tools.hostile_bodies import MODEL, PARAMETERS, SCHEMAS, STREAMING, TAKING, good_body, value, weight
 from tools.raw_http import request
 
 CLOSE = "Connection: close"
-MODEL = "tiny"
 PATHS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/responses/resp_1",
+    *(endpoint.path.replace("{key}", MODEL).replace("{id}", "resp_1") for endpoint in ENDPOINTS),
     "/v1/responses/resp_1/input_items?limit=x",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
     "/v1/messages/batches",
-    "/v1/models/load",
-    "/v1/models/unload",
-    "/v1/models/reload",
-    "/v1/models",
-    f"/v1/models/{MODEL}",
-    "/tokenize",
-    "/detokenize",
-    "/apply-template",
-    "/health",
-    "/metrics",
-    "/openapi.json",
-    "/docs",
     "/",
     "/v1/models/",
     "/v1/chat/completions/",
@@ -50,79 +34,8 @@ PATHS = (
     "http://evil/health",
 )
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "BREW", "get")
-HELLO = [{"role": "user", "content": "hello"}]
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"model": MODEL, "messages": HELLO, "max_tokens": 3},
-    "/v1/completions": {"model": MODEL, "prompt": "hello", "max_tokens": 3},
-    "/v1/messages": {"model": MODEL, "messages": HELLO, "max_tokens": 3},
-    "/v1/messages/count_tokens": {"model": MODEL, "messages": HELLO},
-    "/v1/models/load": {"model": "/no/such/model", "key": "nothing"},
-    "/v1/models/unload": {"key": "unknown"},
-    "/v1/responses": {"model": MODEL, "input": "hello", "max_output_tokens": 3},
-    "/tokenize": {"model": MODEL, "prompt": "hello"},
-    "/detokenize": {"model": MODEL, "tokens": [5, 6, 7]},
-    "/apply-template": {"model": MODEL, "messages": HELLO},
-}
-PARAMETERS = (
-    "model",
-    "messages",
-    "prompt",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "n",
-    "stop",
-    "stream",
-    "stream_options",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "tools",
-    "tool_choice",
-    "response_format",
-    "user",
-    "key",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "reasoning_effort",
-    "chat_template_kwargs",
-    "tokens",
-    "max_completion_tokens",
-    "min_tokens",
-    "ignore_eos",
-    "echo",
-    "best_of",
-    "suffix",
-    "metadata",
-    "mode",
-    "timeout",
-    "keep_alive",
-    "adapter",
-    "defaults",
-    "ttl",
-    "modalities",
-    "thinking_budget",
-    "continue_final_message",
-    "input",
-    "instructions",
-    "max_output_tokens",
-    "previous_response_id",
-    "text",
-    "include",
-    "reasoning",
-    "store",
-    "truncation",
-    "system",
-    "stop_sequences",
-    "thinking",
-    "output_config",
-    "\u0000",
-    "",
-)
+BODIES = {endpoint.path: good_body(endpoint) for endpoint in TAKING}
+ODD_PARAMETERS = ("no_such_parameter", "\u0000", "")
 # Values as JSON text, since some are not valid JSON.
 VALUES = (
     "null",
@@ -260,12 +173,16 @@ CHUNKS = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Bytes to send. is_cut: the client hangs up in the middle. methods: one per request; HEAD has no body."""
+    """Bytes to send. is_cut: the client hangs up in the middle. methods: one per request; HEAD has no body.
+
+    path: of the endpoint that surely answers it, None where that is not known.
+    """
 
     name: str
     data: bytes
     is_cut: bool = False
     methods: tuple[str, ...] = ("POST",)
+    path: str | None = None
 
 
 class Hostile:
@@ -295,10 +212,11 @@ class Hostile:
         path, body = self._body()
         fields = {name: json.dumps(value) for name, value in body.items()}
         for _ in range(self._random.randint(1, 3)):
-            fields[self._random.choice(PARAMETERS)] = self._random.choice(VALUES)
+            name = self._name(path)
+            fields[name] = self._value(path, name)
         if self._random.random() < 0.2:
             fields.pop(self._random.choice(list(fields)))
-        return Case(f"value {path}", request("POST", path, _object(fields), CLOSE))
+        return Case(f"value {path}", request("POST", path, _object(fields), CLOSE), path=path)
 
     def broken_json(self) -> Case:
         """A valid body with some bytes changed, inserted or removed."""
@@ -307,7 +225,7 @@ class Hostile:
         for _ in range(self._random.randint(1, 4)):
             position = self._random.randrange(len(raw) + 1)
             raw[position : position + self._random.randint(0, 3)] = self._random.randbytes(self._random.randint(0, 3))
-        return Case(f"json {path}", request("POST", path, bytes(raw), CLOSE))
+        return Case(f"json {path}", request("POST", path, bytes(raw), CLOSE), path=path)
 
     def odd_request(self) -> Case:
         """A random method on a random path."""
@@ -359,10 +277,22 @@ class Hostile:
         return Case("cut", whole.data[: self._random.randrange(len(whole.data))], is_cut=True)
 
     def _body(self) -> tuple[str, dict[str, Any]]:
-        path = self._random.choices(list(BODIES), weights=(8, 4, 6, 2, 1, 1, 6, 2, 2, 2))[0]
-        streams = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-        stream = {"stream": True} if path in streams else {}
-        return path, BODIES[path] | (stream if self._random.random() < 0.3 else {})
+        endpoint = self._random.choices(TAKING, weights=[weight(each) for each in TAKING])[0]
+        streams = endpoint.path in STREAMING and self._random.random() < 0.3
+        return endpoint.path, BODIES[endpoint.path] | ({"stream": True} if streams else {})
+
+    def _name(self, path: str) -> str:
+        """A parameter of this endpoint, or of any, or of none."""
+        own = [*SCHEMAS[path]["properties"]]
+        chosen: str = self._random.choice(own if self._random.random() < 0.6 else [*PARAMETERS, *ODD_PARAMETERS])
+        return chosen
+
+    def _value(self, path: str, name: str) -> str:
+        """JSON, or nearly: a hostile value, or one that is like what the parameter takes."""
+        schema = SCHEMAS[path]["properties"].get(name)
+        if schema and self._random.random() < 0.4:
+            return json.dumps(value(schema, self._random))
+        return self._random.choice(VALUES)
 
 
 def _object(fields: dict[str, str]) -> bytes:

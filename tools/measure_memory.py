@@ -3,7 +3,8 @@
 Run: python -m tools.measure_memory [--tiny] [SOURCE ...]; by default the embedded model, three llamas, and ten
 architectures of the zoo, of random weights. SOURCE may be the name of one of those, too. Each model is measured in a
 separate process: eight sequences fill the KV cache, then one prompt fills the context. MLX is the peak of MLX's arrays,
-RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere.
+RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere. Held: by the sequences, with the prefixes
+that are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from mlx_lm.utils import _get_classes, save_model
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import sources
-from mlxserver.engine.loading.estimate import estimate
+from mlxserver.engine.loading.architecture import inspect_architecture
+from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
@@ -91,7 +94,7 @@ def measure(source: str, tokens: int) -> dict[str, float]:
     Returns the sizes in MiB, and the deviation of the estimate in percent.
     """
     spec = ModelSpec("model", source, type="instruction", cache_tokens=tokens, max_running=SEQUENCES)
-    expected = estimate(spec)
+    expected = with_full_cache(estimate(spec), source, tokens)
     rss, active = device.process_bytes(), device.active_bytes()
     with streams.thread_stream():
         # A target that no chunk reaches: chunks have their greatest length, however slow the machine.
@@ -108,6 +111,13 @@ def measure(source: str, tokens: int) -> dict[str, float]:
         **{"total": expected.total, "mlx": mlx, "rss": process},
     }
     return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
+
+
+def with_full_cache(expected: Estimate, source: str, tokens: int) -> Estimate:
+    """The estimate with the KV cache of all sequences, which claim it as they grow."""
+    architecture = inspect_architecture(sources.checkpoint_metadata(source).config)
+    value_bytes = 4 if device.is_cpu() else 2
+    return replace(expected, cache=architecture.cache_values(tokens, SEQUENCES) * value_bytes)
 
 
 def answer(batch: Any, *, sequences: int, prompt: int) -> int:

@@ -15,7 +15,7 @@ from mlxserver.api.anthropic.models import model_info, model_page
 from mlxserver.api.anthropic.prompt import CountTokensRequest, token_count
 from mlxserver.api.endpoints import api_of
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
-from mlxserver.api.native.load import LoadRequest, loaded
+from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
 from mlxserver.api.native.reload import reloaded
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from mlxserver.api.native.unload import UnloadRequest, unloaded
@@ -73,6 +73,8 @@ class ModelHandlers:
             return LoadResponse(
                 lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report),
                 self._manager.settings.heartbeat_interval,
+                LoadEvents(),
+                headers,
             )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)

@@ -217,7 +217,7 @@ def test_a_count_takes_the_request_that_it_is_made_for():
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -3}, "max_tokens"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
         ({"mcp_servers": [{}]}, "mcp_servers"),

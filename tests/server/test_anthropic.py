@@ -19,7 +19,7 @@ ADD = {
     "description": "Adds.",
     "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
 }
-KEY = "sk-anthropic-0123456789"
+KEY, ADMIN_KEY = "sk-anthropic-0123456789", "sk-admin-0123456789"
 CONTEXT = 40_000  # of the agent's model: a token for each byte
 STEPS = (call("Write", path="a"), call("Read", path="a"), call("Bash", command="ls"), say("All is done."))
 
@@ -35,8 +35,12 @@ def server(tmp_path_factory, scripted_path, tiny_llama_path):
         "agent": {"source": str(agent_model(directory / "agent", STEPS, context=CONTEXT)), "context_length": CONTEXT},
         "late": {"source": str(scripted_path), "type": "instruction"},
         "later": {"source": str(scripted_path), "type": "instruction"},
+        "narrow": {"source": str(scripted_path), "type": "instruction", "max_running": 1, "max_waiting": 0},
+        "broken": {"source": str(directory / "broken")},
     }
-    lines = [f'api_key = ["{KEY}"]', "heartbeat_interval = 0.001"]
+    (directory / "broken").mkdir()
+    (directory / "broken" / "config.json").write_text('{"model_type": "nothing"}')
+    lines = [f'api_key = ["{KEY}"]', f'admin_key = ["{ADMIN_KEY}"]', "heartbeat_interval = 0.001"]
     for key, fields in models.items():
         lines += [f"[models.{key}]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items())]
     (directory / "models.toml").write_text("\n".join(lines))
@@ -224,6 +228,15 @@ def test_cached_tokens_are_not_among_the_input(server):
     assert streamed[-2].usage.cache_read_input_tokens == second.cache_read_input_tokens
 
 
+def test_a_prompt_without_an_answer_is_kept(server):
+    body = asked("this prompt is only read, so that the next one is answered sooner " * 4, model="tiny")
+    warming = checked_message(post(server, {**body, "max_tokens": 0}).json)
+    assert (warming.content, warming.stop_reason, warming.usage.output_tokens) == ([], "max_tokens", 0)
+    assert told(checked_events(post(server, {**body, "max_tokens": 0, "stream": True}).body)) == []
+    answered = checked_message(post(server, {**body, "max_tokens": 2}).json)
+    assert answered.usage.cache_read_input_tokens == warming.usage.input_tokens - 1
+
+
 # Tokens
 
 
@@ -246,6 +259,41 @@ def test_the_tokens_of_a_request_are_counted(server, client):
     assert checked(answer.json, MessageTokensCount, "MessageTokensCount").input_tokens > 5
 
 
+def test_a_conversation_that_moves_here_from_another_api_has_the_same_prompt(server, client):
+    function = {"name": "add", "description": ADD["description"], "parameters": ADD["input_schema"]}
+    call_there = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    answer_there = {"role": "assistant", "reasoning_content": "Hm.", "content": "I add.", "tool_calls": [call_there]}
+    there = {
+        "model": "agent",
+        "max_tokens": 1,
+        "tools": [{"type": "function", "function": function}],
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Add, as in another session."},
+            answer_there,
+            {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+        ],
+    }
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "x"}
+    use = {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "1"}]}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    chat = server.ask("POST", "/v1/chat/completions", json.dumps(there).encode(), headers).json
+    usage = client.messages.create(
+        model="agent",
+        max_tokens=1,
+        tools=[ADD],
+        system="Be brief.",
+        messages=[
+            {"role": "user", "content": "Add, as in another session."},
+            {"role": "assistant", "content": [thought, {"type": "text", "text": "I add."}, use]},
+            {"role": "user", "content": [result]},
+        ],
+    ).usage
+    assert usage.input_tokens + usage.cache_read_input_tokens == chat["usage"]["prompt_tokens"]
+    assert usage.input_tokens == 1
+
+
 # Errors
 
 
@@ -266,6 +314,36 @@ def test_errors_are_of_the_sdks_classes(server, client):
     stranger = anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0)
     denied = refusal(stranger)
     assert (type(denied), denied.type) == (anthropic.AuthenticationError, "authentication_error")
+
+
+def test_a_client_that_may_not_is_denied(server):
+    stranger = anthropic.Anthropic(
+        base_url=server.url, api_key=KEY, max_retries=0, default_headers={"Origin": "https://evil.example"}
+    )
+    denied = refusal(stranger)
+    assert (type(denied), denied.type) == (anthropic.PermissionDeniedError, "permission_error")
+
+
+def test_a_full_queue_and_a_failed_load_can_be_tried_again_later(client):
+    with client.messages.stream(**asked("forever", "narrow", max_tokens=4000)) as stream:
+        next(iter(stream))
+        full = refusal(client, model="narrow")
+    assert (type(full), full.type) == (anthropic.RateLimitError, "rate_limit_error")
+    assert int(full.response.headers["retry-after"]) >= 1
+    failed = refusal(client, model="broken")
+    assert (failed.status_code, failed.type) == (503, "api_error")
+    assert isinstance(failed, anthropic.InternalServerError)
+
+
+def test_a_failure_within_a_stream_is_an_event(server, client):
+    headers = {"x-api-key": ADMIN_KEY}
+    with client.messages.stream(**asked("forever", "narrow", max_tokens=4000)) as stream:
+        next(iter(stream))
+        assert server.ask("POST", "/v1/models/unload", b'{"key":"narrow","mode":"abort"}', headers).status == 200
+        with pytest.raises(anthropic.APIStatusError) as caught:
+            stream.until_done()
+    assert checked_error(caught.value.body).type == "api_error"
+    assert caught.value.body["request_id"] == stream.response.headers["request-id"]
 
 
 def test_a_body_that_is_too_large_is_named_so(server):
@@ -321,7 +399,7 @@ def test_pings_before_the_message_disturb_no_stream(server, client):
 
 def test_models_are_listed_in_the_shape_of_the_clients_api(server, client):
     listed = list(client.models.list(limit=2))
-    assert [model.id for model in listed] == ["talker", "thinker", "tiny", "agent", "late", "later"]
+    assert [model.id for model in listed] == ["talker", "thinker", "tiny", "agent", "late", "later", "narrow", "broken"]
     assert client.models.retrieve("talker").display_name == "talker"
     headers = {"x-api-key": KEY, "anthropic-version": "2023-06-01"}
     page = server.ask("GET", "/v1/models?limit=2&after_id=thinker", headers=headers).json

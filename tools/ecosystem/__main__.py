@@ -1,6 +1,7 @@
 """Round trips with widely used clients and coding agents (agents.py), against a running server.
 
-Clients use the embedded model, agents a scripted one each, lm-eval (scoring.py) one of random weights.
+Clients use the embedded model, agents a scripted one each, lm-eval (scoring.py) one of random weights;
+schemathesis (contract.py) asks for any of them.
 
 Each client is installed into a separate environment, which is removed afterwards (or kept with --keep DIRECTORY, so
 that a second run starts at once), and prints one line on what it did. The exit status is the number of failed clients.
@@ -22,10 +23,12 @@ from pathlib import Path
 
 from tools.ecosystem.agents import AGENTS as OTHERS
 from tools.ecosystem.agents import Agent
+from tools.ecosystem.claude import CLAUDE
 from tools.ecosystem.codex import CODEX
+from tools.ecosystem.contract import Contract
 from tools.ecosystem.scoring import Scoring
 
-AGENTS = (*OTHERS, CODEX)
+AGENTS = (*OTHERS, CODEX, CLAUDE)
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
@@ -83,7 +86,8 @@ ALL = (
     Client("event-stream parsers", "event_streams.mjs", ("eventsource-parser",)),
     Client("httpx-sse", "httpx_sse_client.py", ("httpx-sse", "httpx")),
 )
-WITH_MODELS: tuple[Agent | Scoring, ...] = (Scoring(), *AGENTS)
+Trial = Client | Agent | Scoring | Contract
+WITH_MODELS: tuple[Agent | Scoring | Contract, ...] = (Scoring(), Contract(), *AGENTS)
 
 
 def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
@@ -110,7 +114,7 @@ def running_server(directory: Path) -> Iterator[str]:
             process.terminate()
 
 
-def try_out(client: Client | Agent | Scoring, directory: Path, url: str) -> bool:
+def try_out(client: Trial, directory: Path, url: str) -> bool:
     """Install a client, run its round trips, and print its line; whether all succeeded."""
     fault, summary = "", ""
     try:
@@ -131,7 +135,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="directory of the environments")
     parser.add_argument("names", nargs="*", metavar="NAME", help="the clients to try; all by default")
     options = parser.parse_args()
-    chosen: list[Client | Agent | Scoring] = [
+    chosen: list[Trial] = [
         client
         for client in (*ALL, *WITH_MODELS)
         if not options.names or any(name in client.name for name in options.names)

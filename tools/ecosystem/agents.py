@@ -26,7 +26,8 @@ DONE = say("The file is written.")
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """Agent under test. In commands, files and variables {url} is the API's, {work} the working directory.
+    """Agent under test. In commands, files and variables {url} is the API's, {base} the server's, {work} the working
+    directory, {model} the key of its model.
 
     answers: of its model. files: by their path below the home directory. setup: a command to run before.
     """
@@ -47,7 +48,7 @@ class Agent:
     @property
     def directory(self) -> str:
         """Name of the directory of its environment."""
-        return self.name
+        return self.package.removeprefix("pypi:").replace("/", "-")
 
     def write_model(self, directory: Path) -> str:
         """Write its model; returns its section of the configuration."""
@@ -109,8 +110,11 @@ class Agent:
         return programs
 
     def fill(self, text: str, url: str, work: Path) -> str:
-        """The text with the API's URL, the working directory and the key of the model."""
-        return text.replace("{url}", f"{url}/v1").replace("{work}", str(work)).replace("{model}", self.key)
+        """The text with the URLs of the API and of the server, the working directory and the key of the model."""
+        words = {"url": f"{url}/v1", "base": url, "work": str(work), "model": self.key}
+        for name, word in words.items():
+            text = text.replace(f"{{{name}}}", word)
+        return text
 
 
 def _run(command: Sequence[str], **options: object) -> None:
@@ -150,6 +154,13 @@ AGENTS = (
         ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
         (call("write", filePath=TASK, content=TEXT), DONE),
         {".config/opencode/opencode.json": OPENCODE},
+    ),
+    Agent(
+        "opencode-messages",
+        "opencode-ai",
+        ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
+        (call("write", filePath=TASK, content=TEXT), DONE),
+        {".config/opencode/opencode.json": OPENCODE.replace("@ai-sdk/openai-compatible", "@ai-sdk/anthropic")},
     ),
     Agent(
         "qwen-code",

@@ -75,10 +75,10 @@ class Codex(Agent):
 
     def _check_interrupt(self, url: str, work: Path, environment: dict[str, str]) -> None:
         running = _codex(ENDLESS, work, environment)
-        _wait_for_requests(url, 1)
+        wait_for_requests(url, ENDLESS, 1)
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=TIMEOUT)
-        _wait_for_requests(url, 0)
+        wait_for_requests(url, ENDLESS, 0)
 
 
 def _codex(model: str, work: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -94,11 +94,12 @@ def _codex(model: str, work: Path, environment: dict[str, str]) -> subprocess.Po
     )
 
 
-def _wait_for_requests(url: str, count: int) -> None:
+def wait_for_requests(url: str, model: str, count: int) -> None:
+    """Return once a model has so many running requests. Raises ValueError."""
     deadline = time.monotonic() + TIMEOUT
-    while (model := _get(f"{url}/v1/models/{ENDLESS}"))["running_requests"] != count:
+    while (card := _get(f"{url}/v1/models/{model}"))["running_requests"] != count:
         if time.monotonic() > deadline:
-            raise ValueError(f"expected {count} running requests: {model}")
+            raise ValueError(f"expected {count} running requests: {card}")
         time.sleep(0.1)
 
 

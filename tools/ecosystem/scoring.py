@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +17,11 @@ from mlxserver.engine.mlx import mx
 
 from mlx_lm.utils import load
 
+from tools.ecosystem.environments import programs_of, run
 from tools.harness.models import SENTENCES, tiny_llama
 
 CONTEXT = 2048
 LARGEST_DIFFERENCE = 1e-3
-TIMEOUT = 600  # seconds for an installation, and for the evaluation
 PACKAGES = ("lm-eval[api]", "transformers")
 CHOICES = """\
 task: generated_choices
@@ -68,12 +66,12 @@ class Scoring:
             CalledProcessError, TimeoutExpired: it failed.
             ValueError: a log-likelihood differs.
         """
-        program = _install(directory)
+        program = programs_of(directory, PACKAGES) / "lm_eval"
         with tempfile.TemporaryDirectory() as temporary:
             work = Path(temporary)
             model = tiny_llama(work / self.key, context=CONTEXT)  # the same weights
             _write_tasks(work)
-            _run(_command(program, work, self.key, model, url), cwd=work)
+            run(_command(program, work, self.key, model, url), cwd=work)
             scored = [*_samples(work)]
             expected = _Reference(model)
             differences = [abs(value - expected.log_likelihood(*text)) for text, value in scored]
@@ -101,16 +99,6 @@ class _Reference:
         own = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         chosen = mx.take_along_axis(own, mx.array(tokens[1:])[:, None], axis=-1)[:, 0]
         return sum(cast(list[float], chosen[start - 1 :].tolist()))
-
-
-def _install(directory: Path) -> Path:
-    """Install lm-eval; its program."""
-    programs = directory / "venv" / "bin"
-    if not programs.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        _run([sys.executable, "-m", "venv", str(programs.parent)])
-        _run([str(programs / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *PACKAGES])
-    return programs / "lm_eval"
 
 
 def _write_tasks(work: Path) -> None:
@@ -159,7 +147,3 @@ def _samples(work: Path) -> Iterator[tuple[tuple[str | None, str], float]]:
                 context, text = parts if len(parts) == 2 else (None, parts[0])
                 value = answers[0][0] if isinstance(answers[0], list) else answers[0]
                 yield (context, text), float(value)
-
-
-def _run(command: Sequence[str], **options: Any) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT, **options)

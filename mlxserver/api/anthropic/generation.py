@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from mlxserver.api.anthropic.encoder import MessageEncoder
 from mlxserver.api.anthropic.prompt import NO_EFFECT, PromptRequest
 from mlxserver.api.dialect import Call
-from mlxserver.api.openai.generation import KEEP_ALIVE, TOKEN_LIMIT, UNLIMITED, SamplingRequest, check_limit
+from mlxserver.api.openai.completions import LIMIT_OR_NONE, check_limit_or_none
+from mlxserver.api.openai.generation import KEEP_ALIVE, UNLIMITED, SamplingRequest
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, parse
 from mlxserver.api.schema.validators import MAX_STOPS, check_keep_alive, check_stop
@@ -24,9 +25,10 @@ class MessagesRequest(PromptRequest, SamplingRequest):
 
     max_tokens: int | None = Parameter(
         int,
-        "Most tokens to generate, reasoning included, and never more than the context has room for.",
-        check=check_limit,
-        shape=TOKEN_LIMIT,
+        "Most tokens to generate, reasoning included, and never more than the context has room for. 0: the prompt is "
+        "processed, and kept for the next request.",
+        check=check_limit_or_none,
+        shape=LIMIT_OR_NONE,
     )
     stop_sequences: tuple[str, ...] = Parameter(
         object, "Strings at which the answer ends; they are not part of it.", default=(), check=check_stop, shape=STOPS

@@ -14,7 +14,6 @@ import orjson
 
 from mlxserver.api.dialect import Call, Failure, WaitProgress
 from mlxserver.api.openai.completions import TOKEN_IDS, TOKENS, BarePrompt, check_tokens
-from mlxserver.api.openai.errors import error_object
 from mlxserver.api.openai.generation import KEEP_ALIVE, ModelRequest
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
@@ -134,14 +133,10 @@ class EmbeddingsDialect:
         return Call(request.model, [embedding], encoder, idle_timeout=request.keep_alive, ignored=request.ignored)
 
 
-class EmbeddingsEncoder:
-    """Encoder of one answer with embeddings, which is never streamed."""
+class VectorsEncoder:
+    """Encoder of an answer with vectors, which is never streamed."""
 
     content_type = "application/json"
-
-    def __init__(self, model: str, *, in_base64: bool) -> None:
-        self._model = model
-        self._in_base64 = in_base64
 
     def start(self, prompt_tokens: int) -> bytes:
         """Nothing."""
@@ -156,20 +151,30 @@ class EmbeddingsEncoder:
         return b""
 
     def failed(self, failure: Failure) -> bytes:
-        """The failure."""
-        return orjson.dumps(error_object(failure))
+        """Nothing."""
+        return b""
 
     def heartbeat(self, progress: WaitProgress | None) -> bytes:
         """Nothing."""
         return b""
 
     def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
+        """Body of the answer."""
+        raise NotImplementedError
+
+
+class EmbeddingsEncoder(VectorsEncoder):
+    """Encoder of one answer of OpenAI's API."""
+
+    def __init__(self, model: str, *, in_base64: bool) -> None:
+        self._model = model
+        self._in_base64 = in_base64
+
+    def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
         """The vectors, in the order of the texts."""
         data = [
-            {"object": "embedding", "index": index, "embedding": self._written(event.vector)}
-            for index, events in enumerate(choices)
-            for event in events
-            if isinstance(event, Embedding)
+            {"object": "embedding", "index": index, "embedding": self._written(vector)}
+            for index, vector in enumerate(vectors(choices))
         ]
         counts = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
         answer = {"object": "list", "model": self._model, "data": data, "usage": counts}
@@ -177,3 +182,8 @@ class EmbeddingsEncoder:
 
     def _written(self, vector: bytes) -> str | np.ndarray[Any, Any]:
         return base64.b64encode(vector).decode() if self._in_base64 else np.frombuffer(vector, "<f4")
+
+
+def vectors(choices: Sequence[Sequence[Event]]) -> list[bytes]:
+    """The vectors of an answer, in the order of the texts."""
+    return [event.vector for events in choices for event in events if isinstance(event, Embedding)]

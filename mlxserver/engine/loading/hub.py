@@ -41,6 +41,12 @@ def snapshot(source: str, repository: str, revision: str | None, progress: Calla
     return Path(directory)
 
 
+def cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    """The directory of a repository's files that were downloaded before; None without a config.json in it."""
+    config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def checkpoint_metadata(source: str, repository: str, revision: str | None) -> CheckpointMetadata:
     """Metadata from a repository's config.json and list of files, without its weights. Raises SourceInvalid."""
     try:
