@@ -43,7 +43,6 @@ class ModelSpec:
 
     key: Annotated[str, Shared()]
     source: Annotated[str, Shared(), Identity()]
-    kind: Annotated[Kind | None, Identity()] = None
     type: Annotated[ModelType | None, Identity()] = None
     adapter: Annotated[str | None, Shared(), Identity()] = None
     preload: Annotated[bool, Live()] = False
@@ -59,6 +58,7 @@ class ModelSpec:
     defaults: Mapping[str, float] = field(default_factory=dict)
     shard: Annotated[Shard | None, Shared(), Identity()] = None
     unclosed_thinking: UnclosedThinking = "reasoning"
+    kind: Annotated[Kind | None, Identity()] = None
     min_context: Annotated[int, Range(16), Shared()] = 4096
 
 

@@ -77,7 +77,8 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 def gelu(x: mx.array) -> mx.array:
     """As nn.gelu: x times the normal distribution's share below it."""
     if x.dtype != mx.float32 or x.size <= _FEW:
-        return nn.gelu(x)
+        plain: mx.array = nn.gelu(x)
+        return plain
     mantissa, exponent = _compiled_bell(x)
     gated: mx.array = _bell_gate(mantissa, exponent.view(mx.float32), x)
     return gated
