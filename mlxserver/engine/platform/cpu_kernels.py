@@ -248,7 +248,7 @@ def _gelu_of_bell(mantissa: mx.array, power: mx.array, x: mx.array) -> mx.array:
     polynomial = mx.array(1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         polynomial = polynomial * t + coefficient
-    tail = 0.5 * x * polynomial * t * mantissa * power
+    tail = 0.5 * mx.clip(x, -40.0, 40.0) * polynomial * t * mantissa * power
     return mx.where(x > 0.0, x - tail, tail)
 
 
