@@ -16,6 +16,7 @@ def model_status(instance: ModelInstance) -> ModelStatus:
         instance.created,
         instance.status,
         spec.source,
+        kind=instance.kind,
         type=facts.type if facts else spec.type,
         context_length=facts.context_length if facts else spec.context_length,
         capabilities=facts.capabilities if facts else None,
