@@ -37,6 +37,7 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import gguf, sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, streams
@@ -167,6 +168,7 @@ async def serve(
                 leader.step = changed.wedged_after
             return await manager.reload(changed)
 
+        manager.library.refresh_soon()
         server = Server(manager, reload)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = asyncio.create_task(manager.preload())
@@ -212,6 +214,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         estimate_share,
         device.active_bytes,
         pool,
+        Scanner().scan,
     )
     manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:

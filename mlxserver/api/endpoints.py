@@ -53,6 +53,7 @@ ENDPOINTS = (
     ),
     Endpoint("unload_model", "POST", "/v1/models/unload", "Unload a model.", "Unloaded", UnloadRequest, manages=True),
     Endpoint("reload_models", "POST", "/v1/models/reload", "Read the settings again.", "Reloaded", manages=True),
+    Endpoint("list_library", "GET", "/v1/library", "The models that are on this machine, damaged ones too.", "Library"),
     Endpoint("cache", "GET", "/v1/cache", "What the prefix cache has, by tier and model.", "CacheUsage", manages=True),
     Endpoint("clear_cache", "POST", "/v1/cache/clear", "Empty the prefix cache.", "CacheUsage", manages=True),
     Endpoint(

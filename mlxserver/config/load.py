@@ -75,7 +75,7 @@ def read_file(path: Path) -> dict[str, Any]:
         if name not in SETTINGS:
             raise ConfigInvalid(str(path), name, f"one of {', '.join(SETTINGS)}, or [models.KEY]")
     values = {name: SETTINGS[name].check(f"{path}: {name}", value) for name, value in document.items()}
-    for name in values.keys() & KEY_FILES.keys():
+    for name in values.keys() & {*KEY_FILES, "model_dirs"}:
         values[name] = tuple(str(path.parent / Path(written).expanduser()) for written in values[name])
     return {**values, "models": [_section(path, key, section) for key, section in sections.items()]}
 

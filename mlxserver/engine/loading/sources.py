@@ -90,6 +90,8 @@ def parse(source: str) -> Source:
             raise SourceInvalid(source, "this directory has no config.json; expected an MLX model directory")
         return MlxDirectory(path.resolve())
     if path.exists():
+        if _is_gguf(path):  # a blob of Ollama's has no suffix
+            return GgufFile(path.resolve())
         raise SourceInvalid(source, f"this file is no model; {EXPECTED}")
     if match := REPOSITORY.fullmatch(source):
         return Repository(match["id"], match["revision"])
@@ -194,6 +196,17 @@ def _path(source: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, no access; a null byte; no such ~user
         raise SourceInvalid(source, f"{getattr(error, 'strerror', None) or error}; {EXPECTED}") from None
     return path
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a file begins like a GGUF file; one that can't be read does not."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
 
 
 def _gguf(source: str, path: Path) -> GgufFile:
