@@ -122,23 +122,27 @@ class ModelManager:
             raise ModelExists(spec.key, known.spec.source, spec.source)
         return known
 
-    def instance(self, name: str) -> ModelInstance:
-        """The model with this key or alias. Raises ModelNotFound."""
-        return self._registry.find(name)
+    def instance(self, name: str, *others: str) -> ModelInstance:
+        """The model with this key or alias, or that the name fits. others: more spellings. Raises ModelNotFound."""
+        return self._registry.find(name, *others)
 
-    def resolve(self, name: str) -> ModelInstance:
-        """The model with this key or alias, for a request that it is to serve.
+    def copy(self, instance: ModelInstance, alias: str) -> None:
+        """Give a model one more name while the server runs. Raises ModelExists."""
+        self._registry.copy(instance, alias)
+
+    def resolve(self, name: str, *others: str) -> ModelInstance:
+        """As instance(), for a request that the model is to serve.
 
         Registers one of the library; any other if allow_any_model is set.
 
         Raises:
             ModelNotFound
         """
+        if found := self.find_local(name, *others):
+            return self.registered(found) or self._register_local(found)
         try:
-            return self._registry.find(name)
+            return self._registry.find(name, *others)
         except ModelNotFound:
-            if found := self.library.find(name):
-                return self.registered(found) or self._register_local(found)
             may_register = self.settings.allow_any_model and self.settings.load_on_demand
             if not (may_register and sources.is_repository(name)):
                 raise
@@ -151,6 +155,12 @@ class ModelManager:
     def found(self) -> list[LocalModel]:
         """Models of the library that can be loaded and are not registered, under this name or another."""
         return [model for model in self.library.usable if not self.registered(model)]
+
+    def find_local(self, *names: str) -> LocalModel | None:
+        """The model of the library with one of these names, unless a registered one has them, patterns aside."""
+        if any(self._registry.get(name) or self._registry.with_alias(name) for name in names):
+            return None
+        return next(filter(None, map(self.library.find, names)), None)
 
     def local_spec(self, model: LocalModel) -> ModelSpec:
         """The spec of a model of the library. Names that registered models have stay theirs."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -43,9 +44,13 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request: seconds to its first token, tokens of its prompt, and those from the prefix cache."""
+    """One request: seconds to its first token, tokens of its prompt, and those from the prefix cache.
+
+    cpu: of the seconds to the first token, those of the server's threads on a processor; 0 where that is not known.
+    """
 
     ttft: float
+    cpu: float
     prompt_tokens: int
     cached_tokens: int
     text: str = field(default="", repr=False)
@@ -97,9 +102,9 @@ def ask(server: RunningServer, messages: Sequence[Message], model: str = MODEL) 
     """Stream one answer."""
     body = {"model": model, "messages": messages, "max_tokens": ANSWER, "temperature": 0, "stream": True}
     connection = HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
-    text, first = "", 0.0
+    text, first, busy = "", 0.0, 0.0
     usage: dict[str, Any] = {}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds(server)
     connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream_options": {"include_usage": True}}))
     for line in connection.getresponse():
         if not line.startswith(b"data: {"):
@@ -108,10 +113,20 @@ def ask(server: RunningServer, messages: Sequence[Message], model: str = MODEL) 
         if "error" in event:
             raise RuntimeError(event["error"]["message"])
         said = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
-        first = first or (time.perf_counter() - start if said else 0.0)
+        if said and not first:
+            first, busy = time.perf_counter() - start, cpu_seconds(server) - cpu
         text, usage = text + said, event.get("usage") or usage
     connection.close()
-    return Turn(first, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], text)
+    return Turn(first, busy, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], text)
+
+
+def cpu_seconds(server: RunningServer) -> float:
+    """Seconds that the server's threads were on a processor; 0 where the system does not report them."""
+    stat = Path(f"/proc/{server.process.pid}/stat")
+    if not stat.exists():
+        return 0.0
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def send(server: RunningServer, method: str, path: str, **body: Any) -> Any:
@@ -186,10 +201,12 @@ def measure(kind: str, options: argparse.Namespace, cache: Path, figures: Figure
 
 def render(measured: dict[str, Figures]) -> str:
     """The table of all kinds, as Markdown."""
-    lines = ["| kind | turn | prompt tokens | from the cache | TTFT, ms | cold, ms | ratio |", "| --- " * 7 + "|"]
+    head = "| kind | turn | prompt tokens | from the cache | TTFT, ms | cold, ms | ratio | ratio of CPU seconds |"
+    lines = [head, "| --- " * 8 + "|"]
     for kind, figures in measured.items():
         for name, turn, cold in figures.rows:
             compared = f"{cold.ttft * 1000:,.0f} | {turn.ttft / cold.ttft:.3f}" if cold else "- | -"
+            compared += f" | {turn.cpu / cold.cpu:.3f}" if cold and cold.cpu else " | -"
             counts = f"{turn.prompt_tokens:,} | {turn.cached_tokens:,} | {turn.ttft * 1000:,.0f}"
             lines.append(f"| {kind} | {name} | {counts} | {compared} |")
     ratios = [turn.ttft / cold.ttft for each in measured.values() for _, turn, cold in each.rows if cold]

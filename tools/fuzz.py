@@ -151,7 +151,8 @@ def _fault_of_end(last: bytes, path: str | None) -> str | None:
     content = json.loads(last)
     if isinstance(content, dict) and content.get("type") == "response.failed":
         return "a response that failed" if content["response"]["error"]["code"] == "server_error" else None
-    if isinstance(content, dict) and (content.get("type") in LAST_EVENTS or content.get("done") is True):
+    fields = content if isinstance(content, dict) else {}
+    if fields.get("type") in LAST_EVENTS or fields.get("done") is True or fields.get("status") == "success":
         chunks = [each.chunk for each in ENDPOINTS if each.chunk and path in (None, each.path)]
         return None if any(VALIDATORS[chunk].is_valid(content) for chunk in chunks) else "a last event of a wrong shape"
     return _fault_of_error(content, path)

@@ -20,6 +20,7 @@ from mlx_lm import tool_parsers
 
 from mlxserver.api.endpoints import ENDPOINTS, encode_failure
 from mlxserver.api.native.load import LoadRequest
+from mlxserver.api.ollama.pull import OllamaPullRequest
 from mlxserver.api.openai.chat import ChatDialect
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, parse
@@ -79,6 +80,9 @@ def requests(data: bytes) -> None:
             asked = parse(endpoint.request, data[1:], Limits.of(settings))
             if isinstance(asked, LoadRequest):
                 sources.check(asked.model)
+                asked.spec  # noqa: B018  (derives a key)
+            if isinstance(asked, OllamaPullRequest):
+                sources.check(asked.source)
                 asked.spec  # noqa: B018  (derives a key)
     except (ValidationFailed, SourceInvalid) as error:
         encode_failure(endpoint.path, failure_of(error)[1])

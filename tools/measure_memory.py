@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from mlx_lm.utils import _get_classes, save_model
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import sources
-from mlxserver.engine.loading.estimate import estimate
+from mlxserver.engine.loading.architecture import inspect_architecture
+from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
@@ -92,7 +94,7 @@ def measure(source: str, tokens: int) -> dict[str, float]:
     Returns the sizes in MiB, and the deviation of the estimate in percent.
     """
     spec = ModelSpec("model", source, type="instruction", cache_tokens=tokens, max_running=SEQUENCES)
-    expected = estimate(spec)
+    expected = with_full_cache(estimate(spec), source, tokens)
     rss, active = device.process_bytes(), device.active_bytes()
     with streams.thread_stream():
         # A target that no chunk reaches: chunks have their greatest length, however slow the machine.
@@ -109,6 +111,13 @@ def measure(source: str, tokens: int) -> dict[str, float]:
         **{"total": expected.total, "mlx": mlx, "rss": process},
     }
     return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
+
+
+def with_full_cache(expected: Estimate, source: str, tokens: int) -> Estimate:
+    """The estimate with the KV cache of all sequences, which claim it as they grow."""
+    architecture = inspect_architecture(sources.checkpoint_metadata(source).config)
+    value_bytes = 4 if device.is_cpu() else 2
+    return replace(expected, cache=architecture.cache_values(tokens, SEQUENCES) * value_bytes)
 
 
 def answer(batch: Any, *, sequences: int, prompt: int) -> int:

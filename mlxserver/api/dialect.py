@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mlxserver.api.model_status import Progress
+from mlxserver.api.model_status import ModelStatus, Progress
 from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import Projection
 from mlxserver.engine.events import Event, PrefillProgress, QueuePosition, Usage
@@ -45,8 +45,9 @@ class Failure:
 class Api:
     """An API that programs speak. envelope: body of an error, JSON. error_schema: name of its JSON schema.
 
-    header: one, in lower case, that its clients send with every request; None where there is none. ends_with_done:
-    whether the last event of its streams is [DONE].
+    header: one, in lower case, that its clients send with every request; None where there is none. prefix: of paths
+    that are its own even where there is no such endpoint. stream_media: type of its streams, events or lines of JSON.
+    ends_with_done: whether the last event of its streams is [DONE].
     """
 
     name: str
@@ -54,6 +55,8 @@ class Api:
     error_schema: str
     header: str | None = None
     ends_with_done: bool = True
+    prefix: str | None = None
+    stream_media: str = "text/event-stream"
 
 
 class Encoder(Protocol):
@@ -80,6 +83,27 @@ class Encoder(Protocol):
         """Body of a whole answer, from the events of each choice."""
 
 
+class LoadEncoder(Protocol):
+    """Encoder of a load's progress: start(), then progress() of any number of steps, then loaded() or failed()."""
+
+    content_type: str
+
+    def start(self) -> bytes:
+        """Bytes that a stream begins with."""
+
+    def progress(self, progress: Progress) -> bytes:
+        """Bytes of a step."""
+
+    def loaded(self, model: ModelStatus) -> bytes:
+        """Bytes that a stream ends with."""
+
+    def failed(self, failure: Failure) -> bytes:
+        """Bytes that a stream ends with instead."""
+
+    def heartbeat(self) -> bytes:
+        """Bytes that keep a stream alive while there is no step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lookup:
     """A question to the model's tokenizer, whose answer the encoder needs before the requests run."""
@@ -92,9 +116,11 @@ class Lookup:
 class Call:
     """What one body asks for: engine requests to one model, and how they are answered.
 
-    requests: all with the same n. idle_timeout: seconds that the model stays loaded afterwards, None leaves it to the
-    model's own. ignored: names of unknown parameters. for_client: makes the call that a client means, by the id of that
-    client (server/keys.py), where that depends on what the server keeps for it; raises ValidationFailed.
+    requests: all with the same n; without any the model is loaded and nothing generated. idle_timeout: seconds that the
+    model stays loaded afterwards, None leaves it to the model's own; 0 without requests unloads it. ignored: names of
+    unknown parameters. for_client: makes the call that a client means, by the id of that client (server/keys.py), where
+    that depends on what the server keeps for it; raises ValidationFailed. other_names: of the model, where none is
+    registered under the first.
     """
 
     model: str
@@ -105,6 +131,7 @@ class Call:
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
     for_client: Callable[[Call, str], Call] | None = None
+    other_names: Sequence[str] = ()
 
 
 class Dialect(Protocol):

@@ -12,6 +12,8 @@ from mlxserver.api.native.apply_template import ApplyTemplateRequest
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
+from mlxserver.api.ollama.endpoints import OLLAMA_ENDPOINTS
+from mlxserver.api.ollama.errors import OLLAMA
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
 from mlxserver.api.openai.errors import OPENAI
@@ -81,9 +83,10 @@ ENDPOINTS = (
     Endpoint("metrics", "GET", "/metrics", "Figures for Prometheus.", None, media="text/plain", manages=True),
     Endpoint("openapi", "GET", "/openapi.json", "This description.", "OpenAPI"),
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),
+    *OLLAMA_ENDPOINTS,
 )
 
-APIS = (ANTHROPIC,)  # beside OpenAI's
+APIS = (ANTHROPIC, OLLAMA)  # beside OpenAI's
 APIS_BY_PATH = {endpoint.path: endpoint.api for endpoint in ENDPOINTS}
 
 
@@ -91,7 +94,9 @@ def api_of(path: str, headers: Container[str] = ()) -> Api:
     """The API that a client speaks: that of the path, or, at a path of no other API, the one its headers tell."""
     if (api := APIS_BY_PATH.get(path, OPENAI)) is not OPENAI:
         return api
-    return next((each for each in APIS if each.header in headers), OPENAI)
+    by_prefix = (each for each in APIS if each.prefix and path.startswith(each.prefix))
+    by_header = (each for each in APIS if each.header and each.header in headers)
+    return next(by_prefix, None) or next(by_header, OPENAI)
 
 
 def encode_failure(path: str, failure: Failure, headers: Container[str] = ()) -> bytes:

@@ -76,8 +76,14 @@ def _content(endpoint: Endpoint) -> dict[str, Any]:
     answers = [named(name) for name in (endpoint.response, *endpoint.others)]
     content: dict[str, Any] = {"application/json": {"schema": {"anyOf": answers} if endpoint.others else answers[0]}}
     if endpoint.chunk:
-        content["text/event-stream"] = {"schema": _event(endpoint.chunk, endpoint.api)}
+        content[endpoint.api.stream_media] = {"schema": _part(endpoint.chunk, endpoint.api)}
     return content
+
+
+def _part(chunk: str, api: Api) -> dict[str, Any]:
+    """The schema of one part of a stream: of a server-sent event, or of a line of JSON."""
+    is_event = api.stream_media == "text/event-stream"
+    return _event(chunk, api) if is_event else {"anyOf": [named(chunk), named(api.error_schema)]}
 
 
 def _event(chunk: str, api: Api) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlxserver.api.anthropic.response_schemas import ANTHROPIC_SCHEMAS
+from mlxserver.api.ollama.schemas import OLLAMA_SCHEMAS
 from mlxserver.api.openai.models import CAPABILITIES
 from mlxserver.api.openai.responses.schemas import RESPONSES_SCHEMAS
 from mlxserver.api.schema.response_shapes import (
@@ -46,6 +47,7 @@ LOCAL = {
 RESPONSE_SCHEMAS: dict[str, Schema] = {
     **RESPONSES_SCHEMAS,
     **ANTHROPIC_SCHEMAS,
+    **OLLAMA_SCHEMAS,
     "Error": exactly(
         error=exactly(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT)), projection_=named("Projection")
     ),

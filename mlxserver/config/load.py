@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlxserver.config.aliases import clash, is_pattern
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.fields import Setting, settings_of
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
@@ -32,6 +33,7 @@ KEY_FILES = {"api_key_file": "api_key", "admin_key_file": "admin_key"}
 CACHE_VARIABLE = "MLX_SERVER_CACHE"  # where conversions are kept: no setting, loading/gguf.py reads it
 MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 CHECK = "--check-config"
+ALIAS = re.compile(r"[A-Za-z0-9._:/*?!\[\]-]{1,128}")
 KEY_EXPECTED = "a model key: 1 to 128 letters, digits or any of . _ : / -"
 
 
@@ -166,9 +168,13 @@ def _checked(
 
 
 def _aliases(place: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and MODEL_KEY.fullmatch(name) for name in value):
-        raise ConfigInvalid(place, value, f"a list of names, each like {KEY_EXPECTED}")
+    if not isinstance(value, list) or not all(isinstance(name, str) and _is_alias(name) for name in value):
+        raise ConfigInvalid(place, value, f"a list of names, each like {KEY_EXPECTED}, or of patterns such as 'gpt-*'")
     return tuple(value)
+
+
+def _is_alias(name: str) -> bool:
+    return (ALIAS if is_pattern(name) else MODEL_KEY).fullmatch(name) is not None
 
 
 def _check_aliases(models: Sequence[ModelSpec]) -> None:
@@ -176,8 +182,12 @@ def _check_aliases(models: Sequence[ModelSpec]) -> None:
     owners = {spec.key: spec.key for spec in models}
     for spec in models:
         for alias in spec.aliases:
-            if owners.setdefault(alias, spec.key) != spec.key:
-                raise ConfigInvalid(f"models.{spec.key}.aliases", alias, f"a name that {owners[alias]!r} has not taken")
+            taken = next((name for name, owner in owners.items() if owner != spec.key and clash(name, alias)), None)
+            if taken:
+                which = "" if taken == alias else f" with {taken!r}"
+                expected = f"a name that {owners[taken]!r} has not taken{which}"
+                raise ConfigInvalid(f"models.{spec.key}.aliases", alias, expected)
+            owners.setdefault(alias, spec.key)
 
 
 def _located(fields: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, str]]:

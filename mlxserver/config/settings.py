@@ -32,11 +32,11 @@ class ModelSpec:
     context_length: tokens, None takes the model's own. min_context: tokens of one request whose KV cache is reserved
     with the model. max_running, max_waiting: requests decoding together, and waiting for a slot. prefix_cache_bytes:
     what the prefix cache may keep in memory. checkpoint_interval: tokens between the checkpoints of a long prompt,
-    where the KV cache can't be trimmed. cache_tokens: most tokens in the KV cache of all requests together, None for
-    no cap. aliases: more names in requests. pin: never evicted. ttl: idle seconds until it is unloaded, None takes
-    the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how several ranks share it
-    (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that the model ended inside
-    its reasoning; "content" gives it as both.
+    where the KV cache can't be trimmed. cache_tokens: most tokens in the KV cache of all requests together, None for no
+    cap. aliases: more names in requests, or patterns of names. pin: never evicted. ttl: idle seconds until it is
+    unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
+    several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
+    the model ended inside its reasoning; "content" gives it as both.
     """
 
     key: Annotated[str, Shared()]
@@ -45,7 +45,6 @@ class ModelSpec:
     adapter: Annotated[str | None, Shared(), Identity()] = None
     preload: Annotated[bool, Live()] = False
     context_length: Annotated[int | None, Range(1), Shared(), Identity()] = None
-    min_context: Annotated[int, Range(16), Shared()] = 4096
     max_running: Annotated[int, Range(1), Shared()] = 32
     max_waiting: Annotated[int, Range(0), Live()] = 256
     prefix_cache_bytes: Annotated[int, Range(0), Size(), Shared()] = 1 << 30
@@ -57,6 +56,7 @@ class ModelSpec:
     defaults: Mapping[str, float] = field(default_factory=dict)
     shard: Annotated[Shard | None, Shared(), Identity()] = None
     unclosed_thinking: UnclosedThinking = "reasoning"
+    min_context: Annotated[int, Range(16), Shared()] = 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,15 @@ from mlxserver.manager.timers import IdleTimer
 
 
 class ModelInstance:
-    """One registered model. A reload may exchange its spec for one that differs in live settings alone."""
+    """One registered model. A reload may exchange its spec for one that differs in live settings alone.
+
+    copied_aliases: names that it was given while the server runs, beside those of its spec.
+    """
 
     def __init__(self, spec: ModelSpec, services: Services, memory: MemoryBudget, metrics: ModelMetrics) -> None:
         self.spec = spec
         self.metrics = metrics
+        self.copied_aliases: tuple[str, ...] = ()
         self.created = int(time.time())
         self._settings = services.settings
         self._memory = memory
@@ -52,6 +56,11 @@ class ModelInstance:
     def key(self) -> str:
         """Name of the model in requests."""
         return self.spec.key
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """More names of the model, patterns among them."""
+        return (*self.spec.aliases, *self.copied_aliases)
 
     @property
     def state(self) -> ModelState:
@@ -172,6 +181,19 @@ class ModelInstance:
         finally:
             self._exit(lease)
 
+    async def hold(self, idle_timeout: float | None = None) -> None:
+        """Load the model if need be, as a request without a question; it then stays for idle_timeout seconds.
+
+        0 unloads it, once it has no requests; a model that is not loaded is not loaded for that. Raises as generate().
+        """
+        if idle_timeout == 0 and (self.is_absent or self.state.is_leaving):
+            return
+        lease = Lease(idle_timeout)
+        try:
+            await self._enter(lease)
+        finally:
+            self._exit(lease)
+
     async def _enter(self, lease: Lease) -> Engine:
         """Take a request in. The engine that serves it, once there is one."""
         self._lifecycle.check_admission()
@@ -221,6 +243,10 @@ class ModelInstance:
     def retire(self, is_retired: bool = True) -> None:
         """Never load the model again: it is no longer registered. False takes that back."""
         self._lifecycle.is_retired = is_retired
+
+    def forget_alias(self, alias: str) -> None:
+        """Take back a copied alias."""
+        self.copied_aliases = tuple(name for name in self.copied_aliases if name != alias)
 
     def restart_idle_timer(self) -> None:
         """Arm the timer of an idle model, disarm that of any other: its state, requests or settings have changed."""

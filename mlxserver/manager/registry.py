@@ -1,8 +1,9 @@
 """Registry of the models: those that are registered, those that are to replace them, and those that are leaving.
 
 Invariants
-1. A model that is no longer registered is retired: it can't be loaded again through a reference that is left.
-2. Every model that may have an engine is in here until that engine has ended.
+1. A name is a key before it is an alias, and an alias before it fits a pattern; the longest pattern counts.
+2. A model that is no longer registered is retired: it can't be loaded again through a reference that is left.
+3. Every model that may have an engine is in here until that engine has ended.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlxserver.engine.errors import ModelNotFound, ModelReplaced
+from mlxserver.config.aliases import fits
+from mlxserver.engine.errors import ModelExists, ModelNotFound, ModelReplaced
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.states import UnloadReport
@@ -53,19 +55,47 @@ class Registry:
         """The model registered under this key; aliases do not count."""
         return self._registered.get(key)
 
-    def find(self, name: str) -> ModelInstance:
-        """The model with this key or alias. Raises ModelNotFound."""
-        if found := self._registered.get(name) or self.with_alias(name):
-            return found
+    def find(self, name: str, *others: str) -> ModelInstance:
+        """The model with this key or alias, or with a pattern that the name fits. Raises ModelNotFound.
+
+        others: more spellings of the name; one that is a key counts before one that is an alias, and so on.
+        """
+        for look_up in (self.get, self.with_alias, self._with_pattern):
+            for spelling in (name, *others):
+                if found := look_up(spelling):
+                    return found
         raise ModelNotFound(name, self.keys)
 
     def with_alias(self, alias: str) -> ModelInstance | None:
-        """The model with this alias."""
-        return next((instance for instance in self.instances if alias in instance.spec.aliases), None)
+        """The model with this alias; that of the configuration before one that was copied."""
+        aliases = {each: instance for instance in self.instances for each in instance.copied_aliases}
+        aliases |= {each: instance for instance in self.instances for each in instance.spec.aliases}
+        return aliases.get(alias)
+
+    def copy(self, instance: ModelInstance, alias: str) -> None:
+        """Give a model one more name; a model that was given it before loses it. Raises ModelExists."""
+        owner = self.get(alias) or self.with_alias(alias)
+        if owner is instance:
+            return
+        if owner and alias not in owner.copied_aliases:
+            raise ModelExists(alias, owner.spec.source, instance.spec.source)
+        if owner:
+            owner.forget_alias(alias)
+        instance.copied_aliases += (alias,)
+
+    def _with_pattern(self, name: str) -> ModelInstance | None:
+        patterns = [
+            (len(alias), instance)
+            for instance in self.instances
+            for alias in instance.spec.aliases
+            if fits(name, alias)
+        ]
+        return max(patterns, key=lambda fitting: fitting[0], default=(0, None))[1]
 
     def put(self, instance: ModelInstance) -> ModelInstance | None:
         """Register a model. Gives the one that had its key before."""
-        former = self.get(instance.key)
+        if former := self.get(instance.key):
+            instance.copied_aliases = former.copied_aliases
         self._registered[instance.key] = instance
         instance.retire(False)
         return former

@@ -20,6 +20,7 @@ from mlxserver.server.errors import exception_handlers
 from mlxserver.server.generate import Handler, generate
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.models import ModelHandlers
+from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import TITLE, OpsHandlers
 from mlxserver.server.responses import ResponseHandlers
 from model_manager import ModelManager
@@ -45,14 +46,19 @@ class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
 def routes(manager: ModelManager, reload: ReloadSettings) -> list[Route]:
     """A route for every endpoint; its handler has the endpoint's name, or is made from its dialect."""
     responses = ResponsesDialect(manager.settings)
-    handlers = (ModelHandlers(manager, reload), ResponseHandlers(responses.store), OpsHandlers(manager))
+    rooms = (
+        ModelHandlers(manager, reload),
+        ResponseHandlers(responses.store),
+        OpsHandlers(manager),
+        OllamaHandlers(manager),
+    )
     shared: dict[type[Dialect], Dialect] = {ResponsesDialect: responses}  # by several endpoints
 
     def handler_of(endpoint: Endpoint) -> Handler:
         if endpoint.dialect:
             dialect = shared.get(endpoint.dialect) or endpoint.dialect(manager.settings)
             return generate(dialect, manager, endpoint.label)
-        handler: Handler = next(getattr(each, endpoint.name) for each in handlers if hasattr(each, endpoint.name))
+        handler: Handler = next(getattr(each, endpoint.name) for each in rooms if hasattr(each, endpoint.name))
         return managing(handler) if endpoint.manages else handler
 
     return [

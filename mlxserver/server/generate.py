@@ -30,7 +30,7 @@ def generate(dialect: Dialect, manager: ModelManager, label: str = "") -> Handle
             call = call.for_client(call, request.state.client)
         headers = ignored_headers(request, call.ignored)
         return GenerationResponse(
-            manager.resolve(call.model),
+            manager.resolve(call.model, *call.other_names),
             call,
             headers,
             max_unread=settings.max_unread_events,

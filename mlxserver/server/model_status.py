@@ -31,7 +31,7 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         estimate=MemoryEstimate(estimate.weights, estimate.cache, estimate.activations) if estimate else None,
         running_requests=instance.running,
         queued_requests=instance.waiting,
-        aliases=spec.aliases,
+        aliases=instance.aliases,
         is_pinned=spec.pin,
         expires_in=instance.expires_in,
         progress=progress(instance.load_progress) if instance.status == "loading" else None,

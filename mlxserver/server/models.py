@@ -17,7 +17,7 @@ from mlxserver.api.endpoints import api_of
 from mlxserver.api.model_status import ModelStatus
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
 from mlxserver.api.native.library import library_list
-from mlxserver.api.native.load import LoadRequest, loaded
+from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
 from mlxserver.api.native.reload import reloaded
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from mlxserver.api.native.unload import UnloadRequest, unloaded
@@ -74,12 +74,9 @@ class ModelHandlers:
 
     def _status(self, name: str) -> ModelStatus:
         """Status of a registered model, or of one of the library. Raises ModelNotFound."""
-        try:
-            return model_status(self._manager.instance(name), self._manager)
-        except ModelNotFound:
-            if found := self._manager.library.find(name):
-                return local_status(found, self._manager)
-            raise
+        if found := self._manager.find_local(name):
+            return local_status(found, self._manager)
+        return model_status(self._manager.instance(name), self._manager)
 
     async def load_model(self, request: Request) -> Response | LoadResponse:
         """POST /v1/models/load."""
@@ -97,6 +94,8 @@ class ModelHandlers:
             return LoadResponse(
                 lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report),
                 self._manager.settings.heartbeat_interval,
+                LoadEvents(),
+                headers,
             )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)

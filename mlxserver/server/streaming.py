@@ -88,6 +88,8 @@ class GenerationResponse:
 
     async def _submit(self, stack: ExitStack) -> int:
         """Start the generations. The number of their prompts' tokens, once the engine has accepted all of them."""
+        if not self._call.requests:
+            await self._instance.hold(self._call.idle_timeout)
         for lookup in self._call.lookups:
             lookup.receive(await self._instance.ask(lookup.question))
         for request in self._call.requests:
@@ -176,7 +178,7 @@ def total(usages: Sequence[Usage]) -> Usage:
     """Usage of a whole call: its generations ran side by side, so counts are added up and times are the longest."""
     if len(usages) == 1:
         return usages[0]
-    times = [usage.timings for usage in usages]
+    times = [usage.timings for usage in usages] or [Timings(0.0, 0.0, 0.0)]
     return Usage(
         sum(usage.prompt_tokens for usage in usages),
         sum(usage.completion_tokens for usage in usages),

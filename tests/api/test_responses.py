@@ -92,6 +92,12 @@ def test_an_error_has_all_four_fields_at_every_path(path):
     }
 
 
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
+def test_an_error_is_in_the_envelope_of_its_api(endpoint):
+    failure = Failure("No.", "invalid_request", "messages")
+    check(json.loads(encode_failure(endpoint.path, failure)), endpoint.api.error_schema)
+
+
 def test_an_error_of_memory_has_the_projection_beside():
     failure = Failure("No.", "server", projection=Projection(6, 5, 4, 3, 2, 1))
     body = check(json.loads(encode_failure("", failure)), "Error")

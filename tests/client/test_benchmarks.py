@@ -5,8 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from mlx_lm.utils import _get_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from benchmarks.agent_session import Figures, Turn
+from benchmarks.agent_session import render as render_session
+from benchmarks.kinds import KINDS, SIZES, kind_config
 from benchmarks.load import run_load, run_one, target
 from benchmarks.ranks import Deployment
 from benchmarks.report import render
@@ -201,6 +205,28 @@ def test_a_table_of_ranks_leaves_out_what_was_not_measured():
     assert len(table) == 1 + 2 * 4
     assert table[1].split() == ["1", "tokens_per_second", "10", "1.00", "15", "1.50"]
     assert table[5].split() == ["16", "tokens_per_second", "10", "1.00"]
+
+
+def test_turns_of_a_session_stand_beside_the_cold_reads_that_were_measured():
+    cold = {2: Turn(4.0, 8.0, 100, 0), 3: Turn(5.0, 0.0, 110, 0)}
+    turns = {1: Turn(2.0, 4.0, 90, 0), 2: Turn(0.2, 0.8, 100, 90), 3: Turn(1.0, 2.0, 110, 100)}
+    figures = Figures(turns, cold, {"after an unload": Turn(2.5, 0.0, 110, 96)})
+    *rows, summary = render_session({"plain": figures}).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:] if row]
+    assert cells == [
+        ["plain", "turn 1", "90", "0", "2,000", "-", "-", "-"],
+        ["plain", "turn 2", "100", "90", "200", "4,000", "0.050", "0.100"],
+        ["plain", "turn 3", "110", "100", "1,000", "5,000", "0.200", "-"],
+        ["plain", "after an unload", "110", "96", "2,500", "5,000", "0.500", "-"],
+    ]
+    assert summary.startswith("2 of 3 compared turns")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_model_has_a_configuration_that_mlx_lm_takes(kind, size):
+    model, arguments = _get_classes(kind_config(kind, SIZES[size]))
+    assert len(model(arguments.from_dict(kind_config(kind, SIZES["tiny"]))).layers) == 4
 
 
 def test_variables_of_ranks_are_pairs():

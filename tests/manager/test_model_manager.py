@@ -19,8 +19,8 @@ from mlxserver.engine.errors import (
 )
 from mlxserver.manager.reload import Reload
 from mlxserver.server.models import unless_stalled
-from tests.support.managed import answered, managed, specs, status_is
-from tests.support.scripted_engine import request, until, within_deadline
+from tests.support.managed import answered, managed, specs, states, status_is
+from tests.support.scripted_engine import read, request, until, within_deadline
 
 # Registered or not
 
@@ -83,7 +83,68 @@ async def test_an_alias_is_another_name():
         assert manager.instance("gpt-4") is manager.instance("b") is manager.instance("a")
 
 
+@within_deadline
+async def test_a_key_comes_before_an_alias_and_an_alias_before_the_longest_pattern():
+    models = (
+        ModelSpec("a", "x", aliases=("gpt-*", "gpt-4")),
+        ModelSpec("b", "y", aliases=("gpt-4*",)),
+        ModelSpec("gpt-5", "z"),
+    )
+    async with managed(models) as (manager, _):
+        names = {"gpt-3": "a", "gpt-4": "a", "gpt-4o": "b", "gpt-5": "gpt-5", "gpt-50": "a"}
+        assert {name: manager.instance(name).key for name in names} == names
+        assert manager.instance("gpt-9", "gpt-5").key == "gpt-5"  # of several spellings the one that is a key
+        with pytest.raises(ModelNotFound):
+            manager.instance("GPT-4")
+
+
+@within_deadline
+async def test_a_copied_alias_moves_and_survives_a_change_of_its_model():
+    async with managed((ModelSpec("a", "x", aliases=("b",)), ModelSpec("c", "y"))) as (manager, _):
+        manager.copy(manager.instance("a"), "copied")
+        manager.copy(manager.instance("b"), "copied")
+        assert manager.instance("copied").aliases == ("b", "copied")
+        manager.copy(manager.instance("c"), "copied")
+        assert (manager.instance("a").aliases, manager.instance("copied").key) == (("b",), "c")
+        for taken in ("a", "b"):
+            with pytest.raises(ModelExists):
+                manager.copy(manager.instance("c"), taken)
+        await manager.reload(replace(manager.settings, models=(manager.instance("a").spec, ModelSpec("c", "z"))))
+        assert manager.instance("copied").spec.source == "z"
+        manager.instance("c").forget_alias("copied")
+        with pytest.raises(ModelNotFound):
+            manager.instance("copied")
+
+
 # Loads and unloads
+
+
+@within_deadline
+async def test_a_model_is_held_without_a_question():
+    async with managed(ttl=1000) as (manager, factory):
+        instance = manager.instance("a")
+        await instance.hold(0)
+        assert factory.builds == 0  # what is to leave at once is not loaded for that
+        await instance.hold(500)
+        assert states(manager) == "a:loaded"
+        assert 400 < instance.expires_in <= 500
+        await instance.hold(0)
+        await until(status_is(manager, "a", "unloaded"))
+        await instance.hold(None)
+        assert instance.expires_in > 900
+
+
+@within_deadline
+async def test_a_model_that_is_held_for_no_time_first_finishes_its_requests():
+    async with managed() as (manager, factory):
+        generation = await manager.resolve("a").generate(request("hello", 3))
+        factory.batch.gate.clear()
+        await manager.instance("a").hold(0)
+        assert states(manager) == "a:loaded"
+        factory.batch.gate.set()
+        await read(generation)
+        assert generation.usage.completion_tokens == 3
+        await until(status_is(manager, "a", "unloaded"))
 
 
 @within_deadline

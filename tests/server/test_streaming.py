@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mlxserver.api.dialect import Call, Lookup
+from mlxserver.api.native.load import LoadEvents
 from mlxserver.engine.errors import LoadFailed, PromptRejected
 from mlxserver.engine.requests import Detokenize, JsonFormat
 from mlxserver.server.event_stream import EventStream
@@ -237,7 +238,7 @@ async def test_a_streamed_load_gets_heartbeats_between_its_steps():
     async with managed() as (manager, factory):
         factory.gate.clear()
         factory.reports = False
-        response = LoadResponse(lambda report: manager.load(specs("a")[0], on_progress=report), BRIEF)
+        response = LoadResponse(lambda report: manager.load(specs("a")[0], on_progress=report), BRIEF, LoadEvents())
         loading = asyncio.create_task(response({"type": "http", "path": "/"}, client.receive, client.send))
         await until(lambda: client.body.count(b": keep-alive\n\n") > 2)
         factory.gate.set()

@@ -20,7 +20,7 @@ CHECKS = (
 LEFT_OUT = [each.path for each in ENDPOINTS if each.manages and each.request]  # they load what they are asked for
 OPTIONS = (
     *("--phases", "coverage,fuzzing", "--max-time", str(SECONDS), "--checks", ",".join(CHECKS)),
-    *("--continue-on-failure", "--suppress-health-check", "all", "--warnings", "off"),
+    *("--request-timeout", "60", "--continue-on-failure", "--suppress-health-check", "all", "--warnings", "off"),
 )
 
 

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 import orjson
 
+from mlxserver.api import sse
+from mlxserver.api.dialect import Failure
 from mlxserver.api.model_status import ModelStatus, Progress
+from mlxserver.api.openai.errors import envelope
 from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest
 from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
@@ -94,6 +97,32 @@ class LoadRequest(Request):
             defaults=self.defaults,
             **{name: value for name, value in limits.items() if value is not None},
         )
+
+
+class LoadEvents:
+    """Encoder of a load's progress as server-sent events."""
+
+    content_type = "text/event-stream; charset=utf-8"
+
+    def start(self) -> bytes:
+        """Nothing: the first event is a step."""
+        return b""
+
+    def progress(self, progress: Progress) -> bytes:
+        """Event of a step."""
+        return sse.encode(orjson.dumps(load_progress(progress)))
+
+    def loaded(self, model: ModelStatus) -> bytes:
+        """Last event."""
+        return sse.encode(orjson.dumps(loaded(model)))
+
+    def failed(self, failure: Failure) -> bytes:
+        """Last event of a load that failed."""
+        return sse.encode(envelope(failure))
+
+    def heartbeat(self) -> bytes:
+        """Comment, which readers skip."""
+        return sse.comment("keep-alive")
 
 
 def loaded(model: ModelStatus) -> dict[str, Any]:

@@ -98,8 +98,14 @@ class ModelRequest(Request):
 
 def _declare_numbers(namespace: dict[str, Any]) -> None:
     namespace["__annotations__"] = dict.fromkeys(NUMBERS, object)
-    for name, setting in NUMBERS.items():
-        namespace[name] = Parameter(setting.type, setting.meaning, **_bounds(setting.range or Range(-inf)))
+    for name in NUMBERS:
+        namespace[name] = number(name)
+
+
+def number(name: str, description: str = "") -> Any:
+    """The parameter of a request for a sampling parameter that is a number; by default it is described as declared."""
+    setting = NUMBERS[name]
+    return Parameter(setting.type, description or setting.meaning, **_bounds(setting.range or Range(-inf)))
 
 
 def _bounds(range: Range) -> dict[str, Any]:
@@ -134,9 +140,7 @@ class GeneratingRequest(SamplingRequest):
         int, "Most tokens to generate, reasoning included; -1 is no limit.", check=check_limit, shape=TOKEN_LIMIT
     )
     num_predict: int | None = Parameter(int, "Another name of max_tokens.", check=check_limit, shape=TOKEN_LIMIT)
-    repeat_penalty: float | None = Parameter(
-        float, "Another name of repetition_penalty.", **_bounds(NUMBERS["repetition_penalty"].range or Range(-inf))
-    )
+    repeat_penalty: float | None = number("repetition_penalty", "Another name of repetition_penalty.")
     min_tokens: int = Parameter(int, "Tokens to generate before the model may end its answer.", default=0, ge=0)
     ignore_eos: bool = Parameter(bool, "Go on when the model ends its answer, up to max_tokens.", default=False)
     stop: tuple[str, ...] = Parameter(

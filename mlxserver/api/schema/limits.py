@@ -17,7 +17,7 @@ from mlxserver.config.settings import Settings
 PROMPT_FIELDS = (
     *("messages", "prompt", "tokens", "input", "instructions"),
     *("tools", "chat_template_kwargs", "response_format", "text"),
-    *("system", "output_config"),
+    *("system", "output_config", "format"),
 )
 TOKEN_BYTES = 4  # of a token id in a prompt
 
@@ -63,14 +63,15 @@ class Limits:
     def check(self, document: Mapping[str, Any], body_bytes: int) -> None:
         """Check a request, which was read from so many bytes. Raises ValidationFailed."""
         self._check_depth(document)
-        for param, limit, things in (
-            ("messages", self.messages, "messages"),
-            ("input", self.messages, "items"),
-            ("stop", self.stops, "strings"),
-            ("stop_sequences", self.stops, "strings"),
-            ("logit_bias", self.biases, "tokens"),
+        options = document.get("options")  # of Ollama
+        for param, value, limit, things in (
+            ("messages", document.get("messages"), self.messages, "messages"),
+            ("input", document.get("input"), self.messages, "items"),
+            ("stop", document.get("stop"), self.stops, "strings"),
+            ("stop_sequences", document.get("stop_sequences"), self.stops, "strings"),
+            ("options.stop", options.get("stop") if isinstance(options, dict) else None, self.stops, "strings"),
+            ("logit_bias", document.get("logit_bias"), self.biases, "tokens"),
         ):
-            value = document.get(param)
             if isinstance(value, list | dict) and len(value) > limit:
                 raise _over(param, f"has {len(value)} {things}", limit)
         for param in ("n", "best_of"):

@@ -27,8 +27,8 @@ log = logging.getLogger("engine")
 
 _RESTORES = 2  # prefixes that are restored at once
 _READERS = min(8, os.cpu_count() or 1)  # threads that read files
-_FILES = 2  # that one of them reads in a row
-_AHEAD = 2 * _READERS  # such rows that are read, or wait to be put in place
+_FILES = 4  # that one of them reads in a row, on one stream
+_AHEAD = _READERS + 1  # such rows that are read, or wait to be put in place
 
 
 class DiskReader:

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm.auto import tqdm
 
 from mlxserver.engine.errors import LoadAborted, SourceInvalid
@@ -36,6 +36,12 @@ def snapshot(source: str, repository: str, revision: str | None, progress: Calla
     if not Path(directory, "config.json").is_file():
         raise SourceInvalid(source, NO_CONFIG)
     return Path(directory)
+
+
+def cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    """The directory of a repository's files that were downloaded before; None without a config.json in it."""
+    config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def checkpoint_metadata(source: str, repository: str, revision: str | None) -> CheckpointMetadata:

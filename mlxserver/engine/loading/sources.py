@@ -141,6 +141,18 @@ def resolve(source: str, *, progress: Progress | None = None, weights: WeightPol
             return hub.snapshot(source, id, revision, report)
 
 
+def local_directory(source: str) -> Path | None:
+    """The MLX directory of a source as far as it is on this machine; None if it is not. Raises SourceInvalid."""
+    match parse(source):
+        case MlxDirectory(path):
+            return path
+        case GgufFile(path):
+            directory = gguf.destination(path, current().weights)
+            return directory if directory.is_dir() else None
+        case Repository(id, revision):
+            return hub.cached_snapshot(id, revision)
+
+
 def checkpoint_metadata(source: str, weights: WeightPolicy | None = None) -> CheckpointMetadata:
     """Metadata of a source, without downloading or reading its weights. Raises SourceInvalid."""
     match parse(source):

@@ -40,14 +40,14 @@ class PendingPrompt:
         return self.sequences[0].tokens
 
     @property
-    def is_scored(self) -> bool:
-        """Whether its log-probabilities are measured: then all of it is prefilled, whatever the prefix cache has."""
-        return self.sequences[0].is_scored
-
-    @property
     def is_restoring(self) -> bool:
         """Whether a prefix of it is still being brought from disk."""
         return self.restoring is not None and not self.restoring.done()
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its log-probabilities are measured: then all of it is prefilled, whatever the prefix cache has."""
+        return self.sequences[0].is_scored
 
     @property
     def remaining(self) -> int:

@@ -1,0 +1,151 @@
+"""Handlers of Ollama's endpoints that do not generate: about models, and what answers at the root."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+
+from mlxserver.api.ollama import models
+from mlxserver.api.ollama.embed import EmbeddingRequest, OllamaEmbeddingsRequest, OllamaEmbedRequest, no_embeddings
+from mlxserver.api.ollama.errors import LINES
+from mlxserver.api.ollama.models import OllamaCopyRequest, OllamaDeleteRequest, OllamaShowRequest
+from mlxserver.api.ollama.names import key_of, names_of
+from mlxserver.api.ollama.pull import SUCCESS, OllamaPullRequest, PullEncoder
+from mlxserver.api.schema import parameters
+from mlxserver.api.schema.limits import Limits
+from mlxserver.api.schema.parameters import ValidationFailed
+from mlxserver.api.schema.validators import check_key
+from mlxserver.engine.description import Description
+from mlxserver.engine.errors import ModelNotFound
+from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.description import describe
+from mlxserver.manager.instance import ModelInstance
+from mlxserver.server.body import ignored_headers, read_body
+from mlxserver.server.errors import json_response
+from mlxserver.server.keys import Permission, require
+from mlxserver.server.load_events import LoadResponse
+from mlxserver.server.model_status import model_status
+from mlxserver.server.models import unless_stalled
+from model_manager import ModelManager
+
+RUNNING = "Ollama is running"  # what programs look for
+PAGE = """<!doctype html><meta charset="utf-8"><title>Multi-Model MLX Server</title>
+<h1>Multi-Model MLX Server</h1><p>The server is running. <a href="docs">Its API</a></p>
+"""
+
+R = TypeVar("R", bound=parameters.Request)
+
+
+class OllamaHandlers:
+    """Handlers by the names of their endpoints."""
+
+    def __init__(self, manager: ModelManager) -> None:
+        self._manager = manager
+        self._limits = Limits.of(manager.settings)
+        self._descriptions: dict[str, Description] = {}  # by source; of those whose files are here
+
+    async def root(self, request: Request) -> Response:
+        """GET /."""
+        takes_page = "text/html" in request.headers.get("accept", "")
+        response = HTMLResponse(PAGE) if takes_page else PlainTextResponse(RUNNING)
+        response.headers["Vary"] = "Accept"
+        return response
+
+    async def ollama_version(self, request: Request) -> Response:
+        """GET /api/version."""
+        return json_response(models.version())
+
+    async def ollama_tags(self, request: Request) -> Response:
+        """GET /api/tags."""
+        instances = self._manager.instances
+        described = await self._describe(instances)
+        names = [(name, each) for each in instances for name in (each.key, *each.copied_aliases)]
+        return json_response(models.tags((name, model_status(each), described[each.key]) for name, each in names))
+
+    async def ollama_ps(self, request: Request) -> Response:
+        """GET /api/ps."""
+        loaded = [each for each in self._manager.instances if each.status == "loaded"]
+        described = await self._describe(loaded)
+        statuses = [(model_status(each), described[each.key]) for each in loaded]
+        return json_response(models.running(statuses, time.time()))
+
+    async def ollama_show(self, request: Request) -> Response:
+        """POST /api/show."""
+        asked, headers = await self._read(OllamaShowRequest, request)
+        instance = self._manager.instance(*names_of(asked.asked))
+        described = await self._describe([instance])
+        defaults = sorted(instance.spec.defaults.items())
+        body = models.shown(model_status(instance), described[instance.key], defaults)
+        return json_response(body, headers=headers)
+
+    async def ollama_pull(self, request: Request) -> Response | LoadResponse:
+        """POST /api/pull. A registered model is there already; to register another one takes an admin key."""
+        asked, headers = await self._read(OllamaPullRequest, request)
+        encoder = PullEncoder(asked.source)
+        try:
+            instance = self._manager.instance(*names_of(asked.asked))
+        except ModelNotFound:
+            require(request, Permission.NAME_FILES if sources.is_path(asked.source) else Permission.MANAGE)
+        else:
+            lines = encoder.start() + encoder.loaded(model_status(instance))
+            return Response(lines, media_type=LINES) if asked.stream else json_response(SUCCESS, headers=headers)
+        sources.check(asked.source)
+        if asked.stream:
+            interval = self._manager.settings.heartbeat_interval
+            return LoadResponse(
+                lambda report: self._manager.load(asked.spec, on_progress=report), interval, encoder, headers
+            )
+        await self._manager.load(asked.spec)
+        return json_response(SUCCESS, headers=headers)
+
+    async def ollama_copy(self, request: Request) -> Response:
+        """POST /api/copy."""
+        asked, headers = await self._read(OllamaCopyRequest, request)
+        destination = check_key(key_of(asked.destination), "destination")
+        self._manager.copy(self._manager.instance(*names_of(asked.source)), destination)
+        return Response(headers=headers)
+
+    async def ollama_delete(self, request: Request) -> Response:
+        """DELETE /api/delete."""
+        asked, headers = await self._read(OllamaDeleteRequest, request)
+        names = names_of(asked.asked)
+        instance = self._manager.instance(*names)
+        configured = {spec.key for spec in self._manager.settings.models}
+        if copied := {*names}.intersection(instance.copied_aliases):
+            instance.forget_alias(copied.pop())
+        elif instance.key not in names or instance.key in configured:
+            raise ValidationFailed(f"'{names[0]}' is in the server's configuration, and is removed there.", "model")
+        else:
+            await unless_stalled(instance, self._manager.forget(instance.key))
+        return Response(headers=headers)
+
+    async def ollama_embed(self, request: Request) -> Response:
+        """POST /api/embed."""
+        return await self._refuse_embeddings(OllamaEmbedRequest, request)
+
+    async def ollama_embeddings(self, request: Request) -> Response:
+        """POST /api/embeddings."""
+        return await self._refuse_embeddings(OllamaEmbeddingsRequest, request)
+
+    async def _refuse_embeddings(self, schema: type[EmbeddingRequest], request: Request) -> Response:
+        asked, _ = await self._read(schema, request)
+        self._manager.instance(*names_of(asked.model))
+        raise no_embeddings(asked.model)
+
+    async def _describe(self, instances: list[ModelInstance]) -> dict[str, Description]:
+        """What the files of models state, by key."""
+        wanted = {each.spec.source for each in instances} - self._descriptions.keys()
+        found = await asyncio.gather(*(asyncio.to_thread(describe, source) for source in wanted))
+        read = dict(zip(wanted, found, strict=True))
+        self._descriptions |= {source: description for source, description in read.items() if description.architecture}
+        known = read | self._descriptions
+        return {each.key: known[each.spec.source] for each in instances}
+
+    async def _read(self, schema: type[R], request: Request) -> tuple[R, dict[str, str]]:
+        """The request, and the headers that name its ignored parameters."""
+        asked = parameters.parse(schema, await read_body(request, self._manager.settings), self._limits)
+        return asked, ignored_headers(request, asked.ignored)
