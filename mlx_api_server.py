@@ -71,16 +71,22 @@ THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 def main() -> int:
     """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address or another rank can't be had.
 
-    `launch` starts a program that uses a server instead (client/launch/command.py).
+    `serve`, which may be left out, is the server. `launch` starts a program that uses one (client/launch/command.py);
+    the other commands are about models and this machine (cli/command.py).
 
     A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
     """
-    if sys.argv[1:2] == ["launch"]:
+    name, arguments = sys.argv[1:2], sys.argv[1:]
+    if name == ["launch"]:
         from mlxserver.client.launch import command  # the server itself needs nothing of the client
 
         return command.main(sys.argv[2:])
+    if name and not name[0].startswith("-") and name != ["serve"]:
+        from mlxserver.cli import command as commands
+
+        return commands.main(arguments, read_settings)
     try:
-        run(sys.argv[1:])
+        run(arguments[1:] if name == ["serve"] else arguments)
     except (ConfigInvalid, RanksDiffer) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,10 +21,11 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from mlxserver.config.settings import ModelSpec, Settings
-from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
+from mlxserver.engine.errors import EngineError, ModelExists, ModelLoaded, ModelNotFound, NoRoom, SourceInvalid
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate, budget
+from mlxserver.engine.loading.library.remove import remove
 from mlxserver.engine.loading.library.scan import LocalModel, Scan
 from mlxserver.engine.metrics import ModelMetrics, RankReport, TierUsage
 from mlxserver.manager.eviction import Rules
@@ -300,6 +301,35 @@ class ModelManager:
         unload = instance.start_unload(mode, patience)
         self._registry.remove_leaving(instance, unload)
         return unload
+
+    async def delete(self, name: str, *, force: bool = False) -> LocalModel:
+        """Remove the files of a model of the library, damaged or not; a loaded one is unloaded if that is forced.
+
+        Raises:
+            ModelNotFound, ModelLoaded, SourceInvalid
+        """
+        await self.library.refresh()
+        model = self._files_of(name)
+        await asyncio.shield(self._keep(self._delete(model, force)))
+        return model
+
+    def _files_of(self, name: str) -> LocalModel:
+        """The model of the library with this name, or that a registered model with it is."""
+        registered = self._registry.get(name) or self._registry.with_alias(name)
+        source = registered.spec.source if registered else ""
+        if model := self.library.with_source(source) if registered else self.library.get(name):
+            return model
+        if registered:
+            raise SourceInvalid(source, "it has no files in the library; nothing was removed")
+        raise ModelNotFound(name, [*self.keys, *(each.key for each in self.library.models)])
+
+    async def _delete(self, model: LocalModel, force: bool) -> None:
+        users = [each for each in self.all_instances if each.spec.source in sources_of(model)]
+        if not force and (loaded := next((each for each in users if not each.is_absent), None)):
+            raise ModelLoaded(loaded.key)
+        await asyncio.gather(*(each.unload("abort") for each in users if not each.is_absent))
+        await asyncio.to_thread(remove, model)
+        await self.library.refresh()
 
     # -- reload, close --------------------------------------------------------------------------------------------
 

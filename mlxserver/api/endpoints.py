@@ -66,6 +66,14 @@ ENDPOINTS = (
         "Model",
         others=("ModelInfo",),
     ),
+    Endpoint(
+        "delete_model",
+        "DELETE",
+        "/v1/models/{key}",
+        "Remove a model's files; ?force=true: those of a loaded one, too.",
+        "Deleted",
+        manages=True,
+    ),
     Endpoint("tokenize", "POST", "/tokenize", "The tokens of a text or a conversation.", "Tokens", TokenizeRequest),
     Endpoint("detokenize", "POST", "/detokenize", "The text of tokens.", "Prompt", DetokenizeRequest),
     Endpoint(

@@ -163,6 +163,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         loading=maybe(exactly(stage=TEXT, done=COUNT, total=COUNT)),
         local=maybe(exactly(**LOCAL)),
     ),
+    "Deleted": exactly(id=TEXT, object=one_of("model"), deleted={"type": "boolean"}, freed_bytes=COUNT),
     "Library": exactly(
         object=one_of("list"),
         data=each(

@@ -93,7 +93,11 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _parser(defaults: Settings) -> _Parser:
     """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
-    parser = _Parser(description="Serve local models through an OpenAI-compatible API.", allow_abbrev=False)
+    parser = _Parser(
+        description="Serve local models through an OpenAI-compatible API.",
+        epilog="Other commands: ls, show, ps, rm, doctor, launch; mlx-server COMMAND --help.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE", help="add a model (repeatable)")
     parser.add_argument("--no-defaults", action="store_true", help="leave the default models out")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings")
