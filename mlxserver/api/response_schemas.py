@@ -34,6 +34,16 @@ EXECUTION = exactly(
     cache=one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
 )
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
+LOCAL = {
+    "place": one_of("directory", "huggingface", "lmstudio", "ollama"),
+    "format": maybe(one_of("mlx", "gguf")),
+    "architecture": maybe(TEXT),
+    "quantization": maybe(TEXT),
+    "parameters": maybe(COUNT),
+    "size_bytes": COUNT,
+    "needed_bytes": maybe(COUNT),
+    "fits": maybe(one_of("now", "after_eviction", "never")),
+}
 
 RESPONSE_SCHEMAS: dict[str, Schema] = {
     **RESPONSES_SCHEMAS,
@@ -154,6 +164,22 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         pinned={"type": "boolean"},
         expires_in_seconds=maybe(NUMBER),
         loading=maybe(exactly(stage=TEXT, done=COUNT, total=COUNT)),
+        local=maybe(exactly(**LOCAL)),
+    ),
+    "Deleted": exactly(id=TEXT, object=one_of("model"), deleted={"type": "boolean"}, freed_bytes=COUNT),
+    "Library": exactly(
+        object=one_of("list"),
+        data=each(
+            exactly(
+                id=TEXT,
+                aliases=each(TEXT),
+                status=exactly(value=STATE, error_=TEXT),
+                context_length=maybe(COUNT),
+                path=TEXT,
+                error=maybe(TEXT),
+                **LOCAL,
+            )
+        ),
     ),
     "ModelList": exactly(object=one_of("list"), data=each(named("Model"))),
     "Loaded": exactly(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mlxserver.config.fields import Identity, Live, Range, Shared, Size
-from mlxserver.config.http import HttpSettings
+from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
 Kind = Literal["text", "embedding"]
@@ -93,6 +93,10 @@ class Settings(HttpSettings):
     ] = 10 << 30
     load_on_demand: Annotated[bool, Live(), "load a registered model at its first request"] = True
     allow_any_model: Annotated[bool, Live(), "let a request load any Hugging Face id"] = False
+    library: Annotated[bool, Live(), "offer the models that other programs keep on this machine"] = True
+    model_dirs: Annotated[
+        tuple[str, ...], FILES, Live(), "folder with models to offer, searched before the others"
+    ] = ()
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"

@@ -19,6 +19,7 @@ EngineError
 ├── OutOfMemory          there was no memory for this request, not even with everything kept given back
 ├── ModelFailed          the model has failed several times, and is not loaded again before some time
 ├── ModelBusy            the model has requests, and the caller asked not to wait for them
+├── ModelLoaded          the model is loaded, and its files are to be removed
 ├── ModelStalled          the model can't be unloaded: its engine is stuck in a step
 ├── EngineStopped        the engine ended before the answer was complete
 │   └── EngineUnloaded   because the model was unloaded, or the server stops
@@ -230,6 +231,13 @@ class ModelBusy(EngineError):
 
     def __init__(self, key: str, requests: int) -> None:
         super().__init__(f"Model {key!r} has {requests} requests in progress. Unload it with mode 'drain' or 'abort'.")
+
+
+class ModelLoaded(EngineError):
+    """The files of a loaded model are to be removed, which takes force."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"Model {key!r} is loaded. Unload it before its files are removed, or force the removal.")
 
 
 class ModelStalled(EngineError):

@@ -103,18 +103,23 @@ def context_length(key: str, *stated: Mapping[str, Any]) -> int:
 
     FALLBACK_CONTEXT if none does, with a warning in the log.
     """
-    if context := _first(stated, CONTEXT_KEYS):
+    if context := first_stated(stated, CONTEXT_KEYS):
         return context
     log.warning("%s: its config.json states no context length; taking %d tokens", key, FALLBACK_CONTEXT)
     return FALLBACK_CONTEXT
 
 
+def stated_context(*stated: Mapping[str, Any]) -> int:
+    """The context in tokens that a config.json states; 0 if it does not."""
+    return first_stated(stated, CONTEXT_KEYS)
+
+
 def attention_heads(*stated: Mapping[str, Any]) -> int:
     """Number of query heads in a config.json, or in its model's arguments; 0 if none states it."""
-    return _first(stated, HEAD_KEYS)
+    return first_stated(stated, HEAD_KEYS)
 
 
-def _first(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
+def first_stated(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
     """The first value of these names above 0; of a list with one value per layer, the largest."""
     for config in stated:
         for part in text_configs(config):
@@ -128,4 +133,4 @@ def _first(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
 
 def vocab_size(config: Mapping[str, Any]) -> int:
     """Size of the vocabulary that a config.json states, which may be padded; 0 if not stated."""
-    return _first([config], ("vocab_size",))
+    return first_stated([config], ("vocab_size",))

@@ -91,6 +91,8 @@ def parse(source: str) -> Source:
     if path.is_dir():
         return _directory(source, path)
     if path.exists():
+        if _is_gguf(path):  # a blob of Ollama's has no suffix
+            return GgufFile(path.resolve())
         raise SourceInvalid(source, f"this file is no model; {EXPECTED}")
     if match := REPOSITORY.fullmatch(source):
         return Repository(match["id"], match["revision"])
@@ -228,6 +230,17 @@ def _directory(source: str, path: Path) -> MlxDirectory:
     if not (path / "config.json").is_file():
         raise SourceInvalid(source, "this directory has no config.json; expected an MLX model directory")
     return MlxDirectory(path.resolve())
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a file begins like a GGUF file; one that can't be read does not."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
 
 
 def _gguf(source: str, path: Path) -> GgufFile:
