@@ -61,6 +61,7 @@ DEFAULT_MODELS = (
     ModelSpec(
         "smollm2-think", "embedded:smollm2", type="thinking", adapter=str(ADAPTERS / "smollm2-think"), preload=True
     ),
+    ModelSpec("minilm", "embedded:minilm", kind="embedding"),
     ModelSpec("qwq", "mlx-community/QwQ-32B-4bit", type="thinking"),
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )

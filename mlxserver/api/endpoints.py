@@ -16,6 +16,7 @@ from mlxserver.api.ollama.endpoints import OLLAMA_ENDPOINTS
 from mlxserver.api.ollama.errors import OLLAMA
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
+from mlxserver.api.openai.embeddings import EmbeddingsDialect, EmbeddingsRequest
 from mlxserver.api.openai.errors import OPENAI
 from mlxserver.api.openai.responses import endpoints as responses
 
@@ -39,6 +40,15 @@ ENDPOINTS = (
         CompletionRequest,
         "CompletionChunk",
         CompletionDialect,
+    ),
+    Endpoint(
+        "embeddings",
+        "POST",
+        "/v1/embeddings",
+        "Vectors of texts.",
+        "EmbeddingList",
+        EmbeddingsRequest,
+        dialect=EmbeddingsDialect,
     ),
     *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,

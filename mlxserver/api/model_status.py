@@ -64,7 +64,7 @@ class ModelStatus:
     """One registered model.
 
     created: seconds since 1970. status: unloaded, loading, loaded, draining or failed. memory_bytes: the weights;
-    reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. type,
+    reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. kind, type,
     context_length (tokens), capabilities, execution and estimate are None while not known. progress: of the load, while
     there is one. failure: why the last load failed. load_seconds: duration of the last load. local: its files, if it is
     one of the library.
@@ -74,6 +74,7 @@ class ModelStatus:
     created: int
     status: str
     source: str
+    kind: str | None = None
     type: str | None = None
     context_length: int | None = None
     capabilities: frozenset[str] | None = None

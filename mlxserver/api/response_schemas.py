@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlxserver.api.anthropic.response_schemas import ANTHROPIC_SCHEMAS
 from mlxserver.api.ollama.schemas import OLLAMA_SCHEMAS
+from mlxserver.api.openai.embeddings import EMBEDDINGS_SCHEMAS
 from mlxserver.api.openai.models import CAPABILITIES
 from mlxserver.api.openai.responses.schemas import RESPONSES_SCHEMAS
 from mlxserver.api.schema.response_shapes import (
@@ -46,6 +47,7 @@ LOCAL = {
 
 RESPONSE_SCHEMAS: dict[str, Schema] = {
     **RESPONSES_SCHEMAS,
+    **EMBEDDINGS_SCHEMAS,
     **ANTHROPIC_SCHEMAS,
     **OLLAMA_SCHEMAS,
     "Error": exactly(
@@ -145,6 +147,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         created=COUNT,
         owned_by=TEXT,
         status=exactly(value=STATE, error_=TEXT),
+        kind=maybe(one_of("text", "embedding")),
         type=maybe(one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),

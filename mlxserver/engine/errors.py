@@ -9,7 +9,9 @@ EngineError
 ├── LoadAborted          the load was called off before it was done
 ├── NoRoom               the model does not fit in memory; with a projection of what is there
 ├── PromptRejected       the prompt can't be given to this model; names the field
-│   └── ContextExceeded  it is longer than the context
+│   ├── ContextExceeded  it is longer than the context
+│   ├── InputTooLong     a text is longer than an embedding model takes
+│   └── WrongKind        the model is of another kind than the request needs
 ├── QueueFull            as many requests wait as may; try again later
 ├── ModelUnloading       the model is leaving; try again later
 ├── RequestFailed        an unexpected fault met this request alone
@@ -32,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from mlxserver.config.errors import abbreviate
+from mlxserver.config.settings import Kind
 
 
 def one_line(error: BaseException) -> str:
@@ -144,6 +147,34 @@ class ContextExceeded(PromptRejected):
             f"length is {context_length} tokens, and the answer needs some of them. Shorten the prompt.",
             param,
         )
+
+
+class InputTooLong(PromptRejected):
+    """A text is longer than an embedding model takes, counts in tokens."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, tokens: int, context_length: int, param: str) -> None:
+        super().__init__(
+            f"{param} is too long: {tokens} tokens > {context_length} maximum. This model's maximum context length is "
+            f"{context_length} tokens. Shorten the text, or set 'truncate' to have it cut.",
+            param,
+        )
+
+
+class WrongKind(PromptRejected):
+    """The model is of another kind than the request needs."""
+
+    code = "wrong_kind"
+
+    def __init__(self, key: str, kind: Kind) -> None:
+        super().__init__(f"Model {key!r} is {_KINDS[kind]}", "model")
+
+
+_KINDS: dict[Kind, str] = {
+    "text": "a text model: it answers conversations and goes on from prompts, and makes no embeddings.",
+    "embedding": "an embedding model: it makes vectors of texts (POST /v1/embeddings), and generates no text.",
+}
 
 
 class QueueFull(EngineError):

@@ -22,6 +22,7 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         instance.created,
         instance.status,
         spec.source,
+        kind=instance.kind,
         type=facts.type if facts else spec.type,
         context_length=facts.context_length if facts else spec.context_length,
         capabilities=facts.capabilities if facts else None,

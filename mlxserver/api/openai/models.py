@@ -9,7 +9,7 @@ from typing import Any
 from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus
 
 OWNER = "mlx-server"
-CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle")
+CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle", "embeddings")
 
 
 def model_card(model: ModelStatus) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "created": model.created,
         "owned_by": OWNER,
         "status": status,
+        "kind": model.kind,
         "type": model.type,
         "source": model.source,
         "context_length": model.context_length,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxserver.config.settings import Kind
+
 log = logging.getLogger("engine")
 
 FALLBACK_CONTEXT = 4096  # tokens
@@ -31,11 +33,12 @@ _LARGEST_HEADER = 100 << 20  # bytes of a safetensors file's header, as the form
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
     """Metadata of a checkpoint. config: its config.json. stored_bytes: size of its weights in their stored format,
-    without those of other towers than the text model where the files are at hand.
+    without those of other towers than the text model where the files are at hand. kind: as the files tell it.
     """
 
     config: Mapping[str, Any]
     stored_bytes: int
+    kind: Kind = "text"
 
 
 def read_config(file: Path) -> dict[str, Any]:
