@@ -1,4 +1,4 @@
-"""`mlx-server ls | show | ps | rm | doctor`: models and machine, with a running server and without one.
+"""`mlx-server ls | show | ps | pull | rm | doctor`: models and machine, with a running server and without one.
 
 Rule: results go to stdout, as a table in a terminal, as lines with tabs elsewhere, and as JSON with --json; all else
 goes to stderr. The exit statuses are those of the clients (client/command.py), and 1 where something is missing.
@@ -10,7 +10,7 @@ import asyncio
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
-from mlxserver.cli import doctor, models
+from mlxserver.cli import doctor, models, pull
 from mlxserver.client.api import DEFAULT_BASE_URL
 from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
 from mlxserver.client.errors import ClientError
@@ -27,6 +27,7 @@ COMMANDS = """commands:
   ls                the models: registered ones, and those on this machine
   show MODEL        one of them
   ps                the loaded ones
+  pull REPO         download a model of the Hugging Face hub
   rm MODEL          remove a model's files from this machine
   doctor            what this machine has, what it measures, and what is missing"""
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str], read_settings: ReadSettings) -> int:
     options = _parse(arguments)
     try:
         settings = read_settings(["--config", options.config] if options.config else [])
+        if options.command == "pull":  # on the main thread, which Ctrl-C interrupts
+            return pull.pull(options, settings)
         return asyncio.run(_run(options, settings))
     except (ClientError, OSError) as error:
         return conclude(error)
@@ -87,6 +90,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     command("ls", "The models: registered ones, and those on this machine.")
     command("show", "One model.").add_argument("model", metavar="MODEL")
     command("ps", "The models that are loaded, being loaded or leaving.")
+    download = command("pull", "Download a model of the Hugging Face hub.")
+    download.add_argument("model", metavar="REPO", help="org/name, or org/name@revision")
+    download.add_argument("--force", action="store_true", help="download it although memory is too small for it")
     removal = command("rm", "Remove a model's files from this machine.")
     removal.add_argument("model", metavar="MODEL")
     removal.add_argument("--yes", action="store_true", help="do not ask")

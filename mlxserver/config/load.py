@@ -95,7 +95,7 @@ def _parser(defaults: Settings) -> _Parser:
     """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
     parser = _Parser(
         description="Serve local models through an OpenAI-compatible API.",
-        epilog="Other commands: ls, show, ps, rm, doctor, launch; mlx-server COMMAND --help.",
+        epilog="Other commands: ls, show, ps, pull, rm, doctor, launch; mlx-server COMMAND --help.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE", help="add a model (repeatable)")

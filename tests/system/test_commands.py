@@ -165,5 +165,5 @@ def test_a_removal_asks_in_a_terminal(home):
 def test_every_command_is_explained():
     page = (ROOT / "docs" / "clients.md").read_text()
     names = re.findall(r"^  (\w+)", COMMANDS, re.MULTILINE)
-    assert len(names) == 7
+    assert len(names) == 8
     assert [name for name in names if f"mlx-server {name}" not in page] == []

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm.auto import tqdm
 
 from mlxserver.config.settings import Kind
@@ -79,6 +79,25 @@ def _pools(repository: str, revision: str | None) -> bool:
         return False
 
 
+def cache() -> Path:
+    """The folder that repositories are downloaded to."""
+    return Path(constants.HF_HUB_CACHE)
+
+
+def missing_bytes(source: str, repository: str, revision: str | None) -> int:
+    """Bytes that snapshot() would download; 0 where the hub can't be reached. Raises SourceInvalid."""
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except errors.HfHubHTTPError as error:
+        raise SourceInvalid(source, _explain(error, revision)) from None
+    except Exception:  # no network, or offline: what was downloaded before can be used
+        return 0
+    patterns = _file_patterns()
+    wanted = [file for file in info.siblings or () if any(fnmatch(file.rfilename, each) for each in patterns)]
+    missing = (each for each in wanted if not try_to_load_from_cache(repository, each.rfilename, revision=info.sha))
+    return sum(file.size or 0 for file in missing)
+
+
 def _file_patterns() -> list[str]:
     """Patterns of the files that mlx-lm loads, without code, which is never run."""
     import mlxserver.engine.mlx  # noqa: F401  (here, because the manager checks sources without MLX)
@@ -123,6 +142,10 @@ def _byte_reporter(progress: Callable[[str, int, int], None]) -> type[Any]:
         def display(self, *args: Any, **options: Any) -> None:
             if self.unit == "B" and str(self.desc).startswith("Reconstruct"):
                 progress("downloading", int(self.n), int(self.total or 0))
+
+        def refresh(self, *args: Any, **options: Any) -> bool:
+            self.display()  # without tqdm's lock, which would stay held when the progress aborts the load
+            return True
 
         def close(self) -> None:
             self.disable = True
