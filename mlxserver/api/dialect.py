@@ -10,7 +10,7 @@ Rule 3: a stream and a whole answer carry the same text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from mlxserver.api.model_status import ModelStatus, Progress
@@ -131,6 +131,13 @@ class Call:
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
     for_client: Callable[[Call, str], Call] | None = None
+
+    def limited(self, tokens: int) -> Call:
+        """The call, its answers limited to so many tokens where a request states no limit. 0 changes nothing."""
+        if not tokens:
+            return self
+        return replace(self, requests=[_limited(request, tokens) for request in self.requests])
+
     other_names: Sequence[str] = ()
 
 
@@ -141,3 +148,9 @@ class Dialect(Protocol):
 
     def parse(self, body: bytes) -> Call:
         """Read a request. Raises ValidationFailed."""
+
+
+def _limited(request: GenerationRequest, tokens: int) -> GenerationRequest:
+    if request.max_tokens is not None:
+        return request
+    return replace(request, max_tokens=max(tokens, request.min_tokens))

@@ -88,6 +88,9 @@ class Settings(HttpSettings):
     prefix_cache_disk_bytes: Annotated[
         int, Range(0), Size(), "what the prefixes of all models may take on disk; 0: none are written"
     ] = 10 << 30
+    default_max_tokens: Annotated[
+        int, Range(0), Live(), "most tokens of an answer whose request states no limit; 0: up to the end of the context"
+    ] = 4096
     load_on_demand: Annotated[bool, Live(), "load a registered model at its first request"] = True
     allow_any_model: Annotated[bool, Live(), "let a request load any Hugging Face id"] = False
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
