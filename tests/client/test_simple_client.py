@@ -220,7 +220,9 @@ def test_a_missing_server_is_one_line_and_exit_status_3():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        assert ran(url, "--list") == (3, "", f"error: No answer from a server at {url}: Connection refused.\n")
+        status, out, err = ran(url, "--list")
+    assert (status, out, len(err.splitlines())) == (3, "", 1)
+    assert err.startswith(f"error: No answer from a server at {url}: Connection refused. Start one with `make serve")
 
 
 @pytest.mark.parametrize(
