@@ -30,7 +30,7 @@ class Waiting:
         self._tokens += not isinstance(event, Finished)
 
     def __str__(self) -> str:
-        seconds = f"{self._now() - self._start:.0f} s"
+        seconds = f"{int(self._now() - self._start)} s"
         if self._tokens:
             return f"about {self._tokens} token{'' if self._tokens == 1 else 's'} · {seconds}"
         return f"{format_progress(self._step) if self._step else 'Waiting for the answer'} · {seconds}"

@@ -54,7 +54,7 @@ def _lines_to_try(url: str, manager: ModelManager) -> list[str]:
     """A line for curl and one for each client."""
     loaded = [instance.key for instance in manager.instances if instance.status == "loaded"]
     key = next(iter(loaded or manager.keys), "KEY")
-    body = f'{{"model":"{key}","messages":[{{"role":"user","content":"{QUESTION}"}}]}}'
+    body = f'{{"model":"{key}","messages":[{{"role":"user","content":"{QUESTION}"}}],"temperature":0}}'
     is_checkout = (ROOT / "Makefile").is_file()
     python = _relative(sys.executable)
     simple, advanced = (
@@ -64,7 +64,7 @@ def _lines_to_try(url: str, manager: ModelManager) -> list[str]:
     model = "" if key in loaded[:1] else f" --model {key}"
     return [
         f"  curl -s {url}/v1/chat/completions -d '{body}'",
-        f'  {simple}{address}{model} "{QUESTION}"',
+        f'  {simple}{address}{model} --temperature 0 "{QUESTION}"',
         f"  {advanced}{address}{model}",
     ]
 
