@@ -39,6 +39,7 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import gguf, sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, streams
@@ -66,6 +67,7 @@ DEFAULT_MODELS = (
     ModelSpec(
         "smollm2-think", "embedded:smollm2", type="thinking", adapter=str(ADAPTERS / "smollm2-think"), preload=True
     ),
+    ModelSpec("minilm", "embedded:minilm", kind="embedding"),
     ModelSpec("qwq", "mlx-community/QwQ-32B-4bit", type="thinking"),
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )
@@ -76,19 +78,25 @@ THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 def main() -> int:
     """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address or another rank can't be had.
 
-    `launch` starts a program that uses a server instead (client/launch/command.py), `config` prints the settings.
+    `serve`, which may be left out, is the server; `config` prints its settings. `launch` starts a program that uses one
+    (client/launch/command.py); the other commands are about models and this machine (cli/command.py).
 
     A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
     """
-    if sys.argv[1:2] == ["launch"]:
+    name, arguments = sys.argv[1:2], sys.argv[1:]
+    if name == ["launch"]:
         from mlxserver.client.launch import command  # the server itself needs nothing of the client
 
         return command.main(sys.argv[2:])
+    if name and not name[0].startswith("-") and name not in (["serve"], ["config"]):
+        from mlxserver.cli import command as commands
+
+        return commands.main(arguments, read_settings)
     try:
-        if sys.argv[1:2] == ["config"]:
-            print(as_toml(read_settings(sys.argv[2:])), end="")
+        if name == ["config"]:
+            print(as_toml(read_settings(arguments[1:])), end="")
             return 0
-        run(sys.argv[1:])
+        run(arguments[1:] if name == ["serve"] else arguments)
     except (ConfigInvalid, RanksDiffer) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -181,6 +189,7 @@ async def serve(
                 leader.step = changed.wedged_after
             return await manager.reload(changed)
 
+        manager.library.refresh_soon()
         server = Server(manager, reload)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = asyncio.create_task(manager.preload())
@@ -213,6 +222,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         estimate_share,
         device.active_bytes,
         pool,
+        Scanner().scan,
     )
     manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:

@@ -17,7 +17,7 @@ from mlxserver.api.model_status import ModelStatus, Progress
 from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import Projection
 from mlxserver.engine.events import Event, PrefillProgress, QueuePosition, Usage
-from mlxserver.engine.requests import GenerationRequest, Question
+from mlxserver.engine.requests import EngineRequest, GenerationRequest, Question
 
 # What a stream waits for: the load of its model, a slot, its prompt.
 WaitProgress = Progress | QueuePosition | PrefillProgress
@@ -124,7 +124,7 @@ class Call:
     """
 
     model: str
-    requests: Sequence[GenerationRequest]
+    requests: Sequence[EngineRequest]
     encoder: Encoder
     streams: bool = False
     idle_timeout: float | None = None
@@ -150,7 +150,7 @@ class Dialect(Protocol):
         """Read a request. Raises ValidationFailed."""
 
 
-def _limited(request: GenerationRequest, tokens: int) -> GenerationRequest:
-    if request.max_tokens is not None:
+def _limited(request: EngineRequest, tokens: int) -> EngineRequest:
+    if not isinstance(request, GenerationRequest) or request.max_tokens is not None:
         return request
     return replace(request, max_tokens=max(tokens, request.min_tokens))

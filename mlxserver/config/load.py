@@ -84,7 +84,7 @@ def read_file(path: Path) -> dict[str, Any]:
         if name not in SETTINGS:
             raise ConfigInvalid(str(path), name, f"one of {', '.join(SETTINGS)}, or [models.KEY]")
     values = {name: SETTINGS[name].check(f"{path}: {name}", value) for name, value in document.items()}
-    for name in values.keys() & KEY_FILES.keys():
+    for name in values.keys() & {*KEY_FILES, "model_dirs"}:
         values[name] = tuple(str(path.parent / Path(written).expanduser()) for written in values[name])
     left_out = {NO_DEFAULTS: True} if no_defaults else {}
     return {**values, **left_out, "models": [_section(path, key, section) for key, section in sections.items()]}
@@ -101,7 +101,11 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _parser(defaults: Settings) -> _Parser:
     """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
-    parser = _Parser(description="Serve local models through an OpenAI-compatible API.", allow_abbrev=False)
+    parser = _Parser(
+        description="Serve local models through an OpenAI-compatible API.",
+        epilog="Other commands: ls, show, ps, rm, doctor, config, launch; mlx-server COMMAND --help.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE[,NAME=VALUE]", help=MODEL_HELP)
     parser.add_argument("--no-defaults", action="store_true", help="leave the default models out")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings")

@@ -17,6 +17,7 @@ from mlxserver.config.fields import Setting, settings_of
 from mlxserver.config.settings import ModelSpec, Settings
 
 WIDTH = 116
+PATHS = ("api_key_file", "admin_key_file", "model_dirs")
 HEAD = """# Settings of the Multi-Model MLX Server, as they are in force. Use: mlx-server --config FILE
 # A flag (--port) wins over the environment (MLX_SERVER_PORT), the environment over this file."""
 
@@ -37,7 +38,7 @@ def _setting(settings: Settings, name: str, setting: Setting) -> Iterator[str]:
         kept = "none is set" if not value else "those that are set are not shown; name a file in the setting below"
         yield f"# {name} = []  # {kept}"
         return
-    if name.endswith("_file"):
+    if name in PATHS:
         value = [_absolute(path) for path in value]
     yield f"{name} = {_value(value)}"
 

@@ -17,6 +17,11 @@ VALUES = {
 }  # fmt: skip
 
 
+def value_of(name):
+    """A text for a field: a new one needs no change here, but an entry in VALUES if these do not fit."""
+    return VALUES.get(name) or next(iter(MODEL_FIELDS[name].choices), "1")
+
+
 def model(text):
     return build(["--no-defaults", "--model", text], {}, DEFAULTS).models[0]
 
@@ -34,8 +39,7 @@ def test_a_model_of_a_flag_has_its_fields_behind_commas():
 
 @pytest.mark.parametrize("name", [name for name in MODEL_FIELDS if name != "source"])
 def test_every_field_of_a_model_is_one_of_a_flag_too(name, tmp_path):
-    """A new field needs no change here but a value of its type in VALUES, if this one does not fit."""
-    text = VALUES.get(name, "1")
+    text = value_of(name)
     spec = model(f"m=org/name,{name}={text}")
     assert getattr(spec, name) == MODEL_FIELDS[name].read(name, text)
 
@@ -109,7 +113,7 @@ def test_settings_of_all_sources_come_back(tmp_path):
 
 @pytest.mark.parametrize("name", MODEL_FIELDS)
 def test_every_field_of_a_model_comes_back(name, tmp_path):
-    section = {"source": "org/name"} | {name: VALUES.get(name, "1")}
+    section = {"source": "org/name"} | {name: value_of(name)}
     if name == "adapter":
         section[name] = str(tmp_path / "adapter")
     spec = model(f"m={section.pop('source')}" + "".join(f",{key}={value}" for key, value in section.items()))

@@ -15,10 +15,13 @@ from typing import Any
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm.auto import tqdm
 
+from mlxserver.config.settings import Kind
 from mlxserver.engine.errors import LoadAborted, SourceInvalid
+from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
 
 WEIGHTS = "model*.safetensors"
+DENSE_WEIGHTS = "*_Dense/model*.safetensors"  # of embedding models: layers behind the pooling
 NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
 REACH = "could not be fetched from the Hugging Face hub"
 
@@ -54,7 +57,26 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
         raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
     except Exception as error:
         raise SourceInvalid(source, _explain(error, revision)) from None
-    return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent))
+    kind = kinds.find_kind(config, pools=_pools(repository, revision))
+    return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent), kind)
+
+
+def known_kind(repository: str, revision: str | None) -> Kind | None:
+    """The kind of a repository's model, if the files that tell it are in the cache. No network. Raises ValueError."""
+    config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    modules = try_to_load_from_cache(repository, kinds.MODULES, revision=revision)
+    if not isinstance(config, str) or modules is None:
+        return None
+    pools = isinstance(modules, str) and kinds.names_pooling(Path(modules))
+    return kinds.find_kind(read_config(Path(config)), pools=pools)
+
+
+def _pools(repository: str, revision: str | None) -> bool:
+    """Whether a repository's checkpoint has a pooling part; False where that can't be found out."""
+    try:
+        return kinds.names_pooling(Path(hf_hub_download(repository, kinds.MODULES, revision=revision)))
+    except Exception:  # there is no such file, or no network
+        return False
 
 
 def _file_patterns() -> list[str]:
@@ -63,7 +85,7 @@ def _file_patterns() -> list[str]:
 
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]
+    return [*(pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"), DENSE_WEIGHTS]
 
 
 def _stored_bytes(repository: str, revision: str | None, snapshot: Path) -> int:

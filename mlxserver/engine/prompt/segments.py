@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 _MOST_CHARACTERS = 8 << 20  # of the segments that are kept, of one model
 _PROBES = ("Hello", "\n", " a", "b ", "\n\n", ".", "12", "\u00e9\u4e2d", "  ")  # what may stand on either side of a cut
-_START, _END = chat_template_utils._CONTROL_TOKEN_START, chat_template_utils._CONTROL_TOKEN_END  # round marked tokens
+_START, _END = (  # round marked tokens
+    getattr(chat_template_utils, f"_CONTROL_TOKEN_{name}", default)
+    for name, default in (("START", "\U000f0000"), ("END", "\U000f0001"))
+)
+_CAN_MARK = hasattr(chat_template_utils, "mark_control_tokens")  # transformers before 5.23 renders without marks
 
 
 class SegmentEncoder:
@@ -45,7 +49,7 @@ class SegmentEncoder:
     @property
     def marks_control_tokens(self) -> bool:
         """Whether mark() is of use: the template is rendered by transformers, and the ids come from tokenizers."""
-        return self._is_fast and not self._has_own_code
+        return _CAN_MARK and self._is_fast and not self._has_own_code
 
     def mark(self, values: Any, template: str | None) -> Any:
         """Messages, tools or variables, with the control tokens in their strings marked to be encoded as plain text."""
