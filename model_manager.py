@@ -70,6 +70,7 @@ class ModelManager:
         self.clear_cache: Callable[[], None] = lambda: None
         self.memory = MemoryBudget(self._rules, measure_arrays, pool)
         self._started = time.monotonic()
+        self.estimate = estimate
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._registry = Registry()
         self._from_library: set[str] = set()  # keys that a request registered

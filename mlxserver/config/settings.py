@@ -91,6 +91,9 @@ class Settings(HttpSettings):
     prefix_cache_disk_bytes: Annotated[
         int, Range(0), Size(), "what the prefixes of all models may take on disk; 0: none are written"
     ] = 10 << 30
+    default_max_tokens: Annotated[
+        int, Range(0), Live(), "most tokens of an answer whose request states no limit; 0: up to the end of the context"
+    ] = 4096
     load_on_demand: Annotated[bool, Live(), "load a registered model at its first request"] = True
     allow_any_model: Annotated[bool, Live(), "let a request load any Hugging Face id"] = False
     library: Annotated[bool, Live(), "offer the models that other programs keep on this machine"] = True

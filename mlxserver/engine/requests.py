@@ -9,6 +9,8 @@ from typing import Any, Literal
 from mlxserver.config.settings import Kind
 from mlxserver.engine.conversation import Message, Tool
 
+NO_LIMIT = 2**63 - 1  # as max_tokens: an answer may fill the context, however long
+
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
@@ -131,10 +133,11 @@ class GenerationRequest:
     """One request to one model.
 
     sampling: the parameters that the request states, by their names in SamplingParams; the model's defaults fill in.
-    max_tokens None means: up to the end of the context; 0: an answer without a token. n answers are made from one
-    prompt. top_logprobs None asks for no log-probabilities, 0 for the chosen token's alone; prompt_logprobs: likewise,
-    of the prompt. thinking_budget: most tokens of reasoning before it is closed. formatted: the prompt as the model
-    reads it, once it is known; grammar: that of the answers, known with it.
+    max_tokens None means that no limit is stated: up to the end of the context, as NO_LIMIT does where one is wanted;
+    0: an answer without a token. n answers are made from one prompt. top_logprobs None asks for no log-probabilities, 0
+    for the chosen token's alone; prompt_logprobs: likewise, of the prompt. thinking_budget: most tokens of reasoning
+    before it is closed. formatted: the prompt as the model reads it, once it is known; grammar: that of the answers,
+    known with it.
     """
 
     prompt: Prompt
