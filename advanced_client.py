@@ -17,10 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from mlxserver.client import transcript, views
-from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient
+from mlxserver.client.api import ChatClient
 from mlxserver.client.bench.command import benchmark, interference
 from mlxserver.client.bench.options import add_options
-from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, choose_model, conclude, read_prompt
+from mlxserver.client.command import (
+    EXIT_STATUSES,
+    INTERRUPTED,
+    accept_any_text,
+    add_connection_options,
+    choose_model,
+    client_of,
+    conclude,
+    read_prompt,
+)
 from mlxserver.client.compare_views import (
     format_answer,
     format_figures,
@@ -64,8 +73,7 @@ def parse_arguments() -> Namespace:
     _add_request_options(parser)
     _add_output_options(parser)
     add_options(parser.add_argument_group("benchmarks"))
-    parser.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
-    parser.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
+    add_connection_options(parser)
     arguments = parser.parse_args()
     if arguments.key is not None and arguments.load is None:
         parser.error("--key belongs to --load")
@@ -112,7 +120,7 @@ async def run(arguments: Namespace) -> bool:
     act = list_models if arguments.models else converse
     for name, named in acts.items():
         act = named if getattr(arguments, name) is not None else act
-    async with ChatClient(arguments.base_url, arguments.api_key) as client:
+    async with client_of(arguments) as client:
         return await act(arguments, client)
 
 

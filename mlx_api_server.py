@@ -12,6 +12,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("mlx-server"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below ends it without a traceback
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -28,6 +29,7 @@ from mlxserver.config import load
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.http import is_loopback
 from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.config.written import as_toml
 from mlxserver.engine.distributed import follower, launch
 from mlxserver.engine.distributed.launch import RanksDiffer
 from mlxserver.engine.distributed.leader import Leader
@@ -37,6 +39,7 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import gguf, sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, streams
@@ -48,6 +51,8 @@ from mlxserver.manager.loading import StartEngine
 from mlxserver.manager.reload import Reload
 from mlxserver.manager.watchdog import watch
 from mlxserver.server import logs
+from mlxserver.server.greeting import greeting
+from mlxserver.server.port_holder import PortTaken, find_holder
 from mlxserver.server.uvicorn_server import Server
 from model_manager import ModelManager
 
@@ -56,10 +61,13 @@ log = logging.getLogger("server")
 ADAPTERS = Path(__file__).parent / "mlxserver" / "adapters"
 
 DEFAULT_MODELS = (
-    ModelSpec("smollm2", "embedded:smollm2", type="instruction", preload=True),
+    # Its makers recommend temperature 0.2 and top_p 0.9 (loading/sources.py). In four bits it then often repeats itself
+    # without end; this penalty ends that.
+    ModelSpec("smollm2", "embedded:smollm2", type="instruction", preload=True, defaults={"frequency_penalty": 0.3}),
     ModelSpec(
         "smollm2-think", "embedded:smollm2", type="thinking", adapter=str(ADAPTERS / "smollm2-think"), preload=True
     ),
+    ModelSpec("minilm", "embedded:minilm", kind="embedding"),
     ModelSpec("qwq", "mlx-community/QwQ-32B-4bit", type="thinking"),
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )
@@ -70,16 +78,25 @@ THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 def main() -> int:
     """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address or another rank can't be had.
 
-    `launch` starts a program that uses a server instead (client/launch/command.py).
+    `serve`, which may be left out, is the server; `config` prints its settings. `launch` starts a program that uses one
+    (client/launch/command.py); the other commands are about models and this machine (cli/command.py).
 
     A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
     """
-    if sys.argv[1:2] == ["launch"]:
+    name, arguments = sys.argv[1:2], sys.argv[1:]
+    if name == ["launch"]:
         from mlxserver.client.launch import command  # the server itself needs nothing of the client
 
         return command.main(sys.argv[2:])
+    if name and not name[0].startswith("-") and name not in (["serve"], ["config"]):
+        from mlxserver.cli import command as commands
+
+        return commands.main(arguments, read_settings)
     try:
-        run(sys.argv[1:])
+        if name == ["config"]:
+            print(as_toml(read_settings(arguments[1:])), end="")
+            return 0
+        run(arguments[1:] if name == ["serve"] else arguments)
     except (ConfigInvalid, RanksDiffer) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,7 +124,12 @@ def run(arguments: list[str]) -> None:
     if not settings.has_keys and not is_loopback(settings.host):
         log.warning("Every client that reaches %s may use this server: it has no keys (--api-key).", settings.host)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise PortTaken(find_holder(settings.host, settings.port).describe(settings.host, settings.port)) from None
     uvloop.run(serve(settings, listener, lambda: check_sources(read_settings(arguments)), leader))
 
 
@@ -167,28 +189,16 @@ async def serve(
                 leader.step = changed.wedged_after
             return await manager.reload(changed)
 
+        manager.library.refresh_soon()
         server = Server(manager, reload)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         loading = asyncio.create_task(manager.preload())
         watching = asyncio.create_task(watch(lambda: manager.all_instances, lambda: manager.settings.wedged_after))
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and not serving.done():
-            print(greeting(url, manager), flush=True)
+            print(await asyncio.to_thread(greeting, url, manager, manager.estimate), flush=True)
         await serving
         watching.cancel()
-
-
-def greeting(url: str, manager: ModelManager) -> str:
-    """Text for the console once the server is ready: its URL, its models, a command to try."""
-    keys = manager.keys
-    example = next((i.spec.key for i in manager.instances if i.status == "loaded"), keys[0] if keys else "KEY")
-    question = (
-        '"messages":[{"role":"user","content":"What is the capital of France?"}],"max_tokens":100,"temperature":0'
-    )
-    body = f'{{"model":"{example}",{question}}}'
-    models = "\n".join(f"  {i.spec.key:<16} {i.status:<9} {i.spec.source}" for i in manager.instances)
-    curl = f"curl -s {url}/v1/chat/completions -d '{body}'"
-    return f"\nServing on {url}\n\nModels:\n{models or '  none'}\n\nTry:\n  {curl}\n"
 
 
 @asynccontextmanager
@@ -212,6 +222,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         estimate_share,
         device.active_bytes,
         pool,
+        Scanner().scan,
     )
     manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:

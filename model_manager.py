@@ -4,8 +4,9 @@ ModelManager has one ModelInstance per key (manager/instance.py) in its Registry
 share one MemoryBudget (manager/memory_budget.py).
 
 Invariants
-1. Only registered sources are loaded. A request registers nothing, unless allow_any_model is set; a model that it
-   registered then and that could not be loaded is removed when the next one comes.
+1. Only registered sources are loaded, and models of the library (manager/library.py). A request registers nothing else,
+   unless allow_any_model is set; a model that it registered then and that could not be loaded is removed when the next
+   one comes.
 2. A model that was replaced or removed is retired at once; its running requests have shutdown_timeout to finish.
 3. close() finds every model that may have an engine, registered or not.
 4. Work that a caller asked for goes on when the caller has left.
@@ -20,13 +21,16 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from mlxserver.config.settings import ModelSpec, Settings
-from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
+from mlxserver.engine.errors import EngineError, ModelExists, ModelLoaded, ModelNotFound, NoRoom, SourceInvalid
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate, budget
+from mlxserver.engine.loading.library.remove import remove
+from mlxserver.engine.loading.library.scan import LocalModel, Scan
 from mlxserver.engine.metrics import ModelMetrics, RankReport, TierUsage
 from mlxserver.manager.eviction import Rules
 from mlxserver.manager.instance import ModelInstance
+from mlxserver.manager.library import Library, sources_of
 from mlxserver.manager.loading import Services, StartEngine, retrieve_exception
 from mlxserver.manager.memory_budget import MemoryBudget
 from mlxserver.manager.registry import Registry
@@ -46,7 +50,8 @@ class ModelManager:
     start_engine: makes the engine of a spec (runners/builder.py in the server, a scripted one in tests).
     measure_memory: bytes that this process holds; measure_arrays: those of them in models' arrays. estimate: memory
     that a model will take. `ranks`: reports of the ranks that share models, none if the server is alone. `cache_usage`,
-    `clear_cache`: of the prefix cache. pool: what the engines' KV cache and prefixes come out of.
+    `clear_cache`: of the prefix cache. pool: what the engines' KV cache and prefixes come out of. scan: finds
+    the models of this machine; None: there are none.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class ModelManager:
         estimate: Callable[[ModelSpec], Estimate],
         measure_arrays: Callable[[], int] = lambda: 0,
         pool: KVPool | None = None,
+        scan: Scan | None = None,
     ) -> None:
         self.settings = settings
         self.ranks: Callable[[], Sequence[RankReport]] = list
@@ -64,8 +70,11 @@ class ModelManager:
         self.clear_cache: Callable[[], None] = lambda: None
         self.memory = MemoryBudget(self._rules, measure_arrays, pool)
         self._started = time.monotonic()
+        self.estimate = estimate
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._registry = Registry()
+        self._from_library: set[str] = set()  # keys that a request registered
+        self.library = Library(scan, lambda: self.settings, self._remove_vanished)
         self._tasks: set[asyncio.Task[Any]] = set()
         for spec in settings.models:
             self.register(spec)
@@ -124,11 +133,15 @@ class ModelManager:
         self._registry.copy(instance, alias)
 
     def resolve(self, name: str, *others: str) -> ModelInstance:
-        """As instance(), for a request that the model is to serve. Registers it if allow_any_model is set.
+        """As instance(), for a request that the model is to serve.
+
+        Registers one of the library; any other if allow_any_model is set.
 
         Raises:
             ModelNotFound
         """
+        if found := self.find_local(name, *others):
+            return self.registered(found) or self._register_local(found)
         try:
             return self._registry.find(name, *others)
         except ModelNotFound:
@@ -137,6 +150,46 @@ class ModelManager:
                 raise
         self._remove_failed()
         return self.register(ModelSpec(name, name))
+
+    # -- the library ----------------------------------------------------------------------------------------------
+
+    @property
+    def found(self) -> list[LocalModel]:
+        """Models of the library that can be loaded and are not registered, under this name or another."""
+        return [model for model in self.library.usable if not self.registered(model)]
+
+    def find_local(self, *names: str) -> LocalModel | None:
+        """The model of the library with one of these names, unless a registered one has them, patterns aside."""
+        if any(self._registry.get(name) or self._registry.with_alias(name) for name in names):
+            return None
+        return next(filter(None, map(self.library.find, names)), None)
+
+    def local_spec(self, model: LocalModel) -> ModelSpec:
+        """The spec of a model of the library. Names that registered models have stay theirs."""
+        is_taken = model.alias in self.keys or (model.alias and self._registry.with_alias(model.alias))
+        aliases = () if is_taken or model.alias is None else (model.alias,)
+        return ModelSpec(model.key, str(model.path), aliases=aliases)
+
+    def _register_local(self, model: LocalModel) -> ModelInstance:
+        self._from_library.add(model.key)
+        return self.register(self.local_spec(model))
+
+    def registered(self, model: LocalModel) -> ModelInstance | None:
+        """The registered model that a model of the library is: it has its full name, or its source and no adapter."""
+        if named := self._registry.get(model.key):
+            return named
+        sources = sources_of(model)
+        return next((each for each in self.instances if each.spec.source in sources and not each.spec.adapter), None)
+
+    def _remove_vanished(self) -> None:
+        """Remove the models that were registered from the library and are no longer in it."""
+        names = {model.key for model in self.library.models}
+        for key in self._from_library - names:
+            instance = self._registry.get(key)
+            if instance is None or (instance.is_absent and not instance.requests):
+                self._from_library.discard(key)
+                if instance:
+                    self._registry.remove(instance)
 
     def _remove_failed(self) -> None:
         """Remove the models that a request registered and that never could be loaded."""
@@ -250,6 +303,35 @@ class ModelManager:
         self._registry.remove_leaving(instance, unload)
         return unload
 
+    async def delete(self, name: str, *, force: bool = False) -> LocalModel:
+        """Remove the files of a model of the library, damaged or not; a loaded one is unloaded if that is forced.
+
+        Raises:
+            ModelNotFound, ModelLoaded, SourceInvalid
+        """
+        await self.library.refresh()
+        model = self._files_of(name)
+        await asyncio.shield(self._keep(self._delete(model, force)))
+        return model
+
+    def _files_of(self, name: str) -> LocalModel:
+        """The model of the library with this name, or that a registered model with it is."""
+        registered = self._registry.get(name) or self._registry.with_alias(name)
+        source = registered.spec.source if registered else ""
+        if model := self.library.with_source(source) if registered else self.library.get(name):
+            return model
+        if registered:
+            raise SourceInvalid(source, "it has no files in the library; nothing was removed")
+        raise ModelNotFound(name, [*self.keys, *(each.key for each in self.library.models)])
+
+    async def _delete(self, model: LocalModel, force: bool) -> None:
+        users = [each for each in self.all_instances if each.spec.source in sources_of(model)]
+        if not force and (loaded := next((each for each in users if not each.is_absent), None)):
+            raise ModelLoaded(loaded.key)
+        await asyncio.gather(*(each.unload("abort") for each in users if not each.is_absent))
+        await asyncio.to_thread(remove, model)
+        await self.library.refresh()
+
     # -- reload, close --------------------------------------------------------------------------------------------
 
     async def reload(self, settings: Settings) -> Reload:
@@ -265,6 +347,7 @@ class ModelManager:
         wanted = [instance for instance in added if instance.spec.preload]
         wanted += [changed for key in found.changed if (changed := self._change(specs[key]))]
         self._keep(self._load_all(wanted))
+        self._keep(self.library.refresh())
         self.memory.reconsider()
         for instance in self.instances:
             instance.restart_idle_timer()

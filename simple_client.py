@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
 from typing import TypeVar
 
 from mlxserver.client import views
-from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient, Message
-from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, choose_model, conclude, read_prompt
+from mlxserver.client.api import ChatClient, Message
+from mlxserver.client.command import (
+    EXIT_STATUSES,
+    INTERRUPTED,
+    accept_any_text,
+    add_connection_options,
+    choose_model,
+    client_of,
+    conclude,
+    read_prompt,
+)
 from mlxserver.client.errors import ClientError
 from mlxserver.client.printer import AnswerPrinter
 
@@ -36,7 +45,9 @@ def parse_arguments() -> Namespace:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to ask")
     parser.add_argument("--model", metavar="KEY", help="the model to ask (default: the first that is loaded)")
-    parser.add_argument("--stream", action="store_true", help="stream the answer, as conversations do")
+    parser.add_argument(
+        "--stream", action=BooleanOptionalAction, help="stream the answer (default: where stdout is a terminal)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="the most tokens of an answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
@@ -45,8 +56,7 @@ def parse_arguments() -> Namespace:
     act.add_argument("--load", metavar="SOURCE", help="load a model: a Hugging Face id, or a path on the server")
     act.add_argument("--unload", metavar="KEY", help="unload a model when its requests are done")
     parser.add_argument("--key", help="the key that --load gives to the model")
-    parser.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
-    parser.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
+    add_connection_options(parser)
     arguments = parser.parse_args()
     if arguments.key is not None and arguments.load is None:
         parser.error("--key belongs to --load")
@@ -66,6 +76,8 @@ def run(arguments: Namespace) -> None:
         unloaded = call(arguments, lambda client: client.unload(arguments.unload))
         return views.print_line(views.format_unloaded(unloaded))
     prompt = read_prompt(arguments.prompt)
+    if arguments.stream is None:
+        arguments.stream = sys.stdout.isatty()
     arguments.model = arguments.model or call(arguments, choose_model)
     messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if prompt is None:
@@ -96,6 +108,7 @@ def ask(arguments: Namespace, messages: list[Message], printer: AnswerPrinter) -
     params = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
 
     async def print_answer(client: ChatClient) -> None:
+        printer.start()
         if not arguments.stream:
             for event in (await client.complete(messages, arguments.model, **params)).events:
                 printer.write(event)
@@ -141,7 +154,7 @@ def call(arguments: Namespace, act: Callable[[ChatClient], Awaitable[Result]]) -
     """Run `act` with a client of the server; its result."""
 
     async def act_once() -> Result:
-        async with ChatClient(arguments.base_url, arguments.api_key) as client:
+        async with client_of(arguments) as client:
             return await act(client)
 
     return asyncio.run(act_once())

@@ -28,7 +28,8 @@ ALLOWED = {
     "manager": "config engine engine.loading engine.worker",
     "model_manager": "config engine engine.loading manager",
     "server": "config engine engine.loading engine.platform engine.worker api manager model_manager",
-    "mlx_api_server": "client config engine engine.distributed engine.kv_cache engine.loading engine.platform "
+    "cli": "api client config engine engine.loading engine.platform manager model_manager server",
+    "mlx_api_server": "cli client config engine engine.distributed engine.kv_cache engine.loading engine.platform "
     "engine.runners engine.worker manager model_manager server",
     "client": "api",
     "simple_client": "client",

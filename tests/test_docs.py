@@ -72,7 +72,7 @@ def test_the_readme_is_short_and_leads_to_every_page():
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(readme)}
     assert {page.resolve() for page in PAGES} - linked == {(ROOT / "README.md").resolve()}
     for spec in DEFAULT_MODELS:
-        assert f"| `{spec.key}` | {spec.type} | `{spec.source}`" in readme
+        assert f"| `{spec.key}` | {spec.type or spec.kind} | `{spec.source}`" in readme
 
 
 def test_every_setting_is_explained():

@@ -10,14 +10,14 @@ Rule 3: a stream and a whole answer carry the same text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from mlxserver.api.model_status import ModelStatus, Progress
 from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import Projection
 from mlxserver.engine.events import Event, PrefillProgress, QueuePosition, Usage
-from mlxserver.engine.requests import GenerationRequest, Question
+from mlxserver.engine.requests import EngineRequest, GenerationRequest, Question
 
 # What a stream waits for: the load of its model, a slot, its prompt.
 WaitProgress = Progress | QueuePosition | PrefillProgress
@@ -124,13 +124,20 @@ class Call:
     """
 
     model: str
-    requests: Sequence[GenerationRequest]
+    requests: Sequence[EngineRequest]
     encoder: Encoder
     streams: bool = False
     idle_timeout: float | None = None
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
     for_client: Callable[[Call, str], Call] | None = None
+
+    def limited(self, tokens: int) -> Call:
+        """The call, its answers limited to so many tokens where a request states no limit. 0 changes nothing."""
+        if not tokens:
+            return self
+        return replace(self, requests=[_limited(request, tokens) for request in self.requests])
+
     other_names: Sequence[str] = ()
 
 
@@ -141,3 +148,9 @@ class Dialect(Protocol):
 
     def parse(self, body: bytes) -> Call:
         """Read a request. Raises ValidationFailed."""
+
+
+def _limited(request: EngineRequest, tokens: int) -> EngineRequest:
+    if not isinstance(request, GenerationRequest) or request.max_tokens is not None:
+        return request
+    return replace(request, max_tokens=max(tokens, request.min_tokens))

@@ -16,6 +16,7 @@ from mlxserver.api.ollama.endpoints import OLLAMA_ENDPOINTS
 from mlxserver.api.ollama.errors import OLLAMA
 from mlxserver.api.openai.chat import ChatCompletionRequest, ChatDialect
 from mlxserver.api.openai.completions import CompletionDialect, CompletionRequest
+from mlxserver.api.openai.embeddings import EmbeddingsDialect, EmbeddingsRequest
 from mlxserver.api.openai.errors import OPENAI
 from mlxserver.api.openai.responses import endpoints as responses
 
@@ -40,6 +41,15 @@ ENDPOINTS = (
         "CompletionChunk",
         CompletionDialect,
     ),
+    Endpoint(
+        "embeddings",
+        "POST",
+        "/v1/embeddings",
+        "Vectors of texts.",
+        "EmbeddingList",
+        EmbeddingsRequest,
+        dialect=EmbeddingsDialect,
+    ),
     *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,
     Endpoint(
@@ -55,6 +65,7 @@ ENDPOINTS = (
     ),
     Endpoint("unload_model", "POST", "/v1/models/unload", "Unload a model.", "Unloaded", UnloadRequest, manages=True),
     Endpoint("reload_models", "POST", "/v1/models/reload", "Read the settings again.", "Reloaded", manages=True),
+    Endpoint("list_library", "GET", "/v1/library", "The models that are on this machine, damaged ones too.", "Library"),
     Endpoint("cache", "GET", "/v1/cache", "What the prefix cache has, by tier and model.", "CacheUsage", manages=True),
     Endpoint("clear_cache", "POST", "/v1/cache/clear", "Empty the prefix cache.", "CacheUsage", manages=True),
     Endpoint(
@@ -64,6 +75,14 @@ ENDPOINTS = (
         "One model, and what it can do.",
         "Model",
         others=("ModelInfo",),
+    ),
+    Endpoint(
+        "delete_model",
+        "DELETE",
+        "/v1/models/{key}",
+        "Remove a model's files; ?force=true: those of a loaded one, too.",
+        "Deleted",
+        manages=True,
     ),
     Endpoint("tokenize", "POST", "/tokenize", "The tokens of a text or a conversation.", "Tokens", TokenizeRequest),
     Endpoint("detokenize", "POST", "/detokenize", "The text of tokens.", "Prompt", DetokenizeRequest),

@@ -38,19 +38,43 @@ class Execution:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """A model of the library. place: whose folder it is in. path: of the directory or file. Sizes are bytes.
+
+    format: mlx or gguf. quantization: "4-bit", "Q4_K", or the type of the weights. needed_bytes: about what it takes
+    in memory; fits: whether that is there: now, after_eviction, or never. From format on None for a damaged one;
+    fault: what is wrong with it.
+    """
+
+    place: str
+    path: str
+    size_bytes: int
+    format: str | None = None
+    architecture: str | None = None
+    quantization: str | None = None
+    parameters: int | None = None
+    context_length: int | None = None
+    needed_bytes: int | None = None
+    fits: str | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One registered model.
 
     created: seconds since 1970. status: unloaded, loading, loaded, draining or failed. memory_bytes: the weights;
-    reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. type,
+    reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. kind, type,
     context_length (tokens), capabilities, execution and estimate are None while not known. progress: of the load, while
-    there is one. failure: why the last load failed. load_seconds: duration of the last load.
+    there is one. failure: why the last load failed. load_seconds: duration of the last load. local: its files, if it is
+    one of the library.
     """
 
     key: str
     created: int
     status: str
     source: str
+    kind: str | None = None
     type: str | None = None
     context_length: int | None = None
     capabilities: frozenset[str] | None = None
@@ -66,3 +90,4 @@ class ModelStatus:
     progress: Progress | None = None
     failure: str | None = None
     load_seconds: float = 0.0
+    local: LocalFiles | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlxserver.api.anthropic.response_schemas import ANTHROPIC_SCHEMAS
 from mlxserver.api.ollama.schemas import OLLAMA_SCHEMAS
+from mlxserver.api.openai.embeddings import EMBEDDINGS_SCHEMAS
 from mlxserver.api.openai.models import CAPABILITIES
 from mlxserver.api.openai.responses.schemas import RESPONSES_SCHEMAS
 from mlxserver.api.schema.response_shapes import (
@@ -33,9 +34,20 @@ EXECUTION = exactly(
     cache=one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
 )
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
+LOCAL = {
+    "place": one_of("directory", "huggingface", "lmstudio", "ollama"),
+    "format": maybe(one_of("mlx", "gguf")),
+    "architecture": maybe(TEXT),
+    "quantization": maybe(TEXT),
+    "parameters": maybe(COUNT),
+    "size_bytes": COUNT,
+    "needed_bytes": maybe(COUNT),
+    "fits": maybe(one_of("now", "after_eviction", "never")),
+}
 
 RESPONSE_SCHEMAS: dict[str, Schema] = {
     **RESPONSES_SCHEMAS,
+    **EMBEDDINGS_SCHEMAS,
     **ANTHROPIC_SCHEMAS,
     **OLLAMA_SCHEMAS,
     "Error": exactly(
@@ -135,6 +147,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         created=COUNT,
         owned_by=TEXT,
         status=exactly(value=STATE, error_=TEXT),
+        kind=maybe(one_of("text", "embedding")),
         type=maybe(one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),
@@ -151,6 +164,22 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         pinned={"type": "boolean"},
         expires_in_seconds=maybe(NUMBER),
         loading=maybe(exactly(stage=TEXT, done=COUNT, total=COUNT)),
+        local=maybe(exactly(**LOCAL)),
+    ),
+    "Deleted": exactly(id=TEXT, object=one_of("model"), deleted={"type": "boolean"}, freed_bytes=COUNT),
+    "Library": exactly(
+        object=one_of("list"),
+        data=each(
+            exactly(
+                id=TEXT,
+                aliases=each(TEXT),
+                status=exactly(value=STATE, error_=TEXT),
+                context_length=maybe(COUNT),
+                path=TEXT,
+                error=maybe(TEXT),
+                **LOCAL,
+            )
+        ),
     ),
     "ModelList": exactly(object=one_of("list"), data=each(named("Model"))),
     "Loaded": exactly(

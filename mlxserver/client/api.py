@@ -31,7 +31,7 @@ from mlxserver.client.models import (
 from mlxserver.client.recorder import PreparedRequest
 from mlxserver.client.stream import StreamReader
 from mlxserver.client.transport import Transport, read_object
-from mlxserver.client.wire import mappings
+from mlxserver.client.wire import count, mappings
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 
@@ -120,6 +120,16 @@ class ChatClient:
     async def model(self, key: str) -> ModelCard:
         """One model. Raises ApiError with status 404 for an unknown key."""
         return read_card(await self._json("GET", f"/models/{quote(key, safe='')}"))
+
+    async def library(self) -> list[ModelCard]:
+        """The models on the server's machine, damaged ones too. Raises ApiError."""
+        answer = await self._json("GET", "/library")
+        return [read_card(model) for model in mappings(answer.get("data")) if model.get("id")]
+
+    async def delete(self, key: str, *, force: bool = False) -> int:
+        """Remove a model's files from the server's machine; the bytes that they took. Raises ApiError."""
+        answer = await self._json("DELETE", f"/models/{quote(key, safe='')}{'?force=true' if force else ''}")
+        return count(answer.get("freed_bytes"))
 
     async def load(self, source: str, key: str | None = None, **options: Any) -> Loaded:
         """Load a model and wait until it is ready, however long that takes. Raises NotSupported, ApiError."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import sys
+from argparse import ArgumentParser, Namespace
+from math import inf
 
-from mlxserver.client.api import ChatClient
-from mlxserver.client.errors import ClientError, ServerUnreachable, SettingInvalid
+from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient
+from mlxserver.client.errors import ClientError, ServerSilent, ServerUnreachable, SettingInvalid
 from mlxserver.client.views import print_error, print_status
 
 EXIT_STATUSES = """exit status:
@@ -18,6 +20,32 @@ EXIT_STATUSES = """exit status:
   130  interrupted"""
 
 INTERRUPTED = 130
+READ_TIMEOUT = 600.0  # seconds
+
+
+def add_connection_options(parser: ArgumentParser) -> None:
+    """Add the flags that say which server is asked, and for how long."""
+    parser.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
+    parser.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=READ_TIMEOUT,
+        help=f"give up when no byte comes for so long (default {READ_TIMEOUT:g}; 0: never)",
+    )
+
+
+def client_of(arguments: Namespace) -> ChatClient:
+    """The client that the flags describe."""
+    return ChatClient(arguments.base_url, arguments.api_key, read_timeout=arguments.timeout or None)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < inf:
+        raise ValueError(text)
+    return seconds
 
 
 def accept_any_text() -> None:
@@ -43,13 +71,16 @@ def read_prompt(argument: str | None) -> str | None:
 
 
 async def choose_model(client: ChatClient) -> str:
-    """The first model that is loaded, or the only one; a model without a state counts as loaded. Logged on stderr.
+    """The first model that is loaded, else one that is being loaded, or the only one. Logged on stderr.
+
+    A model without a state counts as loaded.
 
     Raises SettingInvalid, and what ChatClient.models() raises.
     """
     cards = await client.models()
     keys = [card.key for card in cards]
     loaded = [card.key for card in cards if card.state in ("loaded", None)]
+    loaded = loaded or [card.key for card in cards if card.state == "loading"]
     if not loaded and len(keys) != 1:
         raise SettingInvalid("--model", "", f"a key, as no model is loaded; known: {', '.join(keys) or 'none'}")
     model = (loaded or keys)[0]
@@ -65,4 +96,4 @@ def conclude(error: ClientError | OSError) -> int:
     if isinstance(error, BrokenPipeError):
         return 0
     print_error(error)
-    return {SettingInvalid: 2, ServerUnreachable: 3}.get(type(error), 1)
+    return {SettingInvalid: 2, ServerUnreachable: 3, ServerSilent: 3}.get(type(error), 1)

@@ -3,6 +3,7 @@
 ClientError
 ├── SettingInvalid     a setting of the client can't be used; nothing was sent
 ├── ServerUnreachable  no connection, or no answer on it
+├── ServerSilent       the server took a request, and no byte has come for longer than the client waits
 ├── ApiError           the server answered with an error
 │   └── NotSupported   the server does not know this endpoint
 ├── LoadFailed         a model's load began and failed
@@ -16,11 +17,15 @@ from __future__ import annotations
 
 import json
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlxserver.client.wire import mapping, parse, text
 
 QUOTED_CHARACTERS = 200
+DEFAULT_PORT = 8000
+MAKEFILE = Path(__file__).parents[2] / "Makefile"  # of a checkout; an installed package has none
 KEY_HINT = "Give the server's key with --api-key, or in OPENAI_API_KEY."
 
 
@@ -39,9 +44,20 @@ class ServerUnreachable(ClientError):
     """There is no server at `url`, or it does not answer. cause: which of the two, in words."""
 
     def __init__(self, url: str, cause: str) -> None:
-        super().__init__(f"No answer from a server at {url}: {cause}.")
+        super().__init__(f"No answer from a server at {url}: {cause}. {start_hint(url)}")
         self.url = url
         self.cause = cause
+
+
+class ServerSilent(ClientError):
+    """The server took a request and has sent nothing for so many seconds. is_there: whether it answers another one."""
+
+    def __init__(self, url: str, seconds: float, *, is_there: bool) -> None:
+        state = "is still at work" if is_there else "does not answer other requests either"
+        hint = "A streamed answer shows its progress, --max-tokens makes it shorter, --timeout waits longer."
+        super().__init__(f"The server at {url} {state}; it has sent nothing for {seconds:g} s. {hint}")
+        self.url = url
+        self.is_there = is_there
 
 
 class ApiError(ClientError):
@@ -86,6 +102,18 @@ class StreamBroken(ClientError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"The answer broke off: {cause}")
+
+
+def start_hint(url: str) -> str:
+    """What to do where no server is: the line that starts one, if it would be on this machine."""
+    parts = urlsplit(url)
+    other = "--base-url names another one."
+    if parts.hostname not in ("127.0.0.1", "localhost", "::1") or parts.scheme != "http":
+        return other
+    port = "" if parts.port == DEFAULT_PORT else f"--port {parts.port or 80}"
+    by_make = f' ARGS="{port}"' if port else ""
+    command = f"make serve{by_make}" if MAKEFILE.is_file() else f"mlx-server {port}".rstrip()
+    return f"Start one with `{command}`; {other}"
 
 
 def api_error(status: int, body: str) -> ApiError:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 from markdown_it import MarkdownIt
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment, Segments
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from mlxserver.client.events import Content, Event, Finished, Reasoning
 from mlxserver.client.models import Wait
-from mlxserver.client.views import format_progress
+from mlxserver.client.waiting import TICK, Waiting
 
 FRAME = 0.05
 COLLAPSED_LINES = 4
@@ -118,12 +118,28 @@ class GrowingText:
             self._live.console.print(_renderable(lines), end="")
 
 
+class _FootedLive(Live):
+    """Live display with a dim line at its bottom. footer: its text; empty for no line."""
+
+    def __init__(self, console: Console, footer: Callable[[], str]) -> None:
+        self._footer = footer
+        super().__init__(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
+
+    def get_renderable(self) -> RenderableType:
+        """What is drawn: the text, then the line."""
+        text, drawn = self._footer(), super().get_renderable()
+        line = Text(text, "dim", no_wrap=True, overflow="ellipsis")
+        return Group(*([drawn] if drawn else []), line) if text else drawn
+
+
 class LiveAnswer:
     """Live view of one answer: the thinking dim above, the content as Markdown. Needs a running event loop."""
 
     def __init__(self, console: Console, thinking: ThinkingView = "show") -> None:
         self._view = thinking
-        self._live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
+        self._waiting = Waiting()
+        self._tick: asyncio.TimerHandle | None = None  # while the answer is not complete
+        self._live = _FootedLive(console, self._footer)
         height = max(4, console.height - 4)
         thinking_height = COLLAPSED_LINES if thinking == "collapse" else height
         self._thinking = GrowingText(self._live, lambda text: Text(text, "dim"), split_lines, thinking_height)
@@ -133,17 +149,22 @@ class LiveAnswer:
 
     def __enter__(self) -> LiveAnswer:
         self._live.start()
+        self._waiting = Waiting()
+        self._schedule()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._frame:
-            self._frame.cancel()
+        for timer in (self._frame, self._tick):
+            if timer:
+                timer.cancel()
+        self._tick = None
         self._end_thinking()
         self._answer.end()
         self._live.stop()
 
     def write(self, event: Event) -> None:
         """Show one event, at the next frame at the latest. Tool calls are not shown."""
+        self._waiting.take(event)
         match event:
             case Reasoning(text, at):
                 self._thought = (self._thought[0] if self._thought else at, at)
@@ -158,8 +179,19 @@ class LiveAnswer:
 
     def show_progress(self, step: Wait) -> None:
         """Draw the progress of what the answer waits for. The answer replaces it."""
-        line = Text(format_progress(step), "dim", no_wrap=True, overflow="ellipsis")
-        self._live.update(line, refresh=True)
+        self._waiting.take_progress(step)
+        self._live.refresh()
+
+    def _footer(self) -> str:
+        """What is below the answer while it is not complete."""
+        return str(self._waiting) if self._tick else ""
+
+    def _schedule(self) -> None:
+        self._tick = asyncio.get_running_loop().call_later(TICK, self._draw_footer)
+
+    def _draw_footer(self) -> None:
+        self._schedule()
+        self._live.refresh()
 
     def draw(self) -> None:
         """Draw all events so far, without waiting for the next frame."""

@@ -6,6 +6,7 @@ Rule 2: the thinking goes to stderr, so a pipe carries the answer alone.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +16,8 @@ from rich.segment import ControlType
 
 from mlxserver.client.events import Content, Event, Finished, Reasoning
 from mlxserver.client.models import Wait
-from mlxserver.client.views import console, format_progress, print_status, write
+from mlxserver.client.views import console, print_status, write
+from mlxserver.client.waiting import TICK, Waiting
 
 LINE_START = Control(ControlType.CARRIAGE_RETURN)
 
@@ -29,10 +31,17 @@ class AnswerPrinter:
         self._answer = Paragraph(write)
         self._thinking = Paragraph(partial(self._stderr.out, style="dim", end="", highlight=False))
         self._progress = StatusLine(self._stderr)
+        self._waiting = Waiting()
+        self._tick: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Show that the answer is waited for, until its first event. Needs a running event loop."""
+        self._waiting = Waiting()
+        self._schedule()
 
     def write(self, event: Event) -> None:
         """Print one event at once. Tool calls are not printed."""
-        self._progress.clear()
+        self._stop_waiting()
         match event:
             case Reasoning(text):
                 self._thinking.add(text)
@@ -46,13 +55,27 @@ class AnswerPrinter:
 
     def show_progress(self, step: Wait) -> None:
         """Show the progress of what the answer waits for, until the first event."""
-        self._progress.show(format_progress(step))
+        self._waiting.take_progress(step)
+        self._progress.show(str(self._waiting))
 
     def end(self) -> None:
         """End the open lines, also of an answer that stopped halfway."""
-        self._progress.clear()
+        self._stop_waiting()
         self._thinking.end()
         self._answer.end()
+
+    def _schedule(self) -> None:
+        self._tick = asyncio.get_running_loop().call_later(TICK, self._show_waiting)
+
+    def _show_waiting(self) -> None:
+        self._progress.show(str(self._waiting))
+        self._schedule()
+
+    def _stop_waiting(self) -> None:
+        if self._tick:
+            self._tick.cancel()
+        self._tick = None
+        self._progress.clear()
 
 
 class StatusLine:

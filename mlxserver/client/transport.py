@@ -18,9 +18,11 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 from yarl import URL
 
-from mlxserver.client.errors import ServerUnreachable, SettingInvalid, StreamBroken, api_error
+from mlxserver.client.errors import ServerSilent, ServerUnreachable, SettingInvalid, StreamBroken, api_error
 from mlxserver.client.recorder import PreparedRequest, Recording, encode_post, record
 from mlxserver.client.wire import parse
+
+PROBE_TIMEOUT = 5.0  # seconds
 
 
 class Transport:
@@ -48,6 +50,8 @@ class Transport:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout, sock_read=read_timeout)
         try:
             response = await self._session.request(method, url, json=body, timeout=timeout)
+        except aiohttp.SocketTimeoutError as error:
+            raise ServerSilent(self.url, read_timeout or 0, is_there=await self._is_there()) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerUnreachable(self.url, _cause(error)) from error
         try:
@@ -55,8 +59,18 @@ class Transport:
                 if response.status >= 400:
                     raise api_error(response.status, await response.text(errors="replace"))
                 yield response
+        except aiohttp.SocketTimeoutError as error:
+            raise StreamBroken(f"the connection is open, but silent for {read_timeout:g} s.") from error
         except (aiohttp.ClientError, OSError) as error:
             raise StreamBroken(f"the connection was lost ({_cause(error)}).") from error
+
+    async def _is_there(self) -> bool:
+        """Whether the server answers a request that needs no work."""
+        try:
+            async with self._session.get(f"{self.url}/models", timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT)):
+                return True
+        except (aiohttp.ClientError, OSError):
+            return False
 
     async def json(self, method: str, path: str, body: Any, read_timeout: float | None) -> dict[str, Any]:
         """The JSON object of a response. Raises ApiError for anything else, and for an object with an error."""

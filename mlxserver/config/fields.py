@@ -126,7 +126,7 @@ class Setting:
         return self.check(place, value)
 
     def _check_items(self, place: str, value: object, several: Several) -> tuple[str, ...]:
-        is_right = isinstance(value, list) and all(
+        is_right = isinstance(value, list | tuple) and all(
             isinstance(item, str) and re.fullmatch(several.pattern, item) for item in value
         )
         if not is_right:

@@ -9,7 +9,7 @@ from typing import Annotated
 from mlxserver.config.fields import Live, Range, Secret, Several, Size
 
 KEYS = Several(r"[\x21-\x2b\x2d-\x7e]{8,512}", "keys of 8 to 512 visible ASCII characters without commas")
-FILES = Several(r"(?s:[^,]+)", "names of files")
+FILES = Several(r"(?s:[^,]+)", "names of files or folders")
 HOSTS = Several(r"[A-Za-z0-9_.:-]{1,253}", "names or addresses of hosts, without a port")
 ORIGINS = Several(r"\*|null|[a-z][a-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]+", "origins such as https://example.org, or *")
 

@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 from mlxserver.config.aliases import clash, is_pattern
 from mlxserver.config.errors import ConfigInvalid
-from mlxserver.config.fields import Setting, settings_of
+from mlxserver.config.fields import EXPECTATIONS, Setting, settings_of
+from mlxserver.config.model_texts import split_model
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import ModelSpec, Settings
 
@@ -33,7 +34,9 @@ KEY_FILES = {"api_key_file": "api_key", "admin_key_file": "admin_key"}
 CACHE_VARIABLE = "MLX_SERVER_CACHE"  # where conversions are kept: no setting, loading/gguf.py reads it
 MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 CHECK = "--check-config"
+NO_DEFAULTS = "no_defaults"  # of a file: as the flag
 ALIAS = re.compile(r"[A-Za-z0-9._:/*?!\[\]-]{1,128}")
+MODEL_HELP = "add a model; more settings of it follow behind commas (repeatable)"
 KEY_EXPECTED = "a model key: 1 to 128 letters, digits or any of . _ : / -"
 
 
@@ -47,10 +50,11 @@ def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -
     given = {flag: arguments[name] for flag, name in FLAGS.items() if arguments[name] is not None}
     flags = {FLAGS[flag]: SETTINGS[FLAGS[flag]].read(flag, text) for flag, text in given.items()}
     models = [
-        *(() if arguments["no_defaults"] else defaults.models),
+        *(() if arguments["no_defaults"] or file.get(NO_DEFAULTS) else defaults.models),
         *file.pop("models", ()),
         *map(_named_model, arguments["model"]),
     ]
+    file.pop(NO_DEFAULTS, None)
     unique = tuple({spec.key: spec for spec in models}.values())
     _check_aliases(unique)
     return _with_key_files(replace(defaults, **{**file, **read_environment(environ), **flags, "models": unique}))
@@ -73,13 +77,17 @@ def read_file(path: Path) -> dict[str, Any]:
     sections = document.pop("models", {})
     if not isinstance(sections, dict):
         raise ConfigInvalid(f"{path}: models", sections, "sections named [models.KEY]")
+    no_defaults = document.pop(NO_DEFAULTS, False)
+    if not isinstance(no_defaults, bool):
+        raise ConfigInvalid(f"{path}: {NO_DEFAULTS}", no_defaults, EXPECTATIONS[bool])
     for name in document:
         if name not in SETTINGS:
             raise ConfigInvalid(str(path), name, f"one of {', '.join(SETTINGS)}, or [models.KEY]")
     values = {name: SETTINGS[name].check(f"{path}: {name}", value) for name, value in document.items()}
-    for name in values.keys() & KEY_FILES.keys():
+    for name in values.keys() & {*KEY_FILES, "model_dirs"}:
         values[name] = tuple(str(path.parent / Path(written).expanduser()) for written in values[name])
-    return {**values, "models": [_section(path, key, section) for key, section in sections.items()]}
+    left_out = {NO_DEFAULTS: True} if no_defaults else {}
+    return {**values, **left_out, "models": [_section(path, key, section) for key, section in sections.items()]}
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -93,8 +101,12 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _parser(defaults: Settings) -> _Parser:
     """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
-    parser = _Parser(description="Serve local models through an OpenAI-compatible API.", allow_abbrev=False)
-    parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE", help="add a model (repeatable)")
+    parser = _Parser(
+        description="Serve local models through an OpenAI-compatible API.",
+        epilog="Other commands: ls, show, ps, pull, rm, doctor, config, launch; mlx-server COMMAND --help.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE[,NAME=VALUE]", help=MODEL_HELP)
     parser.add_argument("--no-defaults", action="store_true", help="leave the default models out")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings")
     parser.add_argument(CHECK, action="store_true", help="check the settings, and exit")
@@ -132,11 +144,24 @@ class _Append(argparse.Action):
 
 
 def _named_model(text: str) -> ModelSpec:
-    """The model of a --model KEY=SOURCE."""
-    key, equals, source = text.partition("=")
-    if not equals or not source.strip() or not MODEL_KEY.fullmatch(key):
+    """The model of a --model KEY=SOURCE,NAME=VALUE,...; `defaults.temperature` names a sampling parameter."""
+    key, source, texts = split_model("--model", text)
+    if not MODEL_KEY.fullmatch(key):
         raise ConfigInvalid("--model", text, f"KEY=SOURCE, where KEY is {KEY_EXPECTED}")
-    return ModelSpec(key, source)
+    place = f"--model {key}"
+    section: dict[str, Any] = {"source": source, "defaults": {}}
+    for name, value in texts.items():
+        parameter = name.removeprefix("defaults.")
+        known = MODEL_FIELDS if parameter == name else MODEL_DEFAULTS
+        if parameter in known and name != "source":
+            read = known[parameter].read(f"{place}: {name}", value)
+        elif name == "aliases":
+            read = [alias.strip() for alias in value.split(",")]
+        else:
+            names = [*(name for name in SECTION if name not in ("source", "defaults")), "defaults.NAME"]
+            raise ConfigInvalid(place, name, f"one of {', '.join(names)}, where NAME is {', '.join(MODEL_DEFAULTS)}")
+        (section if parameter == name else section["defaults"])[parameter] = read
+    return _spec(place, key, section)
 
 
 def _section(path: Path, key: str, section: object) -> ModelSpec:
@@ -148,13 +173,20 @@ def _section(path: Path, key: str, section: object) -> ModelSpec:
         raise ConfigInvalid(place, section, f"a section [models.{key}]")
     if "source" not in section:
         raise ConfigInvalid(f"{place}.source", None, MODEL_FIELDS["source"].expected)
+    spec = _spec(place, key, section)
+    paths: dict[str, Any] = dict(_located({"source": spec.source, "adapter": spec.adapter}, path.parent))
+    return replace(spec, **paths)
+
+
+def _spec(place: str, key: str, section: Mapping[str, Any]) -> ModelSpec:
+    """The model of a section that has a source. Raises ConfigInvalid."""
     fields = _checked(place, section, MODEL_FIELDS, SECTION)
     aliases = _aliases(f"{place}.aliases", section.get("aliases", []))
     defaults = section.get("defaults", {})
     if not isinstance(defaults, dict):
         raise ConfigInvalid(f"{place}.defaults", defaults, f"a section [models.{key}.defaults]")
     sampling = _checked(f"{place}.defaults", defaults, MODEL_DEFAULTS, [*MODEL_DEFAULTS])
-    return ModelSpec(key, **fields | dict(_located(fields, path.parent)), aliases=aliases, defaults=sampling)
+    return ModelSpec(key, **fields, aliases=aliases, defaults=sampling)
 
 
 def _checked(
@@ -191,9 +223,11 @@ def _check_aliases(models: Sequence[ModelSpec]) -> None:
 
 
 def _located(fields: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, str]]:
-    """Paths among a model's fields, relative to the file's directory. A Hugging Face id is no path."""
-    for name in fields.keys() & {"source", "adapter"}:
-        written, path = fields[name], directory / fields[name]
+    """Paths among a model's source and adapter, relative to the file's directory. A Hugging Face id is no path."""
+    for name, written in fields.items():
+        if written is None:
+            continue
+        path = directory / written
         is_path = name == "adapter" or written.startswith(("./", "../")) or written.endswith(".gguf") or _exists(path)
         if is_path and not written.startswith("~"):
             yield name, str(path)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mlxserver.config.fields import Identity, Live, Range, Shared, Size
-from mlxserver.config.http import HttpSettings
+from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
+Kind = Literal["text", "embedding"]
 Shard = Literal["tensor", "pipeline"]
 LogFormat = Literal["text", "json"]
 UnclosedThinking = Literal["reasoning", "content"]
@@ -28,7 +29,8 @@ class ModelSpec:
     """One registered model.
 
     key: the name in requests. source: Hugging Face id, MLX directory, .gguf file or embedded:NAME (loading/sources.py).
-    type: None infers it from template and tokenizer. adapter: directory of a LoRA adapter. preload: load at the start.
+    kind: what the model makes of a text; None finds it from the checkpoint's files (loading/kinds.py). type: of a text
+    model, None infers it from template and tokenizer. adapter: directory of a LoRA adapter. preload: load at the start.
     context_length: tokens, None takes the model's own. min_context: tokens of one request whose KV cache is reserved
     with the model. max_running, max_waiting: requests decoding together, and waiting for a slot. prefix_cache_bytes:
     what the prefix cache may keep in memory. checkpoint_interval: tokens between the checkpoints of a long prompt,
@@ -56,6 +58,7 @@ class ModelSpec:
     defaults: Mapping[str, float] = field(default_factory=dict)
     shard: Annotated[Shard | None, Shared(), Identity()] = None
     unclosed_thinking: UnclosedThinking = "reasoning"
+    kind: Annotated[Kind | None, Identity()] = None
     min_context: Annotated[int, Range(16), Shared()] = 4096
 
 
@@ -88,8 +91,15 @@ class Settings(HttpSettings):
     prefix_cache_disk_bytes: Annotated[
         int, Range(0), Size(), "what the prefixes of all models may take on disk; 0: none are written"
     ] = 10 << 30
+    default_max_tokens: Annotated[
+        int, Range(0), Live(), "most tokens of an answer whose request states no limit; 0: up to the end of the context"
+    ] = 4096
     load_on_demand: Annotated[bool, Live(), "load a registered model at its first request"] = True
     allow_any_model: Annotated[bool, Live(), "let a request load any Hugging Face id"] = False
+    library: Annotated[bool, Live(), "offer the models that other programs keep on this machine"] = True
+    model_dirs: Annotated[
+        tuple[str, ...], FILES, Live(), "folder with models to offer, searched before the others"
+    ] = ()
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"

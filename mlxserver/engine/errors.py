@@ -9,7 +9,9 @@ EngineError
 ├── LoadAborted          the load was called off before it was done
 ├── NoRoom               the model does not fit in memory; with a projection of what is there
 ├── PromptRejected       the prompt can't be given to this model; names the field
-│   └── ContextExceeded  it is longer than the context
+│   ├── ContextExceeded  it is longer than the context
+│   ├── InputTooLong     a text is longer than an embedding model takes
+│   └── WrongKind        the model is of another kind than the request needs
 ├── QueueFull            as many requests wait as may; try again later
 ├── ModelUnloading       the model is leaving; try again later
 ├── RequestFailed        an unexpected fault met this request alone
@@ -17,6 +19,7 @@ EngineError
 ├── OutOfMemory          there was no memory for this request, not even with everything kept given back
 ├── ModelFailed          the model has failed several times, and is not loaded again before some time
 ├── ModelBusy            the model has requests, and the caller asked not to wait for them
+├── ModelLoaded          the model is loaded, and its files are to be removed
 ├── ModelStalled          the model can't be unloaded: its engine is stuck in a step
 ├── EngineStopped        the engine ended before the answer was complete
 │   └── EngineUnloaded   because the model was unloaded, or the server stops
@@ -31,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from mlxserver.config.errors import abbreviate
+from mlxserver.config.settings import Kind
 
 
 def one_line(error: BaseException) -> str:
@@ -145,6 +149,34 @@ class ContextExceeded(PromptRejected):
         )
 
 
+class InputTooLong(PromptRejected):
+    """A text is longer than an embedding model takes, counts in tokens."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, tokens: int, context_length: int, param: str) -> None:
+        super().__init__(
+            f"{param} is too long: {tokens} tokens > {context_length} maximum. This model's maximum context length is "
+            f"{context_length} tokens. Shorten the text, or set 'truncate' to have it cut.",
+            param,
+        )
+
+
+class WrongKind(PromptRejected):
+    """The model is of another kind than the request needs."""
+
+    code = "wrong_kind"
+
+    def __init__(self, key: str, kind: Kind) -> None:
+        super().__init__(f"Model {key!r} is {_KINDS[kind]}", "model")
+
+
+_KINDS: dict[Kind, str] = {
+    "text": "a text model: it answers conversations and goes on from prompts, and makes no embeddings.",
+    "embedding": "an embedding model: it makes vectors of texts (POST /v1/embeddings), and generates no text.",
+}
+
+
 class QueueFull(EngineError):
     """As many requests wait for this model as may. `retry_after` is in seconds."""
 
@@ -199,6 +231,13 @@ class ModelBusy(EngineError):
 
     def __init__(self, key: str, requests: int) -> None:
         super().__init__(f"Model {key!r} has {requests} requests in progress. Unload it with mode 'drain' or 'abort'.")
+
+
+class ModelLoaded(EngineError):
+    """The files of a loaded model are to be removed, which takes force."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"Model {key!r} is loaded. Unload it before its files are removed, or force the removal.")
 
 
 class ModelStalled(EngineError):

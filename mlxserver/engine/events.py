@@ -2,6 +2,7 @@
 
 Rule: a generation is Accepted, then any number of Deltas, one Finish per choice, and Usage at the very end; or, at any
       point, one EngineError and nothing after it. PromptLogprobs, where asked for, come before all else of a choice.
+      Each choice of a request for embeddings is one Embedding and its Finish.
 """
 
 from __future__ import annotations
@@ -76,6 +77,14 @@ class ToolCallDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """Vector of one text: its values as little-endian float32. index: of the text in its request."""
+
+    vector: bytes
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """End of one choice. stop: the stop string that ended it, None where none did."""
 
@@ -129,4 +138,4 @@ class PromptProgress:
     state: QueuePosition | PrefillProgress | None = QueuePosition()
 
 
-Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Finish | Usage
+Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Embedding | Finish | Usage

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mlxserver.config.settings import Kind
 from mlxserver.engine.conversation import Message, Tool
+
+NO_LIMIT = 2**63 - 1  # as max_tokens: an answer may fill the context, however long
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,34 @@ class FillPrompt:
 
     prefix: str
     suffix: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """Request for one vector per text to an embedding model.
+
+    dimensions: leading values of each vector to keep, None for all. truncates: a text that is too long is cut.
+    prompt_name: the checkpoint's prompt that is put before each text; requires_prompt: it has to have one of that name.
+    origin: where the client wrote the texts; is_list: as a list. tokens: of each text, once they are known.
+    """
+
+    texts: tuple[TextPrompt | TokenPrompt, ...]
+    dimensions: int | None = None
+    truncates: bool = False
+    prompt_name: str | None = None
+    requires_prompt: bool = False
+    origin: str = "input"
+    is_list: bool = True
+    tokens: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Number of its choices: one per text."""
+        return len(self.texts)
+
+    def place(self, index: int) -> str:
+        """Where the client wrote a text."""
+        return f"{self.origin}[{index}]" if self.is_list else self.origin
 
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt | FillPrompt
@@ -102,10 +133,11 @@ class GenerationRequest:
     """One request to one model.
 
     sampling: the parameters that the request states, by their names in SamplingParams; the model's defaults fill in.
-    max_tokens None means: up to the end of the context; 0: an answer without a token. n answers are made from one
-    prompt. top_logprobs None asks for no log-probabilities, 0 for the chosen token's alone; prompt_logprobs: likewise,
-    of the prompt. thinking_budget: most tokens of reasoning before it is closed. formatted: the prompt as the model
-    reads it, once it is known; grammar: that of the answers, known with it.
+    max_tokens None means that no limit is stated: up to the end of the context, as NO_LIMIT does where one is wanted;
+    0: an answer without a token. n answers are made from one prompt. top_logprobs None asks for no log-probabilities, 0
+    for the chosen token's alone; prompt_logprobs: likewise, of the prompt. thinking_budget: most tokens of reasoning
+    before it is closed. formatted: the prompt as the model reads it, once it is known; grammar: that of the answers,
+    known with it.
     """
 
     prompt: Prompt
@@ -122,6 +154,9 @@ class GenerationRequest:
     thinking_budget: int | None = None
     formatted: FormattedPrompt | None = None
     grammar: Grammar | None = None
+
+
+EngineRequest = GenerationRequest | EmbeddingRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +197,14 @@ class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
     reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
-    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking" and "fill_in_middle".
-    execution: None where ranks share the model.
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle" and
+    "embeddings". execution: None where ranks share the model, and of an embedding model. type: None of one, too.
     """
 
-    type: str
+    type: str | None
     context_length: int
     weight_bytes: int
     capabilities: frozenset[str] = frozenset()
     execution: Execution | None = None
     reserved_kv_bytes: int | None = None
+    kind: Kind = "text"

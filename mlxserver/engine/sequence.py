@@ -74,3 +74,10 @@ class SampledToken:
     logprobs: Logprobs | None = None
     started: float = 0.0
     prompt_logprobs: tuple[Logprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PooledSequence(SampledToken):
+    """The vector of a sequence in an embedding model, in place of tokens; its values as little-endian float32."""
+
+    vector: bytes = b""

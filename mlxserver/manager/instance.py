@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import ModelUnloading, QueueFull
+from mlxserver.config.settings import Kind, ModelSpec
+from mlxserver.engine.errors import ModelUnloading, QueueFull, WrongKind
+from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question
+from mlxserver.engine.requests import EmbeddingRequest, EngineRequest, ModelFacts, Question
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.eviction import Resident
@@ -39,6 +40,7 @@ class ModelInstance:
         self.metrics = metrics
         self.copied_aliases: tuple[str, ...] = ()
         self.created = int(time.time())
+        self._known_kind = sources.known_kind(spec.source)
         self._settings = services.settings
         self._memory = memory
         self._queue = RequestQueue()
@@ -76,6 +78,12 @@ class ModelInstance:
     def is_absent(self) -> bool:
         """Whether the model is neither in memory nor about to be loaded."""
         return self._lifecycle.is_absent
+
+    @property
+    def kind(self) -> Kind | None:
+        """Kind of the model; None while its files do not tell it."""
+        facts = self.facts
+        return self.spec.kind or (facts.kind if facts else None) or self._known_kind
 
     @property
     def facts(self) -> ModelFacts | None:
@@ -144,7 +152,7 @@ class ModelInstance:
         return self._lifecycle.engine
 
     async def generate(
-        self, request: GenerationRequest, idle_timeout: float | None = None, dialect: str = ""
+        self, request: EngineRequest, idle_timeout: float | None = None, dialect: str = ""
     ) -> Generation:
         """Queue a request, load the model if need be, and submit the request to its engine.
 
@@ -155,11 +163,13 @@ class ModelInstance:
             QueueFull: max_waiting requests wait already.
             ModelNotLoaded: the model is not loaded, and requests do not load models here.
             PromptRejected: the request has a part that this model can't serve.
+            WrongKind: the model is of another kind than the request needs. It is not loaded for it.
             ModelFailed: the model failed several times, and the backoff is not over.
             LoadFailed, LoadAborted, NoRoom, ModelUnloading, EngineStopped
         """
         lease = Lease(idle_timeout)
         try:
+            self._check_kind(request)
             engine = await self._enter(lease)
             generation = engine.submit(await engine.preprocess(request))
         except BaseException as error:
@@ -180,6 +190,12 @@ class ModelInstance:
             return await (await self._enter(lease)).ask(question)
         finally:
             self._exit(lease)
+
+    def _check_kind(self, request: EngineRequest) -> None:
+        """Raise WrongKind as far as the kind is known before the model is loaded."""
+        needed = "embedding" if isinstance(request, EmbeddingRequest) else "text"
+        if self.kind not in (None, needed):
+            raise WrongKind(self.key, self.kind)
 
     async def hold(self, idle_timeout: float | None = None) -> None:
         """Load the model if need be, as a request without a question; it then stays for idle_timeout seconds.

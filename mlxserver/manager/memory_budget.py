@@ -20,13 +20,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mlxserver.engine.errors import LoadAborted, NoRoom
 from mlxserver.engine.kv_claims import Outlook
 from mlxserver.engine.kv_pool import KVPool, Reserved
 from mlxserver.manager.eviction import Granted, MemoryRequest, Postponed, Refused, Resident, Rules, decide
 from mlxserver.manager.states import ModelState
+
+Fits = Literal["now", "after_eviction", "never"]
 
 
 class MemoryHolder(Protocol):
@@ -148,6 +150,13 @@ class MemoryBudget:
     def unaccounted(self) -> int:
         """Bytes in use beyond all reservations, KV cache and prefixes."""
         return max(0, self._measure_arrays() - self.reserved - self.prefix_bytes)
+
+    def fits(self, bytes: int) -> Fits:
+        """Whether a model of so many bytes could be loaded now, after evictions, or never."""
+        pinned = sum(self.held(each) for each in self.reservations if each.holder.is_pinned)
+        if bytes <= self._grantable - self.reserved:
+            return "now"
+        return "after_eviction" if bytes <= self._grantable - pinned else "never"
 
     def reconsider(self) -> None:
         """Decide on every pending reservation anew, and on every claim that waits: something has changed.

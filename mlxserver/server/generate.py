@@ -31,10 +31,10 @@ def generate(dialect: Dialect, manager: ModelManager, label: str = "") -> Handle
         headers = ignored_headers(request, call.ignored)
         return GenerationResponse(
             manager.resolve(call.model, *call.other_names),
-            call,
+            call.limited(manager.settings.default_max_tokens),  # a reload may have changed it
             headers,
             max_unread=settings.max_unread_events,
-            heartbeat_interval=manager.settings.heartbeat_interval,  # a reload may have changed it
+            heartbeat_interval=manager.settings.heartbeat_interval,  # likewise
             dialect=label,
         )
 

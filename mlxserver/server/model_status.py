@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from mlxserver.api.model_status import Execution, MemoryEstimate, ModelStatus, Progress
+from dataclasses import replace
+
+from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress
 from mlxserver.engine import requests
+from mlxserver.engine.loading.library.scan import LocalModel
 from mlxserver.manager.instance import ModelInstance
+from mlxserver.manager.memory_budget import MemoryBudget
 from mlxserver.manager.states import LoadProgress
+from model_manager import ModelManager
 
 
-def model_status(instance: ModelInstance) -> ModelStatus:
-    """Status of a registered model as it is now."""
+def model_status(instance: ModelInstance, manager: ModelManager | None = None) -> ModelStatus:
+    """Status of a registered model as it is now. manager: for its files, if it is one of the library."""
+    local = manager.library.with_source(instance.spec.source) if manager else None
     spec, facts, estimate = instance.spec, instance.facts, instance.estimate
     return ModelStatus(
         spec.key,
         instance.created,
         instance.status,
         spec.source,
+        kind=instance.kind,
         type=facts.type if facts else spec.type,
         context_length=facts.context_length if facts else spec.context_length,
         capabilities=facts.capabilities if facts else None,
@@ -31,6 +38,42 @@ def model_status(instance: ModelInstance) -> ModelStatus:
         progress=progress(instance.load_progress) if instance.status == "loading" else None,
         failure=instance.failure_reason,
         load_seconds=instance.load_seconds,
+        local=local_files(local, manager.memory) if local and manager else None,
+    )
+
+
+def local_status(model: LocalModel, manager: ModelManager) -> ModelStatus:
+    """Status of a model of the library: its own, or that of the registered model that it is."""
+    files = local_files(model, manager.memory)
+    if instance := manager.registered(model):
+        return replace(model_status(instance), context_length=files.context_length, local=files)
+    aliases = manager.local_spec(model).aliases
+    return ModelStatus(
+        model.key,
+        model.modified,
+        "unloaded",
+        str(model.path),
+        context_length=files.context_length,
+        aliases=aliases,
+        local=files,
+    )
+
+
+def local_files(model: LocalModel, memory: MemoryBudget) -> LocalFiles:
+    """Files of a model of the library, and whether it fits in memory."""
+    facts, needed = model.facts, model.needed_bytes
+    return LocalFiles(
+        model.place,
+        str(model.path),
+        model.size_bytes,
+        format=facts.format if facts else None,
+        architecture=facts.architecture if facts else None,
+        quantization=facts.quantization if facts else None,
+        parameters=facts.parameters if facts else None,
+        context_length=facts.context_length if facts else None,
+        needed_bytes=needed,
+        fits=None if needed is None else memory.fits(needed),
+        fault=model.fault,
     )
 
 

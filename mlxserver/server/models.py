@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -14,7 +14,9 @@ from mlxserver.api.anthropic.errors import ANTHROPIC
 from mlxserver.api.anthropic.models import model_info, model_page
 from mlxserver.api.anthropic.prompt import CountTokensRequest, token_count
 from mlxserver.api.endpoints import api_of
+from mlxserver.api.model_status import ModelStatus
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
+from mlxserver.api.native.library import deleted, library_list
 from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
 from mlxserver.api.native.reload import reloaded
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
@@ -24,6 +26,7 @@ from mlxserver.api.schema import parameters
 from mlxserver.api.schema.limits import Limits
 from mlxserver.engine.errors import ModelNotFound, ModelStalled
 from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.library.scan import LocalModel
 from mlxserver.engine.requests import ApplyTemplate, Detokenize, Tokenize
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.reload import Reload
@@ -31,7 +34,7 @@ from mlxserver.server.body import ignored_headers, read_body
 from mlxserver.server.errors import json_response
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.load_events import LoadResponse
-from mlxserver.server.model_status import model_status
+from mlxserver.server.model_status import local_status, model_status
 from model_manager import ModelManager
 
 STALL_INTERVAL = 1.0  # seconds between two checks of whether an engine is stalled
@@ -51,24 +54,51 @@ class ModelHandlers:
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models, as the client's API has it."""
-        models = [model_status(instance) for instance in self._manager.instances]
+        self._manager.library.refresh_soon()
+        models = [model_status(instance, self._manager) for instance in self._manager.instances]
+        models += [local_status(found, self._manager) for found in self._manager.found]
         if api_of(request.scope["path"], request.headers) is ANTHROPIC:
             return json_response(model_page(models, request.query_params))
         return json_response(model_list(models))
 
     async def retrieve_model(self, request: Request) -> Response:
         """GET /v1/models/{key}, as the client's API has it."""
-        model = model_status(self._manager.instance(request.path_params["key"]))
+        model = self._status(request.path_params["key"])
         is_anthropic = api_of(request.scope["path"], request.headers) is ANTHROPIC
         return json_response(model_info(model) if is_anthropic else model_card(model))
+
+    async def list_library(self, request: Request) -> Response:
+        """GET /v1/library: searches the folders first."""
+        await self._manager.library.refresh()
+        return json_response(library_list(local_status(each, self._manager) for each in self._manager.library.models))
+
+    async def delete_model(self, request: Request) -> Response:
+        """DELETE /v1/models/{key}: removes a model's files; ?force=true: of a loaded one, too."""
+        require(request, Permission.NAME_FILES)
+        key, force = request.path_params["key"], request.query_params.get("force", "false")
+        if force not in ("true", "false"):
+            raise parameters.invalid("force", force, "true or false")
+        model = await self._manager.delete(key, force=force == "true")
+        return json_response(deleted(model.key, model.size_bytes))
+
+    def _status(self, name: str) -> ModelStatus:
+        """Status of a registered model, or of one of the library. Raises ModelNotFound."""
+        if found := self._manager.find_local(name):
+            return local_status(found, self._manager)
+        return model_status(self._manager.instance(name), self._manager)
 
     async def load_model(self, request: Request) -> Response | LoadResponse:
         """POST /v1/models/load."""
         asked, headers = await self._read(LoadRequest, request)
-        if asked.adapter is not None or sources.is_path(asked.model):
+        found = self._local(asked.model)
+        if asked.adapter is not None or (found is None and sources.is_path(asked.model)):
             require(request, Permission.NAME_FILES)
-        sources.check(asked.model)
-        spec = asked.spec
+        if found:
+            key = asked.key or found.key
+            spec = replace(asked.spec, key=key, source=str(found.path), aliases=self._manager.local_spec(found).aliases)
+        else:
+            sources.check(asked.model)
+            spec = asked.spec
         if asked.stream:
             return LoadResponse(
                 lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report),
@@ -78,6 +108,11 @@ class ModelHandlers:
             )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)
+
+    def _local(self, source: str) -> LocalModel | None:
+        """The model of the library that a source is a name of, unless it is an id that the hub has."""
+        found = self._manager.library.find(source)
+        return None if found and found.place == "huggingface" and source == found.key else found
 
     async def unload_model(self, request: Request) -> Response:
         """POST /v1/models/unload."""

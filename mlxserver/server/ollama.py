@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from mlxserver.api.ollama import models
-from mlxserver.api.ollama.embed import EmbeddingRequest, OllamaEmbeddingsRequest, OllamaEmbedRequest, no_embeddings
 from mlxserver.api.ollama.errors import LINES
 from mlxserver.api.ollama.models import OllamaCopyRequest, OllamaDeleteRequest, OllamaShowRequest
 from mlxserver.api.ollama.names import key_of, names_of
@@ -122,19 +121,6 @@ class OllamaHandlers:
         else:
             await unless_stalled(instance, self._manager.forget(instance.key))
         return Response(headers=headers)
-
-    async def ollama_embed(self, request: Request) -> Response:
-        """POST /api/embed."""
-        return await self._refuse_embeddings(OllamaEmbedRequest, request)
-
-    async def ollama_embeddings(self, request: Request) -> Response:
-        """POST /api/embeddings."""
-        return await self._refuse_embeddings(OllamaEmbeddingsRequest, request)
-
-    async def _refuse_embeddings(self, schema: type[EmbeddingRequest], request: Request) -> Response:
-        asked, _ = await self._read(schema, request)
-        self._manager.instance(*names_of(asked.model))
-        raise no_embeddings(asked.model)
 
     async def _describe(self, instances: list[ModelInstance]) -> dict[str, Description]:
         """What the files of models state, by key."""

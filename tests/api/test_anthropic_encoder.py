@@ -11,6 +11,7 @@ from mlxserver.api.anthropic.errors import envelope
 from mlxserver.api.dialect import Failure
 from mlxserver.api.model_status import Progress
 from mlxserver.engine.events import Delta, Finish, ToolCallDelta, Usage
+from mlxserver.engine.requests import NO_LIMIT
 from tests.support.anthropic_types import checked_error, checked_events, checked_message
 
 USAGE = Usage(10, 5, 2, 4)
@@ -87,7 +88,8 @@ def test_a_call_that_was_cut_has_its_text_as_input():
         (Finish("tool_calls"), None, ("tool_use", None)),
         (Finish("length"), 5, ("max_tokens", None)),
         (Finish("length"), 6, ("model_context_window_exceeded", None)),
-        (Finish("length"), None, ("model_context_window_exceeded", None)),
+        (Finish("length"), NO_LIMIT, ("model_context_window_exceeded", None)),
+        (Finish("length"), None, ("max_tokens", None)),
     ],
 )
 def test_the_reason_of_the_end(finish, limit, expected):

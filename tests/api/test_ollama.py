@@ -19,7 +19,7 @@ from mlxserver.config.settings import Settings
 from mlxserver.engine.conversation import Message, Reasoning, Text, ToolCall, ToolResult
 from mlxserver.engine.description import Description
 from mlxserver.engine.events import Delta, Finish, PrefillProgress, Timings, TokenLogprob, ToolCallDelta, Usage
-from mlxserver.engine.requests import ChatPrompt, FillPrompt, JsonFormat, TextPrompt
+from mlxserver.engine.requests import NO_LIMIT, ChatPrompt, FillPrompt, JsonFormat, TextPrompt
 from tests.support.published import check
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -79,7 +79,7 @@ def test_options_are_the_sampling_the_stops_and_the_limit():
 @pytest.mark.parametrize("limit", [0, -1, -2])
 def test_what_is_no_limit_or_no_seed_there_is_none_here(limit):
     request = chat(options={"num_predict": limit, "seed": -1})
-    assert (request.max_tokens, request.sampling) == (None, {})
+    assert (request.max_tokens, request.sampling) == (NO_LIMIT, {})
 
 
 def test_every_option_of_the_sdk_is_taken_and_what_is_not_applied_is_named():

@@ -19,7 +19,7 @@ from mlxserver.api.openai.errors import wire_param
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 from mlxserver.engine.conversation import Message, Text, Tool
-from mlxserver.engine.requests import JsonFormat
+from mlxserver.engine.requests import NO_LIMIT, JsonFormat
 
 HELLO = [{"role": "user", "content": "Hello"}]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -193,10 +193,11 @@ def test_unknown_fields_inside_are_ignored_and_noted_where_the_limits_have_that(
 
 @pytest.mark.parametrize(
     ("given_", "limit"),
-    [({"max_tokens": -1}, None), ({"max_completion_tokens": -1}, None), ({"max_tokens": -1, "num_predict": 7}, 7),
-     ({"num_predict": -2}, None), ({"num_predict": 7}, 7), ({"max_tokens": 7, "num_predict": 7}, 7)],
+    [({}, None), ({"max_tokens": -1}, NO_LIMIT), ({"max_completion_tokens": -1}, NO_LIMIT),
+     ({"max_tokens": -1, "num_predict": 7}, 7),
+     ({"num_predict": -2}, NO_LIMIT), ({"num_predict": 7}, 7), ({"max_tokens": 7, "num_predict": 7}, 7)],
 )  # fmt: skip
-def test_a_token_limit_of_minus_one_is_none(given_, limit):
+def test_a_token_limit_of_minus_one_is_the_end_of_the_context(given_, limit):
     assert chat(**given_).token_limit == limit
     jsonschema.validate(MINIMAL[ChatCompletionRequest] | given_, json_schema(ChatCompletionRequest))
 
@@ -478,7 +479,7 @@ def test_a_wrong_completion_is_refused_at_its_place(wrong, param):
 def test_a_completion_has_openais_defaults():
     request = complete()
     assert (request.token_limit, request.echo, request.logprobs, request.n) == (16, False, None, 1)
-    assert [complete(max_tokens=-1).token_limit, complete(num_predict=-1).token_limit] == [None, None]
+    assert [complete(max_tokens=-1).token_limit, complete(num_predict=-1).token_limit] == [NO_LIMIT] * 2
     assert (complete(num_predict=20).token_limit, complete(max_tokens=5).token_limit) == (20, 5)
     assert complete(max_tokens=0).token_limit == 0
 

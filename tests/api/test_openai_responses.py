@@ -19,7 +19,7 @@ from mlxserver.api.schema.parameters import ValidationFailed, parse
 from mlxserver.config.settings import Settings
 from mlxserver.engine.conversation import Message, Reasoning, Text, ToolCall, ToolResult
 from mlxserver.engine.events import Delta, Finish, PrefillProgress, ToolCallDelta, Usage
-from mlxserver.engine.requests import JsonFormat, ToolChoice
+from mlxserver.engine.requests import NO_LIMIT, JsonFormat, ToolChoice
 from tests.support.published import check
 
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object"}}
@@ -200,7 +200,7 @@ def test_the_rest_of_a_request_is_honoured():
     )
     assert request(include=["message.output_text.logprobs"]).top_logprobs == 0
     assert request().top_logprobs is None
-    assert request(max_output_tokens=-1).max_tokens is None
+    assert (request().max_tokens, request(max_output_tokens=-1).max_tokens) == (None, NO_LIMIT)
 
 
 # Text of custom tools

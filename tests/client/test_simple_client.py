@@ -220,7 +220,9 @@ def test_a_missing_server_is_one_line_and_exit_status_3():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        assert ran(url, "--list") == (3, "", f"error: No answer from a server at {url}: Connection refused.\n")
+        status, out, err = ran(url, "--list")
+    assert (status, out, len(err.splitlines())) == (3, "", 1)
+    assert err.startswith(f"error: No answer from a server at {url}: Connection refused. Start one with `make serve")
 
 
 @pytest.mark.parametrize(
@@ -400,3 +402,40 @@ def test_it_works_with_the_real_server(scripted_path, tmp_path):
             shown.expect("> ")
             shown.type("\x04")
             assert shown.exit_status() == 0
+
+
+@pytest.mark.parametrize(("flags", "streamed"), [((), True), (("--no-stream",), None)])
+def test_an_answer_is_streamed_on_a_terminal_unless_that_is_refused(server, flags, streamed):
+    with terminal(server.url, "--model", "talker", *flags, "Capital?") as shown:
+        shown.expect("The capital is Paris.")
+        assert shown.exit_status() == 0
+    assert server.requests[-1].get("stream") is streamed
+
+
+def test_an_answer_is_whole_in_a_pipe(server):
+    assert ran(server.url, "--model", "talker", "Capital?")[0] == 0
+    assert server.requests[-1].get("stream") is None
+
+
+def test_the_seconds_of_a_wait_are_shown_on_a_terminal(server):
+    with terminal(server.url, "--model", "mute", "Capital?") as shown:
+        shown.expect("Waiting for the answer · 0 s")
+        shown.expect("Waiting for the answer · 1 s")
+        shown.process.send_signal(signal.SIGINT)
+        assert shown.exit_status() == 130
+
+
+def test_a_silent_server_is_still_at_work_and_exit_status_3(server):
+    status, out, err = ran(server.url, "--model", "mute", "--timeout", "0.2", "Capital?")
+    assert (status, out) == (3, "")
+    assert f"error: The server at {server.url}/v1 is still at work; it has sent nothing for 0.2 s." in err
+
+
+def test_a_model_that_is_being_loaded_is_asked_before_none_is():
+    cards = [
+        {"id": "far", "status": {"value": "unloaded"}},
+        {"id": "talker", "status": {"value": "loading"}},
+        {"id": "other", "status": {"value": "unloaded"}},
+    ]
+    with scripted_server(cards=cards) as server:
+        assert ran(server.url, "Capital?") == (0, "The capital is Paris.\n", "model: talker\n")

@@ -73,7 +73,7 @@ def test_the_defaults_can_be_left_out():
 def test_a_section_sets_every_field_of_a_model(written):
     section = '[models."org/x:1"]\nsource = "org/x"\ntype = "thinking"\npreload = true\ncontext_length = 512\n'
     spec = built(["--no-defaults", *written(section + "max_running = 2\nmax_waiting = 0")]).models[0]
-    assert spec == ModelSpec("org/x:1", "org/x", "thinking", None, True, 512, 2, 0)
+    assert spec == ModelSpec("org/x:1", "org/x", "thinking", None, True, 512, max_running=2, max_waiting=0)
 
 
 def test_paths_are_relative_to_the_file(written, tmp_path):

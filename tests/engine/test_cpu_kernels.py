@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from mlxserver.engine.mlx import mx
+from mlxserver.engine.mlx import mx, nn
 
 import numpy as np
 import pytest
@@ -59,6 +59,15 @@ def test_attention_is_that_of_mlx(length, total, heads):
         ours = cpu_kernels.attention(q, k, v, scale=0.25, mask=mask)
         assert close(ours, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask)), mask
         assert ours.shape == q.shape
+
+
+def test_gelu_is_that_of_mlx():
+    x = mx.concatenate([mx.linspace(-40.0, 40.0, 4001), mx.zeros((100,)), mx.array([float("inf")])])
+    np.testing.assert_allclose(cpu_kernels.gelu(x), nn.gelu(x), atol=1e-6)
+    few = mx.array([-1.0, 0.0, 2.0])
+    assert mx.array_equal(cpu_kernels.gelu(few), nn.gelu(few))
+    half = x.astype(mx.bfloat16)
+    assert mx.array_equal(cpu_kernels.gelu(half), nn.gelu(half), equal_nan=True)
 
 
 def test_layer_by_layer_a_model_gives_the_same_logits(tiny_llama_path):

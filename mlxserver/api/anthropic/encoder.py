@@ -26,7 +26,7 @@ DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinki
 
 
 class MessageEncoder:
-    """Encoder of one answer. token_limit: most tokens that the request allows, None for no limit."""
+    """Encoder of one answer. token_limit: the one that the request states, None where it has none."""
 
     content_type = "text/event-stream; charset=utf-8"
 
@@ -100,7 +100,7 @@ class MessageEncoder:
             case "tool_calls":
                 return "tool_use", None
             case "length":
-                is_full = self._token_limit is None or usage.completion_tokens < self._token_limit
+                is_full = self._token_limit is not None and usage.completion_tokens < self._token_limit
                 return "model_context_window_exceeded" if is_full else "max_tokens", None
         return ("end_turn", None) if finish.stop is None else ("stop_sequence", finish.stop)
 

@@ -8,7 +8,7 @@ from mlxserver.api.anthropic.encoder import MessageEncoder
 from mlxserver.api.anthropic.prompt import NO_EFFECT, PromptRequest
 from mlxserver.api.dialect import Call
 from mlxserver.api.openai.completions import LIMIT_OR_NONE, check_limit_or_none
-from mlxserver.api.openai.generation import KEEP_ALIVE, UNLIMITED, SamplingRequest
+from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest, stated_limit
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, parse
 from mlxserver.api.schema.validators import MAX_STOPS, check_keep_alive, check_stop
@@ -45,8 +45,8 @@ class MessagesRequest(PromptRequest, SamplingRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """Most tokens to generate; None goes to the end of the context."""
-        return None if self.max_tokens in UNLIMITED else self.max_tokens
+        """Most tokens to generate; None where none is stated."""
+        return stated_limit(self.max_tokens)
 
     @property
     def generation_request(self) -> GenerationRequest:

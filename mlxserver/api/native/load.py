@@ -44,6 +44,9 @@ class LoadRequest(Request):
         str, "Source: Hugging Face id, MLX directory, .gguf file or embedded:NAME.", required=True, check=check_path
     )
     key: str | None = Parameter(str, "Name of the model in requests; by default made from the source.", check=check_key)
+    kind: Literal["text", "embedding"] | None = Parameter(
+        str, "What the model makes of a text; by default found from its files.", enum=["text", "embedding"]
+    )
     type: Literal["thinking", "instruction"] | None = Parameter(
         str, "How the model is prompted; by default found out.", enum=["thinking", "instruction"]
     )
@@ -87,6 +90,7 @@ class LoadRequest(Request):
         return ModelSpec(
             self.key or derive_key(self.model),
             self.model,
+            kind=self.kind,
             type=self.type,
             adapter=self.adapter,
             context_length=self.context_length,

@@ -5,7 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from mlxserver.api.endpoint import Endpoint
-from mlxserver.api.ollama.embed import OllamaEmbeddingsRequest, OllamaEmbedRequest
+from mlxserver.api.ollama.embed import (
+    OllamaEmbedDialect,
+    OllamaEmbeddingsDialect,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+)
 from mlxserver.api.ollama.errors import OLLAMA
 from mlxserver.api.ollama.generation import OllamaChatDialect, OllamaGenerateDialect
 from mlxserver.api.ollama.models import OllamaCopyRequest, OllamaDeleteRequest, OllamaShowRequest
@@ -68,7 +73,15 @@ OLLAMA_ENDPOINTS = (
         media="text/plain",
         manages=True,
     ),
-    _endpoint("ollama_embed", "POST", "/api/embed", "Embeddings of texts.", "OllamaEmbed", OllamaEmbedRequest),
+    _endpoint(
+        "ollama_embed",
+        "POST",
+        "/api/embed",
+        "Embeddings of texts.",
+        "OllamaEmbed",
+        OllamaEmbedRequest,
+        dialect=OllamaEmbedDialect,
+    ),
     _endpoint(
         "ollama_embeddings",
         "POST",
@@ -76,6 +89,7 @@ OLLAMA_ENDPOINTS = (
         "Embedding of a text.",
         "OllamaEmbedding",
         OllamaEmbeddingsRequest,
+        dialect=OllamaEmbeddingsDialect,
     ),
     Endpoint("root", "GET", "/", "Whether there is an Ollama, as text; a page for browsers.", None, media="text/plain"),
 )

@@ -13,6 +13,7 @@ import orjson
 from mlxserver.api.openai.generation import NO_EFFECT, NOT_APPLIED, STOP, number
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, invalid, json_schema, parse
 from mlxserver.api.schema.validators import check_stop
+from mlxserver.engine.requests import NO_LIMIT
 
 RANDOM_SEED = -1
 LIMIT: dict[str, Any] = {"type": "integer", "minimum": -2, "description": "an integer; 0, -1 and -2 are no limit"}
@@ -23,11 +24,11 @@ HARMLESS = (
 OF_FILES = ("logits_all", "vocab_only", "embedding_only", "num_gqa", "rope_frequency_base", "rope_frequency_scale")
 
 
-def check_limit(value: int, param: str) -> int | None:
-    """Most tokens to generate; None for no limit. Raises ValidationFailed."""
+def check_limit(value: int, param: str) -> int:
+    """Most tokens to generate. Raises ValidationFailed."""
     if not -2 <= value < 2**63:
         raise invalid(param, value, "a number of tokens, or -1 for no limit")
-    return value if value > 0 else None
+    return value if value > 0 else NO_LIMIT
 
 
 class Options(Request):

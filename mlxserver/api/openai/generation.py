@@ -21,6 +21,7 @@ from mlxserver.api.schema.validators import (
 )
 from mlxserver.config.fields import Range
 from mlxserver.config.sampling_params import BIAS_RANGE, NUMBERS, SamplingParams
+from mlxserver.engine.requests import NO_LIMIT
 
 MAX_PROMPT_LOGPROBS = 20
 MAX_CHOICES = 128  # of any server; this one may set a lower limit (api/schema/limits.py)
@@ -78,6 +79,11 @@ def check_limit(value: int, param: str) -> int:
     if not 0 < value < 2**63 and value not in UNLIMITED:
         raise invalid(param, value, "an integer at least 1, or -1 for no limit")
     return value
+
+
+def stated_limit(value: int | None) -> int | None:
+    """Most tokens to generate as the engine takes it: NO_LIMIT for one of UNLIMITED, None where none is stated."""
+    return NO_LIMIT if value in UNLIMITED else value
 
 
 def one_of(values: Mapping[str, Any]) -> Any:
@@ -181,9 +187,10 @@ class GeneratingRequest(SamplingRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """Most tokens to generate; None goes to the end of the context. Raises ValidationFailed if limits differ."""
-        stated = {name: limit for name, limit in self.token_limits.items() if limit not in UNLIMITED}
-        return one_of(stated)  # type: ignore[no-any-return]
+        """Most tokens to generate; None where none is stated. Raises ValidationFailed if limits differ."""
+        limits = self.token_limits
+        stated = one_of({name: limit for name, limit in limits.items() if limit not in UNLIMITED})
+        return NO_LIMIT if stated is None and any(limit in UNLIMITED for limit in limits.values()) else stated
 
     @property
     def sampling(self) -> dict[str, Any]:

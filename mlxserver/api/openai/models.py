@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from mlxserver.api.model_status import MemoryEstimate, ModelStatus
+from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus
 
 OWNER = "mlx-server"
-CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle")
+CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle", "embeddings")
 
 
 def model_card(model: ModelStatus) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "created": model.created,
         "owned_by": OWNER,
         "status": status,
+        "kind": model.kind,
         "type": model.type,
         "source": model.source,
         "context_length": model.context_length,
@@ -38,6 +39,21 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "pinned": model.is_pinned,
         "expires_in_seconds": None if model.expires_in is None else round(model.expires_in, 3),
         "loading": asdict(model.progress) if model.progress else None,
+        "local": local_object(model.local) if model.local else None,
+    }
+
+
+def local_object(local: LocalFiles) -> dict[str, Any]:
+    """The files of a model of the library."""
+    return {
+        "place": local.place,
+        "format": local.format,
+        "architecture": local.architecture,
+        "quantization": local.quantization,
+        "parameters": local.parameters,
+        "size_bytes": local.size_bytes,
+        "needed_bytes": local.needed_bytes,
+        "fits": local.fits,
     }
 
 

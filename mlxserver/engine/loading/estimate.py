@@ -15,7 +15,7 @@ from typing import Any
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
-from mlxserver.engine.loading.metadata import attention_heads, context_length
+from mlxserver.engine.loading.metadata import CheckpointMetadata, attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, STATE_REACH, AttentionMemory
@@ -89,6 +89,8 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     try:
         metadata = checkpoint_metadata(spec.source, policy.weights)
         with naming_what_is_missing():
+            if (spec.kind or metadata.kind) == "embedding":
+                return _embedding_estimate(spec, metadata, policy)
             architecture = inspect_architecture(metadata.config)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
@@ -108,6 +110,36 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
     )
+
+
+def _embedding_estimate(spec: ModelSpec, metadata: CheckpointMetadata, policy: ExecutionPolicy) -> Estimate:
+    """The memory that an embedding model will take: no KV cache, and the activations of its largest batch."""
+    from mlxserver.engine.loading.embedding_architecture import inspect_embedding_architecture
+
+    architecture = inspect_embedding_architecture(metadata.config)
+    is_float32 = policy.weights is WeightPolicy.FLOAT32
+    value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+    attention = AttentionMemory(architecture.heads, policy)
+    context = embedding_context(spec, architecture.context, attention)
+    return Estimate(
+        weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes,
+        cache=0,
+        activations=most_batch_tokens(context, policy) * architecture.width * value_bytes * policy.layers_ahead
+        + attention.batch_bytes(context)
+        + _RUNTIME_BYTES,
+    )
+
+
+def embedding_context(spec: ModelSpec, own: int, attention: AttentionMemory) -> int:
+    """The longest text of an embedding model in tokens: what the settings state, or else the model's own, as far as
+    the scores of its attention are of bearable size. A position beyond its own does not exist.
+    """
+    return min(own, spec.context_length or attention.longest_text())
+
+
+def most_batch_tokens(context: int, policy: ExecutionPolicy) -> int:
+    """Most tokens of an embedding model's batch, padding included."""
+    return max(context, LARGEST_CHUNK // policy.layers_ahead)
 
 
 def _chunk_bytes(width: int, attention: AttentionMemory, context: int) -> int:

@@ -60,7 +60,7 @@ def checkpoint_metadata(source: str, gguf: Path) -> CheckpointMetadata:
         config = build_config(reader, detect_architecture(reader))
     except Exception as error:  # a damaged header can make the reader raise anything
         raise SourceInvalid(source, f"its header can't be read: {type(error).__name__}: {error}") from None
-    stored = sum(_converted_bytes(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in reader.tensors)
+    stored = sum(converted_bytes(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in reader.tensors)
     return CheckpointMetadata(config, stored)
 
 
@@ -83,7 +83,7 @@ def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable
     return target
 
 
-def _converted_bytes(format: str, elements: int) -> int:
+def converted_bytes(format: str, elements: int) -> int:
     """Bytes of a tensor after the conversion: quantized blocks that MLX knows stay, the rest becomes float16."""
     return elements * KEPT_BLOCKS[format] // 32 if format in KEPT_BLOCKS else elements * 2
 

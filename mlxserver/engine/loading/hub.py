@@ -12,13 +12,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from tqdm.auto import tqdm
 
+from mlxserver.config.settings import Kind
 from mlxserver.engine.errors import LoadAborted, SourceInvalid
+from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
 
 WEIGHTS = "model*.safetensors"
+DENSE_WEIGHTS = "*_Dense/model*.safetensors"  # of embedding models: layers behind the pooling
 NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
 REACH = "could not be fetched from the Hugging Face hub"
 
@@ -54,7 +57,45 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
         raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
     except Exception as error:
         raise SourceInvalid(source, _explain(error, revision)) from None
-    return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent))
+    kind = kinds.find_kind(config, pools=_pools(repository, revision))
+    return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent), kind)
+
+
+def known_kind(repository: str, revision: str | None) -> Kind | None:
+    """The kind of a repository's model, if the files that tell it are in the cache. No network. Raises ValueError."""
+    config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    modules = try_to_load_from_cache(repository, kinds.MODULES, revision=revision)
+    if not isinstance(config, str) or modules is None:
+        return None
+    pools = isinstance(modules, str) and kinds.names_pooling(Path(modules))
+    return kinds.find_kind(read_config(Path(config)), pools=pools)
+
+
+def _pools(repository: str, revision: str | None) -> bool:
+    """Whether a repository's checkpoint has a pooling part; False where that can't be found out."""
+    try:
+        return kinds.names_pooling(Path(hf_hub_download(repository, kinds.MODULES, revision=revision)))
+    except Exception:  # there is no such file, or no network
+        return False
+
+
+def cache() -> Path:
+    """The folder that repositories are downloaded to."""
+    return Path(constants.HF_HUB_CACHE)
+
+
+def missing_bytes(source: str, repository: str, revision: str | None) -> int:
+    """Bytes that snapshot() would download; 0 where the hub can't be reached. Raises SourceInvalid."""
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except errors.HfHubHTTPError as error:
+        raise SourceInvalid(source, _explain(error, revision)) from None
+    except Exception:  # no network, or offline: what was downloaded before can be used
+        return 0
+    patterns = _file_patterns()
+    wanted = [file for file in info.siblings or () if any(fnmatch(file.rfilename, each) for each in patterns)]
+    missing = (each for each in wanted if not try_to_load_from_cache(repository, each.rfilename, revision=info.sha))
+    return sum(file.size or 0 for file in missing)
 
 
 def _file_patterns() -> list[str]:
@@ -63,7 +104,7 @@ def _file_patterns() -> list[str]:
 
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"]
+    return [*(pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"), DENSE_WEIGHTS]
 
 
 def _stored_bytes(repository: str, revision: str | None, snapshot: Path) -> int:
@@ -101,6 +142,10 @@ def _byte_reporter(progress: Callable[[str, int, int], None]) -> type[Any]:
         def display(self, *args: Any, **options: Any) -> None:
             if self.unit == "B" and str(self.desc).startswith("Reconstruct"):
                 progress("downloading", int(self.n), int(self.total or 0))
+
+        def refresh(self, *args: Any, **options: Any) -> bool:
+            self.display()  # without tqdm's lock, which would stay held when the progress aborts the load
+            return True
 
         def close(self) -> None:
             self.disable = True

@@ -93,7 +93,7 @@ def load(
         failure = LoadAborted(spec.key)
     except Exception as error:  # a broken model can raise anything from any of the libraries
         log.debug("Loading %s failed", spec.key, exc_info=True)
-        failure = LoadFailed(spec.key, _one_line(error))
+        failure = LoadFailed(spec.key, reason_of(error))
     # Out here, because an error raised above would carry the failed load's frames, and with them its weights.
     reset_random_state()
     gc.collect()
@@ -121,7 +121,7 @@ def _load(spec: ModelSpec, report: Progress, divide: Divide | None, policy: Exec
     path = resolve(spec.source, progress=report, weights=policy.weights)
     report("reading", 0, 0)
     with contextlib.ExitStack() as stack:
-        with _naming(f"the tokenizer in {path} can't be read"):
+        with naming(f"the tokenizer in {path} can't be read"):
             files = stack.enter_context(checked(path))
         return _read(spec, path, files, report, divide, policy)
 
@@ -130,14 +130,14 @@ def _read(
     spec: ModelSpec, path: Path, files: Path, report: Progress, divide: Divide | None, policy: ExecutionPolicy
 ) -> LoadedModel:
     """The model in `path`. files: that directory, or a corrected copy of it."""
-    with _naming(f"the model in {path} can't be read"), naming_what_is_missing():
-        model, config = load_model(files, lazy=True, get_model_classes=model_classes)
+    with naming(f"the model in {path} can't be read"), naming_what_is_missing():
+        model, config = load_model(files, lazy=True, get_model_classes=model_classes, trust_remote_code=False)
     if spec.adapter is not None:
-        with _naming(f"the adapter {spec.adapter!r} can't be used with this model"):
+        with naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
-    with _naming(f"the weights in {path} can't be used"):
-        model = _prepared(model, report, divide, policy)
-    with _naming(f"the tokenizer in {path} can't be read"):
+    with naming(f"the weights in {path} can't be used"):
+        model = prepare(model, report, policy, divide)
+    with naming(f"the tokenizer in {path} can't be read"):
         tokenizer = read_tokenizer(files)
         disable_tokenizer_cache(tokenizer)
         tokenizer.eos_token_ids = set(find_turn_ends(tokenizer, path, vocab_size(config) or len(tokenizer)))
@@ -167,7 +167,7 @@ def read_tokenizer(path: Path) -> TokenizerWrapper:
             raise refusal from None
 
 
-def _prepared(model: nn.Module, report: Progress, divide: Divide | None, policy: ExecutionPolicy) -> nn.Module:
+def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide: Divide | None = None) -> nn.Module:
     """The model in the policy's form, evaluated. Progress is reported in bytes of loaded weights."""
     if policy.weights is WeightPolicy.FLOAT32:
         model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
@@ -239,23 +239,24 @@ def generation_defaults(path: Path) -> dict[str, float]:
     return recommended
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A part of the checkpoint that can't be used, with the reason."""
 
 
 @contextlib.contextmanager
-def _naming(problem: str) -> Iterator[None]:
-    """Raise _Unusable, with the problem, for any error in the block."""
+def naming(problem: str) -> Iterator[None]:
+    """Raise Unusable, with the problem, for any error in the block."""
     try:
         yield
     except LoadAborted:
         raise
     except Exception as error:
-        raise _Unusable(f"{problem}: {_one_line(error)}") from error
+        raise Unusable(f"{problem}: {reason_of(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a load failed, in one line that is not long."""
     text = " ".join(str(error).split())
-    if not isinstance(error, (SourceInvalid, _Unusable, Unsupported, ValueError, RuntimeError, OSError)) or not text:
+    if not isinstance(error, (SourceInvalid, Unusable, Unsupported, ValueError, RuntimeError, OSError)) or not text:
         text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 400 else text[:400] + " ..."

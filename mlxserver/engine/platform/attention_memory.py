@@ -6,11 +6,13 @@ Rule: a chunk is held to what was counted for the model before it was loaded (lo
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _COPIES = 2  # the scores, and their exponentials
+_MAX_TEXT_BYTES = 1 << 30  # of the scores of one text in an embedding model, which can't be cut into chunks
 _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least SMALLEST_CHUNK tokens even so
 # Tokens in a chunk, on every device: never fewer, so that a slow machine gets on; never more, so that a fast one stays
 # responsive.
@@ -46,6 +48,19 @@ class AttentionMemory:
         if self.reach:
             longest = max(longest, most // self.reach)
         return min(wanted, max(longest, SMALLEST_CHUNK))
+
+    def fit_texts(self, length: int) -> int:
+        """Texts of so many tokens that an embedding model processes together, at least one."""
+        return max(1, _MAX_BYTES // max(1, self.chunk_bytes(length, length)))
+
+    def batch_bytes(self, context: int) -> int:
+        """Attention memory of the batches that fit_texts() allows, when no text is longer than the context."""
+        return max(min(_MAX_BYTES, self.chunk_bytes(LARGEST_CHUNK, context)), self.chunk_bytes(context, context))
+
+    def longest_text(self) -> int:
+        """Tokens of the longest text whose scores an embedding model should have at once."""
+        one = self.chunk_bytes(1, 1)
+        return math.isqrt(_MAX_TEXT_BYTES // one) if one else sys.maxsize
 
     def max_bytes(self, context: int) -> int:
         """Attention memory of any chunk at most, when no prompt is longer than the context."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mlxserver.engine.mlx import mx
+from mlxserver.engine.mlx import mx, nn
 
 from mlx_lm.models import activations
 
@@ -71,6 +71,16 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
         return plain
     mantissa, exponent = _compiled_parts(-gate)
     gated: mx.array = _gate(mantissa, exponent.view(mx.float32), gate, x)
+    return gated
+
+
+def gelu(x: mx.array) -> mx.array:
+    """As nn.gelu: x times the normal distribution's share below it."""
+    if x.dtype != mx.float32 or x.size <= _FEW:
+        plain: mx.array = nn.gelu(x)
+        return plain
+    mantissa, exponent = _compiled_bell(x)
+    gated: mx.array = _bell_gate(mantissa, exponent.view(mx.float32), x)
     return gated
 
 
@@ -227,6 +237,22 @@ _compiled_parts = mx.compile(_parts, shapeless=True)
 _compiled_difference = mx.compile(lambda a, b: _parts(a - b), shapeless=True)
 _turned = mx.compile(lambda pairs, swapped, cosines, sines: pairs * cosines + swapped * sines, shapeless=True)
 _gate = mx.compile(lambda mantissa, power, gate, x: gate / (1.0 + mantissa * power) * x, shapeless=True)
+
+
+_compiled_bell = mx.compile(lambda x: _parts(-0.5 * x * x), shapeless=True)
+
+
+def _gelu_of_bell(mantissa: mx.array, power: mx.array, x: mx.array) -> mx.array:
+    """gelu(x), where mantissa * power is exp(-x * x / 2); with erf() to 1.5e-7 (Abramowitz and Stegun, 7.1.26)."""
+    t = 1.0 / (1.0 + mx.abs(x) * (0.3275911 * math.sqrt(0.5)))
+    polynomial = mx.array(1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        polynomial = polynomial * t + coefficient
+    tail = 0.5 * mx.clip(x, -40.0, 40.0) * polynomial * t * mantissa * power
+    return mx.where(x > 0.0, x - tail, tail)
+
+
+_bell_gate = mx.compile(_gelu_of_bell, shapeless=True)
 
 
 def _exp_of_difference(a: mx.array, b: mx.array) -> mx.array:

@@ -63,9 +63,20 @@ class RoPE(nn.RoPE):  # type: ignore[misc]
         )
 
 
+class GELU(nn.GELU):  # type: ignore[misc]
+    """nn.GELU in compiled operations."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., dim]."""
+        if self._approx == "none":
+            return cpu_kernels.gelu(x)
+        plain: mx.array = super().__call__(x)
+        return plain
+
+
 def replace_layers(model: nn.Module) -> None:
     """Have a model's layers compute with these classes. Layers of MLX's subclasses stay as they are."""
-    classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.RoPE: RoPE}
+    classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.RoPE: RoPE, nn.GELU: GELU}
     if openblas.has_small_products() and openblas.threads() <= openblas.FEW_THREADS:
         classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
     for layer in model.modules():
@@ -73,9 +84,9 @@ def replace_layers(model: nn.Module) -> None:
 
 
 def replace_functions() -> None:
-    """Have mlx-lm's model code, as far as it is imported, call our functions in place of MLX's and its own."""
+    """Have the model code of mlx-lm and mlx-vlm, as far as it is imported, call our functions in place of MLX's."""
     for name, module in list(sys.modules.items()):
-        if not name.startswith("mlx_lm.models."):
+        if not name.startswith(("mlx_lm.models.", "mlx_vlm.models.")):
             continue
         if getattr(module, "mx", None) is mx:
             module.mx = _core()  # type: ignore[attr-defined]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from mlxserver.config.sampling_params import SamplingParams
-from mlxserver.config.settings import ModelSpec
+from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.errors import LoadFailed, one_line
@@ -16,22 +16,22 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.kv_pool import KVAccount, KVPool
-from mlxserver.engine.loading import loader, sharding
+from mlxserver.engine.loading import embedding_model, loader, sharding, sources
 from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.runners.embedding import EmbeddingRunner
 from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.self_check import fitting_policy
-from mlxserver.engine.runners.text import ModelBatch, TextRunner
+from mlxserver.engine.runners.text import TextRunner
+from mlxserver.engine.scheduler.embedding_batch import EmbeddingBatch
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
 from mlxserver.engine.worker.runner import Runner
-
-RUNNERS: dict[str, Callable[[ModelSpec, loader.LoadedModel, ModelBatch], Runner]] = {"text": TextRunner}
 
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 
@@ -64,10 +64,15 @@ class Builder:
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> Runner:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
+        return RUNNERS[spec.kind or sources.known_kind(spec.source) or "text"](self, spec, progress, metrics)
+
+    def build_text(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
+        """Load a text model and warm it up."""
         if spec.shard is None:
             loaded = loader.load(spec, progress=progress, policy=self._policy)
+            policy = self._fitting_policy(spec, loaded)  # first: what can't be run has no cache to be measured
             with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
-                scheduler = self._scheduler(spec, loaded, prefixes, account, metrics)
+                scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics)
                 runner = self._finish(spec, loaded, scheduler, progress)
                 if prefixes:
                     prefixes.is_warm = True
@@ -79,6 +84,19 @@ class Builder:
             opened = self._leader.open(number, spec.key, self._stall_target, progress)
             batch = LeadingBatch(self._leader, number, opened, self._peers, metrics)
             return self._finish(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
+
+    def build_embedding(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
+        """Load an embedding model and warm it up. It has neither KV cache nor prefixes."""
+        if setting := "shard" if spec.shard else "adapter" if spec.adapter else None:
+            raise LoadFailed(spec.key, f"it is an embedding model, which can't have {setting!r}")
+        model = embedding_model.load(spec, progress=progress, policy=self._policy)
+        batch = EmbeddingBatch(
+            model, stall_target=self._stall_target, peers=self._peers, policy=self._policy, metrics=metrics
+        )
+        progress("warming up", 0, 0)
+        batch.warm_up()
+        self._peers.add(batch.load)
+        return EmbeddingRunner(spec, model, batch)
 
     @contextmanager
     def _opened_prefixes(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[ModelPrefixes | None]:
@@ -108,6 +126,7 @@ class Builder:
         self,
         spec: ModelSpec,
         loaded: loader.LoadedModel,
+        policy: ExecutionPolicy,
         prefixes: ModelPrefixes | None,
         account: KVAccount,
         metrics: ModelMetrics | None,
@@ -122,7 +141,7 @@ class Builder:
             account=account,
             metrics=metrics,
             checkpoint_interval=spec.checkpoint_interval,
-            policy=self._fitting_policy(spec, loaded),
+            policy=policy,
         )
 
     def _fitting_policy(self, spec: ModelSpec, loaded: loader.LoadedModel) -> ExecutionPolicy:
@@ -141,7 +160,13 @@ class Builder:
         progress("warming up", 0, 0)
         warm_up(batch, spec.max_running, self._policy)
         self._peers.add(batch.load)
-        return RUNNERS["text"](spec, loaded, batch)
+        return TextRunner(spec, loaded, batch)
+
+
+RUNNERS: Mapping[Kind, Callable[[Builder, ModelSpec, Progress, ModelMetrics | None], Runner]] = {
+    "text": Builder.build_text,
+    "embedding": Builder.build_embedding,
+}
 
 
 def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: ExecutionPolicy) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import ContextExceeded, PromptRejected
+from mlxserver.engine.errors import ContextExceeded, PromptRejected, WrongKind
 from mlxserver.engine.events import Event, PromptLogprobs
 from mlxserver.engine.kv_cache.checkpoints import needs_checkpoints
 from mlxserver.engine.loading.loader import LoadedModel
@@ -25,6 +25,7 @@ from mlxserver.engine.requests import (
     ApplyTemplate,
     ChatPrompt,
     Detokenize,
+    EngineRequest,
     Execution,
     FormattedPrompt,
     GenerationRequest,
@@ -93,22 +94,23 @@ class TextRunner:
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
         preprocessor = _Preprocessor(
-            loaded.tokenizer, prompts, self._constraints, batch.vocab_size, loaded.context_length
+            spec.key, loaded.tokenizer, prompts, self._constraints, batch.vocab_size, loaded.context_length
         )
         self.preprocess = preprocessor.preprocess
         self.answer = preprocessor.answer
 
-    def prepare(self, request: GenerationRequest, ids: Iterator[int]) -> list[tuple[Sequence, TextOutput]]:
+    def prepare(self, request: EngineRequest, ids: Iterator[int]) -> list[tuple[Sequence, TextOutput]]:
         """A sequence and its output per choice.
 
         Raises:
             PromptRejected: the model can't take this; the error names the parameter.
             ContextExceeded: the prompt is longer than the context.
         """
+        assert isinstance(request, GenerationRequest)  # preprocess() has refused any other
         self._check(request)
         prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
         param = "prompt.conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
-        _check_tokens(prompt.tokens, self._vocab_size, param)
+        check_tokens(prompt.tokens, self._vocab_size, param)
         context = self._longest(self.facts.context_length)  # other models may have been pinned since
         room = context - len(prompt.tokens)
         if room < 0 or (room == 0 and request.max_tokens != 0):
@@ -136,7 +138,7 @@ class TextRunner:
             raise PromptRejected(
                 f"n is {request.n}, but this model runs at most {self._max_running} sequences at once.", "n"
             )
-        _check_tokens(request.sampling.get("logit_bias", ()), self._vocab_size, "sampling.logit_bias")
+        check_tokens(request.sampling.get("logit_bias", ()), self._vocab_size, "sampling.logit_bias")
 
     def _output(self, request: GenerationRequest, prompt: FormattedPrompt, max_tokens: int, index: int) -> TextOutput:
         stream = OutputStream(
@@ -158,20 +160,24 @@ class _Preprocessor:
 
     def __init__(
         self,
+        key: str,
         tokenizer: TokenizerWrapper,
         prompts: PromptFormat,
         constraints: RequestConstraints,
         vocab_size: int,
         context_length: int,
     ) -> None:
+        self._key = key
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._constraints = constraints
         self._vocab_size = vocab_size
         self._context_length = context_length
 
-    def preprocess(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with its prompt rendered, its grammar compiled. Raises PromptRejected."""
+    def preprocess(self, request: EngineRequest) -> GenerationRequest:
+        """The request with its prompt rendered, its grammar compiled. Raises PromptRejected, WrongKind."""
+        if not isinstance(request, GenerationRequest):
+            raise WrongKind(self._key, "text")
         grammar = self._constraints.compile(request)
         return replace(request, formatted=self._format(request), grammar=grammar)
 
@@ -186,7 +192,7 @@ class _Preprocessor:
         """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""
         match question:
             case Detokenize(tokens):
-                _check_tokens(tokens, self._vocab_size, "tokens")
+                check_tokens(tokens, self._vocab_size, "tokens")
                 return str(self._tokenizer.decode(list(tokens)))
             case Tokenize(prompt):
                 return self._prompts.format(prompt).tokens
@@ -225,7 +231,7 @@ class TextOutput:
         return [PromptLogprobs(scored, self.index), *events]
 
 
-def _check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
+def check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
     """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
     for token in tokens:
         if not 0 <= token < vocab_size:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlxserver.engine.errors import EngineError, EngineStopped
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question
+from mlxserver.engine.requests import EngineRequest, ModelFacts, Question
 from mlxserver.engine.worker.engine_thread import EngineThread, EventLoopSide
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
@@ -62,11 +62,11 @@ class Engine:
         self._subscribers.refuse_if_over()
         return facts
 
-    async def preprocess(self, request: GenerationRequest) -> GenerationRequest:
+    async def preprocess(self, request: EngineRequest) -> EngineRequest:
         """Do the slow part of a request's preparation off the engine thread. Raises PromptRejected, EngineStopped."""
         return await self._tokenizer_worker.preprocess(request)
 
-    def submit(self, request: GenerationRequest) -> Generation:
+    def submit(self, request: EngineRequest) -> Generation:
         """Submit a request; its first event is Accepted, or an error."""
         generation = Generation(request, self._cancel, self._subscribers.position)
         try:

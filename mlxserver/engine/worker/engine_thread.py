@@ -8,6 +8,7 @@ Rule 3: a fault ends what it concerns and nothing more: a request, a step (worke
 from __future__ import annotations
 
 import logging
+from collections import abc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from itertools import count
 from mlxserver.engine.errors import EngineError, EngineStopped, EngineUnloaded, LoadFailed
 from mlxserver.engine.events import Accepted
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
-from mlxserver.engine.requests import ModelFacts
-from mlxserver.engine.sequence import SampledToken
+from mlxserver.engine.requests import EmbeddingRequest, EngineRequest, ModelFacts
+from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import request_failure, without_frames
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
 from mlxserver.engine.worker.recovery import MOST_IN_A_ROW, Recovery
-from mlxserver.engine.worker.runner import Runner
+from mlxserver.engine.worker.runner import Output, Runner
 from mlxserver.engine.worker.subscribers import Subscribers
 from mlxserver.engine.worker.tokenizer_worker import TokenizerWorker
 from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
@@ -163,7 +164,7 @@ class EngineThread:
     def _admit(self, runner: Runner, generation: Generation) -> None:
         try:
             choices = runner.prepare(generation.request, self._sequence_ids)
-            tracked = TrackedRequest(generation, len(choices[0][0].tokens))
+            tracked = TrackedRequest(generation, _prompt_tokens(generation.request, choices))
             runner.batch.insert(self._tracker.add(tracked, choices))
         except BaseException as error:
             self._drop(runner.batch, generation, request_failure(self._key, error))
@@ -192,3 +193,9 @@ class EngineThread:
             self._free()
         except Exception:  # the waiters must be notified all the same
             log.exception("the memory of %r could not be released", self._key)
+
+
+def _prompt_tokens(request: EngineRequest, choices: abc.Sequence[tuple[Sequence, Output]]) -> int:
+    """Tokens of a request's prompts: one that all choices share, or a text of each."""
+    prompts = choices if isinstance(request, EmbeddingRequest) else choices[:1]
+    return sum(len(sequence.tokens) for sequence, _ in prompts)

@@ -19,7 +19,7 @@ from mlxserver.engine.events import (
     QueuePosition,
     Usage,
 )
-from mlxserver.engine.requests import GenerationRequest
+from mlxserver.engine.requests import EngineRequest
 
 
 class Generation:
@@ -31,7 +31,7 @@ class Generation:
 
     def __init__(
         self,
-        request: GenerationRequest,
+        request: EngineRequest,
         cancel: Callable[[Generation], None],
         position: Callable[[Generation], int] = lambda generation: 0,
     ) -> None:

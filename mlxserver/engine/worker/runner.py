@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from mlxserver.engine.events import Event
-from mlxserver.engine.requests import GenerationRequest, ModelFacts, Question
+from mlxserver.engine.requests import EngineRequest, ModelFacts, Question
 from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 
@@ -43,12 +43,12 @@ class Runner(Protocol):
         """The batch in which its sequences run."""
 
     @property
-    def preprocess(self) -> Callable[[GenerationRequest], GenerationRequest]:
+    def preprocess(self) -> Callable[[EngineRequest], EngineRequest]:
         """Does the slow part of prepare(): renders the prompt, compiles the grammar. Raises PromptRejected."""
 
     @property
     def answer(self) -> Callable[[Question], Any]:
         """Answers a question about prompts and tokens. Raises PromptRejected."""
 
-    def prepare(self, request: GenerationRequest, ids: Iterator[int]) -> abc.Sequence[tuple[Sequence, Output]]:
-        """A sequence and its output per choice; all sequences share one prompt. Raises PromptRejected."""
+    def prepare(self, request: EngineRequest, ids: Iterator[int]) -> abc.Sequence[tuple[Sequence, Output]]:
+        """A sequence and its output per choice; those of a text model share one prompt. Raises PromptRejected."""

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from mlxserver.engine.errors import EngineError, EngineStopped
-from mlxserver.engine.requests import GenerationRequest, Question
+from mlxserver.engine.requests import EngineRequest, Question
 from mlxserver.engine.worker.faults import request_failure, without_frames
 
 T = TypeVar("T")
 
-Preprocess = Callable[[GenerationRequest], GenerationRequest]
+Preprocess = Callable[[EngineRequest], EngineRequest]
 Answer = Callable[[Question], Any]
 
 
@@ -46,7 +46,7 @@ class TokenizerWorker:
         self._functions = None
         self._executor.shutdown(wait=False)
 
-    async def preprocess(self, request: GenerationRequest) -> GenerationRequest:
+    async def preprocess(self, request: EngineRequest) -> EngineRequest:
         """The request with its prompt rendered and its grammar compiled. Raises PromptRejected, EngineStopped."""
         return await self._run(lambda functions: functions.preprocess(request))
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mlxserver.api.openai.generation import KEEP_ALIVE, NO_EFFECT, TOKEN_LIMIT, UNLIMITED, SamplingRequest, check_limit
+from mlxserver.api.openai.generation import (
+    KEEP_ALIVE,
+    NO_EFFECT,
+    TOKEN_LIMIT,
+    SamplingRequest,
+    check_limit,
+    stated_limit,
+)
 from mlxserver.api.openai.responses.items import INPUT, InputItem, check_input
 from mlxserver.api.openai.responses.tools import CHOICE, TOOLS, Choice, ToolSet, check_tool_choice, check_tools
 from mlxserver.api.openai.thinking import REASONING, Thinking, ThinkingRequest, check_reasoning, of_budget
@@ -204,8 +211,8 @@ class ResponseRequest(ThinkingRequest, SamplingRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """Most tokens to generate; None goes to the end of the context."""
-        return None if self.max_output_tokens in UNLIMITED else self.max_output_tokens
+        """Most tokens to generate; None where none is stated."""
+        return stated_limit(self.max_output_tokens)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mlxserver.api.openai.responses.ids import new_id
 from mlxserver.api.openai.responses.request import ResponseRequest
 from mlxserver.engine.events import Usage
+from mlxserver.engine.requests import NO_LIMIT
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -25,7 +26,7 @@ class ResponseObject:
             "created_at": int(time.time()),
             "background": False,
             "instructions": request.instructions,
-            "max_output_tokens": request.token_limit,
+            "max_output_tokens": None if request.token_limit == NO_LIMIT else request.token_limit,
             "metadata": request.metadata,
             "model": request.model,
             "parallel_tool_calls": request.parallel_tool_calls,

@@ -1,0 +1,32 @@
+"""GET /v1/library, DELETE /v1/models/{key}: the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mlxserver.api.model_status import ModelStatus
+from mlxserver.api.openai.models import local_object
+
+
+def library_list(models: Iterable[ModelStatus]) -> dict[str, Any]:
+    """The models of this machine, damaged ones too, under the names that requests give."""
+    return {"object": "list", "data": [_entry(model) for model in models]}
+
+
+def deleted(key: str, freed_bytes: int) -> dict[str, Any]:
+    """Answer to the removal of a model, with what it took on disk."""
+    return {"id": key, "object": "model", "deleted": True, "freed_bytes": freed_bytes}
+
+
+def _entry(model: ModelStatus) -> dict[str, Any]:
+    assert model.local is not None
+    return {
+        "id": model.key,
+        "aliases": list(model.aliases),
+        "status": {"value": model.status},
+        "context_length": model.context_length,
+        "path": model.local.path,
+        "error": model.local.fault,
+        **local_object(model.local),
+    }

@@ -1,0 +1,69 @@
+"""Architecture of an embedding model: mlx-vlm's class for it, and its sizes before the weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxserver.engine.mlx import mx, nn
+
+from mlx.utils import tree_flatten
+
+from mlxserver.engine.loading.metadata import FALLBACK_CONTEXT, attention_heads
+
+# Architectures whose position embeddings begin behind the number of the padding token.
+_OFFSET_POSITIONS = frozenset({"xlm-roberta", "xlm_roberta", "roberta"})
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingArchitecture:
+    """Sizes of an embedding model in numbers of values. width: activations per token of a layer. heads: of attention.
+
+    context: the longest text in tokens that it has positions for.
+    """
+
+    weights: int
+    width: int
+    heads: int
+    context: int
+
+
+def inspect_embedding_architecture(config: Mapping[str, Any]) -> EmbeddingArchitecture:
+    """The architecture that a config.json describes, without its weights. Raises whatever mlx-vlm does."""
+    model = _model(dict(config))
+    parameters = [array for _, array in tree_flatten(model.parameters())]
+    mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
+    vocab = int(config.get("vocab_size") or 0)
+    outputs = sum(array.shape[0] for array in parameters if array.ndim == 2 and array.shape[0] != vocab)
+    return EmbeddingArchitecture(
+        sum(array.size for array in parameters),
+        outputs // max(1, len(model.layers)),
+        attention_heads(config),
+        positions(config),
+    )
+
+
+def positions(config: Mapping[str, Any]) -> int:
+    """The longest text in tokens that a model has positions for."""
+    stated = config.get("max_position_embeddings")
+    if type(stated) is not int or stated < 1:
+        return FALLBACK_CONTEXT
+    pad = config.get("pad_token_id")
+    offset = 1 + (pad if type(pad) is int else 1) if config.get("model_type") in _OFFSET_POSITIONS else 0
+    return max(1, stated - offset)
+
+
+def _model(config: dict[str, Any]) -> nn.Module:
+    """The model with weights that are never evaluated."""
+    from mlx_vlm.embedding_loader import EMBEDDING_MODEL_REMAPPING
+    from mlx_vlm.utils import get_model_and_args, update_module_configs
+
+    model_type = str(config.get("model_type", "")).lower()
+    config = {**config, "model_type": EMBEDDING_MODEL_REMAPPING.get(model_type, model_type)}
+    module, _ = get_model_and_args(config=config)
+    config.setdefault("text_config", {})
+    config.setdefault("vision_config", {})
+    config.setdefault("audio_config", {})
+    arguments = update_module_configs(module.ModelConfig.from_dict(config), module, config, ["text"])
+    return module.Model(arguments)

@@ -1,0 +1,79 @@
+"""First screen: what is printed once the server is ready. Plain lines, also on a terminal."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.errors import EngineError
+from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.estimate import Estimate
+from mlxserver.manager.instance import ModelInstance
+from model_manager import ModelManager
+
+QUESTION = "What is the capital of France?"
+ROOT = Path(__file__).parents[2]
+
+
+def greeting(url: str, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]) -> str:
+    """The server's URL, its models with what fits, and lines to try. Blocks: an estimate reads files."""
+    models = [_model_line(instance, manager, estimate) for instance in manager.instances]
+    budget = f"{_size(manager.memory.reserved)} of {_size(manager.memory.budget)} in use"
+    head = ["", f"Serving on {url}", "", f"Models ({budget}):"]
+    return "\n".join([*head, *(models or ["  none"]), "", "Try:", *_lines_to_try(url, manager), ""])
+
+
+def _model_line(instance: ModelInstance, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]) -> str:
+    memory = _size(instance.reserved_bytes) if instance.status == "loaded" else _fit(instance.spec, manager, estimate)
+    return f"  {instance.key:<16} {instance.status:<9} {memory:<34} {instance.spec.source}"
+
+
+def _fit(spec: ModelSpec, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]) -> str:
+    """Whether a model that is not loaded fits, if that is known without the network."""
+    try:
+        if sources.is_repository(spec.source):
+            directory = sources.local_directory(spec.source)
+            if directory is None:
+                return "is downloaded when it is asked for"
+            spec = replace(spec, source=str(directory))  # or else the hub would be asked
+        needed = estimate(spec).total
+    except EngineError:
+        return "can't be loaded"
+    if needed > manager.memory.budget:
+        return f"{_size(needed)}: does not fit"
+    if needed > manager.memory.budget - manager.memory.reserved:
+        return f"{_size(needed)}: fits in place of others"
+    return f"{_size(needed)}: fits"
+
+
+def _lines_to_try(url: str, manager: ModelManager) -> list[str]:
+    """A line for curl and one for each client."""
+    loaded = [instance.key for instance in manager.instances if instance.status == "loaded"]
+    key = next(iter(loaded or manager.keys), "KEY")
+    body = f'{{"model":"{key}","messages":[{{"role":"user","content":"{QUESTION}"}}],"temperature":0}}'
+    is_checkout = (ROOT / "Makefile").is_file()
+    python = _relative(sys.executable)
+    simple, advanced = (
+        (f"{python} simple_client.py", f"{python} advanced_client.py") if is_checkout else ("mlx-chat", "mlx-shell")
+    )
+    address = "" if url == "http://127.0.0.1:8000" else f" --base-url {url}"
+    model = "" if key in loaded[:1] else f" --model {key}"
+    return [
+        f"  curl -s {url}/v1/chat/completions -d '{body}'",
+        f'  {simple}{address}{model} --temperature 0 "{QUESTION}"',
+        f"  {advanced}{address}{model}",
+    ]
+
+
+def _relative(program: str) -> str:
+    """The path of a program as it is typed in the checkout."""
+    path = Path(program)
+    return shlex.quote(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 10**8 else f"{number / 1e6:.0f} MB"
