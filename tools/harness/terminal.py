@@ -31,7 +31,7 @@ class Terminal:
         self.child = pexpect.spawn(
             command[0],
             command[1:],
-            env=environment,
+            env={name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")},
             dimensions=(ROWS, COLUMNS),
             encoding="utf-8",
             codec_errors="replace",
