@@ -136,7 +136,8 @@ def _fault(answer: Answer, has_body: bool, path: str | None) -> str | None:
         return None
     kind = answer.headers.get("content-type", "")
     if answer.status >= 400:
-        return _fault_of_error(json.loads(answer.body), path)
+        is_early = answer.status == 408  # perhaps before the path was read
+        return _fault_of_error(json.loads(answer.body), None if is_early else path)
     if kind.startswith(("text/event-stream", "application/x-ndjson")):
         return _fault_of_end(answer.body.strip().rpartition(b"\n")[2].removeprefix(b"data: "), path)
     if kind == "application/json":

@@ -11,7 +11,8 @@ from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, sequence
 from tests.support.prefixes import new_prefixes
 
-PENALIZED = replace(SEEDED, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2)
+# With seed 11 a token lies on the edge of top_p: rounding decides, which depends on what was computed together.
+PENALIZED = replace(SEEDED, seed=12, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2)
 
 
 @pytest.fixture(scope="module")
