@@ -7,7 +7,6 @@ Rule 2: pooling and normalization are what the checkpoint states; without a stat
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,16 +20,16 @@ from mlx.utils import tree_flatten
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.embedding_architecture import positions
 from mlxserver.engine.loading.estimate import embedding_context
-from mlxserver.engine.loading.loader import naming, prepare, reason_of, reset_random_state
+from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.loading.metadata import attention_heads, vocab_size
+from mlxserver.engine.loading.outcome import complete_or_nothing, naming
 from mlxserver.engine.loading.sources import Progress, resolve, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
-from mlxserver.engine.platform import cpu_kernels, device, openblas
+from mlxserver.engine.platform import cpu_kernels, device
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
@@ -106,22 +105,7 @@ class EmbeddingModel:
 
 def load(spec: ModelSpec, *, progress: Progress = silent, policy: ExecutionPolicy | None = None) -> EmbeddingModel:
     """Fetch, read and prepare an embedding model. Blocks for as long as that takes. Raises LoadFailed, LoadAborted."""
-    openblas.warn_if_missing()
-    failure: EngineError
-    try:
-        loaded = _load(spec, progress, policy or current())
-        reset_random_state()
-        return loaded
-    except LoadAborted:
-        failure = LoadAborted(spec.key)
-    except Exception as error:  # a broken model can raise anything from any of the libraries
-        log.debug("Loading %s failed", spec.key, exc_info=True)
-        failure = LoadFailed(spec.key, reason_of(error))
-    # Out here, because an error raised above would carry the failed load's frames, and with them its weights.
-    reset_random_state()
-    gc.collect()
-    device.clear_cache()
-    raise failure
+    return complete_or_nothing(spec, lambda: _load(spec, progress, policy or current()))
 
 
 def _load(spec: ModelSpec, report: Progress, policy: ExecutionPolicy) -> EmbeddingModel:

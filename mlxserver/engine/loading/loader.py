@@ -8,9 +8,8 @@ Rule 3: code in a checkpoint is never run.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,18 @@ from transformers import PreTrainedConfig
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
 from mlxserver.engine.loading import estimate
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.chunk_masks import correct_chunk_masks
 from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.metadata import context_length, model_arguments, vocab_size
+from mlxserver.engine.loading.outcome import complete_or_nothing, naming
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.loading.turn_ends import find_turn_ends
-from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
+from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.loading.weight_names import model_classes
-from mlxserver.engine.platform import cpu_layers, device, openblas
+from mlxserver.engine.platform import cpu_layers, device
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
@@ -83,27 +82,7 @@ def load(
     progress: called with "downloading", "converting" and "reading" (bytes of weights). divide: reduces a model to a
     rank's share. policy: by default the current one.
     """
-    openblas.warn_if_missing()
-    failure: EngineError
-    try:
-        loaded = _load(spec, progress or silent, divide, policy or current())
-        reset_random_state()
-        return loaded
-    except LoadAborted:
-        failure = LoadAborted(spec.key)
-    except Exception as error:  # a broken model can raise anything from any of the libraries
-        log.debug("Loading %s failed", spec.key, exc_info=True)
-        failure = LoadFailed(spec.key, reason_of(error))
-    # Out here, because an error raised above would carry the failed load's frames, and with them its weights.
-    reset_random_state()
-    gc.collect()
-    device.clear_cache()
-    raise failure
-
-
-def reset_random_state() -> None:
-    """Drop a model's initial weights, which are never computed, from this thread's random state."""
-    mx.random.seed(0)
+    return complete_or_nothing(spec, lambda: _load(spec, progress or silent, divide, policy or current()))
 
 
 def disable_tokenizer_cache(tokenizer: TokenizerWrapper) -> None:
@@ -237,26 +216,3 @@ def generation_defaults(path: Path) -> dict[str, float]:
     if stated.get("do_sample") is False and stated.get("temperature") is None:
         recommended["temperature"] = 0.0
     return recommended
-
-
-class Unusable(Exception):
-    """A part of the checkpoint that can't be used, with the reason."""
-
-
-@contextlib.contextmanager
-def naming(problem: str) -> Iterator[None]:
-    """Raise Unusable, with the problem, for any error in the block."""
-    try:
-        yield
-    except LoadAborted:
-        raise
-    except Exception as error:
-        raise Unusable(f"{problem}: {reason_of(error)}") from error
-
-
-def reason_of(error: Exception) -> str:
-    """Why a load failed, in one line that is not long."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, (SourceInvalid, Unusable, Unsupported, ValueError, RuntimeError, OSError)) or not text:
-        text = f"{type(error).__name__} {text}".rstrip()
-    return text if len(text) <= 400 else text[:400] + " ..."
