@@ -8,10 +8,10 @@ from mlxserver.api.anthropic.encoder import MessageEncoder
 from mlxserver.api.anthropic.prompt import NO_EFFECT, PromptRequest
 from mlxserver.api.dialect import Call
 from mlxserver.api.openai.completions import LIMIT_OR_NONE, check_limit_or_none
-from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest, stated_limit
+from mlxserver.api.openai.generation import SamplingRequest, keep_alive_parameter, stated_limit
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, parse
-from mlxserver.api.schema.validators import MAX_STOPS, check_keep_alive, check_stop
+from mlxserver.api.schema.validators import MAX_STOPS, check_stop
 from mlxserver.config.settings import Settings
 from mlxserver.engine.requests import GenerationRequest
 
@@ -34,12 +34,7 @@ class MessagesRequest(PromptRequest, SamplingRequest):
         object, "Strings at which the answer ends; they are not part of it.", default=(), check=check_stop, shape=STOPS
     )
     stream: bool = Parameter(bool, "Send tokens as they are made, as server-sent events.", default=False)
-    keep_alive: float | None = Parameter(
-        object,
-        "How long the model stays loaded after this: seconds or a duration such as '5m'; below zero is for ever.",
-        check=check_keep_alive,
-        shape=KEEP_ALIVE,
-    )
+    keep_alive: float | None = keep_alive_parameter()
     metadata: dict[str, Any] | None = Parameter(dict, "Accepted without effect.")
     service_tier: str | None = Parameter(str, "Accepted without effect.")
 

@@ -13,10 +13,9 @@ from mlxserver.api.dialect import Call
 from mlxserver.api.ollama.names import names_of
 from mlxserver.api.ollama.options import OPTIONS, Options, check_options
 from mlxserver.api.openai.embeddings import VectorsEncoder, vectors
-from mlxserver.api.openai.generation import KEEP_ALIVE, ModelRequest
+from mlxserver.api.openai.generation import ModelRequest, keep_alive_parameter
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, invalid, parse
-from mlxserver.api.schema.validators import check_keep_alive
 from mlxserver.config.settings import Settings
 from mlxserver.engine.events import Event, Usage
 from mlxserver.engine.requests import EmbeddingRequest, TextPrompt
@@ -36,12 +35,7 @@ class VectorRequest(ModelRequest):
     """What both share."""
 
     options: Options | None = Parameter(object, "Options of the model.", check=check_options, shape=OPTIONS)
-    keep_alive: float | None = Parameter(
-        object,
-        "How long the model stays loaded after this: seconds or a duration such as '5m'; below zero is for ever.",
-        check=check_keep_alive,
-        shape=KEEP_ALIVE,
-    )
+    keep_alive: float | None = keep_alive_parameter()
 
 
 class OllamaEmbedRequest(VectorRequest):

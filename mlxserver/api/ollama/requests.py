@@ -11,11 +11,10 @@ from mlxserver.api.ollama.messages import SHAPE as MESSAGES
 from mlxserver.api.ollama.messages import check_images, check_messages
 from mlxserver.api.ollama.options import OPTIONS, Options, check_options
 from mlxserver.api.openai.chat import MAX_TOP_LOGPROBS
-from mlxserver.api.openai.generation import KEEP_ALIVE, ModelRequest
+from mlxserver.api.openai.generation import ModelRequest, keep_alive_parameter
 from mlxserver.api.openai.thinking import THINK, Thinking, check_think
 from mlxserver.api.openai.tools import TOOLS, check_tools
 from mlxserver.api.schema.parameters import Check, Parameter, ValidationFailed, invalid
-from mlxserver.api.schema.validators import check_keep_alive
 from mlxserver.engine.conversation import Message, Text, Tool
 from mlxserver.engine.requests import ChatPrompt, FillPrompt, GenerationRequest, JsonFormat, Prompt, TextPrompt
 
@@ -60,12 +59,7 @@ class AnsweringRequest(ModelRequest):
         object, "false turns thinking off; low, medium and high are efforts.", check=check_think, shape=THINK
     )
     stream: bool = Parameter(bool, "Send the answer as it is made, in lines of JSON.", default=True)
-    keep_alive: float | None = Parameter(
-        object,
-        "How long the model stays loaded after this: seconds or a duration such as '5m'; below zero is for ever.",
-        check=check_keep_alive,
-        shape=KEEP_ALIVE,
-    )
+    keep_alive: float | None = keep_alive_parameter()
     logprobs: bool = Parameter(bool, "State each token with its log-probability.", default=False)
     top_logprobs: int | None = Parameter(
         int, "How many of the likeliest tokens to state at each position.", ge=0, le=MAX_TOP_LOGPROBS

@@ -14,11 +14,10 @@ import orjson
 
 from mlxserver.api.dialect import Call, Failure, WaitProgress
 from mlxserver.api.openai.completions import TOKEN_IDS, TOKENS, BarePrompt, check_tokens
-from mlxserver.api.openai.generation import KEEP_ALIVE, ModelRequest
+from mlxserver.api.openai.generation import ModelRequest, keep_alive_parameter
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
 from mlxserver.api.schema.response_shapes import COUNT, NUMBER, TEXT, Schema, each, exactly, one_of
-from mlxserver.api.schema.validators import check_keep_alive
 from mlxserver.config.settings import Settings
 from mlxserver.engine.events import Embedding, Event, Usage
 from mlxserver.engine.requests import EmbeddingRequest, TextPrompt, TokenPrompt
@@ -99,12 +98,7 @@ class EmbeddingsRequest(ModelRequest):
         "Side of a search that the texts are on, whose prompt is put before them if the checkpoint has one.",
         enum=[*PROMPT_NAMES],
     )
-    keep_alive: float | None = Parameter(
-        object,
-        "How long the model stays loaded after this request: seconds or a duration such as '5m'; 0 unloads it at once.",
-        check=check_keep_alive,
-        shape=KEEP_ALIVE,
-    )
+    keep_alive: float | None = keep_alive_parameter()
 
     @property
     def is_list(self) -> bool:

@@ -96,6 +96,16 @@ def one_of(values: Mapping[str, Any]) -> Any:
     return stated.get(first)
 
 
+def keep_alive_parameter() -> Any:
+    """The parameter `keep_alive` of a request, whatever its API."""
+    return Parameter(
+        object,
+        "How long the model stays loaded after this: seconds or a duration such as '5m'; below zero is for ever.",
+        check=check_keep_alive,
+        shape=KEEP_ALIVE,
+    )
+
+
 class ModelRequest(Request):
     """A request to one model."""
 
@@ -161,12 +171,7 @@ class GeneratingRequest(SamplingRequest):
         check=check_stream_options,
         shape=STREAM_OPTIONS,
     )
-    keep_alive: float | None = Parameter(
-        object,
-        "How long the model stays loaded after this: seconds or a duration such as '5m'; below zero is for ever.",
-        check=check_keep_alive,
-        shape=KEEP_ALIVE,
-    )
+    keep_alive: float | None = keep_alive_parameter()
     prompt_logprobs: int | None = Parameter(
         int,
         "Tell each token of the prompt with its log-probability, and this many of the likeliest ones; not in streams.",

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mlxserver.api.openai.generation import (
-    KEEP_ALIVE,
     NO_EFFECT,
     TOKEN_LIMIT,
     SamplingRequest,
     check_limit,
+    keep_alive_parameter,
     stated_limit,
 )
 from mlxserver.api.openai.responses.items import INPUT, InputItem, check_input
@@ -18,7 +18,6 @@ from mlxserver.api.openai.responses.tools import CHOICE, TOOLS, Choice, ToolSet,
 from mlxserver.api.openai.thinking import REASONING, Thinking, ThinkingRequest, check_reasoning, of_budget
 from mlxserver.api.schema.json_schema import check_shape
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid
-from mlxserver.api.schema.validators import check_keep_alive
 from mlxserver.engine.requests import JsonFormat
 
 MAX_TOP_LOGPROBS = 20
@@ -195,12 +194,7 @@ class ResponseRequest(ThinkingRequest, SamplingRequest):
         object, "Accepted without effect.", default={}, check=check_stream_options, shape=STREAM_OPTIONS
     )
     background: bool = Parameter(bool, "Only false.", default=False, check=check_background)
-    keep_alive: float | None = Parameter(
-        object,
-        "How long the model stays loaded after this: seconds or a duration such as '5m'; below zero is for ever.",
-        check=check_keep_alive,
-        shape=KEEP_ALIVE,
-    )
+    keep_alive: float | None = keep_alive_parameter()
     metadata: dict[str, str] = Parameter(
         dict, "Texts by name, given back.", default={}, check=check_metadata, shape=METADATA
     )
