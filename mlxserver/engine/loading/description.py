@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mlxserver.engine.description import Description
 from mlxserver.engine.errors import SourceInvalid
-from mlxserver.engine.loading import sources
+from mlxserver.engine.loading import safetensors_header, sources
 from mlxserver.engine.loading.checkpoint_files import read_object
-from mlxserver.engine.loading.metadata import CONTEXT_KEYS, HEAD_KEYS, read_config, text_configs
+from mlxserver.engine.loading.metadata import (
+    HEAD_KEYS,
+    KV_HEAD_KEYS,
+    LAYER_KEYS,
+    WIDTH_KEYS,
+    attention_heads,
+    first_stated,
+    read_config,
+    stated_context,
+    vocab_size,
+)
+from mlxserver.engine.loading.safetensors_header import PACKED_BITS
 
-PACKED_BITS = 32  # of a stored value of quantized weights
-LONGEST_HEADER = 100 << 20  # bytes; a longer one is damaged
 TYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -36,61 +43,40 @@ def describe(source: str) -> Description:
     return Description(
         architecture=str(config.get("model_type") or ""),
         parameters=sum(
-            _count(header, bits if isinstance(bits, int) and bits > 0 else PACKED_BITS) for header in headers
+            header.count_weights(bits if isinstance(bits, int) and bits > 0 else PACKED_BITS) for header in headers
         ),
         quantization=f"Q{bits}" if bits else next(_types(headers), ""),
-        context=_first(config, *CONTEXT_KEYS),
-        layers=_first(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers"),
-        heads=_first(config, *HEAD_KEYS),
-        kv_heads=_first(config, "num_key_value_heads", "n_kv_heads", *HEAD_KEYS),
-        width=_first(config, "hidden_size", "n_embd", "d_model", "dim"),
-        vocab=_first(config, "vocab_size"),
+        context=stated_context(config),
+        layers=first_stated([config], LAYER_KEYS),
+        heads=attention_heads(config),
+        kv_heads=first_stated([config], (*KV_HEAD_KEYS, *HEAD_KEYS)),
+        width=first_stated([config], WIDTH_KEYS),
+        vocab=vocab_size(config),
         stored_bytes=sum(file.stat().st_size for file in files),
         template=_template(directory),
         modified=(directory / "config.json").stat().st_mtime,
     )
 
 
-def _first(config: Mapping[str, Any], *names: str) -> int:
-    """The first of these that is a count, in the configuration or that of its text model."""
-    values = (part.get(name) for part in text_configs(config) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), 0)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: type and shape of each array; empty if it can't be read."""
+def _header(file: Path) -> safetensors_header.Header:
+    """The header of a file, with the arrays of a sound shape; without any if it can't be read."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            content = json.loads(stream.read(length)) if length <= LONGEST_HEADER else {}
-    except (OSError, ValueError, struct.error, RecursionError):
-        return {}
-    arrays = content if isinstance(content, dict) else {}
-    return {name: value for name, value in arrays.items() if isinstance(value, dict) and _is_shape(value.get("shape"))}
+        header = safetensors_header.read(file)
+    except (OSError, ValueError, RecursionError):
+        return safetensors_header.Header({}, 0)
+    sound = {
+        name: array
+        for name, array in header.arrays.items()
+        if isinstance(array, dict) and isinstance(sizes := array.get("shape"), list) and {*map(type, sizes)} <= {int}
+    }
+    return replace(header, arrays=sound)
 
 
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int for size in value)
-
-
-def _count(header: Mapping[str, Any], bits: int) -> int:
-    """Weights in a file; those of quantized layers are packed, and their scales and biases are none."""
-    packed = {name.removesuffix(".weight") for name, array in header.items() if array.get("dtype") == "U32"}
-    total = 0
-    for name, array in header.items():
-        layer, _, kind = name.rpartition(".")
-        if layer in packed and kind in ("scales", "biases"):
-            continue
-        size = math.prod(array["shape"])
-        total += size * PACKED_BITS // bits if layer in packed and kind == "weight" else size
-    return total
-
-
-def _types(headers: list[dict[str, Any]]) -> Iterator[str]:
+def _types(headers: list[safetensors_header.Header]) -> Iterator[str]:
     """The types of floats, that of the most weights first."""
     sizes: dict[str, int] = {}
     for header in headers:
-        for array in header.values():
+        for array in header.arrays.values():
             if (name := str(array.get("dtype"))) in TYPES:
                 sizes[name] = sizes.get(name, 0) + math.prod(array["shape"])
     yield from sorted(sizes, key=lambda name: -sizes[name])

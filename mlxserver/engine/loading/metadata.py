@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxserver.config.settings import Kind
+from mlxserver.engine.loading import safetensors_header
 
 log = logging.getLogger("engine")
 
@@ -21,13 +22,15 @@ CONTEXT_KEYS = (
     *("model_max_length", "max_context_length", "block_size"),
 )
 HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "num_query_heads")
+KV_HEAD_KEYS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 # Weights that mlx-lm leaves out: towers for images and sound with their projectors, and heads that predict more tokens.
 _LEFT_OUT = re.compile(
     r"(?:^|\.)(?:vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|mm_projector|"
     r"audio_tower|embed_vision|embed_audio|mtp)\."
 )
-_LARGEST_HEADER = 100 << 20  # bytes of a safetensors file's header, as the format has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,8 @@ def text_bytes(file: Path) -> int:
     """
     size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length <= min(size, _LARGEST_HEADER) else {}
-        left_out = [part for name, part in header.items() if _LEFT_OUT.search(name)]
+        arrays = safetensors_header.read(file).arrays
+        left_out = [part for name, part in arrays.items() if _LEFT_OUT.search(name)]
         return size - sum(int(part["data_offsets"][1]) - int(part["data_offsets"][0]) for part in left_out)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError):
         return size

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxserver.engine.loading import gguf, metadata
+from mlxserver.engine.loading import gguf, metadata, safetensors_header
 from mlxserver.engine.loading.library import gguf_header
 from mlxserver.engine.platform.policy import WeightPolicy
 
 Format = Literal["mlx", "gguf"]
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
-LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 RUNTIME_BYTES = 256 << 20  # of a loaded model beside weights and KV cache: activations, its tokenizer
 # GGUF architectures that the converter takes (tests compare them with its own table).
 CONVERTIBLE = {
@@ -128,25 +126,15 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _parameters(file: Path, bits: int | None) -> int:
     """Number of weights in a safetensors file. Raises Unusable if it is cut short."""
+    try:
+        header = safetensors_header.read(file)
+    except safetensors_header.HeaderInvalid as error:
+        raise Unusable(str(error)) from None
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > size:
-            raise Unusable(f"{file.name} is cut short or no safetensors file")
-        header: dict[str, Any] = json.loads(stream.read(length))
-    parts = {name: part for name, part in header.items() if name != "__metadata__"}
-    end = 8 + length + max((int(part["data_offsets"][1]) for part in parts.values()), default=0)
+    end = header.begin + max((int(part["data_offsets"][1]) for part in header.arrays.values()), default=0)
     if end != size:
         raise Unusable(f"{file.name} has {size} bytes, and should have {end}")
-    return sum(_values(name, part, bits) for name, part in parts.items())
-
-
-def _values(name: str, part: Mapping[str, Any], bits: int | None) -> int:
-    """Number of weights in a tensor; packed ones are counted singly."""
-    count = math.prod(part["shape"])
-    if bits and part["dtype"] == "U32":
-        return int(count * 32 // bits)
-    return 0 if bits and name.endswith((".scales", ".biases")) else count
+    return header.count_weights(bits or safetensors_header.PACKED_BITS)
 
 
 def _stated_type(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
@@ -158,11 +146,11 @@ def _stated_type(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> 
 
 
 def _kv_values(config: Mapping[str, Any]) -> int:
-    layers = metadata.first_stated([config], LAYER_KEYS)
+    layers = metadata.first_stated([config], metadata.LAYER_KEYS)
     heads = metadata.attention_heads(config)
-    kv_heads = metadata.first_stated([config], ("num_key_value_heads", "n_kv_heads", "num_kv_heads")) or heads
+    kv_heads = metadata.first_stated([config], metadata.KV_HEAD_KEYS) or heads
     width = metadata.first_stated([config], ("head_dim",))
-    width = width or metadata.first_stated([config], ("hidden_size", "n_embd", "d_model")) // max(heads, 1)
+    width = width or metadata.first_stated([config], metadata.WIDTH_KEYS) // max(heads, 1)
     return 2 * layers * kv_heads * width
 
 
