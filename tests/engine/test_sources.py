@@ -3,14 +3,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from mlxserver.engine.mlx import mx
 
-import huggingface_hub
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +17,7 @@ from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, sources
 from mlxserver.engine.loading.sources import GgufFile, MlxDirectory, Repository
 from mlxserver.engine.platform.policy import WeightPolicy
+from tests.support.hub import serving_hub
 from tools.harness.tiny_gguf import write_tiny_gguf
 
 RESOLVE = """
@@ -192,60 +190,21 @@ def test_a_cache_that_cannot_be_written_is_named(tiny_gguf, tmp_path, monkeypatc
         sources.resolve(str(tiny_gguf))
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A Hugging Face hub with one repository."""
-
-    COMMIT = "c" * 40
-    FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w" * 300_000, "run.py": b"print()"}
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        if path.startswith("/api/models/org/tiny/revision/main") or path == "/api/models/org/tiny":
-            siblings = [{"rfilename": name} for name in self.FILES]
-            self.reply(json.dumps({"id": "org/tiny", "sha": self.COMMIT, "siblings": siblings}).encode())
-        elif path.startswith("/api/models/org/tiny/tree/"):
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in self.FILES.items()]
-            self.reply(json.dumps(tree).encode())
-        elif path.startswith("/org/tiny/resolve/"):
-            self.reply(self.FILES[path.rsplit("/", 1)[1]])
-        else:
-            self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def reply(self, body, status=200, headers=()):
-        self.send_response(status)
-        length = {"Content-Length": len(body), "ETag": f'"{len(body)}"', "X-Repo-Commit": self.COMMIT}
-        for name, value in {**length, **dict(headers)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w" * 300_000, "run.py": b"print()"}
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A local hub with the repository org/tiny, and an empty download cache."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    constants = huggingface_hub.constants
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving_hub(FILES, tmp_path / "hub", monkeypatch) as server:
+        yield server
 
 
 def test_a_hub_repository_is_downloaded_with_progress_in_bytes_and_without_its_code(hub, capfd):
     reports = []
     directory = sources.resolve("org/tiny", progress=lambda *report: reports.append(report))
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
-    total = sum(len(Hub.FILES[name]) for name in ("config.json", "model.safetensors"))
+    total = sum(len(FILES[name]) for name in ("config.json", "model.safetensors"))
     assert reports[-1] == ("downloading", total, total)
     assert capfd.readouterr() == ("", "")
 
