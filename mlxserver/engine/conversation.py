@@ -9,9 +9,10 @@ Rule 2: a tool's message is one ToolResult.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -32,6 +33,26 @@ class Reasoning:
     """What the model thought before it answered."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image for the model to see.
+
+    data: its file as it was sent (PNG, JPEG, WebP, GIF, BMP), b"" until an image that is named by its URL was fetched.
+    origin: where the client wrote it, as its dialect names it: "messages[0].content[1].image_url". detail: how much of
+    its resolution the model gets.
+    """
+
+    data: bytes = field(repr=False)
+    origin: str = ""
+    url: str | None = None
+    detail: Literal["auto", "low", "high"] = "auto"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +81,15 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """The outcome of a call. name: of the function, None where the client leaves it out."""
+    """The outcome of a call. name: of the function, None where the client leaves it out. images: shown with it."""
 
     call_id: str
     text: str
     name: str | None = None
+    images: tuple[Image, ...] = ()
 
 
-Part = Text | Reasoning | ToolCall | ToolResult
+Part = Text | Image | Reasoning | ToolCall | ToolResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +105,12 @@ class Message:
     def text(self) -> str:
         """The text, or that of the tool's result; empty where there is none."""
         return "".join([part.text for part in self.parts if isinstance(part, (Text, ToolResult))])
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The images, in order; those of a tool's result, too."""
+        own = [part for part in self.parts if isinstance(part, Image)]
+        return (*own, *[image for part in self.parts if isinstance(part, ToolResult) for image in part.images])
 
     @property
     def reasoning(self) -> str:
