@@ -147,7 +147,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         created=COUNT,
         owned_by=TEXT,
         status=exactly(value=STATE, error_=TEXT),
-        kind=maybe(one_of("text", "embedding")),
+        kind=maybe(one_of("text", "vision", "embedding")),
         type=maybe(one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),

@@ -193,8 +193,8 @@ class ModelInstance:
 
     def _check_kind(self, request: EngineRequest) -> None:
         """Raise WrongKind as far as the kind is known before the model is loaded."""
-        needed = "embedding" if isinstance(request, EmbeddingRequest) else "text"
-        if self.kind not in (None, needed):
+        fitting = ("embedding",) if isinstance(request, EmbeddingRequest) else ("text", "vision")
+        if self.kind is not None and self.kind not in fitting:
             raise WrongKind(self.key, self.kind)
 
     async def hold(self, idle_timeout: float | None = None) -> None:

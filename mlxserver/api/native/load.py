@@ -44,7 +44,7 @@ class LoadRequest(Request):
         str, "Source: Hugging Face id, MLX directory, .gguf file or embedded:NAME.", required=True, check=check_path
     )
     key: str | None = Parameter(str, "Name of the model in requests; by default made from the source.", check=check_key)
-    kind: Literal["text", "embedding"] | None = Parameter(
+    kind: Literal["text", "vision", "embedding"] | None = Parameter(
         str, "What the model makes of a text; by default found from its files.", enum=["text", "embedding"]
     )
     type: Literal["thinking", "instruction"] | None = Parameter(

@@ -13,10 +13,10 @@ from mlxserver.engine.mlx import mx
 
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
-from mlx_lm.utils import _get_classes
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import model_arguments
+from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers
 from mlxserver.engine.platform.policy import current
 
@@ -46,7 +46,7 @@ class Architecture:
 
 def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one."""
-    model_class, arguments = _get_classes(dict(config))
+    model_class, arguments = model_classes(dict(config))
     if current().replace_kernels:
         cpu_layers.replace_functions()
     model = model_class(arguments.from_dict(dict(config)))

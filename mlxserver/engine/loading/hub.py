@@ -57,7 +57,8 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
         raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
     except Exception as error:
         raise SourceInvalid(source, _explain(error, revision)) from None
-    kind = kinds.find_kind(config, pools=_pools(repository, revision))
+    has_processor = kinds.may_see(config) and any(_has_file(repository, revision, name) for name in kinds.PROCESSORS)
+    kind = kinds.find_kind(config, pools=_pools(repository, revision), has_processor=has_processor)
     return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent), kind)
 
 
@@ -68,7 +69,16 @@ def known_kind(repository: str, revision: str | None) -> Kind | None:
     if not isinstance(config, str) or modules is None:
         return None
     pools = isinstance(modules, str) and kinds.names_pooling(Path(modules))
-    return kinds.find_kind(read_config(Path(config)), pools=pools)
+    has_processor = kinds.has_processor(Path(config).parent)
+    return kinds.find_kind(read_config(Path(config)), pools=pools, has_processor=has_processor)
+
+
+def _has_file(repository: str, revision: str | None, name: str) -> bool:
+    """Whether a repository has a small file; False where that can't be found out."""
+    try:
+        return bool(hf_hub_download(repository, name, revision=revision))
+    except Exception:  # there is no such file, or no network
+        return False
 
 
 def _pools(repository: str, revision: str | None) -> bool:
