@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import warnings
 
 from mlxserver.engine.mlx import mx
 
@@ -227,6 +228,50 @@ def _llava(ids):
     )
 
 
+def _gemma4(ids):
+    text = _TEXT | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 4,
+        "global_head_dim": 32,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16,
+        "rope_parameters": {
+            "full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 1e6, "rope_type": "proportional"},
+            "sliding_attention": {"partial_rotary_factor": 1.0, "rope_theta": 1e4, "rope_type": "default"},
+        },
+        "tie_word_embeddings": True,
+        "pad_token_id": ids["<pad>"],
+    }
+    vision = _SIGLIP | {
+        "model_type": "gemma4_vision",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "position_embedding_size": 64,
+        "pooling_kernel_size": 2,
+        "default_output_length": 4,
+        "rms_norm_eps": 1e-6,
+    }
+    return (
+        {
+            "text_config": text,
+            "vision_config": vision,
+            "hidden_size": 64,
+            "audio_config": None,
+            "image_token_id": ids["<|image|>"],
+            "pad_token_id": ids["<pad>"],
+            "tie_word_embeddings": True,
+        },
+        {
+            "processor_config.json": {
+                "image_processor": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+            }
+        },
+    )
+
+
 # Per family: its config and processor files from the ids of its tokens, these tokens, and its chat template.
 FAMILIES = {
     "smolvlm": (_idefics3, _IDEFICS_TOKENS, _LISTS_ONLY),
@@ -243,6 +288,7 @@ FAMILIES = {
     ),
     "qwen3_vl": (_qwen3_vl, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
     "qwen3_5": (_qwen3_5, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
+    "gemma4": (_gemma4, ("<pad>", "<|image>", "<image|>", "<|image|>"), _PARTS.replace("IMAGE", "<|image|>")),
     "mistral3": (_mistral3, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "pixtral": (_pixtral, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "llava": (_llava, ("<image>",), _PARTS.replace("IMAGE", "<image>\n")),
@@ -253,7 +299,8 @@ _NAMED = {  # what a family's processor asks of its tokenizer by name
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
-    }
+    },
+    "gemma4": {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"},
 }
 
 
@@ -354,7 +401,9 @@ class Reference:
     """mlx-vlm's own model of a directory."""
 
     def __init__(self, path):
-        self._model, self._processor = load(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of parts that are not used
+            self._model, self._processor = load(str(path))
         if type(self._processor).__name__ == "LlavaProcessor":  # gives it options that it does not take any more
             process = self._processor.image_processor
             self._processor.image_processor = lambda images, **options: process(images)

@@ -92,6 +92,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
             if (spec.kind or metadata.kind) == "embedding":
                 return _embedding_estimate(spec, metadata, policy)
             architecture = inspect_architecture(metadata.config)
+            vision = _vision_estimate(spec, metadata, policy)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # a broken config.json can make an architecture raise anything
@@ -103,12 +104,35 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
     return Estimate(
-        weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec),
+        weights=vision.weights
+        + (architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec)),
         cache=architecture.cache_values(own.reserved, own.sequences) * value_bytes,
-        activations=_chunk_bytes(architecture.width * value_bytes, attention, own.context)
+        activations=max(_chunk_bytes(architecture.width * value_bytes, attention, own.context), vision.activations)
+        + vision.cache  # images, not tokens
         + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
+    )
+
+
+def _vision_estimate(spec: ModelSpec, metadata: CheckpointMetadata, policy: ExecutionPolicy) -> Estimate:
+    """The memory that the vision part of a model will take. cache: of images that were seen. Nothing without one."""
+    if (spec.kind or metadata.kind) != "vision" or spec.shard:
+        return Estimate(0, 0, 0)
+    from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES, inspect_vision_architecture
+
+    try:
+        architecture = inspect_vision_architecture(metadata.config)
+    except Exception:
+        if spec.kind:
+            raise
+        return Estimate(0, 0, 0)  # it will be a text model
+    is_float32 = policy.weights is WeightPolicy.FLOAT32
+    value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+    return Estimate(
+        weights=architecture.weights * 4 if is_float32 else metadata.tower_bytes,
+        cache=FEATURE_BYTES + PIXEL_BYTES,
+        activations=architecture.activation_bytes(value_bytes, policy),
     )
 
 

@@ -29,6 +29,10 @@ def give_sight(model: nn.Module, config: Mapping[str, Any], layers_added: int = 
     if embedding is None:
         raise ValueError("its text model has no embeddings that images could take the place of")
     _become(embedding, _seeing_embedding, sight)
+    embedding.feature_scale = _feature_scale(model)
+    for name, module in modules.items():
+        if name.endswith("embed_tokens_per_layer"):
+            _become(module, _blank_embedding, sight)
     for module in modules.values() if sections else ():
         if isinstance(module, nn.RoPE):
             _become(module, _seeing_rope, sight)
@@ -38,6 +42,14 @@ def give_sight(model: nn.Module, config: Mapping[str, Any], layers_added: int = 
         layer.number = number
     model.sight = sight
     return sight
+
+
+def _feature_scale(model: nn.Module) -> float:
+    """What features are multiplied by, where the text model multiplies its embeddings and mlx-vlm not its features."""
+    for module in model.modules():
+        if isinstance(scale := getattr(module, "embed_scale", None), (int, float)):
+            return 1 / scale
+    return 1.0
 
 
 def rope_sections(config: Mapping[str, Any]) -> tuple[Sequence[int], bool]:
@@ -78,8 +90,22 @@ def _seeing_embedding(own: type) -> type:
     def call(self: Any, tokens: mx.array) -> mx.array:
         embedded: mx.array = own.__call__(self, tokens)  # type: ignore[operator]
         if self.sight.features is not None:
-            embedded[:, self.sight.at] = self.sight.features.astype(embedded.dtype)
+            features = self.sight.features if self.feature_scale == 1 else self.sight.features * self.feature_scale
+            embedded[:, self.sight.at] = features.astype(embedded.dtype)
         return embedded
+
+    return _subclass(own, call)
+
+
+@functools.cache
+def _blank_embedding(own: type) -> type:
+    """Embedding of what is added in each layer: image tokens have that of token 0 (gemma4)."""
+
+    def call(self: Any, tokens: mx.array) -> mx.array:
+        if self.sight.at is not None:
+            tokens = mx.array(tokens)
+            tokens[:, self.sight.at] = 0
+        return own.__call__(self, tokens)  # type: ignore[operator, no-any-return]
 
     return _subclass(own, call)
 

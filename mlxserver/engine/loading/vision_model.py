@@ -7,6 +7,7 @@ Rule: load_tower() runs on the thread that will use the tower.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,8 @@ def load_tower(path: Path, config: Mapping[str, Any], report: Progress, policy: 
     """Read and prepare the vision part of a checkpoint. Raises whatever mlx-vlm does for one that it can't read."""
     from mlx_vlm.utils import load_model
 
+    if config.get("model_file"):  # which mlx-vlm would run
+        raise ValueError("its config.json names code in the checkpoint (model_file)")
     model = load_model(path, lazy=True)
     model.language_model = _NoText(hidden_size(config))
     model = prepare(model, report, replace(policy, fuse_projections=False))
@@ -76,7 +79,9 @@ def load_processor(path: Path) -> Any:
     from mlx_vlm.utils import load_processor as load
 
     get_model_and_args(load_config(path))  # registers the model's own processor
-    processor = load(path, add_detokenizer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts that are not used: sound, video
+        processor = load(path, add_detokenizer=False, trust_remote_code=False)
     if own := load_image_processor(path):
         processor.image_processor = own
     return processor
@@ -97,7 +102,13 @@ def hidden_size(config: Mapping[str, Any]) -> int:
 
 
 class _NoText:
-    """In place of a text model: embeddings of zeros, which features of images take the place of."""
+    """In place of a text model: embeddings of zeros, which features of images take the place of.
+
+    embed_scale, hidden_size_per_layer_input: as mlx-vlm's gemma4 asks for them.
+    """
+
+    embed_scale = 1.0
+    hidden_size_per_layer_input = 0
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -14,33 +14,52 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from PIL import Image as pillow
 
 from mlxserver.engine.conversation import Image, Message, Part, Text, ToolResult
 from mlxserver.engine.errors import PromptRejected, one_line
 from mlxserver.engine.images import decode
 from mlxserver.engine.requests import ChatPrompt, PlacedImage, ProcessedImage
 
-MOST_KEPT_BYTES = 128 << 20  # of images that were processed, of one model
 RESULT_IMAGES = "The images of this result:"
+_PROBE = (64, 64)  # pixels
 _NOT_FOR_TOWERS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class ImageProcessor:
     """Processes images with a model's own processor, which mlx-vlm or transformers read. token: id of its image token.
 
-    placeholder: text that stands for an image in what the chat template writes.
+    kept_bytes: of what was processed last. most_pixels: of a picture, which is scaled down to them; None for any.
+    placeholder: text that stands for an image in what the chat template writes. probe: a small picture, processed.
+
+    Raises whatever the processor does for a picture that it can't process.
     """
 
-    def __init__(self, processor: Any, token: int, kept_bytes: int = MOST_KEPT_BYTES) -> None:
+    def __init__(self, processor: Any, token: int, kept_bytes: int, most_pixels: int | None = None) -> None:
         self._processor = processor
         self._token = token
         self._tokenizer = processor.tokenizer = _Recorder(processor.tokenizer)
-        self.placeholder = str(getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>"))
         self._merge = int(getattr(getattr(processor, "image_processor", None), "merge_size", 0) or 0)
         self._most = kept_bytes
+        self._most_pixels = most_pixels
         self._kept: OrderedDict[int, ProcessedImage] = OrderedDict()
         self._held = 0
         self._keys: dict[int, tuple[bytes, int]] = {}  # of the files of one prompt, by their identity
+        self.placeholder, self.probe = self._find_placeholder()
+
+    def _find_placeholder(self) -> tuple[str, ProcessedImage]:
+        """The text that the processor puts an image in place of, and a small grey image."""
+        picture = pillow.new("RGB", _PROBE, "grey")
+        refusal: Exception | None = None
+        for name in ("image_token", "boi_token"):
+            if isinstance(placeholder := getattr(self._processor, name, None), str):
+                self.placeholder = placeholder
+                try:
+                    if (probe := self.process_picture(picture)).tokens:
+                        return placeholder, probe
+                except Exception as error:  # foreign code
+                    refusal = error
+        raise refusal or ValueError("its processor has no text that stands for an image")
 
     def begin(self) -> None:
         """Begin with another prompt."""
@@ -108,6 +127,10 @@ class ImageProcessor:
 
     def process_picture(self, picture: Any) -> ProcessedImage:
         """A picture (of Pillow, RGB) as the processor makes it, without a key."""
+        width, height = picture.size
+        if self._most_pixels and width * height > self._most_pixels:
+            scale = (self._most_pixels / (width * height)) ** 0.5
+            picture = picture.resize((max(1, int(width * scale)), max(1, int(height * scale))))
         made = self._processor(text=[self.placeholder], images=[picture])
         inputs = {name: np.asarray(value) for name, value in made.items() if name not in _NOT_FOR_TOWERS}
         tokens = int((np.asarray(made["input_ids"]) == self._token).sum())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from PIL import Image as pillow
-
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.loading.outcome import complete_or_nothing, naming
 from mlxserver.engine.loading.sight_layers import give_sight, rope_sections
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
+from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES, inspect_vision_architecture
 from mlxserver.engine.loading.vision_model import Tower, image_token, load_processor, load_tower
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.prompt.images import ImageProcessor
@@ -19,8 +18,6 @@ from mlxserver.engine.requests import FormattedPrompt
 from mlxserver.engine.runners.text import ModelBatch, TextRunner
 from mlxserver.engine.scheduler.images import Eyes, ImagesOfPrompt
 from mlxserver.engine.sequence import PromptImages
-
-_PROBE = (64, 64)  # pixels of a picture that shows whether a vision part can be run
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +50,13 @@ def load_vision(spec: ModelSpec, loaded: LoadedModel, progress: Progress, policy
 
     def load() -> Vision:
         with naming(f"the vision part in {loaded.path} can't be used"), naming_what_is_missing():
-            processor = ImageProcessor(load_processor(loaded.path), image_token(loaded.config))
+            pixels = inspect_vision_architecture(loaded.config).most_pixels(policy)
+            token = image_token(loaded.config)
+            processor = ImageProcessor(load_processor(loaded.path), token, PIXEL_BYTES, pixels)
             tower = load_tower(loaded.path, loaded.config, progress, policy)
-            tower.encode(processor.process_picture(pillow.new("RGB", _PROBE, "grey")))
+            tower.encode(processor.probe)
             sight = give_sight(loaded.model, loaded.config, tower.layers_added)
         has_grid_positions = bool(rope_sections(loaded.config)[0])
-        return Vision(processor, tower, Eyes(tower, sight, has_grid_positions=has_grid_positions))
+        return Vision(processor, tower, Eyes(tower, sight, FEATURE_BYTES, has_grid_positions=has_grid_positions))
 
     return complete_or_nothing(spec, load)

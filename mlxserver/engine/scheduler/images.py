@@ -19,17 +19,16 @@ from mlxserver.engine.kv_cache.sight import Sight
 from mlxserver.engine.loading.vision_model import Features, Tower
 from mlxserver.engine.requests import PlacedImage
 
-MOST_KEPT_BYTES = 64 << 20  # of the features of images that were seen, of one model
-
 Positions = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Eyes:
-    """A model's tower and sight, and the features of the images that it saw last, in so many bytes."""
+    """A model's tower and sight, and the features of the images that it saw last, in so many bytes.
 
-    def __init__(
-        self, tower: Tower, sight: Sight, *, has_grid_positions: bool, kept_bytes: int = MOST_KEPT_BYTES
-    ) -> None:
+    has_grid_positions: image tokens have the positions of rows and columns.
+    """
+
+    def __init__(self, tower: Tower, sight: Sight, kept_bytes: int, *, has_grid_positions: bool) -> None:
         self.sight = sight
         self.has_grid_positions = has_grid_positions
         self._tower = tower
