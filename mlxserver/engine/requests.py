@@ -222,8 +222,9 @@ class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
     reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
-    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle" and
-    "embeddings". execution: None where ranks share the model, and of an embedding model. type: None of one, too.
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle",
+    "vision" and "embeddings". execution: None where ranks share the model, and of an embedding model. type: None of
+    one, too.
     """
 
     type: str | None

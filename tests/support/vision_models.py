@@ -426,6 +426,10 @@ class Reference:
         parts = list(stream_generate(self._model, self._processor, prompt, image=pictures or None, **options))
         return [part.token for part in parts][: request.max_tokens], parts[0].prompt_tokens
 
+    def text(self, tokens):
+        """The text of tokens."""
+        return self._processor.tokenizer.decode(tokens)
+
 
 def picture_of(image):
     """The picture of an image."""

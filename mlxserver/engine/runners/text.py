@@ -101,7 +101,13 @@ class TextRunner:
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
         preprocessor = _Preprocessor(
-            spec.key, loaded.tokenizer, prompts, self._constraints, batch.vocab_size, loaded.context_length
+            spec.key,
+            loaded.tokenizer,
+            prompts,
+            self._constraints,
+            batch.vocab_size,
+            loaded.context_length,
+            sees_images=images is not None,
         )
         self.preprocess = preprocessor.preprocess
         self.answer = preprocessor.answer
@@ -179,6 +185,8 @@ class _Preprocessor:
         constraints: RequestConstraints,
         vocab_size: int,
         context_length: int,
+        *,
+        sees_images: bool,
     ) -> None:
         self._key = key
         self._tokenizer = tokenizer
@@ -186,6 +194,7 @@ class _Preprocessor:
         self._constraints = constraints
         self._vocab_size = vocab_size
         self._context_length = context_length
+        self._sees_images = sees_images
 
     def preprocess(self, request: EngineRequest) -> GenerationRequest:
         """The request with its prompt rendered, its grammar compiled. Raises PromptRejected, WrongKind."""
@@ -216,6 +225,8 @@ class _Preprocessor:
                 return self._prompts.format(prompt).text
 
     def _refuse_images(self, prompt: Prompt) -> None:
+        if self._sees_images:
+            return
         messages = prompt.conversation if isinstance(prompt, ChatPrompt) else ()
         if image := next((image for message in messages for image in message.images), None):
             raise PromptRejected(f"Model {self._key!r} is a text model and sees no images.", image.origin)

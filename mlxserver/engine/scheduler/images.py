@@ -88,7 +88,6 @@ class ImagesOfPrompt:
         while self.encode(start, end):
             pass
         seen = list(self._seen(start, end))
-        self._held = {index: self._held[index] for index in seen}  # those before are in the KV cache
         at: list[int] = []
         features, added = [], []
         for index in seen:
@@ -97,6 +96,8 @@ class ImagesOfPrompt:
             part = mx.array(own)
             features.append(self._held[index].embeddings[part])
             added.append([layer[part] for layer in self._held[index].added])
+        # What ends here is in the KV cache from now on.
+        self._held = {index: self._held[index] for index in seen if self._images[index].positions[-1] >= end}
         return self._eyes.sight.showing(
             at=mx.array(at) if at else None,
             features=mx.concatenate(features) if features else None,
