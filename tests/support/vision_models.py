@@ -266,10 +266,16 @@ def _gemma4(ids):
         },
         {
             "processor_config.json": {
-                "image_processor": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+                "image_processor": {"patch_size": 8, "max_soft_tokens": 24, "pooling_kernel_size": 2}
             }
         },
     )
+
+
+def _gemma4_large(ids):
+    config, files = _gemma4(ids)
+    text = {"use_bidirectional_attention": "vision", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    return config | {"text_config": config["text_config"] | text}, files
 
 
 # Per family: its config and processor files from the ids of its tokens, these tokens, and its chat template.
@@ -289,6 +295,11 @@ FAMILIES = {
     "qwen3_vl": (_qwen3_vl, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
     "qwen3_5": (_qwen3_5, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
     "gemma4": (_gemma4, ("<pad>", "<|image>", "<image|>", "<|image|>"), _PARTS.replace("IMAGE", "<|image|>")),
+    "gemma4-large": (
+        _gemma4_large,
+        ("<pad>", "<|image>", "<image|>", "<|image|>"),
+        _PARTS.replace("IMAGE", "<|image|>"),
+    ),
     "mistral3": (_mistral3, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "pixtral": (_pixtral, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "llava": (_llava, ("<image>",), _PARTS.replace("IMAGE", "<image>\n")),
@@ -308,9 +319,10 @@ def tiny_vision(path, family, seed=0):
     """Write a vision model of a family."""
     make, tokens, template = FAMILIES[family]
     tiny_llama(path, template=template)
-    ids = _add_tokens(path, tokens, _NAMED.get(family, {}))
+    ids = _add_tokens(path, tokens, _NAMED.get(family.partition("-")[0], {}))
     config, files = make(ids)
     vocab = max(ids.values()) + 1
+    family = family.partition("-")[0]
     config |= {"model_type": family, "vocab_size": vocab, "torch_dtype": "float32", "eos_token_id": ids["<|im_end|>"]}
     if "text_config" in config:
         config["text_config"] = config["text_config"] | {"vocab_size": vocab}
