@@ -111,7 +111,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     if architecture.weights * 2 > stored * _FEWER_BITS and not is_float32:
         if policy.weights is WeightPolicy.BFLOAT16:
             stored = architecture.weights * 2
-        elif policy.widen_weights and spec.weights == "auto" and not spec.shard:
+        elif policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts):
             widened = architecture.weights * 2 + _adapter_bytes(spec)
     return Estimate(
         weights=architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec),
