@@ -179,6 +179,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
                 id=TEXT,
                 aliases=each(TEXT),
                 status=exactly(value=STATE, error_=TEXT),
+                kind=maybe(one_of(*get_args(Kind))),
                 context_length=maybe(COUNT),
                 path=TEXT,
                 error=maybe(TEXT),

@@ -15,8 +15,13 @@ ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "modernbert", "nomic_ber
 HEADLESS = frozenset({"Qwen3Model", "Gemma3TextModel", "Ministral3Model", "Lfm2Model", "LlamaBidirectionalModel"})
 MODULES = "modules.json"  # of a checkpoint for sentence-transformers: its parts, one of which pools
 POOLING = "1_Pooling/config.json"
+# Of those, and of text models, the ones whose embedding models mlx-vlm has classes for.
+EMBEDDERS = frozenset(
+    {"bert", "xlm-roberta", "modernbert", "qwen3", "gemma3_text", "ministral3", "lfm2", "llama_bidirec"}
+)
 # Text models whose rerankers answer with a token, yes or no; their config.json is that of any text model.
 JUDGES = frozenset({"qwen3"})
+RERANKERS = JUDGES | {"bert", "xlm-roberta", "modernbert"}
 _CLASSIFIER = "ForSequenceClassification"
 
 
@@ -32,6 +37,11 @@ def find_kind(config: Mapping[str, Any], *, pools: bool, ranks: bool = False) ->
     if pools or model_type in ENCODERS or any(name in HEADLESS for name in names):
         return "embedding"
     return "text"
+
+
+def kind_of(path: Path, config: Mapping[str, Any]) -> Kind:
+    """The kind of the checkpoint in a directory. config: its config.json."""
+    return find_kind(config, pools=pools(path), ranks=ranks(path))
 
 
 def is_cross_encoder(config: Mapping[str, Any]) -> bool:

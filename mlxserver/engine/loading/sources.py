@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlxserver.config.settings import Kind
 from mlxserver.engine.errors import SourceInvalid
@@ -174,7 +173,7 @@ def known_kind(source: str) -> Kind | None:
     try:
         match parse(source):
             case MlxDirectory(path):
-                return _kind(path, read_config(path / "config.json"))
+                return kinds.kind_of(path, read_config(path / "config.json"))
             case GgufFile():
                 return "text"
             case Repository(id, revision):
@@ -187,17 +186,13 @@ def silent(stage: str, done: int, total: int) -> None:
     """Progress that is not reported."""
 
 
-def _kind(path: Path, config: Mapping[str, Any]) -> Kind:
-    return kinds.find_kind(config, pools=kinds.pools(path), ranks=kinds.ranks(path))
-
-
 def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
     try:
         config = read_config(path / "config.json")
         stored = sum(map(text_bytes, path.glob("model*.safetensors")))
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
-    return CheckpointMetadata(config, stored, _kind(path, config))
+    return CheckpointMetadata(config, stored, kinds.kind_of(path, config))
 
 
 def _embedded(source: str) -> GgufFile | MlxDirectory:
