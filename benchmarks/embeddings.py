@@ -35,6 +35,7 @@ from tools.harness.running_server import RunningServer, running_server
 MODEL, TALKER = "minilm", "smollm2"
 SHORTEST, LONGEST = 20, 200  # tokens of a text
 STALL_TARGET = 0.25  # seconds, the server's default
+STREAM = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 512}
 REFERENCE = """
 import json, sys, time
 from sentence_transformers import SentenceTransformer
@@ -149,8 +150,7 @@ def streaming(server: RunningServer) -> Iterator[list[float]]:
 
     def read() -> None:
         while not is_over.is_set():
-            parameters = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 512}
-            with server.stream(TALKER, "Tell a long story.", **parameters) as stream:
+            with server.stream(TALKER, "Tell a long story.", **STREAM) as stream:  # type: ignore[no-untyped-call]
                 for payload in stream:
                     if is_over.is_set():
                         return
