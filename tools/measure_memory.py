@@ -29,9 +29,9 @@ from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.architecture import inspect_architecture
-from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.estimate import Estimate, estimate, most_batch_tokens
 from mlxserver.engine.platform import device, streams
-from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK
+from mlxserver.engine.platform.policy import current
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
 from tools.harness.encoder_models import tiny_cross_encoder, tiny_embedder, tiny_judge
@@ -151,9 +151,9 @@ def measure_encoder(source: str) -> dict[str, float]:
         mx.reset_peak_memory()
         longest = runner.facts.context_length
         for length in sorted({longest, longest // 2, longest // 4, 64, 16}, reverse=True):
-            count = max(2, LARGEST_CHUNK // length)
-            texts = [Sequence(n, tuple(range(10, 10 + 7)) * length, SamplingParams(), 1) for n in range(count)]
-            runner.batch.insert([replace(text, tokens=text.tokens[:length]) for text in texts])
+            count = max(1, most_batch_tokens(longest, current()) // length)
+            tokens = tuple(10 + n % 7 for n in range(length))
+            runner.batch.insert([Sequence(n, tokens, SamplingParams(), 1) for n in range(count)])
             while not runner.batch.is_empty():
                 runner.batch.decode()
         mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
