@@ -68,7 +68,7 @@ async def listing(options: Namespace, settings: Settings) -> Listing:
         print_status(f"no server at {error.url}: these are the models that it would have")
     manager = await local_manager(settings)
     models = [model_status(each, manager) for each in manager.instances]
-    models += [local_status(each, manager) for each in manager.found]
+    models += [local_status(each, manager) for each in manager.library.unregistered]
     files = [local_status(each, manager) for each in manager.library.models]
     return Listing(None, model_list(models)["data"], library_list(files)["data"])
 
@@ -143,7 +143,7 @@ async def rm(options: Namespace, settings: Settings) -> int:
         async with _client(options) as client:
             freed = await client.delete(fields["id"], force=options.force)
     else:
-        freed = (await (await local_manager(settings)).delete(fields["id"])).size_bytes
+        freed = (await (await local_manager(settings)).library.delete(fields["id"])).size_bytes
     if options.json:
         return _print_json({"id": fields["id"], "deleted": True, "freed_bytes": freed})
     print_status(f"Removed {fields['id']}: {decimal(freed)}.")

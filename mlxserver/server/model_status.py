@@ -45,9 +45,9 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
 def local_status(model: LocalModel, manager: ModelManager) -> ModelStatus:
     """Status of a model of the library: its own, or that of the registered model that it is."""
     files = local_files(model, manager.memory)
-    if instance := manager.registered(model):
+    if instance := manager.library.registered(model):
         return replace(model_status(instance), context_length=files.context_length, local=files)
-    aliases = manager.local_spec(model).aliases
+    aliases = manager.library.spec(model).aliases
     return ModelStatus(
         model.key,
         model.modified,
