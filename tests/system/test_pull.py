@@ -64,7 +64,8 @@ def test_ctrl_c_stops_a_download_and_the_next_one_completes_it(hub, tmp_path, ca
     ("name", "reason"),
     [
         ("org/missing", "no such repository on the hub"),
-        ("org/private", "access is restricted"),
+        ("org/gated", "access is restricted"),
+        ("org/private", "or a private one: set HF_TOKEN"),
         ("org/busy", "could not be fetched"),
         ("./here", "no such file"),
     ],
