@@ -31,6 +31,7 @@ from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.library import Library
 from mlxserver.manager.loading import Services, StartEngine
 from mlxserver.manager.memory_budget import MemoryBudget
+from mlxserver.manager.pulls import Pulls
 from mlxserver.manager.registry import Registry
 from mlxserver.manager.reload import Reload, changes, contradicts, is_live
 from mlxserver.manager.states import LoadProgress, ModelState, UnloadMode, UnloadReport
@@ -72,6 +73,7 @@ class ModelManager:
         self._registry = Registry()
         self._tasks = Tasks()
         self.library = Library(scan, lambda: self.settings, self._registry, self.register, self._tasks)
+        self.pulls = Pulls(self.library, lambda: self.settings, estimate, self._tasks)
         for spec in settings.models:
             self.register(spec)
 
@@ -296,6 +298,7 @@ class ModelManager:
         An engine that is stalled is left behind, CLOSE_GRACE seconds later.
         """
         self.memory.close()
+        self.pulls.stop()
         closing = [asyncio.ensure_future(instance.close(patience)) for instance in {*self.all_instances}]
         if not (pending := [*closing, *self._tasks.pending]):
             return

@@ -19,6 +19,7 @@ from mlxserver.manager.reload import Reload
 from mlxserver.server.errors import exception_handlers
 from mlxserver.server.generate import Handler, generate
 from mlxserver.server.keys import Permission, require
+from mlxserver.server.library import LibraryHandlers
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import TITLE, OpsHandlers
@@ -48,6 +49,7 @@ def routes(manager: ModelManager, reload: ReloadSettings) -> list[Route]:
     responses = ResponsesDialect(manager.settings)
     rooms = (
         ModelHandlers(manager, reload),
+        LibraryHandlers(manager),
         ResponseHandlers(responses.store),
         OpsHandlers(manager),
         OllamaHandlers(manager),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress
+from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress, RemoteModel
 from mlxserver.engine import requests
+from mlxserver.engine.loading.hub_search import HubModel
 from mlxserver.engine.loading.library.scan import LocalModel
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.memory_budget import MemoryBudget
@@ -75,6 +76,12 @@ def local_files(model: LocalModel, memory: MemoryBudget) -> LocalFiles:
         fits=None if needed is None else memory.fits(needed),
         fault=model.fault,
     )
+
+
+def remote_status(model: HubModel, manager: ModelManager) -> RemoteModel:
+    """Plain values of a model on the hub, and whether it fits in memory."""
+    fits = None if model.needed_bytes is None else manager.memory.fits(model.needed_bytes)
+    return RemoteModel(**asdict(model), fits=fits, is_local=manager.library.find(model.id) is not None)
 
 
 def _execution(paths: requests.Execution) -> Execution:

@@ -13,17 +13,18 @@ from huggingface_hub import constants, errors, snapshot_download, try_to_load_fr
 from huggingface_hub.utils import httpx
 
 from mlxserver.config.settings import Kind
-from mlxserver.engine.errors import LoadAborted, SourceInvalid
+from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid
 from mlxserver.engine.loading import kinds
-from mlxserver.engine.loading.download.download import DiskFull, Download, Report, check_disk, fetch_now, list_files
+from mlxserver.engine.loading.download.download import Download, NoSpace, Report, check_disk, fetch_now, list_files
 from mlxserver.engine.loading.download.manifest import Manifest
-from mlxserver.engine.loading.download.transfer import DigestWrong
+from mlxserver.engine.loading.download.transfer import Busy, DigestWrong
 from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
 
 WEIGHTS = "model*.safetensors"
 DENSE_WEIGHTS = "*_Dense/model*.safetensors"  # of embedding models: layers behind the pooling
 NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
 REACH = "could not be fetched from the Hugging Face hub"
+STAYS = "What has arrived stays, and the same command goes on from there"
 REFUSALS = (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
 
 
@@ -37,7 +38,7 @@ def snapshot(source: str, repository: str, revision: str | None, progress: Repor
     except (LoadAborted, SourceInvalid):
         raise
     except Exception as error:
-        raise SourceInvalid(source, _explain(error, revision)) from None
+        raise failure(source, error, revision) from None
     if not (directory / "config.json").is_file():
         raise SourceInvalid(source, NO_CONFIG)
     return directory
@@ -56,12 +57,12 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
             return _remote_metadata(manifest)
         directory = cached_snapshot(repository, revision)
         if directory is None:
-            raise SourceInvalid(source, _unreachable())
+            raise HubUnavailable(source, _unreachable())
         config = read_config(directory / "config.json")
     except SourceInvalid:
         raise
     except Exception as error:
-        raise SourceInvalid(source, _explain(error, revision)) from None
+        raise failure(source, error, revision) from None
     stored = sum(weights.stat().st_size for weights in directory.glob(WEIGHTS))
     return CheckpointMetadata(config, stored, kinds.find_kind(config, pools=kinds.pools(directory)))
 
@@ -103,8 +104,8 @@ def missing_bytes(source: str, repository: str, revision: str | None) -> int:
     wanted = manifest.named(*_file_patterns())
     try:
         check_disk(wanted)
-    except DiskFull as error:
-        raise SourceInvalid(source, str(error)) from None
+    except NoSpace as error:
+        raise failure(source, error, revision) from None
     return wanted.missing_bytes
 
 
@@ -115,7 +116,7 @@ def _manifest(source: str, repository: str, revision: str | None) -> Manifest | 
     except Exception as error:
         if not isinstance(error, REFUSALS) and cached_snapshot(repository, revision):
             return None
-        raise SourceInvalid(source, _explain(error, revision)) from None
+        raise failure(source, error, revision) from None
     if manifest.find("config.json") is None:
         raise SourceInvalid(source, NO_CONFIG)
     return manifest
@@ -130,25 +131,29 @@ def _file_patterns() -> list[str]:
     return [*(pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"), DENSE_WEIGHTS]
 
 
-def _explain(error: Exception, revision: str | None) -> str:
+def failure(source: str, error: Exception, revision: str | None) -> SourceInvalid:
     """The reason of an error, and what would help."""
     match error:
         case errors.GatedRepoError():
-            return "access is restricted: accept its terms on the hub and set HF_TOKEN"
+            return SourceInvalid(source, "access is restricted: accept its terms on the hub and set HF_TOKEN")
         case errors.RevisionNotFoundError():
-            return f"the repository has no revision {revision!r}"
+            return SourceInvalid(source, f"the repository has no revision {revision!r}")
         case errors.RepositoryNotFoundError():
-            return "no such repository on the hub (or a private one: set HF_TOKEN)"
+            return SourceInvalid(source, "no such repository on the hub (or a private one: set HF_TOKEN)")
         case errors.HfHubHTTPError() if error.response.status_code == 401:
-            return "the hub does not take the token: set HF_TOKEN to a valid one"
-        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError() | httpx.TransportError():
-            return _unreachable()
-        case DiskFull() | DigestWrong():
-            return f"{error}; files that are complete stay, and the same command fetches the others"
+            return SourceInvalid(source, "the hub does not take the token: set HF_TOKEN to a valid one")
+        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+            return HubUnavailable(source, _unreachable())
+        case NoSpace():
+            return DiskFull(source, str(error))
         case OSError(errno=errno.ENOSPC):
-            return f"the disk of {cache()} is full; what has arrived stays, and the same command goes on from there"
+            return DiskFull(source, f"the disk of {cache()} is full. {STAYS}")
+        case DigestWrong() | Busy():
+            return HubUnavailable(source, f"{error}. {STAYS}")
+        case httpx.TransportError():
+            return HubUnavailable(source, _unreachable())
         case _:  # the hub's and the transport's errors are of many kinds
-            return f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}"
+            return HubUnavailable(source, f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def _unreachable() -> str:

@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import errors
@@ -28,7 +29,7 @@ SPARE = 1 << 30  # bytes that stay free on the disk
 Report = Callable[[str, int, int], None]  # stage, bytes that are done, all bytes
 
 
-class DiskFull(Exception):
+class NoSpace(Exception):
     """The files do not fit on the disk."""
 
     def __init__(self, missing: int, cache: Path, free: int) -> None:
@@ -50,7 +51,7 @@ class Download:
         """The snapshot, once it is complete. Blocks; what `report` raises stops it.
 
         Raises:
-            DiskFull, DigestWrong, OSError, and what huggingface_hub raises
+            NoSpace, DigestWrong, OSError, and what huggingface_hub raises
         """
         check_disk(self._manifest)
         queue = iter(self._missing)
@@ -84,7 +85,7 @@ class Download:
             if file is None:
                 return
             try:
-                fetch(self._manifest, file, lambda reason, seconds, file=file: self._pause(file, reason, seconds))
+                fetch(self._manifest, file, partial(self._pause, file))
             except Stopped:
                 return
             except Exception as error:
@@ -127,8 +128,8 @@ def list_files(repository: str, revision: str | None) -> Manifest:
 
 
 def check_disk(manifest: Manifest) -> None:
-    """Raises DiskFull if what is missing does not fit."""
+    """Raises NoSpace if what is missing does not fit."""
     cache, missing = manifest.cache, manifest.missing_bytes
     free = shutil.disk_usage(next(path for path in (cache, *cache.absolute().parents) if path.exists())).free
     if missing and missing + SPARE > free:
-        raise DiskFull(missing, cache, free)
+        raise NoSpace(missing, cache, free)

@@ -139,7 +139,8 @@ def _check(response: Any) -> None:
 
 def _continues(response: Any, held: int) -> bool:
     """Whether an answer goes on where the file ends; a server without ranges sends all of it."""
-    return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+    content_range = str(response.headers.get("Content-Range", ""))
+    return bool(response.status_code == 206 and content_range.startswith(f"bytes {held}-"))
 
 
 def _write(file: Any, data: bytes) -> None:
