@@ -66,9 +66,11 @@ class Hub(BaseHTTPRequestHandler):
         repository = "/".join(path.split("/")[:2])
         if repository not in ("org/tiny", "org/private"):
             return self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
-        if path.split("/")[2:3] == ["revision"] and path.split("/")[3] not in ("main", COMMIT):
+        if path.split("/")[2:3] == ["revision"] and path.split("/")[3] not in ("main", self.server.commit):
             return self.reply(b"", 404, {"X-Error-Code": "RevisionNotFound"})
-        return self.reply(json.dumps({"id": repository, "sha": COMMIT, "siblings": self.siblings(query)}).encode())
+        return self.reply(
+            json.dumps({"id": repository, "sha": self.server.commit, "siblings": self.siblings(query)}).encode()
+        )
 
     def siblings(self, query):
         if "blobs" not in query or self.server.is_mirror:
@@ -108,7 +110,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def reply(self, body, status=200, headers=()):
         self.send_response(status)
-        for name, value in {"Content-Length": len(body), "X-Repo-Commit": COMMIT, **dict(headers)}.items():
+        for name, value in {"Content-Length": len(body), "X-Repo-Commit": self.server.commit, **dict(headers)}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -147,6 +149,7 @@ def hub_of(files):
     server = _Server(("127.0.0.1", 0), Hub)
     server.files, server.cuts, server.wrong, server.delay, server.sent = files, 0, 0, 0.0, 0
     server.interrupts = server.ignores_ranges = server.is_mirror = False
+    server.commit = COMMIT
     server.answers, server.asked, server.listed = [], [], []
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
