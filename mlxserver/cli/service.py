@@ -97,8 +97,7 @@ class Launchd:
         agent = plistlib.loads((UNITS / f"{NAME}.plist").read_bytes())
         agent |= {"ProgramArguments": [*command], "WorkingDirectory": str(FOLDER)}
         agent |= {"StandardOutPath": str(self.log), "StandardErrorPath": str(self.log)}
-        if variables:
-            agent["EnvironmentVariables"] = dict(variables)
+        agent["EnvironmentVariables"] = {**agent["EnvironmentVariables"], **variables}
         return plistlib.dumps(agent, sort_keys=False)
 
     def commands(self, action: str) -> list[list[str]]:

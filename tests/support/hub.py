@@ -32,7 +32,7 @@ def digest(name, body):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repository org/tiny, and org/private, which is the same for those with a token. server: has files and faults."""
+    """Repositories that have the same files; org/private has them for a token alone. server: has files and faults."""
 
     def do_GET(self):
         url = urlsplit(self.path)  # a whole one, where it is asked as a proxy
@@ -64,7 +64,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def list_files(self, path, query):
         repository = "/".join(path.split("/")[:2])
-        if repository not in ("org/tiny", "org/private"):
+        if repository not in self.server.repositories:
             return self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
         if path.split("/")[2:3] == ["revision"] and path.split("/")[3] not in ("main", self.server.commit):
             return self.reply(b"", 404, {"X-Error-Code": "RevisionNotFound"})
@@ -149,7 +149,7 @@ def hub_of(files):
     server = _Server(("127.0.0.1", 0), Hub)
     server.files, server.cuts, server.wrong, server.delay, server.sent = files, 0, 0, 0.0, 0
     server.interrupts = server.ignores_ranges = server.is_mirror = False
-    server.commit = COMMIT
+    server.commit, server.repositories = COMMIT, {"org/tiny", "org/private"}
     server.answers, server.asked, server.listed = [], [], []
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
