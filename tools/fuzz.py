@@ -1,9 +1,9 @@
 """Fuzzing of a running server with thousands of hostile requests to all of its endpoints (tools/hostile.py).
 
-Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0] [--json]. It prints how many answers of which
-status each dialect gave. Exit status 1 if a promise was broken:
+Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0] [--timeout 30] [--json]. It prints how
+many answers of which status each dialect gave. Exit status 1 if a promise was broken:
 
-Promise 1: every request is answered, or its connection closed, within TIMEOUT seconds; never with a 5xx. So few clients
+Promise 1: every request is answered, or its connection closed, within the time-out; never with a 5xx. So few clients
 never overload it: 503 and 507 are faults, too.
 Promise 2: an answer has the shape that the OpenAPI document gives it, or is an error in the shape of the endpoint's
 API, and short.
@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from tools.hostile_answers import fault_of
 from tools.hostile_bodies import MODEL, RESPONSE, TALKER, VECTORS
 from tools.raw_http import Answer, Malformed, Wire, request
 
-TIMEOUT = 30.0
+TIMEOUT = 30.0  # seconds; of an idle machine
 WORKERS = 16
 MOST_FAULTS = 30  # after so many it ends
 KEPT_IDS = 50  # of responses
@@ -51,9 +52,10 @@ class Broken(Exception):
 @dataclass
 class Report:
     """What came of a run. outcomes: number of answers by target and status. sizes: the server's memory in bytes, before
-    the run and after each part.
+    the run and after each part. slowest: seconds of the answer that took longest.
     """
 
+    slowest: float = 0.0
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -81,19 +83,23 @@ class Report:
             each = ", ".join(f"{status}: {count}" for status, count in statuses.items())
             rows.append(f"{target:<20} {sum(statuses.values()):>7}  {each}")
         in_mib = ", ".join(f"{size / 2**20:.1f}" for size in self.sizes)
+        rows.append(f"slowest answer: {self.slowest:.1f} s")
         rows.append(f"MiB before, and after each part: {in_mib}; ratio of the last to the first: {self.growth:.3f}")
         return "\n".join([*rows, f"faults: {len(self.faults)}", *self.faults])
 
     def as_json(self) -> str:
         """The same as JSON."""
-        return json.dumps({"outcomes": self.by_target, "bytes": self.sizes, "faults": self.faults}, indent=2)
+        return json.dumps(
+            {"outcomes": self.by_target, "bytes": self.sizes, "slowest": self.slowest, "faults": self.faults}, indent=2
+        )
 
 
 class Fuzz:
     """Clients of one run."""
 
-    def __init__(self, port: int, seed: int) -> None:
+    def __init__(self, port: int, seed: int, max_wait: float) -> None:
         self._port = port
+        self._max_wait = max_wait
         self._hostile = Hostile(seed)
         self._responses: deque[str] = deque(maxlen=KEPT_IDS)  # ids of responses that may be kept
         self.report = Report()
@@ -129,7 +135,7 @@ class Fuzz:
         return int(float(figure[1]))
 
     async def _ask(self, data: bytes) -> Answer:
-        wire = await Wire.connect(self._port, TIMEOUT)
+        wire = await Wire.connect(self._port, self._max_wait)
         try:
             await wire.send(data)
             answer = await wire.answer()
@@ -140,11 +146,12 @@ class Fuzz:
         return answer
 
     async def _try(self, case: Case) -> None:
-        wire = await Wire.connect(self._port, TIMEOUT)
+        wire = await Wire.connect(self._port, self._max_wait)
         kept = self._responses[0] if self._responses else RESPONSE
         self._responses.rotate()
         data = case.data.replace(RESPONSE.encode(), kept.encode())
         fault: str | None = None
+        start = time.monotonic()
         try:
             await wire.send(data)
             if case.is_cut:
@@ -152,11 +159,12 @@ class Fuzz:
             else:
                 fault = await self._judge(case, wire)
         except TimeoutError:
-            fault = f"no answer after {TIMEOUT:g} seconds"
+            fault = f"no answer after {self._max_wait:g} seconds"
         except (Malformed, asyncio.IncompleteReadError, ValueError, KeyError) as error:
             fault = f"{type(error).__name__} {error}"
         finally:
             wire.hang_up()
+        self.report.slowest = max(self.report.slowest, time.monotonic() - start)
         if fault:
             self.report.faults.append(f"{case.name}: {fault}; asked {data[:2000]!r}")
 
@@ -177,13 +185,13 @@ class Fuzz:
         return None
 
 
-async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0) -> Report:
+async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0, max_wait: float = TIMEOUT) -> Report:
     """Send hostile requests to a server with the models of write_models().
 
-    warm: number of other requests before, as what the allocator keeps for several large bodies at once is no leak.
+    max_wait: seconds for an answer. warm: number of other requests before, as what the allocator keeps for several large bodies at once is no leak.
     Raises Broken if the server is not healthy between them.
     """
-    run = Fuzz(port, seed)
+    run = Fuzz(port, seed, max_wait)
     await run.run(warm)
     run.report.outcomes.clear()
     run.report.sizes.append(await run.check_health())
@@ -218,13 +226,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--warm", type=int, default=10_000, help="requests before the memory is measured")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds, for each answer")
     parser.add_argument("--growth", type=float, default=1.05, help="allowed ratio of the memory at the end")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         config = write_models(Path(directory))
         with running_server(*FLAGS, "--config", str(config)) as server:
-            report = asyncio.run(fuzz(server.port, arguments.requests, arguments.warm, arguments.seed))
+            options = arguments.requests, arguments.warm, arguments.seed, arguments.timeout
+            report = asyncio.run(fuzz(server.port, *options))
             ended = server.stop()
     print(report.as_json() if arguments.json else report)
     print(ended.stderr, file=sys.stderr, end="")
