@@ -188,7 +188,8 @@ class Fuzz:
 async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0, max_wait: float = TIMEOUT) -> Report:
     """Send hostile requests to a server with the models of write_models().
 
-    max_wait: seconds for an answer. warm: number of other requests before, as what the allocator keeps for several large bodies at once is no leak.
+    max_wait: seconds for an answer. warm: number of other requests before, as what the allocator keeps for several
+    large bodies at once is no leak.
     Raises Broken if the server is not healthy between them.
     """
     run = Fuzz(port, seed, max_wait)
