@@ -1,6 +1,7 @@
 """What real programs send in each dialect beside chat completions, entry by entry, and the status that it gets."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -331,3 +332,29 @@ def test_models_have_the_shape_of_the_client(server):
     page = server.ask("GET", "/v1/models", None, {"x-api-key": KEY, "anthropic-version": "2023-06-01"}).json
     assert {"data", "has_more", "first_id", "last_id"} <= page.keys()
     assert page["data"][0]["type"] == "model"
+
+
+LARK = "start: move+\nmove: LETTER DIGIT LF\n%import common.LETTER\n%import common.DIGIT\n%import common.LF"
+
+
+@pytest.mark.parametrize(
+    ("syntax", "definition", "expected"),
+    [("regex", '[a-h][1-8]"?', '[a-h][1-8]"?'), ("lark", LARK, "([A-Za-z][0-9]\\n)+")],
+)
+def test_a_forced_custom_tool_gets_a_text_of_its_grammar(server, syntax, definition, expected):
+    form = {"type": "grammar", "syntax": syntax, "definition": definition}
+    asked = {"tools": [{"type": "custom", "name": "play", "format": form}], "max_output_tokens": 400}
+    choice = {"tool_choice": {"type": "custom", "name": "play"}, "model": "tiny", "seed": 1}
+    (item,) = ask(server, RESPONSES, {"x-api-key": KEY}, **asked, **choice).json["output"]
+    assert (item["type"], item["name"]) == ("custom_tool_call", "play")
+    if item["status"] == "completed":
+        assert re.fullmatch(expected, item["input"])
+    else:
+        assert re.match(expected, item["input"])
+
+
+def test_a_wrong_expression_of_a_custom_tool_is_refused_with_its_place(server):
+    form = {"type": "grammar", "syntax": "regex", "definition": "(?=x)"}
+    answer = ask(server, RESPONSES, {"x-api-key": KEY}, tools=[{"type": "custom", "name": "play", "format": form}])
+    assert answer.status == 400
+    assert answer.json["error"]["param"].startswith("tools[0].format")
