@@ -37,6 +37,7 @@ class Outcome:
     compile_steps: bool
     pad_slots: bool
     bucket_prefill: bool
+    bucket_attention: bool
     prompts: PromptSharing
     batch_cache: CacheKind
     reasons: tuple[str, ...] = ()
@@ -63,7 +64,7 @@ class Outcome:
 
 
 _PATHS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("compile_steps", "pad_slots", "bucket_prefill"), (False, True)),
+    **dict.fromkeys(("compile_steps", "pad_slots", "bucket_prefill", "bucket_attention"), (False, True)),
     "prompts": get_args(PromptSharing),
     "batch_cache": get_args(CacheKind),
 }
