@@ -37,10 +37,10 @@ class Outcome:
     compile_steps: bool
     pad_slots: bool
     bucket_prefill: bool
-    bucket_attention: bool
     prompts: PromptSharing
     batch_cache: CacheKind
     reasons: tuple[str, ...] = ()
+    bucket_attention: bool = False
 
     @staticmethod
     def of(policy: ExecutionPolicy, *reasons: str) -> Outcome:
