@@ -33,6 +33,7 @@ class ExecutionPolicy:
     pad_slots: decode steps compute unused slots and unused capacity too, so that shapes recur.
     bucket_prefill: prompts of models with plain KV caches are padded to chunks of few lengths.
     bucket_attention: attention of other prompts is padded to few numbers of tokens and keys (attention_shapes.py).
+    sum_convolutions: short convolutions are sums, which need no plan per number of tokens (short_convolutions.py).
     round_chunks: other chunks are budgeted in powers of two.
     warm_up_all_batch_sizes: every power of two up to max_running is warmed up, because kernels are made by shape.
     fuse_projections: projections of one input become one product (loading/fused_projections.py).
@@ -56,6 +57,7 @@ class ExecutionPolicy:
     pad_slots: bool
     bucket_prefill: bool
     bucket_attention: bool
+    sum_convolutions: bool
     round_chunks: bool
     warm_up_all_batch_sizes: bool
     fuse_projections: bool
@@ -86,6 +88,7 @@ CPU = ExecutionPolicy(
     pad_slots=False,
     bucket_prefill=False,
     bucket_attention=False,
+    sum_convolutions=False,
     round_chunks=False,
     warm_up_all_batch_sizes=False,
     fuse_projections=False,
@@ -105,6 +108,7 @@ METAL = ExecutionPolicy(
     pad_slots=True,
     bucket_prefill=False,
     bucket_attention=False,
+    sum_convolutions=False,
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=False,
@@ -124,6 +128,7 @@ CUDA = ExecutionPolicy(
     pad_slots=True,
     bucket_prefill=True,
     bucket_attention=True,
+    sum_convolutions=True,
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=True,
