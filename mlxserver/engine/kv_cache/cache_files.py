@@ -105,24 +105,35 @@ def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> 
 
 def _save_through(buffer: Buffer, path: Path, stacks: Sequence[mx.array], metadata: dict[str, str]) -> None:
     header: dict[str, Any] = {"__metadata__": metadata}
-    pieces, copies, start, offset = list[memoryview](), list[mx.array](), 0, 0
+    offset = 0
     for number, stack in enumerate(stacks):
         end = offset + stack.nbytes
-        header[str(number)] = {
-            "dtype": _NAMES[stack.dtype],
-            "shape": list(stack.shape),
-            "data_offsets": [offset, end],
-        }
-        if stack.size:
-            copies.append(buffer.download(stack, start))
-            pieces.append(buffer.memory[start : start + stack.nbytes])
-        start, offset = start + pinned_memory.aligned(stack.nbytes), end
-    mx.eval(copies)
+        header[str(number)] = {"dtype": _NAMES[stack.dtype], "shape": stack.shape, "data_offsets": [offset, end]}
+        offset = end
     encoded = json.dumps(header).encode()
     with path.open("xb", buffering=0) as file:
-        for piece in (memoryview(len(encoded).to_bytes(8, "little") + encoded), *pieces):
-            while len(piece):
-                piece = piece[file.write(piece) :]
+        _write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+        for places in _places([stack.nbytes for stack in stacks], buffer):
+            mx.eval([buffer.download(stacks[number], start) for number, start in places if stacks[number].size])
+            for number, start in places:
+                _write_all(file, buffer.memory[start : start + stacks[number].nbytes])
+
+
+def _write_all(file: FileIO, content: memoryview) -> None:
+    while len(content):
+        content = content[file.write(content) :]
+
+
+def _places(sizes: Sequence[int], buffer: Buffer) -> Iterator[list[tuple[int, int]]]:
+    """Where arrays of these bytes are in a buffer, number and start, as many at a time as it has room for."""
+    places, start = list[tuple[int, int]](), 0
+    for number, nbytes in enumerate(sizes):
+        if places and start + nbytes > len(buffer.memory):
+            yield places
+            places, start = [], 0
+        places.append((number, start))
+        start += pinned_memory.aligned(nbytes)
+    yield places
 
 
 def read(path: Path, buffer: Buffer | None = None) -> StoredPart:
@@ -147,37 +158,55 @@ def _load(path: Path) -> Loaded:
 
 
 def _load_through(buffer: Buffer, file: FileIO, head: bytes) -> Loaded | None:
-    """What a file has, to be evaluated before the buffer is used again; None for one larger than the buffer.
+    """What a file has, evaluated; None if an array is larger than the buffer.
 
     Raises ValueError, KeyError, TypeError, AttributeError for a damaged one.
     """
-    size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(head[:8], "little")
-    if length > min(size, _LARGEST_HEADER):
+    if length > min(os.fstat(file.fileno()).st_size, _LARGEST_HEADER):
         raise ValueError("no header")
     while len(head) < 8 + length:
         head += file.read(8 + length - len(head)) or _cut_short()
     header = json.loads(head[8 : 8 + length])
     metadata = header.pop("__metadata__")
-    arrays, start = dict[str, mx.array](), 0
-    if sum(pinned_memory.aligned(_nbytes(stated)) for stated in header.values()) > len(buffer.memory):
+    stated = [_Stated.of(name, own) for name, own in header.items()]
+    if max((own.nbytes for own in stated), default=0) > len(buffer.memory):
         return None
-    for name, stated in header.items():
-        dtype, shape, (begin, end) = _TYPES[stated["dtype"]], stated["shape"], stated["data_offsets"]
-        if math.prod(shape) * dtype.size != end - begin or min([end - begin, begin, *shape]) < 0:
-            raise ValueError("an array of another size")
-        place = buffer.memory[start : start + end - begin]
-        while len(place):
-            place = place[os.preadv(file.fileno(), [place], 8 + length + end - len(place)) or _cut_short() :]
-        arrays[name] = buffer.upload(start, shape, dtype) if end > begin else mx.zeros(shape, dtype)
-        start += pinned_memory.aligned(end - begin)
-    mx.eval(list(arrays.values()))
+    arrays: dict[str, mx.array] = {}
+    for places in _places([own.nbytes for own in stated], buffer):
+        for number, start in places:
+            own = stated[number]
+            _read_all(file, buffer.memory[start : start + own.nbytes], 8 + length + own.begin)
+            arrays[own.name] = (
+                buffer.upload(start, own.shape, own.dtype) if own.nbytes else mx.zeros(own.shape, own.dtype)
+            )
+        mx.eval([arrays[stated[number].name] for number, _ in places])
     return arrays, metadata
 
 
-def _nbytes(stated: dict[str, Any]) -> int:
-    begin, end = stated["data_offsets"]
-    return int(end - begin)
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """An array as a header states it. begin: of its bytes, behind the header."""
+
+    name: str
+    dtype: mx.Dtype
+    shape: Sequence[int]
+    begin: int
+    nbytes: int
+
+    @staticmethod
+    def of(name: str, stated: dict[str, Any]) -> _Stated:
+        """Raises ValueError for one that can't be."""
+        dtype, shape, (begin, end) = _TYPES[stated["dtype"]], stated["shape"], stated["data_offsets"]
+        if math.prod(shape) * dtype.size != end - begin or min([begin, *shape]) < 0:
+            raise ValueError("an array of another size")
+        return _Stated(name, dtype, shape, begin, end - begin)
+
+
+def _read_all(file: FileIO, place: memoryview, offset: int) -> None:
+    while len(place):
+        count = os.preadv(file.fileno(), [place], offset) or _cut_short()
+        place, offset = place[count:], offset + count
 
 
 def _cut_short() -> Never:
@@ -185,7 +214,7 @@ def _cut_short() -> Never:
 
 
 def _fits(stacks: Sequence[mx.array], buffer: Buffer) -> bool:
-    return sum(pinned_memory.aligned(stack.nbytes) for stack in stacks) <= len(buffer.memory)
+    return max((stack.nbytes for stack in stacks), default=0) <= len(buffer.memory)
 
 
 @functools.lru_cache(maxsize=64)

@@ -57,6 +57,15 @@ class DiskReader:
             return None
         return self._jobs.submit(self._restore, model, tokens, beyond, plan, keep)
 
+    def prepare(self) -> None:
+        """Make the buffers that files are read into."""
+        if not self._is_closed:
+            self._jobs.submit(self._prepare)
+
+    def _prepare(self) -> None:
+        with streams.thread_stream():
+            pinned_memory.reserve()
+
     def close(self) -> None:
         """End the threads, once they have read what they are at."""
         self._is_closed = True

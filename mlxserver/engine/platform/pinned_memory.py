@@ -26,7 +26,7 @@ from mlxserver.engine.platform import device
 
 log = logging.getLogger("engine")
 
-BUFFER_BYTES = 32 << 20
+BUFFER_BYTES = 16 << 20
 _BUFFERS = 9  # most of them: of the threads that read, and the one that writes
 _ALIGNED = 16  # bytes that a thread of a kernel copies at once
 _BLOCKS, _THREADS = 64, 256  # enough to fill the bus, and few enough to leave other kernels their share
@@ -101,6 +101,12 @@ def borrowed() -> Iterator[Buffer | None]:
             _free.put(buffer)
 
 
+def reserve() -> None:
+    """Make all buffers, and compile what copies, so that no copy has to wait for that."""
+    while (buffer := _made()) is not None:
+        _free.put(buffer)
+
+
 def aligned(nbytes: int) -> int:
     """The next multiple of the bytes at which arrays may begin in a buffer."""
     return -(-nbytes // _ALIGNED) * _ALIGNED
@@ -113,16 +119,21 @@ for _ in range(_BUFFERS):
 
 
 def _taken() -> Buffer | None:
-    if not is_available():
-        return None
     try:
         return _free.get_nowait()
     except queue.Empty:
-        try:
+        return _made()
+
+
+def _made() -> Buffer | None:
+    """A new buffer; None where there is no page-locked memory, or no more."""
+    try:
+        if is_available():
             _tickets.get_nowait()
             return PinnedBuffer()
-        except (queue.Empty, OSError):
-            return None
+    except (queue.Empty, OSError):
+        pass
+    return None
 
 
 @functools.cache
