@@ -85,6 +85,15 @@ def test_attention_is_what_it_is_without_padding(kind, tokens, keys):
     assert all(mx.array_equal(ragged.attention(*arguments), expected) for _ in range(2))
 
 
+@pytest.mark.parametrize("tokens, dim", [(1, 16), (40, 256)])
+def test_what_needs_no_plan_is_not_padded(tokens, dim, shapes):
+    queries, keys = (mx.zeros((1, 2, count, dim)) for count in (tokens, 50))
+    mask = mx.ones((tokens, 50), dtype=mx.bool_)
+    with attention_shapes.padded():
+        assert ragged.attention(queries, keys, keys, None, 1.0, mask).shape == queries.shape
+    assert shapes <= {(queries.shape, keys.shape, keys.shape)}
+
+
 def test_lengths_are_few_and_less_than_half_as_long_again():
     lengths = {few_lengths(length, 256) for length in range(1, 40_000)}
     assert len(lengths) == 16

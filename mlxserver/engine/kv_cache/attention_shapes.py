@@ -17,6 +17,7 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 _LEAST_QUERIES, _LEAST_KEYS = 32, 256
+_WIDEST = 128  # values per head that cuDNN takes; MLX computes others in steps that need no plan
 
 Mask = mx.array | str | None
 Attend = Callable[..., mx.array]  # as mlx_lm.models.base.scaled_dot_product_attention
@@ -71,7 +72,7 @@ def attention(
 ) -> mx.array:
     """attend() of these, padded where padded() says so. queries: [batch, heads, tokens, dim]."""
     masks = _local.masks
-    if masks is None or queries.shape[2] == 1 or not isinstance(keys, mx.array) or hasattr(cache, "bits"):
+    if masks is None or not _is_planned(queries, keys, values, cache):
         return attend(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     tokens, present = queries.shape[2], keys.shape[2]
     all_tokens, all_keys = few_lengths(tokens, _LEAST_QUERIES), few_lengths(present, _LEAST_KEYS)
@@ -87,6 +88,12 @@ def attention(
         sinks=sinks,
     )
     return result[:, :, :tokens]
+
+
+def _is_planned(queries: mx.array, keys: Any, values: Any, cache: Any) -> bool:
+    """Whether the attention of these is planned; that of one token is not."""
+    is_quantized = hasattr(cache, "bits") or not isinstance(keys, mx.array)
+    return not is_quantized and queries.shape[2] > 1 and max(queries.shape[3], values.shape[3]) <= _WIDEST
 
 
 def _longer(array: mx.array, length: int) -> mx.array:
