@@ -20,6 +20,7 @@ from mlxserver.engine.mlx import mx
 
 from mlx_lm.models import base
 
+from mlxserver.engine.kv_cache import attention_shapes
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow
 from mlxserver.engine.platform import cuda_attention
 
@@ -79,7 +80,7 @@ def ragged_layers(classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = Fal
 def attention(
     queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
 ) -> mx.array:
-    """As mlx_lm.models.base.scaled_dot_product_attention, for ragged keys and values too.
+    """As mlx_lm.models.base.scaled_dot_product_attention, for ragged keys and values too, and in few shapes if asked.
 
     queries: [rows, heads, tokens, dim].
 
@@ -87,8 +88,7 @@ def attention(
         TypeError: ragged keys with a mask that is not ragged, or is none.
     """
     if not isinstance(keys, Ragged):
-        result: mx.array = _attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-        return result
+        return attention_shapes.attention(_attention, queries, keys, values, cache, scale, mask, sinks)
     if not (isinstance(values, Ragged) and isinstance(mask, Ragged)):
         raise TypeError("ragged keys need ragged values and a ragged mask")
     if mask.offsets is not None and sinks is None and cuda_attention.supports(queries, keys.parts, values.parts):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache import attention_shapes, caches, ragged
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
 from mlxserver.engine.loading.metadata import attention_heads, model_arguments
 from mlxserver.engine.platform import cpu_kernels
@@ -91,6 +91,9 @@ class PlainPrefill:
         heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
         self._attention = AttentionMemory(heads, policy, 0 if caches.has_attention(model) else STATE_REACH)
         self._rounds = policy.round_chunks
+        self._pads_attention = policy.bucket_attention
+        if self._pads_attention:
+            ragged.bind()
         self._may_share = policy.prompts != "alone"
         self._may_pad = policy.prompts == "padded" and not caches.keeps_state(model)
         self.yields_cores = policy.parallel_models
@@ -119,7 +122,7 @@ class PlainPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        with cpu_kernels.layer_by_layer(beside_peers):
+        with cpu_kernels.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
             return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
 
     def _run_alone(self, chunk: Chunk) -> int:
@@ -133,7 +136,7 @@ class PlainPrefill:
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt."""
         tokens = prompt.next(self._attention.fit(min(budget, _SCORED), prompt.done))
-        with cpu_kernels.layer_by_layer(beside_peers):
+        with cpu_kernels.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
             logits = self._model(mx.array([tokens]), cache=prompt.cache)
             measured = _measure(prompt, logits, len(tokens))
             mx.eval([layer.state for layer in prompt.cache], measured)
