@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from mlxserver.config.fields import Identity, Live, Range, Shared, Size
 from mlxserver.config.http import FILES, HttpSettings
@@ -17,11 +17,15 @@ from mlxserver.config.http import FILES, HttpSettings
 ModelType = Literal["thinking", "instruction"]
 Kind = Literal["text", "embedding"]
 Shard = Literal["tensor", "pipeline"]
+KVBits = Literal[4, 8]
+KVGroupSize = Literal[32, 64, 128]
 LogFormat = Literal["text", "json"]
 UnclosedThinking = Literal["reasoning", "content"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
 UnknownParameters = Literal["refuse", "ignore"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
+
+KV_GROUP_SIZES: tuple[int, ...] = get_args(KVGroupSize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class ModelSpec:
     cap. aliases: more names in requests, or patterns of names. pin: never evicted. ttl: idle seconds until it is
     unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
     several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
-    the model ended inside its reasoning; "content" gives it as both.
+    the model ended inside its reasoning; "content" gives it as both. kv_bits: bits per value of the KV cache, None
+    keeps keys and values as they are computed; kv_group_size: values that share a scale then.
     """
 
     key: Annotated[str, Shared()]
@@ -60,6 +65,8 @@ class ModelSpec:
     unclosed_thinking: UnclosedThinking = "reasoning"
     kind: Annotated[Kind | None, Identity()] = None
     min_context: Annotated[int, Range(16), Shared()] = 4096
+    kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
+    kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
 
 
 @dataclass(frozen=True, slots=True)

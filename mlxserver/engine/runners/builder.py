@@ -87,7 +87,8 @@ class Builder:
 
     def build_embedding(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
         """Load an embedding model and warm it up. It has neither KV cache nor prefixes."""
-        if setting := "shard" if spec.shard else "adapter" if spec.adapter else None:
+        settings = {"shard": spec.shard, "adapter": spec.adapter, "kv_bits": spec.kv_bits}
+        if setting := next((name for name, value in settings.items() if value), None):
             raise LoadFailed(spec.key, f"it is an embedding model, which can't have {setting!r}")
         model = embedding_model.load(spec, progress=progress, policy=self._policy)
         batch = EmbeddingBatch(
