@@ -6,6 +6,7 @@ each. Their format follows from their shapes and the dimension of the vectors th
 Rule 1: everything but attention moves these arrays as it does plain ones, along the axes of sequences and tokens.
 Rule 2: a decode step reads them as they are. Of a chunk each layer is dequantised first: MLX's quantised products take
         four to eight times as long there on a CPU, and would write the scores out on a GPU.
+Rule 3: what MLX quantises or multiplies is contiguous: on CUDA it has no products of other arrays.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class QuantizedCache(QuantizedKVCache):  # type: ignore[misc]
         keys, values, self.offset, self.group_size, self.bits = state
         self.keys, self.values = keys and tuple(keys), values and tuple(values)  # lists, if they were in a file
 
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Quantized, Quantized]:
+        """Write tokens, [1, heads, tokens, dim]."""
+        fetched: tuple[Quantized, Quantized] = super().update_and_fetch(mx.contiguous(keys), mx.contiguous(values))
+        return fetched
+
     def size(self) -> int:
         """Tokens."""
         return int(self.offset)
@@ -77,7 +83,8 @@ class BatchQuantizedCache(CacheList):  # type: ignore[misc]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Quantized, Quantized]:
         """Write tokens, [batch, heads, tokens, dim]."""
-        own_keys, own_values = (mx.quantize(array, self.group_size, self.bits) for array in (keys, values))
+        kv = KVFormat(self.bits, self.group_size)
+        own_keys, own_values = quantize(keys, kv), quantize(values, kv)
         fetched = [part.update_and_fetch(*own) for part, *own in zip(self.caches, own_keys, own_values, strict=True)]
         words, scales, biases = fetched
         return (words[0], scales[0], biases[0]), (words[1], scales[1], biases[1])
@@ -133,14 +140,23 @@ def as_stored(array: mx.array, stored: Stored) -> Stored:
     """New keys or values, [batch, heads, tokens, dim], in the form of those that are stored."""
     if not isinstance(stored, tuple):
         return array
-    kv = _format(stored, array.shape[-1])
-    words, scales, biases = mx.quantize(array, kv.group_size, kv.bits)
+    return quantize(array, _format(stored, array.shape[-1]))
+
+
+def quantize(array: mx.array, kv: KVFormat) -> Quantized:
+    """Quantised keys or values, [batch, heads, tokens, dim]."""
+    words, scales, biases = mx.quantize(mx.contiguous(array), kv.group_size, kv.bits)
     return words, scales, biases
 
 
 def dequantized(stored: Quantized, kv: KVFormat) -> mx.array:
     """Keys or values, [batch, heads, tokens, dim]."""
     return mx.dequantize(*stored, group_size=kv.group_size, bits=kv.bits)
+
+
+def can_decode(queries: mx.array) -> bool:
+    """Whether decode_attention() can have these, as far as their shape says it: CUDA multiplies whole 64 values."""
+    return queries.shape[2] == 1 and queries.shape[3] % 64 == 0
 
 
 def format_of(queries: mx.array, keys: Quantized) -> KVFormat:
@@ -158,15 +174,21 @@ def decode_attention(queries: mx.array, keys: Quantized, values: Quantized, scal
     batch, heads, _, dim = queries.shape
     groups = keys[0].shape[1]
     rows = (queries * scale).reshape(batch, groups, heads // groups, dim)
-    scores = mx.quantized_matmul(rows, *keys, transpose=True, group_size=kv.group_size, bits=kv.bits)
+    scores = _product(rows, keys, kv, transpose=True)
     if isinstance(mask, mx.array):  # "causal" masks nothing of one token's
         if mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask.reshape(mask.shape[0], groups, heads // groups, -1)
         is_bool = mask.dtype == mx.bool_
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min) if is_bool else scores + mask
     weights = mx.softmax(scores, axis=-1, precise=True)
-    read = mx.quantized_matmul(weights, *values, transpose=False, group_size=kv.group_size, bits=kv.bits)
-    return read.reshape(batch, heads, 1, -1)
+    return _product(weights, values, kv, transpose=False).reshape(batch, heads, 1, -1)
+
+
+def _product(rows: mx.array, stored: Quantized, kv: KVFormat, *, transpose: bool) -> mx.array:
+    words, scales, biases = map(mx.contiguous, stored)
+    return mx.quantized_matmul(
+        mx.contiguous(rows), words, scales, biases, transpose=transpose, group_size=kv.group_size, bits=kv.bits
+    )
 
 
 def _format(stored: Quantized, dim: int) -> KVFormat:

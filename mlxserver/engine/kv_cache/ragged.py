@@ -111,7 +111,7 @@ def _attention_of_class(
     queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None
 ) -> mx.array:
     if isinstance(keys, tuple):
-        if queries.shape[2] == 1 and sinks is None:
+        if sinks is None and quantized.can_decode(queries):
             return quantized.decode_attention(queries, keys, values, scale, mask)
         kv = quantized.format_of(queries, keys)
         keys, values, cache = quantized.dequantized(keys, kv), quantized.dequantized(values, kv), None
