@@ -182,7 +182,8 @@ RUNNERS: Mapping[Kind, Callable[[Builder, ModelSpec, Progress, ModelMetrics | No
 
 def _refuse_settings(spec: ModelSpec, kind: str) -> None:
     """Raise LoadFailed if the model has a setting that its kind can't have."""
-    if setting := "shard" if spec.shard else "adapter" if spec.adapter else None:
+    settings = {"shard": spec.shard, "adapter": spec.adapter, "kv_bits": spec.kv_bits}
+    if setting := next((name for name, value in settings.items() if value), None):
         raise LoadFailed(spec.key, f"it is {kind}, which can't have {setting!r}")
 
 
