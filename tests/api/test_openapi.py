@@ -11,9 +11,10 @@ from mlxserver.api.schema.parameters import json_schema
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import OpsHandlers
+from mlxserver.server.page import PageHandlers
 from mlxserver.server.responses import ResponseHandlers
 
-ROOMS = (ModelHandlers, OpsHandlers, OllamaHandlers, ResponseHandlers)
+ROOMS = (ModelHandlers, OpsHandlers, OllamaHandlers, PageHandlers, ResponseHandlers)
 DOCUMENT = document(ENDPOINTS, "Title & more", "1.0")
 
 

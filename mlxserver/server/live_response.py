@@ -1,0 +1,54 @@
+"""Response to GET /v1/events: a stream without an end of its own.
+
+Rule: it ends when the client disconnects, and when the server stops, of which it sends an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import Receive, Scope, Send
+
+from mlxserver.api import sse
+from mlxserver.server.event_stream import EventStream
+from mlxserver.server.live import LiveFeed, stopping
+from model_manager import ModelManager
+
+HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+
+
+class LiveResponse:
+    """The response to one reader."""
+
+    def __init__(self, feed: LiveFeed, manager: ModelManager) -> None:
+        self._feed = feed
+        self._manager = manager
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the reader leaves or the server stops."""
+        interval = self._manager.settings.heartbeat_interval
+        async with EventStream(send, HEADERS, interval, lambda: sse.comment("keep-alive")) as stream:
+            sending = asyncio.create_task(self._send(stream))
+            leaving = asyncio.create_task(_disconnected(receive, stream))
+            try:
+                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if sending.done():
+                    await sending
+            finally:
+                for task in (sending, leaving):
+                    task.cancel()
+                await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    async def _send(self, stream: EventStream) -> None:
+        with self._feed.reading():
+            seen = 0
+            while following := await self._feed.next(seen):
+                seen, event = following
+                await stream.write(event)
+        await stream.end(stopping())
+
+
+async def _disconnected(receive: Receive, stream: EventStream) -> None:
+    """Return when the client has disconnected. Any other message asks for bytes (server/connection.py, rule 4)."""
+    while (await receive())["type"] != "http.disconnect":
+        await stream.beat()
