@@ -9,6 +9,7 @@ from mlxserver.api.anthropic.errors import ANTHROPIC
 from mlxserver.api.dialect import Api, Failure
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.native.apply_template import ApplyTemplateRequest
+from mlxserver.api.native.benchmark import BenchmarkRequest
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.native.page import RenderRequest, SessionRequest
 from mlxserver.api.native.pin import PinRequest
@@ -117,6 +118,16 @@ ENDPOINTS = (
         "/v1/requests/{id}",
         "One of the last requests, with its timeline.",
         "RequestTrace",
+        manages=True,
+    ),
+    Endpoint(
+        "benchmark",
+        "POST",
+        "/v1/benchmark",
+        "Measure models under load; a stream of progress and figures.",
+        None,
+        BenchmarkRequest,
+        media="text/event-stream",
         manages=True,
     ),
     Endpoint("render", "POST", "/v1/render", "Markdown as safe HTML.", "Rendered", RenderRequest),

@@ -5,12 +5,10 @@ Rule: it ends when the client disconnects, and when the server stops, of which i
 
 from __future__ import annotations
 
-import asyncio
-
 from starlette.types import Receive, Scope, Send
 
 from mlxserver.api import sse
-from mlxserver.server.event_stream import EventStream
+from mlxserver.server.event_stream import EventStream, until_disconnect
 from mlxserver.server.live import LiveFeed, stopping
 from model_manager import ModelManager
 
@@ -28,16 +26,7 @@ class LiveResponse:
         """Send events until the reader leaves or the server stops."""
         interval = self._manager.settings.heartbeat_interval
         async with EventStream(send, HEADERS, interval, lambda: sse.comment("keep-alive")) as stream:
-            sending = asyncio.create_task(self._send(stream))
-            leaving = asyncio.create_task(_disconnected(receive, stream))
-            try:
-                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    await sending
-            finally:
-                for task in (sending, leaving):
-                    task.cancel()
-                await asyncio.gather(sending, leaving, return_exceptions=True)
+            await until_disconnect(receive, stream, self._send(stream))
 
     async def _send(self, stream: EventStream) -> None:
         with self._feed.reading():
@@ -46,9 +35,3 @@ class LiveResponse:
                 seen, event = following
                 await stream.write(event)
         await stream.end(stopping())
-
-
-async def _disconnected(receive: Receive, stream: EventStream) -> None:
-    """Return when the client has disconnected. Any other message asks for bytes (server/connection.py, rule 4)."""
-    while (await receive())["type"] != "http.disconnect":
-        await stream.beat()

@@ -12,11 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlxserver.api.dialect import Failure
+from mlxserver.api.native.benchmark import BenchmarkRequest
 from mlxserver.api.native.page import RenderRequest, SessionRequest, rendered_texts, session_object
 from mlxserver.api.schema import parameters
 from mlxserver.page.files import INDEX, PageFile, page_file
 from mlxserver.page.markdown import render
 from mlxserver.server.auth import SESSION_COOKIE
+from mlxserver.server.benchmark import BenchmarkResponse
 from mlxserver.server.body import read_body
 from mlxserver.server.errors import failure_response, json_response
 from mlxserver.server.keys import SESSION_SECONDS, Keys, Permission
@@ -25,6 +27,7 @@ from mlxserver.server.live_response import LiveResponse
 from mlxserver.server.request_history import RequestHistory
 from model_manager import ModelManager
 
+ANY_ADDRESS, LOOPBACK = ("0.0.0.0", "::"), "127.0.0.1"
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -54,6 +57,7 @@ class PageHandlers:
         self._history = history
         self._manager = manager
         self._feed = LiveFeed(manager)
+        self._benchmarking = asyncio.Lock()
         self._rendering = asyncio.Semaphore(1)  # one thread at most takes the interpreter from the streams
 
     async def page_file(self, request: Request) -> Response:
@@ -85,6 +89,23 @@ class PageHandlers:
         async with self._rendering:
             html = await asyncio.to_thread(lambda: [render(text) for text in asked.texts])
         return json_response(rendered_texts(html))
+
+    async def benchmark(self, request: Request) -> Response | BenchmarkResponse:
+        """POST /v1/benchmark."""
+        asked = parameters.parse(BenchmarkRequest, await read_body(request, self._manager.settings))
+        options = asked.options
+        for key in asked.models:
+            self._manager.instance(key)
+        if self._benchmarking.locked():
+            failure = Failure(
+                "A benchmark is running; one runs at a time.", "invalid_request", code="benchmark_running"
+            )
+            return failure_response(request.scope, 409, failure)
+        settings, keys = self._manager.settings, request.state.keys
+        host = LOOPBACK if settings.host in ANY_ADDRESS else settings.host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{request.scope['server'][1]}/v1"
+        key = keys.session(request.state.client) or "none"
+        return BenchmarkResponse(options, url, key, settings.heartbeat_interval, self._benchmarking)
 
     async def session(self, request: Request) -> Response:
         """GET /page/session."""

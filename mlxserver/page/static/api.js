@@ -10,7 +10,7 @@ export class ApiError extends Error {
   }
 
   get text() {
-    return `${this.status}: ${this.message}`;
+    return typeof this.status === "number" ? `${this.status}: ${this.message}` : this.message; // a stream's has a code
   }
 }
 

@@ -114,17 +114,18 @@ export function show(root, { signal, rest }) {
     answers.clear();
     const shown = conversation;
     const path = conversation.path;
-    const texts = path.filter((node) => node.role === "assistant").map((node) => node.content ?? "");
+    const drawn = path.filter((node) => node.role === "assistant").reverse(); // what is in sight first
     log.replaceChildren(...path.map(turn));
     if (!path.length) log.append(h("p", { class: "empty", text: "Conversations stay in this browser. Drop an image anywhere to ask about it." }));
     toEnd(true);
-    for (let n = 0; n < texts.length; n += 40) {
-      const html = await render(texts.slice(n, n + 40)).catch(() => null);
+    for (let n = 0; n < drawn.length; n += 20) {
+      const batch = drawn.slice(n, n + 20);
+      const html = await render(batch.map((node) => node.content ?? "")).catch(() => null);
       if (conversation !== shown || !html) return;
-      path.filter((node) => node.role === "assistant").slice(n, n + 40).forEach((node, i) => {
-        if (answers.has(node.id)) setRendered(answers.get(node.id).done, html[i]);
+      batch.forEach((node, i) => {
+        if (answers.get(node.id)?.element.isConnected) setRendered(answers.get(node.id).done, html[i]);
       });
-      if (n + 40 >= texts.length) toEnd(true);
+      toEnd(false);
     }
   }
 

@@ -51,7 +51,11 @@ export function show(root, { signal, session }) {
     shown.forEach((each, n) => {
       let row = rows.get(each.id);
       if (!row) {
-        row = h("tr", { tabindex: "0", onclick: () => trace(each.id), onkeydown: (event) => { if (event.key === "Enter") trace(each.id); } }, COLUMNS.map(() => h("td")));
+        row = h("tr", { tabindex: "0", onclick: () => trace(each.id), onkeydown: (event) => {
+          if (event.key !== "Enter") return;
+          event.preventDefault(); // or it would press the first button of the dialog as well
+          trace(each.id);
+        } }, COLUMNS.map(() => h("td")));
         rows.set(each.id, row);
       }
       COLUMNS.forEach(([, value], column) => setText(row.cells[column], String(value(each) ?? "–")));
