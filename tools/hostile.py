@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxserver.api.endpoints import ENDPOINTS
-from tools.hostile_bodies import MODEL, PARAMETERS, SCHEMAS, STREAMING, TAKING, good_body, value, weight
+from tools.hostile_bodies import ENDLESS, MODEL, PARAMETERS, SCHEMAS, STREAMING, TAKING, good_body, value, weight
 from tools.raw_http import request
 
 CLOSE = "Connection: close"
 PATHS = (
-    *(endpoint.path.replace("{key}", MODEL).replace("{id}", "resp_1") for endpoint in ENDPOINTS),
+    *(
+        endpoint.path.replace("{key}", MODEL).replace("{id}", "resp_1")
+        for endpoint in ENDPOINTS
+        if endpoint not in ENDLESS
+    ),
     "/v1/responses/resp_1/input_items?limit=x",
     "/v1/messages/batches",
     "/",
