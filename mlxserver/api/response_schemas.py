@@ -51,6 +51,29 @@ LOCAL = {
 }
 PLAN = {"model": TEXT, "download_bytes": COUNT, "needed_bytes": maybe(COUNT), "fits": {"type": "boolean"}}
 
+REQUEST: dict[str, Schema] = {
+    "id": TEXT,
+    "arrived": NUMBER,
+    "model": maybe(TEXT),
+    "dialect": TEXT,
+    "path": TEXT,
+    "client": TEXT,
+    "address": TEXT,
+    "key": maybe(TEXT),
+    "status": maybe(COUNT),
+    "outcome": TEXT,
+    "error": maybe(TEXT),
+    "seconds": NUMBER,
+    "load_seconds": NUMBER,
+    "queue_seconds": maybe(NUMBER),
+    "ttft_seconds": maybe(NUMBER),
+    "tokens_per_second": maybe(NUMBER),
+    "prompt_tokens": maybe(COUNT),
+    "cached_tokens": maybe(COUNT),
+    "completion_tokens": maybe(COUNT),
+    "reasoning_tokens": maybe(COUNT),
+}
+
 RESPONSE_SCHEMAS: dict[str, Schema] = {
     **RESPONSES_SCHEMAS,
     **EMBEDDINGS_SCHEMAS,
@@ -235,6 +258,23 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         disk=maybe(exactly(entries=COUNT, bytes=COUNT, hits=COUNT)),
     ),
     "Reloaded": exactly(added=each(TEXT), removed=each(TEXT), changed=each(TEXT), restart_needed=each(TEXT)),
+    "RequestList": exactly(object=one_of("list"), data=each(exactly(**REQUEST))),
+    "RequestTrace": exactly(
+        spans=each(
+            exactly(
+                name=one_of("read", "prepare", "load", "queue", "prefill", "decode"),
+                start=NUMBER,
+                end=NUMBER,
+                tokens=maybe(COUNT),
+            )
+        ),
+        prompt=maybe(TEXT),
+        answer=maybe(TEXT),
+        **REQUEST,
+    ),
+    "Pinned": exactly(key=TEXT, pinned={"type": "boolean"}),
+    "Rendered": exactly(html=each(TEXT)),
+    "Session": exactly(**{name: {"type": "boolean"} for name in ("needs_key", "may_generate", "may_manage")}),
     "Unloaded": exactly(
         key=TEXT,
         status=one_of("unloaded"),

@@ -114,6 +114,8 @@ class Settings(HttpSettings):
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"
+    page: Annotated[bool, Live(), "serve the page for browsers at /"] = True
+    log_contents: Annotated[bool, Live(), "keep prompts and answers of the last requests, for admins"] = False
     response_store: Annotated[int, Range(0), "responses of /v1/responses that are kept in memory; 0: none"] = 1000
     response_store_bytes: Annotated[int, Range(0), Size(), "what they may take, as JSON"] = 64 << 20
     rank_timeout: Annotated[float, Range(1, 3600), Shared(), "seconds of silence until another rank counts as lost"] = (

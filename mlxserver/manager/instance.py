@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlxserver.config.settings import Kind, ModelSpec
@@ -286,6 +287,12 @@ class ModelInstance:
     def is_pinned(self) -> bool:
         """Whether it is never evicted."""
         return self.spec.pin
+
+    def pin(self, is_pinned: bool) -> None:
+        """Keep the model in memory, or no longer, until its settings are read again."""
+        self.spec = replace(self.spec, pin=is_pinned)
+        self.restart_idle_timer()
+        self._memory.reconsider()
 
     def resident(self, bytes: int) -> Resident:
         """Figures of the model for a decision on memory."""

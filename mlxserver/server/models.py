@@ -17,12 +17,14 @@ from mlxserver.api.endpoints import api_of
 from mlxserver.api.model_status import ModelStatus
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
 from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
+from mlxserver.api.native.pin import PinRequest, pinned
 from mlxserver.api.native.reload import reloaded
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from mlxserver.api.native.unload import UnloadRequest, unloaded
 from mlxserver.api.openai.models import model_card, model_list
 from mlxserver.api.schema import parameters
 from mlxserver.api.schema.limits import Limits
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ModelNotFound, ModelStalled
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.library.scan import LocalModel
@@ -78,17 +80,7 @@ class ModelHandlers:
     async def load_model(self, request: Request) -> Response | LoadResponse:
         """POST /v1/models/load."""
         asked, headers = await self._read(LoadRequest, request)
-        found = self._local(asked.model)
-        if asked.adapter is not None or (found is None and sources.is_path(asked.model)):
-            require(request, Permission.NAME_FILES)
-        if found:
-            key = asked.key or found.key
-            spec = replace(
-                asked.spec, key=key, source=str(found.path), aliases=self._manager.library.spec(found).aliases
-            )
-        else:
-            sources.check(asked.model)
-            spec = asked.spec
+        spec = self._spec(asked, request)
         if asked.stream:
             return LoadResponse(
                 lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report),
@@ -98,6 +90,25 @@ class ModelHandlers:
             )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)
+
+    def _spec(self, asked: LoadRequest, request: Request) -> ModelSpec:
+        """The model to load: a registered one by its key, one of the library by its name, or any other by its source.
+
+        Raises Forbidden, SourceInvalid, ValidationFailed.
+        """
+        if asked.model in self._manager.keys and asked.key in (None, asked.model):
+            if asked.adapter is not None:
+                require(request, Permission.NAME_FILES)
+            source = self._manager.instance(asked.model).spec.source
+            return replace(asked.spec, key=asked.model, source=source)
+        found = self._local(asked.model)
+        if asked.adapter is not None or (found is None and sources.is_path(asked.model)):
+            require(request, Permission.NAME_FILES)
+        if found is None:
+            sources.check(asked.model)
+            return asked.spec
+        aliases = self._manager.library.spec(found).aliases
+        return replace(asked.spec, key=asked.key or found.key, source=str(found.path), aliases=aliases)
 
     def _local(self, source: str) -> LocalModel | None:
         """The model of the library that a source is a name of, unless it is an id that the hub has."""
@@ -116,6 +127,13 @@ class ModelHandlers:
         report = await unless_stalled(instance, unload(asked.key, asked.mode, asked.timeout))
         body = unloaded(asked.key, completed=report.completed, aborted=report.aborted, freed_bytes=report.freed_bytes)
         return json_response(body, headers=headers)
+
+    async def pin_model(self, request: Request) -> Response:
+        """POST /v1/models/pin: until the settings are read again."""
+        asked, headers = await self._read(PinRequest, request)
+        instance = self._manager.instance(asked.key)
+        instance.pin(asked.pin)
+        return json_response(pinned(instance.key, is_pinned=instance.is_pinned), headers=headers)
 
     async def reload_models(self, request: Request) -> Response:
         """POST /v1/models/reload."""
