@@ -15,7 +15,7 @@ from mlxserver.config.fields import Identity, Live, Range, Shared, Size
 from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
-Kind = Literal["text", "embedding", "rerank"]
+Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
 Weights = Literal["auto", "stored", "bfloat16"]
 KVBits = Literal[4, 8]

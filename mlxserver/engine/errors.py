@@ -178,6 +178,7 @@ class WrongKind(PromptRejected):
 
 _KINDS: dict[Kind, str] = {
     "text": "a text model: it answers conversations and goes on from prompts, and makes no embeddings.",
+    "vision": "a vision model: it answers conversations with text and images, and makes no embeddings.",
     "embedding": "an embedding model: it makes vectors of texts (POST /v1/embeddings), and generates no text.",
     "rerank": "a reranker: it scores documents for a query (POST /v1/rerank), and generates no text.",
 }

@@ -14,12 +14,12 @@ from mlxserver.engine.mlx import mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _get_classes
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.loading.metadata import model_arguments
+from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers
 from mlxserver.engine.platform.policy import current
 
@@ -65,7 +65,7 @@ def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) 
 
     kv: quantised keys and values, in which the model is to keep them; Unsupported is raised if it can't.
     """
-    model_class, arguments = _get_classes(dict(config))
+    model_class, arguments = model_classes(dict(config))
     if current().replace_kernels:
         cpu_layers.replace_functions()
     model = model_class(arguments.from_dict(dict(config)))

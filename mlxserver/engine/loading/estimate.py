@@ -103,6 +103,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
                 return _encoder_estimate(spec, metadata, encoder, policy)
             kv = kv_format(spec)
             architecture = inspect_architecture(metadata.config, kv)
+            vision = _vision_estimate(spec, metadata, policy)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # a broken config.json can make an architecture raise anything
@@ -121,13 +122,35 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         elif policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts):
             widened = architecture.weights * 2 + _adapter_bytes(spec)
     return Estimate(
-        weights=architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec),
+        weights=vision.weights + (architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec)),
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
-        activations=_chunk_bytes(architecture.width * value_bytes, attention, own.context)
+        activations=max(_chunk_bytes(architecture.width * value_bytes, attention, own.context), vision.activations)
+        + vision.cache  # images, not tokens
         + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
         widened=widened,
+    )
+
+
+def _vision_estimate(spec: ModelSpec, metadata: CheckpointMetadata, policy: ExecutionPolicy) -> Estimate:
+    """The memory that the vision part of a model will take. cache: of images that were seen. Nothing without one."""
+    if (spec.kind or metadata.kind) != "vision" or spec.shard:
+        return Estimate(0, 0, 0)
+    from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES, inspect_vision_architecture
+
+    try:
+        architecture = inspect_vision_architecture(metadata.config)
+    except Exception:
+        if spec.kind:
+            raise
+        return Estimate(0, 0, 0)  # it will be a text model
+    is_float32 = policy.weights is WeightPolicy.FLOAT32
+    value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+    return Estimate(
+        weights=architecture.weights * 4 if is_float32 else metadata.tower_bytes,
+        cache=FEATURE_BYTES + PIXEL_BYTES,
+        activations=architecture.activation_bytes(value_bytes, policy),
     )
 
 

@@ -67,7 +67,8 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
         raise failure(source, error, revision) from None
     stored = sum(weights.stat().st_size for weights in directory.glob(WEIGHTS))
     modules = directory / kinds.MODULES
-    return CheckpointMetadata(config, stored, _kind(repository, config, modules if modules.is_file() else None))
+    kind = _kind(repository, config, modules if modules.is_file() else None, kinds.has_processor(directory))
+    return CheckpointMetadata(config, stored, kind)
 
 
 def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
@@ -75,9 +76,9 @@ def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
     assert config_file
     config = read_config(fetch_now(manifest, config_file))
     stored = sum(file.size for file in manifest.named(WEIGHTS).files)
-    return CheckpointMetadata(
-        config, stored, _kind(repository, config, fetch_now(manifest, modules) if modules else None)
-    )
+    has_processor = any(manifest.find(name) for name in kinds.PROCESSORS)
+    kind = _kind(repository, config, fetch_now(manifest, modules) if modules else None, has_processor)
+    return CheckpointMetadata(config, stored, kind)
 
 
 def known_kind(repository: str, revision: str | None) -> Kind | None:
@@ -89,14 +90,17 @@ def known_kind(repository: str, revision: str | None) -> Kind | None:
     if modules is None and not any(directory.glob(WEIGHTS)):
         return None  # its other files are not here
     config = read_config(directory / "config.json")
-    return _kind(repository, config, Path(modules) if isinstance(modules, str) else None)
+    known_modules = Path(modules) if isinstance(modules, str) else None
+    return _kind(repository, config, known_modules, kinds.has_processor(directory))
 
 
-def _kind(repository: str, config: Mapping[str, Any], modules: Path | None) -> Kind:
-    """The kind of a repository's model. modules: its modules.json, None where there is none."""
+def _kind(repository: str, config: Mapping[str, Any], modules: Path | None, has_processor: bool) -> Kind:
+    """The kind of a repository's model. modules: its modules.json, None where there is none. has_processor: of
+    images.
+    """
     pools = modules is not None and kinds.names_pooling(modules)
     ranks = kinds.is_named_reranker(repository) or (modules is not None and kinds.names_scoring(modules))
-    return kinds.find_kind(config, pools=pools, ranks=ranks)
+    return kinds.find_kind(config, pools=pools, ranks=ranks, has_processor=has_processor)
 
 
 def cache() -> Path:
