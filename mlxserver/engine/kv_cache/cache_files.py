@@ -29,6 +29,7 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models import cache as mlx_caches
 
 from mlxserver.engine.kv_cache.caches import Cache
+from mlxserver.engine.kv_cache.quantized import QuantizedCache
 from mlxserver.engine.platform import pinned_memory
 from mlxserver.engine.platform.pinned_memory import Buffer
 
@@ -54,6 +55,7 @@ _TYPES = {  # names in safetensors files
     "F32": mx.float32,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_CLASSES = {**vars(mlx_caches), QuantizedCache.__name__: QuantizedCache}  # by name, of a layer
 _numbers = count()
 
 Loaded = tuple[dict[str, mx.array], dict[str, str]]
@@ -268,7 +270,7 @@ def _described(layer: Any, arrays: list[mx.array]) -> Any:
     if hasattr(layer, "caches"):
         return {"layers": [_described(own, arrays) for own in layer.caches]}
     name = type(layer).__name__
-    if getattr(mlx_caches, name, None) is not type(layer):
+    if _CLASSES.get(name) is not type(layer):
         raise NotStorable(name)
     return {"class": name, "state": _described_state(layer.state, arrays)}
 
@@ -290,8 +292,7 @@ def _layer(described: Any, arrays: dict[int, mx.array]) -> Any:
         return None
     if "layers" in described:
         return mlx_caches.CacheList(*[_layer(own, arrays) for own in described["layers"]])
-    kind = getattr(mlx_caches, described["class"])
-    return kind.from_state(_state(described["state"], arrays))
+    return _CLASSES[described["class"]].from_state(_state(described["state"], arrays))
 
 
 def _state(described: Any, arrays: dict[int, mx.array]) -> Any:

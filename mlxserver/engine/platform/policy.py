@@ -42,7 +42,7 @@ class ExecutionPolicy:
     warm_up_all_batch_sizes: every power of two up to max_running is warmed up, because kernels are made by shape.
     fuse_projections: projections of one input become one product (loading/fused_projections.py).
     weights: the format in which they are computed with.
-    widen_weights: quantized weights are computed with faster in 16 bits, where memory allows it.
+    widen_weights: quantized weights are computed with faster in 16 bits, where memory allows it; not those of experts.
     eager_prefix_copy: what the prefix cache stores is evaluated before the next step is prepared.
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
@@ -135,7 +135,8 @@ METAL = ExecutionPolicy(
     memory_share=0.9,
 )
 # A data centre GPU is bound by its host, which compiled steps and fewer, larger products relieve. MLX's products of
-# quantized weights are slower there than those of 16 bits: twice for one sequence, five times for sixteen.
+# quantized weights are slower there than those of 16 bits (8B, 4 bits: 1.3 times for one sequence, 8 times for
+# sixteen), but for experts, whose decode steps read few of them (0.6 times for sixteen).
 CUDA = ExecutionPolicy(
     compile_steps=True,
     pad_slots=True,

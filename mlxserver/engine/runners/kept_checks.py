@@ -23,6 +23,7 @@ import mlxserver.engine.mlx
 
 from mlx.utils import tree_flatten
 
+from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import model_arguments
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import CacheKind, ExecutionPolicy, PromptSharing
@@ -128,8 +129,9 @@ def check_name(model: Any, policy: ExecutionPolicy, code: str = "") -> str:
 
 
 def _shape(model: Any) -> Iterator[object]:
-    """Class and arguments of a model, its modules with their quantization, and the shapes of its parameters."""
+    """Class, KV format and arguments of a model, its modules with their quantization, the shapes of its parameters."""
     yield type(model)
+    yield caches.kv_format(model)
     yield from ([*arguments.items()] for arguments in model_arguments(model))
     for name, module in model.named_modules():
         yield name, type(module), *(getattr(module, own, None) for own in ("bits", "group_size", "mode"))
