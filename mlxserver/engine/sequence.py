@@ -49,7 +49,8 @@ class Sequence:
     num_generated: how many of the last tokens were generated before the sequence was preempted. max_tokens: most tokens
     to generate from here on. boundaries: lengths at which another prompt is likely to differ. progress: where the
     progress of its prompt is reported. prompt_logprobs: how many of the likeliest tokens are measured at each position
-    of the prompt beside its own token, None for no measurement. images: those that its prompt has.
+    of the prompt beside its own token, None for no measurement. second_text: number of the first token of the second
+    text, in a pair of texts for a reranker that tells them apart; 0 elsewhere. images: those that its prompt has.
     """
 
     id: int
@@ -62,6 +63,7 @@ class Sequence:
     boundaries: tuple[int, ...] = ()
     progress: PromptProgress | None = field(default=None, compare=False, repr=False)
     prompt_logprobs: int | None = None
+    second_text: int = 0
     images: PromptImages | None = field(default=None, compare=False, repr=False)
 
     def keys(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -104,6 +106,6 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class PooledSequence(SampledToken):
-    """The vector of a sequence in an embedding model, in place of tokens; its values as little-endian float32."""
+    """The vector of a sequence in an encoder, in place of tokens; its values as little-endian float32."""
 
     vector: bytes = b""

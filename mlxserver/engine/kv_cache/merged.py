@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import ClassOf, grouped, one_class, wide_classes
@@ -50,7 +50,7 @@ class MergedCache:
     def __init__(self, model: Any, wide: ClassOf | None = None) -> None:
         self._model = model
         # Windows and states are bounded: without keys that grow with the sequence, a pass more would save nothing.
-        grows = any(isinstance(layer, KVCache) for layer in caches.flat(caches.new_cache(model)))
+        grows = any(isinstance(layer, KVCache | QuantizedKVCache) for layer in caches.flat(caches.new_cache(model)))
         self._class_of: ClassOf = (wide or wide_classes(caches.pass_tokens(model))) if grows else one_class
         self.clear()
 

@@ -12,15 +12,22 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlx_lm.models.cache import KVCache
-
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.rows import Rows
 from mlxserver.engine.kv_cache.sight import step_logits
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
-from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow
+from mlxserver.engine.kv_cache.slots import (
+    Layers,
+    SlotLayer,
+    StepPositions,
+    empty_layers,
+    fill,
+    flat_arrays,
+    grow,
+    slot_layers,
+)
 from mlxserver.engine.platform import cpu_matmul
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
@@ -73,7 +80,8 @@ class SlotCache:
             keys, values = ([grow(array, 1, 1) for array in arrays] for arrays in self._empty)
             return keys, values
         end = capacity if self._is_compiled else length
-        return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
+        keys, values = flat_arrays(cache)
+        return [array[:, :, :end] for array in keys], [array[:, :, :end] for array in values]
 
     def _class_for(self, member: int) -> int:
         """The class of a sequence, with its next token."""
@@ -106,11 +114,8 @@ class SlotCache:
     def extract(self, index: int) -> caches.Cache:
         """A copy of a sequence's keys and values."""
         slot_class = next(slot_class for slot_class in self._classes.values() if index in slot_class.members)
-        cache = []
-        for keys, values in zip(*slot_class.copy(index, self._lengths[index]), strict=True):
-            layer = KVCache()
-            layer.keys, layer.values, layer.offset = keys, values, self._lengths[index]
-            cache.append(layer)
+        cache, length = caches.new_cache(self._model), self._lengths[index]
+        fill(cache, *slot_class.copy(index, length), length)
         return cache
 
     def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
@@ -186,16 +191,12 @@ class SlotCache:
     ) -> tuple[mx.array, list[mx.array], list[Layers], list[Layers]]:
         """Forward pass of the rows of all classes, [rows]. Lists but the shifts are per class."""
         classes = [
-            [SlotLayer(k, v, step) for k, v in zip(own_keys, own_values, strict=True)]
+            slot_layers(own_keys, own_values, step)
             for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys), strict=True)
         ]
         logits = self._compute(inputs[:, None], shifts, classes)[:, -1, :]
-        return (
-            logits,
-            [offset + 1 for offset in offsets],
-            [[layer.keys for layer in layers] for layers in classes],
-            [[layer.values for layer in layers] for layers in classes],
-        )
+        written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
+        return logits, [offset + 1 for offset in offsets], list(written_keys), list(written_values)
 
     def _positions(self, offsets: list[mx.array], keys: list[Layers]) -> Iterable[StepPositions]:
         # A CPU's time grows with every slot computed and token attended to; a GPU is better off with shapes that recur.

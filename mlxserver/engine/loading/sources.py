@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlxserver.config.settings import Kind
 from mlxserver.engine.errors import SourceInvalid
@@ -174,7 +173,7 @@ def known_kind(source: str) -> Kind | None:
     try:
         match parse(source):
             case MlxDirectory(path):
-                return _directory_kind(read_config(path / "config.json"), path)
+                return kinds.kind_of(path, read_config(path / "config.json"))
             case GgufFile():
                 return "text"
             case Repository(id, revision):
@@ -195,11 +194,7 @@ def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
         towers = sum(file.stat().st_size for file in files) - stored
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
-    return CheckpointMetadata(config, stored, _directory_kind(config, path), towers)
-
-
-def _directory_kind(config: Mapping[str, Any], path: Path) -> Kind:
-    return kinds.find_kind(config, pools=kinds.pools(path), has_processor=kinds.has_processor(path))
+    return CheckpointMetadata(config, stored, kinds.kind_of(path, config), towers)
 
 
 def _embedded(source: str) -> GgufFile | MlxDirectory:

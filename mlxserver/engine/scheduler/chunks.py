@@ -11,8 +11,17 @@ from typing import Any, Protocol
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
+from mlxserver.engine.kv_cache import attention_shapes, caches, ragged
+from mlxserver.engine.kv_cache.slots import (
+    Layers,
+    StepPositions,
+    empty_layers,
+    fill,
+    flat_arrays,
+    grow,
+    slot_capacity,
+    slot_layers,
+)
 from mlxserver.engine.loading.metadata import attention_heads, model_arguments
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.attention_memory import STATE_REACH, AttentionMemory
@@ -88,9 +97,11 @@ class PlainPrefill:
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         policy = policy or current()
         self._model = model
-        heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
-        self._attention = AttentionMemory(heads, policy, 0 if caches.has_attention(model) else STATE_REACH)
+        self._attention = _attention_memory(model, policy)
         self._rounds = policy.round_chunks
+        self._pads_attention = policy.bucket_attention
+        if self._pads_attention:
+            ragged.bind()
         self._may_share = policy.prompts != "alone"
         self._may_pad = policy.prompts == "padded" and not caches.keeps_state(model)
         self.yields_cores = policy.parallel_models
@@ -119,7 +130,7 @@ class PlainPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        with cpu_kernels.layer_by_layer(beside_peers):
+        with cpu_kernels.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
             return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
 
     def _run_alone(self, chunk: Chunk) -> int:
@@ -134,7 +145,11 @@ class PlainPrefill:
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt."""
         tokens = prompt.next(self._attention.fit(min(budget, _SCORED), prompt.done))
-        with cpu_kernels.layer_by_layer(beside_peers), prompt.showing(len(tokens)):
+        with (
+            cpu_kernels.layer_by_layer(beside_peers),
+            attention_shapes.padded(self._pads_attention),
+            prompt.showing(len(tokens)),
+        ):
             logits = self._model(mx.array([tokens]), cache=prompt.cache)
             measured = _measure(prompt, logits, len(tokens))
             mx.eval([layer.state for layer in prompt.cache], measured)
@@ -182,7 +197,9 @@ class BucketedPrefill:
         self._model = model
         self._seeing = PlainPrefill(model, policy)
         self._empty = empty_layers(model)
-        is_compiled = (policy or current()).compile_steps
+        policy = policy or current()
+        self._attention = _attention_memory(model, policy)
+        is_compiled = policy.compile_steps
         self._forward = mx.compile(self._advance) if is_compiled else self._advance
         self._scoring_forward = mx.compile(self._advance_scored) if is_compiled else self._advance_scored
 
@@ -231,8 +248,8 @@ class BucketedPrefill:
         return slot_capacity(length + min(max(_SHORT, length), _LENGTHS[-1] // 2), _SHORT)
 
     def bytes_beyond(self, length: int) -> int:
-        """None: a GPU does not write the scores out."""
-        return 0
+        """Dequantised keys and values of a long prompt. A GPU does not write the scores out."""
+        return self._attention.bytes_beyond(self.tokens_for(length))
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""
@@ -255,9 +272,9 @@ class BucketedPrefill:
         """As _advance(), with the logits, [slots, tokens, vocab]."""
         slots, _, capacity, _ = keys[0].shape
         step = StepPositions(offsets, slots, capacity)
-        cache = [SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)]
+        cache = slot_layers(keys, values, step)
         logits = self._model(tokens, cache=cache)
-        return [layer.keys for layer in cache], [layer.values for layer in cache], logits
+        return *flat_arrays(cache), logits
 
     def _inputs(self, chunk: Chunk) -> tuple[mx.array, mx.array, Layers, Layers]:
         """The chunk's tokens, padded, their offsets, and the prompts' slots."""
@@ -273,8 +290,7 @@ class BucketedPrefill:
         """
         taken: list[tuple[Layers, Layers]] = []
         for prompt in prompts:
-            own = [layer.keys for layer in prompt.cache], [layer.values for layer in prompt.cache]
-            taken.append(own if prompt.done else self._empty)
+            taken.append(flat_arrays(prompt.cache) if prompt.done else self._empty)
             for layer in prompt.cache:
                 layer.keys = layer.values = None
         keys, values = (_side_by_side([own[part] for own in taken], capacity) for part in (0, 1))
@@ -285,6 +301,12 @@ class BucketedPrefill:
         return slot_capacity(max(len(prompt.tokens), prompt.done + length), _SHORT)
 
 
+def _attention_memory(model: Any, policy: ExecutionPolicy) -> AttentionMemory:
+    heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
+    reach = 0 if caches.has_attention(model) else STATE_REACH
+    return AttentionMemory(heads, policy, reach, caches.dequantized_bytes(model))
+
+
 def _together(waiting: abc.Sequence[PendingPrompt]) -> abc.Sequence[PendingPrompt]:
     """Prompts that may share a chunk with the first one: none where images are to be seen."""
     return waiting[:1] if waiting[0].images else [prompt for prompt in waiting if not prompt.images]
@@ -292,9 +314,8 @@ def _together(waiting: abc.Sequence[PendingPrompt]) -> abc.Sequence[PendingPromp
 
 def _give_back(prompt: PendingPrompt, keys: Layers, values: Layers, slot: int) -> None:
     """Give a prompt the KV cache of its slot."""
-    for layer, layer_keys, layer_values in zip(prompt.cache, keys, values, strict=True):
-        layer.keys, layer.values = layer_keys[slot : slot + 1], layer_values[slot : slot + 1]
-        layer.offset = prompt.done
+    own_keys, own_values = ([array[slot : slot + 1] for array in arrays] for arrays in (keys, values))
+    fill(prompt.cache, own_keys, own_values, prompt.done)
 
 
 def _measure(prompt: PendingPrompt, logits: mx.array, length: int) -> list[mx.array]:

@@ -83,9 +83,9 @@ class PendingPrompt:
         if (progress := self.sequences[0].progress) is None:
             return
         if not self.started:
-            progress.state = QueuePosition()
+            progress.move(QueuePosition())
         else:
-            progress.state = PrefillProgress(self.done, len(self.tokens)) if self.remaining else None
+            progress.move(PrefillProgress(self.done, len(self.tokens)) if self.remaining else None)
 
     def drop(self, sequence_ids: set[int]) -> bool:
         """Remove sequences; returns whether none is left."""
