@@ -35,7 +35,10 @@ def built(path, **fields):
     return Builder(0.25).build(ModelSpec("m", str(path), **fields))
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "idefics3"])  # which smolvlm's class is
+LIKE_OTHERS = ("idefics3", "qwen2_vl", "qwen3_vl_moe", "qwen3_5_moe")
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in LIKE_OTHERS])
 def family(request, tmp_path_factory):
     path = tiny_vision(tmp_path_factory.mktemp("vision") / request.param, request.param)
     reference = Reference(path)
@@ -52,6 +55,14 @@ def test_answers_are_mlx_vlms_alone_and_in_a_batch_of_eight(family):
     runner = built(family.path, prefix_cache_bytes=0)
     assert [answers(runner, [each])[0][0] for each in QUESTIONS] == expected
     assert answers(runner, QUESTIONS * 2)[0] == expected * 2
+
+
+@pytest.mark.parametrize("name", LIKE_OTHERS)
+def test_types_that_are_like_others_answer_as_mlx_vlm_does(tmp_path, name):
+    path = tiny_vision(tmp_path / "m", name)
+    reference, runner = Reference(path), built(path)
+    assert runner.facts.kind == "vision"
+    assert answers(runner, QUESTIONS[:3])[0] == [reference.answer(each)[0] for each in QUESTIONS[:3]]
 
 
 def test_an_image_that_was_seen_is_cached_with_its_prompt(family):

@@ -171,6 +171,24 @@ def _qwen3_5(ids):
     )
 
 
+def _qwen2_vl(ids):
+    config, files = _qwen2_5_vl(ids)
+    vision = _QWEN_VISION | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    return config | {"vision_config": vision}, files
+
+
+def _of_experts(make, model_type):
+    def make_of_experts(ids):
+        config, files = make(ids)
+        text = config["text_config"] | {"model_type": f"{model_type}_text", "norm_topk_prob": True}
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 32}
+        vision = config["vision_config"] | {"model_type": model_type}
+        return config | {"text_config": text, "vision_config": vision}, files
+
+    return make_of_experts
+
+
 _PIXTRAL_VISION = {
     "model_type": "pixtral",
     "hidden_size": 32,
@@ -278,6 +296,7 @@ def _gemma4_large(ids):
     return config | {"text_config": config["text_config"] | text}, files
 
 
+_QWEN_TEMPLATE = _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 # Per family: its config and processor files from the ids of its tokens, these tokens, and its chat template.
 FAMILIES = {
     "smolvlm": (_idefics3, _IDEFICS_TOKENS, _LISTS_ONLY),
@@ -287,13 +306,12 @@ FAMILIES = {
         ("<pad>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         _PARTS.replace("IMAGE", "<start_of_image>"),
     ),
-    "qwen2_5_vl": (
-        _qwen2_5_vl,
-        _QWEN_TOKENS,
-        _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    ),
-    "qwen3_vl": (_qwen3_vl, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
-    "qwen3_5": (_qwen3_5, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
+    "qwen2_vl": (_qwen2_vl, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen2_5_vl": (_qwen2_5_vl, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_vl": (_qwen3_vl, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_vl_moe": (_of_experts(_qwen3_vl, "qwen3_vl_moe"), _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_5": (_qwen3_5, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_5_moe": (_of_experts(_qwen3_5, "qwen3_5_moe"), _QWEN_TOKENS, _QWEN_TEMPLATE),
     "gemma4": (_gemma4, ("<pad>", "<|image>", "<image|>", "<|image|>"), _PARTS.replace("IMAGE", "<|image|>")),
     "gemma4-large": (
         _gemma4_large,
