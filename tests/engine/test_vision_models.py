@@ -1,5 +1,6 @@
 """Vision models: greedy answers equal to mlx-vlm's own, in any company, and what stays of an image that was seen."""
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from mlxserver.engine.loading.vision_model import load_tower
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import CPU, METAL
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.worker.faults import GuardedImages
+from tests.support.batch_driver import Driver
 from tests.support.vision_models import FAMILIES, Reference, answers, attached, picture, question, tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared")
@@ -112,6 +115,38 @@ def test_a_control_token_in_a_text_is_no_image(family):
     formatted = family.runner.preprocess(request).formatted
     assert len(formatted.images) == 1
     assert placeholder in formatted.text
+
+
+class Broken:
+    """Images of a prompt that can't be encoded."""
+
+    shift = 0
+
+    def keys(self, tokens):
+        return tokens
+
+    def whole(self, start, end):
+        return end
+
+    def encode(self, start, end):
+        raise ValueError("no such size")
+
+    def showing(self, start, end):
+        raise ValueError("no such size")
+
+
+def test_an_image_that_a_tower_fails_at_ends_no_other_request_and_is_not_stored(tiny_llama_path):
+    runner = built(tiny_llama_path)
+    alone = answers(runner, [QUESTIONS[0]])[0][0]
+    text = runner.prepare(runner.preprocess(QUESTIONS[0]), itertools.count())[0][0]
+    faults = []
+    seeing = replace(text, id=7, tokens=text.tokens[:1] * 40, images=GuardedImages(7, Broken(), faults))
+    driver = Driver(runner.batch, text, seeing)
+    assert driver.finish()[text.id] == alone
+    assert [(id, str(fault)) for id, fault in faults] == [(7, "no such size")]
+    again = Driver(runner.batch, replace(seeing, images=None))
+    again.finish()
+    assert again.cached[7] < 16
 
 
 def test_a_text_model_refuses_images(tiny_llama_path):
