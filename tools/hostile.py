@@ -15,6 +15,7 @@ from typing import Any
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.endpoints import ENDPOINTS
 from tools.hostile_bodies import (
+    ENDLESS,
     MODEL,
     PARAMETERS,
     RESPONSE,
@@ -30,7 +31,12 @@ from tools.raw_http import request
 
 CLOSE = "Connection: close"
 PATHS = (
-    *(endpoint.path.replace("{key}", MODEL).replace("{id}", RESPONSE) for endpoint in ENDPOINTS),
+    *(
+        endpoint.path.replace("{key}", MODEL).replace("{id}", RESPONSE)
+        for endpoint in ENDPOINTS
+        if endpoint not in ENDLESS
+    ),
+    "/v1/responses/resp_1/input_items?limit=x",
     "/v1/messages/batches",
     "/",
     "/v1/models/",
