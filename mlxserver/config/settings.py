@@ -19,6 +19,7 @@ Kind = Literal["text", "embedding"]
 Shard = Literal["tensor", "pipeline"]
 KVBits = Literal[4, 8]
 KVGroupSize = Literal[32, 64, 128]
+Weights = Literal["auto", "stored", "bfloat16"]
 LogFormat = Literal["text", "json"]
 UnclosedThinking = Literal["reasoning", "content"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
@@ -42,8 +43,10 @@ class ModelSpec:
     cap. aliases: more names in requests, or patterns of names. pin: never evicted. ttl: idle seconds until it is
     unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
     several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
-    the model ended inside its reasoning; "content" gives it as both. kv_bits: bits per value of the KV cache, None
-    keeps keys and values as they are computed; kv_group_size: values that share a scale then.
+    the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
+    stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others. kv_bits:
+    bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size: values that share a
+    scale then.
     """
 
     key: Annotated[str, Shared()]
@@ -67,6 +70,7 @@ class ModelSpec:
     min_context: Annotated[int, Range(16), Shared()] = 4096
     kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
     kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
+    weights: Annotated[Weights, Shared(), Identity()] = "auto"
 
 
 @dataclass(frozen=True, slots=True)

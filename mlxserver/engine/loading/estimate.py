@@ -26,6 +26,7 @@ DEFAULT_CACHE_TOKENS = 32_768
 _TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints state has two
 # Memory of a model beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
 _RUNTIME_BYTES = 64 << 20
+_FEWER_BITS = 1.1  # times as large in 16 bits: weights that are stored in fewer
 _SAMPLING_ARRAYS = 4  # of [sequences, vocab] in float32 at once: logits, probabilities, their sums, a mask
 
 
@@ -45,11 +46,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Memory of a model: its weights in their loaded format, the reserved KV cache, the activations of a step."""
+    """Memory of a model: its weights in their loaded format, the reserved KV cache, the activations of a step.
+
+    widened: of the weights in 16 bits, where the device computes faster with them than as they are stored; 0 elsewhere.
+    """
 
     weights: int
     cache: int
     activations: int
+    widened: int = 0
 
     @property
     def total(self) -> int:
@@ -86,7 +91,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     from mlxserver.engine.loading.architecture import inspect_architecture
     from mlxserver.engine.loading.kv_format import kv_format
 
-    policy = policy or current()
+    policy = (policy or current()).with_weights(spec.weights)
     try:
         metadata = checkpoint_metadata(spec.source, policy.weights)
         with naming_what_is_missing():
@@ -105,13 +110,20 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     dequantized = architecture.widest_layer * value_bytes if kv else 0
     attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH, dequantized)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
+    stored, widened = metadata.stored_bytes, 0
+    if architecture.weights * 2 > stored * _FEWER_BITS and not is_float32:
+        if policy.weights is WeightPolicy.BFLOAT16:
+            stored = architecture.weights * 2
+        elif policy.widen_weights and spec.weights == "auto" and not spec.shard:
+            widened = architecture.weights * 2 + _adapter_bytes(spec)
     return Estimate(
-        weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec),
+        weights=architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec),
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
         activations=_chunk_bytes(architecture.width * value_bytes, attention, own.context)
         + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
+        widened=widened,
     )
 
 
