@@ -60,6 +60,28 @@ class LocalFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """A model on the hub, found by a search. Sizes are bytes; what its metadata do not state is None.
+
+    updated: ISO 8601. gated: whether its terms have to be accepted. needed_bytes and fits: as of LocalFiles. is_local:
+    whether it is on this machine.
+    """
+
+    id: str
+    downloads: int
+    likes: int
+    updated: str | None
+    gated: bool
+    architecture: str | None
+    quantization: str | None
+    parameters: int | None
+    size_bytes: int | None
+    needed_bytes: int | None
+    fits: str | None
+    is_local: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One registered model.
 

@@ -103,7 +103,7 @@ def _parser(defaults: Settings) -> _Parser:
     """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
     parser = _Parser(
         description="Serve local models through an OpenAI-compatible API.",
-        epilog="Other commands: ls, show, ps, pull, rm, doctor, config, launch; mlx-server COMMAND --help.",
+        epilog="Commands beside it: ls, show, ps, search, pull, rm, config, doctor, service, launch, completions.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE[,NAME=VALUE]", help=MODEL_HELP)

@@ -15,11 +15,11 @@ from mlxserver.config.fields import Identity, Live, Range, Shared, Size
 from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
-Kind = Literal["text", "embedding"]
+Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
+Weights = Literal["auto", "stored", "bfloat16"]
 KVBits = Literal[4, 8]
 KVGroupSize = Literal[32, 64, 128]
-Weights = Literal["auto", "stored", "bfloat16"]
 LogFormat = Literal["text", "json"]
 UnclosedThinking = Literal["reasoning", "content"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
@@ -68,9 +68,9 @@ class ModelSpec:
     unclosed_thinking: UnclosedThinking = "reasoning"
     kind: Annotated[Kind | None, Identity()] = None
     min_context: Annotated[int, Range(16), Shared()] = 4096
+    weights: Annotated[Weights, Shared(), Identity()] = "auto"
     kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
     kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
-    weights: Annotated[Weights, Shared(), Identity()] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,8 @@ class Settings(HttpSettings):
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"
+    page: Annotated[bool, Live(), "serve the page for browsers at /"] = True
+    log_contents: Annotated[bool, Live(), "keep prompts and answers of the last requests, for admins"] = False
     response_store: Annotated[int, Range(0), "responses of /v1/responses that are kept in memory; 0: none"] = 1000
     response_store_bytes: Annotated[int, Range(0), Size(), "what they may take, as JSON"] = 64 << 20
     rank_timeout: Annotated[float, Range(1, 3600), Shared(), "seconds of silence until another rank counts as lost"] = (

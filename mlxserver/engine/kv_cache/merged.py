@@ -17,6 +17,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import ClassOf, grouped, one_class, wide_classes
 from mlxserver.engine.kv_cache.rows import Rows
+from mlxserver.engine.kv_cache.sight import step_logits
 
 
 @dataclass
@@ -83,14 +84,15 @@ class MergedCache:
         batch = next(batch for batch in self._classes.values() if index in batch.members)
         return caches.extract(batch.cache, batch.members.index(index))
 
-    def advance(self, inputs: mx.array) -> mx.array:
+    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
         self._move_outgrown()
-        inputs = self._rows.arrange(inputs)
+        inputs, shifts = self._rows.arrange(inputs), [self._rows.arrange(own) for own in shifts]
         parts, start = [], 0
         for batch in self._classes.values():
             end = start + len(batch.members)
-            parts.append(self._model(inputs[start:end, None], cache=batch.cache)[:, -1, :])
+            own_shifts = [own[start:end] for own in shifts]
+            parts.append(step_logits(self._model, inputs[start:end, None], batch.cache, own_shifts)[:, -1, :])
             start = end
         logits: mx.array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         self._lengths = [length + 1 for length in self._lengths]

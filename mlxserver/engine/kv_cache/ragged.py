@@ -20,7 +20,7 @@ from mlxserver.engine.mlx import mx
 
 from mlx_lm.models import base
 
-from mlxserver.engine.kv_cache import quantized
+from mlxserver.engine.kv_cache import attention_shapes, quantized
 from mlxserver.engine.kv_cache.quantized import arrays_of
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow, slot_layers
 from mlxserver.engine.platform import cuda_attention
@@ -81,7 +81,8 @@ def ragged_layers(classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = Fal
 def attention(
     queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
 ) -> mx.array:
-    """As mlx_lm.models.base.scaled_dot_product_attention, for ragged and for quantised keys and values too.
+    """As mlx_lm.models.base.scaled_dot_product_attention, for ragged and for quantised keys and values too, and in few
+    shapes if asked.
 
     queries: [rows, heads, tokens, dim].
 
@@ -115,8 +116,7 @@ def _attention_of_class(
             return quantized.decode_attention(queries, keys, values, scale, mask)
         kv = quantized.format_of(queries, keys)
         keys, values, cache = quantized.dequantized(keys, kv), quantized.dequantized(values, kv), None
-    result: mx.array = _attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-    return result
+    return attention_shapes.attention(_attention, queries, keys, values, cache, scale, mask, sinks)
 
 
 def bind() -> None:

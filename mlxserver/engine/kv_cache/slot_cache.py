@@ -16,6 +16,7 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.rows import Rows
+from mlxserver.engine.kv_cache.sight import step_logits
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
 from mlxserver.engine.kv_cache.slots import (
     Layers,
@@ -117,11 +118,12 @@ class SlotCache:
         fill(cache, *slot_class.copy(index, length), length)
         return cache
 
-    def advance(self, inputs: mx.array) -> mx.array:
+    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
         classes = self._with_room()
         logits, offsets, keys, values = self._step(
             self._rows.arrange(inputs),
+            [self._rows.arrange(own) for own in shifts],
             [slot_class.offsets for slot_class in classes],
             [slot_class.keys for slot_class in classes],
             [slot_class.values for slot_class in classes],
@@ -180,14 +182,19 @@ class SlotCache:
         self._set_rows()
 
     def _forward(
-        self, inputs: mx.array, offsets: list[mx.array], keys: list[Layers], values: list[Layers]
+        self,
+        inputs: mx.array,
+        shifts: list[mx.array],
+        offsets: list[mx.array],
+        keys: list[Layers],
+        values: list[Layers],
     ) -> tuple[mx.array, list[mx.array], list[Layers], list[Layers]]:
-        """Forward pass of the rows of all classes, [rows]. Lists are per class."""
+        """Forward pass of the rows of all classes, [rows]. Lists but the shifts are per class."""
         classes = [
             slot_layers(own_keys, own_values, step)
             for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys), strict=True)
         ]
-        logits = self._compute(inputs[:, None], classes)[:, -1, :]
+        logits = self._compute(inputs[:, None], shifts, classes)[:, -1, :]
         written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
         return logits, [offset + 1 for offset in offsets], list(written_keys), list(written_values)
 
@@ -202,18 +209,19 @@ class SlotCache:
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
 
-    def _compute(self, inputs: mx.array, classes: list[list[SlotLayer]]) -> mx.array:
+    def _compute(self, inputs: mx.array, shifts: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
         """Logits of the rows, [rows, 1] -> [rows, 1, vocab]."""
         logits: mx.array
         if self._is_ragged and (len(classes) > 1 or self._has_kernel):
-            logits = self._model(inputs, cache=ragged_layers(classes, self._has_kernel))
+            logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), shifts)
         elif len(classes) == 1:
-            logits = self._model(inputs, cache=classes[0])
+            logits = step_logits(self._model, inputs, classes[0], shifts)
         else:
             start, parts = 0, []
             for layers in classes:
                 end = start + layers[0].offset.shape[0]
-                parts.append(self._model(inputs[start:end], cache=layers))
+                own_shifts = [own[start:end] for own in shifts]
+                parts.append(step_logits(self._model, inputs[start:end], layers, own_shifts))
                 start = end
             logits = mx.concatenate(parts)
         return logits

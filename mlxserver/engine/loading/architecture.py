@@ -13,12 +13,13 @@ from mlxserver.engine.mlx import mx
 
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
-from mlx_lm.utils import _get_classes
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.loading.metadata import model_arguments
+from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers
 from mlxserver.engine.platform.policy import current
 
@@ -29,7 +30,8 @@ class Architecture:
 
     layers: values per token of each layer with a KV cache, and the most tokens that it keeps per sequence (0: all).
     sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
-    arguments: those that mlx-lm's model was made with (metadata.model_arguments()).
+    arguments: those that mlx-lm's model was made with (metadata.model_arguments()). has_experts: some of its layers
+    choose among experts.
     """
 
     weights: int
@@ -38,6 +40,7 @@ class Architecture:
     width: int
     vocab: int
     arguments: tuple[Mapping[str, Any], ...] = ()
+    has_experts: bool = False
 
     def cache_values(self, tokens: int, sequences: int) -> int:
         """Values in a full cache of so many tokens and sequences."""
@@ -62,7 +65,7 @@ def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) 
 
     kv: quantised keys and values, in which the model is to keep them; Unsupported is raised if it can't.
     """
-    model_class, arguments = _get_classes(dict(config))
+    model_class, arguments = model_classes(dict(config))
     if current().replace_kernels:
         cpu_layers.replace_functions()
     model = model_class(arguments.from_dict(dict(config)))
@@ -81,6 +84,7 @@ def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) 
         outputs // len(cache),
         vocab,
         tuple(model_arguments(model)),
+        any(isinstance(layer, SwitchLinear) for layer in model.modules()),
     )
 
 

@@ -42,6 +42,7 @@ from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers, device
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
+from mlxserver.engine.platform.short_convolutions import replace_convolutions
 
 log = logging.getLogger("engine")
 
@@ -167,6 +168,8 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
         fuse_projections(model)
     replace_expert_layers(model)
     correct_chunk_masks(model)
+    if policy.sum_convolutions:
+        replace_convolutions(model)
     if policy.replace_kernels:
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)

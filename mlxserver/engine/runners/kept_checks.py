@@ -41,6 +41,7 @@ class Outcome:
     prompts: PromptSharing
     batch_cache: CacheKind
     reasons: tuple[str, ...] = ()
+    bucket_attention: bool = False
 
     @staticmethod
     def of(policy: ExecutionPolicy, *reasons: str) -> Outcome:
@@ -64,7 +65,7 @@ class Outcome:
 
 
 _PATHS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("compile_steps", "pad_slots", "bucket_prefill"), (False, True)),
+    **dict.fromkeys(("compile_steps", "pad_slots", "bucket_prefill", "bucket_attention"), (False, True)),
     "prompts": get_args(PromptSharing),
     "batch_cache": get_args(CacheKind),
 }

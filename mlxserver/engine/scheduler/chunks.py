@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache import attention_shapes, caches, ragged
 from mlxserver.engine.kv_cache.slots import (
     Layers,
     StepPositions,
@@ -99,6 +99,9 @@ class PlainPrefill:
         self._model = model
         self._attention = _attention_memory(model, policy)
         self._rounds = policy.round_chunks
+        self._pads_attention = policy.bucket_attention
+        if self._pads_attention:
+            ragged.bind()
         self._may_share = policy.prompts != "alone"
         self._may_pad = policy.prompts == "padded" and not caches.keeps_state(model)
         self.yields_cores = policy.parallel_models
@@ -114,7 +117,7 @@ class PlainPrefill:
         most = self._attention.fit(int(_SLACK * budget), max(prompt.done for prompt in waiting))
         prompts: list[PendingPrompt] = []
         length = 0
-        for prompt in waiting if self._may_share else waiting[:1]:
+        for prompt in _together(waiting) if self._may_share else waiting[:1]:
             own = prompt.ahead if prompt.ahead <= most else min(budget, most)
             if not self._may_pad and prompts and own != length:
                 continue
@@ -127,13 +130,14 @@ class PlainPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        with cpu_kernels.layer_by_layer(beside_peers):
+        with cpu_kernels.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
             return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
 
     def _run_alone(self, chunk: Chunk) -> int:
         prompt = chunk.prompts[0]  # in place: a long prompt's cache must not be copied per chunk
         tokens = prompt.next(chunk.length)
-        self._model(mx.array([tokens]), cache=prompt.cache)
+        with prompt.showing(len(tokens)):
+            self._model(mx.array([tokens]), cache=prompt.cache)
         mx.eval([layer.state for layer in prompt.cache])
         prompt.done += len(tokens)
         return len(tokens)
@@ -141,7 +145,11 @@ class PlainPrefill:
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt."""
         tokens = prompt.next(self._attention.fit(min(budget, _SCORED), prompt.done))
-        with cpu_kernels.layer_by_layer(beside_peers):
+        with (
+            cpu_kernels.layer_by_layer(beside_peers),
+            attention_shapes.padded(self._pads_attention),
+            prompt.showing(len(tokens)),
+        ):
             logits = self._model(mx.array([tokens]), cache=prompt.cache)
             measured = _measure(prompt, logits, len(tokens))
             mx.eval([layer.state for layer in prompt.cache], measured)
@@ -178,12 +186,16 @@ class PlainPrefill:
 
 
 class BucketedPrefill:
-    """Chunks of few shapes, padded on the right, in slots of few capacities (kv_cache/slots.py)."""
+    """Chunks of few shapes, padded on the right, in slots of few capacities (kv_cache/slots.py).
+
+    Prompts with images have chunks of any shape: they are few, and where their images stand differs.
+    """
 
     yields_cores = False
 
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         self._model = model
+        self._seeing = PlainPrefill(model, policy)
         self._empty = empty_layers(model)
         policy = policy or current()
         self._attention = _attention_memory(model, policy)
@@ -194,6 +206,9 @@ class BucketedPrefill:
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """Short prompts together, as many as the budget holds, a power of two; or one long prompt."""
         first = waiting[0]
+        if first.images:
+            return self._seeing.choose(waiting, budget)
+        waiting = _together(waiting)
         most = max(_LENGTHS[0], budget)
         allowed = [length for length in _LENGTHS if length <= most]
         length = next((length for length in allowed if length >= first.remaining), allowed[-1])
@@ -206,6 +221,8 @@ class BucketedPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
+        if chunk.prompts[0].images:
+            return self._seeing.run(chunk, beside_peers)
         keys, values = self._forward(*self._inputs(chunk))
         mx.eval(keys, values)
         for slot, prompt in enumerate(chunk.prompts):
@@ -215,6 +232,9 @@ class BucketedPrefill:
 
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt, in one shape."""
+        if prompt.images:
+            self._seeing.score(prompt, budget, beside_peers)
+            return
         count = len(prompt.next(_SCORED))
         keys, values, logits = self._scoring_forward(*self._inputs(Chunk([prompt], _SCORED)))
         measured = _measure(prompt, logits, _SCORED)
@@ -285,6 +305,11 @@ def _attention_memory(model: Any, policy: ExecutionPolicy) -> AttentionMemory:
     heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
     reach = 0 if caches.has_attention(model) else STATE_REACH
     return AttentionMemory(heads, policy, reach, caches.dequantized_bytes(model))
+
+
+def _together(waiting: abc.Sequence[PendingPrompt]) -> abc.Sequence[PendingPrompt]:
+    """Prompts that may share a chunk with the first one: none where images are to be seen."""
+    return waiting[:1] if waiting[0].images else [prompt for prompt in waiting if not prompt.images]
 
 
 def _give_back(prompt: PendingPrompt, keys: Layers, values: Layers, slot: int) -> None:
