@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.architecture import inspect_architecture
@@ -57,6 +57,13 @@ def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture
         attention_heads(config),
         positions(config),
     )
+
+
+def replace_activations(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Give a ModernBERT the activation that its config.json states; mlx-vlm's class approximates it with tanh."""
+    if config.get("model_type") == "modernbert" and config.get("hidden_activation", "gelu") == "gelu":
+        found = [name for name, layer in model.named_modules() if isinstance(layer, nn.GELU)]
+        model.update_modules(tree_unflatten([(name, nn.GELU()) for name in found]))
 
 
 def positions(config: Mapping[str, Any]) -> int:
