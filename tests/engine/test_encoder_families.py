@@ -122,6 +122,33 @@ def test_vectors_are_those_of_mlx_vlm_alone_and_in_any_mix(tmp_path, family):
             np.testing.assert_allclose(np.linalg.norm(vector), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("qwen3", {"rope_theta": 500.0}, {"rope_theta": 500.0}),
+        (
+            "modernbert",
+            {"global_rope_theta": 500.0, "local_rope_theta": 50.0},
+            {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 50.0}},
+        ),
+        (
+            "gemma3_text",
+            {"rope_global_base_freq": 500.0, "rope_local_base_freq": 50.0},
+            {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 50.0}},
+        ),
+    ],
+)
+def test_rotary_embeddings_are_as_transformers_5_states_them(tmp_path, family, old, new):
+    path = tiny_embedder(tmp_path / "m", family, **old)
+    spec, text = ModelSpec("m", str(path)), tuple(range(6, 20))
+    (wanted,) = embedding_model.load(spec).encode([text], 1, len(text))
+    config = json.loads((path / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in old} | {"rope_parameters": new}
+    (path / "config.json").write_text(json.dumps(config))
+    assert estimate(spec).weights > 0
+    np.testing.assert_allclose(embedding_model.load(spec).encode([text], 1, len(text))[0], wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", CROSS_ENCODERS)
 def test_scores_of_a_cross_encoder_are_those_of_mlx_vlm_alone_and_in_any_mix(tmp_path, family):
     path = tiny_cross_encoder(tmp_path / "m", family)
