@@ -8,12 +8,15 @@ Rule: a generation is Accepted, then any number of Deltas, one Finish per choice
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 Channel = Literal["content", "reasoning"]
+
+MAX_CHUNKS = 1024  # of one prompt that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +144,18 @@ class PrefillProgress:
 class PromptProgress:
     """How far the prompt of one generation is. The engine thread writes it, other threads may read it at any time.
 
-    state: None once the prompt is processed, and where it is not known.
+    state: None once the prompt is processed, and where it is not known. chunks: when each state of the prefill was
+    reached, by time.monotonic(), and the tokens that were done.
     """
 
     state: QueuePosition | PrefillProgress | None = QueuePosition()
+    chunks: list[tuple[float, int]] = field(default_factory=list)
+
+    def move(self, state: QueuePosition | PrefillProgress | None) -> None:
+        """Set the state."""
+        self.state = state
+        if isinstance(state, PrefillProgress) and len(self.chunks) < MAX_CHUNKS:
+            self.chunks.append((time.monotonic(), state.done))
 
 
 Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Embedding | Relevance | Finish | Usage

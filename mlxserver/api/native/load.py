@@ -41,7 +41,10 @@ class LoadRequest(Request):
     """POST /v1/models/load."""
 
     model: str = Parameter(
-        str, "Source: Hugging Face id, MLX directory, .gguf file or embedded:NAME.", required=True, check=check_path
+        str,
+        "Source: Hugging Face id, MLX directory, .gguf file or embedded:NAME; or the key of a registered model.",
+        required=True,
+        check=check_path,
     )
     key: str | None = Parameter(str, "Name of the model in requests; by default made from the source.", check=check_key)
     kind: Kind | None = Parameter(
