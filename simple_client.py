@@ -20,8 +20,6 @@ from typing import TypeVar
 from mlxserver.client import views
 from mlxserver.client.api import ChatClient, Message
 from mlxserver.client.command import (
-    EXIT_STATUSES,
-    INTERRUPTED,
     accept_any_text,
     add_connection_options,
     choose_embedding_model,
@@ -30,6 +28,7 @@ from mlxserver.client.command import (
     conclude,
     read_prompt,
 )
+from mlxserver.client.defaults import EXIT_STATUSES, INTERRUPTED
 from mlxserver.client.errors import ClientError, SettingInvalid
 from mlxserver.client.images import Part, content_of, read_image
 from mlxserver.client.printer import AnswerPrinter

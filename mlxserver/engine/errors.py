@@ -10,7 +10,7 @@ EngineError
 ├── NoRoom               the model does not fit in memory; with a projection of what is there
 ├── PromptRejected       the prompt can't be given to this model; names the field
 │   ├── ContextExceeded  it is longer than the context
-│   ├── InputTooLong     a text is longer than an embedding model takes
+│   ├── InputTooLong     a text is longer than an embedding model or a reranker takes
 │   └── WrongKind        the model is of another kind than the request needs
 ├── QueueFull            as many requests wait as may; try again later
 ├── ModelUnloading       the model is leaving; try again later
@@ -26,12 +26,17 @@ EngineError
 ├── RankLost             a rank is gone that computed the model together with others
 ├── ReaderTooSlow        more of a stream waits for its reader than may
 └── SourceInvalid        a model source that can't be understood or does not exist
+    ├── HubUnavailable   the hub can't be reached, is busy, or broke off
+    ├── DiskFull         its files do not fit on the disk
+    └── TooLarge         it needs more memory than models may take
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from rich.filesize import decimal
 
 from mlxserver.config.errors import abbreviate
 from mlxserver.config.settings import Kind
@@ -150,14 +155,14 @@ class ContextExceeded(PromptRejected):
 
 
 class InputTooLong(PromptRejected):
-    """A text is longer than an embedding model takes, counts in tokens."""
+    """A text is longer than an embedding model or a reranker takes, counts in tokens. what: the text in words."""
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, context_length: int, param: str) -> None:
+    def __init__(self, tokens: int, context_length: int, param: str, what: str = "") -> None:
         super().__init__(
-            f"{param} is too long: {tokens} tokens > {context_length} maximum. This model's maximum context length is "
-            f"{context_length} tokens. Shorten the text, or set 'truncate' to have it cut.",
+            f"{what or param} is too long: {tokens} tokens > {context_length} maximum. This model's maximum context "
+            f"length is {context_length} tokens. Shorten the text, or set 'truncate' to have it cut.",
             param,
         )
 
@@ -173,7 +178,9 @@ class WrongKind(PromptRejected):
 
 _KINDS: dict[Kind, str] = {
     "text": "a text model: it answers conversations and goes on from prompts, and makes no embeddings.",
+    "vision": "a vision model: it answers conversations with text and images, and makes no embeddings.",
     "embedding": "an embedding model: it makes vectors of texts (POST /v1/embeddings), and generates no text.",
+    "rerank": "a reranker: it scores documents for a query (POST /v1/rerank), and generates no text.",
 }
 
 
@@ -283,3 +290,19 @@ class SourceInvalid(EngineError):
 
     def __init__(self, source: str, expected: str) -> None:
         super().__init__(f"Model source {abbreviate(source)}: {expected}")
+
+
+class HubUnavailable(SourceInvalid):
+    """The hub can't be reached, is busy, or broke off."""
+
+
+class DiskFull(SourceInvalid):
+    """The files of a model do not fit on the disk."""
+
+
+class TooLarge(SourceInvalid):
+    """A model needs more memory than all models may take."""
+
+    def __init__(self, source: str, needed: int, budget: int) -> None:
+        sizes = f"it needs {decimal(needed)} of memory, and models may take {decimal(budget)}"
+        super().__init__(source, f"{sizes} (it can be downloaded with force)")

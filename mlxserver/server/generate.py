@@ -12,7 +12,7 @@ from mlxserver.api.dialect import Dialect
 from mlxserver.engine.requests import EngineRequest, GenerationRequest
 from mlxserver.server.body import ignored_headers, read_body
 from mlxserver.server.image_urls import ImageUrls
-from mlxserver.server.request_log import note_dialect
+from mlxserver.server.request_log import note_client, note_dialect, note_prompt
 from mlxserver.server.streaming import GenerationResponse
 from model_manager import ModelManager
 
@@ -34,7 +34,11 @@ def generate(dialect: Dialect, manager: ModelManager, images: ImageUrls, label: 
 
     async def handle(request: Request) -> GenerationResponse:
         note_dialect(label)
-        call = dialect.parse(await read_body(request, settings))
+        note_client(request.state.client)
+        body = await read_body(request, settings)
+        if manager.settings.log_contents:
+            note_prompt(body)
+        call = dialect.parse(body)
         if call.for_client:
             call = call.for_client(call, request.state.client)
         headers = ignored_headers(request, call.ignored)

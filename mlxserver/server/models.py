@@ -16,14 +16,15 @@ from mlxserver.api.anthropic.prompt import CountTokensRequest, token_count
 from mlxserver.api.endpoints import api_of
 from mlxserver.api.model_status import ModelStatus
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
-from mlxserver.api.native.library import deleted, library_list
 from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
+from mlxserver.api.native.pin import PinRequest, pinned
 from mlxserver.api.native.reload import reloaded
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from mlxserver.api.native.unload import UnloadRequest, unloaded
 from mlxserver.api.openai.models import model_card, model_list
 from mlxserver.api.schema import parameters
 from mlxserver.api.schema.limits import Limits
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ModelNotFound, ModelStalled
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.library.scan import LocalModel
@@ -59,7 +60,7 @@ class ModelHandlers:
         """GET /v1/models, as the client's API has it."""
         self._manager.library.refresh_soon()
         models = [model_status(instance, self._manager) for instance in self._manager.instances]
-        models += [local_status(found, self._manager) for found in self._manager.found]
+        models += [local_status(found, self._manager) for found in self._manager.library.unregistered]
         if api_of(request.scope["path"], request.headers) is ANTHROPIC:
             return json_response(model_page(models, request.query_params))
         return json_response(model_list(models))
@@ -70,38 +71,16 @@ class ModelHandlers:
         is_anthropic = api_of(request.scope["path"], request.headers) is ANTHROPIC
         return json_response(model_info(model) if is_anthropic else model_card(model))
 
-    async def list_library(self, request: Request) -> Response:
-        """GET /v1/library: searches the folders first."""
-        await self._manager.library.refresh()
-        return json_response(library_list(local_status(each, self._manager) for each in self._manager.library.models))
-
-    async def delete_model(self, request: Request) -> Response:
-        """DELETE /v1/models/{key}: removes a model's files; ?force=true: of a loaded one, too."""
-        require(request, Permission.NAME_FILES)
-        key, force = request.path_params["key"], request.query_params.get("force", "false")
-        if force not in ("true", "false"):
-            raise parameters.invalid("force", force, "true or false")
-        model = await self._manager.delete(key, force=force == "true")
-        return json_response(deleted(model.key, model.size_bytes))
-
     def _status(self, name: str) -> ModelStatus:
         """Status of a registered model, or of one of the library. Raises ModelNotFound."""
-        if found := self._manager.find_local(name):
+        if found := self._manager.library.meant_by(name):
             return local_status(found, self._manager)
         return model_status(self._manager.instance(name), self._manager)
 
     async def load_model(self, request: Request) -> Response | LoadResponse:
         """POST /v1/models/load."""
         asked, headers = await self._read(LoadRequest, request)
-        found = self._local(asked.model)
-        if asked.adapter is not None or (found is None and sources.is_path(asked.model)):
-            require(request, Permission.NAME_FILES)
-        if found:
-            key = asked.key or found.key
-            spec = replace(asked.spec, key=key, source=str(found.path), aliases=self._manager.local_spec(found).aliases)
-        else:
-            sources.check(asked.model)
-            spec = asked.spec
+        spec = self._spec(asked, request)
         if asked.stream:
             return LoadResponse(
                 lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report),
@@ -111,6 +90,25 @@ class ModelHandlers:
             )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)
+
+    def _spec(self, asked: LoadRequest, request: Request) -> ModelSpec:
+        """The model to load: a registered one by its key, one of the library by its name, or any other by its source.
+
+        Raises Forbidden, SourceInvalid, ValidationFailed.
+        """
+        if asked.model in self._manager.keys and asked.key in (None, asked.model):
+            if asked.adapter is not None:
+                require(request, Permission.NAME_FILES)
+            source = self._manager.instance(asked.model).spec.source
+            return replace(asked.spec, key=asked.model, source=source)
+        found = self._local(asked.model)
+        if asked.adapter is not None or (found is None and sources.is_path(asked.model)):
+            require(request, Permission.NAME_FILES)
+        if found is None:
+            sources.check(asked.model)
+            return asked.spec
+        aliases = self._manager.library.spec(found).aliases
+        return replace(asked.spec, key=asked.key or found.key, source=str(found.path), aliases=aliases)
 
     def _local(self, source: str) -> LocalModel | None:
         """The model of the library that a source is a name of, unless it is an id that the hub has."""
@@ -129,6 +127,13 @@ class ModelHandlers:
         report = await unless_stalled(instance, unload(asked.key, asked.mode, asked.timeout))
         body = unloaded(asked.key, completed=report.completed, aborted=report.aborted, freed_bytes=report.freed_bytes)
         return json_response(body, headers=headers)
+
+    async def pin_model(self, request: Request) -> Response:
+        """POST /v1/models/pin: until the settings are read again."""
+        asked, headers = await self._read(PinRequest, request)
+        instance = self._manager.instance(asked.key)
+        instance.pin(asked.pin)
+        return json_response(pinned(instance.key, is_pinned=instance.is_pinned), headers=headers)
 
     async def reload_models(self, request: Request) -> Response:
         """POST /v1/models/reload."""

@@ -25,7 +25,7 @@ from mlxserver.manager.instance import ModelInstance
 from mlxserver.server.errors import failure_of
 from mlxserver.server.event_stream import EventStream
 from mlxserver.server.model_status import progress
-from mlxserver.server.request_log import note_generation
+from mlxserver.server.request_log import note_error, note_events, note_generation, note_model
 
 
 class GenerationResponse:
@@ -92,6 +92,7 @@ class GenerationResponse:
 
     async def _submit(self, stack: ExitStack) -> int:
         """Start the generations. The number of their prompts' tokens, once the engine has accepted all of them."""
+        note_model(self._instance.key, is_loaded=self._instance.status == "loaded")
         if not self._call.requests:
             await self._instance.hold(self._call.idle_timeout)
         for lookup in self._call.lookups:
@@ -100,7 +101,7 @@ class GenerationResponse:
             request = await self._prepare(asked) if self._prepare else asked
             generation = await self._instance.generate(request, self._call.idle_timeout, self._dialect)
             stack.callback(generation.close)
-            note_generation(self._instance.key, generation)
+            note_generation(generation)
             if self._call.streams:
                 generation.most_unread = self._max_unread
             self._generations.append(generation)
@@ -128,6 +129,7 @@ class GenerationResponse:
             await stream.start()
             async with aclosing(merged_events(self._generations)) as batches:
                 async for first_choice, events in batches:
+                    note_events(events)
                     for event in events:
                         if isinstance(event, Usage):
                             usages.append(event)
@@ -139,6 +141,7 @@ class GenerationResponse:
         except EngineError as error:
             if not stream.is_started:
                 raise
+            note_error(str(error))
             self._pending += encoder.failed(failure_of(error)[1])
         await stream.end(self._take_pending())
 
@@ -147,6 +150,7 @@ class GenerationResponse:
         usages: list[Usage] = []
         async with aclosing(merged_events(self._generations)) as batches:
             async for first_choice, events in batches:
+                note_events(events)
                 for event in events:
                     if isinstance(event, Usage):
                         usages.append(event)

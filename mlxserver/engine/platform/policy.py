@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
@@ -22,7 +22,11 @@ class WeightPolicy(Enum):
     """Format of a loaded model's weights."""
 
     STORED = "as the checkpoint has them"
+    BFLOAT16 = "dequantized to 16 bits"
     FLOAT32 = "dequantized to float32"
+
+
+_STATED = {"stored": WeightPolicy.STORED, "bfloat16": WeightPolicy.BFLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +36,13 @@ class ExecutionPolicy:
     compile_steps: decode steps and prefill chunks are compiled graphs, which cost no Python.
     pad_slots: decode steps compute unused slots and unused capacity too, so that shapes recur.
     bucket_prefill: prompts of models with plain KV caches are padded to chunks of few lengths.
+    bucket_attention: attention of other prompts is padded to few numbers of tokens and keys (attention_shapes.py).
+    sum_convolutions: short convolutions are sums, which need no plan per number of tokens (short_convolutions.py).
     round_chunks: other chunks are budgeted in powers of two.
     warm_up_all_batch_sizes: every power of two up to max_running is warmed up, because kernels are made by shape.
     fuse_projections: projections of one input become one product (loading/fused_projections.py).
     weights: the format in which they are computed with.
+    widen_weights: quantized weights are computed with faster in 16 bits, where memory allows it; not those of experts.
     eager_prefix_copy: what the prefix cache stores is evaluated before the next step is prepared.
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
@@ -54,10 +61,13 @@ class ExecutionPolicy:
     compile_steps: bool
     pad_slots: bool
     bucket_prefill: bool
+    bucket_attention: bool
+    sum_convolutions: bool
     round_chunks: bool
     warm_up_all_batch_sizes: bool
     fuse_projections: bool
     weights: WeightPolicy
+    widen_weights: bool
     eager_prefix_copy: bool
     materialized_attention: bool
     decode_kernel: bool
@@ -74,6 +84,10 @@ class ExecutionPolicy:
         if self.compile_steps and not self.pad_slots:
             raise ValueError("compiled steps need padded slots")
 
+    def with_weights(self, setting: Literal["auto", "stored", "bfloat16"]) -> ExecutionPolicy:
+        """The policy with the weights that a model's setting states; "auto" states none."""
+        return self if setting == "auto" else replace(self, weights=_STATED[setting])
+
 
 # MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, and its float16 and quantized products
 # are some thirty times slower there than those of float32. Time grows with every slot and token that is computed. MLX's
@@ -83,10 +97,13 @@ CPU = ExecutionPolicy(
     compile_steps=False,
     pad_slots=False,
     bucket_prefill=False,
+    bucket_attention=False,
+    sum_convolutions=False,
     round_chunks=False,
     warm_up_all_batch_sizes=False,
     fuse_projections=False,
     weights=WeightPolicy.FLOAT32,
+    widen_weights=False,
     eager_prefix_copy=True,
     materialized_attention=True,
     decode_kernel=False,
@@ -101,10 +118,13 @@ METAL = ExecutionPolicy(
     compile_steps=False,
     pad_slots=True,
     bucket_prefill=False,
+    bucket_attention=False,
+    sum_convolutions=False,
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=False,
     weights=WeightPolicy.STORED,
+    widen_weights=False,
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=False,
@@ -114,15 +134,20 @@ METAL = ExecutionPolicy(
     wire_memory=True,
     memory_share=0.9,
 )
-# A data centre GPU is bound by its host, which compiled steps and fewer, larger products relieve.
+# A data centre GPU is bound by its host, which compiled steps and fewer, larger products relieve. MLX's products of
+# quantized weights are slower there than those of 16 bits (8B, 4 bits: 1.3 times for one sequence, 8 times for
+# sixteen), but for experts, whose decode steps read few of them (0.6 times for sixteen).
 CUDA = ExecutionPolicy(
     compile_steps=True,
     pad_slots=True,
     bucket_prefill=True,
+    bucket_attention=True,
+    sum_convolutions=True,
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=True,
     weights=WeightPolicy.STORED,
+    widen_weights=True,
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=True,
