@@ -12,7 +12,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from mlxserver.engine.mlx import mx
@@ -140,17 +141,18 @@ class _Reading:
 
     def run(self) -> None:
         """Read one row after another, on a stream and through a buffer of the calling thread's own."""
-        with streams.thread_stream(), pinned_memory.borrowed() as buffer:
-            while self.tickets.acquire() and not self._is_stopped:
-                if (number := next(self._numbers, None)) is None:
-                    break
-                try:
+        try:
+            with streams.thread_stream(), pinned_memory.borrowed() as buffer:
+                while self.tickets.acquire() and not self._is_stopped:
+                    if (number := next(self._numbers, None)) is None:
+                        break
                     row = [(name, _read(self._folder / str(name), buffer)) for name in self._rows[number]]
-                except BaseException as error:
-                    self.results[number].set_exception(error)
-                    break
-                self.results[number].set_result(row)
-                del row
+                    self.results[number].set_result(row)
+                    del row
+        except BaseException as error:  # which all that wait for a row have to see
+            for result in self.results:
+                with suppress(InvalidStateError):
+                    result.set_exception(error)
 
     def stop(self) -> None:
         """End the threads, once they have read what they are at."""
