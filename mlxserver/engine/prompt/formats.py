@@ -107,12 +107,14 @@ class PromptFormat:
 
     def _with_images(self, prompt: ChatPrompt) -> ChatPrompt:
         """The prompt with its images where a template can show them, each of them processed. Raises PromptRejected."""
-        if self._images and (images := images_of(prompt.conversation)):
-            self._images.begin()
-            for image in images:
-                self._images.process(image)
-            return show_result_images(prompt)
-        return prompt
+        if not (images := images_of(prompt.conversation)):
+            return prompt
+        if self._images is None:
+            raise PromptRejected("This is a text model: it sees no images. Leave them out.", images[0].origin)
+        self._images.begin()
+        for image in images:
+            self._images.process(image)
+        return show_result_images(prompt)
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The variables of the template. One that it does not have changes nothing, and is logged."""

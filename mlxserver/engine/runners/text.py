@@ -31,7 +31,6 @@ from mlxserver.engine.requests import (
     FormattedPrompt,
     GenerationRequest,
     ModelFacts,
-    Prompt,
     Question,
     Tokenize,
 )
@@ -101,13 +100,7 @@ class TextRunner:
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
         preprocessor = _Preprocessor(
-            spec.key,
-            loaded.tokenizer,
-            prompts,
-            self._constraints,
-            batch.vocab_size,
-            loaded.context_length,
-            sees_images=images is not None,
+            spec.key, loaded.tokenizer, prompts, self._constraints, batch.vocab_size, loaded.context_length
         )
         self.preprocess = preprocessor.preprocess
         self.answer = preprocessor.answer
@@ -185,8 +178,6 @@ class _Preprocessor:
         constraints: RequestConstraints,
         vocab_size: int,
         context_length: int,
-        *,
-        sees_images: bool,
     ) -> None:
         self._key = key
         self._tokenizer = tokenizer
@@ -194,13 +185,11 @@ class _Preprocessor:
         self._constraints = constraints
         self._vocab_size = vocab_size
         self._context_length = context_length
-        self._sees_images = sees_images
 
     def preprocess(self, request: EngineRequest) -> GenerationRequest:
         """The request with its prompt rendered, its grammar compiled. Raises PromptRejected, WrongKind."""
         if not isinstance(request, GenerationRequest):
             raise WrongKind(self._key, "text")
-        self._refuse_images(request.prompt)
         grammar = self._constraints.compile(request)
         return replace(request, formatted=self._format(request), grammar=grammar)
 
@@ -218,18 +207,9 @@ class _Preprocessor:
                 check_tokens(tokens, self._vocab_size, "tokens")
                 return str(self._tokenizer.decode(list(tokens)))
             case Tokenize(prompt):
-                self._refuse_images(prompt)
                 return self._prompts.format(prompt).tokens
             case ApplyTemplate(prompt):
-                self._refuse_images(prompt)
                 return self._prompts.format(prompt).text
-
-    def _refuse_images(self, prompt: Prompt) -> None:
-        if self._sees_images:
-            return
-        messages = prompt.conversation if isinstance(prompt, ChatPrompt) else ()
-        if image := next((image for message in messages for image in message.images), None):
-            raise PromptRejected(f"Model {self._key!r} is a text model and sees no images.", image.origin)
 
 
 @dataclass(frozen=True, slots=True)
