@@ -30,6 +30,9 @@ def give_sight(model: nn.Module, config: Mapping[str, Any], layers_added: int = 
     embedding = next((module for name, module in modules.items() if name.rpartition(".")[2] in _EMBEDDINGS), None)
     if embedding is None:
         raise ValueError("its text model has no embeddings that images could take the place of")
+    ropes = [module for module in modules.values() if isinstance(module, nn.RoPE)] if sections else []
+    if sections and not ropes:
+        raise ValueError("its rotary embeddings are none that positions in images are known for")
     _become(embedding, _seeing_embedding, sight)
     embedding.feature_scale = _feature_scale(model)
     for name, module in modules.items():
@@ -37,10 +40,9 @@ def give_sight(model: nn.Module, config: Mapping[str, Any], layers_added: int = 
             _become(module, _blank_embedding, sight)
     if attends_within_images(config):
         _become(next(each for each in modules.values() if hasattr(each, "_make_masks")), _mutual_masks, sight)
-    for module in modules.values() if sections else ():
-        if isinstance(module, nn.RoPE):
-            _become(module, _seeing_rope, sight)
-            module.axis_of = tuple(_axes(module.dims // 2, sections, is_interleaved))
+    for module in ropes:
+        _become(module, _seeing_rope, sight)
+        module.axis_of = tuple(_axes(module.dims // 2, sections, is_interleaved))
     for number, layer in enumerate(model.layers[:layers_added]):
         _become(layer, _seeing_layer, sight)
         layer.number = number
