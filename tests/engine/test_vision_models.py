@@ -117,6 +117,17 @@ def test_a_control_token_in_a_text_is_no_image(family):
     assert placeholder in formatted.text
 
 
+def test_a_sequence_with_images_goes_on_after_a_restart(tmp_path):
+    runner = built(tiny_vision(tmp_path / "m", "qwen2_5_vl"), prefix_cache_bytes=0)
+    expected = answers(runner, [QUESTIONS[2]])[0][0]
+    sequence = runner.prepare(runner.preprocess(QUESTIONS[2]), itertools.count())[0][0]
+    driver = Driver(runner.batch, sequence)
+    driver.until_generated(sequence.id, 4)
+    unpublished = runner.batch.restart({sequence.id})
+    driver.tokens[sequence.id] += [token.token for token in unpublished]
+    assert driver.finish()[sequence.id] == expected
+
+
 class Broken:
     """Images of a prompt that can't be encoded."""
 
