@@ -58,8 +58,8 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def search(self, query):
-        words = query.get("search", [""])[0].lower()
-        found = [each for each in self.server.listed if words in each["id"].lower()]
+        words = query.get("search", [""])[0].lower().split()
+        found = [each for each in self.server.listed if all(word in each["id"].lower() for word in words)]
         self.reply(json.dumps(found[: int(query.get("limit", ["100"])[0])]).encode())
 
     def list_files(self, path, query):

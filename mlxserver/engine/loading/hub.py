@@ -148,8 +148,13 @@ def failure(source: str, error: Exception, revision: str | None) -> SourceInvali
             return DiskFull(source, str(error))
         case OSError(errno=errno.ENOSPC):
             return DiskFull(source, f"the disk of {cache()} is full. {STAYS}")
-        case DigestWrong() | Busy():
+        case DigestWrong():
+            return HubUnavailable(source, f"{error}; the same command tries again")
+        case Busy():
             return HubUnavailable(source, f"{error}. {STAYS}")
+        case errors.HfHubHTTPError():
+            status = error.response.status_code
+            return HubUnavailable(source, f"{REACH}, which answered with status {status}; try again later")
         case httpx.TransportError():
             return HubUnavailable(source, _unreachable())
         case _:  # the hub's and the transport's errors are of many kinds
