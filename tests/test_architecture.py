@@ -25,9 +25,10 @@ ALLOWED = {
     "engine.runners": "config engine engine.platform engine.kv_cache engine.loading engine.output engine.prompt "
     "engine.sampling engine.worker engine.scheduler engine.distributed",
     "api": "config engine",
+    "page": "",
     "manager": "config engine engine.loading engine.worker",
     "model_manager": "config engine engine.loading manager",
-    "server": "config engine engine.loading engine.platform engine.worker api manager model_manager",
+    "server": "config engine engine.loading engine.platform engine.worker api manager model_manager page",
     "cli": "api client config engine engine.loading engine.platform manager model_manager server",
     "__main__": "cli config mlx_api_server",
     "mlx_api_server": "__main__ config engine engine.distributed engine.kv_cache engine.loading engine.platform "

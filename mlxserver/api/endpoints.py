@@ -9,8 +9,12 @@ from mlxserver.api.anthropic.errors import ANTHROPIC
 from mlxserver.api.dialect import Api, Failure
 from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.native.apply_template import ApplyTemplateRequest
+from mlxserver.api.native.benchmark import BenchmarkRequest
 from mlxserver.api.native.load import LoadRequest
+from mlxserver.api.native.page import RenderRequest, SessionRequest
+from mlxserver.api.native.pin import PinRequest
 from mlxserver.api.native.pull import PullRequest
+from mlxserver.api.native.rerank import RerankDialect, RerankRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.ollama.endpoints import OLLAMA_ENDPOINTS
@@ -20,6 +24,9 @@ from mlxserver.api.openai.completions import CompletionDialect, CompletionReques
 from mlxserver.api.openai.embeddings import EmbeddingsDialect, EmbeddingsRequest
 from mlxserver.api.openai.errors import OPENAI
 from mlxserver.api.openai.responses import endpoints as responses
+
+# Of the same endpoint: Jina's, a short one that proxies and front ends ask for, and that of Cohere's second API.
+RERANK_PATHS = {"rerank": "/v1/rerank", "rerank_short": "/rerank", "rerank_v2": "/v2/rerank"}
 
 ENDPOINTS = (
     Endpoint(
@@ -50,6 +57,19 @@ ENDPOINTS = (
         "EmbeddingList",
         EmbeddingsRequest,
         dialect=EmbeddingsDialect,
+    ),
+    *(
+        Endpoint(
+            name,
+            "POST",
+            path,
+            "Relevance of documents to a query.",
+            "Rerank",
+            RerankRequest,
+            dialect=RerankDialect,
+            dialect_name="rerank",
+        )
+        for name, path in RERANK_PATHS.items()
     ),
     *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,
@@ -118,6 +138,39 @@ ENDPOINTS = (
         "ready", "GET", "/health/ready", "Whether what is to be loaded at the start is; ?model=KEY: one.", "Ready"
     ),
     Endpoint("metrics", "GET", "/metrics", "Figures for Prometheus.", None, media="text/plain", manages=True),
+    Endpoint(
+        "events",
+        "GET",
+        "/v1/events",
+        "The state of models and memory, then its changes, as server-sent events.",
+        None,
+        media="text/event-stream",
+    ),
+    Endpoint("pin_model", "POST", "/v1/models/pin", "Pin a model, or unpin it.", "Pinned", PinRequest, manages=True),
+    Endpoint("list_requests", "GET", "/v1/requests", "The last requests.", "RequestList", manages=True),
+    Endpoint(
+        "retrieve_request",
+        "GET",
+        "/v1/requests/{id}",
+        "One of the last requests, with its timeline.",
+        "RequestTrace",
+        manages=True,
+    ),
+    Endpoint(
+        "benchmark",
+        "POST",
+        "/v1/benchmark",
+        "Measure models under load; a stream of progress and figures.",
+        None,
+        BenchmarkRequest,
+        media="text/event-stream",
+        manages=True,
+    ),
+    Endpoint("render", "POST", "/v1/render", "Markdown as safe HTML.", "Rendered", RenderRequest),
+    Endpoint("session", "GET", "/page/session", "What this browser may do.", "Session"),
+    Endpoint("open_session", "POST", "/page/session", "Let this browser in with a key.", "Session", SessionRequest),
+    Endpoint("close_session", "DELETE", "/page/session", "End the session of this browser.", None),
+    Endpoint("page_file", "GET", "/page/{name}", "A file of the page.", None),
     Endpoint("openapi", "GET", "/openapi.json", "This description.", "OpenAPI"),
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),
     *OLLAMA_ENDPOINTS,

@@ -89,7 +89,7 @@ class ModelStatus:
     reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. kind, type,
     context_length (tokens), capabilities, execution and estimate are None while not known. progress: of the load, while
     there is one. failure: why the last load failed. load_seconds: duration of the last load. local: its files, if it is
-    one of the library.
+    one of the library. kv_bits, kv_group_size: of its quantised KV cache, None where it has the model's own type.
     """
 
     key: str
@@ -113,3 +113,5 @@ class ModelStatus:
     failure: str | None = None
     load_seconds: float = 0.0
     local: LocalFiles | None = None
+    kv_bits: int | None = None
+    kv_group_size: int | None = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from mlxserver.api.anthropic.response_schemas import ANTHROPIC_SCHEMAS
+from mlxserver.api.native.rerank import RERANK_SCHEMAS
 from mlxserver.api.ollama.schemas import OLLAMA_SCHEMAS
 from mlxserver.api.openai.embeddings import EMBEDDINGS_SCHEMAS
 from mlxserver.api.openai.models import CAPABILITIES
@@ -20,6 +23,7 @@ from mlxserver.api.schema.response_shapes import (
     named,
     one_of,
 )
+from mlxserver.config.settings import Kind
 
 STATE = one_of("unloaded", "loading", "loaded", "draining", "failed")
 FINISH = one_of("stop", "length", "tool_calls")
@@ -47,9 +51,33 @@ LOCAL = {
 }
 PLAN = {"model": TEXT, "download_bytes": COUNT, "needed_bytes": maybe(COUNT), "fits": {"type": "boolean"}}
 
+REQUEST: dict[str, Schema] = {
+    "id": TEXT,
+    "arrived": NUMBER,
+    "model": maybe(TEXT),
+    "dialect": TEXT,
+    "path": TEXT,
+    "client": TEXT,
+    "address": TEXT,
+    "key": maybe(TEXT),
+    "status": maybe(COUNT),
+    "outcome": TEXT,
+    "error": maybe(TEXT),
+    "seconds": NUMBER,
+    "load_seconds": NUMBER,
+    "queue_seconds": maybe(NUMBER),
+    "ttft_seconds": maybe(NUMBER),
+    "tokens_per_second": maybe(NUMBER),
+    "prompt_tokens": maybe(COUNT),
+    "cached_tokens": maybe(COUNT),
+    "completion_tokens": maybe(COUNT),
+    "reasoning_tokens": maybe(COUNT),
+}
+
 RESPONSE_SCHEMAS: dict[str, Schema] = {
     **RESPONSES_SCHEMAS,
     **EMBEDDINGS_SCHEMAS,
+    **RERANK_SCHEMAS,
     **ANTHROPIC_SCHEMAS,
     **OLLAMA_SCHEMAS,
     "Error": exactly(
@@ -149,7 +177,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         created=COUNT,
         owned_by=TEXT,
         status=exactly(value=STATE, error_=TEXT),
-        kind=maybe(one_of("text", "embedding")),
+        kind=maybe(one_of(*get_args(Kind))),
         type=maybe(one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),
@@ -157,6 +185,8 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         meta=exactly(n_ctx_train=maybe(COUNT)),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
         execution=maybe(EXECUTION),
+        kv_bits=maybe(COUNT),
+        kv_group_size=maybe(COUNT),
         memory_bytes=COUNT,
         reserved_bytes=COUNT,
         estimate=maybe(ESTIMATE),
@@ -176,6 +206,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
                 id=TEXT,
                 aliases=each(TEXT),
                 status=exactly(value=STATE, error_=TEXT),
+                kind=maybe(one_of(*get_args(Kind))),
                 context_length=maybe(COUNT),
                 path=TEXT,
                 error=maybe(TEXT),
@@ -227,6 +258,23 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         disk=maybe(exactly(entries=COUNT, bytes=COUNT, hits=COUNT)),
     ),
     "Reloaded": exactly(added=each(TEXT), removed=each(TEXT), changed=each(TEXT), restart_needed=each(TEXT)),
+    "RequestList": exactly(object=one_of("list"), data=each(exactly(**REQUEST))),
+    "RequestTrace": exactly(
+        spans=each(
+            exactly(
+                name=one_of("read", "prepare", "load", "queue", "prefill", "decode"),
+                start=NUMBER,
+                end=NUMBER,
+                tokens=maybe(COUNT),
+            )
+        ),
+        prompt=maybe(TEXT),
+        answer=maybe(TEXT),
+        **REQUEST,
+    ),
+    "Pinned": exactly(key=TEXT, pinned={"type": "boolean"}),
+    "Rendered": exactly(html=each(TEXT)),
+    "Session": exactly(**{name: {"type": "boolean"} for name in ("needs_key", "may_generate", "may_manage")}),
     "Unloaded": exactly(
         key=TEXT,
         status=one_of("unloaded"),

@@ -18,7 +18,20 @@ from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import ModelNotFound
 
 CONNECT_TIMEOUT = 3.0  # seconds that a server on another machine gets
-COLUMNS = ("model", "alias", "state", "format", "quant", "weights", "disk", "memory", "context", "fits", "place")
+COLUMNS = (
+    "model",
+    "alias",
+    "state",
+    "kind",
+    "format",
+    "quant",
+    "weights",
+    "disk",
+    "memory",
+    "context",
+    "fits",
+    "place",
+)
 RUNNING_COLUMNS = ("model", "state", "memory", "requests", "until unloaded")
 FOUND_COLUMNS = ("model", "quant", "weights", "download", "memory", "fits", "downloads", "here")
 FITS = {"now": "now", "after_eviction": "after eviction", "never": "never", None: "-"}
@@ -87,6 +100,7 @@ async def show(options: Namespace, settings: ReadSettings) -> int:
         "state": fields["status"]["value"],
         "source": fields.get("source"),
         "path": fields.get("path"),
+        "kind": fields.get("kind"),
         "type": fields.get("type"),
         "format": local.get("format"),
         "architecture": local.get("architecture"),
@@ -151,6 +165,7 @@ def _row(fields: Fields) -> tuple[str, ...]:
         fields["id"],
         ", ".join(fields.get("aliases", ())) or "-",
         fields["status"]["value"],
+        fields.get("kind") or "-",
         local.get("format") or "-",
         local.get("quantization") or "-",
         count(local.get("parameters")),

@@ -115,7 +115,7 @@ def _parser(defaults: Settings) -> _Parser:
         if setting.several:
             parser.add_argument(flag, action=_Append, help=f"{setting.meaning} (repeatable; {setting.expected})")
             continue
-        metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper()
+        metavar = "{" + ",".join(map(str, setting.choices)) + "}" if setting.choices else setting.type.__name__.upper()
         bare: dict[str, str] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
         text = f"{setting.meaning} (default {default}; {setting.expected})"
         parser.add_argument(flag, metavar=metavar, help=text, **bare)  # type: ignore[arg-type]

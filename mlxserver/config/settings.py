@@ -9,20 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from mlxserver.config.fields import Identity, Live, Range, Shared, Size
 from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
-Kind = Literal["text", "embedding"]
+Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
 Weights = Literal["auto", "stored", "bfloat16"]
+KVBits = Literal[4, 8]
+KVGroupSize = Literal[32, 64, 128]
 LogFormat = Literal["text", "json"]
 UnclosedThinking = Literal["reasoning", "content"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
 UnknownParameters = Literal["refuse", "ignore"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
+
+KV_GROUP_SIZES: tuple[int, ...] = get_args(KVGroupSize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ class ModelSpec:
     unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
     several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
     the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
-    stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others.
+    stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others. kv_bits:
+    bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size: values that share a
+    scale then.
     """
 
     key: Annotated[str, Shared()]
@@ -63,6 +69,8 @@ class ModelSpec:
     kind: Annotated[Kind | None, Identity()] = None
     min_context: Annotated[int, Range(16), Shared()] = 4096
     weights: Annotated[Weights, Shared(), Identity()] = "auto"
+    kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
+    kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +114,8 @@ class Settings(HttpSettings):
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"
+    page: Annotated[bool, Live(), "serve the page for browsers at /"] = True
+    log_contents: Annotated[bool, Live(), "keep prompts and answers of the last requests, for admins"] = False
     response_store: Annotated[int, Range(0), "responses of /v1/responses that are kept in memory; 0: none"] = 1000
     response_store_bytes: Annotated[int, Range(0), Size(), "what they may take, as JSON"] = 64 << 20
     rank_timeout: Annotated[float, Range(1, 3600), Shared(), "seconds of silence until another rank counts as lost"] = (

@@ -41,7 +41,7 @@ class Image:
 
     data: its file as it was sent (PNG, JPEG, WebP, GIF, BMP), b"" until an image that is named by its URL was fetched.
     origin: where the client wrote it, as its dialect names it: "messages[0].content[1].image_url". detail: how much of
-    its resolution the model gets.
+    its resolution the model gets; "low" is a small picture, the others are the file's.
     """
 
     data: bytes = field(repr=False)
@@ -51,8 +51,8 @@ class Image:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file, in hexadecimal."""
-        return hashlib.sha256(self.data).hexdigest()
+        """SHA-256 of the file, and of a low detail, which makes it another picture; in hexadecimal."""
+        return hashlib.sha256(self.data + b"low" if self.detail == "low" else self.data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,8 @@ class Tool:
     """A function that the model may call.
 
     parameters: JSON Schema of its arguments. strict: whether they are held to it. origin: where the client wrote the
-    function, as its dialect names it: "tools[0].function". schema_field: the name that the schema has there.
+    function, as its dialect names it: "tools[0].function". schema_field: the name that the schema has there. held:
+    another schema, to which the arguments are held in the place of `parameters`, and which the model is not shown.
     """
 
     name: str
@@ -142,6 +143,22 @@ class Tool:
     strict: bool | None = None
     origin: str = ""
     schema_field: str = "parameters"
+    held: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether the arguments are held to a schema, whatever the choice among the tools."""
+        return bool(self.strict) or self.held is not None
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The schema to which arguments are held."""
+        return self.held or self.parameters or {}
+
+    @property
+    def strict_origin(self) -> str:
+        """Where the client asked for that."""
+        return self.schema_origin if self.held is not None else f"{self.origin}.strict"
 
     @property
     def schema_origin(self) -> str:

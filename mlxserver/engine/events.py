@@ -2,17 +2,21 @@
 
 Rule: a generation is Accepted, then any number of Deltas, one Finish per choice, and Usage at the very end; or, at any
       point, one EngineError and nothing after it. PromptLogprobs, where asked for, come before all else of a choice.
-      Each choice of a request for embeddings is one Embedding and its Finish.
+      Each choice of a request for embeddings is one Embedding and its Finish; of one for scores, a Relevance and its
+      Finish.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 Channel = Literal["content", "reasoning"]
+
+MAX_CHUNKS = 1024  # of one prompt that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,14 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Relevance:
+    """How well one document answers the query, from 0 to 1. index: of the document in its request."""
+
+    score: float
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """End of one choice. stop: the stop string that ended it, None where none did."""
 
@@ -132,10 +144,18 @@ class PrefillProgress:
 class PromptProgress:
     """How far the prompt of one generation is. The engine thread writes it, other threads may read it at any time.
 
-    state: None once the prompt is processed, and where it is not known.
+    state: None once the prompt is processed, and where it is not known. chunks: when each state of the prefill was
+    reached, by time.monotonic(), and the tokens that were done.
     """
 
     state: QueuePosition | PrefillProgress | None = QueuePosition()
+    chunks: list[tuple[float, int]] = field(default_factory=list)
+
+    def move(self, state: QueuePosition | PrefillProgress | None) -> None:
+        """Set the state."""
+        self.state = state
+        if isinstance(state, PrefillProgress) and len(self.chunks) < MAX_CHUNKS:
+            self.chunks.append((time.monotonic(), state.done))
 
 
-Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Embedding | Finish | Usage
+Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Embedding | Relevance | Finish | Usage

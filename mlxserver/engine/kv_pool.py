@@ -93,6 +93,12 @@ class KVPool:
             return sum(account.share.over for account in self._accounts)
 
     @property
+    def live_bytes(self) -> int:
+        """Bytes of KV cache that all models have, within their reservations and beyond."""
+        with self.lock:
+            return sum(account.live for account in self._accounts)
+
+    @property
     def prefix_bytes(self) -> int:
         """Bytes of all prefixes in memory, with those that are being stored."""
         with self.lock:

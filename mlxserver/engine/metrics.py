@@ -32,6 +32,11 @@ class Histogram:
         self.sum += value
 
     @property
+    def count(self) -> int:
+        """Number of values."""
+        return sum(self._counts)
+
+    @property
     def cumulative(self) -> list[int]:
         """For each bound, and at last for none, the number of values that were not above it."""
         return list(accumulate(self._counts))
@@ -45,7 +50,8 @@ def _seconds() -> Histogram:
 class ModelMetrics:
     """All counters of one model.
 
-    Written by the engine thread: batch_size, inter_token and faults; by the event loop: the rest. `requests` are keyed
+    Written by the engine thread: batch_size, inter_token, generated_tokens (those of running requests included) and
+    faults; by the event loop: the rest. `requests` are keyed
     by outcome ("stop", "length", "tool_calls", "cancelled", or an error's name) and the dialect of the client ("" where
     there is none), `ttft` by the dialect, `loads` by "loaded", "failed",
     "aborted" and "refused", `unloads` by cause ("drain", "abort", "reject", "evict", "idle"), `faults` by what failed
@@ -62,6 +68,7 @@ class ModelMetrics:
     cached_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    generated_tokens: int = 0
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     unloads: Counter[str] = field(default_factory=Counter)

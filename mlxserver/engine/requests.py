@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mlxserver.config.settings import Kind
 from mlxserver.engine.conversation import Message, Tool
@@ -66,6 +66,7 @@ class EmbeddingRequest:
     origin: str = "input"
     is_list: bool = True
     tokens: tuple[tuple[int, ...], ...] = ()
+    kinds: ClassVar[tuple[Kind, ...]] = ("embedding",)
 
     @property
     def n(self) -> int:
@@ -75,6 +76,30 @@ class EmbeddingRequest:
     def place(self, index: int) -> str:
         """Where the client wrote a text."""
         return f"{self.origin}[{index}]" if self.is_list else self.origin
+
+
+@dataclass(frozen=True, slots=True)
+class RerankRequest:
+    """Request for the relevance of each document to a query, to a reranker.
+
+    instruction: what makes a document relevant, None for the reranker's own. truncates: a document is cut where it is
+    too long beside the query. max_document_tokens: documents are cut to so many tokens. pairs: the query with each
+    document, once their tokens are known; second_texts: Sequence.second_text of each.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    instruction: str | None = None
+    truncates: bool = False
+    max_document_tokens: int | None = None
+    pairs: tuple[tuple[int, ...], ...] = ()
+    second_texts: tuple[int, ...] = ()
+    kinds: ClassVar[tuple[Kind, ...]] = ("rerank",)
+
+    @property
+    def n(self) -> int:
+        """Number of its choices: one per document."""
+        return len(self.documents)
 
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt | FillPrompt
@@ -100,12 +125,36 @@ class ToolChoice:
     parallel: bool = True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessedImage:
+    """An image as a model's processor makes it.
+
+    key: names its content in the prefix cache, below 0. text: what stands for it in the prompt. tokens: number of its
+    tokens there. inputs: arrays for the tower by the names that mlx-vlm has for them. grid: rows and columns of its
+    tokens, where they have such positions.
+    """
+
+    key: int
+    text: str
+    tokens: int
+    inputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """An image in a prompt. positions: of its tokens among the prompt's, in order."""
+
+    image: ProcessedImage
+    positions: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class FormattedPrompt:
     """Prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come.
 
     boundaries: numbers of its first tokens that another prompt of the conversation is likely to have in common with it.
-    ends: tokens that end its answer beside those that end any.
+    ends: tokens that end its answer beside those that end any. images: those in it.
     """
 
     tokens: tuple[int, ...]
@@ -113,6 +162,7 @@ class FormattedPrompt:
     opens_thinking: bool = False
     boundaries: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +204,10 @@ class GenerationRequest:
     thinking_budget: int | None = None
     formatted: FormattedPrompt | None = None
     grammar: Grammar | None = None
+    kinds: ClassVar[tuple[Kind, ...]] = ("text", "vision")
 
 
-EngineRequest = GenerationRequest | EmbeddingRequest
+EngineRequest = GenerationRequest | EmbeddingRequest | RerankRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +248,8 @@ class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
     reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
-    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle" and
-    "embeddings". execution: None where ranks share the model, and of an embedding model. type: None of one, too.
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle",
+    "embeddings" and "rerank". execution: None where ranks share the model, and of an encoder. type: None of one, too.
     """
 
     type: str | None

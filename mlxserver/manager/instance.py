@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlxserver.config.settings import Kind, ModelSpec
@@ -17,7 +18,7 @@ from mlxserver.engine.errors import ModelUnloading, QueueFull, WrongKind
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.requests import EmbeddingRequest, EngineRequest, ModelFacts, Question
+from mlxserver.engine.requests import EngineRequest, ModelFacts, Question
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.eviction import Resident
@@ -193,8 +194,7 @@ class ModelInstance:
 
     def _check_kind(self, request: EngineRequest) -> None:
         """Raise WrongKind as far as the kind is known before the model is loaded."""
-        needed = "embedding" if isinstance(request, EmbeddingRequest) else "text"
-        if self.kind not in (None, needed):
+        if self.kind is not None and self.kind not in request.kinds:
             raise WrongKind(self.key, self.kind)
 
     async def hold(self, idle_timeout: float | None = None) -> None:
@@ -287,6 +287,12 @@ class ModelInstance:
     def is_pinned(self) -> bool:
         """Whether it is never evicted."""
         return self.spec.pin
+
+    def pin(self, is_pinned: bool) -> None:
+        """Keep the model in memory, or no longer, until its settings are read again."""
+        self.spec = replace(self.spec, pin=is_pinned)
+        self.restart_idle_timer()
+        self._memory.reconsider()
 
     def resident(self, bytes: int) -> Resident:
         """Figures of the model for a decision on memory."""

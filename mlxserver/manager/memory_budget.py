@@ -137,6 +137,11 @@ class MemoryBudget:
         return self._in_use + self._pool.total_over
 
     @property
+    def live_kv(self) -> int:
+        """Bytes of KV cache that all models have, within their reservations and beyond."""
+        return self._pool.live_bytes
+
+    @property
     def prefix_bytes(self) -> int:
         """Bytes of the prefixes of all models in memory."""
         return self._pool.prefix_bytes

@@ -3,8 +3,11 @@
 Rule 1: a request is refused for the name it calls the server by, then for the page it comes from, then for its key, and
         then because the server stops. Nothing of its body is read before, and no refusal depends on the path; only the
         envelope does, which is that of the path's dialect.
-Rule 2: /health needs no key, only a right host name.
-Rule 3: what an authenticated request may do is in its state, `permission`, and whose it is `client` (server/keys.py).
+Rule 2: /health needs no key, only a right host name. The files of the page need none, nor does the path that a session
+        begins at.
+Rule 3: a session cookie counts only in requests of the page itself: a browser marks those from elsewhere, and what
+        changes something has a header that no other page can send.
+Rule 4: what an authenticated request may do is in its state, `permission`, and whose it is `client` (server/keys.py).
 """
 
 from __future__ import annotations
@@ -12,17 +15,23 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxserver.api.dialect import Failure
 from mlxserver.config.http import is_loopback
 from mlxserver.config.settings import Settings
+from mlxserver.page.files import TYPES
 from mlxserver.server.errors import failure_response
 from mlxserver.server.keys import Keys, Permission
 from model_manager import ModelManager
 
 OPEN_PATHS = {"/health"}
+SESSION_PATH = "/page/session"
+SESSION_COOKIE = "mlx_session"
+PAGE_HEADER = "x-mlx-page"  # of the page's requests that change something
+OWN_SITES = (None, "same-origin", "none")  # Sec-Fetch-Site: of older browsers, of the page, of the address bar
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 METHODS = "GET, POST, DELETE, OPTIONS"
 PREFLIGHT_MAX_AGE = "86400"  # seconds that a browser may cache the response to a preflight
@@ -67,14 +76,17 @@ class Auth:
         return name in LOOPBACK_NAMES or name in {hostname(each) for each in (self._host, *settings.allow_host)}
 
     def _check_key(self, scope: Scope, headers: Headers, settings: Settings) -> Response | None:
-        path = scope["path"]
+        path, keys = scope["path"], self._keys(settings)
         given = [headers.get(name, "").encode("latin-1") for name in ("authorization", "x-api-key")]
-        permission, client = self._keys(settings).identify(*given)
-        if permission is None and path not in OPEN_PATHS:
+        permission, client = keys.identify(*given)
+        if permission is None and (token := _session(scope, headers)):
+            permission, client = keys.identify_session(token)
+        if permission is None and path not in OPEN_PATHS and not _is_of_page(scope, headers, settings):
             message = "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY."
             failure = Failure(message, "authentication", code="invalid_api_key")
             return failure_response(scope, 401, failure, {"WWW-Authenticate": "Bearer"})
-        state = {"permission": Permission.LOOK if permission is None else permission, "client": client}
+        known = Permission.LOOK if permission is None else permission
+        state = {"permission": known, "client": client, "keys": keys}
         scope.setdefault("state", {}).update(state)
         if self._manager.is_closing and path not in OPEN_PATHS:
             failure = Failure("The server is stopping. Try again later.", "server", code="stopping")
@@ -85,6 +97,26 @@ class Auth:
         if self._cached_keys is None or self._cached_keys[0] is not settings:
             self._cached_keys = settings, Keys(settings, self._host)
         return self._cached_keys[1]
+
+
+def _session(scope: Scope, headers: Headers) -> bytes:
+    """The session token of a request of the page; empty without one."""
+    is_safe = scope["method"] in ("GET", "HEAD") or PAGE_HEADER in headers
+    if not is_safe or headers.get("sec-fetch-site") not in OWN_SITES:
+        return b""
+    return cookie_parser(headers.get("cookie", "")).get(SESSION_COOKIE, "").encode("latin-1", "replace")
+
+
+def _is_of_page(scope: Scope, headers: Headers, settings: Settings) -> bool:
+    """Whether a request is for a file of the page, or for a session."""
+    path = scope["path"]
+    if not settings.page:
+        return False
+    if path == SESSION_PATH:
+        return True
+    is_file = path == "/" and "text/html" in headers.get("accept", "")
+    is_file = is_file or path.removeprefix("/page/") in TYPES
+    return is_file and scope["method"] in ("GET", "HEAD")
 
 
 def hostname(host: str) -> str:

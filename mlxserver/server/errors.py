@@ -47,7 +47,7 @@ from mlxserver.engine.errors import (
     TooLarge,
 )
 from mlxserver.server.keys import Forbidden
-from mlxserver.server.request_log import request_id
+from mlxserver.server.request_log import note_error, request_id
 
 # The first row that fits: exception, status, kind, code.
 ERRORS: tuple[tuple[type[Exception], int, FailureKind, str | None], ...] = (
@@ -100,6 +100,7 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
 
 def failure_response(scope: Scope, status: int, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
     """The response to a request that failed, in the envelope of the client's API."""
+    note_error(failure.message)
     body = encode_failure(scope["path"], replace(failure, request_id=request_id()), Headers(scope=scope))
     return Response(body, status, headers, media_type="application/json")
 

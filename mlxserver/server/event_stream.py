@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Self
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Self
 
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Send
 
 
 class EventStream:
@@ -88,6 +88,27 @@ class EventStream:
             self._heartbeats = None
             if isinstance(outcome, Exception):
                 raise outcome
+
+
+async def until_disconnect(receive: Receive, stream: EventStream, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work that sends a stream; it is cancelled when the client disconnects. Raises what the work raises.
+
+    Any other message of the connection asks for bytes (server/connection.py, rule 4).
+    """
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            await stream.beat()
+
+    sending, leaving = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
+    try:
+        await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if sending.done():
+            await sending
+    finally:
+        for task in (sending, leaving):
+            task.cancel()
+        await asyncio.gather(sending, leaving, return_exceptions=True)
 
 
 def body_part(body: bytes, is_last: bool = False) -> Message:

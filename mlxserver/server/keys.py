@@ -1,13 +1,17 @@
 """API keys and the permissions that they grant.
 
-Rule: keys are compared by their digests, each with every known one, so that the time taken reveals nothing of them.
+Rule 1: keys are compared by their digests, each with every known one, so that the time taken reveals nothing of them.
+Rule 2: a session token is made from a key, and ends with the key or at its time. It holds nothing of the key, and the
+        server keeps nothing for it: it outlives a restart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from starlette.requests import Request
@@ -15,6 +19,8 @@ from starlette.requests import Request
 from mlxserver.config.http import HttpSettings, is_loopback
 
 SCHEME = b"bearer "
+SESSION = b"session"
+SESSION_SECONDS = 7 * 86_400
 
 
 class Permission(IntEnum):
@@ -30,13 +36,26 @@ class Permission(IntEnum):
     NAME_FILES = 3
 
 
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """A key, as the server keeps it. secret: what its session tokens are signed with."""
+
+    digest: bytes
+    permission: Permission
+    secret: bytes = field(repr=False)
+
+    def sign(self, expiry: bytes) -> bytes:
+        """Signature of a session that ends then, in hexadecimal."""
+        return hmac.new(self.secret, SESSION + b"." + expiry, hashlib.sha256).hexdigest().encode()
+
+
 class Keys:
     """The keys of a server. Without any, clients on its machine may do everything; others may name no files."""
 
     def __init__(self, settings: HttpSettings, host: str) -> None:
         self._known = [
-            *_digests(settings.api_key, Permission.GENERATE),
-            *_digests(settings.admin_key, Permission.NAME_FILES),
+            *_known(settings.api_key, Permission.GENERATE),
+            *_known(settings.admin_key, Permission.NAME_FILES),
         ]
         self._without_key = None
         if not settings.has_keys:
@@ -53,9 +72,27 @@ class Keys:
         is_bearer = authorization[: len(SCHEME)].lower() == SCHEME
         keys = (authorization[len(SCHEME) :] if is_bearer else b"", api_key)
         digests = [hashlib.sha256(key.strip()).digest() for key in keys]
-        pairs = [(given, known, permission) for given in digests for known, permission in self._known]
-        matches = [(permission, known.hex()) for given, known, permission in pairs if hmac.compare_digest(known, given)]
-        return max(matches, default=(None, ""))
+        pairs = [(given, known) for given in digests for known in self._known]
+        matches = [known for given, known in pairs if hmac.compare_digest(known.digest, given)]
+        return _best(matches) if matches else self.identify_session(keys[0])
+
+    def identify_session(self, token: bytes) -> tuple[Permission | None, str]:
+        """What a session token grants, and the id of the client that has its key; "" without one."""
+        if self._without_key:
+            return self._without_key, ""
+        name, _, rest = token.partition(b".")
+        expiry, _, signature = rest.partition(b".")
+        is_current = name == SESSION and expiry.isdigit() and len(expiry) < 12 and int(expiry) > time.time()
+        signed = [known for known in self._known if hmac.compare_digest(known.sign(expiry), signature)]
+        return _best(signed) if is_current else (None, "")
+
+    def session(self, client: str, seconds: float = SESSION_SECONDS) -> str:
+        """A session token of the client with this id; "" where there is none."""
+        expiry = str(int(time.time() + seconds)).encode()
+        tokens = (
+            b".".join((SESSION, expiry, each.sign(expiry))) for each in self._known if each.digest.hex() == client
+        )
+        return next(tokens, b"").decode()
 
 
 class Forbidden(Exception):
@@ -72,5 +109,10 @@ def require(request: Request, permission: Permission) -> None:
         raise Forbidden(permission)
 
 
-def _digests(keys: Iterable[str], permission: Permission) -> list[tuple[bytes, Permission]]:
-    return [(hashlib.sha256(key.encode()).digest(), permission) for key in keys]
+def _best(known: list[KnownKey]) -> tuple[Permission | None, str]:
+    return max(((each.permission, each.digest.hex()) for each in known), default=(None, ""))
+
+
+def _known(keys: Iterable[str], permission: Permission) -> list[KnownKey]:
+    digests = ((hashlib.sha256(key.encode()).digest(), key.encode()) for key in keys)
+    return [KnownKey(digest, permission, hmac.digest(b"page session", key, "sha256")) for digest, key in digests]

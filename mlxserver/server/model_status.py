@@ -40,6 +40,8 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         failure=instance.failure_reason,
         load_seconds=instance.load_seconds,
         local=local_files(local, manager.memory) if local and manager else None,
+        kv_bits=spec.kv_bits,
+        kv_group_size=spec.kv_group_size if spec.kv_bits else None,
     )
 
 
@@ -54,6 +56,7 @@ def local_status(model: LocalModel, manager: ModelManager) -> ModelStatus:
         model.modified,
         "unloaded",
         str(model.path),
+        kind=model.facts.kind if model.facts else None,
         context_length=files.context_length,
         aliases=aliases,
         local=files,

@@ -17,12 +17,14 @@ from mlxserver.api.endpoints import api_of
 from mlxserver.api.model_status import ModelStatus
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
 from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
+from mlxserver.api.native.pin import PinRequest, pinned
 from mlxserver.api.native.reload import reloaded
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from mlxserver.api.native.unload import UnloadRequest, unloaded
 from mlxserver.api.openai.models import model_card, model_list
 from mlxserver.api.schema import parameters
 from mlxserver.api.schema.limits import Limits
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ModelNotFound, ModelStalled
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.library.scan import LocalModel
@@ -31,6 +33,7 @@ from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.reload import Reload
 from mlxserver.server.body import ignored_headers, read_body
 from mlxserver.server.errors import json_response
+from mlxserver.server.image_urls import ImageUrls
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.load_events import LoadResponse
 from mlxserver.server.model_status import local_status, model_status
@@ -40,16 +43,18 @@ STALL_INTERVAL = 1.0  # seconds between two checks of whether an engine is stall
 
 R = TypeVar("R", bound=parameters.Request)
 T = TypeVar("T")
+Q = TypeVar("Q", Tokenize, ApplyTemplate)
 
 
 class ModelHandlers:
     """Handlers by the names of their endpoints. `reload` reads the settings again."""
 
-    def __init__(self, manager: ModelManager, reload: Callable[[], Awaitable[Reload]]) -> None:
+    def __init__(self, manager: ModelManager, reload: Callable[[], Awaitable[Reload]], images: ImageUrls) -> None:
         self._manager = manager
         self._settings = manager.settings
         self._limits = Limits.of(manager.settings)
         self._reload = reload
+        self._images = images
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models, as the client's API has it."""
@@ -75,17 +80,7 @@ class ModelHandlers:
     async def load_model(self, request: Request) -> Response | LoadResponse:
         """POST /v1/models/load."""
         asked, headers = await self._read(LoadRequest, request)
-        found = self._local(asked.model)
-        if asked.adapter is not None or (found is None and sources.is_path(asked.model)):
-            require(request, Permission.NAME_FILES)
-        if found:
-            key = asked.key or found.key
-            spec = replace(
-                asked.spec, key=key, source=str(found.path), aliases=self._manager.library.spec(found).aliases
-            )
-        else:
-            sources.check(asked.model)
-            spec = asked.spec
+        spec = self._spec(asked, request)
         if asked.stream:
             return LoadResponse(
                 lambda report: self._manager.load(spec, replaces=asked.replace, on_progress=report),
@@ -95,6 +90,25 @@ class ModelHandlers:
             )
         instance = await self._manager.load(spec, replaces=asked.replace)
         return json_response(loaded(model_status(instance)), headers=headers)
+
+    def _spec(self, asked: LoadRequest, request: Request) -> ModelSpec:
+        """The model to load: a registered one by its key, one of the library by its name, or any other by its source.
+
+        Raises Forbidden, SourceInvalid, ValidationFailed.
+        """
+        if asked.model in self._manager.keys and asked.key in (None, asked.model):
+            if asked.adapter is not None:
+                require(request, Permission.NAME_FILES)
+            source = self._manager.instance(asked.model).spec.source
+            return replace(asked.spec, key=asked.model, source=source)
+        found = self._local(asked.model)
+        if asked.adapter is not None or (found is None and sources.is_path(asked.model)):
+            require(request, Permission.NAME_FILES)
+        if found is None:
+            sources.check(asked.model)
+            return asked.spec
+        aliases = self._manager.library.spec(found).aliases
+        return replace(asked.spec, key=asked.key or found.key, source=str(found.path), aliases=aliases)
 
     def _local(self, source: str) -> LocalModel | None:
         """The model of the library that a source is a name of, unless it is an id that the hub has."""
@@ -114,6 +128,13 @@ class ModelHandlers:
         body = unloaded(asked.key, completed=report.completed, aborted=report.aborted, freed_bytes=report.freed_bytes)
         return json_response(body, headers=headers)
 
+    async def pin_model(self, request: Request) -> Response:
+        """POST /v1/models/pin: until the settings are read again."""
+        asked, headers = await self._read(PinRequest, request)
+        instance = self._manager.instance(asked.key)
+        instance.pin(asked.pin)
+        return json_response(pinned(instance.key, is_pinned=instance.is_pinned), headers=headers)
+
     async def reload_models(self, request: Request) -> Response:
         """POST /v1/models/reload."""
         return json_response(reloaded(**asdict(await self._reload())))
@@ -122,14 +143,15 @@ class ModelHandlers:
         """POST /tokenize."""
         asked, headers = await self._read(TokenizeRequest, request)
         instance = self._manager.resolve(asked.model)
-        tokens = await instance.ask(asked.question)
+        tokens = await instance.ask(await self._with_images(asked.question))
         context_length = instance.facts.context_length if instance.facts else None
         return json_response(tokenized(tokens, context_length), headers=headers)
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens."""
         asked, headers = await self._read(CountTokensRequest, request)
-        tokens = await self._manager.resolve(asked.model).ask(Tokenize(asked.prompt))
+        question = await self._with_images(Tokenize(asked.prompt))
+        tokens = await self._manager.resolve(asked.model).ask(question)
         return json_response(token_count(tokens), headers=headers)
 
     async def detokenize(self, request: Request) -> Response:
@@ -141,9 +163,14 @@ class ModelHandlers:
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template."""
         asked, headers = await self._read(ApplyTemplateRequest, request)
-        prompt = asked.chat_prompt(asked.messages)
-        text = await self._manager.resolve(asked.model).ask(ApplyTemplate(prompt))
+        question = await self._with_images(ApplyTemplate(asked.chat_prompt(asked.messages)))
+        text = await self._manager.resolve(asked.model).ask(question)
         return json_response(rendered(text), headers=headers)
+
+    async def _with_images(self, question: Q) -> Q:
+        """The question with its images' bytes. Raises PromptRejected."""
+        prompt = await self._images.fetch(question.prompt, self._manager.settings)
+        return replace(question, prompt=prompt)  # type: ignore[arg-type]
 
     async def _read(self, schema: type[R], request: Request) -> tuple[R, dict[str, str]]:
         """The request, and the headers that name its ignored parameters."""

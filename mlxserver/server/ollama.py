@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from mlxserver.api.ollama import models
 from mlxserver.api.ollama.errors import LINES
@@ -33,13 +33,11 @@ from mlxserver.server.keys import Permission, require
 from mlxserver.server.load_events import LoadResponse
 from mlxserver.server.model_status import local_status, model_status
 from mlxserver.server.models import unless_stalled
+from mlxserver.server.page import index_response
 from mlxserver.server.pull_response import PullResponse
 from model_manager import ModelManager
 
 RUNNING = "Ollama is running"  # what programs look for
-PAGE = """<!doctype html><meta charset="utf-8"><title>Multi-Model MLX Server</title>
-<h1>Multi-Model MLX Server</h1><p>The server is running. <a href="docs">Its API</a></p>
-"""
 
 R = TypeVar("R", bound=parameters.Request)
 
@@ -54,8 +52,8 @@ class OllamaHandlers:
 
     async def root(self, request: Request) -> Response:
         """GET /."""
-        takes_page = "text/html" in request.headers.get("accept", "")
-        response = HTMLResponse(PAGE) if takes_page else PlainTextResponse(RUNNING)
+        takes_page = "text/html" in request.headers.get("accept", "") and self._manager.settings.page
+        response = index_response(request, self._manager) if takes_page else PlainTextResponse(RUNNING)
         response.headers["Vary"] = "Accept"
         return response
 

@@ -25,6 +25,7 @@ from mlxserver.server.app import App, ReloadSettings
 from mlxserver.server.auth import Auth
 from mlxserver.server.connection import Connection
 from mlxserver.server.errors import failure_response
+from mlxserver.server.request_history import RequestHistory
 from mlxserver.server.request_log import RequestLog, has_response
 from model_manager import ModelManager
 
@@ -38,10 +39,10 @@ class Server(uvicorn.Server):
     """uvicorn with an orderly shutdown: a signal stops it, and the process then ends with status 0."""
 
     def __init__(self, manager: ModelManager, reload: ReloadSettings) -> None:
-        settings = manager.settings
+        settings, history = manager.settings, RequestHistory()
         super().__init__(
             uvicorn.Config(
-                RequestLog(Interruptible(Auth(App(manager, reload), manager))),
+                RequestLog(Interruptible(Auth(App(manager, reload, history), manager)), history),
                 http=partial(Connection, settings),  # type: ignore[arg-type]
                 ws="none",
                 log_config=None,

@@ -12,9 +12,10 @@ from mlxserver.server.library import LibraryHandlers
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import OpsHandlers
+from mlxserver.server.page import PageHandlers
 from mlxserver.server.responses import ResponseHandlers
 
-ROOMS = (ModelHandlers, LibraryHandlers, OpsHandlers, OllamaHandlers, ResponseHandlers)
+ROOMS = (ModelHandlers, LibraryHandlers, OpsHandlers, OllamaHandlers, PageHandlers, ResponseHandlers)
 DOCUMENT = document(ENDPOINTS, "Title & more", "1.0")
 
 

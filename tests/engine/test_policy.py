@@ -123,7 +123,8 @@ def test_widened_weights_are_those_in_float32_rounded_once(tmp_path, kind, mode)
     spec = ModelSpec("m", str(path))
     stored, expected = estimate(spec, CUDA), loader.load(spec, policy=CPU).model
     wide = loader.load(replace(spec, weights="bfloat16"), policy=CUDA)
-    assert estimate(replace(spec, weights="bfloat16"), CUDA).weights == stored.widened == wide.weight_bytes
+    assert estimate(replace(spec, weights="bfloat16"), CUDA).weights == wide.weight_bytes
+    assert stored.widened == (wide.weight_bytes if kind == "llama" else 0)  # decode steps read few experts
     weights = dict(tree_flatten(wide.model.parameters()))
     for name, array in tree_flatten(expected.parameters()):
         if name in weights:  # others are fused

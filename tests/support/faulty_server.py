@@ -1,7 +1,7 @@
 """The server with faults on demand: real models, batches and threads, which fail when a file asks for it.
 
 A file in the directory $FAULTS, named after a fault, makes it happen once, and is removed by that; "wedge" holds a step
-up until the file is removed by the test.
+up until the file is removed by the test, and "load" a load, which is a quarter done until then.
 """
 
 import os
@@ -84,8 +84,11 @@ def main():
     build = builder.Builder.build
     prepare = text.TextRunner.prepare
 
-    def faulty_build(self, *args, **kwargs):
-        built = build(self, *args, **kwargs)
+    def faulty_build(self, spec, progress=builder.silent, *args, **kwargs):
+        while (FAULTS / "load").exists():
+            progress("reading", 1, 4)
+            time.sleep(0.02)
+        built = build(self, spec, progress, *args, **kwargs)
         built.batch = FaultyBatch(built.batch)
         return built
 

@@ -9,7 +9,10 @@ from typing import Any
 from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus
 
 OWNER = "mlx-server"
-CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle", "embeddings")
+CAPABILITIES = (
+    *("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle"),
+    *("embeddings", "rerank"),
+)
 
 
 def model_card(model: ModelStatus) -> dict[str, Any]:
@@ -30,6 +33,8 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "meta": {"n_ctx_train": model.context_length},
         "capabilities": None if known is None else {name: name in known for name in CAPABILITIES},
         "execution": asdict(model.execution) if model.execution else None,
+        "kv_bits": model.kv_bits,
+        "kv_group_size": model.kv_group_size,
         "memory_bytes": model.memory_bytes,
         "reserved_bytes": model.reserved_bytes,
         "estimate": estimate_object(model.estimate),

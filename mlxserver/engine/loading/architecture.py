@@ -13,10 +13,13 @@ from mlxserver.engine.mlx import mx
 
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
-from mlx_lm.utils import _get_classes
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.quantized import KVFormat
+from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.loading.metadata import model_arguments
+from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers
 from mlxserver.engine.platform.policy import current
 
@@ -27,7 +30,8 @@ class Architecture:
 
     layers: values per token of each layer with a KV cache, and the most tokens that it keeps per sequence (0: all).
     sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
-    arguments: those that mlx-lm's model was made with (metadata.model_arguments()).
+    arguments: those that mlx-lm's model was made with (metadata.model_arguments()). has_experts: some of its layers
+    choose among experts.
     """
 
     weights: int
@@ -36,6 +40,7 @@ class Architecture:
     width: int
     vocab: int
     arguments: tuple[Mapping[str, Any], ...] = ()
+    has_experts: bool = False
 
     def cache_values(self, tokens: int, sequences: int) -> int:
         """Values in a full cache of so many tokens and sequences."""
@@ -43,13 +48,28 @@ class Architecture:
             values * (min(tokens, sequences * window) if window else tokens) for values, window in self.layers
         )
 
+    def cache_bytes(self, tokens: int, sequences: int, value_bytes: int, kv: KVFormat | None) -> int:
+        """Bytes of a full cache. Where keys and values are quantised, no layer has a window."""
+        states = sequences * self.sequence_values
+        kept = self.cache_values(tokens, sequences) - states
+        return states * value_bytes + int(kept * (kv.bytes_per_value(value_bytes) if kv else value_bytes))
 
-def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one."""
-    model_class, arguments = _get_classes(dict(config))
+    @property
+    def widest_layer(self) -> int:
+        """Most values per token of a layer's KV cache."""
+        return max((values for values, _ in self.layers), default=0)
+
+
+def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) -> Architecture:
+    """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one.
+
+    kv: quantised keys and values, in which the model is to keep them; Unsupported is raised if it can't.
+    """
+    model_class, arguments = model_classes(dict(config))
     if current().replace_kernels:
         cpu_layers.replace_functions()
     model = model_class(arguments.from_dict(dict(config)))
+    quantize_kv(model, kv)  # whose cache has the same values
     cache = make_prompt_cache(model)
     logits = model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
     parameters = [array for _, array in tree_flatten(model.parameters())]
@@ -64,6 +84,7 @@ def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
         outputs // len(cache),
         vocab,
         tuple(model_arguments(model)),
+        any(isinstance(layer, SwitchLinear) for layer in model.modules()),
     )
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import httpx
@@ -57,7 +59,7 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
     """Metadata from a repository's config.json and list of files, without its weights. Raises SourceInvalid."""
     try:
         if manifest := _manifest(source, repository, revision):
-            return _remote_metadata(manifest)
+            return _remote_metadata(repository, manifest)
         directory = cached_snapshot(repository, revision)
         if directory is None:
             raise HubUnavailable(source, _unreachable())
@@ -67,16 +69,19 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
     except Exception as error:
         raise failure(source, error, revision) from None
     stored = sum(weights.stat().st_size for weights in directory.glob(WEIGHTS))
-    return CheckpointMetadata(config, stored, kinds.find_kind(config, pools=kinds.pools(directory)))
+    modules = directory / kinds.MODULES
+    kind = _kind(repository, config, modules if modules.is_file() else None, kinds.has_processor(directory))
+    return CheckpointMetadata(config, stored, kind)
 
 
-def _remote_metadata(manifest: Manifest) -> CheckpointMetadata:
+def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
     config_file, modules = manifest.find("config.json"), manifest.find(kinds.MODULES)
     assert config_file
     config = read_config(fetch_now(manifest, config_file))
-    pools = modules is not None and kinds.names_pooling(fetch_now(manifest, modules))
     stored = sum(file.size for file in manifest.named(WEIGHTS).files)
-    return CheckpointMetadata(config, stored, kinds.find_kind(config, pools=pools))
+    has_processor = any(manifest.find(name) for name in kinds.PROCESSORS)
+    kind = _kind(repository, config, fetch_now(manifest, modules) if modules else None, has_processor)
+    return CheckpointMetadata(config, stored, kind)
 
 
 def known_kind(repository: str, revision: str | None) -> Kind | None:
@@ -87,8 +92,18 @@ def known_kind(repository: str, revision: str | None) -> Kind | None:
     modules = try_to_load_from_cache(repository, kinds.MODULES, revision=revision)
     if modules is None and not any(directory.glob(WEIGHTS)):
         return None  # its other files are not here
-    pools = isinstance(modules, str) and kinds.names_pooling(Path(modules))
-    return kinds.find_kind(read_config(directory / "config.json"), pools=pools)
+    config = read_config(directory / "config.json")
+    known_modules = Path(modules) if isinstance(modules, str) else None
+    return _kind(repository, config, known_modules, kinds.has_processor(directory))
+
+
+def _kind(repository: str, config: Mapping[str, Any], modules: Path | None, has_processor: bool) -> Kind:
+    """The kind of a repository's model. modules: its modules.json, None where there is none. has_processor: of
+    images.
+    """
+    pools = modules is not None and kinds.names_pooling(modules)
+    ranks = kinds.is_named_reranker(repository) or (modules is not None and kinds.names_scoring(modules))
+    return kinds.find_kind(config, pools=pools, ranks=ranks, has_processor=has_processor)
 
 
 def cache() -> Path:

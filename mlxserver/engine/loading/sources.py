@@ -173,7 +173,7 @@ def known_kind(source: str) -> Kind | None:
     try:
         match parse(source):
             case MlxDirectory(path):
-                return kinds.find_kind(read_config(path / "config.json"), pools=kinds.pools(path))
+                return kinds.kind_of(path, read_config(path / "config.json"))
             case GgufFile():
                 return "text"
             case Repository(id, revision):
@@ -189,10 +189,12 @@ def silent(stage: str, done: int, total: int) -> None:
 def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
     try:
         config = read_config(path / "config.json")
-        stored = sum(map(text_bytes, path.glob("model*.safetensors")))
+        files = list(path.glob("model*.safetensors"))
+        stored = sum(map(text_bytes, files))
+        towers = sum(file.stat().st_size for file in files) - stored
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
-    return CheckpointMetadata(config, stored, kinds.find_kind(config, pools=kinds.pools(path)))
+    return CheckpointMetadata(config, stored, kinds.kind_of(path, config), towers)
 
 
 def _embedded(source: str) -> GgufFile | MlxDirectory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.kv_pool import KVAccount, KVPool
-from mlxserver.engine.loading import embedding_model, loader, sharding, sources
+from mlxserver.engine.loading import embedding_model, loader, reranker_model, sharding, sources
 from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
@@ -24,14 +25,18 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.runners.embedding import EmbeddingRunner
 from mlxserver.engine.runners.kept_checks import KeptChecks
+from mlxserver.engine.runners.rerank import RerankRunner
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import TextRunner
-from mlxserver.engine.scheduler.embedding_batch import EmbeddingBatch
+from mlxserver.engine.runners.vision import Vision, VisionRunner, load_vision
+from mlxserver.engine.scheduler.encoder_batch import Encoder, EncoderBatch
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
 from mlxserver.engine.worker.runner import Runner
+
+log = logging.getLogger("engine")
 
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 
@@ -70,13 +75,7 @@ class Builder:
         """Load a text model and warm it up."""
         if spec.shard is None:
             loaded = loader.load(spec, progress=progress, policy=self._policy)
-            policy = self._fitting_policy(spec, loaded)  # first: what can't be run has no cache to be measured
-            with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
-                scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics)
-                runner = self._finish(spec, loaded, scheduler, progress)
-                if prefixes:
-                    prefixes.is_warm = True
-                return runner
+            return self._build_here(spec, loaded, progress, metrics)
         if self._leader is None:
             raise sharding.alone(spec)
         with self._leader.loading(spec) as number:
@@ -87,16 +86,60 @@ class Builder:
 
     def build_embedding(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
         """Load an embedding model and warm it up. It has neither KV cache nor prefixes."""
-        if setting := "shard" if spec.shard else "adapter" if spec.adapter else None:
-            raise LoadFailed(spec.key, f"it is an embedding model, which can't have {setting!r}")
+        _refuse_settings(spec, "an embedding model")
         model = embedding_model.load(spec, progress=progress, policy=self._policy)
-        batch = EmbeddingBatch(
+        return EmbeddingRunner(spec, model, self._encoder_batch(model, progress, metrics))
+
+    def build_reranker(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
+        """Load a reranker and warm it up. It has neither KV cache nor prefixes."""
+        _refuse_settings(spec, "a reranker")
+        model = reranker_model.load(spec, progress=progress, policy=self._policy)
+        return RerankRunner(spec, model, self._encoder_batch(model, progress, metrics))
+
+    def _encoder_batch(self, model: Encoder, progress: Progress, metrics: ModelMetrics | None) -> EncoderBatch:
+        """The batch of an encoder, warmed up."""
+        batch = EncoderBatch(
             model, stall_target=self._stall_target, peers=self._peers, policy=self._policy, metrics=metrics
         )
         progress("warming up", 0, 0)
         batch.warm_up()
         self._peers.add(batch.load)
-        return EmbeddingRunner(spec, model, batch)
+        return batch
+
+    def _build_here(
+        self,
+        spec: ModelSpec,
+        loaded: loader.LoadedModel,
+        progress: Progress,
+        metrics: ModelMetrics | None,
+        vision: Vision | None = None,
+    ) -> Runner:
+        """The runner of a loaded model that this process computes, warmed up."""
+        policy = self._fitting_policy(spec, loaded)  # first: what can't be run has no cache to be measured
+        with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
+            scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics)
+            runner = self._finish(spec, loaded, scheduler, progress, vision)
+            if prefixes:
+                prefixes.is_warm = True
+            return runner
+
+    def build_vision(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
+        """Load a vision model and warm it up. One that was found to be of this kind, and whose vision part can't be
+        used, is a text model.
+        """
+        if spec.shard and spec.kind:
+            raise LoadFailed(spec.key, "it is a vision model, which ranks can't share")
+        if spec.shard:
+            return self.build_text(spec, progress, metrics)
+        loaded = loader.load(spec, progress=progress, policy=self._policy)
+        try:
+            vision = load_vision(spec, loaded, progress, self._policy)
+        except LoadFailed as failure:
+            if spec.kind:
+                raise
+            log.warning("%s: loaded as a text model: %s", spec.key, failure.cause)
+            vision = None
+        return self._build_here(spec, loaded, progress, metrics, vision)
 
     @contextmanager
     def _opened_prefixes(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[ModelPrefixes | None]:
@@ -155,18 +198,32 @@ class Builder:
         raise failure  # out here, without the frames that hold the weights
 
     def _finish(
-        self, spec: ModelSpec, loaded: loader.LoadedModel, batch: Scheduler | LeadingBatch, progress: Progress
+        self,
+        spec: ModelSpec,
+        loaded: loader.LoadedModel,
+        batch: Scheduler | LeadingBatch,
+        progress: Progress,
+        vision: Vision | None = None,
     ) -> Runner:
         progress("warming up", 0, 0)
         warm_up(batch, spec.max_running, self._policy)
         self._peers.add(batch.load)
-        return TextRunner(spec, loaded, batch)
+        return VisionRunner(spec, loaded, batch, vision) if vision else TextRunner(spec, loaded, batch)
 
 
 RUNNERS: Mapping[Kind, Callable[[Builder, ModelSpec, Progress, ModelMetrics | None], Runner]] = {
     "text": Builder.build_text,
+    "vision": Builder.build_vision,
     "embedding": Builder.build_embedding,
+    "rerank": Builder.build_reranker,
 }
+
+
+def _refuse_settings(spec: ModelSpec, kind: str) -> None:
+    """Raise LoadFailed if the model has a setting that its kind can't have."""
+    settings = {"shard": spec.shard, "adapter": spec.adapter, "kv_bits": spec.kv_bits}
+    if setting := next((name for name, value in settings.items() if value), None):
+        raise LoadFailed(spec.key, f"it is {kind}, which can't have {setting!r}")
 
 
 def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: ExecutionPolicy) -> None:

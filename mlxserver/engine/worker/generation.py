@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 from mlxserver.engine.errors import EngineError, ReaderTooSlow
@@ -40,6 +41,7 @@ class Generation:
         self.is_done = False
         self.outcome = "cancelled"  # a finish reason or an error's name, once it is done
         self.usage: Usage | None = None  # of a complete answer, once it is done
+        self.first_token: float | None = None  # when its first event after Accepted came, by time.monotonic()
         self.on_done: Callable[[], None] = lambda: None
         self.most_unread = sys.maxsize  # events that may wait to be read, before it fails with ReaderTooSlow
         self._cancel = cancel
@@ -85,6 +87,8 @@ class Generation:
         if self.is_done:
             return
         self._events.extend(events)
+        if self.first_token is None and self._events and not isinstance(self._events[-1], Accepted):
+            self.first_token = time.monotonic()
         self._error = self._error or error
         if is_done or error:
             self.is_done = True

@@ -113,6 +113,7 @@ class Tracker:
 
     def _read(self, token: SampledToken, tracked: TrackedRequest, output: Output, now: float, step: _Step) -> None:
         """Add the events of a token."""
+        self._metrics.generated_tokens += 1
         if (waited := tracked.note(token, now)) and output.completion_tokens:
             self._metrics.inter_token.observe(waited)
         try:

@@ -1,0 +1,101 @@
+"""Markdown of a model's answer as HTML that is safe to show, whatever the text is.
+
+Rule 1: HTML in the text is text.
+Rule 2: a link leads to http, https or mailto, or it is text; nothing is fetched: an image is a link to it.
+Rule 3: the tags and attributes are those of the renderers below alone; there are no ids, styles or scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from html import escape
+from typing import Any
+from urllib.parse import urlsplit
+
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
+
+SCHEMES = {"http", "https", "mailto"}
+MAX_HIGHLIGHTED = 30_000  # characters of a code block with colours; lexers of a longer one may take seconds
+MAX_TEXT = 50_000  # characters; the time of hostile text grows with the square of its length
+LINK = {"rel": "noopener noreferrer nofollow", "target": "_blank"}
+
+
+class Renderer(RendererHTML):
+    """HTML of the page: code with a header, links that open elsewhere, images as links."""
+
+    def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        """A code block, with the name of its language."""
+        language = (tokens[idx].info.split() or [""])[0][:30]
+        return code_block(tokens[idx].content, language)
+
+    def code_block(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        """An indented code block."""
+        return code_block(tokens[idx].content, "")
+
+    def link_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        """The start of a link."""
+        token = tokens[idx]
+        token.attrs = {"href": token.attrs.get("href", ""), **LINK}
+        return self.renderToken(tokens, idx, options, env)
+
+    def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        """A link to an image, with its description."""
+        source, description = str(tokens[idx].attrs.get("src", "")), tokens[idx].content or "image"
+        attributes = "".join(f' {name}="{value}"' for name, value in LINK.items())
+        return f'<a href="{escape(source)}"{attributes}>{escape(description)}</a>'
+
+    def th_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
+        """The start of a cell; its alignment is a class, for the page takes no styles in attributes."""
+        token = tokens[idx]
+        alignment = str(token.attrs.pop("style", "")).partition(":")[2]
+        if alignment in ("left", "right", "center"):
+            token.attrs["class"] = alignment
+        return self.renderToken(tokens, idx, options, env)
+
+    td_open = th_open
+
+
+def code_block(code: str, language: str) -> str:
+    """A code block in colours, as far as its language is known."""
+    label = f'<span class="lang">{escape(language)}</span>' if language else ""
+    return f'<div class="code">{label}<pre><code>{_coloured(code, language)}</code></pre></div>\n'
+
+
+def render(text: str) -> str:
+    """The HTML of a Markdown text. One that is longer than the limit stays as it is."""
+    if len(text) > MAX_TEXT:
+        return f"<pre>{escape(text)}</pre>"
+    return str(_parser().render(text))
+
+
+def is_safe_link(url: str) -> bool:
+    """Whether a link may stay one."""
+    try:
+        return urlsplit(url.strip()).scheme.lower() in SCHEMES
+    except ValueError:
+        return False
+
+
+def _coloured(code: str, language: str) -> str:
+    if not language or len(code) > MAX_HIGHLIGHTED:
+        return escape(code)
+    try:
+        lexer = get_lexer_by_name(language, stripnl=False)
+    except ClassNotFound:
+        return escape(code)
+    return str(highlight(code, lexer, HtmlFormatter(nowrap=True)))
+
+
+@cache
+def _parser() -> Any:
+    parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=Renderer).enable(["table", "strikethrough"])
+    parser.validateLink = is_safe_link  # type: ignore[method-assign]
+    return parser

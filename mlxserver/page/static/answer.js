@@ -1,0 +1,171 @@
+// An answer in sight: what it waits for, thinking, text, calls, figures. While it streams, text is only ever appended;
+// a part that is complete (up to a blank line outside of code) is rendered once.
+
+import { errorText, render } from "./api.js";
+import { count, h, rate, seconds, setRendered } from "./dom.js";
+
+export class Answer {
+  constructor() {
+    this.wait = h("p", { class: "wait", hidden: true });
+    this.thought = document.createTextNode("");
+    this.thinkingTitle = h("summary", { text: "Thinking" });
+    this.thinking = h("details", { class: "thinking", hidden: true }, this.thinkingTitle, h("div", { class: "thought" }, this.thought));
+    this.done = h("div", { class: "text" });
+    this.tail = document.createTextNode("");
+    this.tailBox = h("div", { class: "tail", hidden: true }, this.tail);
+    this.calls = h("div", { class: "calls" });
+    this.fault = h("p", { class: "fault", role: "alert", hidden: true });
+    this.figures = h("p", { class: "figures" });
+    this.element = h("div", { class: "answer" }, this.wait, this.thinking, this.done, this.tailBox, this.calls, this.fault, this.figures);
+    this.content = "";
+    this.reasoning = "";
+    this.toolCalls = [];
+    this.rendered = 0; // characters of the content that are in `done`
+    this.inFence = "";
+    this.scanned = 0;
+    this.lastBreak = 0;
+    this.work = Promise.resolve();
+    this.pending = { content: "", reasoning: "" };
+    this.frame = 0;
+  }
+
+  // Listeners for chat().
+  get on() {
+    return {
+      wait: (text) => { this.wait.textContent = text; this.wait.hidden = false; },
+      reasoning: (text) => this.#later("reasoning", text),
+      content: (text) => this.#later("content", text),
+      call: (delta) => this.#call(delta),
+    };
+  }
+
+  // Once per frame, however many tokens come.
+  #later(name, text) {
+    this[name] += text;
+    this.pending[name] += text;
+    if (!this.frame) this.frame = setTimeout(() => this.#flush(), 33);
+  }
+
+  #flush() {
+    clearTimeout(this.frame);
+    this.frame = 0;
+    this.wait.hidden = true;
+    const { content, reasoning } = this.pending;
+    this.pending = { content: "", reasoning: "" };
+    if (reasoning) {
+      this.thinking.hidden = false;
+      this.thinkingTitle.textContent = "Thinking …";
+      this.thought.appendData(reasoning);
+    }
+    if (content) {
+      if (this.reasoning) this.thinkingTitle.textContent = "Thought";
+      this.tailBox.hidden = false;
+      this.tail.appendData(content);
+      this.#settle();
+    }
+    this.onappend?.();
+  }
+
+  // Renders what is complete. Fences are followed line by line, each line once.
+  #settle() {
+    let end;
+    while ((end = this.content.indexOf("\n", this.scanned)) >= 0) {
+      const line = this.content.slice(this.scanned, end);
+      const fence = /^ {0,3}(`{3,}|~{3,})/.exec(line)?.[1];
+      if (fence && !this.inFence) this.inFence = fence;
+      else if (fence && line.trim() === fence && fence.startsWith(this.inFence)) this.inFence = "";
+      this.scanned = end + 1;
+      if (!this.inFence && (!line.trim() || fence)) this.lastBreak = this.scanned;
+    }
+    if (this.lastBreak - this.rendered > 400) this.#renderUpTo(this.lastBreak);
+  }
+
+  #renderUpTo(end) {
+    const text = this.content.slice(this.rendered, end);
+    this.rendered = end;
+    const part = h("div", { class: "part" });
+    this.work = this.work.then(async () => {
+      const [html] = await render([text]).catch(() => [null]);
+      if (html === null) part.textContent = text;
+      else setRendered(part, html);
+      this.done.append(part);
+      this.tail.deleteData(0, Math.min(text.length, this.tail.length));
+      this.onappend?.();
+    });
+  }
+
+  #call(delta) {
+    const known = (this.toolCalls[delta.index ?? 0] ??= { id: "", name: "", arguments: "" });
+    if (delta.id) known.id = delta.id;
+    if (delta.function?.name) known.name = delta.function.name;
+    known.arguments += delta.function?.arguments ?? "";
+    this.#showCalls();
+  }
+
+  #showCalls() {
+    this.wait.hidden = true;
+    this.calls.replaceChildren(...this.toolCalls.map((call) => h("div", { class: "call" },
+      h("strong", { text: call.name }), h("pre", { tabindex: "0", "aria-label": `Arguments of ${call.name}` }, h("code", { text: pretty(call.arguments) })))));
+  }
+
+  // The end of a stream: the whole text as Markdown.
+  async finish(figures, error) {
+    this.#flush();
+    this.wait.hidden = true;
+    if (this.reasoning) this.thinkingTitle.textContent = "Thought";
+    if (figures) this.figures.textContent = figureLine(figures);
+    if (error) this.fail(error);
+    if (this.rendered < this.content.length) this.#renderUpTo(this.content.length);
+    await this.work;
+    this.tailBox.hidden = true;
+    this.tail.data = "";
+  }
+
+  fail(error) {
+    this.wait.hidden = true;
+    this.fault.textContent = typeof error === "string" ? error : errorText(error);
+    this.fault.hidden = false;
+  }
+
+  // One that was answered before. html: its content, rendered.
+  restore(node, html) {
+    this.content = node.content ?? "";
+    this.rendered = this.content.length;
+    this.thinking.hidden = !node.reasoning;
+    this.thinkingTitle.textContent = "Thought";
+    this.thought.data = node.reasoning ?? "";
+    this.toolCalls = node.calls ?? [];
+    this.#showCalls();
+    if (html === null) this.done.textContent = this.content;
+    else setRendered(this.done, html);
+    this.figures.textContent = node.figures ?? "";
+    if (node.error) this.fail(node.error);
+    return this;
+  }
+}
+
+export function figureLine({ usage, timings, ttft, finish, seconds: whole, stopped }) {
+  const parts = [];
+  if (usage) {
+    const details = [];
+    const reasoning = usage.completion_tokens_details?.reasoning_tokens;
+    if (reasoning) details.push(`${count(reasoning)} thinking`);
+    parts.push(`${count(usage.completion_tokens)} tokens${details.length ? ` (${details})` : ""}`);
+  }
+  if (timings?.predicted_per_second) parts.push(`${rate(timings.predicted_per_second)} tokens/s`);
+  if (ttft !== null && ttft !== undefined) parts.push(`first after ${seconds(ttft)}`);
+  if (usage) {
+    const cached = usage.prompt_tokens_details?.cached_tokens;
+    parts.push(`prompt ${count(usage.prompt_tokens)}${cached ? `, ${count(cached)} cached` : ""}`);
+  }
+  if (whole) parts.push(seconds(whole));
+  if (stopped) parts.push("stopped");
+  else if (finish && finish !== "stop") parts.push(finish === "length" ? "cut at the limit" : finish.replace("_", " "));
+  return parts.join(" · ");
+}
+
+function pretty(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch { return text; }
+}
