@@ -41,12 +41,13 @@ from mlxserver.engine.distributed.link import LinkLost
 from mlxserver.engine.errors import EngineError, SourceInvalid
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_pool import KVPool
-from mlxserver.engine.loading import gguf, sharding, sources
+from mlxserver.engine.loading import sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device, streams
+from mlxserver.engine.platform.folders import cache_directory
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.worker.engine import Engine
@@ -209,7 +210,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         return threads.call(lambda: sharding.share(estimate(spec), spec, position))
 
     disk, pool = prefix_store(settings), KVPool()
-    kept_checks = KeptChecks(gguf.cache_directory() / "self-checks")
+    kept_checks = KeptChecks(cache_directory() / "self-checks")
     builder = Builder(settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks)
     manager = ModelManager(
         settings,
@@ -239,7 +240,7 @@ def prefix_store(settings: Settings) -> DiskTier | None:
     if not settings.prefix_cache_disk_bytes:
         return None
     chosen = settings.prefix_cache_dir
-    folder = gguf.cache_directory() / "prefixes" if chosen == "auto" else Path(chosen).expanduser()
+    folder = cache_directory() / "prefixes" if chosen == "auto" else Path(chosen).expanduser()
     return DiskTier(folder, settings.prefix_cache_disk_bytes)
 
 

@@ -20,8 +20,9 @@ from mlxserver import __version__
 from mlxserver.client.views import console
 from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import SourceInvalid
-from mlxserver.engine.loading import estimate, gguf, sources
+from mlxserver.engine.loading import estimate, sources
 from mlxserver.engine.platform import openblas
+from mlxserver.engine.platform.folders import cache_directory
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "huggingface-hub", "gguf2mlx")
 ALONE = ("mlx-vlm",)  # installed without its dependencies, which are not used
@@ -87,7 +88,7 @@ def _models() -> Iterator[Finding]:
         yield Finding("default model", "embedded:smollm2 is missing", str(error).partition("type: ")[2] or str(error))
     from huggingface_hub import constants
 
-    for name, path in {"hub's cache": constants.HF_HUB_CACHE, "conversions": gguf.cache_directory()}.items():
+    for name, path in {"hub's cache": constants.HF_HUB_CACHE, "conversions": cache_directory()}.items():
         yield _disk(name, Path(path))
     yield Finding("hub", f"{constants.ENDPOINT}{', offline' if constants.HF_HUB_OFFLINE else ''}")
 

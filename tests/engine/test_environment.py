@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,3 +63,11 @@ def test_mlx_and_its_layers_are_as_they_come_until_an_engine_is_built():
         import mlxserver.engine.runners.builder
         print(functions() == before)"""
     assert in_a_fresh_process(code) == "True"
+
+
+def test_compiled_kernels_outlive_a_restart_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(tmp_path))
+    monkeypatch.delenv("MLX_PTX_CACHE_DIR", raising=False)
+    code = "import mlxserver.engine.mlx, os; print(os.environ.get('MLX_PTX_CACHE_DIR', ''))"
+    expected = str(tmp_path / f"cuda-kernels-{metadata.version('mlx')}") if sys.platform == "linux" else ""
+    assert in_a_fresh_process(code) == expected

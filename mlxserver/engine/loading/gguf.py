@@ -23,6 +23,7 @@ from pathlib import Path
 
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata
+from mlxserver.engine.platform.folders import cache_directory
 from mlxserver.engine.platform.policy import WeightPolicy
 
 # The converter's options, the best format first.
@@ -34,17 +35,6 @@ FORMATS = {
 }
 KEPT_BLOCKS = {"Q4_0": 20, "Q4_1": 20, "Q8_0": 36}  # bytes of 32 weights, with scale and bias
 TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: $MLX_SERVER_CACHE, or the platform's place for caches."""
-    if chosen := os.environ.get("MLX_SERVER_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        caches = Path.home() / "Library" / "Caches"
-    else:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "multi-model-mlx-server"
 
 
 def destination(gguf: Path, weights: WeightPolicy) -> Path:

@@ -9,8 +9,10 @@ import ctypes
 import os
 import resource
 import sys
+from importlib import metadata
 
 from mlxserver.engine.platform import openblas
+from mlxserver.engine.platform.folders import cache_directory
 
 # MLX keeps its CUDA graphs, and cuDNN's plans, by shape, and ends the process when it has missed such a cache twice as
 # often as it is large. A server meets new shapes as long as it lives. With MLX's own 400 graphs an H100 made 4,300
@@ -31,7 +33,8 @@ def prepare() -> None:
     """Load OpenBLAS if MLX uses it, configure MLX for a long-lived process, and keep the limit of open files."""
     openblas.preload()
     _keep_freed_memory()
-    for name, value in _CUDA.items() if sys.platform == "linux" else ():
+    kernels = cache_directory() / f"cuda-kernels-{metadata.version('mlx')}"  # MLX's own place is gone after a restart
+    for name, value in (_CUDA | {"MLX_PTX_CACHE_DIR": str(kernels)}).items() if sys.platform == "linux" else ():
         os.environ.setdefault(name, value)
     _import_mlx_lm()
 
