@@ -1,10 +1,11 @@
 """Memory estimates against measurements: after the load, and at the peak that requests can cause.
 
-Run: python -m tools.measure_memory [--tiny] [SOURCE ...]; by default the embedded model, three llamas, and ten
-architectures of the zoo, of random weights. SOURCE may be the name of one of those, too. Each model is measured in a
-separate process: eight sequences fill the KV cache, then one prompt fills the context. MLX is the peak of MLX's arrays,
-RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere. Held: by the sequences, with the prefixes
-that are kept.
+Run: python -m tools.measure_memory [--tiny] [SOURCE ...]; by default the embedded models, three llamas, ten
+architectures of the zoo, and embedding models and rerankers, of random weights. SOURCE may be the name of one of those,
+too. Each model is measured in a separate process: eight sequences fill the KV cache, then one prompt fills the context;
+or, of embedding models and rerankers, texts of several lengths fill the largest batches. MLX is the peak of MLX's
+arrays, RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere. Held: by the sequences, with the
+prefixes that are kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,28 @@ from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.architecture import inspect_architecture
-from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.estimate import Estimate, estimate, most_batch_tokens
 from mlxserver.engine.platform import device, streams
+from mlxserver.engine.platform.policy import current
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
+from tools.harness.encoder_models import tiny_cross_encoder, tiny_embedder, tiny_judge
 from tools.zoo import models
+
+
+def encoder_config(hidden: int, heads: int, layers: int, positions: int) -> dict[str, Any]:
+    """Sizes of an encoder; an MLP is four times as wide."""
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": positions,
+        "vocab_size": 30_000,
+    }
+
 
 # hidden size, layers, heads, KV heads, width of the MLP, vocabulary
 LLAMAS = {
@@ -44,6 +63,14 @@ ZOO = (
     *("llama", "qwen3_moe", "gemma3_text", "gpt_oss", "deepseek_v3", "deepseek_v32"),
     *("falcon_h1", "qwen3_next", "nemotron_h", "jamba", "plamo2", "mamba2", "rwkv7"),
 )
+# Embedding models and rerankers: how they are written, their family, and their sizes.
+ENCODERS: dict[str, tuple[Callable[..., Path], tuple[str, ...], dict[str, Any]]] = {
+    "bert vectors": (tiny_embedder, ("bert",), encoder_config(384, 12, 6, 512)),
+    "gemma3 vectors": (tiny_embedder, ("gemma3_text",), encoder_config(512, 8, 8, 1024)),
+    "xlm-r rerank": (tiny_cross_encoder, ("xlm-roberta",), encoder_config(768, 12, 6, 514)),
+    "modernbert rerank": (tiny_cross_encoder, ("modernbert",), encoder_config(768, 12, 8, 1024)),
+    "qwen3 rerank": (tiny_judge, (), encoder_config(1024, 16, 6, 4096)),
+}
 FACTOR = 4  # of the zoo's heads and their dimensions; hidden sizes grow with its square
 TOKENS = 2048  # of the context, and of the cache
 SEQUENCES, ANSWER = 8, 32
@@ -113,6 +140,30 @@ def measure(source: str, tokens: int) -> dict[str, float]:
     return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
 
 
+def measure_encoder(source: str) -> dict[str, float]:
+    """Load an embedding model or a reranker and run its largest batches; as measure()."""
+    spec = ModelSpec("model", source)
+    expected = estimate(spec)
+    rss, active = device.process_bytes(), device.active_bytes()
+    with streams.thread_stream():
+        runner = builder.Builder(stall_target=60.0).build(spec)
+        loaded = device.active_bytes() - active
+        mx.reset_peak_memory()
+        longest = runner.facts.context_length
+        for length in sorted({longest, longest // 2, longest // 4, 64, 16}, reverse=True):
+            count = max(1, most_batch_tokens(longest, current()) // length)
+            tokens = tuple(10 + n % 7 for n in range(length))
+            runner.batch.insert([Sequence(n, tokens, SamplingParams(), 1) for n in range(count)])
+            while not runner.batch.is_empty():
+                runner.batch.decode()
+        mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
+        runner.batch.close()
+    is_off = expected.total / (process if device.is_cpu() else mlx) - 1
+    sizes = {"weights": expected.weights, "loaded": loaded, "cache": 0, "held": 0}
+    sizes |= {"total": expected.total, "mlx": mlx, "rss": process}
+    return {name: size / MIB for name, size in sizes.items()} | {"off": 100 * is_off}
+
+
 def with_full_cache(expected: Estimate, source: str, tokens: int) -> Estimate:
     """The estimate with the KV cache of all sequences, which claim it as they grow."""
     architecture = inspect_architecture(sources.checkpoint_metadata(source).config)
@@ -150,15 +201,21 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help="measure a single source here and print JSON")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.sources[0], arguments.tokens)))
+        one = arguments.sources[0]
+        is_text = sources.known_kind(one) == "text"
+        print(json.dumps(measure(one, arguments.tokens) if is_text else measure_encoder(one)))
         return 0
     print(
         f"{'MiB':<18}{'weights':>9}{'loaded':>9}{'cache':>9}{'held':>9}   {'estimate':>9}{'MLX':>9}{'RSS':>9}{'off':>8}"
     )
-    for name in arguments.sources or ["embedded:smollm2", *LLAMAS, *ZOO]:
+    for name in arguments.sources or ["embedded:smollm2", *LLAMAS, *ZOO, "embedded:minilm", *ENCODERS]:
         with tempfile.TemporaryDirectory() as directory:
-            is_made = name in LLAMAS or name in ZOO
-            source = write_model(Path(directory) / "m", config_of(name, is_tiny=arguments.tiny)) if is_made else name
+            source: str | Path = name
+            if name in ENCODERS:
+                write, family, config = ENCODERS[name]
+                source = write(Path(directory) / "m", *family, **config)
+            elif name in LLAMAS or name in ZOO:
+                source = write_model(Path(directory) / "m", config_of(name, is_tiny=arguments.tiny))
             command = [sys.executable, "-m", "tools.measure_memory", "--tokens", str(arguments.tokens)]
             command += ["--one", str(source)]
             m = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

@@ -1,14 +1,15 @@
-"""Soak test: random loads, unloads, evictions, chats and hang-ups on a server with little memory for five models.
+"""Soak test: random loads, unloads, evictions, requests and hang-ups on a server with little memory for seven models.
 
 Its budget is what one model would take with its whole KV cache reserved. Three fit at once, and the others after
-evictions; long prompts make them compete for KV cache.
+evictions; long prompts make them compete for KV cache. Two of the seven are an embedding model and a reranker.
 
 Run: python -m tools.soak [--minutes 10] [--seed 0]. Exit status 1 if a promise was broken:
 
 Promise 1: every accepted request is answered whole, or with an error object.
 Promise 2: no model is stalled: at the end each one is unloaded and has no request.
 Promise 3: the memory returns to its size at the start, within 5 %.
-Promise 4: three models are loaded at once, and at every sample what is held, and live arrays, are within the budget.
+Promise 4: three models are loaded at once, of one kind and of three; at every sample what is held, and live arrays, are
+        within the budget.
 
 It prints one line per part: the requests that were answered, refused and hung up on, the median, the 99th percentile
 and the maximum of the latencies in seconds, and the memory without models; at the end the counts of all outcomes.
@@ -34,11 +35,15 @@ import aiohttp
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import estimate
+from tools.harness.encoder_models import tiny_cross_encoder, tiny_embedder
 from tools.harness.models import tiny_llama
 from tools.harness.running_server import running_server
 
 KEYS = ("a", "b", "c", "d", "e")
-TOGETHER = 3  # models that are loaded at once
+VECTORS, RERANKER = "vectors", "reranker"
+ALL_KEYS = (*KEYS, VECTORS, RERANKER)
+TOGETHER = (KEYS[:3], (VECTORS, RERANKER, KEYS[0]))  # models that are loaded at once
+TEXTS = 24  # of a request, at most
 CONTEXT, MIN_CONTEXT = 61_440, 512  # tokens
 LONG = 200  # words of a long prompt
 SAMPLE = 0.1  # seconds between two samples of the memory
@@ -87,13 +92,15 @@ class Soak:
         self.most = Counter[str]()  # bytes
 
     async def load_together(self) -> None:
-        """Load three models at once. Raises Broken if they do not all stay."""
-        for key in KEYS[:TOGETHER]:
-            await self.load(key)
-        async with self._session.get(f"{self._url}/v1/models") as response:
-            loaded = [model for model in (await response.json())["data"] if model["status"]["value"] == "loaded"]
-        if len(loaded) != TOGETHER:
-            raise Broken(f"{len(loaded)} of {TOGETHER} models are loaded at once")
+        """Load three models at once, of one kind and of three. Raises Broken if they do not all stay."""
+        for keys in TOGETHER:
+            for key in keys:
+                await self.load(key)
+            async with self._session.get(f"{self._url}/v1/models") as response:
+                models = (await response.json())["data"]
+            loaded = {model["id"] for model in models if model["status"]["value"] == "loaded"}
+            if not loaded.issuperset(keys):
+                raise Broken(f"only {loaded} of {keys} are loaded at once")
 
     async def watch(self) -> None:
         """Sample the memory until cancelled. Raises Broken for a sample beyond the budget."""
@@ -108,10 +115,13 @@ class Soak:
 
     async def work(self, until: float) -> None:
         """Run one client until a time of time.monotonic()."""
-        actions = (self.chat, self.stream, self.hang_up, self.load, self.unload)
+        actions = (self.chat, self.stream, self.hang_up, self.embed, self.rerank, self.load, self.unload)
         while time.monotonic() < until:
-            act = self._random.choices(actions, weights=(6, 6, 4, 1, 2))[0]
-            await act(self._random.choice(KEYS))
+            act = self._random.choices(actions, weights=(6, 6, 4, 3, 3, 1, 2))[0]
+            if act in (self.embed, self.rerank):
+                await act(VECTORS if act == self.embed else RERANKER)
+            else:
+                await act(self._random.choice(ALL_KEYS if act in (self.load, self.unload) else KEYS))
 
     async def chat(self, key: str) -> None:
         """Request an answer without streaming."""
@@ -140,6 +150,25 @@ class Soak:
             else:
                 raise Broken(f"a stream without an end: {events[-1:]}")
 
+    async def embed(self, key: str) -> None:
+        """Request vectors of some texts."""
+        texts = self._texts()
+        status, content = await self._post("/v1/embeddings", {"model": key, "input": texts})
+        if status == 200 and [each["index"] for each in content["data"]] != [*range(len(texts))]:
+            raise Broken(f"vectors are missing: {content}")
+        self._note("embed", status, content)
+
+    async def rerank(self, key: str) -> None:
+        """Request scores of some documents."""
+        documents = self._texts()
+        status, content = await self._post("/v1/rerank", {"model": key, "query": "the cat", "documents": documents})
+        if status == 200 and {each["index"] for each in content["results"]} != {*range(len(documents))}:
+            raise Broken(f"scores are missing: {content}")
+        self._note("rerank", status, content)
+
+    def _texts(self) -> list[str]:
+        return ["dog " * self._random.randrange(1, 80) for _ in range(self._random.randrange(1, TEXTS))]
+
     async def hang_up(self, key: str) -> None:
         """Request a stream and hang up before the answer, or during it."""
         seconds = self._random.choice((0.01, 0.05, 0.3))
@@ -164,7 +193,7 @@ class Soak:
 
     async def settle(self) -> int:
         """Unload all models and check that none is stalled; the memory of the process in bytes. Raises Broken."""
-        for key in KEYS:
+        for key in ALL_KEYS:
             await self._post("/v1/models/unload", {"key": key, "mode": "drain"})
         async with self._session.get(f"{self._url}/v1/models") as response:
             for model in (await response.json())["data"]:
@@ -288,6 +317,8 @@ def main(argv: list[str] | None = None) -> int:
             key: str(tiny_llama(Path(directory) / key, seed=n, hidden=256, layers=8, context=CONTEXT))
             for n, key in enumerate(KEYS)
         }
+        sources[VECTORS] = str(tiny_embedder(Path(directory) / VECTORS, "modernbert"))
+        sources[RERANKER] = str(tiny_cross_encoder(Path(directory) / RERANKER, "bert"))
         config = write_config(Path(directory), sources)
         with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
             status = 1

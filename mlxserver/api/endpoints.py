@@ -13,6 +13,7 @@ from mlxserver.api.native.benchmark import BenchmarkRequest
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.native.page import RenderRequest, SessionRequest
 from mlxserver.api.native.pin import PinRequest
+from mlxserver.api.native.rerank import RerankDialect, RerankRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.ollama.endpoints import OLLAMA_ENDPOINTS
@@ -22,6 +23,9 @@ from mlxserver.api.openai.completions import CompletionDialect, CompletionReques
 from mlxserver.api.openai.embeddings import EmbeddingsDialect, EmbeddingsRequest
 from mlxserver.api.openai.errors import OPENAI
 from mlxserver.api.openai.responses import endpoints as responses
+
+# Of the same endpoint: Jina's, a short one that proxies and front ends ask for, and that of Cohere's second API.
+RERANK_PATHS = {"rerank": "/v1/rerank", "rerank_short": "/rerank", "rerank_v2": "/v2/rerank"}
 
 ENDPOINTS = (
     Endpoint(
@@ -52,6 +56,19 @@ ENDPOINTS = (
         "EmbeddingList",
         EmbeddingsRequest,
         dialect=EmbeddingsDialect,
+    ),
+    *(
+        Endpoint(
+            name,
+            "POST",
+            path,
+            "Relevance of documents to a query.",
+            "Rerank",
+            RerankRequest,
+            dialect=RerankDialect,
+            dialect_name="rerank",
+        )
+        for name, path in RERANK_PATHS.items()
     ),
     *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,

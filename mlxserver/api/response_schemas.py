@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from mlxserver.api.anthropic.response_schemas import ANTHROPIC_SCHEMAS
+from mlxserver.api.native.rerank import RERANK_SCHEMAS
 from mlxserver.api.ollama.schemas import OLLAMA_SCHEMAS
 from mlxserver.api.openai.embeddings import EMBEDDINGS_SCHEMAS
 from mlxserver.api.openai.models import CAPABILITIES
@@ -20,6 +23,7 @@ from mlxserver.api.schema.response_shapes import (
     named,
     one_of,
 )
+from mlxserver.config.settings import Kind
 
 STATE = one_of("unloaded", "loading", "loaded", "draining", "failed")
 FINISH = one_of("stop", "length", "tool_calls")
@@ -71,6 +75,7 @@ REQUEST: dict[str, Schema] = {
 RESPONSE_SCHEMAS: dict[str, Schema] = {
     **RESPONSES_SCHEMAS,
     **EMBEDDINGS_SCHEMAS,
+    **RERANK_SCHEMAS,
     **ANTHROPIC_SCHEMAS,
     **OLLAMA_SCHEMAS,
     "Error": exactly(
@@ -170,7 +175,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         created=COUNT,
         owned_by=TEXT,
         status=exactly(value=STATE, error_=TEXT),
-        kind=maybe(one_of("text", "embedding")),
+        kind=maybe(one_of(*get_args(Kind))),
         type=maybe(one_of("thinking", "instruction")),
         source=TEXT,
         context_length=maybe(COUNT),
@@ -197,6 +202,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
                 id=TEXT,
                 aliases=each(TEXT),
                 status=exactly(value=STATE, error_=TEXT),
+                kind=maybe(one_of(*get_args(Kind))),
                 context_length=maybe(COUNT),
                 path=TEXT,
                 error=maybe(TEXT),

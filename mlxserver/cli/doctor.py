@@ -23,7 +23,8 @@ from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import estimate, gguf, sources
 from mlxserver.engine.platform import openblas
 
-PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface-hub", "gguf2mlx")
+PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "huggingface-hub", "gguf2mlx")
+ALONE = ("mlx-vlm",)  # installed without its dependencies, which are not used
 LEAST_FREE = 10 << 30  # bytes on the disk that models are downloaded to
 
 
@@ -55,7 +56,8 @@ def _software() -> Iterator[Finding]:
         try:
             yield Finding(name, metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Finding(name, "missing", f"{sys.executable} -m pip install {name}")
+            options = "--no-deps " if name in ALONE else ""
+            yield Finding(name, "missing", f"{sys.executable} -m pip install {options}{name}")
 
 
 def _device(settings: Settings) -> Iterator[Finding]:

@@ -26,7 +26,20 @@ from mlxserver.server.model_status import local_status, model_status
 from model_manager import ModelManager
 
 CONNECT_TIMEOUT = 3.0  # seconds that a server on another machine gets
-COLUMNS = ("model", "alias", "state", "format", "quant", "weights", "disk", "memory", "context", "fits", "place")
+COLUMNS = (
+    "model",
+    "alias",
+    "state",
+    "kind",
+    "format",
+    "quant",
+    "weights",
+    "disk",
+    "memory",
+    "context",
+    "fits",
+    "place",
+)
 RUNNING_COLUMNS = ("model", "state", "memory", "requests", "until unloaded")
 FITS = {"now": "now", "after_eviction": "after eviction", "never": "never", None: "-"}
 NAMES_OF_POWERS = {9: "B", 6: "M", 3: "k", 0: ""}
@@ -107,6 +120,7 @@ async def show(options: Namespace, settings: Settings) -> int:
         "state": fields["status"]["value"],
         "source": fields.get("source"),
         "path": fields.get("path"),
+        "kind": fields.get("kind"),
         "type": fields.get("type"),
         "format": local.get("format"),
         "architecture": local.get("architecture"),
@@ -167,6 +181,7 @@ def _row(fields: Fields) -> tuple[str, ...]:
         fields["id"],
         ", ".join(fields.get("aliases", ())) or "-",
         fields["status"]["value"],
+        fields.get("kind") or "-",
         local.get("format") or "-",
         local.get("quantization") or "-",
         _count(local.get("parameters")),

@@ -47,13 +47,17 @@ class HttpSettings:
     ] = 5.0
     max_unread_events: Annotated[int, Range(1), "events of a stream that may wait for a slow reader"] = 16_384
 
-    max_body_bytes: Annotated[int, Range(1), Size(), "longest request body"] = 16 << 20
+    max_body_bytes: Annotated[int, Range(1), Size(), "longest request body"] = 64 << 20
     max_json_values: Annotated[int, Range(1000), "commas and opening brackets in a body, those in text included"] = (
         500_000
     )
     max_json_depth: Annotated[int, Range(8, 256), "lists and objects inside each other"] = 64
     max_messages: Annotated[int, Range(1), "messages in a conversation"] = 4096
     max_prompt_bytes: Annotated[int, Range(1), Size(), "longest prompt, before it is made tokens"] = 2 << 20
+    max_images: Annotated[int, Range(1), Live(), "images in a request"] = 100
+    max_image_bytes: Annotated[int, Range(1), Size(), Live(), "longest file of an image"] = 20 << 20
+    allow_image_urls: Annotated[bool, Live(), "fetch images that a request names by http or https URLs"] = False
+    image_url_timeout: Annotated[float, Range(0.1, 600), Live(), "seconds until such an image is there"] = 10.0
     max_stop_strings: Annotated[int, Range(1, 1024), "stop strings of a request"] = 16
     max_logit_bias: Annotated[int, Range(1), "tokens in a request's logit_bias"] = 1024
     max_choices: Annotated[int, Range(1, 128), "answers to one request (n)"] = 16

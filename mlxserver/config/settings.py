@@ -15,8 +15,9 @@ from mlxserver.config.fields import Identity, Live, Range, Shared, Size
 from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
-Kind = Literal["text", "embedding"]
+Kind = Literal["text", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
+Weights = Literal["auto", "stored", "bfloat16"]
 LogFormat = Literal["text", "json"]
 UnclosedThinking = Literal["reasoning", "content"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
@@ -38,7 +39,8 @@ class ModelSpec:
     cap. aliases: more names in requests, or patterns of names. pin: never evicted. ttl: idle seconds until it is
     unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
     several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
-    the model ended inside its reasoning; "content" gives it as both.
+    the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
+    stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others.
     """
 
     key: Annotated[str, Shared()]
@@ -60,6 +62,7 @@ class ModelSpec:
     unclosed_thinking: UnclosedThinking = "reasoning"
     kind: Annotated[Kind | None, Identity()] = None
     min_context: Annotated[int, Range(16), Shared()] = 4096
+    weights: Annotated[Weights, Shared(), Identity()] = "auto"
 
 
 @dataclass(frozen=True, slots=True)

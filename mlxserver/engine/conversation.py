@@ -41,7 +41,7 @@ class Image:
 
     data: its file as it was sent (PNG, JPEG, WebP, GIF, BMP), b"" until an image that is named by its URL was fetched.
     origin: where the client wrote it, as its dialect names it: "messages[0].content[1].image_url". detail: how much of
-    its resolution the model gets.
+    its resolution the model gets; "low" is a small picture, the others are the file's.
     """
 
     data: bytes = field(repr=False)
@@ -51,8 +51,8 @@ class Image:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file, in hexadecimal."""
-        return hashlib.sha256(self.data).hexdigest()
+        """SHA-256 of the file, and of a low detail, which makes it another picture; in hexadecimal."""
+        return hashlib.sha256(self.data + b"low" if self.detail == "low" else self.data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ EngineError
 ├── NoRoom               the model does not fit in memory; with a projection of what is there
 ├── PromptRejected       the prompt can't be given to this model; names the field
 │   ├── ContextExceeded  it is longer than the context
-│   ├── InputTooLong     a text is longer than an embedding model takes
+│   ├── InputTooLong     a text is longer than an embedding model or a reranker takes
 │   └── WrongKind        the model is of another kind than the request needs
 ├── QueueFull            as many requests wait as may; try again later
 ├── ModelUnloading       the model is leaving; try again later
@@ -150,14 +150,14 @@ class ContextExceeded(PromptRejected):
 
 
 class InputTooLong(PromptRejected):
-    """A text is longer than an embedding model takes, counts in tokens."""
+    """A text is longer than an embedding model or a reranker takes, counts in tokens. what: the text in words."""
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, context_length: int, param: str) -> None:
+    def __init__(self, tokens: int, context_length: int, param: str, what: str = "") -> None:
         super().__init__(
-            f"{param} is too long: {tokens} tokens > {context_length} maximum. This model's maximum context length is "
-            f"{context_length} tokens. Shorten the text, or set 'truncate' to have it cut.",
+            f"{what or param} is too long: {tokens} tokens > {context_length} maximum. This model's maximum context "
+            f"length is {context_length} tokens. Shorten the text, or set 'truncate' to have it cut.",
             param,
         )
 
@@ -174,6 +174,7 @@ class WrongKind(PromptRejected):
 _KINDS: dict[Kind, str] = {
     "text": "a text model: it answers conversations and goes on from prompts, and makes no embeddings.",
     "embedding": "an embedding model: it makes vectors of texts (POST /v1/embeddings), and generates no text.",
+    "rerank": "a reranker: it scores documents for a query (POST /v1/rerank), and generates no text.",
 }
 
 

@@ -2,7 +2,8 @@
 
 Rule: a generation is Accepted, then any number of Deltas, one Finish per choice, and Usage at the very end; or, at any
       point, one EngineError and nothing after it. PromptLogprobs, where asked for, come before all else of a choice.
-      Each choice of a request for embeddings is one Embedding and its Finish.
+      Each choice of a request for embeddings is one Embedding and its Finish; of one for scores, a Relevance and its
+      Finish.
 """
 
 from __future__ import annotations
@@ -88,6 +89,14 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Relevance:
+    """How well one document answers the query, from 0 to 1. index: of the document in its request."""
+
+    score: float
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """End of one choice. stop: the stop string that ended it, None where none did."""
 
@@ -149,4 +158,4 @@ class PromptProgress:
             self.chunks.append((time.monotonic(), state.done))
 
 
-Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Embedding | Finish | Usage
+Event = Accepted | PromptLogprobs | Delta | ToolCallDelta | Embedding | Relevance | Finish | Usage

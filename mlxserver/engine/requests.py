@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mlxserver.config.settings import Kind
 from mlxserver.engine.conversation import Message, Tool
@@ -66,6 +66,7 @@ class EmbeddingRequest:
     origin: str = "input"
     is_list: bool = True
     tokens: tuple[tuple[int, ...], ...] = ()
+    kind: ClassVar[Kind] = "embedding"
 
     @property
     def n(self) -> int:
@@ -75,6 +76,30 @@ class EmbeddingRequest:
     def place(self, index: int) -> str:
         """Where the client wrote a text."""
         return f"{self.origin}[{index}]" if self.is_list else self.origin
+
+
+@dataclass(frozen=True, slots=True)
+class RerankRequest:
+    """Request for the relevance of each document to a query, to a reranker.
+
+    instruction: what makes a document relevant, None for the reranker's own. truncates: a document is cut where it is
+    too long beside the query. max_document_tokens: documents are cut to so many tokens. pairs: the query with each
+    document, once their tokens are known; second_texts: Sequence.second_text of each.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    instruction: str | None = None
+    truncates: bool = False
+    max_document_tokens: int | None = None
+    pairs: tuple[tuple[int, ...], ...] = ()
+    second_texts: tuple[int, ...] = ()
+    kind: ClassVar[Kind] = "rerank"
+
+    @property
+    def n(self) -> int:
+        """Number of its choices: one per document."""
+        return len(self.documents)
 
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt | FillPrompt
@@ -154,9 +179,10 @@ class GenerationRequest:
     thinking_budget: int | None = None
     formatted: FormattedPrompt | None = None
     grammar: Grammar | None = None
+    kind: ClassVar[Kind] = "text"
 
 
-EngineRequest = GenerationRequest | EmbeddingRequest
+EngineRequest = GenerationRequest | EmbeddingRequest | RerankRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +223,8 @@ class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
     reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
-    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle" and
-    "embeddings". execution: None where ranks share the model, and of an embedding model. type: None of one, too.
+    capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle",
+    "embeddings" and "rerank". execution: None where ranks share the model, and of an encoder. type: None of one, too.
     """
 
     type: str | None

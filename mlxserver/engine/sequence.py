@@ -28,7 +28,8 @@ class Sequence:
     num_generated: how many of the last tokens were generated before the sequence was preempted. max_tokens: most tokens
     to generate from here on. boundaries: lengths at which another prompt is likely to differ. progress: where the
     progress of its prompt is reported. prompt_logprobs: how many of the likeliest tokens are measured at each position
-    of the prompt beside its own token, None for no measurement.
+    of the prompt beside its own token, None for no measurement. second_text: number of the first token of the second
+    text, in a pair of texts for a reranker that tells them apart; 0 elsewhere.
     """
 
     id: int
@@ -41,6 +42,7 @@ class Sequence:
     boundaries: tuple[int, ...] = ()
     progress: PromptProgress | None = field(default=None, compare=False, repr=False)
     prompt_logprobs: int | None = None
+    second_text: int = 0
 
     @property
     def is_scored(self) -> bool:
@@ -78,6 +80,6 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class PooledSequence(SampledToken):
-    """The vector of a sequence in an embedding model, in place of tokens; its values as little-endian float32."""
+    """The vector of a sequence in an encoder, in place of tokens; its values as little-endian float32."""
 
     vector: bytes = b""

@@ -18,7 +18,7 @@ from mlxserver.engine.errors import ModelUnloading, QueueFull, WrongKind
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.requests import EmbeddingRequest, EngineRequest, ModelFacts, Question
+from mlxserver.engine.requests import EngineRequest, ModelFacts, Question
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.eviction import Resident
@@ -194,8 +194,7 @@ class ModelInstance:
 
     def _check_kind(self, request: EngineRequest) -> None:
         """Raise WrongKind as far as the kind is known before the model is loaded."""
-        needed = "embedding" if isinstance(request, EmbeddingRequest) else "text"
-        if self.kind not in (None, needed):
+        if self.kind not in (None, request.kind):
             raise WrongKind(self.key, self.kind)
 
     async def hold(self, idle_timeout: float | None = None) -> None:

@@ -77,6 +77,10 @@ class Reservation:
         """Whether a load waits for it."""
         return self.outcome is not None and not self.outcome.done()
 
+    def leaves_room(self, bytes: int) -> bool:
+        """Whether a model of so many bytes would take at most half of the memory that is free without evictions."""
+        return 2 * bytes <= self._budget.free
+
     async def acquire(self, bytes: int) -> None:
         """Wait for memory; other models may be evicted. With requests waiting for the model, this may take some time.
 
@@ -156,10 +160,15 @@ class MemoryBudget:
         """Bytes in use beyond all reservations, KV cache and prefixes."""
         return max(0, self._measure_arrays() - self.reserved - self.prefix_bytes)
 
+    @property
+    def free(self) -> int:
+        """Bytes that a load could take without evicting a model."""
+        return self._grantable - self.reserved
+
     def fits(self, bytes: int) -> Fits:
         """Whether a model of so many bytes could be loaded now, after evictions, or never."""
         pinned = sum(self.held(each) for each in self.reservations if each.holder.is_pinned)
-        if bytes <= self._grantable - self.reserved:
+        if bytes <= self.free:
             return "now"
         return "after_eviction" if bytes <= self._grantable - pinned else "never"
 

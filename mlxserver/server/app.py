@@ -18,6 +18,7 @@ from mlxserver.api.openai.responses.dialect import ResponsesDialect
 from mlxserver.manager.reload import Reload
 from mlxserver.server.errors import exception_handlers
 from mlxserver.server.generate import Handler, generate
+from mlxserver.server.image_urls import ImageUrls
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ollama import OllamaHandlers
@@ -36,20 +37,27 @@ class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
     It builds the Starlette application itself: TurboAPI 0.2.8 passes `on_startup`, which Starlette 1.x does not take.
     """
 
-    def __init__(self, manager: ModelManager, reload: ReloadSettings, history: RequestHistory) -> None:
+    def __init__(
+        self,
+        manager: ModelManager,
+        reload: ReloadSettings,
+        history: RequestHistory | None = None,
+        images: ImageUrls | None = None,
+    ) -> None:
         self.router = APIRouter()  # of routes that are added later; those of the handlers are Starlette's
         self.title, self.description, self.version = TITLE, "", __version__
         # The pages that TurboAPI would add do not work; /openapi.json and /docs are handlers.
         self.openapi_url = self.docs_url = self.redoc_url = self.openapi_generator = None
-        self.app = Starlette(routes=routes(manager, reload, history), exception_handlers=exception_handlers())
+        found = routes(manager, reload, history or RequestHistory(), images or ImageUrls())
+        self.app = Starlette(routes=found, exception_handlers=exception_handlers())
         self.app.router.redirect_slashes = False
 
 
-def routes(manager: ModelManager, reload: ReloadSettings, history: RequestHistory) -> list[Route]:
+def routes(manager: ModelManager, reload: ReloadSettings, history: RequestHistory, images: ImageUrls) -> list[Route]:
     """A route for every endpoint; its handler has the endpoint's name, or is made from its dialect."""
     responses = ResponsesDialect(manager.settings)
     rooms = (
-        ModelHandlers(manager, reload),
+        ModelHandlers(manager, reload, images),
         ResponseHandlers(responses.store),
         OpsHandlers(manager),
         OllamaHandlers(manager),
@@ -60,7 +68,7 @@ def routes(manager: ModelManager, reload: ReloadSettings, history: RequestHistor
     def handler_of(endpoint: Endpoint) -> Handler:
         if endpoint.dialect:
             dialect = shared.get(endpoint.dialect) or endpoint.dialect(manager.settings)
-            return generate(dialect, manager, endpoint.label)
+            return generate(dialect, manager, images, endpoint.label)
         handler: Handler = next(getattr(each, endpoint.name) for each in rooms if hasattr(each, endpoint.name))
         return managing(handler) if endpoint.manages else handler
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 
 from mlxserver.api.dialect import Dialect
+from mlxserver.engine.requests import EngineRequest, GenerationRequest
 from mlxserver.server.body import ignored_headers, read_body
+from mlxserver.server.image_urls import ImageUrls
 from mlxserver.server.request_log import note_client, note_dialect, note_prompt
 from mlxserver.server.streaming import GenerationResponse
 from model_manager import ModelManager
@@ -16,12 +19,18 @@ from model_manager import ModelManager
 Handler = Callable[[Request], Awaitable[Any]]
 
 
-def generate(dialect: Dialect, manager: ModelManager, label: str = "") -> Handler:
+def generate(dialect: Dialect, manager: ModelManager, images: ImageUrls, label: str = "") -> Handler:
     """The handler of one dialect: parse the body, resolve the model, respond with what it generates.
 
     label: the dialect in metrics and in the request log.
     """
     settings = manager.settings
+
+    async def prepare(request: EngineRequest) -> EngineRequest:
+        if not isinstance(request, GenerationRequest):
+            return request
+        prompt = await images.fetch(request.prompt, manager.settings)  # a reload may have changed them
+        return request if prompt is request.prompt else replace(request, prompt=prompt)
 
     async def handle(request: Request) -> GenerationResponse:
         note_dialect(label)
@@ -35,11 +44,12 @@ def generate(dialect: Dialect, manager: ModelManager, label: str = "") -> Handle
         headers = ignored_headers(request, call.ignored)
         return GenerationResponse(
             manager.resolve(call.model, *call.other_names),
-            call.limited(manager.settings.default_max_tokens),  # a reload may have changed it
+            call.limited(manager.settings.default_max_tokens),  # likewise
             headers,
             max_unread=settings.max_unread_events,
             heartbeat_interval=manager.settings.heartbeat_interval,  # likewise
             dialect=label,
+            prepare=prepare,
         )
 
     return handle

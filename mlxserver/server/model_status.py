@@ -53,6 +53,7 @@ def local_status(model: LocalModel, manager: ModelManager) -> ModelStatus:
         model.modified,
         "unloaded",
         str(model.path),
+        kind=model.facts.kind if model.facts else None,
         context_length=files.context_length,
         aliases=aliases,
         local=files,

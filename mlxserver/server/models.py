@@ -34,6 +34,7 @@ from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.reload import Reload
 from mlxserver.server.body import ignored_headers, read_body
 from mlxserver.server.errors import json_response
+from mlxserver.server.image_urls import ImageUrls
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.load_events import LoadResponse
 from mlxserver.server.model_status import local_status, model_status
@@ -43,16 +44,18 @@ STALL_INTERVAL = 1.0  # seconds between two checks of whether an engine is stall
 
 R = TypeVar("R", bound=parameters.Request)
 T = TypeVar("T")
+Q = TypeVar("Q", Tokenize, ApplyTemplate)
 
 
 class ModelHandlers:
     """Handlers by the names of their endpoints. `reload` reads the settings again."""
 
-    def __init__(self, manager: ModelManager, reload: Callable[[], Awaitable[Reload]]) -> None:
+    def __init__(self, manager: ModelManager, reload: Callable[[], Awaitable[Reload]], images: ImageUrls) -> None:
         self._manager = manager
         self._settings = manager.settings
         self._limits = Limits.of(manager.settings)
         self._reload = reload
+        self._images = images
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models, as the client's API has it."""
@@ -155,14 +158,15 @@ class ModelHandlers:
         """POST /tokenize."""
         asked, headers = await self._read(TokenizeRequest, request)
         instance = self._manager.resolve(asked.model)
-        tokens = await instance.ask(asked.question)
+        tokens = await instance.ask(await self._with_images(asked.question))
         context_length = instance.facts.context_length if instance.facts else None
         return json_response(tokenized(tokens, context_length), headers=headers)
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens."""
         asked, headers = await self._read(CountTokensRequest, request)
-        tokens = await self._manager.resolve(asked.model).ask(Tokenize(asked.prompt))
+        question = await self._with_images(Tokenize(asked.prompt))
+        tokens = await self._manager.resolve(asked.model).ask(question)
         return json_response(token_count(tokens), headers=headers)
 
     async def detokenize(self, request: Request) -> Response:
@@ -174,9 +178,14 @@ class ModelHandlers:
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template."""
         asked, headers = await self._read(ApplyTemplateRequest, request)
-        prompt = asked.chat_prompt(asked.messages)
-        text = await self._manager.resolve(asked.model).ask(ApplyTemplate(prompt))
+        question = await self._with_images(ApplyTemplate(asked.chat_prompt(asked.messages)))
+        text = await self._manager.resolve(asked.model).ask(question)
         return json_response(rendered(text), headers=headers)
+
+    async def _with_images(self, question: Q) -> Q:
+        """The question with its images' bytes. Raises PromptRejected."""
+        prompt = await self._images.fetch(question.prompt, self._manager.settings)
+        return replace(question, prompt=prompt)  # type: ignore[arg-type]
 
     async def _read(self, schema: type[R], request: Request) -> tuple[R, dict[str, str]]:
         """The request, and the headers that name its ignored parameters."""

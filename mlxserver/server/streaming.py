@@ -10,7 +10,7 @@ Rule 3: a disconnect of the client cancels the response at any point: while the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 
 from starlette.responses import Response
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from mlxserver.api.dialect import Call, WaitProgress
 from mlxserver.engine.errors import EngineError
 from mlxserver.engine.events import Accepted, Event, Timings, Usage
+from mlxserver.engine.requests import EngineRequest
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.server.errors import failure_of
@@ -31,7 +32,8 @@ class GenerationResponse:
     """The response to one call.
 
     max_unread: events of a stream that may wait for a slow reader. heartbeat_interval: most seconds of a stream without
-    a byte, 0 for no limit. dialect: as metrics have it.
+    a byte, 0 for no limit. dialect: as metrics have it. prepare: makes of each request what the engine gets, which may
+    take as long as images take to be fetched; raises PromptRejected.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class GenerationResponse:
         max_unread: int,
         heartbeat_interval: float,
         dialect: str = "",
+        prepare: Callable[[EngineRequest], Awaitable[EngineRequest]] | None = None,
     ) -> None:
         self._instance = instance
         self._call = call
@@ -51,6 +54,7 @@ class GenerationResponse:
         self._max_unread = max_unread
         self._heartbeat_interval = heartbeat_interval
         self._dialect = dialect
+        self._prepare = prepare
         self._generations: list[Generation] = []
         self._event_stream: EventStream | None = None
         self._pending = b""  # what is encoded and not sent; nothing that is encoded later goes before it
@@ -93,7 +97,8 @@ class GenerationResponse:
             await self._instance.hold(self._call.idle_timeout)
         for lookup in self._call.lookups:
             lookup.receive(await self._instance.ask(lookup.question))
-        for request in self._call.requests:
+        for asked in self._call.requests:
+            request = await self._prepare(asked) if self._prepare else asked
             generation = await self._instance.generate(request, self._call.idle_timeout, self._dialect)
             stack.callback(generation.close)
             note_generation(generation)

@@ -206,7 +206,7 @@ def test_a_count_takes_the_request_that_it_is_made_for():
         ({"messages": [user(None)]}, "messages[0].content"),
         ({"messages": [user([result(5)])]}, "messages[0].content[0].content"),
         ({"messages": [assistant({"type": "tool_use", "id": "x"})]}, "messages[0].content[0].name"),
-        ({"messages": [user([{"type": "image"}])]}, "messages[0].content[0]"),
+        ({"messages": [user([{"type": "image"}])]}, "messages[0].content[0].source"),
         ({"system": [{"type": "image"}]}, "system[0]"),
         ({"system": 5}, "system"),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),

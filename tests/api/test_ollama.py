@@ -149,7 +149,9 @@ def test_a_conversation_with_calls_by_name_and_without_ids():
         ("x", "messages"),
         (["x"], "messages[0]"),
         ([{"role": "robot"}], "messages[0].role"),
-        ([{"role": "user", "content": "x", "images": ["aGk="]}], "messages[0].images"),
+        ([{"role": "user", "content": "x", "images": ["aGk"]}], "messages[0].images[0]"),
+        ([{"role": "user", "content": "x", "images": "aGk="}], "messages[0].images"),
+        ([{"role": "assistant", "content": "x", "images": ["aGk="]}], "messages[0].images"),
         ([*HELLO, {"role": "assistant", "thinking": 5}], "messages[1].thinking"),
         ([{"role": "tool", "content": "x", "tool_name": 5}], "messages[0].tool_name"),
     ],
@@ -172,7 +174,7 @@ def test_a_prompt_is_a_chat_of_one_message_or_raw_text():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("template", "{{ .Prompt }}"), ("context", [1, 2]), ("images", ["aGk="]), ("width", 5)],
+    [("template", "{{ .Prompt }}"), ("context", [1, 2]), ("width", 5)],
 )
 def test_what_is_not_supported_is_refused_by_name_and_an_empty_value_is_taken(name, value):
     error = refused(OllamaGenerateDialect, prompt="x", **{name: value})

@@ -128,7 +128,7 @@ def test_the_history_is_not_judged():
         ({"type": 5}, "input[0].type"),
         ({"role": "god", "content": "x"}, "input[0].role"),
         ({"role": "user", "content": 5}, "input[0].content"),
-        ({"role": "user", "content": [{"type": "input_image"}]}, "input[0].content[0].type"),
+        ({"role": "user", "content": [{"type": "input_image"}]}, "input[0].content[0].image_url"),
         ({"type": "function_call", "arguments": "{}"}, "input[0].name"),
         ({"type": "item_reference", "id": 5}, "input[0].id"),
     ],

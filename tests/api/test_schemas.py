@@ -273,7 +273,7 @@ def test_a_refusal_stands_for_its_content():
         ({"role": "user"}, ".content"),
         ({"role": "user", "content": 5}, ".content"),
         ({"role": "user", "content": ["x"]}, ".content[0]"),
-        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ".content[1].type"),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ".content[1].image_url"),
         ({"role": "user", "content": [{"text": "a"}]}, ".content[0].type"),
         ({"role": "user", "content": [{"type": "text"}]}, ".content[0].text"),
         ({"role": "user", "content": [{"type": "text", "text": 5}]}, ".content[0].text"),

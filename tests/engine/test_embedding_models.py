@@ -14,7 +14,7 @@ from mlxserver.engine.loading.kinds import find_kind
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import CPU, CUDA
 from mlxserver.engine.runners.builder import Builder
-from mlxserver.engine.scheduler.embedding_batch import EmbeddingBatch, length_classes
+from mlxserver.engine.scheduler.encoder_batch import EncoderBatch, length_classes
 from mlxserver.engine.scheduler.peers import FixedPeers
 from mlxserver.engine.sequence import Sequence
 from tools.harness.embedding_models import HIDDEN, hidden_states, tiny_bert, token_ids
@@ -107,7 +107,7 @@ class Lengths:
         self.shapes = []
         self.faults = []
 
-    def encode(self, texts, count, length, beside_peers=False):
+    def encode(self, texts, count, length, beside_peers=False, second_texts=()):
         if self.faults:
             raise self.faults.pop(0)
         assert all(len(text) <= length for text in texts)
@@ -117,7 +117,7 @@ class Lengths:
 
 def batch_of(policy=CPU, peers=0.0):
     model = Lengths()
-    return model, EmbeddingBatch(model, stall_target=0.25, peers=FixedPeers(peers), policy=policy)
+    return model, EncoderBatch(model, stall_target=0.25, peers=FixedPeers(peers), policy=policy)
 
 
 def sequences(*lengths, first=0):

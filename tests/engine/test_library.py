@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 
-from mlxserver.engine.loading import gguf
+from mlxserver.engine.loading import gguf, kinds
 from mlxserver.engine.loading.library.facts import CONVERTIBLE, Unusable, read_facts
 from mlxserver.engine.loading.library.layouts import Folder, folders
 from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.platform.policy import WeightPolicy
 from tests.support.local_models import COMMIT, digest_of, in_hub, in_lm_studio, in_ollama
+from tools.harness.encoder_models import tiny_cross_encoder, tiny_embedder, tiny_judge
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
 
@@ -169,6 +170,34 @@ def test_facts_of_a_gguf_file(gguf_file):
     assert facts.stored_bytes == known.stored_bytes == facts.parameters * 2
 
 
+@pytest.mark.parametrize(
+    ("make", "kind", "architecture"),
+    [
+        (lambda path: tiny_embedder(path, "modernbert"), "embedding", "modernbert"),
+        (lambda path: tiny_embedder(path, "gemma3_text"), "embedding", "gemma3_text"),
+        (lambda path: tiny_embedder(path, "qwen3"), "embedding", "qwen3"),
+        (lambda path: tiny_cross_encoder(path, "xlm-roberta"), "rerank", "xlm-roberta"),
+        (tiny_judge, "rerank", "qwen3"),
+        (tiny_llama, "text", "llama"),
+    ],
+)
+def test_a_model_has_the_kind_of_its_files(tmp_path, make, kind, architecture):
+    facts = read_facts(make(tmp_path / "org" / "tiny"))
+    assert (facts.kind, facts.architecture, facts.kv_values > 0) == (kind, architecture, kind == "text")
+
+
+def test_the_types_of_encoders_are_the_ones_that_mlx_vlm_has():
+    from mlx_vlm.embedding_loader import EMBEDDING_MODEL_REMAPPING
+    from mlx_vlm.reranker import reranker_kind
+    from mlx_vlm.utils import get_model_and_args
+
+    for name in kinds.EMBEDDERS:
+        module, _ = get_model_and_args({"model_type": EMBEDDING_MODEL_REMAPPING.get(name, name)})
+        assert module.Model
+    assert EMBEDDING_MODEL_REMAPPING.keys() < kinds.EMBEDDERS
+    assert all(reranker_kind({"model_type": name}) for name in kinds.RERANKERS)
+
+
 def test_the_converters_architectures_are_the_ones_it_has():
     from gguf2mlx.gguf2mlx import CONVERTIBLE_ARCHES
 
@@ -213,6 +242,11 @@ def changed(**fields):
         (lambda path: (path / "model.safetensors").write_bytes(bytes(8)), "it is damaged"),
         (cut("config.json"), "it is damaged"),
         (changed(model_type="bert-like"), "mlx-lm has no architecture 'bert-like'"),
+        (changed(model_type="nomic_bert"), "mlx-vlm has no embedding model of the type 'nomic_bert'"),
+        (
+            changed(model_type="distilbert", architectures=["DistilBertForSequenceClassification"], num_labels=1),
+            "mlx-vlm has no reranker of the type 'distilbert'",
+        ),
         (changed(model_type=7), "states no model_type"),
         (lambda path: [file.unlink() for file in path.glob("tokenizer*")], "it has no tokenizer"),
         (

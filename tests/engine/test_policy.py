@@ -8,6 +8,7 @@ from mlxserver.engine.mlx import mx
 
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlxserver.config.settings import ModelSpec
@@ -27,7 +28,7 @@ from mlxserver.engine.platform.policy import (
 )
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.scheduler import Scheduler
-from tests.support.architectures import random_model
+from tests.support.architectures import CONFIGS, MORE_CONFIGS, random_model, write_random_model
 from tests.support.batch_driver import SEEDED, Driver, prompt, sequence
 from tests.support.prefixes import new_prefixes
 from tools.harness.models import tiny_llama
@@ -108,6 +109,26 @@ def test_weights_have_the_format_of_the_policy(tmp_path, policy):
     loaded = loader.load(ModelSpec("m", str(tmp_path / "m")), policy=policy).model
     is_quantized = any(isinstance(module, nn.QuantizedLinear) for module in loaded.modules())
     assert is_quantized == (policy.weights is WeightPolicy.STORED)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_widened_weights_are_those_in_float32_rounded_once(tmp_path, kind, mode):
+    path = write_random_model(tmp_path / "m", {"model_type": kind} | (CONFIGS | MORE_CONFIGS)[kind])
+    model, config = load_model(path)
+    model.set_dtype(mx.bfloat16)
+    model, config = quantize_model(model, config, 32, 4, mode=mode)
+    save_model(path, model)
+    save_config(config, path / "config.json")
+    spec = ModelSpec("m", str(path))
+    stored, expected = estimate(spec, CUDA), loader.load(spec, policy=CPU).model
+    wide = loader.load(replace(spec, weights="bfloat16"), policy=CUDA)
+    assert estimate(replace(spec, weights="bfloat16"), CUDA).weights == wide.weight_bytes
+    assert stored.widened == (wide.weight_bytes if kind == "llama" else 0)  # decode steps read few experts
+    weights = dict(tree_flatten(wide.model.parameters()))
+    for name, array in tree_flatten(expected.parameters()):
+        if name in weights:  # others are fused
+            assert mx.array_equal(weights[name], array.astype(mx.bfloat16)), name
 
 
 def test_an_estimate_follows_the_policy(tmp_path):

@@ -289,7 +289,15 @@ def test_a_random_traffic_of_joins_and_leaves_changes_no_answer(model):
         assert tokens == alone(model, driver.sequences[n])[: len(tokens)]
 
 
-def test_a_chunk_is_longer_where_many_wait_and_few_run(model):
+def test_a_chunk_takes_a_frame_s_time_however_short_the_steps(model):
+    batch = Scheduler(model, stall_target=1e6)
+    batch._prefill.times.each = 1e-5
+    assert batch._prefill.budget(1e-4, 0.0).tokens == 1600
+    batch.close()
+
+
+def test_a_chunk_is_longer_where_many_wait_and_few_run(model, monkeypatch):
+    monkeypatch.setattr("mlxserver.engine.scheduler.prefill._LEAST_SECONDS", 0.0)  # the steps are short here
     batch = Scheduler(model, stall_target=1e6)
     batch.insert([sequence(1, prompt(4), max_tokens=50)])
     batch.prefill()

@@ -12,7 +12,7 @@ from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, ModelN
 from mlxserver.manager.states import ModelState
 from mlxserver.manager.watchdog import check
 from mlxserver.server.health import liveness
-from tests.support.managed import ONE, answered, managed, specs, states
+from tests.support.managed import ESTIMATE, ONE, answered, managed, specs, states
 from tests.support.scripted_engine import Death, Panic, ended, read, request, until, within_deadline
 
 
@@ -204,6 +204,19 @@ async def test_a_panic_over_an_estimate_is_a_load_that_failed():
         with pytest.raises(LoadFailed, match="Panic: index out of bounds"):
             await instance.load()
         assert instance.status == "failed"
+
+
+# Wider weights
+
+
+@pytest.mark.parametrize(("capacity", "is_wide"), [(6, True), (2, False)])
+@within_deadline
+async def test_weights_are_widened_where_half_of_the_free_memory_stays_free(capacity, is_wide):
+    stored = replace(ESTIMATE, widened=2 * ONE)
+    async with managed(capacity=capacity, estimate=lambda spec: stored) as (manager, _):
+        instance = manager.instance("a")
+        await instance.load()
+        assert instance.estimate == (replace(stored, weights=2 * ONE, widened=0) if is_wide else stored)
 
 
 # All at once

@@ -366,10 +366,13 @@ def test_an_unknown_path_answers_clients_of_this_api_in_its_shape(server):
 @pytest.mark.parametrize(
     ("content", "place"),
     [
-        ([{"type": "text", "text": "hello"}, {"type": "image", "source": {"type": "url"}}], "messages[0].content[1]"),
+        (
+            [{"type": "text", "text": "hello"}, {"type": "image", "source": {"type": "url"}}],
+            "messages[0].content[1].source.url",
+        ),
         (
             [{"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image", "source": {}}]}],
-            "messages[0].content[0].content[0]",
+            "messages[0].content[0].content[0].source.type",
         ),
         ([{"type": "document", "source": {"type": "base64"}}], "messages[0].content[0]"),
         ([{"type": "container_upload"}], "messages[0].content[0].type"),

@@ -342,7 +342,7 @@ def test_an_answer_begun_by_the_client_is_continued(server):
 def test_images_are_refused_by_their_place(server):
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "x"}, part]}]
-    assert refused(server, messages=messages) == "messages[0].content[1].type"
+    assert refused(server, messages=messages) == "messages[0].content[1].image_url"
 
 
 @pytest.mark.parametrize("prompt", ["The quick", [[3, 4], [5]], ["a", "b"], [7, 8, 9]])

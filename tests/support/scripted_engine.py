@@ -194,18 +194,20 @@ class ScriptedBatch:
 class ScriptedRunner:
     """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected.
 
-    preprocess() and answer() raise `panic`, if any.
+    preprocess() and answer() raise `panic`, if any. asked: the requests and questions that came.
     """
 
     batch: ScriptedBatch = field(default_factory=ScriptedBatch)
     facts: ModelFacts = FACTS
     formatting: threading.Event = field(default_factory=threading.Event)
     panic: BaseException | None = None
+    asked: list = field(default_factory=list)
 
     def __post_init__(self):
         self.formatting.set()
 
     def preprocess(self, request):
+        self.asked.append(request)
         if self.panic:
             raise self.panic
         if request.format:
@@ -238,6 +240,7 @@ class ScriptedRunner:
         ]
 
     def answer(self, question):
+        self.asked.append(question)
         if self.panic:
             raise self.panic
         return "answer"

@@ -70,7 +70,7 @@ def rows(done):
 def test_without_a_server_this_machines_models_are_listed_shown_and_removed(home, command):
     listed = command("ls")
     assert {"smollm2", "org/scripted", "publisher/studio", "tiny:latest"} <= rows(listed).keys()
-    assert rows(listed)["publisher/studio"][1:4] == ["studio", "unloaded", "mlx"]
+    assert rows(listed)["publisher/studio"][1:5] == ["studio", "unloaded", "text", "mlx"]
     assert "no server" in listed.stderr
     assert "org/damaged can't be loaded: model.safetensors missing" in listed.stderr
     shown = rows(command("show", "studio"))

@@ -359,11 +359,11 @@ REFUSED = {
     "prompt": ({"prompt": {"id": "p"}}, "prompt"),
     "image": (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,", "detail": "auto"}]}]},
-        "input[0].content[0].type",
+        "input[0].content[0].image_url",
     ),
     "image in a result": (
         {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]}]},
-        "input[0].output[0].type",
+        "input[0].output[0].image_url",
     ),
     "no tool": ({"tool_choice": "required"}, "tool_choice"),
     "hosted tool": ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice.type"),

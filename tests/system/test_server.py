@@ -394,7 +394,7 @@ BAD_BODIES = {
     "no content": ({**GOOD, "messages": [{"role": "user"}]}, "messages[0].content"),
     "an image": (
         {**GOOD, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "messages[0].content[0].type",
+        "messages[0].content[0].image_url.url",
     ),
     "negative max_tokens": ({**GOOD, "max_tokens": -3}, "max_tokens"),
     "max_tokens zero": ({**GOOD, "max_tokens": 0}, "max_tokens"),

@@ -1,7 +1,7 @@
 """Round trips with widely used clients and coding agents (agents.py), against a running server.
 
-Clients use the embedded model, agents a scripted one each, lm-eval (scoring.py) one of random weights;
-schemathesis (contract.py) asks for any of them.
+Clients use the embedded models and a reranker of random weights, agents a scripted model each, lm-eval (scoring.py) one
+of random weights; schemathesis (contract.py) asks for any of them.
 
 Each client is installed into a separate environment, which is removed afterwards (or kept with --keep DIRECTORY, so
 that a second run starts at once), and prints one line on what it did. The exit status is the number of failed clients.
@@ -27,13 +27,14 @@ from tools.ecosystem.claude import CLAUDE
 from tools.ecosystem.codex import CODEX
 from tools.ecosystem.contract import Contract
 from tools.ecosystem.scoring import Scoring
+from tools.harness.encoder_models import tiny_cross_encoder
 
 AGENTS = (*OTHERS, CODEX, CLAUDE)
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = Path(__file__).parent / "clients"
 GREETING = "Serving on "
-MODEL = "smollm2"
+MODEL, VECTORS, RERANKER = "smollm2", "minilm", "reranker"
 TIMEOUT = 600  # seconds for an installation, and for the round trips of one client
 
 
@@ -64,6 +65,7 @@ class Client:
     def try_out(self, directory: Path, url: str) -> str:
         """Install the client and run its round trips; one line on what it did. Raises CalledProcessError."""
         environment = {**os.environ, "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "MODEL": MODEL}
+        environment |= {"VECTORS": VECTORS, "RERANKER": RERANKER}
         return " ".join(call(*self.install(directory), environment=environment).split())
 
     def _install_node(self, directory: Path) -> list[str]:
@@ -85,6 +87,10 @@ ALL = (
     Client("Vercel AI SDK, responses", "vercel_responses.mjs", ("ai", "@ai-sdk/openai", "zod")),
     Client("event-stream parsers", "event_streams.mjs", ("eventsource-parser",)),
     Client("httpx-sse", "httpx_sse_client.py", ("httpx-sse", "httpx")),
+    Client("langchain-openai, vectors", "langchain_vectors.py", ("langchain-openai", "numpy")),
+    Client("llama-index", "llama_index_vectors.py", ("llama-index-core", "llama-index-embeddings-openai-like")),
+    Client("Open WebUI's calls", "open_webui_vectors.py", ("httpx",)),
+    Client("cohere", "cohere_rerank.py", ("cohere",)),
 )
 Trial = Client | Agent | Scoring | Contract
 WITH_MODELS: tuple[Agent | Scoring | Contract, ...] = (Scoring(), Contract(), *AGENTS)
@@ -101,6 +107,8 @@ def running_server(directory: Path) -> Iterator[str]:
     """The URL of a server with the embedded model and the others' models, which are written into a directory."""
     sections = [
         f'[models.{MODEL}]\nsource = "embedded:smollm2"\n',
+        f'[models.{VECTORS}]\nsource = "embedded:minilm"\n',
+        f'[models.{RERANKER}]\nsource = "{tiny_cross_encoder(directory / RERANKER, "bert")}"\n',
         *(each.write_model(directory) for each in WITH_MODELS),
     ]
     (directory / "models.toml").write_text("\n".join(sections))

@@ -1,8 +1,9 @@
 """System text and messages on the wire -> a typed conversation.
 
 Rule 1: messages stay in order, a system message in the middle too. The results in a user's message become messages of
-        their own, before its text.
-Rule 2: texts that a client wrote as blocks are set apart by a blank line; those of an answer were one text.
+        their own, before its text and its images.
+Rule 2: neighbouring texts that a client wrote as blocks are set apart by a blank line; those of an answer were one
+        text.
 Rule 3: the history is not judged: of an answer, blocks that this server does not write are left out, and so is hidden
         reasoning.
 Rule 4: an error names the place, as in "messages[0].content[1].type".
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from mlxserver.api.images import URL_SHAPE, join_texts, of_base64, of_url, refuse_file
 from mlxserver.api.schema.parameters import ValidationFailed, invalid
-from mlxserver.engine.conversation import Message, Part, Reasoning, Text, ToolCall, ToolResult
+from mlxserver.engine.conversation import Image, Message, Part, Reasoning, Text, ToolCall, ToolResult
 
 Block = dict[str, Any]
 
 # What programs put into their prompts anew for each session or turn: behind it, no prefix would ever be found again.
 VOLATILE = re.compile(r"^(?:x-anthropic-billing-header:.*|<total_tokens>.*</total_tokens>)(?:\n|\Z)", re.MULTILINE)
 ERROR_WORD = "error"
+BLANK_LINE = "\n\n"
 
 TEXT_BLOCK: dict[str, Any] = {
     "type": "object",
@@ -30,6 +33,21 @@ TEXT_BLOCK: dict[str, Any] = {
     "required": ["type", "text"],
 }
 SYSTEM: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_BLOCK}]}
+BASE64_SOURCE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "base64"}, "media_type": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["type", "data"],
+}
+URL_SOURCE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "url"}, "url": URL_SHAPE},
+    "required": ["type", "url"],
+}
+IMAGE_BLOCK: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "image"}, "source": {"anyOf": [BASE64_SOURCE, URL_SOURCE]}},
+    "required": ["type", "source"],
+}
 BLOCK: dict[str, Any] = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
 MESSAGES: dict[str, Any] = {
     "type": "array",
@@ -38,7 +56,9 @@ MESSAGES: dict[str, Any] = {
         "type": "object",
         "properties": {
             "role": {"enum": ["user", "assistant", "system"]},
-            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": BLOCK}]},
+            "content": {
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [TEXT_BLOCK, IMAGE_BLOCK, BLOCK]}}]
+            },
         },
         "required": ["role", "content"],
     },
@@ -73,20 +93,33 @@ def _messages(value: Any, origin: str) -> Sequence[Message]:
 
 
 def _system(blocks: Sequence[tuple[Block, str]], origin: str) -> tuple[Message, ...]:
-    texts = [VOLATILE.sub("", text) for block, place in blocks for text in _texts(block, place)]
-    text = _joined(texts)
-    return (Message("system", (Text(text),), origin),) if text else ()
+    if image := next((place for block, place in blocks if block["type"] == "image"), None):
+        raise ValidationFailed(f"'{image}' is an image, which only messages of users and results may have.", image)
+    parts = (part for block, place in blocks for part in _parts(block, place))
+    texts = tuple(join_texts([_stable(part) for part in parts], BLANK_LINE))
+    return (Message("system", texts, origin),) if texts else ()
 
 
 def _user(blocks: Sequence[tuple[Block, str]], origin: str) -> list[Message]:
     results = [
         Message("tool", (_result(block, place),), place) for block, place in blocks if block["type"] == "tool_result"
     ]
-    texts = [text for block, place in blocks if block["type"] != "tool_result" for text in _texts(block, place)]
-    text = _joined([text for text in texts if not VOLATILE.fullmatch(text.strip())])
-    if results and not text:
-        return results
-    return [*results, Message("user", (Text(text),) if text else (), origin)]
+    parts = _shown([block for block in blocks if block[0]["type"] != "tool_result"])
+    return results if results and not parts else [*results, Message("user", parts, origin)]
+
+
+def _shown(blocks: Iterable[tuple[Block, str]]) -> tuple[Text | Image, ...]:
+    """What a client's blocks show, without texts that are volatile altogether."""
+    parts = (part for block, place in blocks for part in _parts(block, place))
+    return tuple(join_texts((part for part in parts if not _is_volatile(part)), BLANK_LINE))
+
+
+def _is_volatile(part: Text | Image) -> bool:
+    return isinstance(part, Text) and VOLATILE.fullmatch(part.text.strip()) is not None
+
+
+def _stable(part: Text | Image) -> Text | Image:
+    return Text(VOLATILE.sub("", part.text)) if isinstance(part, Text) else part
 
 
 def _blocks(content: Any, param: str) -> list[tuple[Block, str]]:
@@ -101,36 +134,46 @@ def _blocks(content: Any, param: str) -> list[tuple[Block, str]]:
     return [(block, f"{param}[{index}]") for index, block in enumerate(content)]
 
 
-def _joined(texts: Sequence[str]) -> str:
-    return "\n\n".join([text for text in texts if text])
-
-
-def _texts(block: Block, place: str) -> Iterator[str]:
-    """The text of a block that a client wrote. Raises ValidationFailed for one that the model can't be shown."""
+def _parts(block: Block, place: str) -> Iterator[Text | Image]:
+    """What a block shows that a client wrote. Raises ValidationFailed for one that the model can't be shown."""
     match block["type"]:
         case "text":
-            yield _string(block, "text", place)
+            yield Text(_string(block, "text", place))
         case "document" | "search_result":
             yield from _document(block, place)
         case "tool_reference":
-            yield _string(block, "tool_name", place)
+            yield Text(_string(block, "tool_name", place))
         case "image":
-            raise ValidationFailed(f"'{place}' is an image. The models of this server see none; send text.", place)
+            yield _image(block.get("source"), place)
         case kind:
-            raise invalid(f"{place}.type", kind, "'text': images and files are not supported")
+            raise invalid(f"{place}.type", kind, "'text' or 'image': files are not supported")
 
 
-def _document(block: Block, place: str) -> Iterator[str]:
-    """Title and text of a document or of a search result, which has its blocks at another place."""
+def _image(source: Any, origin: str) -> Image:
+    place = f"{origin}.source"
+    if not isinstance(source, dict):
+        raise invalid(place, source, 'an object with the "type" "base64" or "url"')
+    match source.get("type"):
+        case "base64":
+            return of_base64(source.get("data"), f"{place}.data", origin=origin)
+        case "url":
+            return of_url(source.get("url"), f"{place}.url", origin=origin)
+        case kind:
+            refuse_file(source, place, "a source of the type 'base64'")
+            raise invalid(f"{place}.type", kind, "'base64' or 'url'")
+
+
+def _document(block: Block, place: str) -> Iterator[Text | Image]:
+    """Title and content of a document or of a search result, which has its blocks at another place."""
     if isinstance(title := block.get("title"), str):
-        yield title
+        yield Text(title)
     given = {"type": "content", **block} if block["type"] == "search_result" else block.get("source")
     source: Block = given if isinstance(given, dict) else {}
     if source.get("type") == "text":
-        yield _string(source, "data", f"{place}.source")
+        yield Text(_string(source, "data", f"{place}.source"))
     elif "content" in source:
         for part, part_place in _blocks(source["content"], f"{place}.content"):
-            yield from _texts(part, part_place)
+            yield from _parts(part, part_place)
     else:
         raise ValidationFailed(f"'{place}' is a file. This server reads none; send its text.", place)
 
@@ -138,12 +181,13 @@ def _document(block: Block, place: str) -> Iterator[str]:
 def _result(block: Block, place: str) -> ToolResult:
     """The result of a call. A failure is told by its text, as chat templates have no other place for it."""
     content = block.get("content")
-    texts = [] if content is None else [text for one in _blocks(content, f"{place}.content") for text in _texts(*one)]
-    text = _joined([text for text in texts if not VOLATILE.fullmatch(text.strip())])
+    parts = () if content is None else _shown(_blocks(content, f"{place}.content"))
+    text = BLANK_LINE.join([part.text for part in parts if isinstance(part, Text)])
     if block.get("is_error") is True and ERROR_WORD not in text.lower():
         text = f"Error: {text}" if text else "Error"
     call_id = block.get("tool_use_id")
-    return ToolResult(call_id if isinstance(call_id, str) else "", text)
+    images = tuple([part for part in parts if isinstance(part, Image)])
+    return ToolResult(call_id if isinstance(call_id, str) else "", text, images=images)
 
 
 def _answer(block: Block, place: str) -> Iterator[Part]:

@@ -25,6 +25,7 @@ def _entry(model: ModelStatus) -> dict[str, Any]:
         "id": model.key,
         "aliases": list(model.aliases),
         "status": {"value": model.status},
+        "kind": model.kind,
         "context_length": model.context_length,
         "path": model.local.path,
         "error": model.local.fault,

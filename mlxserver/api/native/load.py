@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import orjson
 
@@ -17,7 +17,7 @@ from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import ModelSpec
+from mlxserver.config.settings import Kind, ModelSpec
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -47,8 +47,8 @@ class LoadRequest(Request):
         check=check_path,
     )
     key: str | None = Parameter(str, "Name of the model in requests; by default made from the source.", check=check_key)
-    kind: Literal["text", "embedding"] | None = Parameter(
-        str, "What the model makes of a text; by default found from its files.", enum=["text", "embedding"]
+    kind: Kind | None = Parameter(
+        str, "What the model makes of a text; by default found from its files.", enum=[*get_args(Kind)]
     )
     type: Literal["thinking", "instruction"] | None = Parameter(
         str, "How the model is prompted; by default found out.", enum=["thinking", "instruction"]

@@ -1,20 +1,23 @@
 """Messages of Ollama's chat -> a typed conversation.
 
 They are read as the messages of a chat completion are, with the same tolerance of histories; what has another name is
-renamed before. A call has its arguments as an object and need not have an id; a result names its function.
+renamed before. A call has its arguments as an object and need not have an id; a result names its function. Images stand
+beside the text, and are shown before it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from mlxserver.api.images import of_base64, of_url
 from mlxserver.api.openai import messages as openai
 from mlxserver.api.schema.parameters import ValidationFailed, invalid
-from mlxserver.engine.conversation import Message
+from mlxserver.engine.conversation import Image, Message
 
 NAMES = {"thinking": "reasoning", "tool_name": "name"}  # of fields here and there
-NO_IMAGES = "Images are not supported: models read text here."
 TEXT: dict[str, Any] = {"type": ["string", "null"]}
+IMAGES: dict[str, Any] = {"type": "array", "items": {"type": "string", "description": "base64 of an image's bytes"}}
 CALL: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -37,17 +40,23 @@ SHAPE: dict[str, Any] = {
             "tool_calls": {"type": ["array", "null"], "items": CALL},
             "tool_name": TEXT,
             "tool_call_id": TEXT,
-            "images": {"type": ["array", "null"], "maxItems": 0},
+            "images": {**IMAGES, "type": ["array", "null"]},
         },
         "required": ["role"],
     },
 }
 
 
-def check_images(value: Any, param: str) -> None:
-    """Refuse images; an empty list is none. Raises ValidationFailed."""
-    if value:
-        raise ValidationFailed(f"'{param}' can't be taken. {NO_IMAGES}", param)
+def check_images(value: Any, param: str) -> tuple[Image, ...]:
+    """The images of a list of base64 texts. Raises ValidationFailed."""
+    if not isinstance(value, list | None):
+        raise invalid(param, value, "a list of images in base64")
+    return tuple([_image(each, f"{param}[{index}]") for index, each in enumerate(value or [])])
+
+
+def _image(value: Any, param: str) -> Image:
+    """An image in base64, or in a data URL, which some programs send."""
+    return (of_url if isinstance(value, str) and value[:5].lower() == "data:" else of_base64)(value, param)
 
 
 def check_messages(value: Any, param: str) -> tuple[Message, ...]:
@@ -56,14 +65,26 @@ def check_messages(value: Any, param: str) -> tuple[Message, ...]:
         return ()
     if not isinstance(value, list):
         raise invalid(param, value, "a list of messages")
-    return openai.check_messages([_renamed(each, f"{param}[{index}]") for index, each in enumerate(value)], param)
+    messages = openai.check_messages([_renamed(each, f"{param}[{index}]") for index, each in enumerate(value)], param)
+    return tuple([_with_images(message, given.get("images")) for message, given in zip(messages, value, strict=True)])
+
+
+def _with_images(message: Message, given: Any) -> Message:
+    place = f"{message.origin}.images"
+    images = check_images(given, place)
+    if not images:
+        return message
+    if message.result:
+        return replace(message, parts=(replace(message.result, images=images),))
+    if message.role != "user":
+        raise ValidationFailed(f"'{place}' has images, which only messages of users and tools may have.", place)
+    return replace(message, parts=(*images, *message.parts))
 
 
 def _renamed(message: Any, param: str) -> Any:
     """A message with the names of a chat completion's."""
     if not isinstance(message, dict):
         return message
-    check_images(message.get("images"), f"{param}.images")
     for name in NAMES:
         if not isinstance(message.get(name), str | None):
             raise invalid(f"{param}.{name}", message[name], "a string")

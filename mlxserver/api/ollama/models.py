@@ -135,8 +135,8 @@ def _model_info(status: ModelStatus, description: Description) -> dict[str, Any]
 
 def _capabilities(status: ModelStatus, description: Description) -> list[str]:
     """Words of Ollama's. Any model may call tools: one without a format for it gets a plain one."""
-    if status.kind == "embedding":
-        return ["embedding"]
+    if status.kind in ("embedding", "rerank"):
+        return [status.kind]
     thinks = status.type == "thinking" if status.type else description.may_think
     fills = "fill_in_middle" in (status.capabilities or ())
     return ["completion", "tools", *(["thinking"] if thinks else []), *(["insert"] if fills else [])]

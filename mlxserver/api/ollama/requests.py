@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from mlxserver.api.ollama.messages import IMAGES, check_images, check_messages
 from mlxserver.api.ollama.messages import SHAPE as MESSAGES
-from mlxserver.api.ollama.messages import check_images, check_messages
 from mlxserver.api.ollama.options import OPTIONS, Options, check_options
 from mlxserver.api.openai.chat import MAX_TOP_LOGPROBS
 from mlxserver.api.openai.generation import ModelRequest, keep_alive_parameter
 from mlxserver.api.openai.thinking import THINK, Thinking, check_think
 from mlxserver.api.openai.tools import TOOLS, check_tools
 from mlxserver.api.schema.parameters import Check, Parameter, ValidationFailed, invalid
-from mlxserver.engine.conversation import Message, Text, Tool
+from mlxserver.engine.conversation import Image, Message, Text, Tool
 from mlxserver.engine.requests import ChatPrompt, FillPrompt, GenerationRequest, JsonFormat, Prompt, TextPrompt
 
 FORMAT: dict[str, Any] = {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]}
@@ -126,8 +126,8 @@ class OllamaGenerateRequest(AnsweringRequest):
         str, "What follows the text that is to be generated, for models that can fill in the middle.", default=""
     )
     raw: bool = Parameter(bool, "Go on from the prompt as it is, without the chat template.", default=False)
-    images: object = Parameter(
-        object, "Refused unless it is empty.", check=check_images, shape={"type": "array", "maxItems": 0}
+    images: tuple[Image, ...] = Parameter(
+        object, "Images in base64, shown before the prompt.", default=(), check=check_images, shape=IMAGES
     )
     template: None = _refused_field("The chat template is the model's; send a finished prompt with 'raw'.")
     context: None = _refused_field("Send the conversation to /api/chat.")
@@ -137,11 +137,18 @@ class OllamaGenerateRequest(AnsweringRequest):
         """What is to be answered; None loads or unloads the model."""
         if self.suffix:
             return FillPrompt(self.prompt, self.suffix)
-        if not self.prompt:
+        if not self.prompt and not self.images:
             return None
         if self.raw:
             return TextPrompt(self.prompt)
         system = (Message("system", (Text(self.system),), "system"),) if self.system else ()
-        return ChatPrompt(
-            (*system, Message("user", (Text(self.prompt),), "prompt")), template_kwargs=self._template_kwargs
-        )
+        text = (Text(self.prompt),) if self.prompt else ()
+        user = Message("user", (*self.images, *text), "prompt")
+        return ChatPrompt((*system, user), template_kwargs=self._template_kwargs)
+
+    def check_together(self) -> None:
+        """Refuse images that have no place: they are shown by the chat template."""
+        super().check_together()
+        if self.images and (self.raw or self.suffix):
+            other = "raw" if self.raw else "suffix"
+            raise ValidationFailed(f"'images' need the chat template, which '{other}' leaves out.", "images")

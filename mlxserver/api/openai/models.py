@@ -9,7 +9,10 @@ from typing import Any
 from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus
 
 OWNER = "mlx-server"
-CAPABILITIES = ("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle", "embeddings")
+CAPABILITIES = (
+    *("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle"),
+    *("embeddings", "rerank"),
+)
 
 
 def model_card(model: ModelStatus) -> dict[str, Any]:

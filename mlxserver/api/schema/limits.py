@@ -3,6 +3,7 @@
 Rule 1: limits are checked on the JSON as it came, before anything is made from it; the number of its values even before
         it is read: sixteen megabytes of empty lists keep the event loop busy for seconds.
 Rule 2: a refusal names the parameter, what was found in it, and the limit.
+Rule 3: an image is no text of the prompt. It has limits of its own, where its bytes are known (server/image_urls.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PROMPT_FIELDS = (
     *("system", "output_config", "format"),
 )
 TOKEN_BYTES = 4  # of a token id in a prompt
+IMAGE_FIELDS = {"image_url": "image_url", "input_image": "image_url", "image": "source"}  # by the type of a part
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,11 @@ class Limits:
         )
 
     def _check_prompt(self, document: Mapping[str, Any]) -> None:
-        sizes = {param: _text_bytes(document[param]) for param in PROMPT_FIELDS if param in document}
+        sizes = {
+            param: _text_bytes(document[param]) - _image_bytes(document[param])
+            for param in PROMPT_FIELDS
+            if param in document
+        }
         if sum(sizes.values()) > self.prompt_bytes:
             param = max(sizes, key=lambda name: sizes[name])
             raise _over(param, f"makes the prompt {sum(sizes.values())} bytes long", self.prompt_bytes)
@@ -104,6 +110,20 @@ def _over(param: str, found: str, limit: int) -> ValidationFailed:
 
 def _items(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
+
+
+def _image_bytes(value: Any) -> int:
+    """What of the text in messages, items and their parts is images, in base64 or named by URLs."""
+    if not isinstance(value, list):
+        return 0
+    total = 0
+    for item in value:
+        if isinstance(item, dict):
+            kind, images = item.get("type"), item.get("images")  # images: of Ollama
+            total += _text_bytes(item.get(IMAGE_FIELDS[kind])) if isinstance(kind, str) and kind in IMAGE_FIELDS else 0
+            total += _text_bytes(images) if isinstance(images, list) and "role" in item else 0
+            total += sum(_image_bytes(item.get(name)) for name in ("content", "output"))
+    return total
 
 
 def _text_bytes(value: Any) -> int:

@@ -13,6 +13,7 @@ from mlxserver.engine.mlx import mx
 
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes
 
 from mlxserver.engine.kv_cache import caches
@@ -27,7 +28,8 @@ class Architecture:
 
     layers: values per token of each layer with a KV cache, and the most tokens that it keeps per sequence (0: all).
     sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
-    arguments: those that mlx-lm's model was made with (metadata.model_arguments()).
+    arguments: those that mlx-lm's model was made with (metadata.model_arguments()). has_experts: some of its layers
+    choose among experts.
     """
 
     weights: int
@@ -36,6 +38,7 @@ class Architecture:
     width: int
     vocab: int
     arguments: tuple[Mapping[str, Any], ...] = ()
+    has_experts: bool = False
 
     def cache_values(self, tokens: int, sequences: int) -> int:
         """Values in a full cache of so many tokens and sequences."""
@@ -64,6 +67,7 @@ def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
         outputs // len(cache),
         vocab,
         tuple(model_arguments(model)),
+        any(isinstance(layer, SwitchLinear) for layer in model.modules()),
     )
 
 

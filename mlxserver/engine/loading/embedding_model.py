@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
-from mlxserver.engine.loading.embedding_architecture import positions
+from mlxserver.engine.loading.encoder_architecture import positions
 from mlxserver.engine.loading.estimate import embedding_context
 from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.loading.metadata import attention_heads, vocab_size
@@ -73,18 +73,18 @@ class EmbeddingModel:
         self.facts = replace(self.facts, dimensions=len(self.encode([(self._pad,)], 1, 1)[0]))
 
     def encode(
-        self, texts: Sequence[Sequence[int]], count: int, length: int, beside_peers: bool = False
+        self,
+        texts: Sequence[Sequence[int]],
+        count: int,
+        length: int,
+        beside_peers: bool = False,
+        second_texts: Sequence[int] = (),
     ) -> list[np.ndarray[Any, Any]]:
         """The vectors of texts of tokens, in a batch of the shape [count, length], each [dimensions] in float32.
 
-        beside_peers: other models stream meanwhile.
+        beside_peers: other models stream meanwhile. second_texts: of no meaning here.
         """
-        tokens = np.full((count, length), self._pad, dtype=np.int32)
-        mask = np.zeros((count, length), dtype=np.int32)
-        mask[len(texts) :, 0] = 1  # a text without a token would have no number as its mean
-        for row, text in enumerate(texts):
-            tokens[row, : len(text)] = text
-            mask[row, : len(text)] = 1
+        tokens, mask = padded(texts, count, length, self._pad)
         with cpu_kernels.layer_by_layer(beside_peers):
             vectors = self._pooled(mx.array(tokens), mx.array(mask)).astype(mx.float32)
             mx.eval(vectors)
@@ -101,6 +101,19 @@ class EmbeddingModel:
         for dense in getattr(self._model, "dense", ()):
             pooled = dense(pooled)
         return cast(mx.array, pooled)
+
+
+def padded(
+    texts: Sequence[Sequence[int]], count: int, length: int, pad: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Texts of tokens with padding behind them, and 1 where there is none, both [count, length]."""
+    tokens = np.full((count, length), pad, dtype=np.int32)
+    mask = np.zeros((count, length), dtype=np.int32)
+    mask[len(texts) :, 0] = 1  # a text without a token would have no number as its mean
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+        mask[row, : len(text)] = 1
+    return tokens, mask
 
 
 def load(spec: ModelSpec, *, progress: Progress = silent, policy: ExecutionPolicy | None = None) -> EmbeddingModel:
@@ -123,14 +136,14 @@ def _load(spec: ModelSpec, report: Progress, policy: ExecutionPolicy) -> Embeddi
     with naming(f"the weights in {path} can't be used"):
         model = prepare(model, report, replace(policy, fuse_projections=False))
     with naming(f"the tokenizer in {path} can't be read"), checked(path) as files:
-        tokenizer = _read_tokenizer(files)
+        tokenizer = read_encoder_tokenizer(files)
     heads = attention_heads(config)
     context = embedding_context(spec, positions(config), AttentionMemory(heads, policy))
     with naming("the model can't be run"):
         return EmbeddingModel(model, tokenizer, config, path, context, heads)
 
 
-def _read_tokenizer(path: Path) -> Any:
+def read_encoder_tokenizer(path: Path) -> Any:
     """The tokenizer of a directory, without a length of its own: the model's context is checked here."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

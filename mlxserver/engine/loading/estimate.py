@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlxserver.config.settings import ModelSpec
+from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
 from mlxserver.engine.loading.metadata import CheckpointMetadata, attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
@@ -21,11 +21,16 @@ from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_mis
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, STATE_REACH, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
+if TYPE_CHECKING:
+    from mlxserver.engine.loading.encoder_architecture import EncoderArchitecture
+
 # Tokens of a shared model's KV cache by default, which all ranks reserve: some conversations of ordinary length.
 DEFAULT_CACHE_TOKENS = 32_768
+JUDGE_CONTEXT = 8192  # of Qwen3-Reranker (huggingface.co/Qwen/Qwen3-Reranker-0.6B), whose positions go further
 _TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints state has two
 # Memory of a model beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
 _RUNTIME_BYTES = 64 << 20
+_FEWER_BITS = 1.1  # times as large in 16 bits: weights that are stored in fewer
 _SAMPLING_ARRAYS = 4  # of [sequences, vocab] in float32 at once: logits, probabilities, their sums, a mask
 
 
@@ -45,11 +50,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Memory of a model: its weights in their loaded format, the reserved KV cache, the activations of a step."""
+    """Memory of a model: its weights in their loaded format, the reserved KV cache, the activations of a step.
+
+    widened: of the weights in 16 bits, where the device computes faster with them than as they are stored; 0 elsewhere.
+    """
 
     weights: int
     cache: int
     activations: int
+    widened: int = 0
 
     @property
     def total(self) -> int:
@@ -85,12 +94,12 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     """
     from mlxserver.engine.loading.architecture import inspect_architecture
 
-    policy = policy or current()
+    policy = (policy or current()).with_weights(spec.weights)
     try:
         metadata = checkpoint_metadata(spec.source, policy.weights)
         with naming_what_is_missing():
-            if (spec.kind or metadata.kind) == "embedding":
-                return _embedding_estimate(spec, metadata, policy)
+            if encoder := _encoder(spec.kind or metadata.kind, metadata):
+                return _encoder_estimate(spec, metadata, encoder, policy)
             architecture = inspect_architecture(metadata.config)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
@@ -102,25 +111,41 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     heads = attention_heads(metadata.config, *architecture.arguments)
     attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
+    stored, widened = metadata.stored_bytes, 0
+    if architecture.weights * 2 > stored * _FEWER_BITS and not is_float32:
+        if policy.weights is WeightPolicy.BFLOAT16:
+            stored = architecture.weights * 2
+        elif policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts):
+            widened = architecture.weights * 2 + _adapter_bytes(spec)
     return Estimate(
-        weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes + _adapter_bytes(spec),
+        weights=architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec),
         cache=architecture.cache_values(own.reserved, own.sequences) * value_bytes,
         activations=_chunk_bytes(architecture.width * value_bytes, attention, own.context)
         + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
+        widened=widened,
     )
 
 
-def _embedding_estimate(spec: ModelSpec, metadata: CheckpointMetadata, policy: ExecutionPolicy) -> Estimate:
-    """The memory that an embedding model will take: no KV cache, and the activations of its largest batch."""
-    from mlxserver.engine.loading.embedding_architecture import inspect_embedding_architecture
+def _encoder(kind: Kind, metadata: CheckpointMetadata) -> EncoderArchitecture | None:
+    """The architecture of an embedding model or a reranker; None of a model of another kind."""
+    from mlxserver.engine.loading import encoder_architecture
 
-    architecture = inspect_embedding_architecture(metadata.config)
+    if kind == "embedding":
+        return encoder_architecture.inspect_embedding_architecture(metadata.config)
+    return encoder_architecture.inspect_reranker_architecture(metadata.config) if kind == "rerank" else None
+
+
+def _encoder_estimate(
+    spec: ModelSpec, metadata: CheckpointMetadata, architecture: EncoderArchitecture, policy: ExecutionPolicy
+) -> Estimate:
+    """The memory that an encoder will take: no KV cache, and the activations of its largest batch."""
     is_float32 = policy.weights is WeightPolicy.FLOAT32
     value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
     attention = AttentionMemory(architecture.heads, policy)
-    context = embedding_context(spec, architecture.context, attention)
+    longest = judge_context if architecture.is_judge else embedding_context
+    context = longest(spec, architecture.context, attention)
     return Estimate(
         weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes,
         cache=0,
@@ -137,8 +162,13 @@ def embedding_context(spec: ModelSpec, own: int, attention: AttentionMemory) -> 
     return min(own, spec.context_length or attention.longest_text())
 
 
+def judge_context(spec: ModelSpec, own: int, attention: AttentionMemory) -> int:
+    """The longest pair of a judge in tokens: likewise, and by default not beyond what its makers evaluate it with."""
+    return min(embedding_context(spec, own, attention), spec.context_length or JUDGE_CONTEXT)
+
+
 def most_batch_tokens(context: int, policy: ExecutionPolicy) -> int:
-    """Most tokens of an embedding model's batch, padding included."""
+    """Most tokens of an encoder's batch, padding included."""
     return max(context, LARGEST_CHUNK // policy.layers_ahead)
 
 

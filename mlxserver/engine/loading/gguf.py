@@ -26,9 +26,11 @@ from mlxserver.engine.loading.metadata import CheckpointMetadata
 from mlxserver.engine.platform.policy import WeightPolicy
 
 # The converter's options, the best format first.
+_AS_STORED = (("--dtype", "float16", "--quant-source", "preserve"), ("--dtype", "float16"))
 FORMATS = {
     WeightPolicy.FLOAT32: (("--dtype", "float32"),),
-    WeightPolicy.STORED: (("--dtype", "float16", "--quant-source", "preserve"), ("--dtype", "float16")),
+    WeightPolicy.STORED: _AS_STORED,
+    WeightPolicy.BFLOAT16: _AS_STORED,  # dequantized once they are loaded
 }
 KEPT_BLOCKS = {"Q4_0": 20, "Q4_1": 20, "Q8_0": 36}  # bytes of 32 weights, with scale and bias
 TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")

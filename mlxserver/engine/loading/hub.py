@@ -7,7 +7,7 @@ Rule 2: nothing is printed; progress is reported in bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
         raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
     except Exception as error:
         raise SourceInvalid(source, _explain(error, revision)) from None
-    kind = kinds.find_kind(config, pools=_pools(repository, revision))
+    kind = _kind(repository, config, _modules(repository, revision))
     return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent), kind)
 
 
@@ -67,16 +67,22 @@ def known_kind(repository: str, revision: str | None) -> Kind | None:
     modules = try_to_load_from_cache(repository, kinds.MODULES, revision=revision)
     if not isinstance(config, str) or modules is None:
         return None
-    pools = isinstance(modules, str) and kinds.names_pooling(Path(modules))
-    return kinds.find_kind(read_config(Path(config)), pools=pools)
+    return _kind(repository, read_config(Path(config)), Path(modules) if isinstance(modules, str) else None)
 
 
-def _pools(repository: str, revision: str | None) -> bool:
-    """Whether a repository's checkpoint has a pooling part; False where that can't be found out."""
+def _kind(repository: str, config: Mapping[str, Any], modules: Path | None) -> Kind:
+    """The kind of a repository's model. modules: its modules.json, None where there is none."""
+    pools = modules is not None and kinds.names_pooling(modules)
+    ranks = kinds.is_named_reranker(repository) or (modules is not None and kinds.names_scoring(modules))
+    return kinds.find_kind(config, pools=pools, ranks=ranks)
+
+
+def _modules(repository: str, revision: str | None) -> Path | None:
+    """A repository's modules.json; None where there is none, or that can't be found out."""
     try:
-        return kinds.names_pooling(Path(hf_hub_download(repository, kinds.MODULES, revision=revision)))
+        return Path(hf_hub_download(repository, kinds.MODULES, revision=revision))
     except Exception:  # there is no such file, or no network
-        return False
+        return None
 
 
 def cache() -> Path:

@@ -45,6 +45,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, curr
 log = logging.getLogger("engine")
 
 _NVFP4_LARGEST = 448 * 6  # a global scale is the largest value; stored values times stored scales reach this one
+_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 READ_AT_ONCE = 64 << 20  # bytes of weights between two reports; an aborted load ends at the next one
 
 
@@ -82,7 +83,8 @@ def load(
     progress: called with "downloading", "converting" and "reading" (bytes of weights). divide: reduces a model to a
     rank's share. policy: by default the current one.
     """
-    return complete_or_nothing(spec, lambda: _load(spec, progress or silent, divide, policy or current()))
+    policy = (policy or current()).with_weights(spec.weights)
+    return complete_or_nothing(spec, lambda: _load(spec, progress or silent, divide, policy))
 
 
 def disable_tokenizer_cache(tokenizer: TokenizerWrapper) -> None:
@@ -152,6 +154,8 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
         model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
         model = _dequantized(model)
         model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
+    elif policy.weights is WeightPolicy.BFLOAT16:
+        model = _widened(model)
     fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
     if fused:
         model.update_modules(tree_unflatten(fused))
@@ -184,6 +188,24 @@ def _dequantized(model: nn.Module) -> nn.Module:
     for name, layer in model.named_modules():
         if name in scales:
             layer.weight = layer.weight * (scales[name] / _NVFP4_LARGEST)[:, None, None]
+    return model
+
+
+def _widened(model: nn.Module) -> nn.Module:
+    """The model with quantized weights in 16 bits: the type of their scales if it has so many, or else bfloat16.
+
+    They are dequantized in float32, so that each is rounded once.
+    """
+    types = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, _QUANTIZED):
+            is_half = layer.scales.dtype in (mx.float16, mx.bfloat16)
+            types[name] = layer.scales.dtype if is_half else mx.bfloat16
+            layer.set_dtype(mx.float32)
+    model = _dequantized(model)
+    for name, layer in model.named_modules():
+        if name in types:
+            layer.set_dtype(types[name])
     return model
 
 

@@ -173,7 +173,7 @@ def known_kind(source: str) -> Kind | None:
     try:
         match parse(source):
             case MlxDirectory(path):
-                return kinds.find_kind(read_config(path / "config.json"), pools=kinds.pools(path))
+                return kinds.kind_of(path, read_config(path / "config.json"))
             case GgufFile():
                 return "text"
             case Repository(id, revision):
@@ -192,7 +192,7 @@ def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
         stored = sum(map(text_bytes, path.glob("model*.safetensors")))
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
-    return CheckpointMetadata(config, stored, kinds.find_kind(config, pools=kinds.pools(path)))
+    return CheckpointMetadata(config, stored, kinds.kind_of(path, config))
 
 
 def _embedded(source: str) -> GgufFile | MlxDirectory:

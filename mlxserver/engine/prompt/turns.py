@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mlxserver.config.errors import abbreviate
-from mlxserver.engine.conversation import Message, Part, Text, ToolCall, ToolResult
+from mlxserver.engine.conversation import Message, Part, Text, ToolCall
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.prompt.volatile import without_volatile_lines
 from mlxserver.engine.requests import ChatPrompt
@@ -69,7 +69,7 @@ def _pair(messages: Iterable[Message]) -> list[Message]:
         elif result := message.result:
             call_id = result.call_id or (open_ids[0] if open_ids else "")
             open_ids = [open_id for open_id in open_ids if open_id != call_id]
-            named = ToolResult(call_id, result.text, result.name or names.get(call_id))
+            named = replace(result, call_id=call_id, name=result.name or names.get(call_id))
             message = replace(message, parts=(named,))
         elif message.role == "user":
             open_ids = []

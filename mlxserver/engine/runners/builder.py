@@ -16,7 +16,7 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.kv_pool import KVAccount, KVPool
-from mlxserver.engine.loading import embedding_model, loader, sharding, sources
+from mlxserver.engine.loading import embedding_model, loader, reranker_model, sharding, sources
 from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
@@ -24,9 +24,10 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.runners.embedding import EmbeddingRunner
 from mlxserver.engine.runners.kept_checks import KeptChecks
+from mlxserver.engine.runners.rerank import RerankRunner
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import TextRunner
-from mlxserver.engine.scheduler.embedding_batch import EmbeddingBatch
+from mlxserver.engine.scheduler.encoder_batch import Encoder, EncoderBatch
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
@@ -87,16 +88,25 @@ class Builder:
 
     def build_embedding(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
         """Load an embedding model and warm it up. It has neither KV cache nor prefixes."""
-        if setting := "shard" if spec.shard else "adapter" if spec.adapter else None:
-            raise LoadFailed(spec.key, f"it is an embedding model, which can't have {setting!r}")
+        _refuse_settings(spec, "an embedding model")
         model = embedding_model.load(spec, progress=progress, policy=self._policy)
-        batch = EmbeddingBatch(
+        return EmbeddingRunner(spec, model, self._encoder_batch(model, progress, metrics))
+
+    def build_reranker(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
+        """Load a reranker and warm it up. It has neither KV cache nor prefixes."""
+        _refuse_settings(spec, "a reranker")
+        model = reranker_model.load(spec, progress=progress, policy=self._policy)
+        return RerankRunner(spec, model, self._encoder_batch(model, progress, metrics))
+
+    def _encoder_batch(self, model: Encoder, progress: Progress, metrics: ModelMetrics | None) -> EncoderBatch:
+        """The batch of an encoder, warmed up."""
+        batch = EncoderBatch(
             model, stall_target=self._stall_target, peers=self._peers, policy=self._policy, metrics=metrics
         )
         progress("warming up", 0, 0)
         batch.warm_up()
         self._peers.add(batch.load)
-        return EmbeddingRunner(spec, model, batch)
+        return batch
 
     @contextmanager
     def _opened_prefixes(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[ModelPrefixes | None]:
@@ -166,7 +176,14 @@ class Builder:
 RUNNERS: Mapping[Kind, Callable[[Builder, ModelSpec, Progress, ModelMetrics | None], Runner]] = {
     "text": Builder.build_text,
     "embedding": Builder.build_embedding,
+    "rerank": Builder.build_reranker,
 }
+
+
+def _refuse_settings(spec: ModelSpec, kind: str) -> None:
+    """Raise LoadFailed if the model has a setting that its kind can't have."""
+    if setting := "shard" if spec.shard else "adapter" if spec.adapter else None:
+        raise LoadFailed(spec.key, f"it is {kind}, which can't have {setting!r}")
 
 
 def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: ExecutionPolicy) -> None:

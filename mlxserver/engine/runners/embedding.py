@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlxserver.config.sampling_params import SamplingParams
-from mlxserver.config.settings import ModelSpec
+from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine import sequence
 from mlxserver.engine.errors import InputTooLong, PromptRejected, WrongKind
 from mlxserver.engine.events import Embedding, Event, Finish
@@ -28,7 +28,7 @@ from mlxserver.engine.runners.text import check_tokens
 from mlxserver.engine.sequence import PooledSequence, SampledToken
 from mlxserver.engine.worker.batch import Batch
 
-_SAMPLING = SamplingParams()  # of no meaning for a vector
+UNSAMPLED = SamplingParams()  # of an encoder's sequences, which get no token
 
 
 class EmbeddingRunner:
@@ -47,7 +47,7 @@ class EmbeddingRunner:
         """A sequence and its output per text, of a request that went through preprocess()."""
         assert isinstance(request, EmbeddingRequest)
         return [
-            (sequence.Sequence(next(ids), tokens, _SAMPLING, 1), VectorOutput(index, request.dimensions))
+            (sequence.Sequence(next(ids), tokens, UNSAMPLED, 1), VectorOutput(index, request.dimensions))
             for index, tokens in enumerate(request.tokens)
         ]
 
@@ -109,11 +109,7 @@ class _Texts:
 
     def _tokenize(self, texts: Sequence[str], *, cuts: bool) -> list[tuple[int, ...]]:
         """Tokens of texts, with the model's own at both ends."""
-        if not texts:
-            return []
-        limits = {"truncation": True, "max_length": self.context_length} if cuts else {"truncation": False}
-        found = self.tokenizer(list(texts), padding=False, return_attention_mask=False, **limits)["input_ids"]
-        return [tuple(tokens) for tokens in found]
+        return _tokenized(self.tokenizer, texts, self.context_length if cuts else None)
 
     def _prompt(self, request: EmbeddingRequest) -> str:
         """Text to put before each text."""
@@ -135,11 +131,25 @@ class _Texts:
 
     def answer(self, question: Question) -> tuple[int, ...] | str:
         """Token ids of a text, or text of ids. Raises PromptRejected, WrongKind."""
-        match question:
-            case Detokenize(tokens):
-                check_tokens(tokens, self.vocab_size, "tokens")
-                return str(self.tokenizer.decode(list(tokens)))
-            case Tokenize(TextPrompt(text)):
-                return self._tokenize([text], cuts=False)[0]
-            case _:
-                raise WrongKind(self.key, "embedding")
+        return answer(self.key, "embedding", self.tokenizer, self.vocab_size, question)
+
+
+def answer(key: str, kind: Kind, tokenizer: Any, vocab_size: int, question: Question) -> tuple[int, ...] | str:
+    """An encoder's answer: token ids of a text, or text of ids. Raises PromptRejected, WrongKind."""
+    match question:
+        case Detokenize(tokens):
+            check_tokens(tokens, vocab_size, "tokens")
+            return str(tokenizer.decode(list(tokens)))
+        case Tokenize(TextPrompt(text)):
+            return _tokenized(tokenizer, [text])[0]
+        case _:
+            raise WrongKind(key, kind)
+
+
+def _tokenized(tokenizer: Any, texts: Sequence[str], longest: int | None = None) -> list[tuple[int, ...]]:
+    """Tokens of texts, cut to the longest length if there is one."""
+    if not texts:
+        return []
+    limits = {"truncation": False} if longest is None else {"truncation": True, "max_length": longest}
+    found = tokenizer(list(texts), padding=False, return_attention_mask=False, **limits)["input_ids"]
+    return [tuple(tokens) for tokens in found]

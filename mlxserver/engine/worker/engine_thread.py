@@ -17,7 +17,7 @@ from itertools import count
 from mlxserver.engine.errors import EngineError, EngineStopped, EngineUnloaded, LoadFailed
 from mlxserver.engine.events import Accepted
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
-from mlxserver.engine.requests import EmbeddingRequest, EngineRequest, ModelFacts
+from mlxserver.engine.requests import EngineRequest, GenerationRequest, ModelFacts
 from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import request_failure, without_frames
@@ -197,5 +197,5 @@ class EngineThread:
 
 def _prompt_tokens(request: EngineRequest, choices: abc.Sequence[tuple[Sequence, Output]]) -> int:
     """Tokens of a request's prompts: one that all choices share, or a text of each."""
-    prompts = choices if isinstance(request, EmbeddingRequest) else choices[:1]
+    prompts = choices[:1] if isinstance(request, GenerationRequest) else choices
     return sum(len(sequence.tokens) for sequence, _ in prompts)

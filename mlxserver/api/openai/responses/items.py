@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import count, groupby
 from typing import Any
 
-from mlxserver.api.openai.messages import read_content
+from mlxserver.api.openai.messages import IMAGE_PARTS, OPTIONAL_STRING, SEEN_CONTENT, read_content, read_result
 from mlxserver.api.openai.responses.ids import Prefix, new_id
 from mlxserver.api.schema.parameters import invalid
-from mlxserver.engine.conversation import Message, Part, Reasoning, Role, Text, ToolCall, ToolResult
+from mlxserver.engine.conversation import Message, Part, Reasoning, Role, Text, ToolCall
 
 CUSTOM_ARGUMENT = "input"  # of the function that a custom tool becomes
 ROLES: Mapping[str, Role] = {"user": "user", "system": "system", "developer": "system", "assistant": "assistant"}
@@ -29,7 +29,24 @@ HOSTED = (
     *("local_shell", "shell", "apply_patch", "programmatic_tool_calling"),
 )
 NO_TEXT = {"additional_tools", "compaction", "compaction_trigger", "configuration_update", "program", "program_output"}
-INPUT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+ITEM_SHAPES: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {"type": {"const": "message"}, "role": {"enum": ["user"]}, "content": SEEN_CONTENT},
+        "required": ["role", "content"],
+    },
+    {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["function_call_output", "custom_tool_call_output"]},
+            "call_id": OPTIONAL_STRING,
+            "output": SEEN_CONTENT,
+        },
+        "required": ["type", "output"],
+    },
+    {"type": "object"},
+]
+INPUT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": ITEM_SHAPES}}]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +138,10 @@ def _message(value: dict[str, Any], origin: str) -> Item:
 
 
 def _input_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    if part.get("type") in IMAGE_PARTS:
+        given = part["image_url"]
+        image = given if isinstance(given, dict) else {"url": given, **part}
+        return {"type": "input_image", "image_url": image["url"], "detail": image.get("detail") or "auto"}
     return {"type": "input_text", "text": part["text"]}
 
 
@@ -160,9 +181,9 @@ def _result(prefix: Prefix) -> Callable[[dict[str, Any], str], Item]:
         output, call_id = value.get("output"), _text(value.get("call_id"))
         if not isinstance(output, str | list | None):
             output = json.dumps(output, ensure_ascii=False)
-        text = "".join([part.text for part in read_content(output, "tool", f"{origin}.output")])
-        wire = _wire(value, prefix, call_id=call_id, output=text)
-        return Item(wire, origin, "tool", (ToolResult(call_id, text),))
+        result = read_result(call_id, read_content(output, "tool", f"{origin}.output"))
+        kept = [_input_part(part) for part in output] if isinstance(output, list) and result.images else result.text
+        return Item(_wire(value, prefix, call_id=call_id, output=kept), origin, "tool", (result,))
 
     return read
 

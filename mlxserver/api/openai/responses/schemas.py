@@ -20,6 +20,7 @@ BOOLEAN: Schema = {"type": "boolean"}
 ITEM_STATUS = one_of("in_progress", "completed", "incomplete")
 ITEM = {"id": TEXT, "status": ITEM_STATUS}
 INPUT_TEXT = exactly(type=one_of("input_text"), text=TEXT)
+INPUT_PARTS = each({"anyOf": [INPUT_TEXT, exactly(type=one_of("input_image"), image_url=TEXT, detail=TEXT)]})
 OUTPUT_TEXT = exactly(
     type=one_of("output_text"), text=TEXT, annotations=each(ANY), logprobs=each(named("TokenLogprob"))
 )
@@ -113,10 +114,15 @@ RESPONSES_SCHEMAS: dict[str, Schema] = {
             exactly(
                 type=one_of("message"),
                 role=one_of("user", "system", "developer"),
-                content=each(INPUT_TEXT),
+                content=INPUT_PARTS,
                 **ITEM,
             ),
-            exactly(type=one_of("function_call_output", "custom_tool_call_output"), call_id=TEXT, output=TEXT, **ITEM),
+            exactly(
+                type=one_of("function_call_output", "custom_tool_call_output"),
+                call_id=TEXT,
+                output={"anyOf": [TEXT, INPUT_PARTS]},
+                **ITEM,
+            ),
             named("OutputItem"),
         ]
     },

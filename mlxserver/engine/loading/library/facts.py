@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxserver.engine.loading import gguf, metadata, safetensors_header
+from mlxserver.config.settings import Kind
+from mlxserver.engine.loading import gguf, kinds, metadata, safetensors_header
 from mlxserver.engine.loading.library import gguf_header
 from mlxserver.engine.platform.policy import WeightPolicy
 
@@ -47,6 +48,7 @@ class Facts:
     context_length: int | None
     kv_values: int
     stored_bytes: int
+    kind: Kind = "text"
 
     def needed_bytes(self, weights: WeightPolicy, tokens: int) -> int:
         """About what the loaded model takes, with the KV cache of so many tokens; a load estimates it closely."""
@@ -78,8 +80,9 @@ def _directory_facts(path: Path) -> Facts:
     architecture = config.get("model_type")
     if not isinstance(architecture, str):
         raise Unusable("its config.json states no model_type")
-    if not _is_known(architecture):
-        raise Unusable(f"mlx-lm has no architecture {architecture!r}")
+    kind = kinds.kind_of(path, config)
+    if not _is_known(architecture, kind):
+        raise Unusable(_WITHOUT[kind].format(architecture))
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise Unusable("it has no tokenizer")
     quantization = config.get("quantization") or config.get("quantization_config") or {}
@@ -91,12 +94,24 @@ def _directory_facts(path: Path) -> Facts:
         f"{bits}-bit" if bits else _stated_type(config, quantization),
         sum(_parameters(file, bits) for file in files),
         metadata.stated_context(config) or None,
-        _kv_values(config),
+        _kv_values(config) if kind == "text" else 0,
         sum(map(metadata.text_bytes, files)),
+        kind,
     )
 
 
-def _is_known(architecture: str) -> bool:
+_WITHOUT: dict[Kind, str] = {
+    "text": "mlx-lm has no architecture {!r}",
+    "embedding": "mlx-vlm has no embedding model of the type {!r}",
+    "rerank": "mlx-vlm has no reranker of the type {!r}",
+}
+
+
+def _is_known(architecture: str, kind: Kind) -> bool:
+    if kind == "embedding":
+        return architecture in kinds.EMBEDDERS
+    if kind == "rerank":
+        return architecture in kinds.RERANKERS
     spec = importlib.util.find_spec("mlx_lm")
     if spec is None or not spec.submodule_search_locations:
         return True  # nothing can be loaded here, and not for this reason

@@ -1,4 +1,4 @@
-"""Architecture of an embedding model: mlx-vlm's class for it, and its sizes before the weights are read."""
+"""Architecture of an embedding model or a reranker: its class, and its sizes before the weights are read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from mlxserver.engine.mlx import mx, nn
 
 from mlx.utils import tree_flatten
 
+from mlxserver.engine.loading import kinds
+from mlxserver.engine.loading.architecture import inspect_architecture
 from mlxserver.engine.loading.metadata import FALLBACK_CONTEXT, attention_heads
 
 # Architectures whose position embeddings begin behind the number of the padding token.
@@ -17,26 +19,39 @@ _OFFSET_POSITIONS = frozenset({"xlm-roberta", "xlm_roberta", "roberta"})
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingArchitecture:
-    """Sizes of an embedding model in numbers of values. width: activations per token of a layer. heads: of attention.
+class EncoderArchitecture:
+    """Sizes of an encoder in numbers of values. width: activations per token of a layer. heads: of attention.
 
-    context: the longest text in tokens that it has positions for.
+    context: the longest text in tokens that it has positions for. is_judge: it is a text model that is asked.
     """
 
     weights: int
     width: int
     heads: int
     context: int
+    is_judge: bool = False
 
 
-def inspect_embedding_architecture(config: Mapping[str, Any]) -> EmbeddingArchitecture:
+def inspect_embedding_architecture(config: Mapping[str, Any]) -> EncoderArchitecture:
     """The architecture that a config.json describes, without its weights. Raises whatever mlx-vlm does."""
-    model = _model(dict(config))
+    return _inspect(_model(dict(config)), config)
+
+
+def inspect_reranker_architecture(config: Mapping[str, Any]) -> EncoderArchitecture:
+    """The architecture that a reranker's config.json describes, likewise."""
+    if kinds.is_cross_encoder(config):
+        return _inspect(_model({**config, "num_labels": 1}, "SequenceClassificationModel"), config)
+    model = inspect_architecture(config)
+    heads = attention_heads(config, *model.arguments)
+    return EncoderArchitecture(model.weights, model.width, heads, positions(config), is_judge=True)
+
+
+def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture:
     parameters = [array for _, array in tree_flatten(model.parameters())]
     mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
     vocab = int(config.get("vocab_size") or 0)
     outputs = sum(array.shape[0] for array in parameters if array.ndim == 2 and array.shape[0] != vocab)
-    return EmbeddingArchitecture(
+    return EncoderArchitecture(
         sum(array.size for array in parameters),
         outputs // max(1, len(model.layers)),
         attention_heads(config),
@@ -54,7 +69,7 @@ def positions(config: Mapping[str, Any]) -> int:
     return max(1, stated - offset)
 
 
-def _model(config: dict[str, Any]) -> nn.Module:
+def _model(config: dict[str, Any], class_name: str = "Model") -> nn.Module:
     """The model with weights that are never evaluated."""
     from mlx_vlm.embedding_loader import EMBEDDING_MODEL_REMAPPING
     from mlx_vlm.utils import get_model_and_args, update_module_configs
@@ -66,4 +81,4 @@ def _model(config: dict[str, Any]) -> nn.Module:
     config.setdefault("vision_config", {})
     config.setdefault("audio_config", {})
     arguments = update_module_configs(module.ModelConfig.from_dict(config), module, config, ["text"])
-    return module.Model(arguments)
+    return getattr(module, class_name)(arguments)

@@ -1,4 +1,5 @@
-"""Batches of an embedding model: texts of many requests, of about one length, in one forward pass per step.
+"""Batches of an encoder, which is an embedding model or a reranker: texts of many requests, of about one length, in
+one forward pass per step.
 
 Rule 1: the next batch has the text that is due first, and those of its length class that are due next. A text is due
         when all tokens of its request before it, and those of other requests in the same time, have been processed
@@ -39,9 +40,17 @@ class Encoder(Protocol):
     heads: int
 
     def encode(
-        self, texts: abc.Sequence[abc.Sequence[int]], count: int, length: int, beside_peers: bool = False
+        self,
+        texts: abc.Sequence[abc.Sequence[int]],
+        count: int,
+        length: int,
+        beside_peers: bool = False,
+        second_texts: abc.Sequence[int] = (),
     ) -> list[np.ndarray[Any, Any]]:
-        """The vectors of texts of tokens, in a batch of the shape [count, length]."""
+        """The vectors of texts of tokens, in a batch of the shape [count, length].
+
+        second_texts: Sequence.second_text of each.
+        """
 
 
 class _Due(NamedTuple):
@@ -51,8 +60,8 @@ class _Due(NamedTuple):
     id: int
 
 
-class EmbeddingBatch:
-    """The Batch of an embedding model: a sequence has its vector after one step, and ends with it."""
+class EncoderBatch:
+    """The Batch of an encoder: a sequence has its vector, or a reranker's score, after one step, and ends with it."""
 
     def __init__(
         self,
@@ -110,7 +119,9 @@ class EmbeddingBatch:
         texts, count, length = self._next_batch(peer_step)
         self._begin(texts)
         started = time.monotonic()
-        vectors = self._model.encode([text.tokens for text in texts], count, length, peer_step > 0)
+        vectors = self._model.encode(
+            [text.tokens for text in texts], count, length, peer_step > 0, [text.second_text for text in texts]
+        )
         self._times.note(count * length, time.monotonic() - started)
         self._at_work = []
         for text in texts:
