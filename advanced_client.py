@@ -21,8 +21,6 @@ from mlxserver.client.api import ChatClient
 from mlxserver.client.bench.command import benchmark, interference
 from mlxserver.client.bench.options import add_options
 from mlxserver.client.command import (
-    EXIT_STATUSES,
-    INTERRUPTED,
     accept_any_text,
     add_connection_options,
     choose_model,
@@ -39,6 +37,7 @@ from mlxserver.client.compare_views import (
     live_replies,
 )
 from mlxserver.client.conversation import Conversation
+from mlxserver.client.defaults import EXIT_STATUSES, INTERRUPTED
 from mlxserver.client.errors import ClientError, SettingInvalid
 from mlxserver.client.events import Event, Reasoning
 from mlxserver.client.live import LiveAnswer

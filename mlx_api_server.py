@@ -10,6 +10,10 @@ import sys
 
 if __name__ == "__main__" or sys.argv[0].endswith("mlx-server"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below ends it without a traceback
+if __name__ == "__main__":
+    from mlxserver.__main__ import run_command
+
+    run_command()  # it needs nothing of the imports below
 
 import asyncio
 import errno
@@ -78,20 +82,12 @@ THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 def main() -> int:
     """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address or another rank can't be had.
 
-    `serve`, which may be left out, is the server; `config` prints its settings. `launch` starts a program that uses one
-    (client/launch/command.py); the other commands are about models and this machine (cli/command.py).
+    `serve`, which may be left out, is the server; `config` prints its settings. The other commands have been run before
+    this (mlxserver/__main__.py).
 
     A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
     """
     name, arguments = sys.argv[1:2], sys.argv[1:]
-    if name == ["launch"]:
-        from mlxserver.client.launch import command  # the server itself needs nothing of the client
-
-        return command.main(sys.argv[2:])
-    if name and not name[0].startswith("-") and name not in (["serve"], ["config"]):
-        from mlxserver.cli import command as commands
-
-        return commands.main(arguments, read_settings)
     try:
         if name == ["config"]:
             print(as_toml(read_settings(arguments[1:])), end="")

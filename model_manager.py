@@ -17,29 +17,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
 
 from mlxserver.config.settings import ModelSpec, Settings
-from mlxserver.engine.errors import EngineError, ModelExists, ModelLoaded, ModelNotFound, NoRoom, SourceInvalid
+from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate, budget
-from mlxserver.engine.loading.library.remove import remove
-from mlxserver.engine.loading.library.scan import LocalModel, Scan
+from mlxserver.engine.loading.library.scan import Scan
 from mlxserver.engine.metrics import ModelMetrics, RankReport, TierUsage
 from mlxserver.manager.eviction import Rules
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.library import Library, sources_of
-from mlxserver.manager.loading import Services, StartEngine, retrieve_exception
+from mlxserver.manager.library import Library
+from mlxserver.manager.loading import Services, StartEngine
 from mlxserver.manager.memory_budget import MemoryBudget
+from mlxserver.manager.pulls import Pulls
 from mlxserver.manager.registry import Registry
 from mlxserver.manager.reload import Reload, changes, contradicts, is_live
 from mlxserver.manager.states import LoadProgress, ModelState, UnloadMode, UnloadReport
+from mlxserver.manager.tasks import Tasks
 
 log = logging.getLogger("models")
-
-T = TypeVar("T")
 
 CLOSE_GRACE = 10.0  # seconds that engines get to end
 
@@ -73,9 +71,9 @@ class ModelManager:
         self.estimate = estimate
         self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._registry = Registry()
-        self._from_library: set[str] = set()  # keys that a request registered
-        self.library = Library(scan, lambda: self.settings, self._remove_vanished)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
+        self.library = Library(scan, lambda: self.settings, self._registry, self.register, self._tasks)
+        self.pulls = Pulls(self.library, lambda: self.settings, estimate, self._tasks)
         for spec in settings.models:
             self.register(spec)
 
@@ -140,8 +138,8 @@ class ModelManager:
         Raises:
             ModelNotFound
         """
-        if found := self.find_local(name, *others):
-            return self.registered(found) or self._register_local(found)
+        if found := self.library.meant_by(name, *others):
+            return self.library.instance(found)
         try:
             return self._registry.find(name, *others)
         except ModelNotFound:
@@ -150,46 +148,6 @@ class ModelManager:
                 raise
         self._remove_failed()
         return self.register(ModelSpec(name, name))
-
-    # -- the library ----------------------------------------------------------------------------------------------
-
-    @property
-    def found(self) -> list[LocalModel]:
-        """Models of the library that can be loaded and are not registered, under this name or another."""
-        return [model for model in self.library.usable if not self.registered(model)]
-
-    def find_local(self, *names: str) -> LocalModel | None:
-        """The model of the library with one of these names, unless a registered one has them, patterns aside."""
-        if any(self._registry.get(name) or self._registry.with_alias(name) for name in names):
-            return None
-        return next(filter(None, map(self.library.find, names)), None)
-
-    def local_spec(self, model: LocalModel) -> ModelSpec:
-        """The spec of a model of the library. Names that registered models have stay theirs."""
-        is_taken = model.alias in self.keys or (model.alias and self._registry.with_alias(model.alias))
-        aliases = () if is_taken or model.alias is None else (model.alias,)
-        return ModelSpec(model.key, str(model.path), aliases=aliases)
-
-    def _register_local(self, model: LocalModel) -> ModelInstance:
-        self._from_library.add(model.key)
-        return self.register(self.local_spec(model))
-
-    def registered(self, model: LocalModel) -> ModelInstance | None:
-        """The registered model that a model of the library is: it has its full name, or its source and no adapter."""
-        if named := self._registry.get(model.key):
-            return named
-        sources = sources_of(model)
-        return next((each for each in self.instances if each.spec.source in sources and not each.spec.adapter), None)
-
-    def _remove_vanished(self) -> None:
-        """Remove the models that were registered from the library and are no longer in it."""
-        names = {model.key for model in self.library.models}
-        for key in self._from_library - names:
-            instance = self._registry.get(key)
-            if instance is None or (instance.is_absent and not instance.requests):
-                self._from_library.discard(key)
-                if instance:
-                    self._registry.remove(instance)
 
     def _remove_failed(self) -> None:
         """Remove the models that a request registered and that never could be loaded."""
@@ -228,7 +186,7 @@ class ModelManager:
             raise ModelExists(spec.key, other.spec.source, spec.source)
         else:
             load = self._load(self.register(spec), on_progress, is_new=known is None)
-        return await asyncio.shield(self._keep(load))
+        return await asyncio.shield(self._tasks.keep(load))
 
     async def preload(self) -> None:
         """Load the models that are marked for it; one that fails is logged and does not stop the others."""
@@ -277,7 +235,7 @@ class ModelManager:
             if self._registry.get(new.key) is new:
                 self._unregister(new, "abort", None)  # it may have been asked for again at once
                 self._registry.put(old)
-                self._keep(self._load_all([old]))
+                self._tasks.keep(self._load_all([old]))
             raise
 
     def _put(self, new: ModelInstance) -> None:
@@ -303,35 +261,6 @@ class ModelManager:
         self._registry.remove_leaving(instance, unload)
         return unload
 
-    async def delete(self, name: str, *, force: bool = False) -> LocalModel:
-        """Remove the files of a model of the library, damaged or not; a loaded one is unloaded if that is forced.
-
-        Raises:
-            ModelNotFound, ModelLoaded, SourceInvalid
-        """
-        await self.library.refresh()
-        model = self._files_of(name)
-        await asyncio.shield(self._keep(self._delete(model, force)))
-        return model
-
-    def _files_of(self, name: str) -> LocalModel:
-        """The model of the library with this name, or that a registered model with it is."""
-        registered = self._registry.get(name) or self._registry.with_alias(name)
-        source = registered.spec.source if registered else ""
-        if model := self.library.with_source(source) if registered else self.library.get(name):
-            return model
-        if registered:
-            raise SourceInvalid(source, "it has no files in the library; nothing was removed")
-        raise ModelNotFound(name, [*self.keys, *(each.key for each in self.library.models)])
-
-    async def _delete(self, model: LocalModel, force: bool) -> None:
-        users = [each for each in self.all_instances if each.spec.source in sources_of(model)]
-        if not force and (loaded := next((each for each in users if not each.is_absent), None)):
-            raise ModelLoaded(loaded.key)
-        await asyncio.gather(*(each.unload("abort") for each in users if not each.is_absent))
-        await asyncio.to_thread(remove, model)
-        await self.library.refresh()
-
     # -- reload, close --------------------------------------------------------------------------------------------
 
     async def reload(self, settings: Settings) -> Reload:
@@ -346,8 +275,8 @@ class ModelManager:
         added = [self.register(specs[key]) for key in found.added]
         wanted = [instance for instance in added if instance.spec.preload]
         wanted += [changed for key in found.changed if (changed := self._change(specs[key]))]
-        self._keep(self._load_all(wanted))
-        self._keep(self.library.refresh())
+        self._tasks.keep(self._load_all(wanted))
+        self._tasks.keep(self.library.refresh())
         self.memory.reconsider()
         for instance in self.instances:
             instance.restart_idle_timer()
@@ -369,8 +298,9 @@ class ModelManager:
         An engine that is stalled is left behind, CLOSE_GRACE seconds later.
         """
         self.memory.close()
+        self.pulls.stop()
         closing = [asyncio.ensure_future(instance.close(patience)) for instance in {*self.all_instances}]
-        if not (pending := [*closing, *self._tasks]):
+        if not (pending := [*closing, *self._tasks.pending]):
             return
         done, stalled = await asyncio.wait(pending, timeout=patience + CLOSE_GRACE)
         for outcome in await asyncio.gather(*done, return_exceptions=True):
@@ -378,11 +308,3 @@ class ModelManager:
                 log.error("The end of a model met an unexpected error", exc_info=outcome)
         if stalled:
             log.error("%d models could not be unloaded", len(stalled))
-
-    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that goes on by itself; close() waits for it."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(retrieve_exception)  # its caller may have left
-        return task

@@ -18,8 +18,6 @@ from typing import TypeVar
 from mlxserver.client import views
 from mlxserver.client.api import ChatClient, Message
 from mlxserver.client.command import (
-    EXIT_STATUSES,
-    INTERRUPTED,
     accept_any_text,
     add_connection_options,
     choose_model,
@@ -27,6 +25,7 @@ from mlxserver.client.command import (
     conclude,
     read_prompt,
 )
+from mlxserver.client.defaults import EXIT_STATUSES, INTERRUPTED
 from mlxserver.client.errors import ClientError
 from mlxserver.client.printer import AnswerPrinter
 

@@ -168,9 +168,10 @@ def serving(models: dict[str, Path], tokens: int, cache: Path, *flags: str) -> I
 def measure(kind: str, options: argparse.Namespace, cache: Path, figures: Figures) -> None:
     """Measure one kind, and put what is measured into figures one by one."""
     other = KINDS[KINDS.index(kind) - 1]
+    kinds = {MODEL: kind} if options.skip_eviction else {MODEL: kind, OTHER: other}
     models = {
         key: write_kind(of, options.size, options.work.resolve(), tokenizer=options.tokenizer)
-        for key, of in ((MODEL, kind), (OTHER, other))
+        for key, of in kinds.items()
     }
     session = Session(Prompts(models[MODEL]), options.tokens, options.turns)
     with serving(models, options.tokens, cache) as server:
@@ -191,6 +192,8 @@ def measure(kind: str, options: argparse.Namespace, cache: Path, figures: Figure
     with serving(models, options.tokens, cache, "--memory-limit", str(int(reserved * ROOM))) as server:
         load(server)
         figures.again["after kill -9"] = ask(server, session.variant())
+        if options.skip_eviction:
+            return
         settle(server)
         load(server, OTHER)
         if send(server, "GET", f"/v1/models/{MODEL}")["status"]["value"] == "loaded":
@@ -226,6 +229,7 @@ def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
     add("--turns", type=int, default=30)
     add("--cold-every", type=int, default=4 if gpu else 7, metavar="N", help="turns from one cold read to the next")
     add("--kind", action="append", choices=KINDS, help="measure only this one")
+    add("--skip-eviction", action="store_true", help="no second model, which takes time to make and to load")
     add("--tokenizer", type=Path, metavar="DIR", help="where the models take their tokenizer from")
     add("--work", type=Path, default=ROOT / "build" / "benchmarks", metavar="DIR", help="where models are made")
     add("--limit", type=float, default=0, metavar="S", help="most seconds for each kind; what was measured is shown")

@@ -30,7 +30,8 @@ ALLOWED = {
     "model_manager": "config engine engine.loading manager",
     "server": "config engine engine.loading engine.platform engine.worker api manager model_manager page",
     "cli": "api client config engine engine.loading engine.platform manager model_manager server",
-    "mlx_api_server": "cli client config engine engine.distributed engine.kv_cache engine.loading engine.platform "
+    "__main__": "cli config mlx_api_server",
+    "mlx_api_server": "__main__ config engine engine.distributed engine.kv_cache engine.loading engine.platform "
     "engine.runners engine.worker manager model_manager server",
     "client": "api",
     "simple_client": "client",

@@ -1,9 +1,12 @@
-"""Fuzzing of a running server with thousands of hostile requests (tools/hostile.py).
+"""Fuzzing of a running server with thousands of hostile requests to all of its endpoints (tools/hostile.py).
 
-Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0]. Exit status 1 if a promise was broken:
+Run: python -m tools.fuzz [--requests 20000] [--warm 10000] [--seed 0] [--timeout 30] [--json]. It prints how
+many answers of which status each dialect gave. Exit status 1 if a promise was broken:
 
-Promise 1: every request is answered, or its connection closed, within TIMEOUT seconds; never with a 5xx.
-Promise 2: an answer is valid, or an error in the shape of the endpoint's API, and short.
+Promise 1: every request is answered, or its connection closed, within the time-out; never with a 5xx. So few clients
+never overload it: 503 and 507 are faults, too.
+Promise 2: an answer has the shape that the OpenAPI document gives it, or is an error in the shape of the endpoint's
+API, and short.
 Promise 3: the server stays healthy, and its memory at the end is that after the warm-up, within 5 %.
 """
 
@@ -15,63 +18,105 @@ import json
 import re
 import sys
 import tempfile
-from collections import Counter
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from jsonschema import Draft202012Validator
-
-from mlxserver.api import openapi
-from mlxserver.api.endpoints import ENDPOINTS
-from mlxserver.api.schema.response_shapes import named
-from tools.harness.models import tiny_llama
+from tools.harness.embedding_models import tiny_bert
+from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.running_server import running_server
 from tools.hostile import Case, Hostile
-from tools.hostile_bodies import MODEL
+from tools.hostile_answers import fault_of
+from tools.hostile_bodies import MODEL, RESPONSE, TALKER, VECTORS
 from tools.raw_http import Answer, Malformed, Wire, request
 
-TIMEOUT = 30.0
+TIMEOUT = 30.0  # seconds; of an idle machine
 WORKERS = 16
-LONGEST_ERROR = 4096  # characters; the list of a request's parameters is in some
+MOST_FAULTS = 30  # after so many it ends
+KEPT_IDS = 50  # of responses
 PARTS = 4  # the memory is measured after each part of the requests
 PREFIX_CACHE = "512KiB"  # full after a few hundred requests, so that it does not look like a leak
+STORED_BYTES = "512KiB"  # of responses, for the same reason
 FLAGS = (
     *("--no-defaults", "--log-level", "critical", "--header-timeout", "1", "--body-timeout", "1"),
     *("--idle-connection-timeout", "5"),  # a connection that is left open must end within TIMEOUT
 )
-LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete")  # of streams without [DONE]
-DOCUMENT = openapi.document(ENDPOINTS, "", "")
-VALIDATORS = {
-    name: Draft202012Validator({**named(name), "components": DOCUMENT["components"]})
-    for name in DOCUMENT["components"]["schemas"]
-}
+SPEECH = 'Let me add.\n</think>\n\nI call it.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
 class Broken(Exception):
     """A promise was not kept."""
 
 
-class Fuzz:
-    """Clients of one run. outcomes: counts of answers by status."""
+@dataclass
+class Report:
+    """What came of a run. outcomes: number of answers by target and status. sizes: the server's memory in bytes, before
+    the run and after each part. slowest: seconds of the answer that took longest.
+    """
 
-    def __init__(self, port: int, seed: int) -> None:
+    slowest: float = 0.0
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def count(self, status: str) -> int:
+        """The number of answers of a status."""
+        return sum(count for (_, each), count in self.outcomes.items() if each == status)
+
+    @property
+    def by_target(self) -> dict[str, dict[str, int]]:
+        """The numbers of answers by status, of each target."""
+        return {
+            target: {status: count for (of, status), count in sorted(self.outcomes.items()) if of == target}
+            for target in sorted({target for target, _ in self.outcomes})
+        }
+
+    @property
+    def growth(self) -> float:
+        """Ratio of the memory at the end to that at the beginning."""
+        return self.sizes[-1] / self.sizes[0]
+
+    def __str__(self) -> str:
+        rows = [f"{'':<20} {'all':>7}  by status"]
+        for target, statuses in self.by_target.items():
+            each = ", ".join(f"{status}: {count}" for status, count in statuses.items())
+            rows.append(f"{target:<20} {sum(statuses.values()):>7}  {each}")
+        in_mib = ", ".join(f"{size / 2**20:.1f}" for size in self.sizes)
+        rows.append(f"slowest answer: {self.slowest:.1f} s")
+        rows.append(f"MiB before, and after each part: {in_mib}; ratio of the last to the first: {self.growth:.3f}")
+        return "\n".join([*rows, f"faults: {len(self.faults)}", *self.faults])
+
+    def as_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(
+            {"outcomes": self.by_target, "bytes": self.sizes, "slowest": self.slowest, "faults": self.faults}, indent=2
+        )
+
+
+class Fuzz:
+    """Clients of one run."""
+
+    def __init__(self, port: int, seed: int, max_wait: float) -> None:
         self._port = port
+        self._max_wait = max_wait
         self._hostile = Hostile(seed)
-        self.outcomes: Counter[str] = Counter()
+        self._responses: deque[str] = deque(maxlen=KEPT_IDS)  # ids of responses that may be kept
+        self.report = Report()
 
     async def run(self, requests: int) -> None:
-        """Send `requests` hostile requests. Raises Broken."""
+        """Send `requests` hostile requests, fewer after MOST_FAULTS faults."""
         cases = (self._hostile.case() for _ in range(requests))
 
         async def work() -> None:
             for case in cases:
+                if len(self.report.faults) >= MOST_FAULTS:
+                    return
                 await self._try(case)
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(WORKERS):
-                    tasks.create_task(work())
-        except* Broken as broken:
-            raise broken.exceptions[0] from None
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(WORKERS):
+                tasks.create_task(work())
 
     async def check_health(self) -> int:
         """Check that the server answers and has no request left; the memory of its process in bytes. Raises Broken."""
@@ -90,7 +135,7 @@ class Fuzz:
         return int(float(figure[1]))
 
     async def _ask(self, data: bytes) -> Answer:
-        wire = await Wire.connect(self._port, TIMEOUT)
+        wire = await Wire.connect(self._port, self._max_wait)
         try:
             await wire.send(data)
             answer = await wire.answer()
@@ -101,107 +146,101 @@ class Fuzz:
         return answer
 
     async def _try(self, case: Case) -> None:
-        wire = await Wire.connect(self._port, TIMEOUT)
+        wire = await Wire.connect(self._port, self._max_wait)
+        kept = self._responses[0] if self._responses else RESPONSE
+        self._responses.rotate()
+        data = case.data.replace(RESPONSE.encode(), kept.encode())
+        fault: str | None = None
+        start = time.monotonic()
         try:
-            await wire.send(case.data)
+            await wire.send(data)
             if case.is_cut:
-                self.outcomes["cut"] += 1
-                return
-            for method in (*case.methods, "POST"):
-                answer = await wire.answer(has_body=method != "HEAD")
-                if answer is None:
-                    break
-                self._judge(case, answer, has_body=method != "HEAD")
-                if method == "HEAD":  # an error before the method is known has a body all the same, and is the last
-                    break
+                self.report.outcomes[case.target, "cut"] += 1
+            else:
+                fault = await self._judge(case, wire)
         except TimeoutError:
-            raise Broken(f"{case.name}: no answer after {TIMEOUT:g} seconds to {case.data[:2000]!r}") from None
+            fault = f"no answer after {self._max_wait:g} seconds"
         except (Malformed, asyncio.IncompleteReadError, ValueError, KeyError) as error:
-            raise Broken(f"{case.name}: {type(error).__name__} {error}; asked {case.data[:2000]!r}") from None
+            fault = f"{type(error).__name__} {error}"
         finally:
             wire.hang_up()
+        self.report.slowest = max(self.report.slowest, time.monotonic() - start)
+        if fault:
+            self.report.faults.append(f"{case.name}: {fault}; asked {data[:2000]!r}")
 
-    def _judge(self, case: Case, answer: Answer, *, has_body: bool) -> None:
-        """Count an answer. Raises Broken for one that is neither valid nor an error object."""
-        if fault := _fault(answer, has_body, case.path):
-            raise Broken(f"{case.name}: {fault}; {answer.status} {answer.body[:500]!r}; asked {case.data[:2000]!r}")
-        self.outcomes[str(answer.status)] += 1
-
-
-def _fault(answer: Answer, has_body: bool, path: str | None) -> str | None:
-    """The fault of an answer; None if it has none. path: of the endpoint that answered, None if it is not known."""
-    if answer.status >= 500:
-        return "a 5xx"
-    if not has_body or answer.status == 204:
+    async def _judge(self, case: Case, wire: Wire) -> str | None:
+        """Count the answers to a case; the first fault of theirs."""
+        for method in (*case.methods, "POST"):
+            has_body = method != "HEAD"
+            answer = await wire.answer(has_body=has_body)
+            if answer is None:
+                return None
+            self.report.outcomes[case.target, str(answer.status)] += 1
+            if fault := fault_of(answer, has_body, case.endpoint):
+                return f"{fault}; {answer.status} {answer.body[:500]!r}"
+            if case.target == "responses" and (found := re.search(rb"resp_[0-9a-f]{32}", answer.body)):
+                self._responses.append(found[0].decode())
+            if not has_body:  # an error before the method is known has a body all the same, and is the last
+                return None
         return None
-    kind = answer.headers.get("content-type", "")
-    if answer.status >= 400:
-        is_early = answer.status == 408  # perhaps before the path was read
-        return _fault_of_error(json.loads(answer.body), None if is_early else path)
-    if kind.startswith(("text/event-stream", "application/x-ndjson")):
-        return _fault_of_end(answer.body.strip().rpartition(b"\n")[2].removeprefix(b"data: "), path)
-    if kind == "application/json":
-        json.loads(answer.body)
-    return None
 
 
-def _fault_of_end(last: bytes, path: str | None) -> str | None:
-    """The fault of a stream's last event: [DONE], the last of its kind, or an error."""
-    if last == b"[DONE]":
-        return None
-    content = json.loads(last)
-    if isinstance(content, dict) and content.get("type") == "response.failed":
-        return "a response that failed" if content["response"]["error"]["code"] == "server_error" else None
-    fields = content if isinstance(content, dict) else {}
-    if fields.get("type") in LAST_EVENTS or fields.get("done") is True or fields.get("status") == "success":
-        chunks = [each.chunk for each in ENDPOINTS if each.chunk and path in (None, each.path)]
-        return None if any(VALIDATORS[chunk].is_valid(content) for chunk in chunks) else "a last event of a wrong shape"
-    return _fault_of_error(content, path)
+async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0, max_wait: float = TIMEOUT) -> Report:
+    """Send hostile requests to a server with the models of write_models().
 
-
-def _fault_of_error(content: object, path: str | None) -> str | None:
-    apis = [endpoint.api for endpoint in ENDPOINTS if path in (None, endpoint.path)]
-    if not any(VALIDATORS[api.error_schema].is_valid(content) for api in apis):
-        return "no error in the shape of the API"
-    return None if len(json.dumps(content)) <= LONGEST_ERROR else "an error that echoes a long value"
-
-
-async def fuzz(port: int, requests: int, warm: int = 0, seed: int = 0) -> tuple[Counter[str], list[int]]:
-    """Send hostile requests: counts by outcome, and the server's memory in bytes before them and after each part.
-
-    warm: number of other requests before, as what the allocator keeps for several large bodies at once is no leak.
-    Raises Broken.
+    max_wait: seconds for an answer. warm: number of other requests before, as what the allocator keeps for several
+    large bodies at once is no leak.
+    Raises Broken if the server is not healthy between them.
     """
-    run = Fuzz(port, seed)
+    run = Fuzz(port, seed, max_wait)
     await run.run(warm)
-    sizes = [await run.check_health()]
-    run.outcomes.clear()
+    run.report.outcomes.clear()
+    run.report.sizes.append(await run.check_health())
     for _ in range(PARTS):
         await run.run(requests // PARTS)
-        sizes.append(await run.check_health())
-    return run.outcomes, sizes
+        run.report.sizes.append(await run.check_health())
+    return run.report
+
+
+def write_models(directory: Path) -> Path:
+    """Write the models that are asked for; the path of the configuration that has them."""
+    tiny = tiny_llama(directory / MODEL, context=256)
+    tokens = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    talker = scripted_model(directory / TALKER, {"hello": SPEECH}, generation_prompt="<think>\n", tokens=tokens)
+    vectors = tiny_bert(directory / VECTORS)
+    sections = [
+        f'[models.{key}]\nsource = "{path}"\nprefix_cache_bytes = "{PREFIX_CACHE}"\n'
+        for key, path in ((MODEL, tiny), (TALKER, talker))
+    ]
+    config = directory / "models.toml"
+    config.write_text(
+        "\n".join(
+            [f'response_store_bytes = "{STORED_BYTES}"', *sections, f'[models.{VECTORS}]\nsource = "{vectors}"\n']
+        )
+    )
+    return config
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make a model, start a server, and fuzz it."""
+    """Make models, start a server, and fuzz it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--warm", type=int, default=10_000, help="requests before the memory is measured")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds, for each answer")
     parser.add_argument("--growth", type=float, default=1.05, help="allowed ratio of the memory at the end")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
-        path = tiny_llama(Path(directory) / MODEL, context=256)
-        config = Path(directory) / "models.toml"
-        config.write_text(f'[models.{MODEL}]\nsource = "{path}"\nprefix_cache_bytes = "{PREFIX_CACHE}"\n')
+        config = write_models(Path(directory))
         with running_server(*FLAGS, "--config", str(config)) as server:
-            outcomes, sizes = asyncio.run(fuzz(server.port, arguments.requests, arguments.warm, arguments.seed))
+            options = arguments.requests, arguments.warm, arguments.seed, arguments.timeout
+            report = asyncio.run(fuzz(server.port, *options))
             ended = server.stop()
-    print("\n".join(f"{count:>7}  {outcome}" for outcome, count in sorted(outcomes.items())))
-    growth = sizes[-1] / sizes[0]
-    in_mib = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
-    print(f"MiB before, and after each part: {in_mib}; ratio of the last to the first: {growth:.3f}")
-    return 0 if growth <= arguments.growth and ended.status == 0 and "Traceback" not in ended.stderr else 1
+    print(report.as_json() if arguments.json else report)
+    print(ended.stderr, file=sys.stderr, end="")
+    is_right = not report.faults and ended.status == 0 and "Traceback" not in ended.stderr
+    return 0 if is_right and report.growth <= arguments.growth else 1
 
 
 if __name__ == "__main__":

@@ -12,14 +12,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.endpoints import ENDPOINTS
-from tools.hostile_bodies import ENDLESS, MODEL, PARAMETERS, SCHEMAS, STREAMING, TAKING, good_body, value, weight
+from tools.hostile_bodies import (
+    ENDLESS,
+    MODEL,
+    PARAMETERS,
+    RESPONSE,
+    SCHEMAS,
+    STREAMING,
+    TAKING,
+    good_body,
+    models_of,
+    value,
+    weight,
+)
 from tools.raw_http import request
 
 CLOSE = "Connection: close"
 PATHS = (
     *(
-        endpoint.path.replace("{key}", MODEL).replace("{id}", "resp_1")
+        endpoint.path.replace("{key}", MODEL).replace("{id}", RESPONSE)
         for endpoint in ENDPOINTS
         if endpoint not in ENDLESS
     ),
@@ -38,7 +51,18 @@ PATHS = (
     "http://evil/health",
 )
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "BREW", "get")
-BODIES = {endpoint.path: good_body(endpoint) for endpoint in TAKING}
+STORE = tuple(endpoint for endpoint in ENDPOINTS if endpoint.path.startswith("/v1/responses/"))
+QUERIES = (
+    "",
+    "?limit=x",
+    "?limit=1",
+    "?limit=101",
+    "?order=asc",
+    "?order=up",
+    "?after=msg_1",
+    "?stream=true",
+    "?x=%zz",
+)
 ODD_PARAMETERS = ("no_such_parameter", "\u0000", "")
 # Values as JSON text, since some are not valid JSON.
 VALUES = (
@@ -91,6 +115,8 @@ VALUES = (
     '[{"type": "function", "function": {}}]',
     '[{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}, {"type": "namespace", "name": "n"}]',
     '[{"type": "function_call", "name": "f", "arguments": "{"}, {"type": "function_call_output", "output": [5]}]',
+    f'"{RESPONSE}"',
+    f'[{{"type": "item_reference", "id": "{RESPONSE}"}}]',
     '[{"type": "reasoning", "summary": [5, {"text": "x"}]}, {"type": "custom_tool_call"}, {"id": "x"}]',
     '{"format": {"type": "json_schema", "schema": {"type": "string"}}}',
     '{"effort": "low", "summary": 5}',
@@ -179,14 +205,25 @@ CHUNKS = (
 class Case:
     """Bytes to send. is_cut: the client hangs up in the middle. methods: one per request; HEAD has no body.
 
-    path: of the endpoint that surely answers it, None where that is not known.
+    endpoint: that surely answers it, None where that is not known. target: what it was made for, in counts.
+    Rule: RESPONSE in the bytes may be replaced by the id of a response that is kept.
     """
 
     name: str
     data: bytes
     is_cut: bool = False
     methods: tuple[str, ...] = ("POST",)
-    path: str | None = None
+    endpoint: Endpoint | None = None
+    target: str = "HTTP"
+
+
+def target(endpoint: Endpoint) -> str:
+    """The group of an endpoint in counts: each that generates or counts, the store of responses, and the rest."""
+    if endpoint.dialect or endpoint.name == "count_tokens":
+        return endpoint.name
+    if endpoint in STORE:
+        return "responses, store"
+    return "ollama, models" if endpoint.label == "ollama" else "native"
 
 
 class Hostile:
@@ -195,7 +232,8 @@ class Hostile:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._kinds: tuple[tuple[Callable[[], Case], int], ...] = (
-            (self.wrong_value, 50),
+            (self.wrong_value, 45),
+            (self.likely_value, 15),
             (self.broken_json, 15),
             (self.odd_request, 12),
             (self.odd_header, 8),
@@ -203,6 +241,7 @@ class Hostile:
             (self.chunked, 3),
             (self.pipelined, 4),
             (self.cut, 4),
+            (self.stored, 6),
         )
 
     def case(self) -> Case:
@@ -213,23 +252,41 @@ class Hostile:
 
     def wrong_value(self) -> Case:
         """JSON with one to three wrong or unknown parameters."""
-        path, body = self._body()
+        endpoint, body = self._body()
         fields = {name: json.dumps(value) for name, value in body.items()}
         for _ in range(self._random.randint(1, 3)):
-            name = self._name(path)
-            fields[name] = self._value(path, name)
+            name = self._name(endpoint)
+            fields[name] = self._value(endpoint, name)
         if self._random.random() < 0.2:
             fields.pop(self._random.choice(list(fields)))
-        return Case(f"value {path}", request("POST", path, _object(fields), CLOSE), path=path)
+        return self._sure("value", endpoint, _object(fields))
+
+    def likely_value(self) -> Case:
+        """A right body, and up to two values of the types that their parameters have."""
+        endpoint, body = self._body()
+        own = SCHEMAS[endpoint.path]["properties"]
+        names = [name for name in own if name not in body]
+        chosen = self._random.sample(names, min(len(names), self._random.randint(0, 2)))
+        return self._sure(
+            "likely", endpoint, json.dumps(body | {n: value(own[n], self._random) for n in chosen}).encode()
+        )
 
     def broken_json(self) -> Case:
         """A valid body with some bytes changed, inserted or removed."""
-        path, body = self._body()
+        endpoint, body = self._body()
         raw = bytearray(json.dumps(body).encode())
         for _ in range(self._random.randint(1, 4)):
             position = self._random.randrange(len(raw) + 1)
             raw[position : position + self._random.randint(0, 3)] = self._random.randbytes(self._random.randint(0, 3))
-        return Case(f"json {path}", request("POST", path, bytes(raw), CLOSE), path=path)
+        return self._sure("json", endpoint, bytes(raw))
+
+    def stored(self) -> Case:
+        """A request for a response that may be kept."""
+        endpoint = self._random.choice(STORE)
+        id = RESPONSE if self._random.random() < 0.8 else self._random.choice(("resp_1", "%00", "msg_1", "x" * 300))
+        path = endpoint.path.replace("{id}", id) + self._random.choice(QUERIES)
+        data = request(endpoint.method, path, b"", CLOSE)
+        return Case(f"{endpoint.method} {path[:60]}", data, False, (endpoint.method,), endpoint, target(endpoint))
 
     def odd_request(self) -> Case:
         """A random method on a random path."""
@@ -243,11 +300,12 @@ class Hostile:
 
     def odd_header(self) -> Case:
         """A valid request with wrong headers."""
-        path, body = self._body()
+        endpoint, body = self._body()
         headers = self._random.sample(HEADERS, self._random.randint(1, 3))
         if self._random.random() < 0.1:
             headers += [f"H{n}: v" for n in range(3000)]
-        return Case(f"headers {headers}"[:80], request("POST", path, json.dumps(body).encode(), CLOSE, *headers))
+        data = request(endpoint.method, endpoint.path, json.dumps(body).encode(), CLOSE, *headers)
+        return Case(f"headers {headers}"[:80], data, target=target(endpoint))
 
     def garbage(self) -> Case:
         """Bytes that are no HTTP."""
@@ -256,19 +314,18 @@ class Hostile:
 
     def chunked(self) -> Case:
         """A body of invalid chunks."""
-        path, _ = self._body()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n{CLOSE}\r\n\r\n".encode()
+        endpoint, _ = self._body()
+        head = f"{endpoint.method} {endpoint.path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
         chunks = b"".join(self._random.choices(CHUNKS, k=self._random.randint(1, 3)))
-        return Case("chunks", head + chunks)
+        return Case("chunks", f"{head}{CLOSE}\r\n\r\n".encode() + chunks, target=target(endpoint))
 
     def pipelined(self) -> Case:
         """Several requests before the first answer."""
         cases = []
         for _ in range(self._random.randint(2, 6)):
-            path, body = self._body()
-            cases.append(
-                ("POST", path, json.dumps(body).encode()) if self._random.random() < 0.5 else ("GET", "/health", b"")
-            )
+            endpoint, body = self._body()
+            asked = (endpoint.method, endpoint.path, json.dumps(body).encode())
+            cases.append(asked if self._random.random() < 0.5 else ("GET", "/health", b""))
         last = len(cases) - 1
         data = b"".join(request(*case, *([CLOSE] if n == last else [])) for n, case in enumerate(cases))
         if self._random.random() < 0.3:
@@ -278,22 +335,27 @@ class Hostile:
     def cut(self) -> Case:
         """A client that hangs up within its request."""
         whole = self._random.choice((self.wrong_value, self.odd_header, self.chunked))()
-        return Case("cut", whole.data[: self._random.randrange(len(whole.data))], is_cut=True)
+        return Case("cut", whole.data[: self._random.randrange(len(whole.data))], is_cut=True, target=whole.target)
 
-    def _body(self) -> tuple[str, dict[str, Any]]:
+    def _sure(self, name: str, endpoint: Endpoint, body: bytes) -> Case:
+        data = request(endpoint.method, endpoint.path, body, CLOSE)
+        return Case(f"{name} {endpoint.path}", data, endpoint=endpoint, target=target(endpoint))
+
+    def _body(self) -> tuple[Endpoint, dict[str, Any]]:
         endpoint = self._random.choices(TAKING, weights=[weight(each) for each in TAKING])[0]
         streams = endpoint.path in STREAMING and self._random.random() < 0.3
-        return endpoint.path, BODIES[endpoint.path] | ({"stream": True} if streams else {})
+        body = good_body(endpoint, self._random.choice(models_of(endpoint)))
+        return endpoint, body | ({"stream": True} if streams else {})
 
-    def _name(self, path: str) -> str:
+    def _name(self, endpoint: Endpoint) -> str:
         """A parameter of this endpoint, or of any, or of none."""
-        own = [*SCHEMAS[path]["properties"]]
+        own = [*SCHEMAS[endpoint.path]["properties"]]
         chosen: str = self._random.choice(own if self._random.random() < 0.6 else [*PARAMETERS, *ODD_PARAMETERS])
         return chosen
 
-    def _value(self, path: str, name: str) -> str:
+    def _value(self, endpoint: Endpoint, name: str) -> str:
         """JSON, or nearly: a hostile value, or one that is like what the parameter takes."""
-        schema = SCHEMAS[path]["properties"].get(name)
+        schema = SCHEMAS[endpoint.path]["properties"].get(name)
         if schema and self._random.random() < 0.4:
             return json.dumps(value(schema, self._random))
         return self._random.choice(VALUES)

@@ -13,7 +13,8 @@ from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.api.schema.parameters import json_schema
 
-MODEL = "tiny"
+MODEL, TALKER, VECTORS = "tiny", "talker", "vectors"  # of random weights; thinks, calls and talks; embeds
+RESPONSE = f"resp_{'0' * 32}"  # as long as the id of any response
 NOWHERE = "/no/such/model"  # what endpoints that manage are asked for
 HELLO = [{"role": "user", "content": "hello"}]
 GOOD: Mapping[str, Any] = {
@@ -23,9 +24,15 @@ GOOD: Mapping[str, Any] = {
     "input": "hello",
     "tokens": [5, 6, 7],
     "key": "unknown",
-    "max_tokens": 3,
-    "max_output_tokens": 3,
-    "options": {"num_predict": 3},
+}
+LENGTHS = {MODEL: 3, TALKER: 40}  # of answers, in tokens
+TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+TOOLS: Mapping[str, Any] = {  # by the name of an endpoint
+    "chat_completions": {"type": "function", "function": TOOL},
+    "ollama_chat": {"type": "function", "function": TOOL},
+    "responses": {"type": "function", **TOOL},
+    "messages": {"name": "add", "input_schema": {"type": "object"}},
+    "count_tokens": {"name": "add", "input_schema": {"type": "object"}},
 }
 SUBJECTS = ("messages", "input", "prompt")  # of which a request has one
 LIMITS = ("max_tokens", "max_output_tokens", "options")  # of answers, given wherever there are such
@@ -44,14 +51,24 @@ def weight(endpoint: Endpoint) -> int:
     return WEIGHTS.get(endpoint.name, GENERATING if endpoint.dialect else 1 if endpoint.manages else 2)
 
 
-def good_body(endpoint: Endpoint) -> dict[str, Any]:
+def models_of(endpoint: Endpoint) -> tuple[str, ...]:
+    """The models that an endpoint is asked for, some of another kind than it needs."""
+    is_for_vectors = "embed" in endpoint.path
+    return (VECTORS, VECTORS, VECTORS, MODEL) if is_for_vectors else (*[MODEL] * 6, *[TALKER] * 6, VECTORS)
+
+
+def good_body(endpoint: Endpoint, model: str = MODEL) -> dict[str, Any]:
     """A body that is right, or, of an endpoint that manages, one that names nothing that exists."""
     schema = SCHEMAS[endpoint.path]
     subject = next((name for name in SUBJECTS if name in schema["properties"]), "")
     extra = [name for name in (subject, *LIMITS) if name in schema["properties"]]
     names = dict.fromkeys([*schema["required"], *extra])
     draw = random.Random(0)
-    body = {name: GOOD[name] if name in GOOD else value(schema["properties"][name], draw) for name in names}
+    length = LENGTHS.get(model, 3)
+    good = {**GOOD, "model": model, **dict.fromkeys(LIMITS[:2], length), "options": {"num_predict": length}}
+    body = {name: good[name] if name in good else value(schema["properties"][name], draw) for name in names}
+    if endpoint.name in TOOLS and model == TALKER:
+        body["tools"] = [TOOLS[endpoint.name]]
     if endpoint.manages:
         named = {"model": NOWHERE, "key": "unknown"}
         body |= {name: wrong for name, wrong in named.items() if name in body}

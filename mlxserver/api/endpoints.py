@@ -13,6 +13,7 @@ from mlxserver.api.native.benchmark import BenchmarkRequest
 from mlxserver.api.native.load import LoadRequest
 from mlxserver.api.native.page import RenderRequest, SessionRequest
 from mlxserver.api.native.pin import PinRequest
+from mlxserver.api.native.pull import PullRequest
 from mlxserver.api.native.rerank import RerankDialect, RerankRequest
 from mlxserver.api.native.tokenize import DetokenizeRequest, TokenizeRequest
 from mlxserver.api.native.unload import UnloadRequest
@@ -86,6 +87,24 @@ ENDPOINTS = (
     Endpoint("unload_model", "POST", "/v1/models/unload", "Unload a model.", "Unloaded", UnloadRequest, manages=True),
     Endpoint("reload_models", "POST", "/v1/models/reload", "Read the settings again.", "Reloaded", manages=True),
     Endpoint("list_library", "GET", "/v1/library", "The models that are on this machine, damaged ones too.", "Library"),
+    Endpoint(
+        "search_library",
+        "GET",
+        "/v1/library/search",
+        "Models of the Hugging Face hub: ?q=WORDS&limit=N.",
+        "SearchResults",
+        manages=True,
+    ),
+    Endpoint(
+        "pull_model",
+        "POST",
+        "/v1/models/pull",
+        "Download a model of the Hugging Face hub.",
+        "Pulled",
+        PullRequest,
+        "PullStep",
+        manages=True,
+    ),
     Endpoint("cache", "GET", "/v1/cache", "What the prefix cache has, by tier and model.", "CacheUsage", manages=True),
     Endpoint("clear_cache", "POST", "/v1/cache/clear", "Empty the prefix cache.", "CacheUsage", manages=True),
     Endpoint(

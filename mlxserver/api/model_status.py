@@ -60,6 +60,28 @@ class LocalFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """A model on the hub, found by a search. Sizes are bytes; what its metadata do not state is None.
+
+    updated: ISO 8601. gated: whether its terms have to be accepted. needed_bytes and fits: as of LocalFiles. is_local:
+    whether it is on this machine.
+    """
+
+    id: str
+    downloads: int
+    likes: int
+    updated: str | None
+    gated: bool
+    architecture: str | None
+    quantization: str | None
+    parameters: int | None
+    size_bytes: int | None
+    needed_bytes: int | None
+    fits: str | None
+    is_local: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One registered model.
 
@@ -67,7 +89,7 @@ class ModelStatus:
     reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. kind, type,
     context_length (tokens), capabilities, execution and estimate are None while not known. progress: of the load, while
     there is one. failure: why the last load failed. load_seconds: duration of the last load. local: its files, if it is
-    one of the library.
+    one of the library. kv_bits, kv_group_size: of its quantised KV cache, None where it has the model's own type.
     """
 
     key: str
@@ -91,3 +113,5 @@ class ModelStatus:
     failure: str | None = None
     load_seconds: float = 0.0
     local: LocalFiles | None = None
+    kv_bits: int | None = None
+    kv_group_size: int | None = None

@@ -38,6 +38,7 @@ EXECUTION = exactly(
     cache=one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
 )
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
+FITS = one_of("now", "after_eviction", "never")
 LOCAL = {
     "place": one_of("directory", "huggingface", "lmstudio", "ollama"),
     "format": maybe(one_of("mlx", "gguf")),
@@ -46,8 +47,9 @@ LOCAL = {
     "parameters": maybe(COUNT),
     "size_bytes": COUNT,
     "needed_bytes": maybe(COUNT),
-    "fits": maybe(one_of("now", "after_eviction", "never")),
+    "fits": maybe(FITS),
 }
+PLAN = {"model": TEXT, "download_bytes": COUNT, "needed_bytes": maybe(COUNT), "fits": {"type": "boolean"}}
 
 REQUEST: dict[str, Schema] = {
     "id": TEXT,
@@ -183,6 +185,8 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         meta=exactly(n_ctx_train=maybe(COUNT)),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
         execution=maybe(EXECUTION),
+        kv_bits=maybe(COUNT),
+        kv_group_size=maybe(COUNT),
         memory_bytes=COUNT,
         reserved_bytes=COUNT,
         estimate=maybe(ESTIMATE),
@@ -210,6 +214,33 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
             )
         ),
     ),
+    "SearchResults": exactly(
+        object=one_of("list"),
+        data=each(
+            exactly(
+                id=TEXT,
+                downloads=COUNT,
+                likes=COUNT,
+                updated=maybe(TEXT),
+                gated={"type": "boolean"},
+                architecture=maybe(TEXT),
+                quantization=maybe(TEXT),
+                parameters=maybe(COUNT),
+                size_bytes=maybe(COUNT),
+                needed_bytes=maybe(COUNT),
+                fits=maybe(FITS),
+                is_local={"type": "boolean"},
+            )
+        ),
+    ),
+    "Pulled": exactly(event=one_of("pulled"), path=TEXT, **PLAN),
+    "PullStep": {
+        "anyOf": [
+            exactly(event=one_of("planned"), **PLAN),
+            exactly(event=one_of("progress"), stage=TEXT, done=COUNT, total=COUNT),
+            exactly(event=one_of("pulled"), path=TEXT, **PLAN),
+        ]
+    },
     "ModelList": exactly(object=one_of("list"), data=each(named("Model"))),
     "Loaded": exactly(
         event=one_of("loaded"),

@@ -1,46 +1,82 @@
-"""`mlx-server ls | show | ps | pull | rm | doctor`: models and machine, with a running server and without one.
+"""`mlx-server COMMAND`: models and machine, with a running server and without one.
 
-Rule: results go to stdout, as a table in a terminal, as lines with tabs elsewhere, and as JSON with --json; all else
-goes to stderr. The exit statuses are those of the clients (client/command.py), and 1 where something is missing.
+Rule 1: results go to stdout, as a table in a terminal, as lines with tabs elsewhere, and as JSON with --json; all else
+        goes to stderr. The exit statuses are those of the clients (client/defaults.py), and 1 where something is
+        missing.
+Rule 2: the command line is read before anything else is imported; the server is imported only where none answers.
 """
 
 from __future__ import annotations
 
-import asyncio
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+import difflib
+import signal
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from mlxserver.cli import doctor, models, pull
-from mlxserver.client.api import DEFAULT_BASE_URL
-from mlxserver.client.command import EXIT_STATUSES, INTERRUPTED, accept_any_text, conclude
-from mlxserver.client.errors import ClientError
-from mlxserver.client.views import print_error
-from mlxserver.config.errors import ConfigInvalid
-from mlxserver.config.settings import Settings
-from mlxserver.engine.errors import EngineError
+from mlxserver.cli.parser import NAMES, parser
 
-ReadSettings = Callable[[list[str]], Settings]
+if TYPE_CHECKING:
+    from mlxserver.config.settings import Settings
 
-COMMANDS = """commands:
-  serve             serve models; what happens without a command (serve --help has its flags)
-  launch PROGRAM    start a program with the settings that it needs for a server
-  ls                the models: registered ones, and those on this machine
-  show MODEL        one of them
-  ps                the loaded ones
-  pull REPO         download a model of the Hugging Face hub
-  rm MODEL          remove a model's files from this machine
-  doctor            what this machine has, what it measures, and what is missing"""
+SERVER = ("serve", "config")  # what is not a command of this package
+
+ReadSettings = Callable[[list[str]], "Settings"]
+
+
+def is_command(arguments: Sequence[str]) -> bool:
+    """Whether a command line of mlx-server is for main()."""
+    return bool(arguments) and not arguments[0].startswith("-") and arguments[0] not in SERVER
 
 
 def main(arguments: Sequence[str], read_settings: ReadSettings) -> int:
     """Run a command; the exit status. read_settings: those of a server's command line."""
+    if [*arguments[:1]] == ["launch"]:
+        from mlxserver.client.launch import command
+
+        return command.main(arguments[1:])
+    known = parser()
+    if arguments[0] not in NAMES:
+        known.error(_unknown(arguments[0]))
+    own = [*takewhile(lambda argument: argument != "--", arguments)]
+    options = known.parse_args(own)
+    if (rest := [*arguments[len(own) + 1 :]]) and options.command != "service":
+        known.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "completions":
+        from mlxserver.cli import completions
+
+        print(completions.script(options.shell, known))
+        return 0
+    return _guarded(options, read_settings, rest)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, NAMES, 1)
+    return f"there is no command {name!r}; " + (
+        f"is it {near[0]!r}?" if near else f"expected one of {', '.join(NAMES)}"
+    )
+
+
+def _guarded(options: Namespace, read_settings: ReadSettings, flags: list[str]) -> int:
+    """Run a command; its errors in one line."""
+    from mlxserver.client.command import accept_any_text, conclude
+    from mlxserver.client.defaults import INTERRUPTED
+    from mlxserver.client.errors import ClientError
+    from mlxserver.client.views import print_error
+    from mlxserver.config.errors import ConfigInvalid
+    from mlxserver.engine.errors import EngineError
+
     accept_any_text()
-    options = _parse(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        settings = read_settings(["--config", options.config] if options.config else [])
-        if options.command == "pull":  # on the main thread, which Ctrl-C interrupts
-            return pull.pull(options, settings)
-        return asyncio.run(_run(options, settings))
+        if options.command == "service":
+            from mlxserver.cli import service
+
+            if flags:
+                read_settings(flags)  # wrong ones are refused before they are written
+            return service.main(options, flags)
+        return _run(options, lambda: read_settings(["--config", options.config] if options.config else []))
     except (ClientError, OSError) as error:
         return conclude(error)
     except ConfigInvalid as error:
@@ -53,49 +89,18 @@ def main(arguments: Sequence[str], read_settings: ReadSettings) -> int:
         return INTERRUPTED
 
 
-async def _run(options: Namespace, settings: Settings) -> int:
-    match options.command:
-        case "ls":
-            return await models.ls(options, settings)
-        case "show":
-            return await models.show(options, settings)
-        case "ps":
-            return await models.ps(options)
-        case "rm":
-            return await models.rm(options, settings)
-        case _:
-            return await asyncio.to_thread(doctor.doctor, options, settings)
+def _run(options: Namespace, settings: Callable[[], Settings]) -> int:
+    if options.command == "doctor":
+        from mlxserver.cli import doctor
 
+        return doctor.doctor(options, settings())
+    if options.command == "pull":  # on the main thread, which Ctrl-C interrupts
+        from mlxserver.cli import pull
 
-def _parse(arguments: Sequence[str]) -> Namespace:
-    """The command line. Wrong usage is an error on stderr and exit status 2."""
-    parser = ArgumentParser(
-        prog="mlx-server",
-        usage="mlx-server [COMMAND] [OPTIONS]",
-        description="Serve local models, and look after them.",
-        epilog=f"{COMMANDS}\n\n{EXIT_STATUSES}",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    common = ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--json", action="store_true", help="print JSON")
-    common.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
-    common.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
-    common.add_argument("--config", metavar="FILE", help="settings to use where no server runs")
-    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        return pull.pull(options, settings)
+    import asyncio
 
-    def command(name: str, meaning: str) -> ArgumentParser:
-        return names.add_parser(name, help=meaning, description=meaning, parents=[common], allow_abbrev=False)
+    from mlxserver.cli import models
 
-    command("ls", "The models: registered ones, and those on this machine.")
-    command("show", "One model.").add_argument("model", metavar="MODEL")
-    command("ps", "The models that are loaded, being loaded or leaving.")
-    download = command("pull", "Download a model of the Hugging Face hub.")
-    download.add_argument("model", metavar="REPO", help="org/name, or org/name@revision")
-    download.add_argument("--force", action="store_true", help="download it although memory is too small for it")
-    removal = command("rm", "Remove a model's files from this machine.")
-    removal.add_argument("model", metavar="MODEL")
-    removal.add_argument("--yes", action="store_true", help="do not ask")
-    removal.add_argument("--force", action="store_true", help="unload the model first, if it is loaded")
-    command("doctor", "What this machine has, what it measures, and what is missing.")
-    return parser.parse_args([*arguments])
+    commands = {"ls": models.ls, "show": models.show, "ps": models.ps, "rm": models.rm, "search": models.search}
+    return asyncio.run(commands[options.command](options, settings))

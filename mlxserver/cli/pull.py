@@ -1,82 +1,138 @@
-"""`mlx-server pull REPO`: a model of the Hugging Face hub, downloaded into the hub's cache.
+"""`mlx-server pull REPO`: a model of the Hugging Face hub, downloaded by a running server, or by this process.
 
-Rule 1: what it takes on disk and in memory is known, and checked, before the first byte of its weights.
-Rule 2: files that are complete when a download ends early stay, and the next one fetches the others.
+Rule: Ctrl-C stops the download, and what has arrived stays.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import asyncio
 import signal
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import aclosing, contextmanager
+from typing import Any, Self
 
 from rich import progress
 from rich.filesize import decimal
 
-from mlxserver.client.command import INTERRUPTED
+from mlxserver.cli.models import ReadSettings, client_of
+from mlxserver.cli.output import print_json
+from mlxserver.client.defaults import INTERRUPTED
+from mlxserver.client.errors import ServerUnreachable, StreamBroken
+from mlxserver.client.models import Planned, Progress, Pulled
 from mlxserver.client.views import console, print_status
-from mlxserver.config.settings import ModelSpec, Settings
-from mlxserver.engine.errors import LoadAborted, SourceInvalid
-from mlxserver.engine.loading import estimate, hub, sources
+from mlxserver.config.settings import Settings
+from mlxserver.engine.errors import LoadAborted
 
-SPARE = 1 << 30  # bytes that stay free on the disk
+STOPPED = "Stopped. What has arrived stays; the same command downloads the rest."
 
 
-def pull(options: Namespace, settings: Settings) -> int:
-    """Download the model. Raises EngineError."""
-    source = sources.parse(options.model)
-    if not isinstance(source, sources.Repository):
-        raise SourceInvalid(options.model, "expected the id of a Hugging Face repository, such as org/name")
+def pull(options: Namespace, settings: ReadSettings) -> int:
+    """Download the model; the exit status. Raises ClientError, EngineError."""
+    try:
+        with Screen() as screen:
+            pulled = asyncio.run(_by_server(options, screen))
+    except KeyboardInterrupt:
+        print_status(STOPPED)
+        return INTERRUPTED
+    except ServerUnreachable as error:
+        if options.base_url:
+            raise
+        print_status(f"no server at {error.url}: the model is downloaded for the one that will be started")
+        return _here(options, settings())
+    return _conclude(options, pulled.path, dict(pulled.fields))
+
+
+async def _by_server(options: Namespace, screen: Screen) -> Pulled:
+    async with client_of(options) as client, aclosing(client.pull(options.model, force=options.force)) as steps:
+        async for step in steps:
+            match step:
+                case Planned():
+                    screen.plan(step)
+                case Progress():
+                    screen.show(step.stage, int(step.done or 0), int(step.total or 0))
+                case Pulled():
+                    return step
+    raise StreamBroken("the download ended without a result.")
+
+
+def _here(options: Namespace, settings: Settings) -> int:
+    """Download in this process. Raises EngineError."""
+    from mlxserver.engine.loading import pull  # here, because they import MLX
+    from mlxserver.engine.loading.estimate import estimate
+
     stopped = threading.Event()
-    with _stopping_at_ctrl_c(stopped):
-        needed = estimate.estimate(ModelSpec(source.id, options.model)).total
-        missing = hub.missing_bytes(options.model, source.id, source.revision)
-        print_status(f"{options.model}: {decimal(missing)} to download; needs {decimal(needed)} of memory")
-        _check(options, settings, needed, missing)
+    source = pull.source_of(options.model)
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stopped.is_set():
+            raise LoadAborted(source)
+        screen.show(stage, done, total)
+
+    with _stopping_at_ctrl_c(stopped), Screen() as screen:
+        plan = pull.plan(source, settings.memory_limit, estimate)
+        screen.plan(Planned(plan.source, plan.download_bytes, plan.needed_bytes, plan.fits))
+        if not options.force:
+            pull.check(plan)
         try:
-            path = _download(options, missing, stopped)
+            path = str(pull.download(plan, report))
         except LoadAborted:
-            print_status("Stopped. Files that are complete stay; the same command downloads the rest.")
+            print_status(STOPPED)
             return INTERRUPTED
+    sizes = {"download_bytes": plan.download_bytes, "needed_bytes": plan.needed_bytes, "fits": plan.fits}
+    return _conclude(options, path, {"model": source, **sizes, "path": path})
+
+
+def _conclude(options: Namespace, path: str, fields: dict[str, Any]) -> int:
     if options.json:
-        print(json.dumps({"model": options.model, "path": str(path), "needed_bytes": needed}, indent=2))
-    else:
-        print(path)
+        return print_json({name: value for name, value in fields.items() if name != "event"})
+    print(path)
     return 0
 
 
-def _check(options: Namespace, settings: Settings, needed: int, missing: int) -> None:
-    """Refuse what this machine has no room for. Raises SourceInvalid."""
-    cache = hub.cache()
-    free = shutil.disk_usage(next(path for path in (cache, *cache.absolute().parents) if path.exists())).free
-    if missing and missing + SPARE > free:
-        raise SourceInvalid(
-            options.model, f"{decimal(missing)} do not fit on the disk of {cache}, {decimal(free)} free"
+class Screen:
+    """The plan as a line, and the progress as a bar in a terminal; elsewhere only what the download waits for."""
+
+    def __init__(self) -> None:
+        terminal = console(stderr=True)
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=terminal,
+            transient=True,
+            disable=not terminal.is_terminal,
         )
-    budget = estimate.budget(settings.memory_limit)
-    if needed > budget and not options.force:
-        reason = f"it needs {decimal(needed)} of memory, and models may take {decimal(budget)}; --force downloads it"
-        raise SourceInvalid(options.model, reason)
+        self._task: progress.TaskID | None = None
+        self._stage = ""
 
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
 
-def _download(options: Namespace, missing: int, stopped: threading.Event) -> Path:
-    """Download with a bar in a terminal. Raises LoadAborted once it is stopped."""
-    columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
-    terminal = console(stderr=True)
-    with progress.Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task("", total=missing or None)
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stopped.is_set():
-                raise LoadAborted(options.model)
-            bar.update(task, completed=done, total=total or None)
+    def plan(self, plan: Planned) -> None:
+        """Print what the download takes."""
+        if plan.needed_bytes is None:
+            memory = "what it needs of memory is not known"
+        else:
+            memory = f"it needs {decimal(plan.needed_bytes)} of memory, {'which is there' if plan.fits else 'too much'}"
+        print_status(f"{plan.model}: {decimal(plan.download_bytes)} to download; {memory}")
 
-        return sources.resolve(options.model, progress=report)
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Show a step."""
+        if stage != self._stage and stage.startswith("waiting"):
+            print_status(stage)
+        self._stage = stage
+        if self._task is None and total:
+            self._task = self._bar.add_task("", total=total, completed=done)
+        if self._task is not None:
+            self._bar.update(self._task, description=stage.partition(":")[0], completed=done, total=total or None)
 
 
 @contextmanager

@@ -15,13 +15,17 @@ from urllib.parse import quote
 
 from aiohttp import ClientResponse
 
+from mlxserver.client.defaults import DEFAULT_BASE_URL
 from mlxserver.client.errors import ApiError, NotSupported, StreamBroken
 from mlxserver.client.events import Answer, Event, Finished, read_answer
 from mlxserver.client.models import (
     Loaded,
     LoadReader,
     ModelCard,
+    Planned,
     Progress,
+    Pulled,
+    PullReader,
     Unloaded,
     Wait,
     read_card,
@@ -32,8 +36,6 @@ from mlxserver.client.recorder import PreparedRequest
 from mlxserver.client.stream import StreamReader
 from mlxserver.client.transport import Transport, read_object
 from mlxserver.client.wire import count, mappings
-
-DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 
 Message = Mapping[str, Any]
 
@@ -130,6 +132,25 @@ class ChatClient:
         """Remove a model's files from the server's machine; the bytes that they took. Raises ApiError."""
         answer = await self._json("DELETE", f"/models/{quote(key, safe='')}{'?force=true' if force else ''}")
         return count(answer.get("freed_bytes"))
+
+    async def search(self, words: str, limit: int) -> list[Mapping[str, Any]]:
+        """Models of the Hugging Face hub, as the server finds them. Raises ApiError."""
+        answer = await self._json("GET", f"/library/search?q={quote(words, safe='')}&limit={limit}")
+        return [*mappings(answer.get("data"))]
+
+    async def pull(self, model: str, *, force: bool = False) -> AsyncGenerator[Planned | Progress | Pulled, None]:
+        """Download a model to the server's machine: its plan and progress, Pulled as the last event.
+
+        Close the generator to stop the download. Raises NotSupported, ApiError, PullFailed, StreamBroken.
+        """
+        reader = PullReader()
+        async with self._extension("/models/pull", {"model": model, "force": force, "stream": True}) as response:
+            async for received in response.content.iter_any():
+                for event in reader.feed(received):
+                    yield event
+                    if isinstance(event, Pulled):
+                        return
+        raise StreamBroken("the download ended without a result.")
 
     async def load(self, source: str, key: str | None = None, **options: Any) -> Loaded:
         """Load a model and wait until it is ready, however long that takes. Raises NotSupported, ApiError."""

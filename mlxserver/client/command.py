@@ -8,18 +8,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from math import inf
 
-from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient
+from mlxserver.client.api import ChatClient
+from mlxserver.client.defaults import DEFAULT_BASE_URL
 from mlxserver.client.errors import ClientError, ServerSilent, ServerUnreachable, SettingInvalid
 from mlxserver.client.views import print_error, print_status
 
-EXIT_STATUSES = """exit status:
-  0    fine
-  1    the server answered with an error, or broke off
-  2    wrong usage
-  3    no server, or no answer from it
-  130  interrupted"""
-
-INTERRUPTED = 130
 READ_TIMEOUT = 600.0  # seconds
 
 

@@ -7,6 +7,7 @@ ClientError
 ├── ApiError           the server answered with an error
 │   └── NotSupported   the server does not know this endpoint
 ├── LoadFailed         a model's load began and failed
+├── PullFailed         a model's download began and failed
 ├── FileUnusable       a local file can't be read or written
 └── StreamBroken       an answer began and stopped before its end
 
@@ -88,6 +89,10 @@ class NotSupported(ApiError):
 
 class LoadFailed(ClientError):
     """A load that the server had begun failed; the message is the server's."""
+
+
+class PullFailed(ClientError):
+    """A download that the server had begun failed; the message is the server's."""
 
 
 class FileUnusable(ClientError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxserver.api.sse import SSEDecoder
-from mlxserver.client.errors import LoadFailed, StreamBroken
+from mlxserver.client.errors import LoadFailed, PullFailed, StreamBroken
 from mlxserver.client.wire import count, mapping, number, parse, text
 
 
@@ -80,25 +80,80 @@ class Unloaded:
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
-class LoadReader:
-    """Parser of a load's stream: bytes in, events out."""
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a download takes. needed_bytes: memory, None if not known. fits: whether there is so much."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+    model: str
+    download_bytes: int
+    needed_bytes: int | None
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """Result of a download. fields: the whole JSON object."""
+
+    model: str
+    path: str
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+class _StepReader:
+    """Parser of a stream of steps: bytes in, JSON objects out. failure: raised for one with an error."""
+
+    def __init__(self, failure: type[LoadFailed | PullFailed]) -> None:
+        self._failure = failure
         self._decoder = SSEDecoder()
 
-    def feed(self, received: bytes) -> Iterator[Progress | Loaded]:
-        """The events that these bytes complete. Raises LoadFailed, and StreamBroken for what is no JSON object."""
+    def objects(self, received: bytes) -> Iterator[dict[str, Any]]:
+        """The objects that these bytes complete. Raises the failure, and StreamBroken for what is no JSON object."""
         for payload in self._decoder.feed(received):
             if payload != "[DONE]":
-                yield from self._read(payload)
+                yield self._read(payload)
 
-    def _read(self, payload: str) -> Iterator[Progress | Loaded]:
+    def _read(self, payload: str) -> dict[str, Any]:
         event = parse(payload)
         if not isinstance(event, dict):
             raise StreamBroken(f"the server sent {payload[:80]!r} where a JSON object was expected.")
         if error := event.get("error"):
-            raise LoadFailed(text(mapping(error).get("message")) or text(error) or "the server gave no reason.")
+            raise self._failure(text(mapping(error).get("message")) or text(error) or "the server gave no reason.")
+        return event
+
+
+class PullReader(_StepReader):
+    """Parser of a download's stream: bytes in, events out."""
+
+    def __init__(self) -> None:
+        super().__init__(PullFailed)
+
+    def feed(self, received: bytes) -> Iterator[Planned | Progress | Pulled]:
+        """The events that these bytes complete. Raises PullFailed, StreamBroken."""
+        for event in self.objects(received):
+            model = text(event.get("model"))
+            match event.get("event"):
+                case "planned":
+                    needed = _known(event, "needed_bytes")
+                    yield Planned(model, count(event.get("download_bytes")), needed, event.get("fits") is True)
+                case "progress":
+                    yield _read_progress(event)
+                case "pulled":
+                    yield Pulled(model, text(event.get("path")), event)
+
+
+class LoadReader(_StepReader):
+    """Parser of a load's stream: bytes in, events out."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(LoadFailed)
+        self._key = key
+
+    def feed(self, received: bytes) -> Iterator[Progress | Loaded]:
+        """The events that these bytes complete. Raises LoadFailed, and StreamBroken for what is no JSON object."""
+        for event in self.objects(received):
+            yield from self._read_step(event)
+
+    def _read_step(self, event: dict[str, Any]) -> Iterator[Progress | Loaded]:
         if event.get("event") == "progress":
             yield _read_progress(event)
         if event.get("event") == "loaded":

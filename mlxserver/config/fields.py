@@ -84,7 +84,7 @@ class Setting:
     """One setting: the type of its value, or the choices for it, its bounds and its meaning."""
 
     type: type
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
     range: Range | None = None
     meaning: str = ""
     is_size: bool = False
@@ -97,7 +97,7 @@ class Setting:
         if self.several:
             return self.several.expected
         if self.choices:
-            return "one of " + ", ".join(self.choices)
+            return "one of " + ", ".join(map(str, self.choices))
         if self.is_size:
             return f"bytes {self.range or ''}, a number or a text such as 12GB or 512MiB"
         return f"{EXPECTATIONS[self.type]} {self.range or ''}".rstrip()
@@ -109,8 +109,10 @@ class Setting:
         if self.is_size and isinstance(value, str):
             return self.read(place, value)
         is_right = type(value) in ((int, float) if self.type is float else (self.type,))
-        if is_right and self.type is str:
-            is_right = value in self.choices if self.choices else bool(value.strip())
+        if is_right and self.choices:
+            is_right = value in self.choices
+        elif is_right and self.type is str:
+            is_right = bool(value.strip())
         if is_right and self.range:
             is_right = value in self.range
         if not is_right:
@@ -169,7 +171,7 @@ def _setting(hint: Any, extras: tuple[Any, ...]) -> Setting | None:
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(member for member in get_args(hint) if member is not type(None))
     choices = get_args(hint) if get_origin(hint) is Literal else ()
-    type_ = str if choices else hint
+    type_ = type(choices[0]) if choices else hint
     several = next((extra for extra in extras if isinstance(extra, Several)), None)
     if type_ not in EXPECTATIONS and not several:
         return None

@@ -103,7 +103,7 @@ def _parser(defaults: Settings) -> _Parser:
     """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
     parser = _Parser(
         description="Serve local models through an OpenAI-compatible API.",
-        epilog="Other commands: ls, show, ps, pull, rm, doctor, config, launch; mlx-server COMMAND --help.",
+        epilog="Commands beside it: ls, show, ps, search, pull, rm, config, doctor, service, launch, completions.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", action="append", default=[], metavar="KEY=SOURCE[,NAME=VALUE]", help=MODEL_HELP)
@@ -115,7 +115,7 @@ def _parser(defaults: Settings) -> _Parser:
         if setting.several:
             parser.add_argument(flag, action=_Append, help=f"{setting.meaning} (repeatable; {setting.expected})")
             continue
-        metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.type.__name__.upper()
+        metavar = "{" + ",".join(map(str, setting.choices)) + "}" if setting.choices else setting.type.__name__.upper()
         bare: dict[str, str] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
         text = f"{setting.meaning} (default {default}; {setting.expected})"
         parser.add_argument(flag, metavar=metavar, help=text, **bare)  # type: ignore[arg-type]

@@ -9,20 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from mlxserver.config.fields import Identity, Live, Range, Shared, Size
 from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
-Kind = Literal["text", "embedding", "rerank"]
+Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
 Weights = Literal["auto", "stored", "bfloat16"]
+KVBits = Literal[4, 8]
+KVGroupSize = Literal[32, 64, 128]
 LogFormat = Literal["text", "json"]
 UnclosedThinking = Literal["reasoning", "content"]
 ReasoningFormat = Literal["reasoning_content", "reasoning", "inline"]
 UnknownParameters = Literal["refuse", "ignore"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
+
+KV_GROUP_SIZES: tuple[int, ...] = get_args(KVGroupSize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ class ModelSpec:
     unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
     several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
     the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
-    stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others.
+    stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others. kv_bits:
+    bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size: values that share a
+    scale then.
     """
 
     key: Annotated[str, Shared()]
@@ -63,6 +69,8 @@ class ModelSpec:
     kind: Annotated[Kind | None, Identity()] = None
     min_context: Annotated[int, Range(16), Shared()] = 4096
     weights: Annotated[Weights, Shared(), Identity()] = "auto"
+    kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
+    kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
 
 
 @dataclass(frozen=True, slots=True)

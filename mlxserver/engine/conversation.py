@@ -133,7 +133,8 @@ class Tool:
     """A function that the model may call.
 
     parameters: JSON Schema of its arguments. strict: whether they are held to it. origin: where the client wrote the
-    function, as its dialect names it: "tools[0].function". schema_field: the name that the schema has there.
+    function, as its dialect names it: "tools[0].function". schema_field: the name that the schema has there. held:
+    another schema, to which the arguments are held in the place of `parameters`, and which the model is not shown.
     """
 
     name: str
@@ -142,6 +143,22 @@ class Tool:
     strict: bool | None = None
     origin: str = ""
     schema_field: str = "parameters"
+    held: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether the arguments are held to a schema, whatever the choice among the tools."""
+        return bool(self.strict) or self.held is not None
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The schema to which arguments are held."""
+        return self.held or self.parameters or {}
+
+    @property
+    def strict_origin(self) -> str:
+        """Where the client asked for that."""
+        return self.schema_origin if self.held is not None else f"{self.origin}.strict"
 
     @property
     def schema_origin(self) -> str:

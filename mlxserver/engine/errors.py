@@ -26,12 +26,17 @@ EngineError
 ├── RankLost             a rank is gone that computed the model together with others
 ├── ReaderTooSlow        more of a stream waits for its reader than may
 └── SourceInvalid        a model source that can't be understood or does not exist
+    ├── HubUnavailable   the hub can't be reached, is busy, or broke off
+    ├── DiskFull         its files do not fit on the disk
+    └── TooLarge         it needs more memory than models may take
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from rich.filesize import decimal
 
 from mlxserver.config.errors import abbreviate
 from mlxserver.config.settings import Kind
@@ -173,6 +178,7 @@ class WrongKind(PromptRejected):
 
 _KINDS: dict[Kind, str] = {
     "text": "a text model: it answers conversations and goes on from prompts, and makes no embeddings.",
+    "vision": "a vision model: it answers conversations with text and images, and makes no embeddings.",
     "embedding": "an embedding model: it makes vectors of texts (POST /v1/embeddings), and generates no text.",
     "rerank": "a reranker: it scores documents for a query (POST /v1/rerank), and generates no text.",
 }
@@ -284,3 +290,19 @@ class SourceInvalid(EngineError):
 
     def __init__(self, source: str, expected: str) -> None:
         super().__init__(f"Model source {abbreviate(source)}: {expected}")
+
+
+class HubUnavailable(SourceInvalid):
+    """The hub can't be reached, is busy, or broke off."""
+
+
+class DiskFull(SourceInvalid):
+    """The files of a model do not fit on the disk."""
+
+
+class TooLarge(SourceInvalid):
+    """A model needs more memory than all models may take."""
+
+    def __init__(self, source: str, needed: int, budget: int) -> None:
+        sizes = f"it needs {decimal(needed)} of memory, and models may take {decimal(budget)}"
+        super().__init__(source, f"{sizes} (it can be downloaded with force)")

@@ -66,7 +66,7 @@ class EmbeddingRequest:
     origin: str = "input"
     is_list: bool = True
     tokens: tuple[tuple[int, ...], ...] = ()
-    kind: ClassVar[Kind] = "embedding"
+    kinds: ClassVar[tuple[Kind, ...]] = ("embedding",)
 
     @property
     def n(self) -> int:
@@ -94,7 +94,7 @@ class RerankRequest:
     max_document_tokens: int | None = None
     pairs: tuple[tuple[int, ...], ...] = ()
     second_texts: tuple[int, ...] = ()
-    kind: ClassVar[Kind] = "rerank"
+    kinds: ClassVar[tuple[Kind, ...]] = ("rerank",)
 
     @property
     def n(self) -> int:
@@ -125,12 +125,36 @@ class ToolChoice:
     parallel: bool = True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessedImage:
+    """An image as a model's processor makes it.
+
+    key: names its content in the prefix cache, below 0. text: what stands for it in the prompt. tokens: number of its
+    tokens there. inputs: arrays for the tower by the names that mlx-vlm has for them. grid: rows and columns of its
+    tokens, where they have such positions.
+    """
+
+    key: int
+    text: str
+    tokens: int
+    inputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """An image in a prompt. positions: of its tokens among the prompt's, in order."""
+
+    image: ProcessedImage
+    positions: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class FormattedPrompt:
     """Prompt as the model reads it. opens_thinking: it ends inside the reasoning, of which only the end will come.
 
     boundaries: numbers of its first tokens that another prompt of the conversation is likely to have in common with it.
-    ends: tokens that end its answer beside those that end any.
+    ends: tokens that end its answer beside those that end any. images: those in it.
     """
 
     tokens: tuple[int, ...]
@@ -138,6 +162,7 @@ class FormattedPrompt:
     opens_thinking: bool = False
     boundaries: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +204,7 @@ class GenerationRequest:
     thinking_budget: int | None = None
     formatted: FormattedPrompt | None = None
     grammar: Grammar | None = None
-    kind: ClassVar[Kind] = "text"
+    kinds: ClassVar[tuple[Kind, ...]] = ("text", "vision")
 
 
 EngineRequest = GenerationRequest | EmbeddingRequest | RerankRequest

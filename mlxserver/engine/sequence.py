@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +22,23 @@ class Constraint(Protocol):
         """Advance by the sampled token."""
 
 
+class PromptImages(Protocol):
+    """Images of one prompt. Runs on the engine thread. shift: positions of the tokens behind the prompt differ from
+    their offsets by so much.
+    """
+
+    shift: int
+
+    def keys(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The prompt's first tokens, or all with generated ones, each image's with its key in place of its tokens."""
+
+    def encode(self, start: int, end: int) -> bool:
+        """Compute the features of one image that has a part in these tokens. False: they are all at hand."""
+
+    def showing(self, start: int, end: int) -> AbstractContextManager[None]:
+        """A forward pass of these tokens in the block sees the images."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """A sequence to generate: the prompt's token ids, and how to go on from there.
@@ -29,7 +47,7 @@ class Sequence:
     to generate from here on. boundaries: lengths at which another prompt is likely to differ. progress: where the
     progress of its prompt is reported. prompt_logprobs: how many of the likeliest tokens are measured at each position
     of the prompt beside its own token, None for no measurement. second_text: number of the first token of the second
-    text, in a pair of texts for a reranker that tells them apart; 0 elsewhere.
+    text, in a pair of texts for a reranker that tells them apart; 0 elsewhere. images: those that its prompt has.
     """
 
     id: int
@@ -43,6 +61,11 @@ class Sequence:
     progress: PromptProgress | None = field(default=None, compare=False, repr=False)
     prompt_logprobs: int | None = None
     second_text: int = 0
+    images: PromptImages | None = field(default=None, compare=False, repr=False)
+
+    def keys(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """What the KV cache of its first tokens is stored under."""
+        return self.images.keys(tokens) if self.images else tokens
 
     @property
     def is_scored(self) -> bool:

@@ -194,7 +194,7 @@ class ModelInstance:
 
     def _check_kind(self, request: EngineRequest) -> None:
         """Raise WrongKind as far as the kind is known before the model is loaded."""
-        if self.kind not in (None, request.kind):
+        if self.kind is not None and self.kind not in request.kinds:
             raise WrongKind(self.key, self.kind)
 
     async def hold(self, idle_timeout: float | None = None) -> None:

@@ -20,6 +20,7 @@ from mlxserver.server.errors import exception_handlers
 from mlxserver.server.generate import Handler, generate
 from mlxserver.server.image_urls import ImageUrls
 from mlxserver.server.keys import Permission, require
+from mlxserver.server.library import LibraryHandlers
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import TITLE, OpsHandlers
@@ -58,6 +59,7 @@ def routes(manager: ModelManager, reload: ReloadSettings, history: RequestHistor
     responses = ResponsesDialect(manager.settings)
     rooms = (
         ModelHandlers(manager, reload, images),
+        LibraryHandlers(manager),
         ResponseHandlers(responses.store),
         OpsHandlers(manager),
         OllamaHandlers(manager),

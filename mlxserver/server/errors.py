@@ -20,9 +20,11 @@ from mlxserver.api.schema.parameters import ValidationFailed, abbreviate
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.engine.errors import (
     ContextExceeded,
+    DiskFull,
     EngineError,
     EngineStopped,
     EngineUnloaded,
+    HubUnavailable,
     LoadAborted,
     LoadFailed,
     ModelBusy,
@@ -42,6 +44,7 @@ from mlxserver.engine.errors import (
     ReaderTooSlow,
     SourceInvalid,
     StepFailed,
+    TooLarge,
 )
 from mlxserver.server.keys import Forbidden
 from mlxserver.server.request_log import note_error, request_id
@@ -53,6 +56,9 @@ ERRORS: tuple[tuple[type[Exception], int, FailureKind, str | None], ...] = (
     (ResponseNotFound, 404, "not_found", "response_not_found"),
     (ContextExceeded, 400, "invalid_request", "context_length_exceeded"),
     (PromptRejected, 400, "invalid_request", None),
+    (HubUnavailable, 502, "server", "hub_unavailable"),
+    (DiskFull, 507, "server", "disk_full"),
+    (TooLarge, 507, "server", "model_too_large"),
     (SourceInvalid, 400, "invalid_request", "invalid_source"),
     (ConfigInvalid, 400, "invalid_request", "invalid_settings"),
     (ValidationFailed, 400, "invalid_request", None),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress
+from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress, RemoteModel
 from mlxserver.engine import requests
+from mlxserver.engine.loading.hub_search import HubModel
 from mlxserver.engine.loading.library.scan import LocalModel
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.memory_budget import MemoryBudget
@@ -39,15 +40,17 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         failure=instance.failure_reason,
         load_seconds=instance.load_seconds,
         local=local_files(local, manager.memory) if local and manager else None,
+        kv_bits=spec.kv_bits,
+        kv_group_size=spec.kv_group_size if spec.kv_bits else None,
     )
 
 
 def local_status(model: LocalModel, manager: ModelManager) -> ModelStatus:
     """Status of a model of the library: its own, or that of the registered model that it is."""
     files = local_files(model, manager.memory)
-    if instance := manager.registered(model):
+    if instance := manager.library.registered(model):
         return replace(model_status(instance), context_length=files.context_length, local=files)
-    aliases = manager.local_spec(model).aliases
+    aliases = manager.library.spec(model).aliases
     return ModelStatus(
         model.key,
         model.modified,
@@ -76,6 +79,12 @@ def local_files(model: LocalModel, memory: MemoryBudget) -> LocalFiles:
         fits=None if needed is None else memory.fits(needed),
         fault=model.fault,
     )
+
+
+def remote_status(model: HubModel, manager: ModelManager) -> RemoteModel:
+    """Plain values of a model on the hub, and whether it fits in memory."""
+    fits = None if model.needed_bytes is None else manager.memory.fits(model.needed_bytes)
+    return RemoteModel(**asdict(model), fits=fits, is_local=manager.library.find(model.id) is not None)
 
 
 def _execution(paths: requests.Execution) -> Execution:

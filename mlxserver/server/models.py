@@ -16,7 +16,6 @@ from mlxserver.api.anthropic.prompt import CountTokensRequest, token_count
 from mlxserver.api.endpoints import api_of
 from mlxserver.api.model_status import ModelStatus
 from mlxserver.api.native.apply_template import ApplyTemplateRequest, rendered
-from mlxserver.api.native.library import deleted, library_list
 from mlxserver.api.native.load import LoadEvents, LoadRequest, loaded
 from mlxserver.api.native.pin import PinRequest, pinned
 from mlxserver.api.native.reload import reloaded
@@ -61,7 +60,7 @@ class ModelHandlers:
         """GET /v1/models, as the client's API has it."""
         self._manager.library.refresh_soon()
         models = [model_status(instance, self._manager) for instance in self._manager.instances]
-        models += [local_status(found, self._manager) for found in self._manager.found]
+        models += [local_status(found, self._manager) for found in self._manager.library.unregistered]
         if api_of(request.scope["path"], request.headers) is ANTHROPIC:
             return json_response(model_page(models, request.query_params))
         return json_response(model_list(models))
@@ -72,23 +71,9 @@ class ModelHandlers:
         is_anthropic = api_of(request.scope["path"], request.headers) is ANTHROPIC
         return json_response(model_info(model) if is_anthropic else model_card(model))
 
-    async def list_library(self, request: Request) -> Response:
-        """GET /v1/library: searches the folders first."""
-        await self._manager.library.refresh()
-        return json_response(library_list(local_status(each, self._manager) for each in self._manager.library.models))
-
-    async def delete_model(self, request: Request) -> Response:
-        """DELETE /v1/models/{key}: removes a model's files; ?force=true: of a loaded one, too."""
-        require(request, Permission.NAME_FILES)
-        key, force = request.path_params["key"], request.query_params.get("force", "false")
-        if force not in ("true", "false"):
-            raise parameters.invalid("force", force, "true or false")
-        model = await self._manager.delete(key, force=force == "true")
-        return json_response(deleted(model.key, model.size_bytes))
-
     def _status(self, name: str) -> ModelStatus:
         """Status of a registered model, or of one of the library. Raises ModelNotFound."""
-        if found := self._manager.find_local(name):
+        if found := self._manager.library.meant_by(name):
             return local_status(found, self._manager)
         return model_status(self._manager.instance(name), self._manager)
 
@@ -122,7 +107,7 @@ class ModelHandlers:
         if found is None:
             sources.check(asked.model)
             return asked.spec
-        aliases = self._manager.local_spec(found).aliases
+        aliases = self._manager.library.spec(found).aliases
         return replace(asked.spec, key=asked.key or found.key, source=str(found.path), aliases=aliases)
 
     def _local(self, source: str) -> LocalModel | None:

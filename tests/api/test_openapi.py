@@ -8,13 +8,14 @@ from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.api.openapi import document, page
 from mlxserver.api.response_schemas import RESPONSE_SCHEMAS
 from mlxserver.api.schema.parameters import json_schema
+from mlxserver.server.library import LibraryHandlers
 from mlxserver.server.models import ModelHandlers
 from mlxserver.server.ollama import OllamaHandlers
 from mlxserver.server.ops import OpsHandlers
 from mlxserver.server.page import PageHandlers
 from mlxserver.server.responses import ResponseHandlers
 
-ROOMS = (ModelHandlers, OpsHandlers, OllamaHandlers, PageHandlers, ResponseHandlers)
+ROOMS = (ModelHandlers, LibraryHandlers, OpsHandlers, OllamaHandlers, PageHandlers, ResponseHandlers)
 DOCUMENT = document(ENDPOINTS, "Title & more", "1.0")
 
 

@@ -1,26 +1,30 @@
 """The prefix cache on disk: what is found after a restart, and what never is."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 
 from mlxserver.engine.mlx import mx
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-from mlxserver.engine.kv_cache import cache_files, caches, checkpoints
+from mlxserver.engine.kv_cache import cache_files, caches, checkpoints, disk_reader
 from mlxserver.engine.kv_cache.disk_index import FileName
 from mlxserver.engine.kv_cache.disk_reader import Blocks
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
+from mlxserver.engine.platform import pinned_memory
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
@@ -53,6 +57,33 @@ class Process:
     def end(self):
         self.disk.flush()
         self.disk.close()
+
+
+class HostBuffer:
+    """A buffer as a CUDA device has it in page-locked memory."""
+
+    def __init__(self, nbytes=1 << 20):
+        self.memory = memoryview(bytearray(nbytes))
+        self.copies = 0
+
+    def upload(self, start, shape, dtype):
+        self.copies += 1
+        content = np.frombuffer(self.memory[start : start + math.prod(shape) * dtype.size], dtype=np.uint8)
+        return mx.array(content).view(dtype).reshape(shape)
+
+    def download(self, array, start):
+        self.copies += 1
+        self.memory[start : start + array.nbytes] = np.array(array.reshape(-1).view(mx.uint8)).tobytes()
+        return mx.zeros(1)
+
+
+@pytest.fixture
+def buffer(monkeypatch):
+    """The buffer of all threads."""
+    buffer = HostBuffer(1 << 26)
+    monkeypatch.setattr(pinned_memory, "borrowed", lambda: nullcontext(buffer))
+    monkeypatch.setattr(disk_reader, "_READERS", 1)
+    return buffer
 
 
 def files(folder):
@@ -159,6 +190,41 @@ def test_a_file_that_is_not_what_was_written_is_removed_and_not_served(name, dam
     again = Process(model, tmp_path)
     assert again.ask(PROMPT, (300,))[1] in (0, 128, 256, 349)
     again.end()
+
+
+@pytest.mark.parametrize("damage", [None, damage_end, truncate, empty, damage_header, write_foreign, write_future])
+def test_files_go_through_page_locked_memory_where_there_is_some(llama, damage, tmp_path, buffer):
+    before = Process(llama, tmp_path)
+    before.ask(PROMPT)
+    before.end()
+    assert (written := buffer.copies)
+    for path in files(tmp_path) if damage else ():
+        damage(path)
+    after = Process(llama, tmp_path)
+    assert after.ask(PROMPT)[1] == (0 if damage else 256)
+    assert damage or buffer.copies > written
+    after.end()
+
+
+def test_files_are_alike_whatever_they_were_written_through(tmp_path):
+    model = random_model("olmo_hybrid")
+    cache = caches.new_cache(model)
+    model(mx.array([prompt(70)]), cache=cache)
+    cache_files.write(tmp_path / "any.safetensors", cache)
+    largest = max(stack.nbytes for stack in cache_files.read(tmp_path / "any.safetensors").stacks)
+    buffers = [None, HostBuffer(), HostBuffer(largest), HostBuffer(largest - 1)]
+    for n, buffer in enumerate(buffers):
+        (tmp_path / f"{n}").mkdir()
+        cache_files.write(tmp_path / f"{n}" / "one.safetensors", cache, buffer)
+    expected = checkpoints.arrays_of(cache)
+    for n in range(len(buffers)):
+        for buffer in buffers:
+            again = cache_files.restored(cache_files.read(tmp_path / f"{n}" / "one.safetensors", buffer))
+            arrays = checkpoints.arrays_of(again)
+            assert all(mx.array_equal(*pair) for pair in zip(arrays, expected, strict=True))
+    assert buffers[1].copies
+    assert buffers[2].copies
+    assert not buffers[3].copies
 
 
 def test_a_file_under_another_s_name_is_not_served(llama, filled):

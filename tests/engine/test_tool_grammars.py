@@ -15,7 +15,7 @@ from mlxserver.engine.output.call_families import FAMILIES, LLAMA
 from mlxserver.engine.output.tool_formats import PLAIN, parsed_format
 from mlxserver.engine.requests import ToolChoice
 from mlxserver.engine.sampling.grammars import Grammars
-from mlxserver.engine.sampling.tool_grammars import calls_or_answer, strict_calls
+from mlxserver.engine.sampling.tool_grammars import calls_or_answer, forced_calls, strict_calls
 from tests.support.grammars import admits as grammar_admits
 
 CONTROL = ["<|tool_call>", "<tool_call|>", '<|"|>', "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|call|>", "<|sep|>", "]~["]
@@ -118,6 +118,41 @@ def test_a_model_that_marks_no_calls_writes_them_as_json(grammars, admits):
     )
     assert admits(grammar, '{"n": 1}') and admits(grammar, '{"name": "add", "parameters": {"a": 1}}')
     assert not admits(grammar, '{"name": "other", "parameters": {"a": 1}}')
+
+
+PLAY = Tool(
+    "play",
+    parameters={"type": "object", "properties": {"input": {"type": "string"}}},
+    origin="tools[0]",
+    held={
+        "type": "object",
+        "properties": {"input": {"type": "string", "pattern": '^(?:[a-h][1-8]\n"end")$'}},
+        "required": ["input"],
+        "additionalProperties": False,
+    },
+)
+RIGHT, WRONG = '{"input": "e4\\n\\"end\\""}', '{"input": "z9"}'
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("json", '<tool_call>\n{{"name": "play", "arguments": {}}}\n</tool_call>'),
+        ("mistral", "[TOOL_CALLS]play[ARGS]{}"),
+    ],
+)
+def test_arguments_are_held_to_what_the_model_is_not_shown(grammars, admits, family, call):
+    grammar = strict_calls([PLAY], native(family), grammars)
+    assert grammar.param == "tools[0].parameters"
+    assert admits(grammar, call.format(RIGHT))
+    assert not admits(grammar, call.format(WRONG))
+
+
+def test_a_forced_call_is_held_to_it_too_and_text_between_tags_is_not(grammars, admits):
+    forced = forced_calls([PLAY], ToolChoice("required"))
+    assert admits(forced, f'[{{"name": "play", "arguments": {RIGHT}}}]')
+    assert not admits(forced, f'[{{"name": "play", "arguments": {WRONG}}}]')
+    assert strict_calls([PLAY], native("qwen3_coder"), grammars) is None
 
 
 def strict(grammars, *tools):

@@ -19,7 +19,7 @@ MERGED = [
     *("mamba2", "nemotron_h", "qwen3_5-vl", "lfm2", "recurrent_gemma"),
 ]
 SINGLE = ["gemma2", "gemma2-2b-heads", "llama4", "gpt_bigcode", "afm7", "minimax_m3_vl"]
-PADDED = replace(CPU, pad_slots=True, bucket_prefill=True)  # a GPU's paths
+PADDED = replace(CPU, pad_slots=True, bucket_prefill=True, bucket_attention=True)  # a GPU's paths
 KINDS = {**dict.fromkeys(SLOTS, "slots"), **dict.fromkeys(MERGED, "merged"), **dict.fromkeys(SINGLE, "single")}
 
 
@@ -37,6 +37,6 @@ def test_the_engine_says_what_mlx_lm_says(name, cache):
     check(name, CPU, cache)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma2", "gemma3", "gpt_oss", "nemotron_h"])
 def test_the_engine_says_what_mlx_lm_says_with_padded_slots_and_bucketed_chunks(name):
     check(name, PADDED, KINDS[name])

@@ -10,9 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from mlxserver.server.logs import TextFormatter
-from tools.fuzz import FLAGS, fuzz
+from tools.fuzz import FLAGS, fuzz, write_models
 from tools.harness.running_server import DEADLINE, Answer, chat_body, eventually, running_server
-from tools.hostile import MODEL
 
 HELLO = "Hello there, and hello there again."
 CONNECTIONS = 6
@@ -221,12 +220,13 @@ def test_a_trailer_without_an_end_is_431(server):
     assert answer is None or answer.status == 431
 
 
-def test_some_hostile_requests_hurt_no_other_client(tiny_llama_path):
+def test_some_hostile_requests_hurt_no_other_client(tmp_path):
     hasty = ("--header-timeout", "0.3", "--body-timeout", "0.3")
-    with running_server(*FLAGS, *hasty, "--model", f"{MODEL}={tiny_llama_path}") as server:
-        outcomes, sizes = asyncio.run(fuzz(server.port, 120))
-        assert outcomes["200"]
-        assert outcomes["400"]
-        assert all(sizes)
+    with running_server(*FLAGS, *hasty, "--config", str(write_models(tmp_path))) as server:
+        report = asyncio.run(fuzz(server.port, 120))
+        assert report.count("200")
+        assert report.count("400")
+        assert not report.faults
+        assert all(report.sizes)
         ended = server.stop()
     assert (ended.status, ended.stderr) == (0, "")

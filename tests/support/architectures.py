@@ -123,9 +123,9 @@ MORE_CONFIGS = {
 }
 
 
-def random_model(name):
+def random_model(name, **fields):
     """A model of one of CONFIGS or MORE_CONFIGS, with weights like those of a trained one in size."""
-    return _make(BASE | {"model_type": name} | (CONFIGS | MORE_CONFIGS)[name])
+    return _make(BASE | {"model_type": name} | (CONFIGS | MORE_CONFIGS)[name] | fields)
 
 
 def write_random_model(path, config):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pytest
 
 from mlx_api_server import read_settings
-from mlxserver.cli.command import COMMANDS, main
+from mlxserver.cli.command import main
+from mlxserver.cli.parser import COMMANDS
 from tests.support.local_models import in_hub, in_lm_studio, in_ollama
 from tools.harness.running_server import ROOT, running_server, server_environment
 from tools.harness.tiny_gguf import write_tiny_gguf
@@ -165,5 +166,5 @@ def test_a_removal_asks_in_a_terminal(home):
 def test_every_command_is_explained():
     page = (ROOT / "docs" / "clients.md").read_text()
     names = re.findall(r"^  (\w+)", COMMANDS, re.MULTILINE)
-    assert len(names) == 8
+    assert len(names) == 12
     assert [name for name in names if f"mlx-server {name}" not in page] == []

@@ -1,6 +1,7 @@
 """Downloads from a stand-in for the Hugging Face hub that speaks its HTTP protocol, and fails as it does."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 
@@ -11,6 +12,18 @@ from mlxserver.cli.command import main
 from tests.support.hub import COMMIT, serving_hub
 from tools.harness.models import tiny_llama
 
+LISTED = [
+    {
+        "id": "mlx-community/Tiny-4bit",
+        "downloads": 12_345,
+        "likes": 3,
+        "lastModified": "2026-05-01T10:00:00.000Z",
+        "tags": ["mlx", "4-bit"],
+        "config": {"model_type": "llama", "quantization_config": {"bits": 4}},
+        "safetensors": {"parameters": {"U32": 1_250_000, "BF16": 80_000}, "total": 1_330_000},
+    },
+    {"id": "mlx-community/Tiny-bare", "downloads": 7, "likes": 0, "gated": "manual"},
+]
 Space = namedtuple("Space", "total used free")
 
 
@@ -23,6 +36,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def hub(files, tmp_path, monkeypatch):
     """The hub, and an empty cache."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # no server
     with serving_hub(files, tmp_path / "hub", monkeypatch) as server:
         yield server
 
@@ -40,7 +54,9 @@ def test_a_repository_is_downloaded_once_and_without_its_code(hub, files, tmp_pa
     assert {file.name: file.read_bytes() for file in snapshot.iterdir()} == {
         name: body for name, body in files.items() if name != "run.py"
     }
-    assert "to download; needs" in err
+    assert "no server at http://127.0.0.1:9/v1" in err
+    assert re.search(r"org/tiny: [\d.]+ kB to download; it needs [\d.]+ MB of memory, which is there", err)
+    assert pulled["fits"]
     assert pull("org/tiny") == 0
     assert "org/tiny: 0 bytes to download" in capfd.readouterr().err
 
@@ -64,9 +80,11 @@ def test_ctrl_c_stops_a_download_and_the_next_one_completes_it(hub, tmp_path, ca
     ("name", "reason"),
     [
         ("org/missing", "no such repository on the hub"),
-        ("org/private", "access is restricted"),
+        ("org/gated", "access is restricted"),
+        ("org/private", "or a private one: set HF_TOKEN"),
         ("org/busy", "could not be fetched"),
         ("./here", "no such file"),
+        ("tiny", "expected embedded:NAME"),
     ],
 )
 def test_what_can_not_be_had_is_named(hub, name, reason, capfd):
@@ -81,6 +99,31 @@ def test_no_room_on_the_disk_or_in_memory_is_said_before_the_download(hub, tmp_p
     assert "do not fit on the disk" in capfd.readouterr().err
     monkeypatch.setenv("MLX_SERVER_MEMORY_LIMIT", "1000")
     assert pull("org/tiny") == 1
-    assert "--force downloads it" in capfd.readouterr().err
+    assert "and models may take 1.0 kB (it can be downloaded with force)" in capfd.readouterr().err
     assert [*(tmp_path / "hub").glob("models--org--tiny/snapshots/*/model.safetensors")] == []
     assert pull("org/tiny", "--force") == 0
+
+
+def test_the_address_of_a_page_is_a_name(hub, capfd):
+    assert pull("https://huggingface.co/org/tiny") == 0
+
+
+def test_a_model_that_can_not_be_loaded_is_downloaded_with_force_alone(hub, files, capfd):
+    hub.files = {**files, "config.json": b'{"model_type": "frobnicator"}'}
+    assert pull("org/tiny") == 1
+    assert "frobnicator" in capfd.readouterr().err
+    assert pull("org/tiny", "--force") == 0
+    assert "what it needs of memory is not known" in capfd.readouterr().err
+
+
+def test_models_of_the_hub_are_found(hub, capfd):
+    hub.listed = LISTED
+    assert main(["search", "tiny"], read_settings) == 0
+    out, err = capfd.readouterr()
+    assert [line.split("\t") for line in out.splitlines()] == [
+        ["mlx-community/Tiny-4bit", "4-bit", "10.1M", "5.2 MB", "308.8 MB", "now", "12.3k", "-"],
+        ["mlx-community/Tiny-bare", "-", "-", "-", "-", "-", "7", "terms to accept"],
+    ]
+    assert err.splitlines()[-1] == "Download one with: mlx-server pull mlx-community/Tiny-4bit"
+    assert main(["search", "nothing"], read_settings) == 1
+    assert main(["search", "tiny", "--json", "--limit", "1"], read_settings) == 0

@@ -148,19 +148,19 @@ models:
 OPENAI = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": "{url}", "OPENAI_API_BASE": "{url}", "OPENAI_MODEL": "{model}"}
 
 AGENTS = (
-    Agent(
-        "opencode",
-        "opencode-ai",
-        ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
-        (call("write", filePath=TASK, content=TEXT), DONE),
-        {".config/opencode/opencode.json": OPENCODE},
-    ),
-    Agent(
-        "opencode-messages",
-        "opencode-ai",
-        ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
-        (call("write", filePath=TASK, content=TEXT), DONE),
-        {".config/opencode/opencode.json": OPENCODE.replace("@ai-sdk/openai-compatible", "@ai-sdk/anthropic")},
+    *(
+        Agent(
+            name,
+            "opencode-ai",
+            ("opencode", "run", "--auto", "-m", "local/{model}", "--variant", "high", REQUEST),
+            (call("write", filePath=TASK, content=TEXT), DONE),
+            {".config/opencode/opencode.json": OPENCODE.replace("@ai-sdk/openai-compatible", provider)},
+        )
+        for name, provider in (
+            ("opencode", "@ai-sdk/openai-compatible"),  # chat completions
+            ("opencode-messages", "@ai-sdk/anthropic"),
+            ("opencode-responses", "@ai-sdk/openai"),
+        )
     ),
     Agent(
         "qwen-code",

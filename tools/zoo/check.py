@@ -13,6 +13,7 @@ from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_mis
 from mlxserver.engine.platform import cpu_layers
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.platform.short_convolutions import replace_convolutions
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.chunks import execution
 from tools.zoo import models
@@ -36,7 +37,8 @@ class Result:
 
 def policy_of(*, is_padded: bool) -> ExecutionPolicy:
     """The device's policy; is_padded: with a GPU's padded slots and bucketed chunks."""
-    policy = replace(current(), pad_slots=True, bucket_prefill=True) if is_padded else current()
+    padded = replace(current(), pad_slots=True, bucket_prefill=True, bucket_attention=True, sum_convolutions=True)
+    policy = padded if is_padded else current()
     if policy.replace_kernels:
         cpu_layers.replace_functions()
     return policy
@@ -53,6 +55,8 @@ def check(name: str, policy: ExecutionPolicy) -> Result:
                 correct_chunk_masks(own)  # or else mlx-lm's own depend on its chunks
             if policy.fuse_projections:
                 fuse_projections(model)
+            if policy.sum_convolutions:
+                replace_convolutions(model)
             fitting = fitting_policy(model, policy, name)
             cache = execution(model, fitting).cache
             found = problems(model, fitting, reference)

@@ -27,7 +27,6 @@ OUTPUT: dict[str, Any] = {
     },
 }
 NO_EFFECT = {
-    **dict.fromkeys(("cache_control", "context_management"), "prefixes are kept anyway"),
     **dict.fromkeys(("inference_geo", "speed", "billing_policy"), "models run here, as fast as they can"),
     **dict.fromkeys(("diagnostics", "user_profile_id", "workspace_id", "betas"), "nothing of it applies here"),
     **dict.fromkeys(("fallbacks", "fallback_credit_token"), "the named model answers"),

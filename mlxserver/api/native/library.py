@@ -1,17 +1,23 @@
-"""GET /v1/library, DELETE /v1/models/{key}: the answers."""
+"""GET /v1/library, GET /v1/library/search, DELETE /v1/models/{key}: the answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
-from mlxserver.api.model_status import ModelStatus
+from mlxserver.api.model_status import ModelStatus, RemoteModel
 from mlxserver.api.openai.models import local_object
 
 
 def library_list(models: Iterable[ModelStatus]) -> dict[str, Any]:
     """The models of this machine, damaged ones too, under the names that requests give."""
     return {"object": "list", "data": [_entry(model) for model in models]}
+
+
+def search_results(models: Iterable[RemoteModel]) -> dict[str, Any]:
+    """Models of the hub."""
+    return {"object": "list", "data": [asdict(model) for model in models]}
 
 
 def deleted(key: str, freed_bytes: int) -> dict[str, Any]:

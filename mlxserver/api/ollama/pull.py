@@ -10,6 +10,7 @@ import orjson
 from mlxserver.api.dialect import Failure
 from mlxserver.api.model_status import ModelStatus, Progress
 from mlxserver.api.native.load import derive_key
+from mlxserver.api.native.pull import PullPlan
 from mlxserver.api.ollama.errors import LINES, envelope
 from mlxserver.api.ollama.models import NamedRequest
 from mlxserver.api.ollama.names import key_of
@@ -62,6 +63,18 @@ class PullEncoder:
         else:
             self._latest = _line({"status": progress.stage})
         return self._latest
+
+    def planned(self, plan: PullPlan) -> bytes:
+        """Line before the first byte."""
+        return b""
+
+    def pulled(self, plan: PullPlan, path: str) -> bytes:
+        """Last line of a pull that is not loaded."""
+        return _line(SUCCESS)
+
+    def complete(self, plan: PullPlan, path: str) -> bytes:
+        """Body of an answer that is not streamed."""
+        return orjson.dumps(SUCCESS)
 
     def loaded(self, model: ModelStatus) -> bytes:
         """Last line."""

@@ -6,8 +6,8 @@ Rule: checked texts are those of completions' prompts: a list, each item a strin
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -74,8 +74,6 @@ def _text(value: Any, param: str) -> BarePrompt:
 
 class EmbeddingsRequest(ModelRequest):
     """POST /v1/embeddings."""
-
-    __no_effect__: ClassVar[Mapping[str, str]] = {"user": "it names the end user to OpenAI"}
 
     input: list[BarePrompt] = Parameter(
         object, "Texts or token ids, one or a list of them.", required=True, check=check_texts, shape=INPUT

@@ -5,6 +5,7 @@ Rule: a default of None leaves the matter to the model's own defaults.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Mapping
 from math import inf, isfinite
@@ -38,12 +39,15 @@ LOGIT_BIAS: dict[str, Any] = {
 }
 UNLIMITED = (-1, -2)  # of LM Studio, llama.cpp and Ollama
 TOKEN_LIMIT: dict[str, Any] = {"type": "integer", "anyOf": [{"enum": [*UNLIMITED]}, {"minimum": 1}]}
-NO_EFFECT: Mapping[str, str] = {
+UNASKED: Mapping[str, str] = {  # what programs send, whatever the API; a request may declare more of one
     **dict.fromkeys(("cache_control", "context_management", "prompt_cache_options"), "prefixes are kept anyway"),
-    "prompt_cache_retention": "prefixes are kept as long as there is memory",
-    "client_metadata": "nothing is recorded",
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), "prefixes are kept as long as there is memory"),
+    **dict.fromkeys(("client_metadata", "metadata", "safety_identifier", "store", "user"), "nothing is recorded"),
     "include": "an answer has all that there is",
+    "service_tier": "there is one tier",
     "verbosity": "ask for it in a system message",
+}
+NO_EFFECT: Mapping[str, str] = {
     "num_ctx": "the context is a setting of the model",
     "num_keep": "a conversation is never cut",
     **dict.fromkeys(
@@ -107,7 +111,13 @@ def keep_alive_parameter() -> Any:
 
 
 class ModelRequest(Request):
-    """A request to one model."""
+    """A request to one model. It takes what is UNASKED, too, with any value where it declares nothing of it."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        declared = {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
+        taken = {**UNASKED, **cls.__no_effect__}
+        cls.__no_effect__ = {name: why for name, why in taken.items() if name not in declared}
 
     model: str = Parameter(str, "Key of the model that answers.", required=True)
 

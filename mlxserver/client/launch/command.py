@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from mlxserver.client.api import DEFAULT_BASE_URL, ChatClient
-from mlxserver.client.command import INTERRUPTED, choose_model, conclude
+from mlxserver.client.api import ChatClient
+from mlxserver.client.command import choose_model, conclude
+from mlxserver.client.defaults import DEFAULT_BASE_URL, INTERRUPTED
 from mlxserver.client.errors import ClientError
 from mlxserver.client.launch.programs import PROGRAMS, Program
 from mlxserver.client.views import print_status

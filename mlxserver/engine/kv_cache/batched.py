@@ -34,8 +34,11 @@ class BatchCache(Protocol):
     def extract(self, index: int) -> caches.Cache:
         """A copy of a sequence's cache."""
 
-    def advance(self, inputs: mx.array) -> mx.array:
-        """Compute one token per sequence, [batch] -> logits [batch, vocab]. Nothing is evaluated."""
+    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
+        """Compute one token per sequence, [batch] -> logits [batch, vocab]. Nothing is evaluated.
+
+        shifts: [batch], what the sequences' positions differ from their offsets by (Sight.shift), or none.
+        """
 
     def tokens_for(self, lengths: Sequence[int]) -> int:
         """Tokens of KV cache of sequences of so many tokens each; unused capacity included."""

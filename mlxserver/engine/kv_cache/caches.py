@@ -16,21 +16,41 @@ from mlx_lm.models.cache import (
     ArraysCache,
     BatchKVCache,
     KVCache,
+    QuantizedKVCache,
     make_prompt_cache,
 )
+
+from mlxserver.engine.kv_cache.quantized import KVFormat, in_format
 
 Cache = list[Any]
 
 
 def new_cache(model: Any) -> Cache:
-    """An empty cache of one sequence."""
+    """An empty cache of one sequence, in the model's format (set_kv_format())."""
     cache: Cache = make_prompt_cache(model)
-    return cache
+    kv = kv_format(model)
+    return [in_format(layer, kv) for layer in cache] if kv else cache
+
+
+def kv_format(model: Any) -> KVFormat | None:
+    """The format of a model's quantised keys and values; None if they are kept as they are computed."""
+    kv: KVFormat | None = getattr(model, "kv_format", None)
+    return kv
+
+
+def set_kv_format(model: Any, kv: KVFormat | None) -> None:
+    """Have a model keep its keys and values quantised, or with None as they are computed."""
+    model.kv_format = kv
 
 
 def is_plain(model: Any) -> bool:
-    """Whether every layer keeps plain keys and values, which slots can hold (kv_cache/slots.py)."""
-    return all(type(layer) is KVCache for layer in new_cache(model))
+    """Whether every layer keeps all keys and values, quantised or not, which slots can hold (kv_cache/slots.py)."""
+    return all(type(layer) is KVCache or keeps_quantized(layer) for layer in new_cache(model))
+
+
+def keeps_quantized(layer: Any) -> bool:
+    """Whether a layer's keys and values are quantised."""
+    return isinstance(layer, QuantizedKVCache)
 
 
 def keeps_state(model: Any) -> bool:
@@ -103,6 +123,15 @@ def bytes_per_token(model: Any) -> int:
     """Bytes of KV cache per token, in all layers that keep keys and values. Nothing is computed."""
     sizes = cache_sizes(model)
     return sizes.per_token + sizes.per_window_token
+
+
+def dequantized_bytes(model: Any) -> int:
+    """Bytes per token that a prompt's attention dequantises in one layer, at most; 0 where nothing is quantised."""
+    if not kv_format(model):
+        return 0
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
+    return max(int(layer.nbytes) // _length(layer) for layer in flat(cache) if isinstance(layer, KVCache))
 
 
 def _length(layer: Any) -> int:

@@ -1,6 +1,7 @@
 """Reading of the prefix cache on disk.
 
-Rule 1: files are read on threads that run no model, several at once, and in order put into arrays of the whole length.
+Rule 1: files are read on threads that run no model, several at once, and in order put into arrays of the whole length:
+        every value is copied once, and no more is in memory twice than some files.
 Rule 2: a file that is damaged, cut off, or not what its name says is removed, and never served.
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from mlxserver.engine.mlx import mx
@@ -21,14 +24,17 @@ from mlxserver.engine.kv_cache.caches import Cache, flat
 from mlxserver.engine.kv_cache.disk_files import DiskFiles, remove
 from mlxserver.engine.kv_cache.disk_index import FileName, Plan
 from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, Restored, Tokens
-from mlxserver.engine.platform import streams
+from mlxserver.engine.platform import pinned_memory, streams
+from mlxserver.engine.platform.pinned_memory import Buffer
 
 log = logging.getLogger("engine")
 
 _RESTORES = 2  # prefixes that are restored at once
 _READERS = min(8, os.cpu_count() or 1)  # threads that read files
-_FILES = 4  # that one of them reads in a row, on one stream
+_FILES = 4  # that are put in place at once
 _AHEAD = _READERS + 1  # such rows that are read, or wait to be put in place
+
+_Read = tuple[FileName, StoredPart]
 
 
 class DiskReader:
@@ -37,7 +43,7 @@ class DiskReader:
     def __init__(self, files: DiskFiles) -> None:
         self._files = files
         self._jobs = ThreadPoolExecutor(_RESTORES, "prefix-restore")
-        self._readers = ThreadPoolExecutor(_READERS, "prefix-read")
+        self._is_closed = False
 
     def restore(
         self, model: ModelIdentity, tokens: Tokens, beyond: int, keep: Callable[[Restored], None]
@@ -52,19 +58,40 @@ class DiskReader:
             return None
         return self._jobs.submit(self._restore, model, tokens, beyond, plan, keep)
 
+    def prepare(self) -> None:
+        """Make the buffers that files are read into."""
+        if not self._is_closed:
+            self._jobs.submit(self._prepare)
+
+    def _prepare(self) -> None:
+        with streams.thread_stream():
+            pinned_memory.reserve()
+
     def close(self) -> None:
         """End the threads, once they have read what they are at."""
+        self._is_closed = True
         self._jobs.shutdown(wait=False, cancel_futures=True)
-        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _restore(
         self, model: ModelIdentity, tokens: Tokens, beyond: int, plan: Plan | None, keep: Callable[[Restored], None]
     ) -> None:
         try:
+            started = time.monotonic()
             plan = plan or self._files.index(model).find(tokens)
             if plan.length > beyond:
                 with streams.thread_stream():
-                    keep(self._read(model, tokens, plan))
+                    restored = self._read(model, tokens, plan)
+                    read = time.monotonic()
+                    keep(restored)
+                log.info(
+                    "prefix cache: %d tokens from %d files, read in %.3f s, kept in %.3f s",
+                    plan.length,
+                    len(plan.names),
+                    read - started,
+                    time.monotonic() - read,
+                )
+        except CancelledError:
+            log.debug("prefix cache: a read was given up")
         except (CacheFileInvalid, OSError):
             self._files.refreshed_index(model)
         except Exception:  # a prefix that can't be read is computed
@@ -73,31 +100,64 @@ class DiskReader:
     def _read(self, model: ModelIdentity, tokens: Tokens, plan: Plan) -> Restored:
         folder, blocks = self._files.folder_of(model), Blocks(plan.blocks[-1].end if plan.blocks else 0)
         checkpoint = None
-        for name, part in zip(plan.names, self._parts(folder, plan.names), strict=True):
-            if name == plan.checkpoint:
-                checkpoint = cache_files.restored(part)
-            else:
-                blocks.put(part, name)
+        for row in self._rows(folder, plan.names):
+            for name, part in row:
+                if name == plan.checkpoint:
+                    checkpoint = cache_files.restored(part)
+                else:
+                    blocks.put(part, name)
+            blocks.evaluate()
         lasting = blocks.part() if plan.blocks else None
         mx.eval([leaf for part in (lasting, checkpoint) for leaf in checkpoints.arrays_of(part or [])])
         self._files.touch(model, plan.names)
         return Restored(tokens[: blocks.tokens or plan.length], lasting, tokens[: plan.length], checkpoint)
 
-    def _parts(self, folder: Path, names: Sequence[FileName]) -> Iterator[StoredPart]:
-        """What files have, in their order, read ahead. Raises OSError, CacheFileInvalid."""
-        rows = iter([names[start : start + _FILES] for start in range(0, len(names), _FILES)])
-        pending = deque(
-            self._readers.submit(_read_all, folder, row) for _, row in zip(range(_AHEAD), rows, strict=False)
-        )
+    def _rows(self, folder: Path, names: Sequence[FileName]) -> Iterator[list[_Read]]:
+        """What files have, in their order, some at a time, read ahead. Raises OSError, CacheFileInvalid."""
+        rows = [names[start : start + _FILES] for start in range(0, len(names), _FILES)]
+        reading = _Reading(folder, rows)
+        with ThreadPoolExecutor(_READERS, "prefix-read") as readers:
+            try:
+                for _ in range(min(_READERS, len(rows))):
+                    readers.submit(reading.run)
+                for result in reading.results:
+                    yield result.result()
+                    reading.tickets.release()
+                    if self._is_closed:
+                        raise CancelledError
+            finally:
+                reading.stop()
+
+
+class _Reading:
+    """Rows of files that several threads read, _AHEAD of the one that is waited for at the most."""
+
+    def __init__(self, folder: Path, rows: Sequence[Sequence[FileName]]) -> None:
+        self.results: list[Future[list[_Read]]] = [Future() for _ in rows]
+        self.tickets = threading.Semaphore(_AHEAD)
+        self._folder, self._rows = folder, rows
+        self._numbers = iter(range(len(rows)))
+        self._is_stopped = False
+
+    def run(self) -> None:
+        """Read one row after another, on a stream and through a buffer of the calling thread's own."""
         try:
-            while pending:
-                parts = pending.popleft().result()
-                if row := next(rows, None):
-                    pending.append(self._readers.submit(_read_all, folder, row))
-                yield from parts
-        finally:
-            for future in pending:
-                future.cancel()
+            with streams.thread_stream(), pinned_memory.borrowed() as buffer:
+                while self.tickets.acquire() and not self._is_stopped:
+                    if (number := next(self._numbers, None)) is None:
+                        break
+                    row = [(name, _read(self._folder / str(name), buffer)) for name in self._rows[number]]
+                    self.results[number].set_result(row)
+                    del row
+        except BaseException as error:  # which all that wait for a row have to see
+            for result in self.results:
+                with suppress(InvalidStateError):
+                    result.set_exception(error)
+
+    def stop(self) -> None:
+        """End the threads, once they have read what they are at."""
+        self._is_stopped = True
+        self.tickets.release(_READERS)
 
 
 class Blocks:
@@ -108,14 +168,18 @@ class Blocks:
         self._stored: StoredPart | None = None
 
     def put(self, block: StoredPart, name: FileName) -> None:
-        """Put a block in its place, the first one first."""
+        """Put a block in its place, the first one first. evaluate() after some of them."""
         if (stored := self._stored) is None:
             shapes = [(*stack.shape[:3], self.tokens, *stack.shape[4:]) for stack in block.stacks]
             stacks = [mx.zeros(shape, stack.dtype) for shape, stack in zip(shapes, block.stacks, strict=True)]
             stored = self._stored = StoredPart(block.structure, block.members, stacks)
         for whole, stack in zip(stored.stacks, block.stacks, strict=True):
             whole[:, :, :, name.start : name.end] = stack
-        mx.eval(stored.stacks)
+
+    def evaluate(self) -> None:
+        """Copy the blocks, so that their own memory can go."""
+        if self._stored:
+            mx.eval(self._stored.stacks)
 
     def part(self) -> Cache:
         """The layers."""
@@ -127,14 +191,9 @@ class Blocks:
         return cache
 
 
-def _read_all(folder: Path, names: Sequence[FileName]) -> list[StoredPart]:
-    with streams.thread_stream():
-        return [_read(folder / str(name)) for name in names]
-
-
-def _read(path: Path) -> StoredPart:
+def _read(path: Path, buffer: Buffer | None) -> StoredPart:
     try:
-        return cache_files.read(path)
+        return cache_files.read(path, buffer)
     except CacheFileInvalid:
         log.warning("A file of the prefix cache is damaged, and is removed: %s", path.name)
         remove(path)

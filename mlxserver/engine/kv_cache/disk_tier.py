@@ -38,6 +38,10 @@ class DiskTier:
         """Read the longest stored prefix of `tokens` and keep it, if it is longer than `beyond`; None if it is not."""
         return self._reader.restore(model, tokens, beyond, keep)
 
+    def prepare(self) -> None:
+        """Make the buffers that files are read into."""
+        self._reader.prepare()
+
     def usage(self, model: ModelIdentity | None = None) -> tuple[int, int]:
         """Number and bytes of the files, of one model or of all."""
         return self.files.usage(model)

@@ -1,15 +1,19 @@
 """Writing of the prefix cache on disk.
 
-Rule 1: files are written on a thread of their own, in blocks, and without Python's lock, which the engine threads need.
+Rule 1: files are written on a thread of their own, in blocks, and without Python's lock, which the engine threads need;
+        for as long as a block takes, a pause follows, so that few steps of the engines wait for one.
 Rule 2: a disk that fails or is full costs the files, a line in the log, and nothing else.
 Rule 3: what has NaN or inf in it is not written.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +26,12 @@ from mlxserver.engine.kv_cache.caches import Cache
 from mlxserver.engine.kv_cache.disk_files import DiskFiles
 from mlxserver.engine.kv_cache.disk_index import ALONE, BESIDE, STATE, WHOLE, Digests, FileName
 from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, Tokens
-from mlxserver.engine.platform import streams
+from mlxserver.engine.platform import pinned_memory, streams
 
 log = logging.getLogger("engine")
 
 _LEAST = 32  # tokens that are worth a file
+_LONGEST_PAUSE = 0.02  # seconds
 _PENDING = 64  # writes that may wait, most, and
 _PENDING_BYTES = 1 << 30  # what they may hold in memory, beyond the one under way; what comes then is not written
 
@@ -49,6 +54,7 @@ class DiskWriter:
         self._files = files
         self._block = block
         self._is_failing = False
+        self._is_closing = threading.Event()
         self._writes: queue.Queue[_Write | None] = queue.Queue(_PENDING)
         self._pending_bytes = 0
         self._lock = threading.Lock()
@@ -86,6 +92,7 @@ class DiskWriter:
 
     def close(self, timeout: float) -> None:
         """Write what is pending, for some seconds, and end the thread."""
+        self._is_closing.set()
         with suppress(queue.Full):
             self._writes.put(None, timeout=timeout)
             self._thread.join(timeout)
@@ -138,8 +145,7 @@ class DiskWriter:
         end = len(write.tokens)
         kind = ALONE if checkpoints.is_whole(checkpoint) else STATE
         name = FileName(kind, 0, end, Digests(folder.name, write.tokens).at(end))
-        if not (folder / str(name)).exists():
-            cache_files.write(folder / str(name), checkpoint)
+        self._write_file(folder / str(name), lambda: checkpoint)
         return [name]
 
     def _write_blocks(self, write: _Write, folder: Path) -> list[FileName]:
@@ -150,10 +156,18 @@ class DiskWriter:
         digests, start = Digests(folder.name, write.tokens), 0
         for end in self._cuts(write):
             names.append(name := FileName(kind, start, end, digests.at(end)))
-            if not (folder / str(name)).exists():
-                cache_files.write(folder / str(name), checkpoints.cut_out(lasting, start, end))
+            self._write_file(folder / str(name), functools.partial(checkpoints.cut_out, lasting, start, end))
             start = end
         return names
+
+    def _write_file(self, path: Path, part: Callable[[], Cache]) -> None:
+        """Write a file that does not exist yet, and pause."""
+        if path.exists():
+            return
+        started = time.monotonic()
+        with pinned_memory.borrowed() as buffer:
+            cache_files.write(path, part(), buffer)
+        self._is_closing.wait(min(_LONGEST_PAUSE, time.monotonic() - started))
 
     def _cuts(self, write: _Write) -> list[int]:
         """Where blocks end: at multiples of their size, and where there is a checkpoint to be gone on from."""

@@ -12,11 +12,12 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import ClassOf, grouped, one_class, wide_classes
 from mlxserver.engine.kv_cache.rows import Rows
+from mlxserver.engine.kv_cache.sight import step_logits
 
 
 @dataclass
@@ -49,7 +50,7 @@ class MergedCache:
     def __init__(self, model: Any, wide: ClassOf | None = None) -> None:
         self._model = model
         # Windows and states are bounded: without keys that grow with the sequence, a pass more would save nothing.
-        grows = any(isinstance(layer, KVCache) for layer in caches.flat(caches.new_cache(model)))
+        grows = any(isinstance(layer, KVCache | QuantizedKVCache) for layer in caches.flat(caches.new_cache(model)))
         self._class_of: ClassOf = (wide or wide_classes(caches.pass_tokens(model))) if grows else one_class
         self.clear()
 
@@ -83,14 +84,15 @@ class MergedCache:
         batch = next(batch for batch in self._classes.values() if index in batch.members)
         return caches.extract(batch.cache, batch.members.index(index))
 
-    def advance(self, inputs: mx.array) -> mx.array:
+    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
         self._move_outgrown()
-        inputs = self._rows.arrange(inputs)
+        inputs, shifts = self._rows.arrange(inputs), [self._rows.arrange(own) for own in shifts]
         parts, start = [], 0
         for batch in self._classes.values():
             end = start + len(batch.members)
-            parts.append(self._model(inputs[start:end, None], cache=batch.cache)[:, -1, :])
+            own_shifts = [own[start:end] for own in shifts]
+            parts.append(step_logits(self._model, inputs[start:end, None], batch.cache, own_shifts)[:, -1, :])
             start = end
         logits: mx.array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         self._lengths = [length + 1 for length in self._lengths]

@@ -74,6 +74,9 @@ class Store(Protocol):
     ) -> Future[None] | None:
         """Read the longest stored prefix of `tokens` and keep it, if it is longer than `beyond`; None if it is not."""
 
+    def prepare(self) -> None:
+        """Get ready, sooner or later, for a model that is loaded."""
+
     def usage(self, model: ModelIdentity | None = None) -> tuple[int, int]:
         """Number and bytes of the files, of one model or of all."""
 
@@ -126,6 +129,8 @@ class PrefixCache:
     def open(self, model: ModelIdentity, max_bytes: int, key: str = "") -> ModelPrefixes:
         """Prefixes of a model that is loaded, of at most so many bytes; close() them when it is unloaded."""
         prefixes = ModelPrefixes(self, model, max_bytes, key)
+        if self.disk:
+            self.disk.prepare()
         with self._lock:
             self._opened.setdefault(model, set()).add(prefixes)
         return prefixes

@@ -20,7 +20,9 @@ from mlxserver.engine.mlx import mx
 
 from mlx_lm.models import base
 
-from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow
+from mlxserver.engine.kv_cache import attention_shapes, quantized
+from mlxserver.engine.kv_cache.quantized import arrays_of
+from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow, slot_layers
 from mlxserver.engine.platform import cuda_attention
 
 _attention = base.scaled_dot_product_attention
@@ -34,13 +36,13 @@ class Ragged:
 
     __slots__ = ("offsets", "parts")
 
-    def __init__(self, parts: Sequence[mx.array], offsets: mx.array | None = None) -> None:
+    def __init__(self, parts: Sequence[Any], offsets: mx.array | None = None) -> None:
         self.parts, self.offsets = parts, offsets
 
     @property
     def dtype(self) -> mx.Dtype:
         """Type of the arrays, which have the same one."""
-        return self.parts[0].dtype
+        return arrays_of(self.parts[0])[-1].dtype
 
 
 class RaggedLayer:
@@ -79,7 +81,8 @@ def ragged_layers(classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = Fal
 def attention(
     queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
 ) -> mx.array:
-    """As mlx_lm.models.base.scaled_dot_product_attention, for ragged keys and values too.
+    """As mlx_lm.models.base.scaled_dot_product_attention, for ragged and for quantised keys and values too, and in few
+    shapes if asked.
 
     queries: [rows, heads, tokens, dim].
 
@@ -87,17 +90,33 @@ def attention(
         TypeError: ragged keys with a mask that is not ragged, or is none.
     """
     if not isinstance(keys, Ragged):
-        result: mx.array = _attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-        return result
+        return _attention_of_class(queries, keys, values, cache, scale, mask, sinks)
     if not (isinstance(values, Ragged) and isinstance(mask, Ragged)):
         raise TypeError("ragged keys need ragged values and a ragged mask")
-    if mask.offsets is not None and sinks is None and cuda_attention.supports(queries, keys.parts, values.parts):
+    is_plain = isinstance(keys.parts[0], mx.array)
+    if (
+        is_plain
+        and mask.offsets is not None
+        and sinks is None
+        and cuda_attention.supports(queries, keys.parts, values.parts)
+    ):
         return cuda_attention.decode_attention(queries, keys.parts, values.parts, mask.offsets, scale)
     ends = [0]
-    for part in keys.parts:
+    for part in mask.parts:
         ends.append(ends[-1] + part.shape[0])
     parts = zip(_split(queries, ends), keys.parts, values.parts, mask.parts, strict=True)
-    return mx.concatenate([_attention(q, k, v, cache=None, scale=scale, mask=m, sinks=sinks) for q, k, v, m in parts])
+    return mx.concatenate([_attention_of_class(q, k, v, None, scale, m, sinks) for q, k, v, m in parts])
+
+
+def _attention_of_class(
+    queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None
+) -> mx.array:
+    if isinstance(keys, tuple):
+        if sinks is None and quantized.can_decode(queries):
+            return quantized.decode_attention(queries, keys, values, scale, mask)
+        kv = quantized.format_of(queries, keys)
+        keys, values, cache = quantized.dequantized(keys, kv), quantized.dequantized(values, kv), None
+    return attention_shapes.attention(_attention, queries, keys, values, cache, scale, mask, sinks)
 
 
 def bind() -> None:
@@ -114,7 +133,7 @@ def can_be_ragged(model: Any, empty: tuple[Layers, Layers]) -> bool:
     for capacity in (1, 2):
         keys, values = ([grow(array, 1, capacity) for array in arrays] for arrays in empty)
         step = StepPositions(mx.zeros((1,), dtype=mx.int32), 1, capacity)
-        classes.append([SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)])
+        classes.append(slot_layers(keys, values, step))
     try:
         model(mx.zeros((2, 1), dtype=mx.uint32), cache=ragged_layers(classes))
     except Exception:  # of any kind: it is foreign code, given what it does not know

@@ -9,6 +9,7 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.sight import step_logits
 
 
 class SingleCache:
@@ -37,9 +38,12 @@ class SingleCache:
         """A copy of a sequence's cache."""
         return copy.deepcopy(self._caches[index])
 
-    def advance(self, inputs: mx.array) -> mx.array:
+    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
-        logits = [self._model(inputs[n : n + 1, None], cache=cache)[:, -1, :] for n, cache in enumerate(self._caches)]
+        logits = [
+            step_logits(self._model, inputs[n : n + 1, None], cache, [own[n : n + 1] for own in shifts])[:, -1, :]
+            for n, cache in enumerate(self._caches)
+        ]
         return mx.concatenate(logits) if len(logits) > 1 else logits[0]
 
     def tokens_for(self, lengths: Sequence[int]) -> int:

@@ -12,14 +12,22 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlx_lm.models.cache import KVCache
-
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.rows import Rows
+from mlxserver.engine.kv_cache.sight import step_logits
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
-from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow
+from mlxserver.engine.kv_cache.slots import (
+    Layers,
+    SlotLayer,
+    StepPositions,
+    empty_layers,
+    fill,
+    flat_arrays,
+    grow,
+    slot_layers,
+)
 from mlxserver.engine.platform import cpu_matmul
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
@@ -72,7 +80,8 @@ class SlotCache:
             keys, values = ([grow(array, 1, 1) for array in arrays] for arrays in self._empty)
             return keys, values
         end = capacity if self._is_compiled else length
-        return [layer.keys[:, :, :end] for layer in cache], [layer.values[:, :, :end] for layer in cache]
+        keys, values = flat_arrays(cache)
+        return [array[:, :, :end] for array in keys], [array[:, :, :end] for array in values]
 
     def _class_for(self, member: int) -> int:
         """The class of a sequence, with its next token."""
@@ -105,18 +114,16 @@ class SlotCache:
     def extract(self, index: int) -> caches.Cache:
         """A copy of a sequence's keys and values."""
         slot_class = next(slot_class for slot_class in self._classes.values() if index in slot_class.members)
-        cache = []
-        for keys, values in zip(*slot_class.copy(index, self._lengths[index]), strict=True):
-            layer = KVCache()
-            layer.keys, layer.values, layer.offset = keys, values, self._lengths[index]
-            cache.append(layer)
+        cache, length = caches.new_cache(self._model), self._lengths[index]
+        fill(cache, *slot_class.copy(index, length), length)
         return cache
 
-    def advance(self, inputs: mx.array) -> mx.array:
+    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
         classes = self._with_room()
         logits, offsets, keys, values = self._step(
             self._rows.arrange(inputs),
+            [self._rows.arrange(own) for own in shifts],
             [slot_class.offsets for slot_class in classes],
             [slot_class.keys for slot_class in classes],
             [slot_class.values for slot_class in classes],
@@ -175,20 +182,21 @@ class SlotCache:
         self._set_rows()
 
     def _forward(
-        self, inputs: mx.array, offsets: list[mx.array], keys: list[Layers], values: list[Layers]
+        self,
+        inputs: mx.array,
+        shifts: list[mx.array],
+        offsets: list[mx.array],
+        keys: list[Layers],
+        values: list[Layers],
     ) -> tuple[mx.array, list[mx.array], list[Layers], list[Layers]]:
-        """Forward pass of the rows of all classes, [rows]. Lists are per class."""
+        """Forward pass of the rows of all classes, [rows]. Lists but the shifts are per class."""
         classes = [
-            [SlotLayer(k, v, step) for k, v in zip(own_keys, own_values, strict=True)]
+            slot_layers(own_keys, own_values, step)
             for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys), strict=True)
         ]
-        logits = self._compute(inputs[:, None], classes)[:, -1, :]
-        return (
-            logits,
-            [offset + 1 for offset in offsets],
-            [[layer.keys for layer in layers] for layers in classes],
-            [[layer.values for layer in layers] for layers in classes],
-        )
+        logits = self._compute(inputs[:, None], shifts, classes)[:, -1, :]
+        written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
+        return logits, [offset + 1 for offset in offsets], list(written_keys), list(written_values)
 
     def _positions(self, offsets: list[mx.array], keys: list[Layers]) -> Iterable[StepPositions]:
         # A CPU's time grows with every slot computed and token attended to; a GPU is better off with shapes that recur.
@@ -201,18 +209,19 @@ class SlotCache:
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
 
-    def _compute(self, inputs: mx.array, classes: list[list[SlotLayer]]) -> mx.array:
+    def _compute(self, inputs: mx.array, shifts: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
         """Logits of the rows, [rows, 1] -> [rows, 1, vocab]."""
         logits: mx.array
         if self._is_ragged and (len(classes) > 1 or self._has_kernel):
-            logits = self._model(inputs, cache=ragged_layers(classes, self._has_kernel))
+            logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), shifts)
         elif len(classes) == 1:
-            logits = self._model(inputs, cache=classes[0])
+            logits = step_logits(self._model, inputs, classes[0], shifts)
         else:
             start, parts = 0, []
             for layers in classes:
                 end = start + layers[0].offset.shape[0]
-                parts.append(self._model(inputs[start:end], cache=layers))
+                own_shifts = [own[start:end] for own in shifts]
+                parts.append(step_logits(self._model, inputs[start:end], layers, own_shifts))
                 start = end
             logits = mx.concatenate(parts)
         return logits

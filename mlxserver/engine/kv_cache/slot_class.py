@@ -1,4 +1,4 @@
-"""Slots of one capacity class: [slots, heads, capacity, dim] per layer, unused ones behind the last sequence."""
+"""Slots of one capacity class: arrays [slots, heads, capacity, dim], with unused slots behind the last sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache.slots import Layers, grow
 
-SlotArrays = tuple[Layers, Layers]  # keys and values of one sequence, [1, heads, tokens, dim] per layer
+SlotArrays = tuple[Layers, Layers]  # keys and values of one sequence, arrays [1, heads, tokens, dim]
 Put = Callable[[mx.array, Layers, Layers, Sequence[Layers], Sequence[Layers]], SlotArrays]
 
 
@@ -118,7 +118,7 @@ def slots_for(count: int) -> int:
 def put(
     at: mx.array, keys: Layers, values: Layers, own_keys: Sequence[Layers], own_values: Sequence[Layers]
 ) -> SlotArrays:
-    """Keys and values with those of sequences, [1, heads, tokens, dim] per layer, in the slots from `at` [1] on."""
+    """Keys and values with those of sequences, arrays [1, heads, tokens, dim], in the slots from `at` [1] on."""
     return (
         [_put_array(array, mx.concatenate(own), at) for array, *own in zip(keys, *own_keys, strict=True)],
         [_put_array(array, mx.concatenate(own), at) for array, *own in zip(values, *own_values, strict=True)],

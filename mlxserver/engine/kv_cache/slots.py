@@ -7,13 +7,18 @@ Rule 2: capacities are few, so that shapes recur: on a GPU every new shape costs
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlxserver.engine.kv_cache import caches
+from mlx.utils import tree_map
 
-Layers = list[mx.array]  # one array per layer
+from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.quantized import Stored, arrays_of, as_stored, by_layer
+
+Layers = list[mx.array]  # of keys or of values: one array per layer, or three where they are quantised
 
 
 class StepPositions:
@@ -39,24 +44,28 @@ class StepPositions:
 class SlotLayer:
     """Cache of one layer during a forward pass, with the interface that mlx-lm's models use.
 
-    keys, values: [slots, heads, capacity, dim].
+    keys, values: [slots, heads, capacity, dim], or quantised ones.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, step: StepPositions) -> None:
+    def __init__(self, keys: Stored, values: Stored, step: StepPositions) -> None:
         self.keys, self.values = keys, values
         self.offset = step.computed
         self._step = step
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Stored, Stored]:
         """Write tokens, [batch, heads, tokens, dim], those of each sequence at its own offset."""
-        batch, visible = self._step.batch, self._step.visible
-        unused = [(0, self.keys.shape[0] - batch), (0, 0), (0, 0), (0, 0)]
-        if unused[0][1]:
-            keys, values = mx.pad(keys, unused), mx.pad(values, unused)
-        at = self._step.written(keys.shape[2])
-        self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(at, keys.shape), keys, axis=2)
-        self.values = mx.put_along_axis(self.values, mx.broadcast_to(at, values.shape), values, axis=2)
-        return self.keys[:batch, :, :visible], self.values[:batch, :, :visible]
+        self.keys = tree_map(self._written, self.keys, as_stored(keys, self.keys))
+        self.values = tree_map(self._written, self.values, as_stored(values, self.values))
+        return tree_map(self._visible, self.keys), tree_map(self._visible, self.values)
+
+    def _written(self, array: mx.array, tokens: mx.array) -> mx.array:
+        if unused := array.shape[0] - self._step.batch:
+            tokens = mx.pad(tokens, [(0, unused), (0, 0), (0, 0), (0, 0)])
+        at = self._step.written(tokens.shape[2])
+        return mx.put_along_axis(array, mx.broadcast_to(at, tokens.shape), tokens, axis=2)
+
+    def _visible(self, array: mx.array) -> mx.array:
+        return array[: self._step.batch, :, : self._step.visible]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Mask of each token's attention, to those before it and itself: [batch, 1, N, visible] of bool."""
@@ -68,7 +77,7 @@ class SlotLayer:
 
 
 def empty_layers(model: Any) -> tuple[Layers, Layers]:
-    """Keys and values without a slot, [0, heads, 0, dim] per layer; a step that is never computed has the shapes."""
+    """Keys and values without a slot, [0, heads, 0, dim] each; a step that is never computed has the shapes."""
     sample = caches.new_cache(model)
     model(mx.zeros((1, 1), dtype=mx.uint32), cache=sample)
 
@@ -76,7 +85,25 @@ def empty_layers(model: Any) -> tuple[Layers, Layers]:
         _, heads, _, dim = array.shape
         return mx.zeros((0, heads, 0, dim), array.dtype)
 
-    return [empty(layer.keys) for layer in sample], [empty(layer.values) for layer in sample]
+    keys, values = flat_arrays(sample)
+    return list(map(empty, keys)), list(map(empty, values))
+
+
+def flat_arrays(layers: Iterable[Any]) -> tuple[Layers, Layers]:
+    """Keys and values of the caches of all layers."""
+    stored = [(arrays_of(layer.keys), arrays_of(layer.values)) for layer in layers]
+    return [*chain(*(keys for keys, _ in stored))], [*chain(*(values for _, values in stored))]
+
+
+def slot_layers(keys: Layers, values: Layers, step: StepPositions) -> list[SlotLayer]:
+    """The caches of all layers during a forward pass."""
+    return [SlotLayer(k, v, step) for k, v in zip(by_layer(keys), by_layer(values), strict=True)]
+
+
+def fill(cache: caches.Cache, keys: Layers, values: Layers, offset: int) -> None:
+    """Give a sequence's cache the keys and values of so many tokens."""
+    for layer, k, v in zip(cache, by_layer(keys), by_layer(values), strict=True):
+        layer.keys, layer.values, layer.offset = k, v, offset
 
 
 def grow(array: mx.array, slots: int, capacity: int) -> mx.array:

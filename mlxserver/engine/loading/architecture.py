@@ -14,10 +14,12 @@ from mlxserver.engine.mlx import mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _get_classes
 
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.quantized import KVFormat
+from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.loading.metadata import model_arguments
+from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers
 from mlxserver.engine.platform.policy import current
 
@@ -46,13 +48,28 @@ class Architecture:
             values * (min(tokens, sequences * window) if window else tokens) for values, window in self.layers
         )
 
+    def cache_bytes(self, tokens: int, sequences: int, value_bytes: int, kv: KVFormat | None) -> int:
+        """Bytes of a full cache. Where keys and values are quantised, no layer has a window."""
+        states = sequences * self.sequence_values
+        kept = self.cache_values(tokens, sequences) - states
+        return states * value_bytes + int(kept * (kv.bytes_per_value(value_bytes) if kv else value_bytes))
 
-def inspect_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one."""
-    model_class, arguments = _get_classes(dict(config))
+    @property
+    def widest_layer(self) -> int:
+        """Most values per token of a layer's KV cache."""
+        return max((values for values, _ in self.layers), default=0)
+
+
+def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) -> Architecture:
+    """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one.
+
+    kv: quantised keys and values, in which the model is to keep them; Unsupported is raised if it can't.
+    """
+    model_class, arguments = model_classes(dict(config))
     if current().replace_kernels:
         cpu_layers.replace_functions()
     model = model_class(arguments.from_dict(dict(config)))
+    quantize_kv(model, kv)  # whose cache has the same values
     cache = make_prompt_cache(model)
     logits = model(mx.zeros((1, 1), dtype=mx.uint32), cache=cache)
     parameters = [array for _, array in tree_flatten(model.parameters())]

@@ -93,6 +93,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     To be called on a thread that has an MLX stream (worker/thread_pool.py); otherwise one is made, and stays.
     """
     from mlxserver.engine.loading.architecture import inspect_architecture
+    from mlxserver.engine.loading.kv_format import kv_format
 
     policy = (policy or current()).with_weights(spec.weights)
     try:
@@ -100,7 +101,9 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         with naming_what_is_missing():
             if encoder := _encoder(spec.kind or metadata.kind, metadata):
                 return _encoder_estimate(spec, metadata, encoder, policy)
-            architecture = inspect_architecture(metadata.config)
+            kv = kv_format(spec)
+            architecture = inspect_architecture(metadata.config, kv)
+            vision = _vision_estimate(spec, metadata, policy)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # a broken config.json can make an architecture raise anything
@@ -109,7 +112,8 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     is_float32 = policy.weights is WeightPolicy.FLOAT32
     value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
     heads = attention_heads(metadata.config, *architecture.arguments)
-    attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH)
+    dequantized = architecture.widest_layer * value_bytes if kv else 0
+    attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH, dequantized)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
     stored, widened = metadata.stored_bytes, 0
     if architecture.weights * 2 > stored * _FEWER_BITS and not is_float32:
@@ -118,13 +122,35 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         elif policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts):
             widened = architecture.weights * 2 + _adapter_bytes(spec)
     return Estimate(
-        weights=architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec),
-        cache=architecture.cache_values(own.reserved, own.sequences) * value_bytes,
-        activations=_chunk_bytes(architecture.width * value_bytes, attention, own.context)
+        weights=vision.weights + (architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec)),
+        cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
+        activations=max(_chunk_bytes(architecture.width * value_bytes, attention, own.context), vision.activations)
+        + vision.cache  # images, not tokens
         + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
         widened=widened,
+    )
+
+
+def _vision_estimate(spec: ModelSpec, metadata: CheckpointMetadata, policy: ExecutionPolicy) -> Estimate:
+    """The memory that the vision part of a model will take. cache: of images that were seen. Nothing without one."""
+    if (spec.kind or metadata.kind) != "vision" or spec.shard:
+        return Estimate(0, 0, 0)
+    from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES, inspect_vision_architecture
+
+    try:
+        architecture = inspect_vision_architecture(metadata.config)
+    except Exception:
+        if spec.kind:
+            raise
+        return Estimate(0, 0, 0)  # it will be a text model
+    is_float32 = policy.weights is WeightPolicy.FLOAT32
+    value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+    return Estimate(
+        weights=architecture.weights * 4 if is_float32 else metadata.tower_bytes,
+        cache=FEATURE_BYTES + PIXEL_BYTES,
+        activations=architecture.activation_bytes(value_bytes, policy),
     )
 
 

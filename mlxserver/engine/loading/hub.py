@@ -6,39 +6,44 @@ Rule 2: nothing is printed; progress is reported in bytes.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
+import errno
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
-from tqdm.auto import tqdm
+from huggingface_hub import constants, errors, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import httpx
 
 from mlxserver.config.settings import Kind
-from mlxserver.engine.errors import LoadAborted, SourceInvalid
+from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid
 from mlxserver.engine.loading import kinds
+from mlxserver.engine.loading.download.download import Download, NoSpace, Report, check_disk, fetch_now, list_files
+from mlxserver.engine.loading.download.manifest import Manifest
+from mlxserver.engine.loading.download.transfer import Busy, DigestWrong
 from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
 
 WEIGHTS = "model*.safetensors"
 DENSE_WEIGHTS = "*_Dense/model*.safetensors"  # of embedding models: layers behind the pooling
 NO_CONFIG = "the repository has no config.json; expected a model for mlx-lm"
 REACH = "could not be fetched from the Hugging Face hub"
+STAYS = "What has arrived stays, and the same command goes on from there"
+REFUSALS = (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
 
 
-def snapshot(source: str, repository: str, revision: str | None, progress: Callable[[str, int, int], None]) -> Path:
+def snapshot(source: str, repository: str, revision: str | None, progress: Report) -> Path:
     """The local directory of a repository's model files, downloaded if needed. Raises SourceInvalid."""
     try:
-        directory = snapshot_download(
-            repository, revision=revision, allow_patterns=_file_patterns(), tqdm_class=_byte_reporter(progress)
-        )
-    except LoadAborted:
+        if manifest := _manifest(source, repository, revision):
+            return Download(manifest.named(*_file_patterns())).run(progress)
+        options = {"allow_patterns": _file_patterns(), "local_files_only": True}
+        directory = Path(snapshot_download(repository, revision=revision, **options))
+    except (LoadAborted, SourceInvalid):
         raise
     except Exception as error:
-        raise SourceInvalid(source, _explain(error, revision)) from None
-    if not Path(directory, "config.json").is_file():
+        raise failure(source, error, revision) from None
+    if not (directory / "config.json").is_file():
         raise SourceInvalid(source, NO_CONFIG)
-    return Path(directory)
+    return directory
 
 
 def cached_snapshot(repository: str, revision: str | None) -> Path | None:
@@ -50,39 +55,52 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
 def checkpoint_metadata(source: str, repository: str, revision: str | None) -> CheckpointMetadata:
     """Metadata from a repository's config.json and list of files, without its weights. Raises SourceInvalid."""
     try:
-        file = Path(hf_hub_download(repository, "config.json", revision=revision))
-        config = read_config(file)
-    except errors.EntryNotFoundError as error:
-        is_missing = not isinstance(error, errors.LocalEntryNotFoundError)
-        raise SourceInvalid(source, NO_CONFIG if is_missing else _explain(error, revision)) from None
+        if manifest := _manifest(source, repository, revision):
+            return _remote_metadata(repository, manifest)
+        directory = cached_snapshot(repository, revision)
+        if directory is None:
+            raise HubUnavailable(source, _unreachable())
+        config = read_config(directory / "config.json")
+    except SourceInvalid:
+        raise
     except Exception as error:
-        raise SourceInvalid(source, _explain(error, revision)) from None
-    kind = _kind(repository, config, _modules(repository, revision))
-    return CheckpointMetadata(config, _stored_bytes(repository, revision, file.parent), kind)
+        raise failure(source, error, revision) from None
+    stored = sum(weights.stat().st_size for weights in directory.glob(WEIGHTS))
+    modules = directory / kinds.MODULES
+    kind = _kind(repository, config, modules if modules.is_file() else None, kinds.has_processor(directory))
+    return CheckpointMetadata(config, stored, kind)
+
+
+def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
+    config_file, modules = manifest.find("config.json"), manifest.find(kinds.MODULES)
+    assert config_file
+    config = read_config(fetch_now(manifest, config_file))
+    stored = sum(file.size for file in manifest.named(WEIGHTS).files)
+    has_processor = any(manifest.find(name) for name in kinds.PROCESSORS)
+    kind = _kind(repository, config, fetch_now(manifest, modules) if modules else None, has_processor)
+    return CheckpointMetadata(config, stored, kind)
 
 
 def known_kind(repository: str, revision: str | None) -> Kind | None:
     """The kind of a repository's model, if the files that tell it are in the cache. No network. Raises ValueError."""
-    config = try_to_load_from_cache(repository, "config.json", revision=revision)
-    modules = try_to_load_from_cache(repository, kinds.MODULES, revision=revision)
-    if not isinstance(config, str) or modules is None:
+    directory = cached_snapshot(repository, revision)
+    if directory is None:
         return None
-    return _kind(repository, read_config(Path(config)), Path(modules) if isinstance(modules, str) else None)
+    modules = try_to_load_from_cache(repository, kinds.MODULES, revision=revision)
+    if modules is None and not any(directory.glob(WEIGHTS)):
+        return None  # its other files are not here
+    config = read_config(directory / "config.json")
+    known_modules = Path(modules) if isinstance(modules, str) else None
+    return _kind(repository, config, known_modules, kinds.has_processor(directory))
 
 
-def _kind(repository: str, config: Mapping[str, Any], modules: Path | None) -> Kind:
-    """The kind of a repository's model. modules: its modules.json, None where there is none."""
+def _kind(repository: str, config: Mapping[str, Any], modules: Path | None, has_processor: bool) -> Kind:
+    """The kind of a repository's model. modules: its modules.json, None where there is none. has_processor: of
+    images.
+    """
     pools = modules is not None and kinds.names_pooling(modules)
     ranks = kinds.is_named_reranker(repository) or (modules is not None and kinds.names_scoring(modules))
-    return kinds.find_kind(config, pools=pools, ranks=ranks)
-
-
-def _modules(repository: str, revision: str | None) -> Path | None:
-    """A repository's modules.json; None where there is none, or that can't be found out."""
-    try:
-        return Path(hf_hub_download(repository, kinds.MODULES, revision=revision))
-    except Exception:  # there is no such file, or no network
-        return None
+    return kinds.find_kind(config, pools=pools, ranks=ranks, has_processor=has_processor)
 
 
 def cache() -> Path:
@@ -91,17 +109,32 @@ def cache() -> Path:
 
 
 def missing_bytes(source: str, repository: str, revision: str | None) -> int:
-    """Bytes that snapshot() would download; 0 where the hub can't be reached. Raises SourceInvalid."""
-    try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except errors.HfHubHTTPError as error:
-        raise SourceInvalid(source, _explain(error, revision)) from None
-    except Exception:  # no network, or offline: what was downloaded before can be used
+    """Bytes that snapshot() would download; 0 where the hub can't be reached.
+
+    Raises SourceInvalid, also if they do not fit on the disk.
+    """
+    manifest = _manifest(source, repository, revision)
+    if manifest is None:
         return 0
-    patterns = _file_patterns()
-    wanted = [file for file in info.siblings or () if any(fnmatch(file.rfilename, each) for each in patterns)]
-    missing = (each for each in wanted if not try_to_load_from_cache(repository, each.rfilename, revision=info.sha))
-    return sum(file.size or 0 for file in missing)
+    wanted = manifest.named(*_file_patterns())
+    try:
+        check_disk(wanted)
+    except NoSpace as error:
+        raise failure(source, error, revision) from None
+    return wanted.missing_bytes
+
+
+def _manifest(source: str, repository: str, revision: str | None) -> Manifest | None:
+    """The manifest of a model; None where the hub can't be reached and there is a copy. Raises SourceInvalid."""
+    try:
+        manifest = list_files(repository, revision)
+    except Exception as error:
+        if not isinstance(error, REFUSALS) and cached_snapshot(repository, revision):
+            return None
+        raise failure(source, error, revision) from None
+    if manifest.find("config.json") is None:
+        raise SourceInvalid(source, NO_CONFIG)
+    return manifest
 
 
 def _file_patterns() -> list[str]:
@@ -113,47 +146,32 @@ def _file_patterns() -> list[str]:
     return [*(pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != "*.py"), DENSE_WEIGHTS]
 
 
-def _stored_bytes(repository: str, revision: str | None, snapshot: Path) -> int:
-    """Size of the weights on the hub, or else of the downloaded ones."""
-    try:
-        siblings = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or ()
-    except Exception:  # no network, or the hub is down: only downloaded files can be loaded then
-        return sum(weights.stat().st_size for weights in snapshot.glob(WEIGHTS))
-    return sum(file.size or 0 for file in siblings if fnmatch(file.rfilename, WEIGHTS))
-
-
-def _explain(error: Exception, revision: str | None) -> str:
+def failure(source: str, error: Exception, revision: str | None) -> SourceInvalid:
     """The reason of an error, and what would help."""
     match error:
         case errors.GatedRepoError():
-            return "access is restricted: accept its terms on the hub and set HF_TOKEN"
+            return SourceInvalid(source, "access is restricted: accept its terms on the hub and set HF_TOKEN")
         case errors.RevisionNotFoundError():
-            return f"the repository has no revision {revision!r}"
+            return SourceInvalid(source, f"the repository has no revision {revision!r}")
         case errors.RepositoryNotFoundError():
-            return "no such repository on the hub (or a private one: set HF_TOKEN)"
-        case errors.LocalEntryNotFoundError():
-            return f"{REACH}; expected a network connection, or a copy downloaded before"
+            return SourceInvalid(source, "no such repository on the hub (or a private one: set HF_TOKEN)")
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return SourceInvalid(source, "the hub does not take the token: set HF_TOKEN to a valid one")
+        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+            return HubUnavailable(source, _unreachable())
+        case NoSpace():
+            return DiskFull(source, str(error))
+        case OSError(errno=errno.ENOSPC):
+            return DiskFull(source, f"the disk of {cache()} is full. {STAYS}")
+        case DigestWrong() | Busy():
+            return HubUnavailable(source, f"{error}. {STAYS}")
+        case httpx.TransportError():
+            return HubUnavailable(source, _unreachable())
         case _:  # the hub's and the transport's errors are of many kinds
-            return f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}"
+            return HubUnavailable(source, f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def _byte_reporter(progress: Callable[[str, int, int], None]) -> type[Any]:
-    """A tqdm class that draws nothing and reports the bytes written to disk."""
-
-    class ByteReporter(tqdm):  # type: ignore[misc,type-arg]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            with Path(os.devnull).open("w") as nowhere:
-                super().__init__(*args, **{**options, "file": nowhere, "leave": False})
-
-        def display(self, *args: Any, **options: Any) -> None:
-            if self.unit == "B" and str(self.desc).startswith("Reconstruct"):
-                progress("downloading", int(self.n), int(self.total or 0))
-
-        def refresh(self, *args: Any, **options: Any) -> bool:
-            self.display()  # without tqdm's lock, which would stay held when the progress aborts the load
-            return True
-
-        def close(self) -> None:
-            self.disable = True
-
-    return ByteReporter
+def _unreachable() -> str:
+    if constants.HF_HUB_OFFLINE:
+        return f"{REACH}: HF_HUB_OFFLINE is set, and there is no copy downloaded before"
+    return f"{REACH} ({constants.ENDPOINT}); expected a network connection, or a copy downloaded before"

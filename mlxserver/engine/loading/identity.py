@@ -20,11 +20,12 @@ def model_identity(spec: ModelSpec, loaded: LoadedModel) -> ModelIdentity:
     """Identity of a model by its files as they are on disk, its adapter's, and its formats in memory."""
     dtypes = {str(array.dtype) for _, array in tree_flatten(loaded.model.parameters())}
     layers = {type(layer).__name__ for layer in caches.flat(caches.new_cache(loaded.model))}
+    kv = caches.kv_format(loaded.model)
     return ModelIdentity(
         files=_fingerprint(loaded.path),
         adapter=_fingerprint(Path(spec.adapter).expanduser()) if spec.adapter else "",
         weights=" ".join(sorted(dtypes)),
-        kv_format=" ".join(sorted(layers)),
+        kv_format=" ".join([*sorted(layers), *([str(kv)] if kv else [])]),
     )
 
 

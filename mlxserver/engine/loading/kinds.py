@@ -13,6 +13,14 @@ from mlxserver.config.settings import Kind
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "mpnet", "distilbert"})
 # Architectures of text models that embedding checkpoints have, too, without the head that makes tokens.
 HEADLESS = frozenset({"Qwen3Model", "Gemma3TextModel", "Ministral3Model", "Lfm2Model", "LlamaBidirectionalModel"})
+# Types of models that see, whose vision part mlx-vlm runs as tried here, and whose text part mlx-lm does.
+SEEING = frozenset(
+    {
+        *("gemma3", "gemma4", "idefics3", "llava", "mistral3", "pixtral", "smolvlm"),
+        *("qwen2_5_vl", "qwen3_vl", "qwen3_5"),
+    }
+)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # what a checkpoint's images are processed by
 MODULES = "modules.json"  # of a checkpoint for sentence-transformers: its parts, one of which pools
 POOLING = "1_Pooling/config.json"
 # Of those, and of text models, the ones whose embedding models mlx-vlm has classes for.
@@ -25,9 +33,9 @@ RERANKERS = JUDGES | {"bert", "xlm-roberta", "modernbert"}
 _CLASSIFIER = "ForSequenceClassification"
 
 
-def find_kind(config: Mapping[str, Any], *, pools: bool, ranks: bool = False) -> Kind:
+def find_kind(config: Mapping[str, Any], *, pools: bool, ranks: bool = False, has_processor: bool = False) -> Kind:
     """The kind of a model with this config.json. pools: its checkpoint has a pooling part; ranks: its files or its name
-    state that it is a reranker.
+    state that it is a reranker; has_processor: it has one of images.
     """
     architectures = config.get("architectures")
     names = list(map(str, architectures)) if isinstance(architectures, list) else []
@@ -36,12 +44,22 @@ def find_kind(config: Mapping[str, Any], *, pools: bool, ranks: bool = False) ->
         return "rerank"
     if pools or model_type in ENCODERS or any(name in HEADLESS for name in names):
         return "embedding"
-    return "text"
+    return "vision" if has_processor and may_see(config) else "text"
+
+
+def may_see(config: Mapping[str, Any]) -> bool:
+    """Whether a model with this config.json sees, if its checkpoint has a processor of images."""
+    return bool(config.get("vision_config")) and config.get("model_type") in SEEING
+
+
+def has_processor(path: Path) -> bool:
+    """Whether the checkpoint in a directory has a processor of images."""
+    return any((path / name).is_file() for name in PROCESSORS)
 
 
 def kind_of(path: Path, config: Mapping[str, Any]) -> Kind:
     """The kind of the checkpoint in a directory. config: its config.json."""
-    return find_kind(config, pools=pools(path), ranks=ranks(path))
+    return find_kind(config, pools=pools(path), ranks=ranks(path), has_processor=has_processor(path))
 
 
 def is_cross_encoder(config: Mapping[str, Any]) -> bool:

@@ -31,6 +31,7 @@ from mlxserver.engine.loading import estimate
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.chunk_masks import correct_chunk_masks
 from mlxserver.engine.loading.fused_projections import fuse_projections
+from mlxserver.engine.loading.kv_format import kv_format, quantize_kv
 from mlxserver.engine.loading.metadata import context_length, model_arguments, vocab_size
 from mlxserver.engine.loading.outcome import complete_or_nothing, naming
 from mlxserver.engine.loading.sharding import Divide
@@ -41,6 +42,7 @@ from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers, device
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
+from mlxserver.engine.platform.short_convolutions import replace_convolutions
 
 log = logging.getLogger("engine")
 
@@ -113,6 +115,7 @@ def _read(
     """The model in `path`. files: that directory, or a corrected copy of it."""
     with naming(f"the model in {path} can't be read"), naming_what_is_missing():
         model, config = load_model(files, lazy=True, get_model_classes=model_classes, trust_remote_code=False)
+    quantize_kv(model, kv_format(spec))
     if spec.adapter is not None:
         with naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
@@ -165,6 +168,8 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
         fuse_projections(model)
     replace_expert_layers(model)
     correct_chunk_masks(model)
+    if policy.sum_convolutions:
+        replace_convolutions(model)
     if policy.replace_kernels:
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)

@@ -36,12 +36,14 @@ _LEFT_OUT = re.compile(
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
     """Metadata of a checkpoint. config: its config.json. stored_bytes: size of its weights in their stored format,
-    without those of other towers than the text model where the files are at hand. kind: as the files tell it.
+    without those of other towers than the text model where the files are at hand, which tower_bytes has then. kind: as
+    the files tell it.
     """
 
     config: Mapping[str, Any]
     stored_bytes: int
     kind: Kind = "text"
+    tower_bytes: int = 0
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -189,10 +189,12 @@ def silent(stage: str, done: int, total: int) -> None:
 def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
     try:
         config = read_config(path / "config.json")
-        stored = sum(map(text_bytes, path.glob("model*.safetensors")))
+        files = list(path.glob("model*.safetensors"))
+        stored = sum(map(text_bytes, files))
+        towers = sum(file.stat().st_size for file in files) - stored
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
-    return CheckpointMetadata(config, stored, kinds.kind_of(path, config))
+    return CheckpointMetadata(config, stored, kinds.kind_of(path, config), towers)
 
 
 def _embedded(source: str) -> GgufFile | MlxDirectory:

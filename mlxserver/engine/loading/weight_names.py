@@ -7,8 +7,9 @@ pixtral and lfm2-vl do not. All of them read their own names, so weights get tho
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 from mlxserver.engine.mlx import mx, nn
 
@@ -17,11 +18,17 @@ from mlx_lm.utils import _get_classes
 
 _NESTED, _OWN = "model.language_model.", "language_model.model."
 _HEAD = "lm_head."
+_TEXT_PREFIXES = (_NESTED, "model.text_model.", "text_model.", "language_model.")
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     """The classes of a model and its arguments, as mlx-lm's load_model() takes them."""
-    model_class, arguments = _get_classes(config)
+    try:
+        model_class, arguments = _get_classes(config)
+    except ValueError:
+        if not isinstance(config.get("text_config"), dict):
+            raise
+        return _nesting(*_get_classes(config["text_config"]))
     return _renaming(model_class), arguments
 
 
@@ -36,6 +43,62 @@ def _renaming(model_class: type[nn.Module]) -> type[nn.Module]:
 
     body = {"sanitize": sanitize, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
     return type(model_class.__name__, (model_class,), body)
+
+
+@dataclass
+class _NestedArguments:
+    """Arguments of a model that has a text model beside its towers."""
+
+    model_type: str
+    text_config: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> _NestedArguments:
+        """From a config.json."""
+        return cls(str(config["model_type"]), dict(config["text_config"]))
+
+
+@functools.cache
+def _nesting(text_class: type[nn.Module], text_arguments: type[Any]) -> tuple[type[nn.Module], type[Any]]:
+    """Classes of a model whose type mlx-lm does not know, and whose text model it does (idefics3, smolvlm)."""
+
+    class Model(nn.Module):  # type: ignore[misc]
+        def __init__(self, args: _NestedArguments) -> None:
+            super().__init__()
+            self.args = args
+            self.model_type = args.model_type
+            self.language_model = text_class(text_arguments.from_dict(args.text_config))
+            if hasattr(self.language_model, "make_cache"):
+                self.make_cache = self.language_model.make_cache
+
+        def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> mx.array:
+            return cast(mx.array, self.language_model(inputs, cache=cache, **options))
+
+        @property
+        def layers(self) -> Any:
+            return self.language_model.layers
+
+        def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+            own = dict(_text_weights(weights))
+            if _HEAD + "weight" not in own and "lm_head" in self.language_model:
+                own[_HEAD + "weight"] = own["model.embed_tokens.weight"]  # tied, without a word of it
+            sanitize = getattr(self.language_model, "sanitize", dict)
+            return {f"language_model.{name}": array for name, array in sanitize(own).items()}
+
+    return Model, _NestedArguments
+
+
+def _text_weights(weights: Mapping[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
+    """The weights of the text model, by the names that it has alone."""
+    for name, array in weights.items():
+        for prefix in _TEXT_PREFIXES:
+            if name.startswith(prefix):
+                own = name.removeprefix(prefix)
+                yield own if own.startswith(("model.", _HEAD)) else f"model.{own}", array
+                break
+        else:
+            if name.startswith(_HEAD):
+                yield name, array
 
 
 def renamed(model: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

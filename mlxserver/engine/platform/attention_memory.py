@@ -1,4 +1,5 @@
-"""Memory of a prefill chunk's attention where its scores are materialized, and the chunk length that fits.
+"""Memory of a prefill chunk's attention where its scores are materialized, and the chunk length that fits; and of what
+it reads, where keys and values are dequantised first.
 
 Rule: a chunk is held to what was counted for the model before it was loaded (loading/estimate.py). Sizes are bytes.
 """
@@ -19,18 +20,21 @@ _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 4096
 # mlx-lm computes state-space layers in blocks of so many tokens, in which each has a score for each before it.
 STATE_REACH = 256
+_DEQUANTIZED_TOKENS = 4096  # of a layer that are reserved with a model; a longer prompt claims the rest
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMemory:
     """Attention memory of a model with `heads` query heads per layer (0: unknown, and never a limit).
 
-    reach: most tokens that one attends to, 0 for all; STATE_REACH where all layers are state-space models.
+    reach: most tokens that one attends to, 0 for all; STATE_REACH where all layers are state-space models. dequantized:
+    bytes per token of a layer's dequantised keys and values, 0 where they are read as they are.
     """
 
     heads: int
     policy: ExecutionPolicy = field(default_factory=current)
     reach: int = 0
+    dequantized: int = 0
 
     def chunk_bytes(self, chunk: int, length: int) -> int:
         """Attention memory of a chunk of so many tokens, the last of which attends to `length` tokens."""
@@ -68,8 +72,14 @@ class AttentionMemory:
 
     def fitted_bytes(self, context: int) -> int:
         """Attention memory of the chunks whose length fit() chooses."""
-        return min(_MAX_BYTES, self.chunk_bytes(self.fit(LARGEST_CHUNK, 0), context))
+        read = self.dequantized_bytes(min(context, _DEQUANTIZED_TOKENS))
+        return read + min(_MAX_BYTES, self.chunk_bytes(self.fit(LARGEST_CHUNK, 0), context))
 
     def bytes_beyond(self, length: int) -> int:
         """What the smallest chunk at the end of a long prompt takes beyond that."""
-        return max(0, self.chunk_bytes(SMALLEST_CHUNK, length) - _MAX_BYTES)
+        read = self.dequantized_bytes(max(0, length - _DEQUANTIZED_TOKENS))
+        return read + max(0, self.chunk_bytes(SMALLEST_CHUNK, length) - _MAX_BYTES)
+
+    def dequantized_bytes(self, length: int) -> int:
+        """Dequantised keys and values of so many tokens, in the layers that are computed at the same time."""
+        return self.policy.layers_ahead * self.dequantized * length

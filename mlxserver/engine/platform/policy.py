@@ -36,6 +36,8 @@ class ExecutionPolicy:
     compile_steps: decode steps and prefill chunks are compiled graphs, which cost no Python.
     pad_slots: decode steps compute unused slots and unused capacity too, so that shapes recur.
     bucket_prefill: prompts of models with plain KV caches are padded to chunks of few lengths.
+    bucket_attention: attention of other prompts is padded to few numbers of tokens and keys (attention_shapes.py).
+    sum_convolutions: short convolutions are sums, which need no plan per number of tokens (short_convolutions.py).
     round_chunks: other chunks are budgeted in powers of two.
     warm_up_all_batch_sizes: every power of two up to max_running is warmed up, because kernels are made by shape.
     fuse_projections: projections of one input become one product (loading/fused_projections.py).
@@ -59,6 +61,8 @@ class ExecutionPolicy:
     compile_steps: bool
     pad_slots: bool
     bucket_prefill: bool
+    bucket_attention: bool
+    sum_convolutions: bool
     round_chunks: bool
     warm_up_all_batch_sizes: bool
     fuse_projections: bool
@@ -93,6 +97,8 @@ CPU = ExecutionPolicy(
     compile_steps=False,
     pad_slots=False,
     bucket_prefill=False,
+    bucket_attention=False,
+    sum_convolutions=False,
     round_chunks=False,
     warm_up_all_batch_sizes=False,
     fuse_projections=False,
@@ -112,6 +118,8 @@ METAL = ExecutionPolicy(
     compile_steps=False,
     pad_slots=True,
     bucket_prefill=False,
+    bucket_attention=False,
+    sum_convolutions=False,
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=False,
@@ -133,6 +141,8 @@ CUDA = ExecutionPolicy(
     compile_steps=True,
     pad_slots=True,
     bucket_prefill=True,
+    bucket_attention=True,
+    sum_convolutions=True,
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=True,

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mlxserver.engine.conversation import Message, Reasoning, Text, Tool
+from mlxserver.engine.conversation import Image, Message, Reasoning, Text, Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.call_families import find_format
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
 from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, STYLES, CallStyle
+from mlxserver.engine.prompt.content_form import ContentForm, find_content_form
+from mlxserver.engine.prompt.images import ImageProcessor, images_of
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
-from mlxserver.engine.prompt.segments import SegmentEncoder
+from mlxserver.engine.prompt.segments import MARK, SegmentEncoder, unmarked
 from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.prompt.switches import Switches
 from mlxserver.engine.prompt.transitions import Transitions
@@ -51,10 +53,13 @@ SYSTEM_PROBE = ChatPrompt((Message("system", (Text(SYSTEM_WORD),)), Message("use
 
 
 class ChatTemplate:
-    """Chat template of one model. `config` is the model's config.json."""
+    """Chat template of one model. `config` is the model's config.json. images: None of a model that sees none."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: TokenizerWrapper, config: Mapping[str, Any], images: ImageProcessor | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._images = images
         self._substitute = substitute(tokenizer, config)
 
     @property
@@ -133,6 +138,20 @@ class ChatTemplate:
 
         return find_form(try_render)
 
+    @functools.cached_property
+    def _content_form(self) -> ContentForm:
+        """How text and images of a message stand in what the template gets."""
+        if not self._images:
+            return ContentForm()
+
+        def try_render(prompt: ChatPrompt, form: ContentForm) -> str | None:
+            try:
+                return str(self._apply(prompt, CallStyle(), tokenize=False, content_form=form))
+            except PromptRejected:
+                return None
+
+        return find_content_form(try_render, self._images.placeholder)
+
     def _try_render(self, prompt: ChatPrompt, opens_answer: bool) -> str | None:
         try:
             return self.render(prompt, opens_answer=opens_answer)
@@ -148,25 +167,47 @@ class ChatTemplate:
 
     def render(self, prompt: ChatPrompt, *, opens_answer: bool = True) -> str:
         """The prompt as text, up to the beginning of the answer or not. Raises PromptRejected."""
+        if self._images and (images := images_of(prompt.conversation)):
+            return unmarked(self._render_images(self._images, images, prompt, opens_answer=opens_answer))
         return str(self._apply(prompt, self.call_style or CallStyle(), opens_answer=opens_answer, tokenize=False))
 
     def encode(self, prompt: ChatPrompt, text: str) -> tuple[int, ...]:
         """The prompt as token ids, up to the beginning of the answer. text: it rendered. Raises PromptRejected."""
+        if self._images and (images := images_of(prompt.conversation)):
+            return self._encode(self._render_images(self._images, images, prompt))
         if not self.source:  # the model's own code renders text only
             return self._encoder.encode(text)
         style = self.call_style or CallStyle()
         if not self._encoder.marks_control_tokens:
             return tuple(self._apply(prompt, style, tokenize=True, sanitize_control_tokens=True))
-        messages, options = self._arguments(prompt, style)
-        given = [messages, options.get("tools"), dict(prompt.template_kwargs)]
-        messages, tools, variables = marked = self._encoder.mark(given, options.get("chat_template"))
-        if marked != given:
-            options |= variables | ({"tools": tools} if tools else {})
-            text = self._call(messages, {**options, "tokenize": False})
+        return self._encode(self._render_marked(prompt) or text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         try:
             return self._encoder.encode(text)
         except ValueError as error:  # a control token can't be encoded as text
             raise _refusal(error) from error
+
+    def _render_marked(self, prompt: ChatPrompt, *, opens_answer: bool = True) -> str | None:
+        """The prompt with the control tokens marked that stand in its messages; None if there are none."""
+        messages, options = self._arguments(prompt, self.call_style or CallStyle(), opens_answer=opens_answer)
+        given = [messages, options.get("tools"), dict(prompt.template_kwargs)]
+        messages, tools, variables = marked = self._encoder.mark(given, options.get("chat_template"))
+        if marked == given:
+            return None
+        options |= variables | ({"tools": tools} if tools else {})
+        return str(self._call(messages, {**options, "tokenize": False}))
+
+    def _render_images(
+        self, processor: ImageProcessor, images: Sequence[Image], prompt: ChatPrompt, *, opens_answer: bool = True
+    ) -> str:
+        """The prompt with what stands for its images, and with control tokens marked. Raises PromptRejected."""
+        can_mark = bool(self.source) and self._encoder.marks_control_tokens
+        text = self._render_marked(prompt, opens_answer=opens_answer) if can_mark else None
+        if text is None:
+            style = self.call_style or CallStyle()
+            text = str(self._apply(prompt, style, opens_answer=opens_answer, tokenize=False))
+        return processor.expand(text, images, MARK if can_mark else "")
 
     @functools.cached_property
     def _encoder(self) -> SegmentEncoder:
@@ -193,7 +234,8 @@ class ChatTemplate:
             options["tools"] = self._tools(prompt.tools, is_whole=options.pop("has_whole_tools", None))
         if template := self._substitute or self._named(prompt):
             options["chat_template"] = template
-        messages = [_write(message, style, form) for message in prompt.conversation]
+        content = options.pop("content_form", None) or self._content_form
+        messages = [_write(message, style, form, content) for message in prompt.conversation]
         return messages, {**options, **prompt.template_kwargs}
 
     def _call(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
@@ -238,9 +280,10 @@ def _refusal(error: Exception) -> PromptRejected:
     return PromptRejected(f"The chat template of this model refuses the messages: {error}", "prompt.conversation")
 
 
-def _write(message: Message, style: CallStyle, form: ReasoningForm | None) -> dict[str, Any]:
+def _write(message: Message, style: CallStyle, form: ReasoningForm | None, content: ContentForm) -> dict[str, Any]:
     """A message as the template reads it. Raises PromptRejected."""
     written = style.message(message)
+    written["content"] = content.content(message, written["content"])
     return form.put(written, message.reasoning) if form and message.reasoning else written
 
 

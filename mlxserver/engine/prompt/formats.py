@@ -27,6 +27,7 @@ from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
 from mlxserver.engine.prompt.boundaries import Boundaries
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.fill_in_middle import FillInMiddle
+from mlxserver.engine.prompt.images import ImageProcessor, images_of, show_result_images
 from mlxserver.engine.prompt.switches import EFFORT, THINKING
 from mlxserver.engine.prompt.tool_text import describe, write_plain, write_reasoning
 from mlxserver.engine.prompt.transitions import StrictTable, Table
@@ -48,15 +49,24 @@ log = logging.getLogger("engine")
 
 
 class PromptFormat:
-    """Prompt format of one type of model. `config` is the model's config.json. finds_boundaries: for checkpoints."""
+    """Prompt format of one type of model. `config` is the model's config.json. finds_boundaries: for checkpoints.
+
+    images: processor of those that the model sees; None of a text model.
+    """
 
     thinks: ClassVar[bool]
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, config: Mapping[str, Any], *, finds_boundaries: bool = False
+        self,
+        tokenizer: TokenizerWrapper,
+        config: Mapping[str, Any],
+        *,
+        finds_boundaries: bool = False,
+        images: ImageProcessor | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, config)
+        self._images = images
+        self._template = ChatTemplate(tokenizer, config, images)
         self._boundaries = Boundaries(self._template, tokenizer) if finds_boundaries else None
         self._tags = thinking_tags(tokenizer)
         self._fill_in_middle = FillInMiddle(tokenizer)
@@ -80,6 +90,7 @@ class PromptFormat:
                 return format_tokens(self._tokenizer, tokens)
             case FillPrompt(prefix, suffix):
                 return self._fill_in_middle.format(prefix, suffix)
+        prompt = self._with_images(prompt)
         if tool_choice and tool_choice.mode == "none":
             prompt = replace(prompt, tools=())
         variables = self._variables(prompt.template_kwargs)
@@ -93,6 +104,17 @@ class PromptFormat:
             return None
         # On the engine thread: what the switches do was found when the prompt was formatted.
         return self._template.switches.budget(prompt.template_kwargs)
+
+    def _with_images(self, prompt: ChatPrompt) -> ChatPrompt:
+        """The prompt with its images where a template can show them, each of them processed. Raises PromptRejected."""
+        if not (images := images_of(prompt.conversation)):
+            return prompt
+        if self._images is None:
+            raise PromptRejected("This is a text model: it sees no images. Leave them out.", images[0].origin)
+        self._images.begin()
+        for image in images:
+            self._images.process(image)
+        return show_result_images(prompt)
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The variables of the template. One that it does not have changes nothing, and is logged."""
@@ -171,7 +193,9 @@ class PromptFormat:
             opens_thinking = appended.rstrip().endswith(self._tags[0])
         tokens = self._template.encode(prompt, text)
         boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
-        return FormattedPrompt(tokens, text, opens_thinking, boundaries)
+        images = images_of(prompt.conversation) if self._images else []
+        placed = self._images.place(tokens, images) if self._images and images else ()
+        return FormattedPrompt(tokens, text, opens_thinking, boundaries, images=placed)
 
     def _is_reasoning(self, answer: Message) -> bool:
         """Whether an answer that is to go on stops inside its reasoning."""

@@ -32,6 +32,7 @@ _START, _END = (  # round marked tokens
     getattr(chat_template_utils, f"_CONTROL_TOKEN_{name}", default)
     for name, default in (("START", "\U000f0000"), ("END", "\U000f0001"))
 )
+MARK = _START  # stands before a control token that is text
 _CAN_MARK = hasattr(chat_template_utils, "mark_control_tokens")  # transformers before 5.23 renders without marks
 
 
@@ -112,6 +113,11 @@ class SegmentEncoder:
             if rest[:1] != [id] or self._encode(before + token + after) != self._encode(before) + rest:
                 return False
         return True
+
+
+def unmarked(text: str) -> str:
+    """A text without marks of control tokens."""
+    return text.replace(_START, "").replace(_END, "")
 
 
 def _overlaps(token: str, other: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,12 +28,15 @@ from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.rerank import RerankRunner
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import TextRunner
+from mlxserver.engine.runners.vision import Vision, VisionRunner, load_vision
 from mlxserver.engine.scheduler.encoder_batch import Encoder, EncoderBatch
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
 from mlxserver.engine.worker.runner import Runner
+
+log = logging.getLogger("engine")
 
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 34, 4
 
@@ -71,13 +75,7 @@ class Builder:
         """Load a text model and warm it up."""
         if spec.shard is None:
             loaded = loader.load(spec, progress=progress, policy=self._policy)
-            policy = self._fitting_policy(spec, loaded)  # first: what can't be run has no cache to be measured
-            with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
-                scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics)
-                runner = self._finish(spec, loaded, scheduler, progress)
-                if prefixes:
-                    prefixes.is_warm = True
-                return runner
+            return self._build_here(spec, loaded, progress, metrics)
         if self._leader is None:
             raise sharding.alone(spec)
         with self._leader.loading(spec) as number:
@@ -107,6 +105,41 @@ class Builder:
         batch.warm_up()
         self._peers.add(batch.load)
         return batch
+
+    def _build_here(
+        self,
+        spec: ModelSpec,
+        loaded: loader.LoadedModel,
+        progress: Progress,
+        metrics: ModelMetrics | None,
+        vision: Vision | None = None,
+    ) -> Runner:
+        """The runner of a loaded model that this process computes, warmed up."""
+        policy = self._fitting_policy(spec, loaded)  # first: what can't be run has no cache to be measured
+        with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
+            scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics)
+            runner = self._finish(spec, loaded, scheduler, progress, vision)
+            if prefixes:
+                prefixes.is_warm = True
+            return runner
+
+    def build_vision(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
+        """Load a vision model and warm it up. One that was found to be of this kind, and whose vision part can't be
+        used, is a text model.
+        """
+        if spec.shard and spec.kind:
+            raise LoadFailed(spec.key, "it is a vision model, which ranks can't share")
+        if spec.shard:
+            return self.build_text(spec, progress, metrics)
+        loaded = loader.load(spec, progress=progress, policy=self._policy)
+        try:
+            vision = load_vision(spec, loaded, progress, self._policy)
+        except LoadFailed as failure:
+            if spec.kind:
+                raise
+            log.warning("%s: loaded as a text model: %s", spec.key, failure.cause)
+            vision = None
+        return self._build_here(spec, loaded, progress, metrics, vision)
 
     @contextmanager
     def _opened_prefixes(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[ModelPrefixes | None]:
@@ -165,16 +198,22 @@ class Builder:
         raise failure  # out here, without the frames that hold the weights
 
     def _finish(
-        self, spec: ModelSpec, loaded: loader.LoadedModel, batch: Scheduler | LeadingBatch, progress: Progress
+        self,
+        spec: ModelSpec,
+        loaded: loader.LoadedModel,
+        batch: Scheduler | LeadingBatch,
+        progress: Progress,
+        vision: Vision | None = None,
     ) -> Runner:
         progress("warming up", 0, 0)
         warm_up(batch, spec.max_running, self._policy)
         self._peers.add(batch.load)
-        return TextRunner(spec, loaded, batch)
+        return VisionRunner(spec, loaded, batch, vision) if vision else TextRunner(spec, loaded, batch)
 
 
 RUNNERS: Mapping[Kind, Callable[[Builder, ModelSpec, Progress, ModelMetrics | None], Runner]] = {
     "text": Builder.build_text,
+    "vision": Builder.build_vision,
     "embedding": Builder.build_embedding,
     "rerank": Builder.build_reranker,
 }
@@ -182,7 +221,8 @@ RUNNERS: Mapping[Kind, Callable[[Builder, ModelSpec, Progress, ModelMetrics | No
 
 def _refuse_settings(spec: ModelSpec, kind: str) -> None:
     """Raise LoadFailed if the model has a setting that its kind can't have."""
-    if setting := "shard" if spec.shard else "adapter" if spec.adapter else None:
+    settings = {"shard": spec.shard, "adapter": spec.adapter, "kv_bits": spec.kv_bits}
+    if setting := next((name for name, value in settings.items() if value), None):
         raise LoadFailed(spec.key, f"it is {kind}, which can't have {setting!r}")
 
 

@@ -23,6 +23,7 @@ import mlxserver.engine.mlx
 
 from mlx.utils import tree_flatten
 
+from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import model_arguments
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import CacheKind, ExecutionPolicy, PromptSharing
@@ -40,6 +41,7 @@ class Outcome:
     prompts: PromptSharing
     batch_cache: CacheKind
     reasons: tuple[str, ...] = ()
+    bucket_attention: bool = False
 
     @staticmethod
     def of(policy: ExecutionPolicy, *reasons: str) -> Outcome:
@@ -63,7 +65,7 @@ class Outcome:
 
 
 _PATHS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("compile_steps", "pad_slots", "bucket_prefill"), (False, True)),
+    **dict.fromkeys(("compile_steps", "pad_slots", "bucket_prefill", "bucket_attention"), (False, True)),
     "prompts": get_args(PromptSharing),
     "batch_cache": get_args(CacheKind),
 }
@@ -127,8 +129,9 @@ def check_name(model: Any, policy: ExecutionPolicy, code: str = "") -> str:
 
 
 def _shape(model: Any) -> Iterator[object]:
-    """Class and arguments of a model, its modules with their quantization, and the shapes of its parameters."""
+    """Class, KV format and arguments of a model, its modules with their quantization, the shapes of its parameters."""
     yield type(model)
+    yield caches.kv_format(model)
     yield from ([*arguments.items()] for arguments in model_arguments(model))
     for name, module in model.named_modules():
         yield name, type(module), *(getattr(module, own, None) for own in ("bits", "group_size", "mode"))

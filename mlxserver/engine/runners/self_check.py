@@ -90,6 +90,7 @@ def _outcome(checks: abc.Sequence[_Check], policy: ExecutionPolicy) -> Outcome:
         compile_steps=prefill.compile_steps and decode.compile_steps,
         pad_slots=decode.pad_slots,
         bucket_prefill=prefill.bucket_prefill and not is_single,
+        bucket_attention=prefill.bucket_attention,
         prompts="alone" if is_single else prefill.prompts,
         batch_cache=decode.batch_cache,
     )
@@ -102,6 +103,8 @@ def _prefill_paths(policy: ExecutionPolicy) -> Iterator[ExecutionPolicy]:
     if policy.bucket_prefill:
         yield replace(policy, compile_steps=False)
         yield (policy := replace(policy, bucket_prefill=False))
+    if policy.bucket_attention:
+        yield (policy := replace(policy, bucket_attention=False))
     yield replace(policy, prompts="unpadded")
     yield replace(policy, prompts="alone")
 

@@ -20,6 +20,7 @@ from mlxserver.engine.output.reasoning_formats import turn_ends
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.token_bytes import prompt_tokens, token_logprob
 from mlxserver.engine.prompt.formats import FORMATS, PromptFormat, find_type
+from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.prompt.truncation import most_tokens, truncate
 from mlxserver.engine.requests import (
     ApplyTemplate,
@@ -36,7 +37,7 @@ from mlxserver.engine.requests import (
 )
 from mlxserver.engine.runners.request_constraints import RequestConstraints
 from mlxserver.engine.sampling.grammars import Grammars
-from mlxserver.engine.sequence import SampledToken, Sequence
+from mlxserver.engine.sequence import PromptImages, SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 
 if TYPE_CHECKING:
@@ -65,16 +66,21 @@ class ModelBatch(Batch, Protocol):
 
 
 class TextRunner:
-    """A loaded text model. `tokenizer`, `preprocess` and `answer` hold nothing of the batch."""
+    """A loaded text model. `tokenizer`, `preprocess` and `answer` hold nothing of the batch.
 
-    def __init__(self, spec: ModelSpec, loaded: LoadedModel, batch: ModelBatch) -> None:
+    images: processor of those that it sees; None of a text model.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, loaded: LoadedModel, batch: ModelBatch, images: ImageProcessor | None = None
+    ) -> None:
         self.batch: Batch = batch
         self.tokenizer = loaded.tokenizer
         self.tokenizer.eos_token_ids = turn_ends(loaded.tokenizer, loaded.tokenizer.eos_token_ids)
         kind = spec.type or find_type(loaded.tokenizer)
         # The leader's model has no layers, and what the ranks' ones keep is not known here.
         needs_boundaries = spec.prefix_cache_bytes > 0 and (bool(spec.shard) or needs_checkpoints(loaded.model))
-        prompts = FORMATS[kind](loaded.tokenizer, loaded.config, finds_boundaries=needs_boundaries)
+        prompts = FORMATS[kind](loaded.tokenizer, loaded.config, finds_boundaries=needs_boundaries, images=images)
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
         capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
         capabilities |= {"fill_in_middle"} if prompts.fills_in_middle else set()
@@ -119,6 +125,7 @@ class TextRunner:
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         sampling = SamplingParams(**{**self._defaults, **request.sampling})
         grammar = self._constraints.grammar(request)
+        seen = self._seen(prompt)
         choices = []
         for index in range(request.n):
             sequence = Sequence(
@@ -130,9 +137,14 @@ class TextRunner:
                 self._constraints.constraint(request, prompt, grammar),
                 boundaries=prompt.boundaries,
                 prompt_logprobs=request.prompt_logprobs,
+                images=seen,
             )
             choices.append((sequence, self._output(request, prompt, max_tokens, index)))
         return choices
+
+    def _seen(self, prompt: FormattedPrompt) -> PromptImages | None:
+        """The images of a prompt as its sequences have them; None without."""
+        return None
 
     def _check(self, request: GenerationRequest) -> None:
         if request.n > self._max_running:

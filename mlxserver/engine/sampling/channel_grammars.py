@@ -40,7 +40,7 @@ def strict_messages(tools: Sequence[Tool], vocabulary: Vocabulary) -> Grammar | 
     form = (
         "((free until | call stop) opening)* (free until | free TEXT | call stop?)\nfree: analysis | preamble | final"
     )
-    return _grammar(form, vocabulary, f"{strict.origin}.strict", tools, CallSchemas(tools))
+    return _grammar(form, vocabulary, strict.strict_origin, tools, CallSchemas(tools))
 
 
 def answer_messages(

@@ -6,7 +6,8 @@ Rule 2: under tool_choice "auto" the text is free, and the body of a call is con
 Rule 3: where the answer has a schema, the model either calls, without a word before it, or keeps the schema.
 Rule 4: the body of a call is JSON where the model writes JSON. In any other format it is free up to the end tag; strict
         tools are held to their schema where parameters stand between tags (tagged_grammars.py) or arguments are JSON
-        behind a name (named_json_grammars.py). Elsewhere strict has no effect: programs send it with every tool.
+        behind a name (named_json_grammars.py); text between tags is not held to what is not shown (Tool.held).
+        Elsewhere strict has no effect: programs send it with every tool.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def callable_tools(tools: Sequence[Tool], choice: ToolChoice) -> list[Tool]:
 
 def strict_tool(tools: Sequence[Tool]) -> Tool | None:
     """The first strict tool, if any."""
-    return next((tool for tool in tools if tool.strict), None)
+    return next((tool for tool in tools if tool.is_strict), None)
 
 
 def forced_calls(tools: Sequence[Tool], choice: ToolChoice, *, thinks: bool = False) -> Grammar:
@@ -70,7 +71,8 @@ def strict_calls(tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Voc
     strict = strict_tool(tools)
     if not strict:
         return None
-    if not _is_enforced(tool_format):
+    is_tagged = tag_syntax(tool_format.reader) is not None
+    if not _is_enforced(tool_format) or (is_tagged and not any(tool.strict for tool in tools)):
         log.debug("strict has no effect on calls in the format %r", tool_format.name)
         return None
     body, documents = _body(tools, tool_format, vocabulary)
@@ -83,7 +85,7 @@ call: beginning {in_lark(start[1:])} body
 beginning{is_lazy}: TEXT {in_lark(start[:1])}
 {body}
 """
-    return Grammar(lark, f"{strict.origin}.strict", is_lark=True, documents=documents)
+    return Grammar(lark, strict.strict_origin, is_lark=True, documents=documents)
 
 
 def calls_or_answer(
@@ -119,7 +121,7 @@ def _body(
     tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary
 ) -> tuple[str, tuple[SchemaDocument, ...]]:
     """Rules of what comes behind the start tag of calls, the end tag included, and the schemas in them."""
-    strict = [tool for tool in tools if tool.strict]
+    strict = [tool for tool in tools if tool.is_strict]
     end = vocabulary.split(tool_format.end) if tool_format.end else []
     if tool_format.is_json:
         calls = CallSchemas(tools)
@@ -177,7 +179,9 @@ class CallSchemas:
     def __init__(self, tools: Sequence[Tool], keys: Sequence[str] = ARGUMENTS[:1], *, is_strict: bool = False) -> None:
         self._normalizer = Normalizer()
         self.documents: tuple[SchemaDocument, ...] = ()
-        self.arguments = [self._arguments(tool) if is_strict or tool.strict else {"type": "object"} for tool in tools]
+        self.arguments = [
+            self._arguments(tool) if is_strict or tool.is_strict else {"type": "object"} for tool in tools
+        ]
         self.forms = [
             _call(tool.name, key, arguments)
             for tool, arguments in zip(tools, self.arguments, strict=True)
@@ -224,7 +228,7 @@ class CallSchemas:
         return schema_text(form, self._normalizer.definitions)
 
     def _arguments(self, tool: Tool) -> dict[str, Any]:
-        document = SchemaDocument(tool.parameters or {}, f"The parameters of {tool.name!r}", tool.schema_origin)
+        document = SchemaDocument(tool.schema, f"The parameters of {tool.name!r}", tool.schema_origin)
         self.documents += (document,)
         with refusing(document):
             form = self._normalizer.add(document)

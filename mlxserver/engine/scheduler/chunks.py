@@ -11,8 +11,17 @@ from typing import Any, Protocol
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, empty_layers, grow, slot_capacity
+from mlxserver.engine.kv_cache import attention_shapes, caches, ragged
+from mlxserver.engine.kv_cache.slots import (
+    Layers,
+    StepPositions,
+    empty_layers,
+    fill,
+    flat_arrays,
+    grow,
+    slot_capacity,
+    slot_layers,
+)
 from mlxserver.engine.loading.metadata import attention_heads, model_arguments
 from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.attention_memory import STATE_REACH, AttentionMemory
@@ -88,9 +97,11 @@ class PlainPrefill:
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         policy = policy or current()
         self._model = model
-        heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
-        self._attention = AttentionMemory(heads, policy, 0 if caches.has_attention(model) else STATE_REACH)
+        self._attention = _attention_memory(model, policy)
         self._rounds = policy.round_chunks
+        self._pads_attention = policy.bucket_attention
+        if self._pads_attention:
+            ragged.bind()
         self._may_share = policy.prompts != "alone"
         self._may_pad = policy.prompts == "padded" and not caches.keeps_state(model)
         self.yields_cores = policy.parallel_models
@@ -106,7 +117,7 @@ class PlainPrefill:
         most = self._attention.fit(int(_SLACK * budget), max(prompt.done for prompt in waiting))
         prompts: list[PendingPrompt] = []
         length = 0
-        for prompt in waiting if self._may_share else waiting[:1]:
+        for prompt in _together(waiting) if self._may_share else waiting[:1]:
             own = prompt.ahead if prompt.ahead <= most else min(budget, most)
             if not self._may_pad and prompts and own != length:
                 continue
@@ -119,13 +130,14 @@ class PlainPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        with cpu_kernels.layer_by_layer(beside_peers):
+        with cpu_kernels.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
             return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
 
     def _run_alone(self, chunk: Chunk) -> int:
         prompt = chunk.prompts[0]  # in place: a long prompt's cache must not be copied per chunk
         tokens = prompt.next(chunk.length)
-        self._model(mx.array([tokens]), cache=prompt.cache)
+        with prompt.showing(len(tokens)):
+            self._model(mx.array([tokens]), cache=prompt.cache)
         mx.eval([layer.state for layer in prompt.cache])
         prompt.done += len(tokens)
         return len(tokens)
@@ -133,7 +145,11 @@ class PlainPrefill:
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt."""
         tokens = prompt.next(self._attention.fit(min(budget, _SCORED), prompt.done))
-        with cpu_kernels.layer_by_layer(beside_peers):
+        with (
+            cpu_kernels.layer_by_layer(beside_peers),
+            attention_shapes.padded(self._pads_attention),
+            prompt.showing(len(tokens)),
+        ):
             logits = self._model(mx.array([tokens]), cache=prompt.cache)
             measured = _measure(prompt, logits, len(tokens))
             mx.eval([layer.state for layer in prompt.cache], measured)
@@ -170,20 +186,29 @@ class PlainPrefill:
 
 
 class BucketedPrefill:
-    """Chunks of few shapes, padded on the right, in slots of few capacities (kv_cache/slots.py)."""
+    """Chunks of few shapes, padded on the right, in slots of few capacities (kv_cache/slots.py).
+
+    Prompts with images have chunks of any shape: they are few, and where their images stand differs.
+    """
 
     yields_cores = False
 
     def __init__(self, model: Any, policy: ExecutionPolicy | None = None) -> None:
         self._model = model
+        self._seeing = PlainPrefill(model, policy)
         self._empty = empty_layers(model)
-        is_compiled = (policy or current()).compile_steps
+        policy = policy or current()
+        self._attention = _attention_memory(model, policy)
+        is_compiled = policy.compile_steps
         self._forward = mx.compile(self._advance) if is_compiled else self._advance
         self._scoring_forward = mx.compile(self._advance_scored) if is_compiled else self._advance_scored
 
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """Short prompts together, as many as the budget holds, a power of two; or one long prompt."""
         first = waiting[0]
+        if first.images:
+            return self._seeing.choose(waiting, budget)
+        waiting = _together(waiting)
         most = max(_LENGTHS[0], budget)
         allowed = [length for length in _LENGTHS if length <= most]
         length = next((length for length in allowed if length >= first.remaining), allowed[-1])
@@ -196,6 +221,8 @@ class BucketedPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
+        if chunk.prompts[0].images:
+            return self._seeing.run(chunk, beside_peers)
         keys, values = self._forward(*self._inputs(chunk))
         mx.eval(keys, values)
         for slot, prompt in enumerate(chunk.prompts):
@@ -205,6 +232,9 @@ class BucketedPrefill:
 
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt, in one shape."""
+        if prompt.images:
+            self._seeing.score(prompt, budget, beside_peers)
+            return
         count = len(prompt.next(_SCORED))
         keys, values, logits = self._scoring_forward(*self._inputs(Chunk([prompt], _SCORED)))
         measured = _measure(prompt, logits, _SCORED)
@@ -218,8 +248,8 @@ class BucketedPrefill:
         return slot_capacity(length + min(max(_SHORT, length), _LENGTHS[-1] // 2), _SHORT)
 
     def bytes_beyond(self, length: int) -> int:
-        """None: a GPU does not write the scores out."""
-        return 0
+        """Dequantised keys and values of a long prompt. A GPU does not write the scores out."""
+        return self._attention.bytes_beyond(self.tokens_for(length))
 
     def warm_up(self) -> None:
         """Run short prompts, alone and together, and the first chunk of long ones."""
@@ -242,9 +272,9 @@ class BucketedPrefill:
         """As _advance(), with the logits, [slots, tokens, vocab]."""
         slots, _, capacity, _ = keys[0].shape
         step = StepPositions(offsets, slots, capacity)
-        cache = [SlotLayer(k, v, step) for k, v in zip(keys, values, strict=True)]
+        cache = slot_layers(keys, values, step)
         logits = self._model(tokens, cache=cache)
-        return [layer.keys for layer in cache], [layer.values for layer in cache], logits
+        return *flat_arrays(cache), logits
 
     def _inputs(self, chunk: Chunk) -> tuple[mx.array, mx.array, Layers, Layers]:
         """The chunk's tokens, padded, their offsets, and the prompts' slots."""
@@ -260,8 +290,7 @@ class BucketedPrefill:
         """
         taken: list[tuple[Layers, Layers]] = []
         for prompt in prompts:
-            own = [layer.keys for layer in prompt.cache], [layer.values for layer in prompt.cache]
-            taken.append(own if prompt.done else self._empty)
+            taken.append(flat_arrays(prompt.cache) if prompt.done else self._empty)
             for layer in prompt.cache:
                 layer.keys = layer.values = None
         keys, values = (_side_by_side([own[part] for own in taken], capacity) for part in (0, 1))
@@ -272,11 +301,21 @@ class BucketedPrefill:
         return slot_capacity(max(len(prompt.tokens), prompt.done + length), _SHORT)
 
 
+def _attention_memory(model: Any, policy: ExecutionPolicy) -> AttentionMemory:
+    heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
+    reach = 0 if caches.has_attention(model) else STATE_REACH
+    return AttentionMemory(heads, policy, reach, caches.dequantized_bytes(model))
+
+
+def _together(waiting: abc.Sequence[PendingPrompt]) -> abc.Sequence[PendingPrompt]:
+    """Prompts that may share a chunk with the first one: none where images are to be seen."""
+    return waiting[:1] if waiting[0].images else [prompt for prompt in waiting if not prompt.images]
+
+
 def _give_back(prompt: PendingPrompt, keys: Layers, values: Layers, slot: int) -> None:
     """Give a prompt the KV cache of its slot."""
-    for layer, layer_keys, layer_values in zip(prompt.cache, keys, values, strict=True):
-        layer.keys, layer.values = layer_keys[slot : slot + 1], layer_values[slot : slot + 1]
-        layer.offset = prompt.done
+    own_keys, own_values = ([array[slot : slot + 1] for array in arrays] for arrays in (keys, values))
+    fill(prompt.cache, own_keys, own_values, prompt.done)
 
 
 def _measure(prompt: PendingPrompt, logits: mx.array, length: int) -> list[mx.array]:

@@ -65,6 +65,11 @@ class RunningSequence:
         """All tokens in its KV cache, once one was fed."""
         return (*self.sequence.tokens[:-1], *self.fed)
 
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """What its KV cache is stored under."""
+        return self.sequence.keys(self.tokens)
+
     def publish(self, token: int, logprobs: Logprobs | None) -> SampledToken:
         """A sampled token, the first one with the log-probabilities of the prompt."""
         of_prompt, self.prompt_logprobs = self.prompt_logprobs, None
@@ -105,6 +110,7 @@ class DecodeBatch:
         self.sequences: list[RunningSequence] = []
         self.cache.clear()
         self.sampled = mx.zeros((0,), dtype=mx.uint32)
+        self._shifts: list[mx.array] = []
         self._sampler = self._make_sampler(self._vocab_size)
         self._measured = MeasuredLogprobs()
         self._unpublished: list[SampledToken] = []
@@ -125,6 +131,7 @@ class DecodeBatch:
             )
             for sequence, prompt in joining
         ]
+        self._set_shifts()
 
     def leave(self, leaving: abc.Sequence[int]) -> None:
         """Drop the sequences at these indices."""
@@ -136,13 +143,14 @@ class DecodeBatch:
         self.cache.keep(keep)
         self._set_inputs(self.sampled[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
+        self._set_shifts()
 
     def advance(self) -> list[SampledToken]:
         """Launch one step and return the tokens of the step before."""
         inputs, measured = self.sampled, self._measured
         if not any(running.num_sampled < running.sequence.max_tokens for running in self.sequences):
             return self._read(inputs, measured, is_fed=False)
-        logits = self.cache.advance(inputs)
+        logits = self.cache.advance(inputs, self._shifts)
         if any(running.sequence.constraint for running in self.sequences):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
             self._unpublished = self._read(inputs, measured, is_fed=True)
@@ -161,6 +169,11 @@ class DecodeBatch:
         """Set the inputs of the next step. Computed along with that step, they would be read only when it is done."""
         mx.async_eval(inputs)  # type: ignore[no-untyped-call]
         self.sampled = inputs
+
+    def _set_shifts(self) -> None:
+        """Set what positions differ from offsets by, of sequences whose prompts have images."""
+        shifts = [running.sequence.images.shift if running.sequence.images else 0 for running in self.sequences]
+        self._shifts = [mx.array(shifts, dtype=mx.int32)] if any(shifts) else []
 
     def _sample(self, logits: mx.array) -> None:
         """Sample the next inputs from the logits of the step, [batch, vocab], and start computing them."""

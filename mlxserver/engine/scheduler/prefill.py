@@ -119,6 +119,8 @@ class Prefill:
             return
         # First comes what would be done first had it started at its arrival.
         waiting.sort(key=lambda prompt: prompt.arrived + prompt.remaining * budget.token_seconds)
+        if (images := waiting[0].images) and images.encode(waiting[0].done, waiting[0].done + budget.tokens):
+            return  # one image at a time: streams go on in between
         if waiting[0].is_scored:
             self._strategy.score(waiting[0], budget.tokens, budget.beside_peers)
             return

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from mlxserver.engine.events import PrefillProgress, QueuePosition
 from mlxserver.engine.kv_cache.caches import Cache
-from mlxserver.engine.sequence import Logprobs, Sequence
+from mlxserver.engine.sequence import Logprobs, PromptImages, Sequence
 
 _ANSWER_TOKENS = 64  # of KV cache that a prompt must find beside its own, lest it should join only to be preempted
 
@@ -38,6 +39,19 @@ class PendingPrompt:
     def tokens(self) -> tuple[int, ...]:
         """All tokens of the prompt."""
         return self.sequences[0].tokens
+
+    @property
+    def images(self) -> PromptImages | None:
+        """The images that it has."""
+        return self.sequences[0].images
+
+    def keys(self, length: int | None = None) -> tuple[int, ...]:
+        """What the KV cache of its first tokens, or of all, is stored under."""
+        return self.sequences[0].keys(self.tokens[:length])
+
+    def showing(self, count: int) -> AbstractContextManager[None]:
+        """A forward pass of so many of its next tokens in the block sees its images."""
+        return self.images.showing(self.done, self.done + count) if self.images else nullcontext()
 
     @property
     def is_restoring(self) -> bool:

@@ -97,7 +97,7 @@ class Scheduler:
         self._meter.insert(sequences)
         together = PendingPrompt(list(sequences), now)
         fit = self._budget.holds_together(together)
-        restoring = None if together.is_scored else self._budget.restore_prefix(together.tokens)
+        restoring = None if together.is_scored else self._budget.restore_prefix(together.keys())
         prompts = [together] if fit else [PendingPrompt([sequence], now) for sequence in sequences]
         for prompt in prompts:
             prompt.restoring = restoring
@@ -108,10 +108,10 @@ class Scheduler:
         gone = set(sequence_ids)
         self._waiting = [prompt for prompt in self._waiting if not prompt.drop(gone)]
         for prompt in list(self._prefilling):
-            tokens = prompt.tokens
+            keys = prompt.keys(prompt.done)
             if prompt.drop(gone):
                 self._prefilling.remove(prompt)
-                self._store_prefix(tokens[: prompt.done], prompt.cache)
+                self._store_prefix(keys, prompt.cache)
         leaving = [index for index, running in enumerate(self._running.sequences) if running.sequence.id in gone]
         if leaving:
             self._leave(leaving)
@@ -247,7 +247,7 @@ class Scheduler:
             return False
         # Fetched before it may have to go for this very prompt; not at every try of one that waits for memory.
         may_fetch = self._budget.has_space(kv_tokens, with_prompt) and not prompt.is_scored
-        cache, length = self._budget.fetch_prefix(prompt.tokens) if may_fetch else (None, 0)
+        cache, length = self._budget.fetch_prefix(prompt.keys()) if may_fetch else (None, 0)
         if not self._budget.start(kv_tokens, with_prompt, now):
             return False
         prompt.started = now
@@ -264,7 +264,7 @@ class Scheduler:
         """Take sequences out of the decode batch."""
         for index in leaving if self._budget.has_prefixes else ():
             if (running := self._running.sequences[index]).fed:
-                self._budget.store_prefix(running.tokens, self._running.cache.extract(index))
+                self._budget.store_prefix(running.keys, self._running.cache.extract(index))
         self._running.leave(leaving)
         self._budget.settle(self._prefilling)  # only now: those that left need none any more
 
@@ -275,7 +275,7 @@ class Scheduler:
     def _store_checkpoints(self) -> None:
         """Store checkpoints of the prompts that are at a stop."""
         for prompt in [prompt for prompt in self._prefilling if prompt.reach_stop()]:
-            self._budget.store_checkpoint(prompt.tokens[: prompt.done], prompt.cache)
+            self._budget.store_checkpoint(prompt.keys(prompt.done), prompt.cache)
             self._budget.shrink_prefixes_beside(self._budget.tokens_of(self._prefilling), self._num_running)
 
     @property
@@ -308,7 +308,7 @@ class Scheduler:
         if self._prefilling:
             prompt = self._prefilling.pop()
             self._waiting.insert(0, PendingPrompt(prompt.sequences, prompt.arrived))
-            self._store_prefix(prompt.tokens[: prompt.done], prompt.cache)
+            self._store_prefix(prompt.keys(prompt.done), prompt.cache)
         else:
             sequences = self._running.sequences
             index = max(range(len(sequences)), key=lambda index: sequences[index].started)

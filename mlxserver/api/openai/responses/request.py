@@ -132,7 +132,7 @@ class ResponseRequest(ThinkingRequest, SamplingRequest):
         "prompt": "Prompts are not kept here; send 'instructions' and 'input'.",
     }
     __no_effect__: ClassVar = {
-        **{name: why for name, why in NO_EFFECT.items() if name not in ("include", "verbosity")},
+        **NO_EFFECT,
         "access_programs": "there are none",
         "background_options": "they need 'background'",
         "image": "images are not made here",

@@ -2,7 +2,8 @@
 
 Rule 1: a custom tool is a function with one text argument; a tool of a namespace has the namespace in its name. The
         calls of both are given back in the form that the client declared.
-Rule 2: tools that only OpenAI runs are left out; those of unknown types are noted.
+Rule 2: tools that only OpenAI runs are left out; those of unknown types, and grammars that are described alone, are
+        noted.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxserver.api.openai import tools as chat_tools
+from mlxserver.api.openai.responses.custom_grammar import pattern_of
 from mlxserver.api.openai.responses.items import CUSTOM_ARGUMENT, HOSTED, flat_name
 from mlxserver.api.schema.json_schema import check_shape
 from mlxserver.api.schema.parameters import ValidationFailed, abbreviate, invalid
 from mlxserver.engine.conversation import Tool
 from mlxserver.engine.requests import ToolChoice
 
+GRAMMAR = "format"  # the field of a custom tool that has its grammar
 OPTIONAL_STRING = {"type": ["string", "null"]}
 FUNCTION: dict[str, Any] = {
     "type": "object",
@@ -36,7 +39,11 @@ CUSTOM: dict[str, Any] = {
         "description": OPTIONAL_STRING,
         "format": {
             "type": ["object", "null"],
-            "properties": {"type": {"enum": ["text", "grammar"]}, "definition": OPTIONAL_STRING},
+            "properties": {
+                "type": {"enum": ["text", "grammar"]},
+                "definition": OPTIONAL_STRING,
+                "syntax": OPTIONAL_STRING,
+            },
         },
     },
     "required": ["name"],
@@ -70,7 +77,7 @@ class CallForm:
 @dataclass(frozen=True, slots=True)
 class ToolSet:
     """The tools of a request. wire: as they were sent. forms: of calls, by function. unknown: places of the others,
-    without those that only OpenAI runs.
+    without those that only OpenAI runs, and of grammars that are described alone.
     """
 
     wire: Sequence[Mapping[str, Any]] = ()
@@ -122,6 +129,8 @@ def check_tools(value: Any, param: str) -> ToolSet:
             raise invalid(f"{tool.origin}.name", tool.name, "a name that no other tool has")
         else:
             tools[tool.name], forms[tool.name] = tool, form
+            if tool.schema_field == GRAMMAR and tool.held is None:
+                unknown.append(tool.schema_origin)
     if len(tools) > chat_tools.MAX_TOOLS:
         raise ValidationFailed(f"'{param}' has {len(tools)} functions. Expected at most {chat_tools.MAX_TOOLS}.", param)
     return ToolSet(value, tuple(tools.values()), forms, tuple(unknown))
@@ -171,16 +180,25 @@ def _function(tool: dict[str, Any], origin: str) -> Tool:
 
 
 def _custom(tool: dict[str, Any], origin: str) -> Tool:
-    """A function with one argument, the tool's text. A grammar of it is described to the model, not enforced."""
+    """A function with one argument, the tool's text, which is held to the pattern of its grammar."""
     check_shape(tool, CUSTOM, origin)
     described, form = [tool.get("description") or ""], tool.get("format") or {}
-    if form.get("definition"):
-        described.append(f"The {CUSTOM_ARGUMENT} follows this grammar:\n{form['definition']}")
-    argument = {"type": "string", "description": "The whole text that the tool takes."}
-    parameters = {
+    held = None
+    if grammar := form.get("definition"):
+        described.append(f"The {CUSTOM_ARGUMENT} follows this grammar:\n{grammar}")
+        pattern = pattern_of(form.get("syntax"), grammar)
+        held = pattern and _of_text({"type": "string", "pattern": pattern})
+    parameters = _of_text({"type": "string", "description": "The whole text that the tool takes."})
+    description = "\n\n".join(filter(None, described)) or None
+    place = GRAMMAR if grammar else "parameters"
+    return Tool(tool["name"], description, parameters, origin=origin, schema_field=place, held=held or None)
+
+
+def _of_text(argument: dict[str, str]) -> dict[str, Any]:
+    """The parameters of a function that takes one text."""
+    return {
         "type": "object",
         "properties": {CUSTOM_ARGUMENT: argument},
         "required": [CUSTOM_ARGUMENT],
         "additionalProperties": False,
     }
-    return Tool(tool["name"], "\n\n".join(filter(None, described)) or None, parameters, origin=origin)

@@ -1,0 +1,51 @@
+"""Output of the commands: a table in a terminal, lines with tabs elsewhere, JSON with --json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from mlxserver.client.views import STATE_STYLES, console
+
+NAMES_OF_POWERS = {9: "B", 6: "M", 3: "k", 0: ""}
+
+
+def print_json(value: object) -> int:
+    """Print a result as JSON; the exit status."""
+    print(json.dumps(value, indent=2))
+    return 0
+
+
+def print_rows(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
+    """A table in a terminal; elsewhere lines with tabs between their cells, without a header.
+
+    A column without a value in any row is not shown in the table. The first is never folded.
+    """
+    terminal = console()
+    if not terminal.is_terminal:
+        print("".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows), end="")
+        return
+    shown = [n for n in range(len(rows[0]) if rows else 0) if n == 0 or any(row[n] != "-" for row in rows)]
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=bool(columns))
+    for n in shown:
+        table.add_column(columns[n] if columns else "", no_wrap=n == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row[n], "bold" if n == 0 else STATE_STYLES.get(row[n], "")) for n in shown))
+    terminal.print(table)
+
+
+def count(number: int | None) -> str:
+    """A number as people write it: 135M, 7.2B."""
+    if not number:
+        return "-"
+    power = next((power for power in (9, 6, 3) if number >= 10**power), 0)
+    return f"{number / 10**power:.3g}{NAMES_OF_POWERS[power]}"
+
+
+def size(bytes: int | None) -> str:
+    """A number of bytes as people write it."""
+    return decimal(bytes) if bytes else "-"

@@ -1,0 +1,78 @@
+"""Search of the Hugging Face hub for models in MLX's format, with the sizes that its metadata state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from mlxserver.engine.loading import hub
+from mlxserver.engine.loading.library.facts import RUNTIME_BYTES
+from mlxserver.engine.platform.policy import WeightPolicy, current
+
+FILTER = "mlx"  # tag of the models that mlx-lm can load
+FIELDS = ["safetensors", "config", "downloads", "likes", "lastModified", "gated", "tags"]
+BITS = re.compile(r"(\d)-?bit", re.IGNORECASE)
+ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+PACKED = "U32"  # type of arrays that hold several quantized weights per item
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model on the hub. Sizes and counts are None where its metadata do not state them; updated: ISO 8601.
+
+    quantization: "4-bit"; None for an unquantized one. size_bytes: its weights as they are downloaded. needed_bytes:
+    about what it takes in memory on this device, without KV cache.
+    """
+
+    id: str
+    downloads: int
+    likes: int
+    updated: str | None
+    gated: bool
+    architecture: str | None
+    quantization: str | None
+    parameters: int | None
+    size_bytes: int | None
+    needed_bytes: int | None
+
+
+def search(words: str, limit: int) -> list[HubModel]:
+    """The models whose id has the words, those with the most downloads first. Blocks. Raises SourceInvalid."""
+    try:
+        found = HfApi().list_models(search=words, filter=FILTER, sort="downloads", limit=limit, expand=FIELDS)
+        return [_model(each) for each in found]
+    except Exception as error:
+        raise hub.failure(words, error, None) from None
+
+
+def _model(info: Any) -> HubModel:
+    config: Mapping[str, Any] = info.config or {}
+    bits = _bits(info.id, config, info.tags or ())
+    counts: Mapping[str, int] = info.safetensors.parameters if info.safetensors else {}
+    size = sum(count * ITEM_BYTES.get(kind, 1) for kind, count in counts.items()) or None
+    weights = sum(count * 32 // bits if bits and kind == PACKED else count for kind, count in counts.items()) or None
+    is_float32 = current().weights is WeightPolicy.FLOAT32
+    held = weights and weights * 4 if is_float32 else size
+    return HubModel(
+        info.id,
+        info.downloads or 0,
+        info.likes or 0,
+        info.last_modified.isoformat() if info.last_modified else None,
+        bool(info.gated),
+        config.get("model_type"),
+        f"{bits}-bit" if bits else None,
+        weights,
+        size,
+        held and held + RUNTIME_BYTES,
+    )
+
+
+def _bits(id: str, config: Mapping[str, Any], tags: Any) -> int | None:
+    """Bits per weight, as the configuration, a tag or the name state them."""
+    stated = (config.get("quantization_config") or config.get("quantization") or {}).get("bits")
+    named = (BITS.search(text) for text in (*tags, id))
+    return stated or next((int(match[1]) for match in named if match and int(match[1])), None)

@@ -1,0 +1,163 @@
+"""Layers of a text model that sees: they read its sight (kv_cache/sight.py), and are as before without one.
+
+A layer becomes a subclass of its own class: same parameters, another forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlxserver.engine.mlx import mx, nn
+
+from mlxserver.engine.kv_cache.sight import Sight
+from mlxserver.engine.loading.metadata import text_configs
+
+_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "wte")
+
+
+def give_sight(model: nn.Module, config: Mapping[str, Any], layers_added: int = 0) -> Sight:
+    """Have a text model's layers read a sight, which is `model.sight` from then on.
+
+    config: its config.json. layers_added: number of first layers that features are added behind. Raises ValueError.
+    """
+    sight = Sight()
+    sections, is_interleaved = rope_sections(config)
+    modules = dict(model.named_modules())
+    embedding = next((module for name, module in modules.items() if name.rpartition(".")[2] in _EMBEDDINGS), None)
+    if embedding is None:
+        raise ValueError("its text model has no embeddings that images could take the place of")
+    _become(embedding, _seeing_embedding, sight)
+    embedding.feature_scale = _feature_scale(model)
+    for name, module in modules.items():
+        if name.endswith("embed_tokens_per_layer"):
+            _become(module, _blank_embedding, sight)
+    for module in modules.values() if sections else ():
+        if isinstance(module, nn.RoPE):
+            _become(module, _seeing_rope, sight)
+            module.axis_of = tuple(_axes(module.dims // 2, sections, is_interleaved))
+    for number, layer in enumerate(model.layers[:layers_added]):
+        _become(layer, _seeing_layer, sight)
+        layer.number = number
+    model.sight = sight
+    return sight
+
+
+def _feature_scale(model: nn.Module) -> float:
+    """What features are multiplied by, where the text model multiplies its embeddings and mlx-vlm not its features."""
+    for module in model.modules():
+        if isinstance(scale := getattr(module, "embed_scale", None), (int, float)):
+            return 1 / scale
+    return 1.0
+
+
+def rope_sections(config: Mapping[str, Any]) -> tuple[Sequence[int], bool]:
+    """Frequencies per axis (time, row, column) of rotary embeddings that know images, and whether they alternate.
+
+    None of a model whose image tokens have the positions that text would have.
+    """
+    for part in text_configs(config):
+        for name in ("rope_scaling", "rope_parameters"):
+            scaling = part.get(name)
+            if isinstance(scaling, Mapping) and (sections := scaling.get("mrope_section")):
+                chunked = str(config.get("model_type")).startswith(("qwen2_vl", "qwen2_5_vl"))
+                return list(sections), not chunked
+    return [], False
+
+
+def _axes(frequencies: int, sections: Sequence[int], is_interleaved: bool) -> list[int]:
+    """The axis whose position each frequency turns by."""
+    if not is_interleaved:
+        axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+        return (axes + [0] * frequencies)[:frequencies]
+    axes = [0] * frequencies
+    for axis in (1, 2):
+        for index in range(axis, min(3 * sections[axis], frequencies), 3):
+            axes[index] = axis
+    return axes
+
+
+def _become(layer: Any, subclass: Any, sight: Sight) -> None:
+    layer.__class__ = subclass(type(layer))
+    layer.sight = sight
+
+
+@functools.cache
+def _seeing_embedding(own: type) -> type:
+    """Embedding whose image tokens are the features of their images."""
+
+    def call(self: Any, tokens: mx.array) -> mx.array:
+        embedded: mx.array = own.__call__(self, tokens)  # type: ignore[operator]
+        if self.sight.features is not None:
+            features = self.sight.features if self.feature_scale == 1 else self.sight.features * self.feature_scale
+            embedded[:, self.sight.at] = features.astype(embedded.dtype)
+        return embedded
+
+    return _subclass(own, call)
+
+
+@functools.cache
+def _blank_embedding(own: type) -> type:
+    """Embedding of what is added in each layer: image tokens have that of token 0 (gemma4)."""
+
+    def call(self: Any, tokens: mx.array) -> mx.array:
+        if self.sight.at is not None:
+            tokens = mx.array(tokens)
+            tokens[:, self.sight.at] = 0
+        return own.__call__(self, tokens)  # type: ignore[operator, no-any-return]
+
+    return _subclass(own, call)
+
+
+@functools.cache
+def _seeing_layer(own: type) -> type:
+    """Layer behind which features are added to the image tokens."""
+
+    def call(self: Any, x: mx.array, *arguments: Any, **options: Any) -> Any:
+        output = own.__call__(self, x, *arguments, **options)  # type: ignore[operator]
+        if self.number < len(added := self.sight.added):
+            output[:, self.sight.at] = output[:, self.sight.at] + added[self.number].astype(output.dtype)
+        return output
+
+    return _subclass(own, call)
+
+
+@functools.cache
+def _seeing_rope(own: type) -> type:
+    """Rotary embedding at the positions of image tokens in their images, or shifted (M-RoPE, arXiv:2409.12191)."""
+
+    def call(self: Any, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        if self.sight.positions is not None:
+            return _rotate(x, *_angles(self, self.sight), self.dims)
+        if self.sight.shift is not None:
+            offset = offset + self.sight.shift
+        return own.__call__(self, x, offset=offset)  # type: ignore[operator, no-any-return]
+
+    return _subclass(own, call)
+
+
+def _angles(rope: Any, sight: Sight) -> tuple[mx.array, mx.array]:
+    """Cosines and sines of a pass, [tokens, dims]."""
+    key = (rope.dims, rope.base)
+    if key not in sight.angles:
+        assert sight.positions is not None
+        exponents = mx.arange(0, rope.dims, 2, dtype=mx.float32) / rope.dims
+        turned = sight.positions[mx.array(rope.axis_of)].T.astype(mx.float32) * rope.scale
+        angles = turned * (rope.base**-exponents)
+        angles = mx.concatenate([angles, angles], axis=-1)
+        sight.angles[key] = mx.cos(angles), mx.sin(angles)
+    return sight.angles[key]
+
+
+def _rotate(x: mx.array, cos: mx.array, sin: mx.array, dims: int) -> mx.array:
+    """x [1, heads, tokens, dim], of which the first `dims` are turned, in float32."""
+    own = x[..., :dims].astype(mx.float32)
+    half = dims // 2
+    turned = mx.concatenate([-own[..., half:], own[..., :half]], axis=-1)
+    rotated = (own * cos + turned * sin).astype(x.dtype)
+    return mx.concatenate([rotated, x[..., dims:]], axis=-1) if dims < x.shape[-1] else rotated
+
+
+def _subclass(own: type, call: Any) -> type:
+    return type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})

@@ -1,0 +1,86 @@
+"""Architecture of a model's vision part in numbers, as mlx-vlm builds it from a config.json, without its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxserver.engine.mlx import mx, nn
+
+from mlx.utils import tree_flatten
+
+from mlxserver.engine.platform.attention_memory import AttentionMemory
+from mlxserver.engine.platform.policy import ExecutionPolicy
+
+FEATURE_BYTES = 64 << 20  # of the features of images that were seen, kept per model
+PIXEL_BYTES = 64 << 20  # of images that were processed, kept per model
+_MOST_PATCHES = 16_384  # of a picture of any size
+_TILES = 17  # that a large picture is cut into at most, with the whole of it (idefics3)
+# Types whose tower takes pictures of any size; those of all others are scaled to one, or cut into tiles of one.
+_ANY_SIZE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "pixtral", "mistral3"})
+_TILING = frozenset({"idefics3", "smolvlm"})
+
+
+@dataclass(frozen=True, slots=True)
+class VisionArchitecture:
+    """Sizes of a vision part. weights: number of values. width: activations per patch of a layer. heads: of attention.
+
+    patch: its side in pixels. image: side of the pictures in pixels, 0 for any. tiles: that a picture is cut into.
+    """
+
+    weights: int
+    width: int
+    heads: int
+    patch: int
+    image: int = 0
+    tiles: int = 1
+
+    def most_patches(self, policy: ExecutionPolicy) -> int:
+        """Patches of the largest picture, or of a tile of it, that the tower is given."""
+        if self.image:
+            return (self.image // self.patch) ** 2
+        return min(_MOST_PATCHES, AttentionMemory(self.heads, policy).longest_text())
+
+    def most_pixels(self, policy: ExecutionPolicy) -> int | None:
+        """Pixels that a picture is scaled down to before it is processed; None where its processor does that."""
+        return None if self.image else self.most_patches(policy) * self.patch**2
+
+    def activation_bytes(self, value_bytes: int, policy: ExecutionPolicy) -> int:
+        """Activations of the largest picture."""
+        patches = self.most_patches(policy)
+        attention = AttentionMemory(self.heads, policy).chunk_bytes(patches, patches)
+        return self.tiles * (patches * self.width * value_bytes * policy.layers_ahead + attention)
+
+
+def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture:
+    """The vision part that a config.json describes. Raises whatever mlx-vlm does for one that it can't build."""
+    model = build_model(dict(config))
+    model.language_model = None
+    parameters = [array for _, array in tree_flatten(model.parameters())]
+    mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
+    vision = config["vision_config"]
+    layers = int(vision.get("num_hidden_layers") or vision.get("depth") or vision.get("num_layers") or 24)
+    outputs = sum(array.shape[0] for array in parameters if array.ndim == 2)
+    model_type = str(config.get("model_type"))
+    return VisionArchitecture(
+        sum(math.prod(array.shape) for array in parameters),
+        max(1, outputs // layers),
+        int(vision.get("num_attention_heads") or vision.get("num_heads") or 16),
+        int(vision.get("patch_size") or 14),
+        0 if model_type in _ANY_SIZE else int(vision.get("image_size") or 896),
+        _TILES if model_type in _TILING else 1,
+    )
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """mlx-vlm's model of a config.json, with weights that are never evaluated."""
+    from mlx_vlm.utils import get_model_and_args, update_module_configs
+
+    classes, _ = get_model_and_args(config=config)
+    for part in ("text_config", "vision_config", "audio_config"):
+        config.setdefault(part, {})
+    parts = ["text", "vision", "perceiver", "projector", "audio"]
+    arguments = update_module_configs(classes.ModelConfig.from_dict(config), classes, config, parts)
+    return classes.Model(arguments)

@@ -1,0 +1,124 @@
+"""Vision part of a checkpoint: tower and projector of mlx-vlm's model, and the processor of its images.
+
+The text model beside them is mlx-lm's, as of any other checkpoint.
+
+Rule: load_tower() runs on the thread that will use the tower.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlxserver.engine.mlx import mx, nn
+
+from mlx.utils import tree_flatten
+
+from mlxserver.engine.loading.loader import prepare
+from mlxserver.engine.loading.sources import Progress
+from mlxserver.engine.platform.policy import ExecutionPolicy
+from mlxserver.engine.requests import ProcessedImage
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features of an image: embeddings of its tokens, [tokens, dim], and what is added to them behind the first layers
+    of the text model, one [tokens, dim] per layer.
+    """
+
+    embeddings: mx.array
+    added: Sequence[mx.array] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(array.nbytes for array in (self.embeddings, *self.added))
+
+
+class Tower:
+    """Vision part of a model. weight_bytes: in memory. layers_added: first layers of the text model behind which it
+    adds features.
+    """
+
+    def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        self._model = model
+        self._token = image_token(config)
+        self.weight_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        self.layers_added = len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+
+    def encode(self, image: ProcessedImage) -> Features:
+        """The features of an image, evaluated."""
+        tokens = mx.full((1, image.tokens), self._token, dtype=mx.int32)
+        inputs = {name: mx.array(array) for name, array in image.inputs.items()}
+        pixels = inputs.pop("pixel_values")
+        found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
+        added = found.deepstack_visual_embeds
+        features = Features(found.inputs_embeds[0], () if added is None else list(added))
+        mx.eval(features.embeddings, features.added)
+        return features
+
+
+def load_tower(path: Path, config: Mapping[str, Any], report: Progress, policy: ExecutionPolicy) -> Tower:
+    """Read and prepare the vision part of a checkpoint. Raises whatever mlx-vlm does for one that it can't read."""
+    from mlx_vlm.utils import load_model
+
+    if config.get("model_file"):  # which mlx-vlm would run
+        raise ValueError("its config.json names code in the checkpoint (model_file)")
+    model = load_model(path, lazy=True)
+    model.language_model = _NoText(hidden_size(config))
+    model = prepare(model, report, replace(policy, fuse_projections=False))
+    return Tower(model, config)
+
+
+def load_processor(path: Path) -> Any:
+    """The processor of a checkpoint's images. Raises whatever mlx-vlm or transformers do for one they can't read."""
+    from mlx_vlm.utils import get_model_and_args, load_config, load_image_processor
+    from mlx_vlm.utils import load_processor as load
+
+    get_model_and_args(load_config(path))  # registers the model's own processor
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts that are not used: sound, video
+        processor = load(path, add_detokenizer=False, trust_remote_code=False)
+    if own := load_image_processor(path):
+        processor.image_processor = own
+    return processor
+
+
+def image_token(config: Mapping[str, Any]) -> int:
+    """Id of the token that stands for a part of an image."""
+    for name in ("image_token_index", "image_token_id"):
+        if isinstance(found := config.get(name), int):
+            return found
+    raise ValueError("its config.json names no token of images (image_token_id)")
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Size of the text model's embeddings."""
+    text = config.get("text_config") or config.get("llm_config") or {}
+    return int(text.get("hidden_size") or config.get("hidden_size") or 0)
+
+
+class _NoText:
+    """In place of a text model: embeddings of zeros, which features of images take the place of.
+
+    embed_scale, hidden_size_per_layer_input: as mlx-vlm's gemma4 asks for them.
+    """
+
+    embed_scale = 1.0
+    hidden_size_per_layer_input = 0
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.model = self
+        self.layers: list[Any] = []
+
+    def embed_tokens(self, tokens: mx.array) -> mx.array:
+        """[rows, tokens] -> [rows, tokens, dim]."""
+        return mx.zeros((*tokens.shape, self._size))
+
+    def get_rope_index(self, *arguments: Any, **options: Any) -> tuple[None, None]:
+        """None: positions of a prompt are not those of an image by itself."""
+        return None, None
