@@ -40,6 +40,7 @@ from mlxserver.client.conversation import Conversation
 from mlxserver.client.defaults import EXIT_STATUSES, INTERRUPTED
 from mlxserver.client.errors import ClientError, SettingInvalid
 from mlxserver.client.events import Event, Reasoning
+from mlxserver.client.images import Content, content_of, read_image
 from mlxserver.client.live import LiveAnswer
 from mlxserver.client.models import Wait
 from mlxserver.client.printer import AnswerPrinter
@@ -91,6 +92,7 @@ def _add_request_options(parser: ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     group.add_argument("--max-tokens", type=int, metavar="N", help="the most tokens of an answer")
     group.add_argument("--file", metavar="PATH", type=Path, action="append", default=[], help="put before the PROMPT")
+    group.add_argument("--image", metavar="FILE", type=Path, action="append", default=[], help="shown with the PROMPT")
     group.add_argument("--open", metavar="FILE", type=Path, help="continue a conversation from .json or .md")
 
 
@@ -153,7 +155,7 @@ async def compare_(arguments: Namespace, client: ChatClient) -> bool:
     if prompt is None:
         raise SettingInvalid("PROMPT", "", "text as the argument or on stdin")
     replies = [Reply(model) for model in split_keys("--compare", arguments.compare)]
-    messages = opening(arguments).asking(question(arguments, prompt))
+    messages = opening(arguments).asking(content(arguments, prompt))
     console = views.console(stderr=True)
     with live_replies(console, replies) if console.is_terminal else nullcontext():
         await compare(client, replies, messages, sequential=arguments.sequential, **parameters(arguments))
@@ -186,17 +188,18 @@ async def converse(arguments: Namespace, client: ChatClient) -> bool:
         raise SettingInvalid("PROMPT", "", "text as the argument or on stdin, as stdout is no terminal")
     model = arguments.model or await choose_model(client)
     if prompt is not None:
-        return await answer(arguments, client, model, question(arguments, prompt))
+        return await answer(arguments, client, model, content(arguments, prompt))
     session = Session(client, stdout, model, opening(arguments), parameters(arguments))
     session.streams, session.thinking = arguments.stream == "on", arguments.think
     session.attached = [quote_file(path) for path in arguments.file]
+    session.images = [read_image(path) for path in arguments.image]
     await run_shell(session)
     if arguments.save:
         transcript.save(arguments.save, session.conversation)
     return True
 
 
-async def answer(arguments: Namespace, client: ChatClient, model: str, asked: str) -> bool:
+async def answer(arguments: Namespace, client: ChatClient, model: str, asked: Content) -> bool:
     """Print one answer."""
     conversation, reply = opening(arguments), Reply(model)
 
@@ -248,9 +251,10 @@ def opening(arguments: Namespace) -> Conversation:
     return conversation if arguments.system is None else conversation.with_system(arguments.system)
 
 
-def question(arguments: Namespace, prompt: str) -> str:
-    """The PROMPT after the files. Raises FileUnusable."""
-    return "\n\n".join([*map(quote_file, arguments.file), prompt])
+def content(arguments: Namespace, prompt: str) -> Content:
+    """The PROMPT after the images and the files. Raises FileUnusable."""
+    question = "\n\n".join([*map(quote_file, arguments.file), prompt])
+    return content_of(question, [read_image(path) for path in arguments.image])
 
 
 def parameters(arguments: Namespace) -> dict[str, Any]:

@@ -9,10 +9,12 @@ Rule 3: a conversation holds what was shown. An answer that was stopped is kept 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from mlxserver.client import views
@@ -20,13 +22,15 @@ from mlxserver.client.api import ChatClient, Message
 from mlxserver.client.command import (
     accept_any_text,
     add_connection_options,
+    choose_embedding_model,
     choose_model,
     client_of,
     conclude,
     read_prompt,
 )
 from mlxserver.client.defaults import EXIT_STATUSES, INTERRUPTED
-from mlxserver.client.errors import ClientError
+from mlxserver.client.errors import ClientError, SettingInvalid
+from mlxserver.client.images import Part, content_of, read_image
 from mlxserver.client.printer import AnswerPrinter
 
 Result = TypeVar("Result")
@@ -48,17 +52,24 @@ def parse_arguments() -> Namespace:
         "--stream", action=BooleanOptionalAction, help="stream the answer (default: where stdout is a terminal)"
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    parser.add_argument(
+        "--image", metavar="FILE", type=Path, action="append", default=[], help="shown with the PROMPT; may be repeated"
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="the most tokens of an answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     act = parser.add_mutually_exclusive_group()
     act.add_argument("--list", action="store_true", help="list the models")
+    act.add_argument("--embed", nargs="*", metavar="TEXT", help="make vectors of texts, or of the lines of stdin")
     act.add_argument("--load", metavar="SOURCE", help="load a model: a Hugging Face id, or a path on the server")
     act.add_argument("--unload", metavar="KEY", help="unload a model when its requests are done")
     parser.add_argument("--key", help="the key that --load gives to the model")
+    parser.add_argument("--json", action="store_true", help="with --embed: one object, with texts and token counts")
     add_connection_options(parser)
     arguments = parser.parse_args()
     if arguments.key is not None and arguments.load is None:
         parser.error("--key belongs to --load")
+    if arguments.json and arguments.embed is None:
+        parser.error("--json belongs to --embed")
     if arguments.prompt is not None and (arguments.list or arguments.load is not None or arguments.unload is not None):
         parser.error("a PROMPT can't be given with --list, --load or --unload")
     return arguments
@@ -74,21 +85,42 @@ def run(arguments: Namespace) -> None:
     if arguments.unload is not None:
         unloaded = call(arguments, lambda client: client.unload(arguments.unload))
         return views.print_line(views.format_unloaded(unloaded))
+    if arguments.embed is not None:
+        texts = arguments.embed or [line for line in sys.stdin.read().splitlines() if line.strip()]
+        return views.print_line(embed(arguments, texts))
+    images = [read_image(path) for path in arguments.image]
     prompt = read_prompt(arguments.prompt)
     if arguments.stream is None:
         arguments.stream = sys.stdout.isatty()
     arguments.model = arguments.model or call(arguments, choose_model)
     messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if prompt is None:
-        return converse(arguments, messages)
-    return ask(arguments, [*messages, {"role": "user", "content": prompt}], AnswerPrinter())
+        return converse(arguments, messages, images)
+    return ask(arguments, [*messages, {"role": "user", "content": content_of(prompt, images)}], AnswerPrinter())
 
 
-def converse(arguments: Namespace, opening: list[Message]) -> None:
-    """Turn after turn until Ctrl-D. An error before the first answer ends it; a later one is printed."""
+def embed(arguments: Namespace, texts: list[str]) -> str:
+    """The vectors: a line of numbers per text, or one JSON object. Raises ClientError."""
+    if not texts:
+        raise SettingInvalid("--embed", "", "texts as arguments, or as lines on stdin")
+    model = arguments.model or call(arguments, choose_embedding_model)
+    made = call(arguments, lambda client: client.embed(texts, model))
+    if arguments.json:
+        pairs = [{"text": text, "embedding": vector} for text, vector in zip(texts, made.vectors, strict=True)]
+        document = {"model": model, "embeddings": pairs, "prompt_tokens": made.prompt_tokens}
+        return json.dumps(document, ensure_ascii=False, indent=2)
+    return "\n".join(" ".join(f"{value:.6g}" for value in vector) for vector in made.vectors)
+
+
+def converse(arguments: Namespace, opening: list[Message], images: list[Part]) -> None:
+    """Turn after turn until Ctrl-D. An error before the first answer ends it; a later one is printed.
+
+    images: shown with the first question that is answered.
+    """
     arguments.stream, messages = True, opening
     for line in typed_lines():
-        question, printer = {"role": "user", "content": line}, AnswerPrinter()
+        question: Message = {"role": "user", "content": content_of(line, [] if messages is not opening else images)}
+        printer = AnswerPrinter()
         try:
             ask(arguments, [*messages, question], printer)
         except KeyboardInterrupt:

@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools.harness.embedding_models import tiny_bert
+from tools.harness.encoder_models import tiny_cross_encoder
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.running_server import running_server
 from tools.hostile import Case, Hostile
 from tools.hostile_answers import fault_of
-from tools.hostile_bodies import MODEL, RESPONSE, TALKER, VECTORS
+from tools.hostile_bodies import MODEL, RANKER, RESPONSE, TALKER, VECTORS
 from tools.raw_http import Answer, Malformed, Wire, request
 
 TIMEOUT = 30.0  # seconds; of an idle machine
@@ -207,17 +208,17 @@ def write_models(directory: Path) -> Path:
     tiny = tiny_llama(directory / MODEL, context=256)
     tokens = ("<think>", "</think>", "<tool_call>", "</tool_call>")
     talker = scripted_model(directory / TALKER, {"hello": SPEECH}, generation_prompt="<think>\n", tokens=tokens)
-    vectors = tiny_bert(directory / VECTORS)
+    others = {
+        VECTORS: tiny_bert(directory / VECTORS),
+        RANKER: tiny_cross_encoder(directory / RANKER, "bert"),
+    }
     sections = [
         f'[models.{key}]\nsource = "{path}"\nprefix_cache_bytes = "{PREFIX_CACHE}"\n'
         for key, path in ((MODEL, tiny), (TALKER, talker))
     ]
+    sections += [f'[models.{key}]\nsource = "{path}"\n' for key, path in others.items()]
     config = directory / "models.toml"
-    config.write_text(
-        "\n".join(
-            [f'response_store_bytes = "{STORED_BYTES}"', *sections, f'[models.{VECTORS}]\nsource = "{vectors}"\n']
-        )
-    )
+    config.write_text("\n".join([f'response_store_bytes = "{STORED_BYTES}"', *sections]))
     return config
 
 

@@ -13,7 +13,8 @@ from mlxserver.api.endpoint import Endpoint
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.api.schema.parameters import json_schema
 
-MODEL, TALKER, VECTORS = "tiny", "talker", "vectors"  # of random weights; thinks, calls and talks; embeds
+MODEL, TALKER = "tiny", "talker"  # of random weights; thinks, calls and talks
+VECTORS, RANKER = "vectors", "ranker"
 RESPONSE = f"resp_{'0' * 32}"  # as long as the id of any response
 NOWHERE = "/no/such/model"  # what endpoints that manage are asked for
 HELLO = [{"role": "user", "content": "hello"}]
@@ -23,6 +24,8 @@ GOOD: Mapping[str, Any] = {
     "prompt": "hello",
     "input": "hello",
     "tokens": [5, 6, 7],
+    "query": "hello",
+    "documents": ["hello there", "good bye"],
     "key": "unknown",
 }
 LENGTHS = {MODEL: 3, TALKER: 40}  # of answers, in tokens
@@ -53,6 +56,8 @@ def weight(endpoint: Endpoint) -> int:
 
 def models_of(endpoint: Endpoint) -> tuple[str, ...]:
     """The models that an endpoint is asked for, some of another kind than it needs."""
+    if "rerank" in endpoint.path:
+        return (RANKER, RANKER, RANKER, VECTORS)
     is_for_vectors = "embed" in endpoint.path
     return (VECTORS, VECTORS, VECTORS, MODEL) if is_for_vectors else (*[MODEL] * 6, *[TALKER] * 6, VECTORS)
 

@@ -19,6 +19,7 @@ from mlxserver.client.defaults import DEFAULT_BASE_URL
 from mlxserver.client.errors import ApiError, NotSupported, StreamBroken
 from mlxserver.client.events import Answer, Event, Finished, read_answer
 from mlxserver.client.models import (
+    Embeddings,
     Loaded,
     LoadReader,
     ModelCard,
@@ -29,6 +30,7 @@ from mlxserver.client.models import (
     Unloaded,
     Wait,
     read_card,
+    read_embeddings,
     read_loaded,
     read_unloaded,
 )
@@ -113,6 +115,11 @@ class ChatClient:
         """One whole answer, not streamed. Raises as stream() does."""
         answer = await self._json("POST", "/chat/completions", _chat(messages, model, params))
         return read_answer(answer, perf_counter())
+
+    async def embed(self, texts: Sequence[str], model: str) -> Embeddings:
+        """Vectors of texts. Raises ServerUnreachable, ApiError, StreamBroken."""
+        body = {"model": model, "input": list(texts), "encoding_format": "float"}
+        return read_embeddings(await self._json("POST", "/embeddings", body), len(texts))
 
     async def models(self) -> list[ModelCard]:
         """All models of the server, in its order."""

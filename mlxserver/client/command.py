@@ -70,13 +70,26 @@ async def choose_model(client: ChatClient) -> str:
 
     Raises SettingInvalid, and what ChatClient.models() raises.
     """
-    cards = await client.models()
+    cards = [card for card in await client.models() if not card.is_embedding]
     keys = [card.key for card in cards]
     loaded = [card.key for card in cards if card.state in ("loaded", None)]
     loaded = loaded or [card.key for card in cards if card.state == "loading"]
     if not loaded and len(keys) != 1:
         raise SettingInvalid("--model", "", f"a key, as no model is loaded; known: {', '.join(keys) or 'none'}")
     model = (loaded or keys)[0]
+    print_status(f"model: {model}")
+    return model
+
+
+async def choose_embedding_model(client: ChatClient) -> str:
+    """The first embedding model, one that is loaded before others. Logged on stderr.
+
+    Raises SettingInvalid where the server states none, and what ChatClient.models() raises.
+    """
+    cards = [card for card in await client.models() if card.is_embedding]
+    if not cards:
+        raise SettingInvalid("--model", "", "the key of an embedding model, as the server names none")
+    model = next((card.key for card in cards if card.state == "loaded"), cards[0].key)
     print_status(f"model: {model}")
     return model
 

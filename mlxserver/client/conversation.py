@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlxserver.client.images import Content
 from mlxserver.client.wire import mappings, text
 
 Message = Mapping[str, Any]
@@ -37,16 +38,21 @@ class Conversation:
         """The last user message's text; None before the first."""
         return next((content_text(m) for m in reversed(self.messages) if m.get("role") == "user"), None)
 
+    @property
+    def last_content(self) -> Content | None:
+        """The last user message's content, its images included; None before the first."""
+        return next((m.get("content") for m in reversed(self.messages) if m.get("role") == "user"), None)
+
     def with_system(self, text: str) -> Conversation:
         """The conversation with another system message; an empty text removes it."""
         rest = self.messages[1:] if self.system else self.messages
         return replace(self, messages=(*([{"role": "system", "content": text}] if text else []), *rest))
 
-    def asking(self, question: str) -> list[Message]:
+    def asking(self, question: Content) -> list[Message]:
         """The messages of a request with one more question."""
         return [*self.messages, {"role": "user", "content": question}]
 
-    def with_turn(self, question: str, answer: str) -> Conversation:
+    def with_turn(self, question: Content, answer: str) -> Conversation:
         """The conversation with one more turn."""
         turn = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
         return replace(self, messages=self.messages + turn)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxserver.api.sse import SSEDecoder
 from mlxserver.client.errors import LoadFailed, PullFailed, StreamBroken
-from mlxserver.client.wire import count, mapping, number, parse, text
+from mlxserver.client.wire import count, mapping, mappings, number, parse, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,19 @@ class ModelCard:
     running: int | None = None
     queued: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the model makes vectors of texts, and no text."""
+        return self.fields.get("kind") == "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of texts in their order. prompt_tokens: of all texts together; 0 if the server does not count."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +171,16 @@ class LoadReader(_StepReader):
             yield _read_progress(event)
         if event.get("event") == "loaded":
             yield read_loaded(event, self._key)
+
+
+def read_embeddings(answer: Mapping[str, Any], count_of_texts: int) -> Embeddings:
+    """The vectors of an answer. Raises StreamBroken where there are not so many."""
+    entries = sorted(mappings(answer.get("data")), key=lambda entry: count(entry.get("index")))
+    vectors = [entry.get("embedding") for entry in entries]
+    if len(vectors) != count_of_texts or not all(isinstance(vector, list) and vector for vector in vectors):
+        raise StreamBroken("the server sent no vector for some of the texts.")
+    numbers = tuple([tuple([number(value) or 0.0 for value in vector or ()]) for vector in vectors])
+    return Embeddings(numbers, count(mapping(answer.get("usage")).get("prompt_tokens")))
 
 
 def read_comment(comment: str) -> Wait | None:

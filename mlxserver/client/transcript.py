@@ -1,8 +1,9 @@
 """Conversations in files, as JSON or Markdown, and files quoted in a prompt.
 
-Rule 1: what is saved opens as the same conversation, whatever its text, as long as every content is a text.
-Rule 2: in Markdown each message follows a line `## ROLE`. A line of a message that reads like such a heading, or like
-        an escaped one, is escaped by one more backslash.
+Rule 1: what is saved opens as the same conversation, whatever its text, as long as every content is a text, or texts
+        and images in data URLs.
+Rule 2: in Markdown each message follows a line `## ROLE`, and an image is a line `![image](data:...)`. A line of a text
+        that reads like one of these, or like an escaped one, is escaped by one more backslash.
 Rule 3: the format of a conversation's file is the end of its name: .json or .md.
 """
 
@@ -10,15 +11,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxserver.client.conversation import Conversation, Message, content_text
 from mlxserver.client.errors import FileUnusable, SettingInvalid
+from mlxserver.client.images import Content, Part, image_urls
+from mlxserver.client.wire import mappings, text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HEADING = re.compile(rf"^## ({'|'.join(ROLES)})$", re.MULTILINE)
-LOOKS_LIKE_HEADING = re.compile(rf"^(?=\\*## (?:{'|'.join(ROLES)})$)", re.MULTILINE)
-ESCAPED_HEADING = re.compile(rf"^\\(?=\\*## (?:{'|'.join(ROLES)})$)", re.MULTILINE)
+IMAGE = re.compile(r"^!\[image\]\((data:image/[a-z]+;base64,[A-Za-z0-9+/=]*)\)$", re.MULTILINE)
+MARK = rf"(?:## (?:{'|'.join(ROLES)})|!\[image\]\(data:image/[a-z]+;base64,[A-Za-z0-9+/=]*\))$"
+LOOKS_LIKE_MARK = re.compile(rf"^(?=\\*{MARK})", re.MULTILINE)
+ESCAPED_MARK = re.compile(rf"^\\(?=\\*{MARK})", re.MULTILINE)
+BLANK_LINE = "\n\n"
 
 
 def save(path: Path, conversation: Conversation) -> None:
@@ -92,13 +99,36 @@ def parse_markdown(text: str) -> Conversation:
 
 
 def _section(message: Message) -> str:
-    content = LOOKS_LIKE_HEADING.sub(r"\\", content_text(message))
-    return f"## {message['role']}\n\n{content}\n\n"
+    return f"## {message['role']}\n\n{BLANK_LINE.join(_blocks(message))}\n\n"
 
 
-def _content(section: str) -> str:
-    """The text of a section without the line ends that _section() put around it."""
-    return ESCAPED_HEADING.sub("", section.removeprefix("\n").removeprefix("\n").removesuffix("\n").removesuffix("\n"))
+def _blocks(message: Message) -> Iterator[str]:
+    """The text of a message, or its texts and images in order."""
+    content = message.get("content")
+    if not any(image_urls(content)):
+        yield LOOKS_LIKE_MARK.sub(r"\\", content_text(message))
+        return
+    for part in mappings(content):
+        if url := next(image_urls([part]), ""):
+            yield f"![image]({url})"
+        else:
+            yield LOOKS_LIKE_MARK.sub(r"\\", text(part.get("text")))
+
+
+def _content(section: str) -> Content:
+    """The content of a section without the line ends that _section() put around it."""
+    whole = section.removeprefix("\n").removeprefix("\n").removesuffix("\n").removesuffix("\n")
+    texts, urls = IMAGE.split(whole)[::2], IMAGE.findall(whole)
+    if not urls:
+        return ESCAPED_MARK.sub("", whole)
+    parts: list[Part] = []
+    for number, written in enumerate(texts):
+        if number:
+            parts.append({"type": "image_url", "image_url": {"url": urls[number - 1]}})
+            written = written.removeprefix(BLANK_LINE)
+        if written := written.removesuffix(BLANK_LINE) if number < len(urls) else written:
+            parts.append({"type": "text", "text": ESCAPED_MARK.sub("", written)})
+    return parts
 
 
 def _is_message(value: object) -> bool:

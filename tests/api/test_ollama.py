@@ -162,6 +162,13 @@ def test_a_wrong_message_is_named(messages, param):
     assert f"'{param}'" in error.message
 
 
+def test_an_unknown_field_of_a_message_is_refused_or_where_that_is_set_noted():
+    messages = [{"role": "user", "content": "x", "foo": 1}, {"role": "assistant", "content": "y", "bar": 1}]
+    assert refused(messages=messages).param == "messages[0].foo"
+    call = call_of(settings=Settings(unknown_parameters="ignore"), messages=messages)
+    assert call.ignored == ("messages[0].foo",)
+
+
 def test_a_prompt_is_a_chat_of_one_message_or_raw_text():
     request = generate(system="Be brief.")
     assert request.prompt == ChatPrompt(

@@ -45,6 +45,7 @@ RESPONSES = {
             "input[0].output[0].type",
         ),
     ],
+    "file_id": [({"input": parts({"type": "input_image", "file_id": "f"})}, "input[0].content[0].file_id")],
     "input_audio": [({"input": parts({"type": "input_audio", "input_audio": {}})}, "input[0].content[0].type")],
     "tool_choice": [
         ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
@@ -63,6 +64,13 @@ MESSAGES = {
             ("file", {"file_id": "f"}),
         )
     ],
+    "source": [
+        (
+            {"messages": parts({"type": "image", "source": {"type": "file", "file_id": "f"}})},
+            "messages[0].content[0].source.file_id",
+        ),
+        ({"system": [{"type": "image", "source": {"type": "url", "url": "http://localhost/x.png"}}]}, "system[0]"),
+    ],
     "any other block in a user's message": [
         ({"messages": parts({"type": "container_upload", "file_id": "f"})}, "messages[0].content[0].type")
     ],
@@ -74,7 +82,10 @@ MESSAGES = {
     "thread": [({"thread": {"id": "t"}}, "thread")],
     "compaction": [({"compaction": {"type": "auto"}}, "compaction")],
 }
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 OLLAMA = {
+    "raw": [({"images": [PNG], "raw": True}, "images")],
+    "suffix": [({"images": [PNG], "suffix": "y"}, "images")],
     "template": [({"template": "{{ .Prompt }}"}, "template")],
     "context": [({"context": [1, 2]}, "context")],
     "width": [({"width": 64}, "width")],
@@ -101,7 +112,7 @@ SENT = [
 ]
 # Tried over HTTP: in test_ollama.py, in test_openai_responses.py, and with images.
 ELSEWHERE = {
-    "item_reference", "GET", "truncate", "shift", "images", "image", "input_image", "/api/create", "/api/push",
+    "item_reference", "GET", "file", "truncate", "shift", "images", "image", "input_image", "/api/create", "/api/push",
     "/api/blobs", "/api/delete", "/api/chat", "/api/generate",
 }  # fmt: skip
 

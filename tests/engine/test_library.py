@@ -186,6 +186,14 @@ def test_a_model_has_the_kind_of_its_files(tmp_path, make, kind, architecture):
     assert (facts.kind, facts.architecture, facts.kv_values > 0) == (kind, architecture, kind == "text")
 
 
+def test_a_model_that_sees_is_known_by_its_processor(tmp_path, mlx):
+    path = shutil.copytree(mlx, tmp_path / "seeing")
+    changed(model_type="smolvlm", vision_config={"hidden_size": 8})(path)
+    (path / "preprocessor_config.json").write_text("{}")
+    facts = read_facts(path)
+    assert (facts.kind, facts.kv_values > 0) == ("vision", True)
+
+
 def test_the_types_of_encoders_are_the_ones_that_mlx_vlm_has():
     from mlx_vlm.embedding_loader import EMBEDDING_MODEL_REMAPPING
     from mlx_vlm.reranker import reranker_kind

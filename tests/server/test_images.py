@@ -16,6 +16,7 @@ from mlxserver.engine.conversation import Image, Text, ToolResult
 from mlxserver.server.app import App
 from mlxserver.server.auth import Auth
 from mlxserver.server.image_urls import ImageUrls
+from mlxserver.server.request_history import RequestHistory
 from tests.support.image_site import open_to_the_test, site
 from tests.support.images import RED, file_of, half
 from tests.support.managed import managed, specs
@@ -31,7 +32,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "argume
 async def served(urls=None, **settings):
     """A server over a scripted engine, which takes any image: its URL, and the messages that come to the engine."""
     async with managed(specs("m"), host="127.0.0.1", **settings) as (manager, factory):
-        app = Auth(App(manager, reload=None, images=urls or ImageUrls()), manager)
+        app = Auth(App(manager, reload=None, history=RequestHistory(), images=urls or ImageUrls()), manager)
         config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, ws="none")
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve())

@@ -1,9 +1,10 @@
 """Image files, made as they are needed."""
 
 import io
+import random
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
@@ -65,3 +66,24 @@ def gif_head(screen: tuple[int, int], frame: tuple[int, int], disposal: int = 2)
     control = b"\x21\xf9\x04" + bytes([disposal << 2 | 1, 0, 0, 0, 0])
     image = b"," + struct.pack("<HHHH", 0, 0, *frame) + b"\0\x08\x03\0\x01\x04\0"
     return b"GIF89a" + struct.pack("<HH", *screen) + b"\xf0\0\0" + bytes(6) + (control + image) * 2 + b";"
+
+
+def hostile_images() -> Iterator[bytes]:
+    """180 damaged files, the same at every run: cut short, with bytes changed, spliced, with wrong headers."""
+    source = random.Random(19)
+    noise = Image.effect_noise((96, 64), 80).convert("RGB")
+    whole = {format: file_of(noise, format) for format in SUFFIXES}
+    for data in whole.values():
+        for share in (0.0, 0.01, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.999):
+            yield data[: max(1, int(len(data) * share))]
+        for _ in range(18):
+            damaged = bytearray(data)
+            for _ in range(source.choice([1, 3, 30])):
+                damaged[source.randrange(min(len(damaged), source.choice([64, 10_000])))] = source.randrange(256)
+            yield bytes(damaged)
+    for head in whole.values():
+        for tail in whole.values():
+            yield head[:32] + tail[32:]
+        yield head[:16] + source.randbytes(4000)
+        yield head + source.randbytes(4000)
+        yield head[:40] * 100

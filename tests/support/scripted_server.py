@@ -130,6 +130,7 @@ class ScriptedServer:
         self.app.router.add_get("/v1/models", self.list)
         self.app.router.add_get("/v1/models/{key:.+}", self.card)
         self.app.router.add_post("/v1/chat/completions", self.chat)
+        self.app.router.add_post("/v1/embeddings", self.embed)
         if has_extensions:
             self.app.router.add_post("/v1/models/load", self.load)
             self.app.router.add_post("/v1/models/unload", self.unload)
@@ -184,6 +185,15 @@ class ScriptedServer:
             case model if body.get("stream"):
                 return await self.play(request, STREAMS[model])
         return whole(body["model"])
+
+    async def embed(self, request):
+        """A vector of two numbers per text, the last one first; a text that is "bad" is refused."""
+        body = await self.received(request)
+        if "bad" in body["input"]:
+            return error(400, "A bad text.", type="invalid_request_error", param="input")
+        entries = [{"index": n, "embedding": [n + 0.5, -1.0]} for n in range(len(body["input"]))]
+        usage = {"prompt_tokens": 3 * len(entries), "total_tokens": 3 * len(entries)}
+        return web.json_response({"object": "list", "data": entries[::-1], "usage": usage})
 
     async def received(self, request):
         body = await request.json()

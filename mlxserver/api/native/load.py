@@ -17,7 +17,7 @@ from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import Kind, ModelSpec
+from mlxserver.config.settings import KV_GROUP_SIZES, Kind, KVBits, ModelSpec
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -35,6 +35,22 @@ def check_defaults(value: Any, param: str) -> dict[str, float]:
     except ValidationFailed as error:
         raise ValidationFailed(error.message, f"{param}.{error.param}") from None
     return asked.sampling
+
+
+def check_kv_bits(value: Any, param: str) -> Any:
+    """Bits that a quantised KV cache can have."""
+    return _chosen(value, param, get_args(KVBits))
+
+
+def check_kv_group_size(value: Any, param: str) -> Any:
+    """Values that can share a scale."""
+    return _chosen(value, param, KV_GROUP_SIZES)
+
+
+def _chosen(value: Any, param: str, choices: tuple[int, ...]) -> Any:
+    if value not in choices:
+        raise invalid(param, value, f"one of {', '.join(map(str, choices))}")
+    return value
 
 
 class LoadRequest(Request):
@@ -61,6 +77,12 @@ class LoadRequest(Request):
     max_waiting: int | None = Parameter(int, "Requests that may wait for a place.", ge=0)
     cache_tokens: int | None = Parameter(
         int, "Most tokens whose keys and values all requests together may hold.", ge=16
+    )
+    kv_bits: Literal[4, 8] | None = Parameter(
+        int, "Bits of a quantised KV cache, 4 or 8; by default keys and values are not quantised.", check=check_kv_bits
+    )
+    kv_group_size: Literal[32, 64, 128] | None = Parameter(
+        int, "Values that share a scale then: 32, 64 or 128.", check=check_kv_group_size
     )
     shard: Literal["tensor", "pipeline"] | None = Parameter(
         str,
@@ -89,7 +111,11 @@ class LoadRequest(Request):
     @property
     def spec(self) -> ModelSpec:
         """The model to load; what is not stated is as ModelSpec has it. Raises ValidationFailed without any key."""
-        limits: dict[str, Any] = {"max_running": self.max_running, "max_waiting": self.max_waiting}
+        limits: dict[str, Any] = {
+            "max_running": self.max_running,
+            "max_waiting": self.max_waiting,
+            "kv_group_size": self.kv_group_size,
+        }
         return ModelSpec(
             self.key or derive_key(self.model),
             self.model,
@@ -98,6 +124,7 @@ class LoadRequest(Request):
             adapter=self.adapter,
             context_length=self.context_length,
             cache_tokens=self.cache_tokens,
+            kv_bits=self.kv_bits,
             shard=self.shard,
             pin=self.pin,
             ttl=self.ttl,

@@ -45,6 +45,10 @@ SHAPE: dict[str, Any] = {
         "required": ["role"],
     },
 }
+# A user's message is closed, as in a chat completion; an answer or a result has fields of its server.
+_MESSAGE: dict[str, Any] = SHAPE["items"]
+_OF_USERS = {"properties": {**_MESSAGE["properties"], "role": {"const": "user"}}, "additionalProperties": False}
+SHAPE = {**SHAPE, "items": {"anyOf": [{**_MESSAGE, **_OF_USERS}, _MESSAGE]}}
 
 
 def check_images(value: Any, param: str) -> tuple[Image, ...]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxserver.client.api import ChatClient
+from mlxserver.client.bench import embeddings
 from mlxserver.client.bench.figures import figures, to_object, write
 from mlxserver.client.bench.interference import MEASURES, Interference, Phase, to_objects, to_rows
 from mlxserver.client.bench.load import Run, run_level
@@ -29,6 +30,8 @@ async def benchmark(
     client: ChatClient, options: Namespace, models: tuple[str, ...], params: Mapping[str, Any], *, as_json: bool
 ) -> bool:
     """Run a benchmark and show it; whether every request was answered. Raises ClientError."""
+    if await embeddings.are_embedding(client, models):
+        return await embeddings.benchmark(client, options, models, as_json=as_json)
     plan = make_plan(options, models, params)
     runs = []
     with progress_bar(console(stderr=True)) as bar:

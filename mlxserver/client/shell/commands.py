@@ -61,6 +61,7 @@ def _commands() -> Iterator[Command]:
     yield Command("save", "/save FILE", "keep the conversation as .json or .md", talking.save, "path")
     yield Command("open", "/open FILE", "go on with a conversation from .json or .md", talking.open_, "path")
     yield Command("file", "/file PATH", "put a file into the next question", talking.file, "path")
+    yield Command("image", "/image [FILE]", "put an image into the next question", talking.image, "path")
     yield Command("bench", "/bench [KEY,KEY] [OPTIONS]", "measure speed under load", measuring.bench, "models")
     yield Command("stats", "/stats", "the figures of this session", measuring.stats)
     yield Command("clear", "/clear", "clear the screen", clear)

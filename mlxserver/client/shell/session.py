@@ -19,6 +19,7 @@ from rich.text import Text
 from mlxserver.client.api import ChatClient
 from mlxserver.client.conversation import Conversation
 from mlxserver.client.errors import ClientError, SettingInvalid
+from mlxserver.client.images import Content, Part, content_of
 from mlxserver.client.live import LiveAnswer, ThinkingView
 from mlxserver.client.models import ModelCard
 from mlxserver.client.reply import Reply, ask
@@ -32,7 +33,10 @@ class Leave(Exception):
 
 @dataclass
 class Session:
-    """State of one shell. params: go into every request. attached: files for the next question. asked: the last one."""
+    """State of one shell.
+
+    params: go into every request. attached, images: go with the next question, files as text. asked: the last question.
+    """
 
     client: ChatClient
     stdout: Console
@@ -42,7 +46,8 @@ class Session:
     streams: bool = True
     thinking: ThinkingView = "show"
     attached: list[str] = field(default_factory=list)
-    asked: str | None = None
+    images: list[Part] = field(default_factory=list)
+    asked: Content | None = None
     cards: tuple[ModelCard, ...] = ()
     timings: dict[str, list[Timing]] = field(default_factory=dict)
 
@@ -66,10 +71,10 @@ class Session:
     async def send(self, text: str) -> None:
         """Ask a question with the attached files, show the answer, keep both (rule 1)."""
         question = "\n\n".join([*self.attached, text])
-        await self.ask(question)
-        self.attached = []
+        await self.ask(content_of(question, self.images))
+        self.attached, self.images = [], []
 
-    async def ask(self, question: str) -> None:
+    async def ask(self, question: Content) -> None:
         """Ask a question as it is, show the answer, keep both (rule 1)."""
         self.asked = question
         reply, messages = Reply(self.model), self.conversation.asking(question)
@@ -110,8 +115,9 @@ class Session:
         usage = timings[-1].usage if timings else None
         context = f" · context {format_context(usage, self.context_length)}" if usage else ""
         files = f" · {counted(len(self.attached), 'file')} attached" if self.attached else ""
+        images = f" · {counted(len(self.images), 'image')} attached" if self.images else ""
         turns = counted(self.conversation.turns, "turn")
-        return f" {self.model} · {turns}{context}{files} · Alt-Enter: new line · /help "
+        return f" {self.model} · {turns}{context}{files}{images} · Alt-Enter: new line · /help "
 
     def note(self, text: str, style: str = "dim") -> None:
         """Show a line that is no answer."""

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
-from mlxserver.engine.loading.encoder_architecture import positions
+from mlxserver.engine.loading.encoder_architecture import positions, replace_activations, with_rope_names
 from mlxserver.engine.loading.estimate import embedding_context
 from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.loading.metadata import attention_heads, vocab_size
@@ -131,8 +131,9 @@ def _load(spec: ModelSpec, report: Progress, policy: ExecutionPolicy) -> Embeddi
         from mlx_vlm.models.pooling import read_pooling_config
 
         config = read_object(path / "config.json") or {}
-        model = load_embedding_model(path, lazy=True)
+        model = load_embedding_model(path, lazy=True, config=with_rope_names(config))
         model.pooling_config = read_pooling_config(path)
+        replace_activations(model, config)
     with naming(f"the weights in {path} can't be used"):
         model = prepare(model, report, replace(policy, fuse_projections=False))
     with naming(f"the tokenizer in {path} can't be read"), checked(path) as files:

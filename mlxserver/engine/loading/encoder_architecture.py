@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.architecture import inspect_architecture
@@ -16,6 +16,11 @@ from mlxserver.engine.loading.metadata import FALLBACK_CONTEXT, attention_heads
 
 # Architectures whose position embeddings begin behind the number of the padding token.
 _OFFSET_POSITIONS = frozenset({"xlm-roberta", "xlm_roberta", "roberta"})
+# Names of the bases of rotary embeddings by type of layer, where these differ.
+_ROPE_NAMES = {
+    "modernbert": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
+    "gemma3_text": {"full_attention": "rope_global_base_freq", "sliding_attention": "rope_local_base_freq"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +39,13 @@ class EncoderArchitecture:
 
 def inspect_embedding_architecture(config: Mapping[str, Any]) -> EncoderArchitecture:
     """The architecture that a config.json describes, without its weights. Raises whatever mlx-vlm does."""
-    return _inspect(_model(dict(config)), config)
+    return _inspect(_model(with_rope_names(config)), config)
 
 
 def inspect_reranker_architecture(config: Mapping[str, Any]) -> EncoderArchitecture:
     """The architecture that a reranker's config.json describes, likewise."""
     if kinds.is_cross_encoder(config):
-        return _inspect(_model({**config, "num_labels": 1}, "SequenceClassificationModel"), config)
+        return _inspect(_model({**with_rope_names(config), "num_labels": 1}, "SequenceClassificationModel"), config)
     model = inspect_architecture(config)
     heads = attention_heads(config, *model.arguments)
     return EncoderArchitecture(model.weights, model.width, heads, positions(config), is_judge=True)
@@ -57,6 +62,29 @@ def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture
         attention_heads(config),
         positions(config),
     )
+
+
+def with_rope_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json with the bases of its rotary embeddings under their earlier names, which mlx-vlm reads.
+
+    transformers 5 writes them into `rope_parameters`, one for all layers or one per type of layer.
+    """
+    stated = config.get("rope_parameters")
+    parts = stated if isinstance(stated, dict) else {}
+    names = _ROPE_NAMES.get(str(config.get("model_type")), {"": "rope_theta"})
+    found = {}
+    for layers, name in names.items():
+        part = parts.get(layers) if layers else parts
+        if isinstance(part, dict) and "rope_theta" in part:
+            found[name] = part["rope_theta"]
+    return {**found, **config}
+
+
+def replace_activations(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Give a ModernBERT the activation that its config.json states; mlx-vlm's class approximates it with tanh."""
+    if config.get("model_type") == "modernbert" and config.get("hidden_activation", "gelu") == "gelu":
+        found = [name for name, layer in model.named_modules() if isinstance(layer, nn.GELU)]
+        model.update_modules(tree_unflatten([(name, nn.GELU()) for name in found]))
 
 
 def positions(config: Mapping[str, Any]) -> int:

@@ -22,7 +22,7 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import kinds, loader
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.embedding_model import padded, read_encoder_tokenizer
-from mlxserver.engine.loading.encoder_architecture import positions
+from mlxserver.engine.loading.encoder_architecture import positions, replace_activations, with_rope_names
 from mlxserver.engine.loading.estimate import embedding_context, judge_context
 from mlxserver.engine.loading.metadata import attention_heads, context_length, model_arguments, vocab_size
 from mlxserver.engine.loading.outcome import complete_or_nothing, naming
@@ -151,7 +151,8 @@ def _load_cross_encoder(
     with naming(f"the model in {path} can't be read"), naming_what_is_missing():
         from mlx_vlm.reranker_loader import load_sequence_classification_model
 
-        model = load_sequence_classification_model(path, lazy=True)
+        model = load_sequence_classification_model(path, lazy=True, config=with_rope_names(config))
+        replace_activations(model, config)
     with naming(f"the weights in {path} can't be used"):
         model = loader.prepare(model, report, policy)
     with naming(f"the tokenizer in {path} can't be read"), checked(path) as files:

@@ -31,7 +31,6 @@ from mlxserver.engine.requests import (
     FormattedPrompt,
     GenerationRequest,
     ModelFacts,
-    Prompt,
     Question,
     Tokenize,
 )
@@ -191,7 +190,6 @@ class _Preprocessor:
         """The request with its prompt rendered, its grammar compiled. Raises PromptRejected, WrongKind."""
         if not isinstance(request, GenerationRequest):
             raise WrongKind(self._key, "text")
-        self._refuse_images(request.prompt)
         grammar = self._constraints.compile(request)
         return replace(request, formatted=self._format(request), grammar=grammar)
 
@@ -209,16 +207,9 @@ class _Preprocessor:
                 check_tokens(tokens, self._vocab_size, "tokens")
                 return str(self._tokenizer.decode(list(tokens)))
             case Tokenize(prompt):
-                self._refuse_images(prompt)
                 return self._prompts.format(prompt).tokens
             case ApplyTemplate(prompt):
-                self._refuse_images(prompt)
                 return self._prompts.format(prompt).text
-
-    def _refuse_images(self, prompt: Prompt) -> None:
-        messages = prompt.conversation if isinstance(prompt, ChatPrompt) else ()
-        if image := next((image for message in messages for image in message.images), None):
-            raise PromptRejected(f"Model {self._key!r} is a text model and sees no images.", image.origin)
 
 
 @dataclass(frozen=True, slots=True)

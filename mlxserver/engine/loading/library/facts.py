@@ -94,7 +94,7 @@ def _directory_facts(path: Path) -> Facts:
         f"{bits}-bit" if bits else _stated_type(config, quantization),
         sum(_parameters(file, bits) for file in files),
         metadata.stated_context(config) or None,
-        _kv_values(config) if kind == "text" else 0,
+        _kv_values(config) if kind in ("text", "vision") else 0,
         sum(map(metadata.text_bytes, files)),
         kind,
     )
@@ -102,6 +102,7 @@ def _directory_facts(path: Path) -> Facts:
 
 _WITHOUT: dict[Kind, str] = {
     "text": "mlx-lm has no architecture {!r}",
+    "vision": "mlx-vlm has no model that sees of the type {!r}",
     "embedding": "mlx-vlm has no embedding model of the type {!r}",
     "rerank": "mlx-vlm has no reranker of the type {!r}",
 }
@@ -112,6 +113,8 @@ def _is_known(architecture: str, kind: Kind) -> bool:
         return architecture in kinds.EMBEDDERS
     if kind == "rerank":
         return architecture in kinds.RERANKERS
+    if kind == "vision":
+        return architecture in kinds.SEEING
     spec = importlib.util.find_spec("mlx_lm")
     if spec is None or not spec.submodule_search_locations:
         return True  # nothing can be loaded here, and not for this reason
