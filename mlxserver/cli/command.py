@@ -20,6 +20,7 @@ from mlxserver.cli.parser import NAMES, parser
 if TYPE_CHECKING:
     from mlxserver.config.settings import Settings
 
+HELP = (["-h"], ["--help"], ["help"])
 SERVER = ("serve", "config")  # what is not a command of this package
 
 ReadSettings = Callable[[list[str]], "Settings"]
@@ -27,6 +28,8 @@ ReadSettings = Callable[[list[str]], "Settings"]
 
 def is_command(arguments: Sequence[str]) -> bool:
     """Whether a command line of mlx-server is for main()."""
+    if [*arguments] in HELP:
+        return True
     return bool(arguments) and not arguments[0].startswith("-") and arguments[0] not in SERVER
 
 
@@ -37,6 +40,9 @@ def main(arguments: Sequence[str], read_settings: ReadSettings) -> int:
 
         return command.main(arguments[1:])
     known = parser()
+    if [*arguments] in HELP:
+        known.print_help()
+        return 0
     if arguments[0] not in NAMES:
         known.error(_unknown(arguments[0]))
     own = [*takewhile(lambda argument: argument != "--", arguments)]

@@ -132,6 +132,7 @@ async def rm(options: Namespace, settings: ReadSettings) -> int:
     fields = found.find(options.model)
     taken = size((fields.get("local") or fields).get("size_bytes"))
     if not options.yes and not _is_confirmed(f"Remove {fields['id']} ({taken}, {fields.get('path', '')})?"):
+        print_status("Nothing was removed.")
         return 1
     if found.url:
         async with client_of(options) as client:

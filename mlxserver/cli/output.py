@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mlxserver.client.views import STATE_STYLES, console
 
+LONGEST_NAME = 48  # characters that a table has for the first column
 NAMES_OF_POWERS = {9: "B", 6: "M", 3: "k", 0: ""}
 
 
@@ -23,7 +24,7 @@ def print_json(value: object) -> int:
 def print_rows(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
     """A table in a terminal; elsewhere lines with tabs between their cells, without a header.
 
-    A column without a value in any row is not shown in the table. The first is never folded.
+    A column without a value in any row is not shown in the table. Of what is too wide for the terminal, names go last.
     """
     terminal = console()
     if not terminal.is_terminal:
@@ -32,7 +33,8 @@ def print_rows(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> 
     shown = [n for n in range(len(rows[0]) if rows else 0) if n == 0 or any(row[n] != "-" for row in rows)]
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=bool(columns))
     for n in shown:
-        table.add_column(columns[n] if columns else "", no_wrap=n == 0, overflow="fold")
+        width = min(max(len(row[n]) for row in rows), LONGEST_NAME) if n == 0 else None
+        table.add_column(columns[n] if columns else "", min_width=width, no_wrap=bool(columns), overflow="ellipsis")
     for row in rows:
         table.add_row(*(Text(row[n], "bold" if n == 0 else STATE_STYLES.get(row[n], "")) for n in shown))
     terminal.print(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 
 from mlxserver.client.defaults import DEFAULT_BASE_URL, EXIT_STATUSES
 
@@ -40,12 +40,11 @@ def parser() -> ArgumentParser:
     asking.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
     asking.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
     asking.add_argument("--config", metavar="FILE", help="settings to use where no server runs")
-    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="mlx-server")
+    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="mlx-server", help=SUPPRESS)
 
     def command(name: str, meaning: str, *parents: ArgumentParser) -> ArgumentParser:
         return names.add_parser(
             name,
-            help=meaning,
             description=meaning,
             parents=parents,
             epilog=EXIT_STATUSES,

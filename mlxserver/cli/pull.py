@@ -39,7 +39,7 @@ def pull(options: Namespace, settings: ReadSettings) -> int:
     except ServerUnreachable as error:
         if options.base_url:
             raise
-        print_status(f"no server at {error.url}: the model is downloaded for the one that will be started")
+        print_status(f"no server at {error.url}: this command downloads the model itself")
         return _here(options, settings())
     return _conclude(options, pulled.path, dict(pulled.fields))
 
@@ -78,8 +78,10 @@ def _here(options: Namespace, settings: Settings) -> int:
         try:
             path = str(pull.download(plan, report))
         except LoadAborted:
-            print_status(STOPPED)
-            return INTERRUPTED
+            path = ""
+    if not path:
+        print_status(STOPPED)
+        return INTERRUPTED
     sizes = {"download_bytes": plan.download_bytes, "needed_bytes": plan.needed_bytes, "fits": plan.fits}
     return _conclude(options, path, {"model": source, **sizes, "path": path})
 
@@ -88,6 +90,7 @@ def _conclude(options: Namespace, path: str, fields: dict[str, Any]) -> int:
     if options.json:
         return print_json({name: value for name, value in fields.items() if name != "event"})
     print(path)
+    print_status(f"It is in the library, as {fields.get('model')}: a server loads it when a request names it.")
     return 0
 
 
@@ -121,18 +124,27 @@ class Screen:
         if plan.needed_bytes is None:
             memory = "what it needs of memory is not known"
         else:
-            memory = f"it needs {decimal(plan.needed_bytes)} of memory, {'which is there' if plan.fits else 'too much'}"
-        print_status(f"{plan.model}: {decimal(plan.download_bytes)} to download; {memory}")
+            fits = "which is there" if plan.fits else "more than models may take"
+            memory = f"it needs {decimal(plan.needed_bytes)} of memory, {fits}"
+        amount = f"{decimal(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"
+        self._print(f"{plan.model}: {amount}; {memory}")
 
     def show(self, stage: str, done: int, total: int) -> None:
         """Show a step."""
         if stage != self._stage and stage.startswith("waiting"):
-            print_status(stage)
+            self._print(stage)
         self._stage = stage
         if self._task is None and total:
             self._task = self._bar.add_task("", total=total, completed=done)
         if self._task is not None:
             self._bar.update(self._task, description=stage.partition(":")[0], completed=done, total=total or None)
+
+    def _print(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar.disable:
+            print_status(text)
+        else:
+            self._bar.console.print(text, style="dim", markup=False, soft_wrap=True)
 
 
 @contextmanager

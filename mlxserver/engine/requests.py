@@ -249,7 +249,8 @@ class ModelFacts:
 
     reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
     capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle",
-    "embeddings" and "rerank". execution: None where ranks share the model, and of an encoder. type: None of one, too.
+    "vision", "embeddings" and "rerank". execution: None where ranks share the model, and of an encoder. type: None of
+    one, too.
     """
 
     type: str | None

@@ -35,6 +35,9 @@ class PromptImages(Protocol):
     def encode(self, start: int, end: int) -> bool:
         """Compute the features of one image that has a part in these tokens. False: they are all at hand."""
 
+    def whole(self, start: int, end: int) -> int:
+        """Where a chunk of these tokens should end, so that it has no part of an image that has to be seen at once."""
+
     def showing(self, start: int, end: int) -> AbstractContextManager[None]:
         """A forward pass of these tokens in the block sees the images."""
 

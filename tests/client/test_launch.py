@@ -104,6 +104,14 @@ def test_the_lines_to_set_are_printed(server, environment, name):
     assert not Path(environment["RECORD"]).exists()
 
 
+def test_the_settings_are_printed_as_json(server, environment):
+    done = launch(server, environment, "opencode", "--json", "--api-key", "sesame", "--", "extra")
+    settings = json.loads(done.stdout)
+    assert settings["command"][-1] == "extra"
+    assert settings["files"].keys() == {"opencode.json"}
+    assert "sesame" not in done.stdout
+
+
 def test_a_program_that_is_not_installed_is_named_beside_its_lines(server, environment):
     done = launch(server, environment, "aider")
     assert done.returncode == 0

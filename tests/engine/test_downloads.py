@@ -198,6 +198,14 @@ def test_a_disk_that_becomes_full_is_named(hub, cache):
         download()
 
 
+def test_a_copy_from_before_is_used_where_the_hub_fails_and_the_log_says_so(hub, caplog):
+    before = download()
+    hub.shutdown()
+    hub.server_close()
+    assert download() == before
+    assert "the copy from before is used" in caplog.text
+
+
 def test_no_network(hub, monkeypatch):
     hub.shutdown()
     hub.server_close()
@@ -276,12 +284,13 @@ def test_two_processes_fetch_each_file_once(elsewhere):
 
 
 def test_the_token_and_the_proxy_of_the_environment_are_used(elsewhere):
-    _, start = elsewhere
-    hub = elsewhere[0]
+    hub, start = elsewhere
     refused = start("org/private").communicate(timeout=60)
     assert "Repository Not Found" in refused[1]
-    out, err = start("org/private", HF_TOKEN=TOKEN).communicate(timeout=60)
+    endpoint, hub.address = hub.address, f"http://localhost:{hub.server_port}"  # LFS files have another origin
+    out, err = start("org/private", HF_TOKEN=TOKEN, HF_ENDPOINT=endpoint).communicate(timeout=60)
     assert content(Path(out.strip())) == FILES, err
+    assert hub.shown_to_cdn == {None}
     hub.address = "http://hub.invalid"
     out, err = start(HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=f"http://127.0.0.1:{hub.server_port}").communicate(
         timeout=60

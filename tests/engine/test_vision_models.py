@@ -1,16 +1,26 @@
 """Vision models: greedy answers equal to mlx-vlm's own, in any company, and what stays of an image that was seen."""
 
+import itertools
+import json
 from dataclasses import replace
 from types import SimpleNamespace
+
+from mlxserver.engine.mlx import mx
 
 import pytest
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.conversation import Message, Text
-from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.errors import LoadFailed, PromptRejected
 from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.estimate import estimate
+from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
+from mlxserver.engine.loading.vision_model import load_tower
 from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import CPU, METAL
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.worker.faults import GuardedImages
+from tests.support.batch_driver import Driver
 from tests.support.vision_models import FAMILIES, Reference, answers, attached, picture, question, tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared")
@@ -28,7 +38,10 @@ def built(path, **fields):
     return Builder(0.25).build(ModelSpec("m", str(path), **fields))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+LIKE_OTHERS = ("idefics3", "qwen2_vl", "qwen3_vl_moe", "qwen3_5_moe")
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in LIKE_OTHERS])
 def family(request, tmp_path_factory):
     path = tiny_vision(tmp_path_factory.mktemp("vision") / request.param, request.param)
     reference = Reference(path)
@@ -45,6 +58,14 @@ def test_answers_are_mlx_vlms_alone_and_in_a_batch_of_eight(family):
     runner = built(family.path, prefix_cache_bytes=0)
     assert [answers(runner, [each])[0][0] for each in QUESTIONS] == expected
     assert answers(runner, QUESTIONS * 2)[0] == expected * 2
+
+
+@pytest.mark.parametrize("name", LIKE_OTHERS)
+def test_types_that_are_like_others_answer_as_mlx_vlm_does(tmp_path, name):
+    path = tiny_vision(tmp_path / "m", name)
+    reference, runner = Reference(path), built(path)
+    assert runner.facts.kind == "vision"
+    assert answers(runner, QUESTIONS[:3])[0] == [reference.answer(each)[0] for each in QUESTIONS[:3]]
 
 
 def test_an_image_that_was_seen_is_cached_with_its_prompt(family):
@@ -75,7 +96,7 @@ def test_a_second_turn_goes_on_from_the_first_one_and_may_have_another_image(fam
 
 
 def test_a_long_prompt_with_images_is_prefilled_in_chunks(family):
-    long = question("One two three. " * 60, RED, BLUE, turns=(Message("user", (Text("Hello there. " * 60),), "m"),))
+    long = question("One two three. " * 9, RED, BLUE, turns=(Message("user", (Text("Hello there. " * 9),), "m"),))
     runner = built(family.path, prefix_cache_bytes=0)
     sequence = runner.prepare(runner.preprocess(long), iter(range(9)))[0][0]
     runner.batch.insert([sequence])
@@ -96,11 +117,105 @@ def test_a_control_token_in_a_text_is_no_image(family):
     assert placeholder in formatted.text
 
 
+def test_a_sequence_with_images_goes_on_after_a_restart(tmp_path):
+    runner = built(tiny_vision(tmp_path / "m", "qwen2_5_vl"), prefix_cache_bytes=0)
+    expected = answers(runner, [QUESTIONS[2]])[0][0]
+    sequence = runner.prepare(runner.preprocess(QUESTIONS[2]), itertools.count())[0][0]
+    driver = Driver(runner.batch, sequence)
+    driver.until_generated(sequence.id, 4)
+    unpublished = runner.batch.restart({sequence.id})
+    driver.tokens[sequence.id] += [token.token for token in unpublished]
+    assert driver.finish()[sequence.id] == expected
+
+
+class Broken:
+    """Images of a prompt that can't be encoded."""
+
+    shift = 0
+
+    def keys(self, tokens):
+        return tokens
+
+    def whole(self, start, end):
+        return end
+
+    def encode(self, start, end):
+        raise ValueError("no such size")
+
+    def showing(self, start, end):
+        raise ValueError("no such size")
+
+
+def test_an_image_that_a_tower_fails_at_ends_no_other_request_and_is_not_stored(tiny_llama_path):
+    runner = built(tiny_llama_path)
+    alone = answers(runner, [QUESTIONS[0]])[0][0]
+    text = runner.prepare(runner.preprocess(QUESTIONS[0]), itertools.count())[0][0]
+    faults = []
+    seeing = replace(text, id=7, tokens=text.tokens[:1] * 40, images=GuardedImages(7, Broken(), faults))
+    driver = Driver(runner.batch, text, seeing)
+    assert driver.finish()[text.id] == alone
+    assert [(id, str(fault)) for id, fault in faults] == [(7, "no such size")]
+    again = Driver(runner.batch, replace(seeing, images=None))
+    again.finish()
+    assert again.cached[7] < 16
+
+
 def test_a_text_model_refuses_images(tiny_llama_path):
     runner = built(tiny_llama_path)
     with pytest.raises(PromptRejected, match="text model") as refusal:
         runner.preprocess(question("What is this?", RED))
     assert refusal.value.param == "messages[0].content[0]"
+
+
+def test_published_names_of_weights_are_read(tmp_path):
+    path = tiny_vision(tmp_path / "m", "smolvlm")
+    answer = Reference(path).answer(QUESTIONS[1])[0]
+    names = {"language_model.lm_head.": "lm_head.", "language_model.": "model.text_model.", "": "model."}
+    weights = mx.load(str(path / "model.safetensors"))
+    renamed = {}
+    for name, array in weights.items():
+        prefix = next(prefix for prefix in names if name.startswith(prefix))
+        renamed[names[prefix] + name.removeprefix(prefix)] = array
+    mx.save_safetensors(str(path / "model.safetensors"), renamed, metadata={"format": "mlx"})
+    assert answers(built(path), [QUESTIONS[1]])[0] == [answer]
+
+
+def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_path, caplog):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"image_token_index": "none"}))
+    assert built(path).facts.kind == "text"
+    assert "loaded as a text model" in caplog.text
+    with pytest.raises(LoadFailed, match="vision part"):
+        built(path, kind="vision")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "code.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="model_file"):
+        load_tower(path, settings | {"model_file": "code.py"}, sources.silent, CPU)
+
+
+def test_the_estimate_counts_the_vision_part_and_not_of_a_text_model(tmp_path):
+    path = tiny_vision(tmp_path / "m", "qwen2_5_vl")
+    runner = built(path)
+    assert estimate(ModelSpec("m", str(path))).weights == runner.facts.weight_bytes
+    text = built(path, kind="text")
+    assert estimate(ModelSpec("m", str(path), kind="text")).weights == text.facts.weight_bytes
+    assert text.facts.weight_bytes < runner.facts.weight_bytes
+    stored = sum(array.nbytes for array in mx.load(str(path / "model.safetensors")).values())
+    assert estimate(ModelSpec("m", str(path)), METAL).weights == pytest.approx(stored, rel=0.05)
+
+
+def test_a_large_picture_is_scaled_to_what_was_counted(tmp_path):
+    path = tiny_vision(tmp_path / "m", "pixtral")
+    runner = built(path)
+    most = inspect_vision_architecture(json.loads((path / "config.json").read_text())).most_pixels(CPU)
+    assert most is not None
+    (seen,) = runner.preprocess(question("Hello", picture(1, 3000, 2000))).formatted.images
+    assert seen.image.inputs["pixel_values"].size <= 3 * most
 
 
 def test_a_checkpoint_without_a_processor_is_a_text_model(tmp_path):

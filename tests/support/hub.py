@@ -49,6 +49,7 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/"):
             self.list_files(path.removeprefix("/api/models/"), parse_qs(url.query))
         elif path.startswith("/cdn/"):
+            self.server.shown_to_cdn.add(self.headers.get("Authorization"))
             self.send_part(path.rsplit("/", 1)[1])
         elif "/resolve/" in path:
             self.resolve(path.strip("/"))
@@ -58,8 +59,8 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def search(self, query):
-        words = query.get("search", [""])[0].lower()
-        found = [each for each in self.server.listed if words in each["id"].lower()]
+        words = query.get("search", [""])[0].lower().split()
+        found = [each for each in self.server.listed if all(word in each["id"].lower() for word in words)]
         self.reply(json.dumps(found[: int(query.get("limit", ["100"])[0])]).encode())
 
     def list_files(self, path, query):
@@ -150,6 +151,7 @@ def hub_of(files):
     server.files, server.cuts, server.wrong, server.delay, server.sent = files, 0, 0, 0.0, 0
     server.interrupts = server.ignores_ranges = server.is_mirror = False
     server.commit, server.repositories = COMMIT, {"org/tiny", "org/private"}
+    server.shown_to_cdn = set()
     server.answers, server.asked, server.listed = [], [], []
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -171,6 +171,24 @@ def _qwen3_5(ids):
     )
 
 
+def _qwen2_vl(ids):
+    config, files = _qwen2_5_vl(ids)
+    vision = _QWEN_VISION | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    return config | {"vision_config": vision}, files
+
+
+def _of_experts(make, model_type):
+    def make_of_experts(ids):
+        config, files = make(ids)
+        text = config["text_config"] | {"model_type": f"{model_type}_text", "norm_topk_prob": True}
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 32}
+        vision = config["vision_config"] | {"model_type": model_type}
+        return config | {"text_config": text, "vision_config": vision}, files
+
+    return make_of_experts
+
+
 _PIXTRAL_VISION = {
     "model_type": "pixtral",
     "hidden_size": 32,
@@ -266,12 +284,19 @@ def _gemma4(ids):
         },
         {
             "processor_config.json": {
-                "image_processor": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+                "image_processor": {"patch_size": 8, "max_soft_tokens": 24, "pooling_kernel_size": 2}
             }
         },
     )
 
 
+def _gemma4_large(ids):
+    config, files = _gemma4(ids)
+    text = {"use_bidirectional_attention": "vision", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    return config | {"text_config": config["text_config"] | text}, files
+
+
+_QWEN_TEMPLATE = _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 # Per family: its config and processor files from the ids of its tokens, these tokens, and its chat template.
 FAMILIES = {
     "smolvlm": (_idefics3, _IDEFICS_TOKENS, _LISTS_ONLY),
@@ -281,14 +306,18 @@ FAMILIES = {
         ("<pad>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         _PARTS.replace("IMAGE", "<start_of_image>"),
     ),
-    "qwen2_5_vl": (
-        _qwen2_5_vl,
-        _QWEN_TOKENS,
-        _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    ),
-    "qwen3_vl": (_qwen3_vl, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
-    "qwen3_5": (_qwen3_5, _QWEN_TOKENS, _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")),
+    "qwen2_vl": (_qwen2_vl, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen2_5_vl": (_qwen2_5_vl, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_vl": (_qwen3_vl, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_vl_moe": (_of_experts(_qwen3_vl, "qwen3_vl_moe"), _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_5": (_qwen3_5, _QWEN_TOKENS, _QWEN_TEMPLATE),
+    "qwen3_5_moe": (_of_experts(_qwen3_5, "qwen3_5_moe"), _QWEN_TOKENS, _QWEN_TEMPLATE),
     "gemma4": (_gemma4, ("<pad>", "<|image>", "<image|>", "<|image|>"), _PARTS.replace("IMAGE", "<|image|>")),
+    "gemma4-large": (
+        _gemma4_large,
+        ("<pad>", "<|image>", "<image|>", "<|image|>"),
+        _PARTS.replace("IMAGE", "<|image|>"),
+    ),
     "mistral3": (_mistral3, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "pixtral": (_pixtral, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "llava": (_llava, ("<image>",), _PARTS.replace("IMAGE", "<image>\n")),
@@ -308,9 +337,10 @@ def tiny_vision(path, family, seed=0):
     """Write a vision model of a family."""
     make, tokens, template = FAMILIES[family]
     tiny_llama(path, template=template)
-    ids = _add_tokens(path, tokens, _NAMED.get(family, {}))
+    ids = _add_tokens(path, tokens, _NAMED.get(family.partition("-")[0], {}))
     config, files = make(ids)
     vocab = max(ids.values()) + 1
+    family = family.partition("-")[0]
     config |= {"model_type": family, "vocab_size": vocab, "torch_dtype": "float32", "eos_token_id": ids["<|im_end|>"]}
     if "text_config" in config:
         config["text_config"] = config["text_config"] | {"vocab_size": vocab}
@@ -425,6 +455,10 @@ class Reference:
         options = {"max_tokens": request.max_tokens, "temperature": 0.0}
         parts = list(stream_generate(self._model, self._processor, prompt, image=pictures or None, **options))
         return [part.token for part in parts][: request.max_tokens], parts[0].prompt_tokens
+
+    def text(self, tokens):
+        """The text of tokens."""
+        return self._processor.tokenizer.decode(tokens)
 
 
 def picture_of(image):

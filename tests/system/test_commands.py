@@ -163,6 +163,40 @@ def test_a_removal_asks_in_a_terminal(home):
     assert (home / ".lmstudio" / "models" / "publisher" / "studio").exists()
 
 
+IMPORTED = """
+import sys
+from mlxserver.__main__ import main
+sys.argv = ["mlx-server", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as exit:
+    print("status", exit.code)
+print("imported", *{"aiohttp", "mlx", "huggingface_hub", "mlx_api_server", "model_manager"} & sys.modules.keys())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "imported"),
+    [
+        (["--help"], "status 0\nimported"),
+        (["ls", "--help"], "status 0\nimported"),
+        (["completions", "zsh"], "status 0\nimported"),
+        (["frobnicate"], "status 2\nimported"),
+        (["pull"], "status 2\nimported"),
+        (["ps"], "status 3\nimported aiohttp"),
+    ],
+)
+def test_a_command_imports_what_it_needs(arguments, imported):
+    own = {**server_environment(), "OPENAI_BASE_URL": NO_SERVER}
+    command = [sys.executable, "-c", IMPORTED, *arguments]
+    done = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith(imported), done.stdout
+
+
+def test_a_command_that_is_mistyped_is_guessed(command):
+    assert "is it 'search'?" in command("serch").stderr
+
+
 def test_every_command_is_explained():
     page = (ROOT / "docs" / "clients.md").read_text()
     names = re.findall(r"^  (\w+)", COMMANDS, re.MULTILINE)

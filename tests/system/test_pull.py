@@ -58,7 +58,7 @@ def test_a_repository_is_downloaded_once_and_without_its_code(hub, files, tmp_pa
     assert re.search(r"org/tiny: [\d.]+ kB to download; it needs [\d.]+ MB of memory, which is there", err)
     assert pulled["fits"]
     assert pull("org/tiny") == 0
-    assert "org/tiny: 0 bytes to download" in capfd.readouterr().err
+    assert "org/tiny: nothing to download" in capfd.readouterr().err
 
 
 def test_a_cut_connection_is_no_failure(hub, files, tmp_path):
@@ -82,9 +82,9 @@ def test_ctrl_c_stops_a_download_and_the_next_one_completes_it(hub, tmp_path, ca
         ("org/missing", "no such repository on the hub"),
         ("org/gated", "access is restricted"),
         ("org/private", "or a private one: set HF_TOKEN"),
-        ("org/busy", "could not be fetched"),
-        ("./here", "no such file"),
-        ("tiny", "expected embedded:NAME"),
+        ("org/busy", "which answered with status 503; try again later"),
+        ("./here", "expected the id of a Hugging Face repository"),
+        ("tiny", "such as org/name (search finds some)"),
     ],
 )
 def test_what_can_not_be_had_is_named(hub, name, reason, capfd):

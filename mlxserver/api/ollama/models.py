@@ -139,7 +139,8 @@ def _capabilities(status: ModelStatus, description: Description) -> list[str]:
         return [status.kind]
     thinks = status.type == "thinking" if status.type else description.may_think
     fills = "fill_in_middle" in (status.capabilities or ())
-    return ["completion", "tools", *(["thinking"] if thinks else []), *(["insert"] if fills else [])]
+    more = {"thinking": thinks, "insert": fills, "vision": status.kind == "vision"}
+    return ["completion", "tools", *(name for name, is_there in more.items() if is_there)]
 
 
 def _modified(status: ModelStatus, description: Description) -> str:

@@ -11,7 +11,7 @@ from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus
 OWNER = "mlx-server"
 CAPABILITIES = (
     *("chat", "completion", "tools", "thinking", "json_schema", "logprobs", "fill_in_middle"),
-    *("embeddings", "rerank"),
+    *("vision", "embeddings", "rerank"),
 )
 
 

@@ -6,6 +6,7 @@ Rule: nothing of the user's is written. Files go into a temporary directory, whi
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from mlxserver.client.api import ChatClient
 from mlxserver.client.command import choose_model, conclude
@@ -44,8 +46,11 @@ def run(options: Namespace) -> int:
     program = PROGRAMS[options.program]
     values = asyncio.run(_values(options))
     installed = shutil.which(program.command[0])
+    hidden = {**values, "files": "."} | ({} if values["key"] == NO_KEY else {"key": HIDDEN_KEY})
+    if options.json:
+        print(json.dumps(_described(program, hidden, options.arguments), indent=2))
+        return 0
     if options.print or program.setup or not installed:
-        hidden = {**values, "files": "."} | ({} if values["key"] == NO_KEY else {"key": HIDDEN_KEY})
         print("\n".join(lines(program, hidden, options.arguments)))
         if not (options.print or installed):
             print_status(f"{program.command[0]} is not installed: {program.package}")
@@ -62,6 +67,17 @@ def lines(program: Program, values: Mapping[str, str], arguments: Sequence[str] 
         yield f"export {name}={shlex.quote(_fill(value, values))}"
     for command in (*program.setup, (*program.command, *arguments)):
         yield shlex.join(_fill(part, values) for part in command)
+
+
+def _described(program: Program, values: Mapping[str, str], arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings as a JSON object."""
+    return {
+        "program": program.name,
+        "files": {name: _fill(text, values) for name, text in program.files.items()},
+        "variables": {name: _fill(value, values) for name, value in program.variables.items()},
+        "setup": [[_fill(part, values) for part in command] for command in program.setup],
+        "command": [_fill(part, values) for part in (*program.command, *arguments)],
+    }
 
 
 def start(program: Program, installed: str, values: Mapping[str, str], arguments: Sequence[str] = ()) -> int:
@@ -107,6 +123,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="mlx-server launch", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("program", choices=sorted(PROGRAMS), metavar="PROGRAM", help=", ".join(sorted(PROGRAMS)))
     parser.add_argument("--print", action="store_true", help="print the settings, and start nothing")
+    parser.add_argument("--json", action="store_true", help="print the settings as JSON, and start nothing")
     parser.add_argument("--model", metavar="KEY", help="the model to use (default: the first that is loaded)")
     parser.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
     parser.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")

@@ -21,6 +21,7 @@ class Sight:
     at, features: where image tokens stand in the pass, [n] of int, and what they are in place of their embeddings,
     [n, dim]. added: likewise, what is added to them behind the first layers, one [n, dim] per layer. positions: for
     rotary embeddings, [3, tokens]: time, row, column. shift: [rows], added to the offsets for rotary embeddings.
+    blocks: [tokens], the number of the image that each token is of, -1 for none.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Sight:
         self.added: Sequence[mx.array] = ()
         self.positions: mx.array | None = None
         self.shift: mx.array | None = None
+        self.blocks: mx.array | None = None
         self.angles: dict[tuple[int, float], tuple[mx.array, mx.array]] = {}  # of the positions, once per pass
 
     @contextmanager
@@ -43,8 +45,10 @@ class Sight:
         added: Sequence[mx.array] = (),
         positions: mx.array | None = None,
         shift: mx.array | None = None,
+        blocks: mx.array | None = None,
     ) -> Iterator[None]:
         """Give this to the forward pass inside the block."""
+        self.blocks = blocks
         self.at, self.features, self.added, self.positions, self.shift = at, features, added, positions, shift
         try:
             yield

@@ -7,6 +7,7 @@ Rule 2: nothing is printed; progress is reported in bytes.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from huggingface_hub import constants, errors, snapshot_download, try_to_load_fr
 from huggingface_hub.utils import httpx
 
 from mlxserver.config.settings import Kind
-from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid
+from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid, one_line
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.download.download import Download, NoSpace, Report, check_disk, fetch_now, list_files
 from mlxserver.engine.loading.download.manifest import Manifest
 from mlxserver.engine.loading.download.transfer import Busy, DigestWrong
 from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
+
+log = logging.getLogger("models")
 
 WEIGHTS = "model*.safetensors"
 DENSE_WEIGHTS = "*_Dense/model*.safetensors"  # of embedding models: layers behind the pooling
@@ -130,6 +133,7 @@ def _manifest(source: str, repository: str, revision: str | None) -> Manifest | 
         manifest = list_files(repository, revision)
     except Exception as error:
         if not isinstance(error, REFUSALS) and cached_snapshot(repository, revision):
+            log.warning("%s: the hub can't be asked (%s); the copy from before is used", source, one_line(error))
             return None
         raise failure(source, error, revision) from None
     if manifest.find("config.json") is None:
@@ -163,12 +167,17 @@ def failure(source: str, error: Exception, revision: str | None) -> SourceInvali
             return DiskFull(source, str(error))
         case OSError(errno=errno.ENOSPC):
             return DiskFull(source, f"the disk of {cache()} is full. {STAYS}")
-        case DigestWrong() | Busy():
+        case DigestWrong():
+            return HubUnavailable(source, f"{error}; the same command tries again")
+        case Busy():
             return HubUnavailable(source, f"{error}. {STAYS}")
+        case errors.HfHubHTTPError():
+            status = error.response.status_code
+            return HubUnavailable(source, f"{REACH}, which answered with status {status}; try again later")
         case httpx.TransportError():
             return HubUnavailable(source, _unreachable())
         case _:  # the hub's and the transport's errors are of many kinds
-            return HubUnavailable(source, f"{REACH}: {' '.join(str(error).split()) or type(error).__name__}")
+            return HubUnavailable(source, f"{REACH}: {one_line(error)}")
 
 
 def _unreachable() -> str:

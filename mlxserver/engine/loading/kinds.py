@@ -17,7 +17,7 @@ HEADLESS = frozenset({"Qwen3Model", "Gemma3TextModel", "Ministral3Model", "Lfm2M
 SEEING = frozenset(
     {
         *("gemma3", "gemma4", "idefics3", "llava", "mistral3", "pixtral", "smolvlm"),
-        *("qwen2_5_vl", "qwen3_vl", "qwen3_5"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     }
 )
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # what a checkpoint's images are processed by

@@ -41,8 +41,8 @@ class Plan:
 def source_of(name: str) -> str:
     """The source of a name: an id, or the address of its page on the hub. Raises SourceInvalid."""
     source = next((name.removeprefix(prefix) for prefix in HUBS if name.startswith(prefix)), name).rstrip("/")
-    if not isinstance(sources.parse(source), Repository):
-        raise SourceInvalid(name, "expected the id of a Hugging Face repository, such as org/name")
+    if not sources.is_repository(source):
+        raise SourceInvalid(name, "expected the id of a Hugging Face repository, such as org/name (search finds some)")
     return source
 
 

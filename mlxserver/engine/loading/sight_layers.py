@@ -11,6 +11,8 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx, nn
 
+from mlx_lm.models.base import create_attention_mask
+
 from mlxserver.engine.kv_cache.sight import Sight
 from mlxserver.engine.loading.metadata import text_configs
 
@@ -28,20 +30,30 @@ def give_sight(model: nn.Module, config: Mapping[str, Any], layers_added: int = 
     embedding = next((module for name, module in modules.items() if name.rpartition(".")[2] in _EMBEDDINGS), None)
     if embedding is None:
         raise ValueError("its text model has no embeddings that images could take the place of")
+    ropes = [module for module in modules.values() if isinstance(module, nn.RoPE)] if sections else []
+    if sections and not ropes:
+        raise ValueError("its rotary embeddings are none that positions in images are known for")
     _become(embedding, _seeing_embedding, sight)
     embedding.feature_scale = _feature_scale(model)
     for name, module in modules.items():
         if name.endswith("embed_tokens_per_layer"):
             _become(module, _blank_embedding, sight)
-    for module in modules.values() if sections else ():
-        if isinstance(module, nn.RoPE):
-            _become(module, _seeing_rope, sight)
-            module.axis_of = tuple(_axes(module.dims // 2, sections, is_interleaved))
+    if attends_within_images(config):
+        _become(next(each for each in modules.values() if hasattr(each, "_make_masks")), _mutual_masks, sight)
+    for module in ropes:
+        _become(module, _seeing_rope, sight)
+        module.axis_of = tuple(_axes(module.dims // 2, sections, is_interleaved))
     for number, layer in enumerate(model.layers[:layers_added]):
         _become(layer, _seeing_layer, sight)
         layer.number = number
     model.sight = sight
     return sight
+
+
+def attends_within_images(config: Mapping[str, Any]) -> bool:
+    """Whether the tokens of an image attend to all of them, those behind them too (gemma4, but for its small ones)."""
+    is_known = str(config.get("model_type")).startswith("gemma4")
+    return is_known and any(part.get("use_bidirectional_attention") == "vision" for part in text_configs(config))
 
 
 def _feature_scale(model: nn.Module) -> float:
@@ -135,6 +147,27 @@ def _seeing_rope(own: type) -> type:
         return own.__call__(self, x, offset=offset)  # type: ignore[operator, no-any-return]
 
     return _subclass(own, call)
+
+
+@functools.cache
+def _mutual_masks(own: type) -> type:
+    """Text model (gemma4) in whose masks each token of an image sees all of them."""
+
+    def make_masks(self: Any, h: mx.array, cache: Sequence[Any]) -> list[Any]:
+        if self.sight.blocks is None:
+            return own._make_masks(self, h, cache)  # type: ignore[attr-defined, no-any-return]
+        blocks = self.sight.blocks
+        mutual = (blocks[:, None] == blocks) & (blocks >= 0)
+        masks: dict[str, mx.array] = {}
+        for layer, own_cache in zip(self.layers, cache, strict=True):
+            if (kind := layer.layer_type) not in masks:
+                window = self.window_size if kind == "sliding_attention" else None
+                mask = create_attention_mask(h, own_cache, window_size=window, return_array=True)
+                before = mask.shape[-1] - mutual.shape[-1]
+                masks[kind] = mask | mx.pad(mutual, [(0, 0), (before, 0)])
+        return [masks[layer.layer_type] for layer in self.layers]
+
+    return type(own.__name__, (own,), {"_make_masks": make_masks, "__module__": own.__module__})
 
 
 def _angles(rope: Any, sight: Sight) -> tuple[mx.array, mx.array]:

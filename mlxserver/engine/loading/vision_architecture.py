@@ -19,7 +19,12 @@ PIXEL_BYTES = 64 << 20  # of images that were processed, kept per model
 _MOST_PATCHES = 16_384  # of a picture of any size
 _TILES = 17  # that a large picture is cut into at most, with the whole of it (idefics3)
 # Types whose tower takes pictures of any size; those of all others are scaled to one, or cut into tiles of one.
-_ANY_SIZE = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "pixtral", "mistral3"})
+_ANY_SIZE = frozenset(
+    {
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        *("pixtral", "mistral3"),
+    }
+)
 _TILING = frozenset({"idefics3", "smolvlm"})
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.loading.outcome import complete_or_nothing, naming
-from mlxserver.engine.loading.sight_layers import give_sight, rope_sections
+from mlxserver.engine.loading.sight_layers import attends_within_images, give_sight, rope_sections
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES, inspect_vision_architecture
@@ -56,7 +56,13 @@ def load_vision(spec: ModelSpec, loaded: LoadedModel, progress: Progress, policy
             tower = load_tower(loaded.path, loaded.config, progress, policy)
             tower.encode(processor.probe)
             sight = give_sight(loaded.model, loaded.config, tower.layers_added)
-        has_grid_positions = bool(rope_sections(loaded.config)[0])
-        return Vision(processor, tower, Eyes(tower, sight, FEATURE_BYTES, has_grid_positions=has_grid_positions))
+        eyes = Eyes(
+            tower,
+            sight,
+            FEATURE_BYTES,
+            has_grid_positions=bool(rope_sections(loaded.config)[0]),
+            sees_whole=attends_within_images(loaded.config),
+        )
+        return Vision(processor, tower, eyes)
 
     return complete_or_nothing(spec, load)

@@ -25,11 +25,21 @@ Positions = np.ndarray[Any, np.dtype[np.int32]]
 class Eyes:
     """A model's tower and sight, and the features of the images that it saw last, in so many bytes.
 
-    has_grid_positions: image tokens have the positions of rows and columns.
+    has_grid_positions: image tokens have the positions of rows and columns. sees_whole: all tokens of an image attend
+    to each other.
     """
 
-    def __init__(self, tower: Tower, sight: Sight, kept_bytes: int, *, has_grid_positions: bool) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        sight: Sight,
+        kept_bytes: int,
+        *,
+        has_grid_positions: bool = False,
+        sees_whole: bool = False,
+    ) -> None:
         self.sight = sight
+        self.sees_whole = sees_whole
         self.has_grid_positions = has_grid_positions
         self._tower = tower
         self._most = kept_bytes
@@ -83,12 +93,18 @@ class ImagesOfPrompt:
                 return True
         return False
 
+    def whole(self, start: int, end: int) -> int:
+        """Where a chunk of these tokens should end, so that it has no part of an image that has to be seen at once."""
+        for placed in self._images if self._eyes.sees_whole else ():
+            if placed.positions[0] < end <= placed.positions[-1]:
+                return placed.positions[0] if placed.positions[0] > start else placed.positions[-1] + 1
+        return end
+
     def showing(self, start: int, end: int) -> AbstractContextManager[None]:
         """A forward pass of these tokens in the block sees the images."""
         while self.encode(start, end):
             pass
         seen = list(self._seen(start, end))
-        self._held = {index: self._held[index] for index in seen}  # those before are in the KV cache
         at: list[int] = []
         features, added = [], []
         for index in seen:
@@ -97,11 +113,14 @@ class ImagesOfPrompt:
             part = mx.array(own)
             features.append(self._held[index].embeddings[part])
             added.append([layer[part] for layer in self._held[index].added])
+        # What ends here is in the KV cache from now on.
+        self._held = {index: self._held[index] for index in seen if self._images[index].positions[-1] >= end}
         return self._eyes.sight.showing(
             at=mx.array(at) if at else None,
             features=mx.concatenate(features) if features else None,
             added=[mx.concatenate(list(layers)) for layers in zip(*added, strict=True)],
             positions=self._positions_of(start, end),
+            blocks=self._blocks_of(seen, start, end) if seen and self._eyes.sees_whole else None,
         )
 
     def _seen(self, start: int, end: int) -> Iterator[int]:
@@ -109,6 +128,13 @@ class ImagesOfPrompt:
         for index, placed in enumerate(self._images):
             if placed.positions[0] < end and start <= placed.positions[-1]:
                 yield index
+
+    def _blocks_of(self, seen: Sequence[int], start: int, end: int) -> mx.array:
+        blocks = np.full(end - start, -1, dtype=np.int32)
+        for index in seen:
+            places = np.array(self._images[index].positions) - start
+            blocks[places[(places >= 0) & (places < end - start)]] = index
+        return mx.array(blocks)
 
     def _positions_of(self, start: int, end: int) -> mx.array | None:
         if self._positions is None:

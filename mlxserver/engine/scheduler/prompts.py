@@ -93,8 +93,9 @@ class PendingPrompt:
         return not self.sequences
 
     def next(self, most: int) -> list[int]:
-        """Its next tokens, so many at the most."""
-        return list(self.tokens[self.done : self.done + min(self.ahead, most)])
+        """Its next tokens, so many at the most, but for an image that has to be seen at once."""
+        end = self.done + min(self.ahead, most)
+        return list(self.tokens[self.done : self.images.whole(self.done, end) if self.images else end])
 
     def following(self, count: int) -> list[int]:
         """The tokens behind each of its next ones."""

@@ -256,7 +256,10 @@ class Scheduler:
         prompt.done = prompt.cached_tokens = length
         if self._takes_checkpoints:
             boundaries = prompt.sequences[0].boundaries
-            prompt.stops = checkpoints.stops(boundaries, len(prompt.tokens), length, self._checkpoint_interval)
+            stops = checkpoints.stops(boundaries, len(prompt.tokens), length, self._checkpoint_interval)
+            if images := prompt.images:
+                stops = sorted({images.whole(length, stop) for stop in stops} - {length})
+            prompt.stops = stops
         prompt.report()
         return True
 

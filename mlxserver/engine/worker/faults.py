@@ -7,10 +7,11 @@ Rule: work for one request alone may raise any BaseException: tokenizers and gra
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from mlxserver.engine.errors import EngineError, RequestFailed
-from mlxserver.engine.sequence import Constraint
+from mlxserver.engine.sequence import Constraint, PromptImages
 
 log = logging.getLogger("engine")
 
@@ -84,5 +85,51 @@ class GuardedConstraint:
             self._break(error)
 
     def _break(self, error: BaseException) -> None:
+        self._is_broken = True
+        self._faults.append((self._sequence_id, error))
+
+
+class GuardedImages:
+    """A prompt's images, an error of which is recorded as that of a constraint is. From then on nothing is seen, and
+    nothing is stored of its KV cache. Where memory runs out, that is raised.
+    """
+
+    def __init__(self, sequence_id: int, inner: PromptImages, faults: list[tuple[int, BaseException]]) -> None:
+        self.shift = inner.shift
+        self._sequence_id = sequence_id
+        self._inner = inner
+        self._faults = faults
+        self._is_broken = False
+
+    def keys(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """What the KV cache of these tokens is stored under."""
+        return () if self._is_broken else self._inner.keys(tokens)
+
+    def whole(self, start: int, end: int) -> int:
+        """Where a chunk of these tokens should end."""
+        return self._inner.whole(start, end)
+
+    def encode(self, start: int, end: int) -> bool:
+        """Compute the features of one image."""
+        if self._is_broken:
+            return False
+        try:
+            return self._inner.encode(start, end)
+        except Exception as error:
+            self._break(error)
+            return False
+
+    def showing(self, start: int, end: int) -> AbstractContextManager[None]:
+        """A forward pass of these tokens in the block sees the images."""
+        if not self._is_broken:
+            try:
+                return self._inner.showing(start, end)
+            except Exception as error:
+                self._break(error)
+        return nullcontext()
+
+    def _break(self, error: Exception) -> None:
+        if is_out_of_memory(error):
+            raise error
         self._is_broken = True
         self._faults.append((self._sequence_id, error))

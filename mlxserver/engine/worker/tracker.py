@@ -15,7 +15,7 @@ from mlxserver.engine.errors import EngineError
 from mlxserver.engine.events import Event, Finish, Timings, Usage
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.sequence import SampledToken, Sequence
-from mlxserver.engine.worker.faults import GuardedConstraint, request_failure
+from mlxserver.engine.worker.faults import GuardedConstraint, GuardedImages, request_failure
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.runner import Output
 
@@ -71,7 +71,7 @@ class Tracker:
     def __init__(self, metrics: ModelMetrics) -> None:
         self._metrics = metrics
         self._sequences: dict[int, tuple[TrackedRequest, Output]] = {}
-        self._faults: list[tuple[int, BaseException]] = []  # of the sequences' constraints
+        self._faults: list[tuple[int, BaseException]] = []  # of the sequences' constraints and images
 
     @property
     def sequence_ids(self) -> set[int]:
@@ -139,9 +139,10 @@ class Tracker:
         step.outputs.append((tracked.generation, [], True, request_failure(self._metrics.key, error)))
 
     def _attached(self, sequence: Sequence, generation: Generation) -> Sequence:
-        """The sequence as the batch gets it: it reports its progress, and a fault of its constraint."""
+        """The sequence as the batch gets it: it reports its progress, and a fault of its constraint or its images."""
         constraint = sequence.constraint and GuardedConstraint(sequence.id, sequence.constraint, self._faults)
-        return replace(sequence, constraint=constraint, progress=generation.prompt)
+        images = sequence.images and GuardedImages(sequence.id, sequence.images, self._faults)
+        return replace(sequence, constraint=constraint, images=images, progress=generation.prompt)
 
 
 @dataclass(slots=True)

@@ -106,7 +106,8 @@ class Manifest:
 
 def read_manifest(repository: str, revision: str | None) -> Manifest:
     """The manifest of a repository's revision; None is the main branch. Raises what huggingface_hub raises."""
-    info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=timeout)
     commit = str(info.sha)
     siblings: Sequence[object] = info.siblings or ()
     files = tuple(_remote_files(repository, commit, siblings))

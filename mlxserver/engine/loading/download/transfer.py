@@ -24,7 +24,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 from mlxserver.engine.loading.download.manifest import Manifest, RemoteFile
 
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
-LONGEST_DELAY = 300.0  # seconds that a server may ask for
+LONGEST_DELAY = 300.0  # seconds that are waited at most, whatever a server asks for
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses after which it is asked again
 POLL = 0.5  # seconds between two looks at a lock
 SHA1_LENGTH = 40  # hex digits
@@ -99,9 +99,9 @@ def _complete(url: str, part: Path, size: int, pause: Pause) -> None:
 
 def _wait(error: Exception, failures: int, pause: Pause) -> None:
     asked = error.seconds if isinstance(error, Busy) else None
-    seconds = DELAYS[max(failures - 1, 0)] * random.uniform(0.75, 1.25) if asked is None else asked
+    seconds = DELAYS[max(failures - 1, 0)] * random.uniform(0.75, 1.25) if asked is None else min(asked, LONGEST_DELAY)
     reason = str(error) if isinstance(error, Busy) else "the connection to the hub was lost"
-    pause(f"{reason}; next try in {seconds:.0f} s", min(seconds, LONGEST_DELAY))
+    pause(f"{reason}; next try in {seconds:.0f} s", seconds)
 
 
 def _held(part: Path, size: int) -> int:
