@@ -42,16 +42,15 @@ class App(TurboAPI):  # type: ignore[misc]  # turboapi has no types
         self,
         manager: ModelManager,
         reload: ReloadSettings,
-        history: RequestHistory,
+        history: RequestHistory | None = None,
         images: ImageUrls | None = None,
     ) -> None:
         self.router = APIRouter()  # of routes that are added later; those of the handlers are Starlette's
         self.title, self.description, self.version = TITLE, "", __version__
         # The pages that TurboAPI would add do not work; /openapi.json and /docs are handlers.
         self.openapi_url = self.docs_url = self.redoc_url = self.openapi_generator = None
-        self.app = Starlette(
-            routes=routes(manager, reload, history, images or ImageUrls()), exception_handlers=exception_handlers()
-        )
+        found = routes(manager, reload, history or RequestHistory(), images or ImageUrls())
+        self.app = Starlette(routes=found, exception_handlers=exception_handlers())
         self.app.router.redirect_slashes = False
 
 

@@ -284,7 +284,7 @@ def test_the_example_file_names_every_setting_with_its_default():
 
     stated = tomllib.loads(text)
     defaults = Settings()
-    sizes = {"max_body_bytes", "max_prompt_bytes", "response_store_bytes"}
+    sizes = {"max_body_bytes", "max_image_bytes", "max_prompt_bytes", "response_store_bytes"}
     listed = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
     assert {name: value for name, value in listed.items() if name not in sizes} == {
         name: getattr(defaults, name) for name in stated if name not in sizes

@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 
 from mlxserver.page.files import TYPES, page_file
 from tests.support.browser import axe_source, running_browser
+from tests.support.hub import hub_of
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.running_server import eventually, running_server
 from tools.harness.scripts import Script
@@ -66,14 +67,23 @@ def paths(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(paths, tmp_path_factory):
-    faults = tmp_path_factory.mktemp("faults")
+def hub(paths):
+    """A stand-in for the Hugging Face hub, which has one small model."""
+    with hub_of({file.name: file.read_bytes() for file in paths["tiny"].iterdir()}) as hub:
+        hub.listed = [{"id": "org/tiny", "downloads": 12_345, "likes": 1}]
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def server(paths, hub, tmp_path_factory):
+    faults, home = tmp_path_factory.mktemp("faults"), tmp_path_factory.mktemp("home")
+    places = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(home / "hub"), "HOME": str(home)}
     models = [flag for key, path in paths.items() for flag in ("--model", f"{key}={path}")]
     with running_server(
         "--no-defaults",
         *models,
         script="tests/support/faulty_server.py",
-        variables={"FAULTS": str(faults)},
+        variables={"FAULTS": str(faults), "MLX_SERVER_LIBRARY": "true", **places},
     ) as server:
         server.faults = faults
         yield server
@@ -278,6 +288,25 @@ def test_an_image_is_dropped_shown_and_sent(page):
     assert parts[0]["image_url"]["url"] == f"data:image/png;base64,{dot}"
     expect(page.locator(".turn.user img")).to_have_count(1)
     expect(page.locator(".turn.assistant")).to_contain_text(re.compile("tokens|400: "))
+
+
+def test_a_model_is_found_pulled_with_progress_and_loaded(page, hub, server):
+    show(page, "Library")
+    page.fill("#words", "tiny")
+    page.get_by_role("button", name="Search").click()
+    found = page.get_by_role("article", name="org/tiny", exact=True)
+    expect(found).to_contain_text("12,345 downloads")
+    hub.delay = 0.05
+    found.get_by_role("button", name="Pull").click()
+    expect(page.get_by_role("progressbar", name="Pull of org/tiny")).to_be_visible()
+    expect(page.get_by_text(re.compile("downloading: .* of "))).to_be_visible()
+    hub.delay = 0
+    here = page.locator("section", has=page.get_by_role("heading", name="On this machine"))
+    mine = here.get_by_role("article", name="org/tiny", exact=True)
+    expect(mine).to_contain_text("fits now")
+    mine.get_by_role("button", name="Load").click()
+    expect(mine.get_by_role("button", name="Loaded")).to_be_visible()
+    assert server.status("org/tiny") == "loaded"
 
 
 def test_models_are_compared(page):

@@ -4,19 +4,61 @@
 import { errorText, render } from "./api.js";
 import { count, h, rate, seconds, setRendered } from "./dom.js";
 
+const WHOLE = 50_000; // characters; a longer answer stays in the parts that it was streamed in
+const BLOCK = 4000; // characters of plain text that are laid out together
+
+// Plain text that is only appended to, and dropped at its beginning. It is cut into blocks at line ends, so that what
+// is there already is not laid out again.
+class Plain {
+  constructor(name) {
+    this.element = h("div", { class: name });
+    this.clear();
+  }
+
+  clear() {
+    this.element.replaceChildren();
+    this.last = null;
+  }
+
+  append(text) {
+    if (!this.last || (this.last.length > BLOCK && this.last.data.endsWith("\n"))) this.#begin("");
+    const end = text.indexOf("\n");
+    if (this.last.length > BLOCK && end >= 0) {
+      this.last.appendData(text.slice(0, end + 1));
+      this.#begin(text.slice(end + 1));
+    } else this.last.appendData(text);
+  }
+
+  drop(length) {
+    while (length > 0 && this.element.firstChild) {
+      const first = this.element.firstChild.firstChild;
+      if (first.length > length || first === this.last) return first.deleteData(0, Math.min(length, first.length));
+      length -= first.length;
+      this.element.firstChild.remove();
+    }
+  }
+
+  #begin(text) {
+    this.last = document.createTextNode(text);
+    const block = h("div", { class: "plain-block" });
+    block.append(this.last);
+    this.element.append(block);
+  }
+}
+
 export class Answer {
   constructor() {
     this.wait = h("p", { class: "wait", hidden: true });
-    this.thought = document.createTextNode("");
+    this.thought = new Plain("thought");
     this.thinkingTitle = h("summary", { text: "Thinking" });
-    this.thinking = h("details", { class: "thinking", hidden: true }, this.thinkingTitle, h("div", { class: "thought" }, this.thought));
+    this.thinking = h("details", { class: "thinking", hidden: true }, this.thinkingTitle, this.thought.element);
     this.done = h("div", { class: "text" });
-    this.tail = document.createTextNode("");
-    this.tailBox = h("div", { class: "tail", hidden: true }, this.tail);
+    this.tail = new Plain("tail");
+    this.tail.element.hidden = true;
     this.calls = h("div", { class: "calls" });
     this.fault = h("p", { class: "fault", role: "alert", hidden: true });
     this.figures = h("p", { class: "figures" });
-    this.element = h("div", { class: "answer" }, this.wait, this.thinking, this.done, this.tailBox, this.calls, this.fault, this.figures);
+    this.element = h("div", { class: "answer" }, this.wait, this.thinking, this.done, this.tail.element, this.calls, this.fault, this.figures);
     this.content = "";
     this.reasoning = "";
     this.toolCalls = [];
@@ -55,12 +97,12 @@ export class Answer {
     if (reasoning) {
       this.thinking.hidden = false;
       this.thinkingTitle.textContent = "Thinking …";
-      this.thought.appendData(reasoning);
+      this.thought.append(reasoning);
     }
     if (content) {
       if (this.reasoning) this.thinkingTitle.textContent = "Thought";
-      this.tailBox.hidden = false;
-      this.tail.appendData(content);
+      this.tail.element.hidden = false;
+      this.tail.append(content);
       this.#settle();
     }
     this.onappend?.();
@@ -89,9 +131,15 @@ export class Answer {
       if (html === null) part.textContent = text;
       else setRendered(part, html);
       this.done.append(part);
-      this.tail.deleteData(0, Math.min(text.length, this.tail.length));
+      this.tail.drop(text.length);
       this.onappend?.();
     });
+  }
+
+  // Once more in one piece: a list or a reference may span parts.
+  async #renderWhole() {
+    const [html] = await render([this.content]).catch(() => [null]);
+    if (html !== null) setRendered(this.done, html);
   }
 
   #call(delta) {
@@ -117,8 +165,9 @@ export class Answer {
     if (error) this.fail(error);
     if (this.rendered < this.content.length) this.#renderUpTo(this.content.length);
     await this.work;
-    this.tailBox.hidden = true;
-    this.tail.data = "";
+    if (this.done.childElementCount > 1 && this.content.length < WHOLE) await this.#renderWhole();
+    this.tail.element.hidden = true;
+    this.tail.clear();
   }
 
   fail(error) {
@@ -133,7 +182,7 @@ export class Answer {
     this.rendered = this.content.length;
     this.thinking.hidden = !node.reasoning;
     this.thinkingTitle.textContent = "Thought";
-    this.thought.data = node.reasoning ?? "";
+    this.thought.append(node.reasoning ?? "");
     this.toolCalls = node.calls ?? [];
     this.#showCalls();
     if (html === null) this.done.textContent = this.content;

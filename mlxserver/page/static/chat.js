@@ -36,7 +36,7 @@ export function show(root, { signal, rest }) {
   const sendButton = h("button", { class: "primary", text: "Send" });
   const stopButton = h("button", { type: "button", class: "stop", text: "Stop", hidden: true, onclick: stop });
   const composer = h("form", { class: "composer", onsubmit: (event) => { event.preventDefault(); ask(); } }, thumbs, input,
-    h("div", { class: "row" }, h("button", { type: "button", class: "plain", text: "＋ Image", onclick: () => picker.click() }), picker,
+    h("div", { class: "row" }, h("button", { type: "button", class: "plain", text: "+ Image", onclick: () => picker.click() }), picker,
       h("span", { class: "hint", text: "Enter sends, Shift+Enter breaks the line, Esc stops" }), stopButton, sendButton));
   const sideButton = h("button", { type: "button", class: "only-narrow", text: "Conversations", "aria-expanded": "false", onclick: () => {
     const open = side.classList.toggle("open");

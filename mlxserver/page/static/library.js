@@ -46,7 +46,7 @@ export function show(root, { signal, session }) {
       progress.hidden = false;
       load.disabled = true;
       try {
-        for await (const step of jsonEvents("v1/models/load", { model: model.id, stream: true })) {
+        for await (const step of jsonEvents("v1/models/load", { model: model.id, key: model.id, stream: true })) {
           if (step.total) { progress.max = step.total; progress.value = step.done; } else progress.removeAttribute("value");
         }
         load.textContent = "Loaded";

@@ -13,6 +13,12 @@ export const live = {
   history: new Map(), // by model: lists of tokens_per_second, ttft_seconds, inter_token_seconds
 };
 
+// Tokens per second of a model, over the last three seconds: at one per second a slow model jumps.
+export const speed = (key) => {
+  const last = (live.history.get(key)?.speed ?? []).slice(-3);
+  return last.length ? last.reduce((sum, each) => sum + each, 0) / last.length : live.models.get(key)?.tokens_per_second ?? 0;
+};
+
 const listeners = new Set();
 export const watch = (listener, signal) => {
   listeners.add(listener);

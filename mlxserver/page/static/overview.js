@@ -3,7 +3,7 @@
 import { errorText, jsonEvents, post } from "./api.js";
 import { bar, sparkline } from "./charts.js";
 import { bytes, count, h, rate, say, seconds, setText } from "./dom.js";
-import { live, watch } from "./live.js";
+import { live, speed, watch } from "./live.js";
 
 const STATES = { unloaded: "not loaded", loading: "loading", loaded: "loaded", draining: "leaving", failed: "failed" };
 const COLOURS = 6;
@@ -27,7 +27,7 @@ export function show(root, { signal, session }) {
     const waiting = models.reduce((sum, each) => sum + each.queued_requests, 0);
     setText(figures.models, `${models.filter((each) => each.status.value === "loaded").length} of ${models.length}`);
     setText(figures.requests, waiting ? `${running} + ${waiting} waiting` : String(running));
-    setText(figures.speed, rate(models.reduce((sum, each) => sum + each.tokens_per_second, 0)));
+    setText(figures.speed, rate(models.reduce((sum, each) => sum + speed(each.id), 0)));
     setText(figures.uptime, live.server ? seconds(Date.now() / 1000 - live.server.started) : "–");
     empty.hidden = models.length > 0 || !live.memory;
     const shown = JSON.stringify([live.memory, models.map((each) => [each.id, each.memory_bytes])]);
@@ -150,7 +150,7 @@ function modelCard(key, session) {
       const needed = model.estimate?.total ?? model.local?.needed_bytes;
       setText(memory, model.reserved_bytes ? bytes(model.reserved_bytes) : needed ? `needs ${bytes(needed)}` : "–");
       const lists = live.history.get(key) ?? { speed: [], ttft: [], gap: [] };
-      lines.speed.update(lists.speed, rate);
+      lines.speed.update(lists.speed, () => rate(speed(key)));
       lines.ttft.update(lists.ttft, seconds);
       lines.gap.update(lists.gap, seconds);
       const isThere = value === "loaded" || value === "loading" || value === "draining";

@@ -16,7 +16,7 @@ const COLUMNS = [
   ["First token", (each) => seconds(each.ttft_seconds)],
   ["Tokens/s", (each) => rate(each.tokens_per_second)],
   ["Took", (each) => seconds(each.seconds)],
-  ["Client", (each) => [program(each.client), each.key && `key ${each.key}`].filter(Boolean).join(", ")],
+  ["Client", (each) => [program(each.client) || each.address, each.key && `key ${each.key}`].filter(Boolean).join(", ")],
 ];
 const NAMES = { read: "Body read", prepare: "Prepared", load: "Model loaded", queue: "Waited for a place", prefill: "Prompt", decode: "Answer" };
 
