@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import pytest
 
@@ -291,10 +292,21 @@ def test_a_blob_that_is_missing_has_its_reason(tmp_path, mlx, gguf_file):
     in_ollama(tmp_path / "ollama", "adapted", "1b", gguf_file, kinds=("model", "adapter"))
     in_ollama(tmp_path / "ollama", "empty", "1b", gguf_file, kinds=("tensor",))
     in_ollama(tmp_path / "ollama", "broken", "1b", gguf_file).write_text("{")
+    in_ollama(tmp_path / "ollama", "odd", "1b", gguf_file).write_text('{"layers": [{"mediaType": [], "digest": {}}]}')
     models = found("ollama", tmp_path / "ollama")
     assert models["adapted:1b"].fault == "it has an adapter in Ollama's format"
     assert models["empty:1b"].fault == "its manifest names no GGUF file"
     assert models["broken:1b"].fault == "its manifest is damaged"
+    assert models["odd:1b"].fault == "its manifest names no GGUF file"
+
+
+def test_a_gguf_file_with_a_tensor_of_any_number_of_dimensions_is_damaged(tmp_path):
+    """Their product would be a number of gigabytes."""
+    name, tensors, fields, dimensions = 0, 1, 0, 2**32 - 1
+    header = struct.pack("<4sIQQQI", b"GGUF", 3, tensors, fields, name, dimensions)
+    (tmp_path / "wide.gguf").write_bytes(header + struct.pack("<Q", 2**63) * 1000)
+    with pytest.raises(Unusable, match="its header is damaged"):
+        read_facts(tmp_path / "wide.gguf")
 
 
 def test_parts_of_a_model_are_listed_once_with_the_reason(tmp_path, gguf_file):
