@@ -6,9 +6,11 @@ import struct
 
 import pytest
 
+from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, kinds
 from mlxserver.engine.loading.library.facts import CONVERTIBLE, Unusable, read_facts
 from mlxserver.engine.loading.library.layouts import Folder, folders
+from mlxserver.engine.loading.library.remove import remove
 from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.platform.policy import WeightPolicy
 from tests.support.local_models import COMMIT, digest_of, in_hub, in_lm_studio, in_ollama
@@ -315,3 +317,26 @@ def test_parts_of_a_model_are_listed_once_with_the_reason(tmp_path, gguf_file):
     (model,) = Scanner().scan_folders([Folder("directory", tmp_path)])
     assert (model.key, model.facts) == ("big", None)
     assert "in 2 parts" in model.fault
+
+
+def test_nothing_outside_of_a_folder_is_removed_through_a_link(tmp_path, mlx):
+    def only_model():
+        (model,) = Scanner().scan_folders([Folder("directory", tmp_path / "models")])
+        return model
+
+    kept = shutil.copytree(mlx, tmp_path / "elsewhere" / "org" / "tiny")
+    (tmp_path / "models").mkdir()
+    link = tmp_path / "models" / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceInvalid, match="behind a link"):
+        remove(only_model())
+    link.unlink()
+    link.symlink_to(kept)
+    remove(only_model())
+    assert not link.is_symlink()
+    assert {file.name for file in kept.iterdir()} == {file.name for file in mlx.iterdir()}
+    shutil.copytree(mlx, tmp_path / "models" / "own")
+    remove(only_model())
+    shutil.copytree(mlx, tmp_path / "models", dirs_exist_ok=True)
+    remove(only_model())
+    assert not list((tmp_path / "models").glob("*"))
