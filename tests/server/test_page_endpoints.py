@@ -9,9 +9,10 @@ import pytest
 from mlxserver.api import openapi
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.config.settings import Settings
-from mlxserver.engine.events import Delta
+from mlxserver.engine.events import MAX_CHUNKS, Delta
+from mlxserver.engine.worker.generation import Generation
 from mlxserver.server.keys import Keys, Permission
-from mlxserver.server.request_history import RequestHistory
+from mlxserver.server.request_history import MAX_SPANS, RequestHistory, RequestRecord, trace
 from mlxserver.server.request_log import MAX_TEXT, RequestLog, note_dialect, note_events, note_prompt
 from tools.harness.running_server import chat_body, eventually, running_server
 
@@ -256,6 +257,23 @@ def test_texts_are_kept_up_to_their_limit():
     asyncio.run(RequestLog(app, history)(scope, None, None))
     found = history.trace("long")
     assert (len(found["prompt"]), len(found["answer"])) == (MAX_TEXT, MAX_TEXT)
+
+
+def test_a_trace_has_a_limit_of_spans():
+    def generation(chunks):
+        made = Generation(None, lambda _: None)
+        made.prompt.chunks = [(record.started + n / 1000, n) for n in range(1, chunks + 1)]
+        return made
+
+    def names(*chunks):
+        record.generations = [generation(each) for each in chunks]
+        record.submitted = [record.started] * len(chunks)
+        return [span["name"] for span in trace(record)["spans"]]
+
+    record = RequestRecord("a", "POST", "/v1/completions")
+    record.asked, record.ended = record.started, record.started + 60.0
+    assert names(MAX_CHUNKS).count("prefill") >= MAX_CHUNKS - 1
+    assert len(names(MAX_CHUNKS, MAX_CHUNKS, 1)) == MAX_SPANS
 
 
 # The rest
