@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.download import transfer
+from mlxserver.engine.loading.download.download import fetch_now, list_files
 from tests.support.hub import TOKEN, digest, hub_of, serving_hub
 from tools.harness.running_server import eventually
 
@@ -145,6 +147,15 @@ def test_a_busy_hub_is_asked_again(hub, answer):
     hub.answers = [answer] * 4
     seen = []
     assert content(download(lambda *step: seen.append(step))) == WANTED
+
+
+def test_a_small_file_is_not_waited_for_as_long_as_a_hub_asks(hub):
+    hub.answers = [(429, {"Retry-After": "300"})] * 2
+    manifest = list_files("org/tiny", None)
+    file = manifest.find(WEIGHTS)
+    began = time.monotonic()
+    assert fetch_now(manifest, file).read_bytes() == FILES[WEIGHTS]
+    assert time.monotonic() - began < 60
 
 
 def test_what_a_download_waits_for_is_its_stage(hub, monkeypatch):
