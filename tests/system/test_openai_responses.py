@@ -22,7 +22,7 @@ SCRIPTS = {
     "think": "<think>\nTwo and two are four.\n</think>\n\nIt is four.",
     "weather": f"<think>\nI look.\n</think>\n\nOne moment.\n{OSLO}",
     "two": f"{OSLO}\n{ROME}",
-    "patch": CALL % ("apply_patch", json.dumps({"input": PATCH})),
+    "patch": CALL % ("apply_patch", json.dumps({"input": PATCH}, ensure_ascii=False)),
     "space": CALL % ("mcp__files__read", '{"path": "a"}'),
     "sunny": "It is sunny in Oslo.",
     "json": '{"city": "Oslo", "degrees": 3}',
@@ -116,7 +116,7 @@ STREAMED = {
 PATCH_TOOL = {
     "type": "custom",
     "name": "apply_patch",
-    "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"},
+    "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/s"},
 }
 FILES = {
     "type": "namespace",

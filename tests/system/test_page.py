@@ -248,6 +248,7 @@ def test_a_hostile_answer_is_harmless(page):
     expect(answer.locator("a").first).to_have_attribute("href", "https://example.org/?a=%22onclick=1")
     page.reload()
     expect(page.locator(".turn.assistant")).to_contain_text("window.hurt")
+    expect(page.locator(".turn.assistant a").first).to_be_visible()  # it was plain text until it was rendered
     links = [link.get_attribute("href") for link in page.locator(".turn.assistant a").all()]
     assert links and all(link.startswith("https://example.org") for link in links)
     assert page.locator(".turn.assistant script, .turn.assistant img, .turn.assistant svg").count() == 0
