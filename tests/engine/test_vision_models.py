@@ -17,7 +17,7 @@ from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
 from mlxserver.engine.loading.vision_model import load_tower
 from mlxserver.engine.platform import device
-from mlxserver.engine.platform.policy import CPU, METAL
+from mlxserver.engine.platform.policy import CPU, CUDA, METAL
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.faults import GuardedImages
 from tests.support.batch_driver import Driver
@@ -207,6 +207,18 @@ def test_the_estimate_counts_the_vision_part_and_not_of_a_text_model(tmp_path):
     assert text.facts.weight_bytes < runner.facts.weight_bytes
     stored = sum(array.nbytes for array in mx.load(str(path / "model.safetensors")).values())
     assert estimate(ModelSpec("m", str(path)), METAL).weights == pytest.approx(stored, rel=0.05)
+
+
+def test_the_vision_part_follows_the_settings_of_weights(tmp_path):
+    path = tiny_vision(tmp_path / "m", "qwen2_5_vl")
+    file, values = path / "model.safetensors", estimate(ModelSpec("m", str(path)), CPU).weights // 4
+    mx.save_safetensors(str(file), {name: array.astype(mx.bfloat16) for name, array in mx.load(str(file)).items()})
+    spec = ModelSpec("m", str(path), weights="stored")
+    assert estimate(spec).weights == pytest.approx(values * 2, rel=0.05)
+    assert built(path, weights="stored").facts.weight_bytes == values * 2
+    mx.save_safetensors(str(file), {name: array[: len(array) // 4] for name, array in mx.load(str(file)).items()})
+    assert estimate(ModelSpec("m", str(path)), CUDA).widened == values * 2
+    assert estimate(replace(spec, weights="bfloat16"), CUDA).weights == values * 2
 
 
 def test_a_large_picture_is_scaled_to_what_was_counted(tmp_path):

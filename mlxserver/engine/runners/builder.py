@@ -133,7 +133,7 @@ class Builder:
             return self.build_text(spec, progress, metrics)
         loaded = loader.load(spec, progress=progress, policy=self._policy)
         try:
-            vision = load_vision(spec, loaded, progress, self._policy)
+            vision = load_vision(spec, loaded, progress, self._policy.with_weights(spec.weights))
         except LoadFailed as failure:
             if spec.kind:
                 raise
