@@ -15,9 +15,10 @@ from mlxserver.engine.errors import LoadFailed, PromptRejected
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
-from mlxserver.engine.loading.vision_model import load_tower
+from mlxserver.engine.loading.vision_model import image_token, load_processor, load_tower
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
+from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.faults import GuardedImages
 from tests.support.batch_driver import Driver
@@ -207,6 +208,21 @@ def test_the_estimate_counts_the_vision_part_and_not_of_a_text_model(tmp_path):
     assert text.facts.weight_bytes < runner.facts.weight_bytes
     stored = sum(array.nbytes for array in mx.load(str(path / "model.safetensors")).values())
     assert estimate(ModelSpec("m", str(path)), METAL).weights == pytest.approx(stored, rel=0.05)
+
+
+def test_an_image_is_cached_by_its_file_its_detail_and_the_versions_of_what_sees_it(tmp_path):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    token = image_token(json.loads((path / "config.json").read_text()))
+
+    def keys(*images, versions="1"):
+        processor = ImageProcessor(load_processor(path), token, 1 << 20, versions=versions)
+        return [processor.process(each).key for each in images]
+
+    red, blue = attached(RED), attached(BLUE)
+    low = replace(red, detail="low")
+    key, low_key = keys(red, low)
+    assert keys(low, red) == [low_key, key]  # of one file, in any order
+    assert len({key, low_key, *keys(blue), *keys(red, versions="2"), *keys(red, versions="")}) == 5
 
 
 def test_the_vision_part_follows_the_settings_of_weights(tmp_path):
