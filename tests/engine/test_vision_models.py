@@ -22,6 +22,7 @@ from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.faults import GuardedImages
 from tests.support.batch_driver import Driver
+from tests.support.hub import serving_hub
 from tests.support.vision_models import FAMILIES, Reference, answers, attached, picture, question, tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared")
@@ -189,6 +190,16 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
     assert "loaded as a text model" in caplog.text
     with pytest.raises(LoadFailed, match="vision part"):
         built(path, kind="vision")
+
+
+def test_the_kind_of_a_repository_is_found_at_its_first_load(tmp_path, monkeypatch):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    with serving_hub(files, tmp_path / "hub", monkeypatch):
+        expected = estimate(ModelSpec("m", "org/tiny"))
+        runner = built("org/tiny")
+    assert runner.facts.kind == "vision"
+    assert expected.weights >= runner.facts.weight_bytes > 0
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
