@@ -23,7 +23,8 @@ def greeting(url: str, manager: ModelManager, estimate: Callable[[ModelSpec], Es
     """The server's URL, its models with what fits, and lines to try. Blocks: an estimate reads files."""
     models = [_model_line(instance, manager, estimate) for instance in manager.instances]
     budget = f"{_size(manager.memory.reserved)} of {_size(manager.memory.budget)} in use"
-    head = ["", f"Serving on {url}", "", f"Models ({budget}):"]
+    page = [f"In a browser: {url}/"] if manager.settings.page else []
+    head = ["", f"Serving on {url}", *page, "", f"Models ({budget}):"]
     return "\n".join([*head, *(models or ["  none"]), "", "Try:", *_lines_to_try(url, manager), ""])
 
 

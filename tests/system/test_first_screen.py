@@ -55,8 +55,9 @@ def test_the_first_screen_has_what_fits_and_three_lines_to_try(flags):
 
 
 def test_a_model_that_needs_the_room_of_others_or_never_fits_is_shown_as_such(flags):
-    with running_server(*flags, "--memory-limit", "1MB") as server:
+    with running_server(*flags, "--memory-limit", "1MB", "--page", "false") as server:
         shown = "\n".join(screen(server.process.stdout))
+    assert "In a browser" not in shown
     assert re.search(r"other +unloaded +[\d.]+ [GM]B: does not fit", shown)
 
 
@@ -64,6 +65,7 @@ def test_on_a_terminal_it_is_the_same_plain_lines(flags):
     child = pexpect.spawn(COMMAND[0], [*COMMAND[1:], "--port", "0", *flags], cwd=ROOT, encoding="utf-8", timeout=60)
     try:
         child.expect("Serving on http://127.0.0.1:")
+        child.expect(r"In a browser: http://127.0.0.1:\d+/\r\n")
         child.expect("advanced_client.py .*\n")
         assert ESCAPE not in child.before + child.after
         child.sendintr()
