@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -234,6 +235,17 @@ def test_an_image_is_cached_by_its_file_its_detail_and_the_versions_of_what_sees
     key, low_key = keys(red, low)
     assert keys(low, red) == [low_key, key]  # of one file, in any order
     assert len({key, low_key, *keys(blue), *keys(red, versions="2"), *keys(red, versions="")}) == 5
+
+
+def test_files_are_not_held_beyond_their_prompt(tmp_path):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    token = image_token(json.loads((path / "config.json").read_text()))
+    processor, image = ImageProcessor(load_processor(path), token, 1 << 20), attached(RED)
+    references = sys.getrefcount(image.data)
+    count = processor.process(image).tokens
+    assert len(processor.place([token] * count, [image])) == 1
+    left = sys.getrefcount(image.data)
+    assert left == references
 
 
 def test_the_vision_part_follows_the_settings_of_weights(tmp_path):

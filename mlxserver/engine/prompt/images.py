@@ -107,13 +107,14 @@ class ImageProcessor:
         return "".join([parts[0], *shown])
 
     def place(self, tokens: Sequence[int], images: Sequence[Image]) -> tuple[PlacedImage, ...]:
-        """The images with their places among a prompt's tokens. Raises PromptRejected."""
+        """The images with their places among a prompt's tokens. Ends the prompt. Raises PromptRejected."""
         positions = np.flatnonzero(np.asarray(tokens) == self._token).tolist()
         placed, start = [], 0
         for image in images:
             processed = self.process(image)
             placed.append(PlacedImage(processed, tuple(positions[start : start + processed.tokens])))
             start += processed.tokens
+        self._keys.clear()  # or the files would stay until the next prompt
         if start != len(positions):
             raise PromptRejected(
                 f"The prompt has {len(positions)} tokens of images where {start} were expected. "
