@@ -167,6 +167,13 @@ class InputTooLong(PromptRejected):
         )
 
 
+class SeesNoImages(PromptRejected):
+    """The prompt has an image, and the model is a text model."""
+
+    def __init__(self, param: str) -> None:
+        super().__init__("This is a text model: it sees no images. Leave them out.", param)
+
+
 class WrongKind(PromptRejected):
     """The model is of another kind than the request needs."""
 

@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from mlxserver.config.settings import Kind, ModelSpec
-from mlxserver.engine.errors import ModelUnloading, QueueFull, WrongKind
+from mlxserver.engine.errors import ModelUnloading, QueueFull, SeesNoImages, WrongKind
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.requests import EngineRequest, ModelFacts, Question
+from mlxserver.engine.requests import ChatPrompt, EngineRequest, GenerationRequest, ModelFacts, Question
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.eviction import Resident
@@ -85,6 +85,11 @@ class ModelInstance:
         """Kind of the model; None while its files do not tell it."""
         facts = self.facts
         return self.spec.kind or (facts.kind if facts else None) or self._known_kind
+
+    @property
+    def may_see(self) -> bool:
+        """Whether the model sees images, or nothing is known of that yet."""
+        return self.kind in (None, "vision")
 
     @property
     def facts(self) -> ModelFacts | None:
@@ -193,9 +198,14 @@ class ModelInstance:
             self._exit(lease)
 
     def _check_kind(self, request: EngineRequest) -> None:
-        """Raise WrongKind as far as the kind is known before the model is loaded."""
+        """Raise WrongKind or SeesNoImages as far as the kind is known before the model is loaded."""
         if self.kind is not None and self.kind not in request.kinds:
             raise WrongKind(self.key, self.kind)
+        if self.may_see or not isinstance(request, GenerationRequest) or not isinstance(request.prompt, ChatPrompt):
+            return
+        for message in request.prompt.conversation:
+            if message.images:
+                raise SeesNoImages(message.images[0].origin)
 
     async def hold(self, idle_timeout: float | None = None) -> None:
         """Load the model if need be, as a request without a question; it then stays for idle_timeout seconds.

@@ -7,24 +7,30 @@ Rule 3: the tags and attributes are those of the renderers below alone; there ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
-from pygments import highlight
+from pygments import format
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+T = TypeVar("T")
+
 SCHEMES = {"http", "https", "mailto"}
-MAX_HIGHLIGHTED = 30_000  # characters of a code block with colours; lexers of a longer one may take seconds
+MAX_HIGHLIGHTED = 10_000  # characters of a code block with colours: a lexer may take a quadratic time for one token
+COLOUR_SECONDS = 0.5  # for the code of a text; what has no colours by then stays without
 MAX_TEXT = 50_000  # characters; the time of hostile text grows with the square of its length
+END = "end"  # of the time for colours, by time.monotonic(), in the renderer's environment
 LINK = {"rel": "noopener noreferrer nofollow", "target": "_blank"}
 
 
@@ -34,7 +40,7 @@ class Renderer(RendererHTML):
     def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         """A code block, with the name of its language."""
         language = (tokens[idx].info.split() or [""])[0][:30]
-        return code_block(tokens[idx].content, language)
+        return code_block(tokens[idx].content, language, env.get(END, math.inf))
 
     def code_block(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         """An indented code block."""
@@ -63,17 +69,21 @@ class Renderer(RendererHTML):
     td_open = th_open
 
 
-def code_block(code: str, language: str) -> str:
-    """A code block in colours, as far as its language is known."""
+class _TooSlow(Exception):
+    """The time for colours is over."""
+
+
+def code_block(code: str, language: str, end: float = math.inf) -> str:
+    """A code block in colours, as far as its language is known. end: of the time for them, by time.monotonic()."""
     label = f'<span class="lang">{escape(language)}</span>' if language else ""
-    return f'<div class="code">{label}<pre><code>{_coloured(code, language)}</code></pre></div>\n'
+    return f'<div class="code">{label}<pre><code>{_coloured(code, language, end)}</code></pre></div>\n'
 
 
 def render(text: str) -> str:
     """The HTML of a Markdown text. One that is longer than the limit stays as it is."""
     if len(text) > MAX_TEXT:
         return f"<pre>{escape(text)}</pre>"
-    return str(_parser().render(text))
+    return str(_parser().render(text, {END: time.monotonic() + COLOUR_SECONDS}))
 
 
 def is_safe_link(url: str) -> bool:
@@ -84,14 +94,25 @@ def is_safe_link(url: str) -> bool:
         return False
 
 
-def _coloured(code: str, language: str) -> str:
+def _coloured(code: str, language: str, end: float) -> str:
     if not language or len(code) > MAX_HIGHLIGHTED:
         return escape(code)
     try:
         lexer = get_lexer_by_name(language, stripnl=False)
     except ClassNotFound:
         return escape(code)
-    return str(highlight(code, lexer, HtmlFormatter(nowrap=True)))
+    try:
+        return str(format(_until(end, lexer.get_tokens(code)), HtmlFormatter(nowrap=True)))
+    except _TooSlow:
+        return escape(code)
+
+
+def _until(end: float, tokens: Iterable[T]) -> Iterator[T]:
+    """The tokens. Raises _TooSlow once the time is over."""
+    for token in tokens:
+        if time.monotonic() > end:
+            raise _TooSlow
+        yield token
 
 
 @cache

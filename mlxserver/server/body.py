@@ -18,13 +18,16 @@ log = logging.getLogger("server")
 MAX_IGNORED = 32  # names in one header
 
 
-async def read_body(request: Request, settings: HttpSettings) -> bytes:
-    """The whole body, decoded. Raises HTTPException: 413 before what is too long is read or decoded, 408 if it does not
-    come in time, 415 for an unknown coding or charset, 400 for what is not in the coding or the charset it should be.
+async def read_body(request: Request, settings: HttpSettings, most: int | None = None) -> bytes:
+    """The whole body, decoded. most: its bytes at most, if that is less than max_body_bytes.
+
+    Raises HTTPException: 413 before what is too long is read or decoded, 408 if it does not come in time, 415 for an
+    unknown coding or charset, 400 for what is not in the coding or the charset it should be.
     """
+    limit = settings.max_body_bytes if most is None else min(most, settings.max_body_bytes)
     try:
         async with asyncio.timeout(settings.body_timeout):
-            return await _read(request, settings.max_body_bytes)
+            return await _read(request, limit)
     except TimeoutError:
         seconds = f"{settings.body_timeout:g} seconds"
         message = f"The body took longer than {seconds}, the limit of this server."

@@ -29,6 +29,7 @@ MAX_REDIRECTS: Final = 3
 CONCURRENT: Final = 4  # connections of one request
 CHUNK: Final = 64 << 10  # bytes
 REDIRECTS: Final = (301, 302, 303, 307, 308)
+GLOBAL_UNICAST: Final = IPv6Network("2000::/3")  # RFC 4291: all else of IPv6 is local, special, or of no use yet
 NAT64: Final = IPv6Network("64:ff9b::/96")  # RFC 6052: its last 32 bits are an IPv4 address
 HEADERS: Final = {"Accept": "image/*", "Accept-Encoding": "identity"}
 NOT_PUBLIC: Final = "is at an address that this server fetches nothing from"
@@ -44,7 +45,24 @@ def is_public(address: Address) -> bool:
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner:
             return is_public(inner)
+        return address.is_global and address in GLOBAL_UNICAST
     return address.is_global and not address.is_multicast
+
+
+def is_elsewhere(address: Address) -> bool:
+    """Whether an address belongs to the internet and to another machine: this one may have a public address, too."""
+    return is_public(address) and not is_own(address)
+
+
+def is_own(address: Address) -> bool:
+    """Whether an address is one of this machine: a socket can be bound to it. Nothing is sent."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+            return True
+    except OSError:
+        return False
 
 
 class _AddressRefused(OSError):
@@ -58,7 +76,7 @@ class ImageUrls:
     is_allowed: whether an address may be connected to. resolver: of names; None is the system's.
     """
 
-    is_allowed: Callable[[Address], bool] = is_public
+    is_allowed: Callable[[Address], bool] = is_elsewhere
     resolver: AbstractResolver | None = field(default=None, compare=False)
 
     async def fetch(self, prompt: Prompt, settings: HttpSettings) -> Prompt:

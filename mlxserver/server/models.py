@@ -143,15 +143,15 @@ class ModelHandlers:
         """POST /tokenize."""
         asked, headers = await self._read(TokenizeRequest, request)
         instance = self._manager.resolve(asked.model)
-        tokens = await instance.ask(await self._with_images(asked.question))
+        tokens = await instance.ask(await self._with_images(instance, asked.question))
         context_length = instance.facts.context_length if instance.facts else None
         return json_response(tokenized(tokens, context_length), headers=headers)
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens."""
         asked, headers = await self._read(CountTokensRequest, request)
-        question = await self._with_images(Tokenize(asked.prompt))
-        tokens = await self._manager.resolve(asked.model).ask(question)
+        instance = self._manager.resolve(asked.model)
+        tokens = await instance.ask(await self._with_images(instance, Tokenize(asked.prompt)))
         return json_response(token_count(tokens), headers=headers)
 
     async def detokenize(self, request: Request) -> Response:
@@ -163,12 +163,15 @@ class ModelHandlers:
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template."""
         asked, headers = await self._read(ApplyTemplateRequest, request)
-        question = await self._with_images(ApplyTemplate(asked.chat_prompt(asked.messages)))
-        text = await self._manager.resolve(asked.model).ask(question)
+        instance = self._manager.resolve(asked.model)
+        question = ApplyTemplate(asked.chat_prompt(asked.messages))
+        text = await instance.ask(await self._with_images(instance, question))
         return json_response(rendered(text), headers=headers)
 
-    async def _with_images(self, question: Q) -> Q:
-        """The question with its images' bytes. Raises PromptRejected."""
+    async def _with_images(self, instance: ModelInstance, question: Q) -> Q:
+        """The question with its images' bytes, if the model may see them. Raises PromptRejected."""
+        if not instance.may_see:
+            return question
         prompt = await self._images.fetch(question.prompt, self._manager.settings)
         return replace(question, prompt=prompt)  # type: ignore[arg-type]
 

@@ -27,6 +27,7 @@ from mlxserver.server.live_response import LiveResponse
 from mlxserver.server.request_history import RequestHistory
 from model_manager import ModelManager
 
+MAX_KEY_BODY = 8 << 10  # bytes, because clients without a key may send it
 ANY_ADDRESS, LOOPBACK = ("0.0.0.0", "::"), "127.0.0.1"
 POLICY = "; ".join(
     (
@@ -119,7 +120,8 @@ class PageHandlers:
 
     async def open_session(self, request: Request) -> Response:
         """POST /page/session: a key becomes a cookie that scripts can't read."""
-        asked = parameters.parse(SessionRequest, await read_body(request, self._manager.settings))
+        body = await read_body(request, self._manager.settings, MAX_KEY_BODY)
+        asked = parameters.parse(SessionRequest, body)
         keys: Keys = request.state.keys
         permission, client = keys.identify(b"", asked.key.encode())
         if permission is None:

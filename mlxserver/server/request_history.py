@@ -2,6 +2,7 @@
 
 Rule 1: the texts of prompts and answers are in here only while log_contents is set, and never more than MAX_TEXT.
 Rule 2: of a key there is a short digest of its id, which opens nothing.
+Rule 3: a trace has MAX_SPANS spans at most, however many prompts its request had.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from mlxserver.engine.events import Timings, Usage
+from mlxserver.engine.events import MAX_CHUNKS, Timings, Usage
 from mlxserver.engine.worker.generation import Generation
 
 MAX_REQUESTS = 500
+MAX_SPANS = MAX_CHUNKS + 8  # all those of one prompt
 DETAILS = ("spans", "prompt", "answer")  # of a trace, not of the list
 
 Object = dict[str, Any]
@@ -133,7 +136,7 @@ def summary(record: RequestRecord) -> Object:
 
 def trace(record: RequestRecord) -> Object:
     """A request with the spans of its timeline, in seconds since its arrival, and its texts if they were kept."""
-    spans = sorted(_spans(record), key=lambda span: (span["start"], span["end"]))
+    spans = sorted(islice(_spans(record), MAX_SPANS), key=lambda span: (span["start"], span["end"]))
     return {**summary(record), "spans": spans, "prompt": record.prompt, "answer": record.answer}
 
 

@@ -69,7 +69,8 @@ def note_events(events: Iterable[Event]) -> None:
     """Add the text of events to the record of the current request, if its texts are kept."""
     record = _current.get()
     if record and record.answer is not None and len(record.answer) < MAX_TEXT:
-        record.answer += "".join(event.text for event in events if isinstance(event, Delta) and event.index == 0)
+        text = "".join(event.text for event in events if isinstance(event, Delta) and event.index == 0)
+        record.answer += text[: MAX_TEXT - len(record.answer)]
 
 
 def note_dialect(dialect: str) -> None:

@@ -98,7 +98,8 @@ class GenerationResponse:
         for lookup in self._call.lookups:
             lookup.receive(await self._instance.ask(lookup.question))
         for asked in self._call.requests:
-            request = await self._prepare(asked) if self._prepare else asked
+            # Nothing is fetched for a model that sees no images: it refuses the request as it is.
+            request = await self._prepare(asked) if self._prepare and self._instance.may_see else asked
             generation = await self._instance.generate(request, self._call.idle_timeout, self._dialect)
             stack.callback(generation.close)
             note_generation(generation)

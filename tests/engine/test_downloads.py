@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.download import transfer
+from mlxserver.engine.loading.download.download import fetch_now, list_files
 from tests.support.hub import TOKEN, digest, hub_of, serving_hub
 from tools.harness.running_server import eventually
 
@@ -101,6 +103,37 @@ def test_a_server_without_ranges_sends_all_of_it(hub, cache):
     assert content(download()) == WANTED
 
 
+def test_a_server_that_sends_too_much_fills_no_disk(hub, cache):
+    """The rest is not read: the file is right, and its end is known."""
+    hub.excess = 40_000
+    assert content(download()) == WANTED
+
+
+def test_a_server_that_sends_too_little_is_not_asked_for_ever(hub, cache):
+    hub.excess = -1
+    with pytest.raises(HubUnavailable):
+        download()
+    assert len(ranges(hub)) <= 2 * len(transfer.DELAYS)
+    assert not (cache / "snapshots").exists()
+    hub.excess = 0
+    assert content(download()) == WANTED
+
+
+@pytest.mark.parametrize("commit", ["../../../../outside", "/outside", ".", ""])
+def test_a_commit_that_is_no_name_makes_no_folder(hub, cache, tmp_path, commit):
+    hub.commit = commit
+    with pytest.raises(HubUnavailable, match="as the commit of org/tiny"):
+        download()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("revision", ["/etc/x", "../x", "a/../../x", "-x", ""])
+def test_a_revision_that_is_a_path_is_no_source(hub, revision):
+    with pytest.raises(SourceInvalid, match="expected"):
+        download(source=f"org/tiny@{revision}")
+    assert not hub.asked
+
+
 def test_a_connection_that_is_cut_is_gone_on_from(hub):
     hub.cuts = 3
     assert content(download()) == WANTED
@@ -114,6 +147,15 @@ def test_a_busy_hub_is_asked_again(hub, answer):
     hub.answers = [answer] * 4
     seen = []
     assert content(download(lambda *step: seen.append(step))) == WANTED
+
+
+def test_a_small_file_is_not_waited_for_as_long_as_a_hub_asks(hub):
+    hub.answers = [(429, {"Retry-After": "300"})] * 2
+    manifest = list_files("org/tiny", None)
+    file = manifest.find(WEIGHTS)
+    began = time.monotonic()
+    assert fetch_now(manifest, file).read_bytes() == FILES[WEIGHTS]
+    assert time.monotonic() - began < 60
 
 
 def test_what_a_download_waits_for_is_its_stage(hub, monkeypatch):

@@ -95,7 +95,12 @@ def test_a_longer_context_than_its_positions_is_not_served(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"model_type": "no-such"}, "no-such"), ({"hidden_size": 48}, "can't be")]
+    ("change", "words"),
+    [
+        ({"model_type": "no-such"}, "no-such"),
+        ({"hidden_size": 48}, "can't be"),
+        ({"model_file": "code.py"}, "names code in the checkpoint"),
+    ],
 )
 def test_a_broken_checkpoint_fails_in_one_line(tmp_path, change, words):
     path = tiny_bert(tmp_path / "bert", **change)

@@ -250,6 +250,7 @@ def test_the_weights_of_a_reranker_are_estimated_before_they_are_read(tmp_path, 
     [
         ({"architectures": ["BertModel"]}, "'bert' is no reranker"),
         ({"hidden_size": 48}, "can't be"),
+        ({"model_file": "code.py"}, "names code in the checkpoint"),
     ],
 )
 def test_what_is_no_reranker_fails_in_one_line(tmp_path, change, words):

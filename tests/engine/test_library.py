@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import struct
 
 from mlxserver.engine.mlx import mx
 
 import pytest
 
+from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, kinds
 from mlxserver.engine.loading.library.facts import CONVERTIBLE, Unusable, read_facts
 from mlxserver.engine.loading.library.layouts import Folder, folders
+from mlxserver.engine.loading.library.remove import remove
 from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.platform.policy import WeightPolicy
 from tests.support.local_models import COMMIT, digest_of, in_hub, in_lm_studio, in_ollama
@@ -296,10 +299,21 @@ def test_a_blob_that_is_missing_has_its_reason(tmp_path, mlx, gguf_file):
     in_ollama(tmp_path / "ollama", "adapted", "1b", gguf_file, kinds=("model", "adapter"))
     in_ollama(tmp_path / "ollama", "empty", "1b", gguf_file, kinds=("tensor",))
     in_ollama(tmp_path / "ollama", "broken", "1b", gguf_file).write_text("{")
+    in_ollama(tmp_path / "ollama", "odd", "1b", gguf_file).write_text('{"layers": [{"mediaType": [], "digest": {}}]}')
     models = found("ollama", tmp_path / "ollama")
     assert models["adapted:1b"].fault == "it has an adapter in Ollama's format"
     assert models["empty:1b"].fault == "its manifest names no GGUF file"
     assert models["broken:1b"].fault == "its manifest is damaged"
+    assert models["odd:1b"].fault == "its manifest names no GGUF file"
+
+
+def test_a_gguf_file_with_a_tensor_of_any_number_of_dimensions_is_damaged(tmp_path):
+    """Their product would be a number of gigabytes."""
+    name, tensors, fields, dimensions = 0, 1, 0, 2**32 - 1
+    header = struct.pack("<4sIQQQI", b"GGUF", 3, tensors, fields, name, dimensions)
+    (tmp_path / "wide.gguf").write_bytes(header + struct.pack("<Q", 2**63) * 1000)
+    with pytest.raises(Unusable, match="its header is damaged"):
+        read_facts(tmp_path / "wide.gguf")
 
 
 def test_parts_of_a_model_are_listed_once_with_the_reason(tmp_path, gguf_file):
@@ -308,3 +322,26 @@ def test_parts_of_a_model_are_listed_once_with_the_reason(tmp_path, gguf_file):
     (model,) = Scanner().scan_folders([Folder("directory", tmp_path)])
     assert (model.key, model.facts) == ("big", None)
     assert "in 2 parts" in model.fault
+
+
+def test_nothing_outside_of_a_folder_is_removed_through_a_link(tmp_path, mlx):
+    def only_model():
+        (model,) = Scanner().scan_folders([Folder("directory", tmp_path / "models")])
+        return model
+
+    kept = shutil.copytree(mlx, tmp_path / "elsewhere" / "org" / "tiny")
+    (tmp_path / "models").mkdir()
+    link = tmp_path / "models" / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceInvalid, match="behind a link"):
+        remove(only_model())
+    link.unlink()
+    link.symlink_to(kept)
+    remove(only_model())
+    assert not link.is_symlink()
+    assert {file.name for file in kept.iterdir()} == {file.name for file in mlx.iterdir()}
+    shutil.copytree(mlx, tmp_path / "models" / "own")
+    remove(only_model())
+    shutil.copytree(mlx, tmp_path / "models", dirs_exist_ok=True)
+    remove(only_model())
+    assert not list((tmp_path / "models").glob("*"))

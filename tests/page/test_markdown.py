@@ -1,13 +1,15 @@
 """Markdown as HTML that is safe to show, whatever the text is."""
 
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxserver.page.markdown import MAX_TEXT, render
+from mlxserver.page import markdown
+from mlxserver.page.markdown import MAX_HIGHLIGHTED, MAX_TEXT, render
 
 TAGS = {
     *("p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code", "em", "strong", "s", "a"),
@@ -88,3 +90,14 @@ def test_an_image_is_a_link_that_nothing_loads():
 
 def test_a_text_over_the_limit_stays_as_it_is():
     assert render("*a*" * MAX_TEXT).startswith("<pre>*a*")
+
+
+def test_code_that_a_lexer_is_slow_on_stays_without_colours(monkeypatch):
+    """Java's lexer tries each of these words as the start of a method."""
+    text = "```java\n" + "a " * (MAX_HIGHLIGHTED // 2 - 1) + "\n```\n"
+    began = time.monotonic()
+    assert '<span class="n">' not in render(text * 4)
+    assert time.monotonic() - began < 10  # half a minute without a limit
+    assert '<span class="k">def</span>' in render("```python\ndef f(): pass\n```")  # each text has its own time
+    monkeypatch.setattr(markdown, "COLOUR_SECONDS", -1)
+    assert "<code>def f(): pass\n</code>" in render("```python\ndef f(): pass\n```")

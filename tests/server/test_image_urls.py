@@ -8,7 +8,7 @@ from mlxserver.config.http import HttpSettings
 from mlxserver.engine.conversation import Image, Message, Text, ToolResult
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.requests import ChatPrompt, TextPrompt
-from mlxserver.server.image_urls import MAX_REDIRECTS, ImageUrls, is_public
+from mlxserver.server.image_urls import MAX_REDIRECTS, ImageUrls, is_own, is_public
 from tests.support.image_site import FILE, Names, open_to_the_test, site
 from tests.support.scripted_engine import within_deadline
 
@@ -128,6 +128,7 @@ PRIVATE = [
     *("127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
     *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1"),
     *("::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2001:0:4136:e378:8000:63bf:80ff:fffe"),
+    *("fec0::1", "::7f00:1", "::ffff:0:7f00:1", "64:ff9b:1::7f00:1", "2001:db8::1"),
 ]
 
 
@@ -135,6 +136,13 @@ def test_addresses_of_the_internet_are_told_from_others():
     assert not [address for address in PRIVATE if is_public(ip_address(address))]
     for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
         assert is_public(ip_address(address)), address
+
+
+def test_addresses_of_this_machine_are_told_from_others():
+    for address in ("127.0.0.1", "127.0.0.2"):
+        assert is_own(ip_address(address)), address
+    for address in ("8.8.8.8", "192.0.2.1", "2606:4700::1111"):
+        assert not is_own(ip_address(address)), address
 
 
 @pytest.mark.parametrize("address", PRIVATE)

@@ -29,9 +29,9 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "argume
 
 
 @asynccontextmanager
-async def served(urls=None, **settings):
+async def served(urls=None, kind="vision", **settings):
     """A server over a scripted engine, which takes any image: its URL, and the messages that come to the engine."""
-    async with managed(specs("m"), host="127.0.0.1", **settings) as (manager, factory):
+    async with managed(specs("m", kind=kind), host="127.0.0.1", **settings) as (manager, factory):
         app = Auth(App(manager, reload=None, history=RequestHistory(), images=urls or ImageUrls()), manager)
         config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, ws="none")
         server = uvicorn.Server(config)
@@ -192,6 +192,27 @@ async def test_a_url_that_is_allowed_is_fetched_before_the_engine_gets_it():
         stream = await client.chat.completions.create(model="m", max_tokens=2, messages=asked, stream=True)
         assert [chunk async for chunk in stream]
         assert images.decode(messages()[0].images[0]).size == (32, 16)
+
+
+@within_deadline
+async def test_nothing_is_fetched_for_a_model_that_sees_no_images():
+    urls = open_to_the_test()
+    for kind, reason in (("text", "sees no images"), ("embedding", "embedding model")):
+        async with (
+            site() as web,
+            served(urls, kind, allow_image_urls=True) as (url, _),
+            openai_client(url) as client,
+            anthropic_client(url) as other,
+        ):
+            content = [{"type": "image_url", "image_url": {"url": f"{web.url}/image"}}]
+            for streams in (False, True):
+                with pytest.raises(openai.BadRequestError, match=reason):
+                    await client.chat.completions.create(
+                        model="m", messages=[{"role": "user", "content": content}], stream=streams
+                    )
+            block = {"type": "image", "source": {"type": "url", "url": f"{web.url}/image"}}
+            await other.messages.count_tokens(model="m", messages=[{"role": "user", "content": [block]}])
+            assert not web.requests
 
 
 @within_deadline

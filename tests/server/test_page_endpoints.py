@@ -1,5 +1,6 @@
 """What the page asks of the server: its session, the feed of events, requests and their traces, Markdown."""
 
+import asyncio
 import json
 
 import jsonschema
@@ -8,7 +9,11 @@ import pytest
 from mlxserver.api import openapi
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.config.settings import Settings
+from mlxserver.engine.events import MAX_CHUNKS, Delta
+from mlxserver.engine.worker.generation import Generation
 from mlxserver.server.keys import Keys, Permission
+from mlxserver.server.request_history import MAX_SPANS, RequestHistory, RequestRecord, trace
+from mlxserver.server.request_log import MAX_TEXT, RequestLog, note_dialect, note_events, note_prompt
 from tools.harness.running_server import chat_body, eventually, running_server
 
 USER, ADMIN = "sk-user-0123456789", "sk-admin-0123456789"
@@ -96,6 +101,7 @@ def test_a_session_has_the_rights_of_its_key(server):
         pinned = server.ask("POST", "/v1/models/pin", '{"key": "talker", "pin": false}', headers)
         assert pinned.status == (200 if may_manage else 403)
     assert server.post("/page/session", {"key": "sk-wrong-0123456789"}).status == 401
+    assert server.post("/page/session", {"key": "x" * 10_000}).status == 413  # nothing long is read without a key
     ended = server.ask("DELETE", "/page/session", headers={"Cookie": user, "X-MLX-Page": "1"})
     assert (ended.status, 'mlx_session=""' in ended.headers["set-cookie"]) == (204, True)
 
@@ -237,6 +243,37 @@ def test_texts_are_kept_only_while_the_setting_asks_for_it(server):
     finally:
         server.settings.write_text(before)
         assert as_admin(server, "POST", "/v1/models/reload").status == 200
+
+
+def test_texts_are_kept_up_to_their_limit():
+    async def app(*_):
+        note_dialect("openai")
+        note_prompt(b"p" * (MAX_TEXT + 1))
+        for _ in range(2):
+            note_events([Delta("a" * (MAX_TEXT - 1))])
+
+    history = RequestHistory()
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"x-request-id", b"long")]}
+    asyncio.run(RequestLog(app, history)(scope, None, None))
+    found = history.trace("long")
+    assert (len(found["prompt"]), len(found["answer"])) == (MAX_TEXT, MAX_TEXT)
+
+
+def test_a_trace_has_a_limit_of_spans():
+    def generation(chunks):
+        made = Generation(None, lambda _: None)
+        made.prompt.chunks = [(record.started + n / 1000, n) for n in range(1, chunks + 1)]
+        return made
+
+    def names(*chunks):
+        record.generations = [generation(each) for each in chunks]
+        record.submitted = [record.started] * len(chunks)
+        return [span["name"] for span in trace(record)["spans"]]
+
+    record = RequestRecord("a", "POST", "/v1/completions")
+    record.asked, record.ended = record.started, record.started + 60.0
+    assert names(MAX_CHUNKS).count("prefill") >= MAX_CHUNKS - 1
+    assert len(names(MAX_CHUNKS, MAX_CHUNKS, 1)) == MAX_SPANS
 
 
 # The rest

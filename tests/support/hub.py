@@ -103,6 +103,8 @@ class Hub(BaseHTTPRequestHandler):
             self.server.wrong -= 1
             body = body[:-1] + bytes([body[-1] ^ 1])
         asked = self.headers.get("Range")
+        if len(body) > LARGE and self.command == "GET":
+            body = body + bytes(self.server.excess) if self.server.excess >= 0 else body[: self.server.excess]
         if not asked or self.server.ignores_ranges:
             return self.reply(body, headers=etag)
         begin = int(asked.removeprefix("bytes=").partition("-")[0])
@@ -148,7 +150,7 @@ class _Server(ThreadingHTTPServer):
 def hub_of(files):
     """The hub with the files of org/tiny, by name. Its attributes are the faults of what is asked next."""
     server = _Server(("127.0.0.1", 0), Hub)
-    server.files, server.cuts, server.wrong, server.delay, server.sent = files, 0, 0, 0.0, 0
+    server.files, server.cuts, server.wrong, server.delay, server.sent, server.excess = files, 0, 0, 0.0, 0, 0
     server.interrupts = server.ignores_ranges = server.is_mirror = False
     server.commit, server.repositories = COMMIT, {"org/tiny", "org/private"}
     server.shown_to_cdn = set()

@@ -89,6 +89,12 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def refuse_code(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a config.json names a file of Python code in its checkpoint, which mlx-vlm may run."""
+    if config.get("model_file"):
+        raise ValueError("its config.json names code in the checkpoint (model_file)")
+
+
 @contextlib.contextmanager
 def checked(path: Path) -> Iterator[Path]:
     """A directory with the files of a checkpoint, without what is wrong in them; it exists as long as the block.

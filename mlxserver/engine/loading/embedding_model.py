@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import kinds
-from mlxserver.engine.loading.checkpoint_files import checked, read_object
+from mlxserver.engine.loading.checkpoint_files import checked, read_object, refuse_code
 from mlxserver.engine.loading.encoder_architecture import positions, replace_activations, with_rope_names
 from mlxserver.engine.loading.estimate import embedding_context
 from mlxserver.engine.loading.loader import prepare
@@ -132,6 +132,7 @@ def _load(spec: ModelSpec, report: Progress, policy: ExecutionPolicy) -> Embeddi
         from mlx_vlm.models.pooling import read_pooling_config
 
         config = read_object(path / "config.json") or {}
+        refuse_code(config)
         model = load_embedding_model(path, lazy=True, config=with_rope_names(config))
         model.pooling_config = read_pooling_config(path)
         replace_activations(model, config)

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import kinds, loader
-from mlxserver.engine.loading.checkpoint_files import checked, read_object
+from mlxserver.engine.loading.checkpoint_files import checked, read_object, refuse_code
 from mlxserver.engine.loading.embedding_model import padded, read_encoder_tokenizer
 from mlxserver.engine.loading.encoder_architecture import positions, replace_activations, with_rope_names
 from mlxserver.engine.loading.estimate import embedding_context, judge_context
@@ -134,6 +134,7 @@ def _files(spec: ModelSpec, report: Progress, policy: ExecutionPolicy) -> tuple[
     path = resolve(spec.source, progress=report, weights=policy.weights)
     with naming(f"the model in {path} can't be read"):
         config = read_object(path / "config.json") or {}
+        refuse_code(config)
     if not kinds.is_cross_encoder(config) and config.get("model_type") not in kinds.JUDGES:
         raise ValueError(
             f"{config.get('model_type')!r} is no reranker: expected a sequence classifier with one label, or a text "

@@ -27,7 +27,7 @@ from mlxserver.engine.platform.policy import WeightPolicy, current
 Progress = Callable[[str, int, int], None]
 
 EXPECTED = "expected embedded:NAME, a .gguf file, an MLX model directory, or a Hugging Face id such as org/name"
-REPOSITORY = re.compile(r"(?P<id>(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+REPOSITORY = re.compile(r"(?P<id>(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 GGUF_MAGIC = b"GGUF"
 
 

@@ -17,6 +17,7 @@ from mlxserver.engine.mlx import mx, nn
 
 from mlx.utils import tree_flatten
 
+from mlxserver.engine.loading.checkpoint_files import refuse_code
 from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.platform.policy import ExecutionPolicy
@@ -65,8 +66,7 @@ def load_tower(path: Path, config: Mapping[str, Any], report: Progress, policy: 
     """Read and prepare the vision part of a checkpoint. Raises whatever mlx-vlm does for one that it can't read."""
     from mlx_vlm.utils import load_model
 
-    if config.get("model_file"):  # which mlx-vlm would run
-        raise ValueError("its config.json names code in the checkpoint (model_file)")
+    refuse_code(config)
     model = load_model(path, lazy=True)
     model.language_model = _NoText(hidden_size(config))
     model = prepare(model, report, replace(policy, fuse_projections=False))

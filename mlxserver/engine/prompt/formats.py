@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxserver.config.settings import ModelType
 from mlxserver.engine.conversation import Message
-from mlxserver.engine.errors import PromptRejected
+from mlxserver.engine.errors import PromptRejected, SeesNoImages
 from mlxserver.engine.output.reasoning_formats import find_format, thinking_tags
 from mlxserver.engine.output.tool_formats import ToolFormat
 from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
@@ -110,7 +110,7 @@ class PromptFormat:
         if not (images := images_of(prompt.conversation)):
             return prompt
         if self._images is None:
-            raise PromptRejected("This is a text model: it sees no images. Leave them out.", images[0].origin)
+            raise SeesNoImages(images[0].origin)
         self._images.begin()
         for image in images:
             self._images.process(image)

@@ -110,7 +110,7 @@ class Download:
 def fetch_now(manifest: Manifest, file: RemoteFile) -> Path:
     """A small file's content in the cache, fetched if need be. Blocks. Raises as Download.run() does."""
     if not manifest.has(file):
-        fetch(manifest, file, lambda reason, seconds: time.sleep(seconds))
+        fetch(manifest, file, lambda reason, seconds: time.sleep(min(seconds, transfer.DELAYS[-1])))  # can't be stopped
     return next(path for path in (manifest.link(file), manifest.blob(file)) if path.is_file())
 
 

@@ -7,6 +7,7 @@ link to its blob. Source: huggingface.co/docs/huggingface_hub/guides/manage-cach
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 
 WHOLE = (".safetensors", ".gguf")  # what makes a snapshot a model: linked last
+COMMIT = re.compile(r"[0-9A-Za-z]{1,64}")  # it becomes the name of a folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,16 @@ class Manifest:
 
 
 def read_manifest(repository: str, revision: str | None) -> Manifest:
-    """The manifest of a repository's revision; None is the main branch. Raises what huggingface_hub raises."""
+    """The manifest of a repository's revision; None is the main branch.
+
+    Raises:
+        ValueError for a commit that is none, and what huggingface_hub raises
+    """
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=timeout)
     commit = str(info.sha)
+    if not COMMIT.fullmatch(commit):
+        raise ValueError(f"the hub names {commit[:100]!r} as the commit of {repository}")
     siblings: Sequence[object] = info.siblings or ()
     files = tuple(_remote_files(repository, commit, siblings))
     return Manifest(repository, revision or "main", commit, files, Path(constants.HF_HUB_CACHE))
@@ -124,7 +132,7 @@ def _remote_files(repository: str, commit: str, siblings: Iterable[object]) -> I
         if digest is None or size is None:  # a mirror that lists names alone
             stated = get_hf_file_metadata(hf_hub_url(repository, name, revision=commit))
             digest, size = stated.etag, stated.size
-        yield RemoteFile(name, int(size or 0), Path(str(digest)).name)
+        yield RemoteFile(name, max(0, int(size or 0)), Path(str(digest)).name)
 
 
 def _link(link: Path, blob: Path) -> None:

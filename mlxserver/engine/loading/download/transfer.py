@@ -5,6 +5,7 @@ Invariants
    killed.
 2. One process at a time fetches a file: the lock is the one of huggingface_hub, and ends with its process.
 3. A server that fails, breaks off or asks to wait is asked again, unless it fails several times without a byte between.
+4. No more bytes are written than the file is listed with, whatever the server sends.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _complete(url: str, part: Path, size: int, pause: Pause) -> None:
     failures = 0
     while (held := _held(part, size)) < size or not part.exists():
         try:
-            _receive(url, part, held, pause)
+            _receive(url, part, held, size, pause)
         except (Busy, httpx.TransportError) as error:
             failures = failures + 1 if _held(part, size) <= held else 0
             if failures > len(DELAYS):
@@ -113,8 +114,8 @@ def _held(part: Path, size: int) -> int:
     return 0
 
 
-def _receive(url: str, part: Path, held: int, pause: Pause) -> None:
-    """Append what the server sends behind the first `held` bytes."""
+def _receive(url: str, part: Path, held: int, size: int, pause: Pause) -> None:
+    """Append what the server sends behind the first `held` bytes, up to `size`. Raises TransportError if it is less."""
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if held:
         headers["Range"] = f"bytes={held}-"
@@ -123,10 +124,16 @@ def _receive(url: str, part: Path, held: int, pause: Pause) -> None:
         _check(response)
         if held and not _continues(response, held):
             part.write_bytes(b"")
+            held = 0
         with part.open("ab", buffering=0) as file:
             for received in response.iter_raw():
-                _write(file, received)
+                _write(file, received[: size - held])
+                held += len(received)
                 pause("", 0)
+                if held > size:
+                    return  # the digest shows whether what came first is the file
+    if held < size:
+        raise httpx.RemoteProtocolError(f"{size - held} bytes of the file were not sent")
 
 
 def _check(response: Any) -> None:

@@ -18,6 +18,7 @@ STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 LONGEST_LIST = 1024  # items of an array that is kept; the vocabulary is longer
 MOST_ITEMS = 10**7  # of fields, tensors and strings: a file with more is damaged
+MOST_DIMENSIONS = 8  # of a tensor; the format has four
 ALIGNMENT = 32  # bytes, unless the file states another
 
 
@@ -70,7 +71,9 @@ class _Reader:
         for _ in range(tensors):
             self._string()
             count = 1
-            for _ in range(self._number("I")):
+            if (dimensions := self._number("I")) > MOST_DIMENSIONS:
+                raise ValueError("its header is damaged")
+            for _ in range(dimensions):
                 count *= self._number("Q")
             kind = self._number("I")
             try:

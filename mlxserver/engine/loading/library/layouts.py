@@ -167,7 +167,7 @@ def _ollama(models: Path, manifest: Path) -> Iterator[Candidate]:
 def _blob(models: Path, manifest: Path) -> tuple[Path, str | None]:
     """The weights that a manifest names, and why they can't be loaded."""
     try:
-        layers = [(each["mediaType"], str(each["digest"])) for each in json.loads(manifest.read_bytes())["layers"]]
+        layers = [(str(each["mediaType"]), str(each["digest"])) for each in json.loads(manifest.read_bytes())["layers"]]
     except (ValueError, KeyError, TypeError):
         return manifest, "its manifest is damaged"
     kinds = dict(layers)

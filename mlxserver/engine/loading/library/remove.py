@@ -16,8 +16,10 @@ from mlxserver.engine.loading.library.scan import LocalModel
 
 
 def remove(model: LocalModel) -> None:
-    """Remove the model. Blocks. Raises SourceInvalid if the system refuses."""
+    """Remove the model. Blocks. Raises SourceInvalid if the system refuses, or a link on its path leads elsewhere."""
     try:
+        if model.root != model.top and not model.root.parent.resolve().is_relative_to(model.top.resolve()):
+            raise SourceInvalid(model.key, f"it is outside of {model.top}, behind a link; nothing was removed")
         match model.place:
             case "ollama":
                 _remove_manifest(model.root)

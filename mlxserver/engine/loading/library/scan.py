@@ -32,7 +32,8 @@ class LocalModel:
     """A model that is on this machine.
 
     key: its full name. alias: a short one, where no other model would have it. path: what a load reads, an MLX
-    directory or a GGUF file; root: what is removed with it. modified: seconds since 1970. facts: None with a fault.
+    directory or a GGUF file; root: what is removed with it. top: the folder that was searched. modified: seconds since
+    1970. facts: None with a fault.
     """
 
     key: str
@@ -40,6 +41,7 @@ class LocalModel:
     place: Place
     path: Path
     root: Path
+    top: Path
     size_bytes: int
     modified: int
     facts: Facts | None
@@ -69,12 +71,12 @@ class Scanner:
     def scan_folders(self, searched: Iterable[Folder]) -> tuple[LocalModel, ...]:
         """The models in some folders, each with names of its own. Blocks."""
         unique = {folder.path: folder for folder in searched}.values()
-        models = [self._model(each) for folder in unique for each in candidates(folder)]
+        models = [self._model(each, folder.path) for folder in unique for each in candidates(folder)]
         named = _with_full_names(models)
         self._known = {model.path: self._known[model.path] for model in named if model.path in self._known}
         return tuple(_with_aliases(named))
 
-    def _model(self, candidate: Candidate) -> LocalModel:
+    def _model(self, candidate: Candidate, top: Path) -> LocalModel:
         signature = _signature(candidate.path)
         facts: Facts | str = candidate.fault or self._facts(candidate.path, signature)
         return LocalModel(
@@ -83,6 +85,7 @@ class Scanner:
             candidate.place,
             candidate.path,
             candidate.root,
+            top,
             size_bytes=sum(size for _, size, _ in signature),
             modified=max((changed for *_, changed in signature), default=0) // 10**9,
             facts=facts if isinstance(facts, Facts) else None,
