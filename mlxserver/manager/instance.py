@@ -285,6 +285,8 @@ class ModelInstance:
     def _follow_transition(self) -> None:
         """Update the other parts after a change of the state."""
         if self.state is ModelState.READY:
+            if facts := self.facts:  # the files may have told nothing before they were fetched
+                self._known_kind = facts.kind
             self._queue.admit_waiting()
         self.restart_idle_timer()
 

@@ -376,10 +376,10 @@ def test_a_load_needs_only_a_source():
 
 def test_a_load_request_has_every_field():
     body = {"model": "x.gguf", "key": "a/b:c", "type": "thinking", "adapter": "d", "context_length": 512}
-    body |= {"kv_bits": 4, "kv_group_size": 32}
+    body |= {"weights": "stored", "kv_bits": 4, "kv_group_size": 32}
     request = parse(LoadRequest, orjson.dumps(body))
     assert {name: getattr(request, name) for name in body} == body
-    assert (request.spec.kv_bits, request.spec.kv_group_size) == (4, 32)
+    assert (request.spec.weights, request.spec.kv_bits, request.spec.kv_group_size) == ("stored", 4, 32)
 
 
 @pytest.mark.parametrize(
@@ -389,6 +389,7 @@ def test_a_load_request_has_every_field():
         ("key", ["", "a b", "a=b", "ä", "x" * 129, "a\n", 5]),
         ("type", ["Thinking", "", "chat", True]),
         ("adapter", ["", "a\0b", 5]),
+        ("weights", ["", "float32", 16]),
         ("kv_bits", [0, 5, 16, "8", True]),
         ("kv_group_size", [0, 16, 96, "64"]),
         ("context_length", [0, -1, 1.5, "5"]),

@@ -24,7 +24,7 @@ from mlxserver.engine.kv_cache.disk_reader import Blocks
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
-from mlxserver.engine.platform import pinned_memory
+from mlxserver.engine.platform import device, pinned_memory
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
@@ -385,6 +385,25 @@ def test_a_prompt_whose_prefix_is_being_read_delays_no_other_one_and_can_be_remo
     disk.reads[3].set_result(None)
     tokens = driver.finish()
     assert [len(tokens[id]) for id in range(4)] == [8, 0, 8, 8]
+    disk.close()
+
+
+def test_what_is_restored_is_not_in_memory_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_reader, "_READERS", 1)
+    monkeypatch.setattr(disk_reader, "_AHEAD", 2)
+    tokens, layer, found = np.arange(8192), KVCache(), []
+    layer.keys = layer.values = mx.random.normal((1, 2, len(tokens), 256))
+    layer.offset, nbytes = len(tokens), layer.keys.nbytes * 2
+    disk = DiskTier(tmp_path, 1 << 30)
+    disk.store(IDENTITY, tokens, [layer], None)
+    disk.flush()
+    del layer
+    mx.clear_cache()
+    before = device.active_bytes()
+    mx.reset_peak_memory()
+    disk.restore(IDENTITY, np.arange(8193), 0, found.append).result()
+    assert len(found[0].tokens) == len(tokens)
+    assert mx.get_peak_memory() - before < 1.5 * nbytes
     disk.close()
 
 

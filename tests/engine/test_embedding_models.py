@@ -2,6 +2,8 @@
 
 import json
 
+from mlxserver.engine.mlx import mx
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,17 @@ def test_the_weights_are_estimated_before_they_are_read(tmp_path):
     before = estimate(spec)
     assert (before.weights, before.cache) == (embedding_model.load(spec).weight_bytes, 0)
     assert before.activations > 0
+
+
+@pytest.mark.parametrize("weights", ["stored", "bfloat16"])
+def test_the_weights_are_held_as_the_settings_say_and_counted_so(tmp_path, weights):
+    path = tiny_bert(tmp_path / "bert")
+    for file in path.rglob("model*.safetensors"):
+        mx.save_safetensors(str(file), {name: array.astype(mx.bfloat16) for name, array in mx.load(str(file)).items()})
+    spec = ModelSpec("m", str(path), weights=weights)
+    stored, in_float32 = estimate(spec).weights, estimate(ModelSpec("m", str(path)), CPU).weights
+    assert embedding_model.load(spec).weight_bytes == in_float32 // 2
+    assert stored == pytest.approx(in_float32 // 2, rel=0.1)
 
 
 def test_a_longer_context_than_its_positions_is_not_served(tmp_path):

@@ -4,6 +4,8 @@ import json
 import shutil
 import struct
 
+from mlxserver.engine.mlx import mx
+
 import pytest
 
 from mlxserver.engine.errors import SourceInvalid
@@ -195,6 +197,9 @@ def test_a_model_that_sees_is_known_by_its_processor(tmp_path, mlx):
     (path / "preprocessor_config.json").write_text("{}")
     facts = read_facts(path)
     assert (facts.kind, facts.kv_values > 0) == ("vision", True)
+    stored = facts.stored_bytes
+    mx.save_safetensors(str(path / "model-tower.safetensors"), {"vision_tower.weight": mx.zeros((64, 64))})
+    assert read_facts(path).stored_bytes > stored + 64 * 64 * 4
 
 
 def test_the_types_of_encoders_are_the_ones_that_mlx_vlm_has():

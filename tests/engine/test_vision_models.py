@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,12 +16,14 @@ from mlxserver.engine.errors import LoadFailed, PromptRejected
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
-from mlxserver.engine.loading.vision_model import load_tower
+from mlxserver.engine.loading.vision_model import image_token, load_processor, load_tower
 from mlxserver.engine.platform import device
-from mlxserver.engine.platform.policy import CPU, METAL
+from mlxserver.engine.platform.policy import CPU, CUDA, METAL
+from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.faults import GuardedImages
 from tests.support.batch_driver import Driver
+from tests.support.hub import serving_hub
 from tests.support.vision_models import FAMILIES, Reference, answers, attached, picture, question, tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared")
@@ -190,6 +193,16 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
         built(path, kind="vision")
 
 
+def test_the_kind_of_a_repository_is_found_at_its_first_load(tmp_path, monkeypatch):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    with serving_hub(files, tmp_path / "hub", monkeypatch):
+        expected = estimate(ModelSpec("m", "org/tiny"))
+        runner = built("org/tiny")
+    assert runner.facts.kind == "vision"
+    assert expected.weights >= runner.facts.weight_bytes > 0
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     path = tiny_vision(tmp_path / "m", "gemma3")
     settings = json.loads((path / "config.json").read_text())
@@ -207,6 +220,44 @@ def test_the_estimate_counts_the_vision_part_and_not_of_a_text_model(tmp_path):
     assert text.facts.weight_bytes < runner.facts.weight_bytes
     stored = sum(array.nbytes for array in mx.load(str(path / "model.safetensors")).values())
     assert estimate(ModelSpec("m", str(path)), METAL).weights == pytest.approx(stored, rel=0.05)
+
+
+def test_an_image_is_cached_by_its_file_its_detail_and_the_versions_of_what_sees_it(tmp_path):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    token = image_token(json.loads((path / "config.json").read_text()))
+
+    def keys(*images, versions="1"):
+        processor = ImageProcessor(load_processor(path), token, 1 << 20, versions=versions)
+        return [processor.process(each).key for each in images]
+
+    red, blue = attached(RED), attached(BLUE)
+    low = replace(red, detail="low")
+    key, low_key = keys(red, low)
+    assert keys(low, red) == [low_key, key]  # of one file, in any order
+    assert len({key, low_key, *keys(blue), *keys(red, versions="2"), *keys(red, versions="")}) == 5
+
+
+def test_files_are_not_held_beyond_their_prompt(tmp_path):
+    path = tiny_vision(tmp_path / "m", "gemma3")
+    token = image_token(json.loads((path / "config.json").read_text()))
+    processor, image = ImageProcessor(load_processor(path), token, 1 << 20), attached(RED)
+    references = sys.getrefcount(image.data)
+    count = processor.process(image).tokens
+    assert len(processor.place([token] * count, [image])) == 1
+    left = sys.getrefcount(image.data)
+    assert left == references
+
+
+def test_the_vision_part_follows_the_settings_of_weights(tmp_path):
+    path = tiny_vision(tmp_path / "m", "qwen2_5_vl")
+    file, values = path / "model.safetensors", estimate(ModelSpec("m", str(path)), CPU).weights // 4
+    mx.save_safetensors(str(file), {name: array.astype(mx.bfloat16) for name, array in mx.load(str(file)).items()})
+    spec = ModelSpec("m", str(path), weights="stored")
+    assert estimate(spec).weights == pytest.approx(values * 2, rel=0.05)
+    assert built(path, weights="stored").facts.weight_bytes == values * 2
+    mx.save_safetensors(str(file), {name: array[: len(array) // 4] for name, array in mx.load(str(file)).items()})
+    assert estimate(ModelSpec("m", str(path)), CUDA).widened == values * 2
+    assert estimate(replace(spec, weights="bfloat16"), CUDA).weights == values * 2
 
 
 def test_a_large_picture_is_scaled_to_what_was_counted(tmp_path):

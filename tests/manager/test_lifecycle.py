@@ -206,6 +206,16 @@ async def test_a_panic_over_an_estimate_is_a_load_that_failed():
         assert instance.status == "failed"
 
 
+@within_deadline
+async def test_the_kind_of_a_model_stays_known_after_its_first_load():
+    async with managed() as (manager, _):
+        instance = manager.instance("a")
+        assert instance.kind is None
+        await instance.load()
+        await instance.unload("abort")
+        assert (instance.status, instance.kind) == ("unloaded", "text")
+
+
 # Wider weights
 
 

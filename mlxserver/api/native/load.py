@@ -17,7 +17,7 @@ from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import KV_GROUP_SIZES, Kind, KVBits, ModelSpec
+from mlxserver.config.settings import KV_GROUP_SIZES, Kind, KVBits, ModelSpec, Weights
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -84,6 +84,12 @@ class LoadRequest(Request):
     kv_group_size: Literal[32, 64, 128] | None = Parameter(
         int, "Values that share a scale then: 32, 64 or 128.", check=check_kv_group_size
     )
+    weights: Weights = Parameter(
+        str,
+        "How quantized weights are held in memory; by default as is fastest.",
+        enum=[*get_args(Weights)],
+        default="auto",
+    )
     shard: Literal["tensor", "pipeline"] | None = Parameter(
         str,
         "How all ranks share the model: each has a part of every layer, or some layers. By default rank 0 has it.",
@@ -124,6 +130,7 @@ class LoadRequest(Request):
             adapter=self.adapter,
             context_length=self.context_length,
             cache_tokens=self.cache_tokens,
+            weights=self.weights,
             kv_bits=self.kv_bits,
             shard=self.shard,
             pin=self.pin,

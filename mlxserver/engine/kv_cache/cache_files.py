@@ -229,7 +229,7 @@ def _parsed(described: str) -> tuple[Sequence[Any], Sequence[Sequence[int]]]:
 def restored(stored: StoredPart) -> Cache:
     """The part that was stored. Its arrays are not evaluated: they are views of the stacks."""
     arrays = {
-        index: stack[position]
+        index: stack[position : position + 1].squeeze(0)  # one by its number would be a copy
         for own, stack in zip(stored.members, stored.stacks, strict=True)
         for position, index in enumerate(own)
     }

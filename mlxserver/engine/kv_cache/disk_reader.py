@@ -120,8 +120,8 @@ class DiskReader:
             try:
                 for _ in range(min(_READERS, len(rows))):
                     readers.submit(reading.run)
-                for result in reading.results:
-                    yield result.result()
+                for number in range(len(rows)):
+                    yield reading.take(number)
                     reading.tickets.release()
                     if self._is_closed:
                         raise CancelledError
@@ -133,11 +133,17 @@ class _Reading:
     """Rows of files that several threads read, _AHEAD of the one that is waited for at the most."""
 
     def __init__(self, folder: Path, rows: Sequence[Sequence[FileName]]) -> None:
-        self.results: list[Future[list[_Read]]] = [Future() for _ in rows]
+        self._results: dict[int, Future[list[_Read]]] = {number: Future() for number in range(len(rows))}
         self.tickets = threading.Semaphore(_AHEAD)
         self._folder, self._rows = folder, rows
         self._numbers = iter(range(len(rows)))
         self._is_stopped = False
+
+    def take(self, number: int) -> list[_Read]:
+        """Wait for a row, which is not held here any longer. Raises OSError, CacheFileInvalid."""
+        row = self._results[number].result()
+        del self._results[number]
+        return row
 
     def run(self) -> None:
         """Read one row after another, on a stream and through a buffer of the calling thread's own."""
@@ -147,10 +153,10 @@ class _Reading:
                     if (number := next(self._numbers, None)) is None:
                         break
                     row = [(name, _read(self._folder / str(name), buffer)) for name in self._rows[number]]
-                    self.results[number].set_result(row)
+                    self._results[number].set_result(row)
                     del row
         except BaseException as error:  # which all that wait for a row have to see
-            for result in self.results:
+            for result in list(self._results.values()):
                 with suppress(InvalidStateError):
                     result.set_exception(error)
 

@@ -118,7 +118,8 @@ def padded(
 
 def load(spec: ModelSpec, *, progress: Progress = silent, policy: ExecutionPolicy | None = None) -> EmbeddingModel:
     """Fetch, read and prepare an embedding model. Blocks for as long as that takes. Raises LoadFailed, LoadAborted."""
-    return complete_or_nothing(spec, lambda: _load(spec, progress, policy or current()))
+    policy = (policy or current()).with_weights(spec.weights)
+    return complete_or_nothing(spec, lambda: _load(spec, progress, policy))
 
 
 def _load(spec: ModelSpec, report: Progress, policy: ExecutionPolicy) -> EmbeddingModel:

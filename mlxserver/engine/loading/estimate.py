@@ -23,6 +23,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, curr
 
 if TYPE_CHECKING:
     from mlxserver.engine.loading.encoder_architecture import EncoderArchitecture
+    from mlxserver.engine.loading.vision_architecture import VisionArchitecture
 
 # Tokens of a shared model's KV cache by default, which all ranks reserve: some conversations of ordinary length.
 DEFAULT_CACHE_TOKENS = 32_768
@@ -103,55 +104,68 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
                 return _encoder_estimate(spec, metadata, encoder, policy)
             kv = kv_format(spec)
             architecture = inspect_architecture(metadata.config, kv)
-            vision = _vision_estimate(spec, metadata, policy)
+            vision = _vision(spec, metadata)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # a broken config.json can make an architecture raise anything
         text = one_line(error)
         raise LoadFailed(spec.key, f"its config.json can't be used: {type(error).__name__}: {text}") from None
-    is_float32 = policy.weights is WeightPolicy.FLOAT32
-    value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+    value_bytes = _value_bytes(metadata, policy)
     heads = attention_heads(metadata.config, *architecture.arguments)
     dequantized = architecture.widest_layer * value_bytes if kv else 0
     attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH, dequantized)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
-    stored, widened = metadata.stored_bytes, 0
-    if architecture.weights * 2 > stored * _FEWER_BITS and not is_float32:
-        if policy.weights is WeightPolicy.BFLOAT16:
-            stored = architecture.weights * 2
-        elif policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts):
-            widened = architecture.weights * 2 + _adapter_bytes(spec)
+    values, stored = architecture.weights, metadata.stored_bytes
+    if vision:
+        values, stored = values + vision.weights, stored + metadata.tower_bytes
+    may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
+    adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else _adapter_bytes(spec)  # which is fused there
     return Estimate(
-        weights=vision.weights + (architecture.weights * 4 if is_float32 else stored + _adapter_bytes(spec)),
+        weights=_weight_bytes(values, stored, policy.weights) + adapter,
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
-        activations=max(_chunk_bytes(architecture.width * value_bytes, attention, own.context), vision.activations)
-        + vision.cache  # images, not tokens
+        activations=max(
+            _chunk_bytes(architecture.width * value_bytes, attention, own.context),
+            vision.activation_bytes(value_bytes, policy) if vision else 0,
+        )
+        + (vision.kept_bytes if vision else 0)
         + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
         + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
         + _RUNTIME_BYTES,
-        widened=widened,
+        widened=values * 2 + adapter if may_widen and _has_fewer_bits(values, stored) else 0,
     )
 
 
-def _vision_estimate(spec: ModelSpec, metadata: CheckpointMetadata, policy: ExecutionPolicy) -> Estimate:
-    """The memory that the vision part of a model will take. cache: of images that were seen. Nothing without one."""
+def _weight_bytes(values: int, stored: int, weights: WeightPolicy) -> int:
+    """Bytes of so many weights in their loaded format. stored: in their stored one."""
+    if weights is WeightPolicy.FLOAT32:
+        return values * 4
+    return values * 2 if weights is WeightPolicy.BFLOAT16 and _has_fewer_bits(values, stored) else stored
+
+
+def _has_fewer_bits(values: int, stored: int) -> bool:
+    """Whether weights are stored in fewer than 16 bits."""
+    return values * 2 > stored * _FEWER_BITS
+
+
+def _value_bytes(metadata: CheckpointMetadata, policy: ExecutionPolicy) -> int:
+    """Bytes of a computed value."""
+    if policy.weights is WeightPolicy.FLOAT32:
+        return 4
+    return _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+
+
+def _vision(spec: ModelSpec, metadata: CheckpointMetadata) -> VisionArchitecture | None:
+    """The vision part that a model will be loaded with; None without one."""
     if (spec.kind or metadata.kind) != "vision" or spec.shard:
-        return Estimate(0, 0, 0)
-    from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES, inspect_vision_architecture
+        return None
+    from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
 
     try:
-        architecture = inspect_vision_architecture(metadata.config)
+        return inspect_vision_architecture(metadata.config)
     except Exception:
         if spec.kind:
             raise
-        return Estimate(0, 0, 0)  # it will be a text model
-    is_float32 = policy.weights is WeightPolicy.FLOAT32
-    value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
-    return Estimate(
-        weights=architecture.weights * 4 if is_float32 else metadata.tower_bytes,
-        cache=FEATURE_BYTES + PIXEL_BYTES,
-        activations=architecture.activation_bytes(value_bytes, policy),
-    )
+        return None  # it will be a text model
 
 
 def _encoder(kind: Kind, metadata: CheckpointMetadata) -> EncoderArchitecture | None:
@@ -167,13 +181,12 @@ def _encoder_estimate(
     spec: ModelSpec, metadata: CheckpointMetadata, architecture: EncoderArchitecture, policy: ExecutionPolicy
 ) -> Estimate:
     """The memory that an encoder will take: no KV cache, and the activations of its largest batch."""
-    is_float32 = policy.weights is WeightPolicy.FLOAT32
-    value_bytes = 4 if is_float32 else _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+    value_bytes = _value_bytes(metadata, policy)
     attention = AttentionMemory(architecture.heads, policy)
     longest = judge_context if architecture.is_judge else embedding_context
     context = longest(spec, architecture.context, attention)
     return Estimate(
-        weights=architecture.weights * 4 if is_float32 else metadata.stored_bytes,
+        weights=_weight_bytes(architecture.weights, metadata.stored_bytes, policy.weights),
         cache=0,
         activations=most_batch_tokens(context, policy) * architecture.width * value_bytes * policy.layers_ahead
         + attention.batch_bytes(context)

@@ -121,7 +121,7 @@ class _Judge:
 
 def load(spec: ModelSpec, *, progress: Progress = silent, policy: ExecutionPolicy | None = None) -> RerankerModel:
     """Fetch, read and prepare a reranker. Blocks for as long as that takes. Raises LoadFailed, LoadAborted."""
-    policy = replace(policy or current(), fuse_projections=False)
+    policy = replace((policy or current()).with_weights(spec.weights), fuse_projections=False)
     path, config = complete_or_nothing(spec, lambda: _files(spec, progress, policy))
     if kinds.is_cross_encoder(config):
         return complete_or_nothing(spec, lambda: _load_cross_encoder(spec, path, config, progress, policy))

@@ -52,6 +52,11 @@ class VisionArchitecture:
         """Pixels that a picture is scaled down to before it is processed; None where its processor does that."""
         return None if self.image else self.most_patches(policy) * self.patch**2
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of images that were seen, pixels and features."""
+        return FEATURE_BYTES + PIXEL_BYTES
+
     def activation_bytes(self, value_bytes: int, policy: ExecutionPolicy) -> int:
         """Activations of the largest picture."""
         patches = self.most_patches(policy)

@@ -6,11 +6,13 @@ kept: a conversation brings its images again with every turn.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -30,12 +32,15 @@ class ImageProcessor:
     """Processes images with a model's own processor, which mlx-vlm or transformers read. token: id of its image token.
 
     kept_bytes: of what was processed last. most_pixels: of a picture, which is scaled down to them; None for any.
+    versions: of all that makes features of an image, which outlive the process; by default the present ones.
     placeholder: text that stands for an image in what the chat template writes. probe: a small picture, processed.
 
     Raises whatever the processor does for a picture that it can't process.
     """
 
-    def __init__(self, processor: Any, token: int, kept_bytes: int, most_pixels: int | None = None) -> None:
+    def __init__(
+        self, processor: Any, token: int, kept_bytes: int, most_pixels: int | None = None, versions: str = ""
+    ) -> None:
         self._processor = processor
         self._token = token
         self._tokenizer = processor.tokenizer = _Recorder(processor.tokenizer)
@@ -44,7 +49,8 @@ class ImageProcessor:
         self._most_pixels = most_pixels
         self._kept: OrderedDict[int, ProcessedImage] = OrderedDict()
         self._held = 0
-        self._keys: dict[int, tuple[bytes, int]] = {}  # of the files of one prompt, by their identity
+        self._keys: dict[tuple[int, bool], tuple[bytes, int]] = {}  # of one prompt's, by file and whether detail is low
+        self._versions = versions or _versions()
         self.placeholder, self.probe = self._find_placeholder()
 
     def _find_placeholder(self) -> tuple[str, ProcessedImage]:
@@ -101,13 +107,14 @@ class ImageProcessor:
         return "".join([parts[0], *shown])
 
     def place(self, tokens: Sequence[int], images: Sequence[Image]) -> tuple[PlacedImage, ...]:
-        """The images with their places among a prompt's tokens. Raises PromptRejected."""
+        """The images with their places among a prompt's tokens. Ends the prompt. Raises PromptRejected."""
         positions = np.flatnonzero(np.asarray(tokens) == self._token).tolist()
         placed, start = [], 0
         for image in images:
             processed = self.process(image)
             placed.append(PlacedImage(processed, tuple(positions[start : start + processed.tokens])))
             start += processed.tokens
+        self._keys.clear()  # or the files would stay until the next prompt
         if start != len(positions):
             raise PromptRejected(
                 f"The prompt has {len(positions)} tokens of images where {start} were expected. "
@@ -117,13 +124,12 @@ class ImageProcessor:
         return tuple(placed)
 
     def _key(self, image: Image) -> int:
-        known = self._keys.get(id(image.data))
-        if known is None or known[0] is not image.data:
-            known = self._keys[id(image.data)] = image.data, int(image.digest[:15], 16)
-        # Its detail is a part of how it is processed.
-        return -1 - (
-            known[1] if image.detail != "low" else int(hashlib.sha256(b"low%d" % known[1]).hexdigest()[:15], 16)
-        )
+        """Key of an image: of its file, its detail, and the versions of what processes it."""
+        place = id(image.data), image.detail == "low"
+        if place not in self._keys:  # the file is held, so that its identity stays its own
+            digest = hashlib.sha256(f"{image.digest} {self._versions}".encode()).hexdigest()
+            self._keys[place] = image.data, -1 - int(digest[:15], 16)
+        return self._keys[place][1]
 
     def process_picture(self, picture: Any) -> ProcessedImage:
         """A picture (of Pillow, RGB) as the processor makes it, without a key."""
@@ -153,6 +159,11 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+@functools.cache
+def _versions() -> str:
+    return " ".join(f"{package} {metadata.version(package)}" for package in ("mlx-vlm", "transformers", "pillow"))
 
 
 def images_of(messages: Iterable[Message]) -> list[Image]:

@@ -19,6 +19,7 @@ from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.kv_pool import KVAccount, KVPool
 from mlxserver.engine.loading import embedding_model, loader, reranker_model, sharding, sources
 from mlxserver.engine.loading.identity import model_identity
+from mlxserver.engine.loading.outcome import complete_or_nothing
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import ModelMetrics
@@ -69,7 +70,7 @@ class Builder:
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> Runner:
         """Load a model and warm it up, on the thread that will run it. Raises LoadFailed, or what progress raises."""
-        return RUNNERS[spec.kind or sources.known_kind(spec.source) or "text"](self, spec, progress, metrics)
+        return RUNNERS[spec.kind or _find_kind(spec, progress)](self, spec, progress, metrics)
 
     def build_text(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
         """Load a text model and warm it up."""
@@ -133,7 +134,7 @@ class Builder:
             return self.build_text(spec, progress, metrics)
         loaded = loader.load(spec, progress=progress, policy=self._policy)
         try:
-            vision = load_vision(spec, loaded, progress, self._policy)
+            vision = load_vision(spec, loaded, progress, self._policy.with_weights(spec.weights))
         except LoadFailed as failure:
             if spec.kind:
                 raise
@@ -217,6 +218,15 @@ RUNNERS: Mapping[Kind, Callable[[Builder, ModelSpec, Progress, ModelMetrics | No
     "embedding": Builder.build_embedding,
     "rerank": Builder.build_reranker,
 }
+
+
+def _find_kind(spec: ModelSpec, progress: Progress) -> Kind:
+    """The kind of a model, whose files are fetched if none of them is here that tells it. Raises LoadFailed."""
+    kind = sources.known_kind(spec.source)
+    if kind is None and not spec.shard and sources.is_repository(spec.source):  # ranks fetch what they share at once
+        complete_or_nothing(spec, lambda: sources.resolve(spec.source, progress=progress))
+        kind = sources.known_kind(spec.source)
+    return kind or "text"
 
 
 def _refuse_settings(spec: ModelSpec, kind: str) -> None:

@@ -95,7 +95,7 @@ def _directory_facts(path: Path) -> Facts:
         sum(_parameters(file, bits) for file in files),
         metadata.stated_context(config) or None,
         _kv_values(config) if kind in ("text", "vision") else 0,
-        sum(map(metadata.text_bytes, files)),
+        sum(file.stat().st_size if kind == "vision" else metadata.text_bytes(file) for file in files),
         kind,
     )
 
