@@ -3,7 +3,7 @@
 Rounds with and without readers take turns on one server, so that a machine that slows down slows both. The readers
 read bytes and parse nothing; what a browser takes for its page comes on top, on the machine that it runs on.
 
-python -m benchmarks.page_readers [--readers 10] [--clients 4] [--tokens 96] [--rounds 5] [--source embedded:smollm2]
+python -m benchmarks.page_readers [--readers 10] [--clients 4] [--tokens 64] [--rounds 5] [--source embedded:smollm2]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.dialects import DIALECTS, MODEL, Load, Rate
 from tools.harness.running_server import RunningServer, running_server
 
 TARGET = 0.98  # least ratio of tokens/s with readers to those without
-PAUSE = 2.0  # seconds between rounds, so that readers have come or gone
+PAUSE = 1.0  # seconds between rounds, so that readers have come or gone
 
 
 @contextlib.asynccontextmanager
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", type=int, default=10)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=96, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--source", default="embedded:smollm2")
     arguments = parser.parse_args(argv)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxserver.api.openai.chat import ChatCompletionRequest
+from mlxserver.api.openai.generation import one_of
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, parse
 from mlxserver.config.errors import ABBREVIATED_LENGTH
@@ -104,3 +105,10 @@ def test_a_stream_that_is_not_read_ends_and_frees_its_slot():
 def test_errors_are_short_whatever_the_client_wrote():
     for error in (ModelNotFound("m" * 10**6, ["a"]), SourceInvalid("s" * 10**6, "expected more")):
         assert len(str(error)) < ABBREVIATED_LENGTH + 100
+
+
+def test_values_that_contradict_each_other_are_named_in_short():
+    with pytest.raises(ValidationFailed) as refused:
+        one_of({"model": "\u2028", "name": "x" * 70_000})
+    assert len(str(refused.value)) < 300
+    assert "\u2028" not in str(refused.value)

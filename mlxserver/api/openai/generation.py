@@ -12,7 +12,7 @@ from math import inf, isfinite
 from types import new_class
 from typing import Any, ClassVar
 
-from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, invalid
+from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid
 from mlxserver.api.schema.validators import (
     MAX_STOPS,
     STREAM_OPTIONS,
@@ -96,7 +96,8 @@ def one_of(values: Mapping[str, Any]) -> Any:
     first = next(iter(stated), "")
     for name, value in stated.items():
         if value != stated[first]:
-            raise ValidationFailed(f"'{first}' is {stated[first]} but '{name}' {value}. Send one of them.", first)
+            both = f"'{first}' is {abbreviate(stated[first])} but '{name}' {abbreviate(value)}"
+            raise ValidationFailed(f"{both}. Send one of them.", first)
     return stated.get(first)
 
 
