@@ -169,7 +169,7 @@ ENDPOINTS = (
     Endpoint("render", "POST", "/v1/render", "Markdown as safe HTML.", "Rendered", RenderRequest),
     Endpoint("session", "GET", "/page/session", "What this browser may do.", "Session"),
     Endpoint("open_session", "POST", "/page/session", "Let this browser in with a key.", "Session", SessionRequest),
-    Endpoint("close_session", "DELETE", "/page/session", "End the session of this browser.", None),
+    Endpoint("close_session", "DELETE", "/page/session", "End the session of this browser.", "Session"),
     Endpoint("page_file", "GET", "/page/{name}", "A file of the page.", None),
     Endpoint("openapi", "GET", "/openapi.json", "This description.", "OpenAPI"),
     Endpoint("docs", "GET", "/docs", "This description as a page.", None),

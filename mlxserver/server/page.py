@@ -137,8 +137,10 @@ class PageHandlers:
         return response
 
     async def close_session(self, request: Request) -> Response:
-        """DELETE /page/session."""
-        response = Response(status_code=204)
+        """DELETE /page/session: what is left without it."""
+        keys: Keys = request.state.keys
+        request.state.permission = keys.identify(b"")[0] or Permission.LOOK
+        response = await self.session(request)
         response.delete_cookie(SESSION_COOKIE, path="/", httponly=True, samesite="strict")
         return response
 
