@@ -44,7 +44,7 @@ class BenchmarkResponse:
             self._lock,
             EventStream(send, HEADERS, self._heartbeat_interval, lambda: sse.comment("keep-alive")) as stream,
         ):
-            await until_disconnect(receive, stream, self._send(stream))
+            await until_disconnect(receive, self._send(stream), stream.beat)
 
     async def _send(self, stream: EventStream) -> None:
         await stream.start()

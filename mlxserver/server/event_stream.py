@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Self
 
 from starlette.types import Message, Receive, Send
@@ -90,15 +90,18 @@ class EventStream:
                 raise outcome
 
 
-async def until_disconnect(receive: Receive, stream: EventStream, work: Coroutine[Any, Any, None]) -> None:
-    """Do the work that sends a stream; it is cancelled when the client disconnects. Raises what the work raises.
+async def until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, None], beat: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Do the work that responds; it is cancelled when the client disconnects. Raises what the work raises.
 
-    Any other message of the connection asks for bytes (server/connection.py, rule 4).
+    beat: called at any other message of the connection, which asks for bytes (server/connection.py, rule 4).
     """
 
     async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
-            await stream.beat()
+            if beat:
+                await beat()
 
     sending, leaving = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
     try:

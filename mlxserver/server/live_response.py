@@ -26,7 +26,7 @@ class LiveResponse:
         """Send events until the reader leaves or the server stops."""
         interval = self._manager.settings.heartbeat_interval
         async with EventStream(send, HEADERS, interval, lambda: sse.comment("keep-alive")) as stream:
-            await until_disconnect(receive, stream, self._send(stream))
+            await until_disconnect(receive, self._send(stream), stream.beat)
 
     async def _send(self, stream: EventStream) -> None:
         with self._feed.reading():

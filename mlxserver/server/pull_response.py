@@ -21,7 +21,7 @@ from mlxserver.engine.errors import EngineError
 from mlxserver.engine.loading.pull import Plan
 from mlxserver.manager.pulls import OnStep, Pulled, Step
 from mlxserver.server.errors import failure_of
-from mlxserver.server.event_stream import EventStream
+from mlxserver.server.event_stream import EventStream, until_disconnect
 from mlxserver.server.model_status import progress
 
 
@@ -74,16 +74,7 @@ class PullResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, unless the client disconnects first."""
-        response = asyncio.create_task(self._respond(scope, receive, send))
-        disconnect = asyncio.create_task(_wait_for_disconnect(receive))
-        try:
-            await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            if response.done():
-                await response
-        finally:
-            disconnect.cancel()
-            response.cancel()
-            await asyncio.gather(response, disconnect, return_exceptions=True)
+        await until_disconnect(receive, self._respond(scope, receive, send))
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._streams:
@@ -132,8 +123,3 @@ class PullResponse:
 def plan_of(plan: Plan) -> PullPlan:
     """Plain values of a plan, for the dialects."""
     return PullPlan(plan.source, plan.download_bytes, plan.needed_bytes, plan.fits)
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

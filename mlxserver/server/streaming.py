@@ -23,7 +23,7 @@ from mlxserver.engine.requests import EngineRequest
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.server.errors import failure_of
-from mlxserver.server.event_stream import EventStream
+from mlxserver.server.event_stream import EventStream, until_disconnect
 from mlxserver.server.model_status import progress
 from mlxserver.server.request_log import note_error, note_events, note_generation, note_model
 
@@ -61,16 +61,7 @@ class GenerationResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, unless the client disconnects first."""
-        response = asyncio.create_task(self._respond(scope, receive, send))
-        disconnect = asyncio.create_task(self._wait_for_disconnect(receive))
-        try:
-            await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            if response.done():
-                await response
-        finally:
-            disconnect.cancel()
-            response.cancel()
-            await asyncio.gather(response, disconnect, return_exceptions=True)
+        await until_disconnect(receive, self._respond(scope, receive, send), self._beat)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as stack:
@@ -84,11 +75,9 @@ class GenerationResponse:
                 body = await self._collect()
                 await Response(body, headers=self._headers, media_type="application/json")(scope, receive, send)
 
-    async def _wait_for_disconnect(self, receive: Receive) -> None:
-        """Return when the client has disconnected. Any other message asks for bytes (server/connection.py, rule 4)."""
-        while (await receive())["type"] != "http.disconnect":
-            if self._event_stream:
-                await self._event_stream.beat()
+    async def _beat(self) -> None:
+        if self._event_stream:
+            await self._event_stream.beat()
 
     async def _submit(self, stack: ExitStack) -> int:
         """Start the generations. The number of their prompts' tokens, once the engine has accepted all of them."""
