@@ -68,10 +68,14 @@ def length(cache: Cache) -> int:
     return max(int(getattr(layer, "offset", 0)) for layer in flat(cache))
 
 
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's weights as they are held."""
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
 def pass_tokens(model: Any) -> int:
     """Tokens of KV cache of as many bytes as the weights; 0 where a token's bytes are unknown."""
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    return weights // own if (own := bytes_per_token(model)) else 0
+    return weight_bytes(model) // own if (own := bytes_per_token(model)) else 0
 
 
 def flat(cache: Sequence[Any]) -> Iterator[Any]:

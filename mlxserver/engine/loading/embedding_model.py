@@ -16,10 +16,10 @@ from typing import Any, cast
 from mlxserver.engine.mlx import mx, nn
 
 import numpy as np
-from mlx.utils import tree_flatten
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.checkpoint_files import checked, read_object, refuse_code
 from mlxserver.engine.loading.encoder_architecture import positions, replace_activations, with_rope_names
@@ -66,7 +66,7 @@ class EmbeddingModel:
         self.vocab_size = vocab_size(config) or len(tokenizer)
         self.context_length = context
         self.heads = heads
-        self.weight_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        self.weight_bytes = weight_bytes(model)
         self._model = model
         self._pad = int(config.get("pad_token_id") or 0)
         self.facts = _stated_facts(path, config)

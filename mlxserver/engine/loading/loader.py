@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading import estimate
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.chunk_masks import correct_chunk_masks
@@ -132,7 +133,7 @@ def _read(
         path=path,
         limits=estimate.limits(spec, context_length(spec.key, config, *model_arguments(model))),
         generation_defaults={**recommended_sampling(spec.source), **generation_defaults(path)},
-        weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+        weight_bytes=weight_bytes(model),
     )
 
 

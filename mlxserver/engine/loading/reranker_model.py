@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from mlxserver.engine.mlx import mx, nn
 
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading import kinds, loader
 from mlxserver.engine.loading.checkpoint_files import checked, read_object, refuse_code
 from mlxserver.engine.loading.embedding_model import padded, read_encoder_tokenizer
@@ -164,7 +164,7 @@ def _load_cross_encoder(
         embedding_context(spec, positions(config), AttentionMemory(heads, policy)),
         heads,
         vocab_size(config) or len(tokenizer),
-        _weight_bytes(model),
+        weight_bytes(model),
         int(config.get("pad_token_id") or 0),
         has_types=has_types,
     )
@@ -186,10 +186,6 @@ def _judge(spec: ModelSpec, loaded: loader.LoadedModel, policy: ExecutionPolicy)
         is_judge=True,
     )
     return RerankerModel(_Judge(loaded.model, judgements), tokenizer, facts)
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
 
 def _plain(tokenizer: Any) -> Any:

@@ -15,8 +15,7 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlx.utils import tree_flatten
-
+from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading.checkpoint_files import refuse_code
 from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.loading.sources import Progress
@@ -47,7 +46,7 @@ class Tower:
     def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
         self._model = model
         self._token = image_token(config)
-        self.weight_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        self.weight_bytes = weight_bytes(model)
         self.layers_added = len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
 
     def encode(self, image: ProcessedImage) -> Features:
