@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.requests import UNASKED
 from tools.harness.embedding_models import tiny_bert
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.running_server import running_server
@@ -27,20 +28,6 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 CACHE = {"type": "ephemeral"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-UNASKED = {
-    "store": True,
-    "metadata": {"a": "b"},
-    "user": "u",
-    "service_tier": "auto",
-    "prompt_cache_key": "k",
-    "prompt_cache_retention": "24h",
-    "safety_identifier": "s",
-    "verbosity": "low",
-    "client_metadata": {"session": "x"},
-    "include": ["reasoning.encrypted_content"],
-    "cache_control": CACHE,
-    "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
-}
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 

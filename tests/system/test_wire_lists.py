@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mlxserver.api.openai.chat import ChatCompletionRequest
+from tests.support.requests import UNASKED
 from tools.harness.models import scripted_model
 from tools.harness.running_server import running_server
 
@@ -45,27 +46,13 @@ def bare(name, **fields):
     return pytest.param(Entry(name, {"prompt": "hello", "max_tokens": 2, **fields}, path=BARE), id=f"bare {name}")
 
 
-UNASKED = {
-    "store": True,
-    "metadata": {"a": "b"},
-    "user": "u",
-    "service_tier": "auto",
-    "prompt_cache_key": "k",
-    "prompt_cache_retention": "24h",
-    "prompt_cache_options": {"ttl": 5},
-    "safety_identifier": "s",
-    "verbosity": "low",
-    "client_metadata": {"session": "x"},
-    "include": ["reasoning.encrypted_content"],
-    "cache_control": CACHE,
-    "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
-}
+UNASKED_IN_CHATS = UNASKED | {"prompt_cache_options": {"ttl": 5}}
 EVERY_DIALECT = [
     chat("max_tokens beyond the context", max_tokens=32000, expect={"content": ANSWER}),
     chat("max_completion_tokens beyond the context", max_completion_tokens=32000, expect={"content": ANSWER}),
-    *[chat(name, **{name: value}, expect={"content": ANSWER}) for name, value in UNASKED.items()],
-    *[bare(name, **{name: value}) for name, value in UNASKED.items()],
-    chat("all of them together", **UNASKED, expect={"content": ANSWER}),
+    *[chat(name, **{name: value}, expect={"content": ANSWER}) for name, value in UNASKED_IN_CHATS.items()],
+    *[bare(name, **{name: value}) for name, value in UNASKED_IN_CHATS.items()],
+    chat("all of them together", **UNASKED_IN_CHATS, expect={"content": ANSWER}),
     chat("null for everything", **dict.fromkeys(ChatCompletionRequest.__fields__.keys() - {"model", "messages"})),
     chat("anthropic-beta", headers={"anthropic-beta": "prompt-caching-2024-07-31,context-1m-2025-08-07"}),
     chat("cache_control in a message", messages=[{**HELLO[0], "cache_control": CACHE}]),
