@@ -64,6 +64,7 @@ def test_a_picture_is_answered_as_mlx_vlm_does_whole_and_streamed(client, expect
 
 def test_the_picture_is_cached_with_its_prompt_and_the_next_turn_goes_on_from_it(client, expected):
     first = {"role": "user", "content": CONTENT}
+    chat(client, [first])
     again = chat(client, [first]).usage
     assert again.prompt_tokens_details.cached_tokens == again.prompt_tokens - 1
     turns = [first, {"role": "assistant", "content": expected}, {"role": "user", "content": "And then?"}]
