@@ -6,7 +6,7 @@ Rule 2: the request's settings win over the model's defaults, those over Samplin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -243,8 +243,8 @@ class TextOutput:
         return [PromptLogprobs(scored, self.index), *events]
 
 
-def check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
+def check_tokens(tokens: Collection[int], vocab_size: int, param: str) -> None:
     """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        token = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)
