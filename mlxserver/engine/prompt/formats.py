@@ -247,9 +247,9 @@ def format_text(tokenizer: TokenizerWrapper, text: str) -> FormattedPrompt:
 def format_tokens(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> FormattedPrompt:
     """Prompt of token ids as they are. Raises PromptRejected."""
     last = len(tokenizer) - 1
-    if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
-        token = next(token for token in tokens if not 0 <= token <= last)
-        raise PromptRejected(f"prompt: this model has no token {token}; expected 0 to {last}.", "prompt")
+    for token in tokens:
+        if not 0 <= token <= last:
+            raise PromptRejected(f"prompt: this model has no token {token}; expected 0 to {last}.", "prompt")
     if not tokens:
         raise PromptRejected("The prompt is empty; expected at least one token.", "prompt")
     return FormattedPrompt(tuple(tokens), tokenizer.decode(list(tokens)))

@@ -6,7 +6,7 @@ Rule 2: the request's settings win over the model's defaults, those over Samplin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,7 @@ from mlxserver.engine.requests import (
     ModelFacts,
     Question,
     Tokenize,
+    TokenPrompt,
 )
 from mlxserver.engine.runners.request_constraints import RequestConstraints
 from mlxserver.engine.sampling.grammars import Grammars
@@ -97,6 +98,8 @@ class TextRunner:
         self._max_running = spec.max_running
         self._repeats_unclosed = spec.unclosed_thinking == "content"
         self._vocab_size = batch.vocab_size
+        # A checkpoint may have fewer embeddings than its tokenizer has tokens.
+        self._checks_text = max(loaded.tokenizer.get_vocab().values(), default=0) >= batch.vocab_size
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
         preprocessor = _Preprocessor(
@@ -116,7 +119,8 @@ class TextRunner:
         self._check(request)
         prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
         param = "prompt.conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
-        check_tokens(prompt.tokens, self._vocab_size, param)
+        if self._checks_text or isinstance(request.prompt, TokenPrompt):
+            check_tokens(prompt.tokens, self._vocab_size, param)
         context = self._longest(self.facts.context_length)  # other models may have been pinned since
         room = context - len(prompt.tokens)
         if room < 0 or (room == 0 and request.max_tokens != 0):
@@ -243,8 +247,8 @@ class TextOutput:
         return [PromptLogprobs(scored, self.index), *events]
 
 
-def check_tokens(tokens: Collection[int], vocab_size: int, param: str) -> None:
+def check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
     """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
-    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        token = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)
