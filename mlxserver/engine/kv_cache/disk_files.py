@@ -28,6 +28,7 @@ _FORMER_SUFFIX = ".kv"  # of format 1
 _FORMER_PARTIAL = ".partial"
 _INDEXES = 32  # of models, that are kept
 _TRUSTED_SECONDS = 5.0  # for which what other processes do in the folder is left unseen while this one writes
+_SPARE = 64  # share of the bytes that is freed at once, or a full disk cache would be counted at each write
 _STALE_SECONDS = 600  # after which a file that is not whole belongs to a process that has ended
 
 
@@ -100,7 +101,7 @@ class DiskFiles:
             changed = self.folder_of(model).stat().st_mtime_ns
             self._keep(self.written_index(model).noted(names, changed))
         if self._nbytes > self.max_bytes or time.monotonic() - self._counted > _TRUSTED_SECONDS:
-            self.shrink(self.max_bytes)
+            self.shrink(self.max_bytes, self.max_bytes // _SPARE)
 
     def touch(self, model: ModelIdentity, names: Sequence[FileName]) -> None:
         """Note the use of files; of a sequence's, the first ones are the last to go."""
@@ -114,11 +115,11 @@ class DiskFiles:
         sizes = [size for _, size, _ in self._files(self.folder_of(model) if model else None)]
         return len(sizes), sum(sizes)
 
-    def shrink(self, max_bytes: int) -> None:
-        """Remove the least recently used files until at most this many bytes are left."""
+    def shrink(self, max_bytes: int, spare: int = 0) -> None:
+        """Remove the least recently used files, if all have more bytes, until they have `spare` bytes less."""
         self._counted, files = time.monotonic(), sorted(self._files())
         self._nbytes = sum(size for _, size, _ in files)
-        excess = self._nbytes - max_bytes
+        excess = self._nbytes - max_bytes + spare if self._nbytes > max_bytes else 0
         for _, size, path in files:
             if excess <= 0:
                 break
