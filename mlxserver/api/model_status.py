@@ -35,6 +35,7 @@ class Execution:
     cache: str
     padded_prefill: bool
     compiled: bool
+    speculation: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,10 @@ HEAD = {"id": TEXT, "created": COUNT, "model": TEXT, "system_fingerprint": TEXT}
 COUNTS = {"usage": named("Usage"), "timings": named("Timings")}
 
 EXECUTION = exactly(
-    cache=one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
+    cache=one_of("slots", "merged", "single"),
+    padded_prefill={"type": "boolean"},
+    compiled={"type": "boolean"},
+    speculation={"type": "boolean"},
 )
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 FITS = one_of("now", "after_eviction", "never")

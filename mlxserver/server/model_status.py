@@ -109,7 +109,7 @@ def remote_status(model: HubModel, manager: ModelManager) -> RemoteModel:
 
 
 def _execution(paths: requests.Execution) -> Execution:
-    return Execution(paths.cache, paths.padded_prefill, paths.compiled)
+    return Execution(paths.cache, paths.padded_prefill, paths.compiled, paths.speculation)
 
 
 def progress(load: LoadProgress) -> Progress:
