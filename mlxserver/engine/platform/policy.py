@@ -39,7 +39,8 @@ class ExecutionPolicy:
     bucket_attention: attention of other prompts is padded to few numbers of tokens and keys (attention_shapes.py).
     sum_convolutions: short convolutions are sums, which need no plan per number of tokens (short_convolutions.py).
     round_chunks: other chunks are budgeted in powers of two.
-    warm_up_all_batch_sizes: every power of two up to max_running is warmed up, because kernels are made by shape.
+    warm_up_all_batch_sizes: every power of two up to max_running is warmed up in idle moments, because kernels are made
+        by shape; where steps are compiled, for slots of every capacity.
     fuse_projections: projections of one input become one product (loading/fused_projections.py).
     weights: the format in which they are computed with.
     widen_weights: quantized weights are computed with faster in 16 bits, where memory allows it; not those of experts.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
@@ -30,6 +29,7 @@ from mlxserver.engine.runners.rerank import RerankRunner
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import TextRunner
 from mlxserver.engine.runners.vision import Vision, VisionRunner, load_vision
+from mlxserver.engine.sampling.sampler import GREEDY, SAMPLED
 from mlxserver.engine.scheduler.encoder_batch import Encoder, EncoderBatch
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
@@ -207,7 +207,7 @@ class Builder:
         vision: Vision | None = None,
     ) -> Runner:
         progress("warming up", 0, 0)
-        warm_up(batch, spec.max_running, self._policy)
+        warm_up(batch)
         self._peers.add(batch.load)
         return VisionRunner(spec, loaded, batch, vision) if vision else TextRunner(spec, loaded, batch)
 
@@ -236,20 +236,16 @@ def _refuse_settings(spec: ModelSpec, kind: str) -> None:
         raise LoadFailed(spec.key, f"it is {kind}, which can't have {setting!r}")
 
 
-def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: ExecutionPolicy) -> None:
-    """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
-    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)
-    runs = [(greedy, 1), (sampled, 2)]
-    if policy.warm_up_all_batch_sizes:
-        sizes = [size for power in range(max_running.bit_length()) if (size := 1 << power) <= max_running]
-        runs = [(sampling, size) for sampling in (greedy, sampled) for size in sizes]
-    batch.warm_up()
+def warm_up(batch: Scheduler | LeadingBatch) -> None:
+    """Answer two short requests, so that the first one of a client does not pay for all that is new.
+
+    Other shapes are for idle moments (scheduler/warm_up.py).
+    """
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
-    for sampling, size in runs:
-        sequences = [Sequence(-1 - n, tokens, sampling, 3) for n in range(size)]
-        batch.insert(sequences)
+    for sampling in (GREEDY, SAMPLED):
+        batch.insert([Sequence(-1, tokens, sampling, 3)])
         for _ in range(_WARM_UP_STEPS):
             batch.prefill()
             batch.decode()
-        batch.remove([sequence.id for sequence in sequences])
+        batch.remove([-1])
     batch.shrink_prefixes(0)

@@ -43,6 +43,10 @@ class Runner(Protocol):
         """The batch in which its sequences run."""
 
     @property
+    def idle_steps(self) -> Iterator[object]:
+        """Work for idle moments, one short step per step of the iterator. The batch is empty before and after each."""
+
+    @property
     def preprocess(self) -> Callable[[EngineRequest], EngineRequest]:
         """Does the slow part of prepare(): renders the prompt, compiles the grammar. Raises PromptRejected."""
 
