@@ -43,6 +43,7 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.kept_choices import CHOICES, KeptChoices
 from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
@@ -211,7 +212,10 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
 
     disk, pool = prefix_store(settings), KVPool()
     kept_checks = KeptChecks(cache_directory() / "self-checks")
-    builder = Builder(settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks)
+    kept_choices = KeptChoices(cache_directory() / CHOICES) if settings.measure_policies else None
+    builder = Builder(
+        settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks, kept_choices=kept_choices
+    )
     manager = ModelManager(
         settings,
         engine_starter(builder, threads),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress, RemoteModel
+from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Policy, Progress, RemoteModel
 from mlxserver.engine import requests
 from mlxserver.engine.loading.hub_search import HubModel
 from mlxserver.engine.loading.library.scan import LocalModel
@@ -28,6 +28,7 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         context_length=facts.context_length if facts else spec.context_length,
         capabilities=facts.capabilities if facts else None,
         execution=_execution(facts.execution) if facts and facts.execution else None,
+        policy=Policy(**asdict(facts.policy)) if facts and facts.policy else None,
         memory_bytes=facts.weight_bytes if facts else 0,
         reserved_bytes=instance.reserved_bytes,
         estimate=MemoryEstimate(estimate.weights, estimate.cache, estimate.activations) if estimate else None,

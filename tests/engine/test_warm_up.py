@@ -17,6 +17,7 @@ from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.warm_up import ChunkShape, DecodeShape, lengths_up_to
 from mlxserver.engine.worker.engine import Engine
+from mlxserver.engine.worker.runner import PAUSE
 from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.scripted_engine import DEADLINE, ScriptedRunner, read, request, within_deadline
@@ -157,6 +158,7 @@ async def test_a_request_goes_before_the_next_step_of_idle_work_which_goes_on_be
 async def test_an_engine_is_unloaded_in_the_middle_of_its_idle_work():
     async with idle_engine() as (engine, idle):
         stopping = asyncio.create_task(engine.stop())
+        await asyncio.sleep(0)  # its message is in the mailbox before the step ends
         idle.gate.release()
         await stopping
         assert (idle.done, idle.runner.batch.is_closed) == (1, True)
@@ -172,3 +174,21 @@ async def test_idle_work_that_fails_is_given_up_and_requests_go_on(caplog):
         assert (await read(engine.submit(request(max_tokens=3))))[-1] == Usage(5, 3)
         assert (idle.done, idle.is_over, idle.runner.batch.restarts) == (3, True, 0)
         assert "idle work ends: MemoryError: no memory" in caplog.text
+
+
+@within_deadline
+async def test_a_request_is_answered_at_once_while_idle_work_is_paused():
+    runner = ScriptedRunner()
+    paused = threading.Event()
+
+    def steps():
+        while True:
+            paused.set()
+            yield PAUSE
+
+    runner.idle_steps = steps()
+    engine = Engine("key", lambda: runner)
+    await engine.started()
+    assert await asyncio.to_thread(paused.wait, DEADLINE)
+    assert (await read(engine.submit(request(max_tokens=3))))[-1] == Usage(5, 3)
+    await engine.stop()

@@ -14,6 +14,7 @@ import pytest
 from mlx_api_server import read_settings
 from mlxserver.cli.command import main
 from mlxserver.cli.parser import COMMANDS
+from mlxserver.engine.loading.kept_choices import CHOICES, Choice, KeptChoices
 from tests.support.local_models import in_hub, in_lm_studio, in_ollama
 from tools.harness.running_server import ROOT, running_server, server_environment
 from tools.harness.tiny_gguf import write_tiny_gguf
@@ -132,13 +133,17 @@ def test_only_an_admin_removes_files(home, scripted_path):
         assert not model.exists()
 
 
-def test_the_doctor_reports_and_measures(command):
+def test_the_doctor_reports_and_measures(command, home, monkeypatch):
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(home / "cache"))
+    choice = Choice("llama, 16 layers of 2048", "a machine", {"pad_slots": False}, {"pad_slots": 1.5})
+    KeptChoices(home / "cache" / CHOICES).store("name", choice)
     done = command("doctor")
     assert done.returncode in (0, 1), done.stderr
     found = {line.split("\t")[1]: line.split("\t") for line in done.stdout.splitlines()}
     assert {"machine", "mlx", "back-end", "BLAS", "memory", "products", "reading"} <= found.keys()
     assert any(line[0] == "missing" for line in found.values()) == done.returncode
     assert all(len(line) == 4 for line in found.values() if line[0] == "missing")
+    assert found["policy"][2] == "a machine: llama, 16 layers of 2048: pad_slots off, 1.50 times as fast"
 
 
 def test_a_removal_asks_in_a_terminal(home):

@@ -11,43 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from mlxserver.engine.mlx import mx
-
-from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class
-from mlxserver.engine.kv_cache.slots import empty_layers, fill, grow
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import ExecutionPolicy
-from mlxserver.engine.sampling.sampler import GREEDY, SAMPLED
 from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.prefill import Prefill
-from mlxserver.engine.scheduler.prompts import PendingPrompt
-from mlxserver.engine.sequence import PromptImages, Sequence
+from mlxserver.engine.scheduler.rehearsal import STEPS, DecodeShape, Rehearsal
 
 LONGEST = 32_768  # tokens up to which shapes are warmed up
 _SHORT = 33  # tokens of a prompt whose slot is the smallest
 _MOST_CLASSES = 4  # whose decode steps are warmed up side by side
 _COPIES = 2  # of a shape's KV cache that may exist at once
-_STEPS = 2  # of a decode batch: in the second one, the inputs are sampled tokens
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeShape:
-    """Steps of sequences of these lengths in tokens. is_shifted: their positions differ from their offsets."""
-
-    lengths: tuple[int, ...]
-    is_greedy: bool = False
-    is_shifted: bool = False
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens of KV cache that their slots hold."""
-        slots = 1 << (len(self.lengths) - 1).bit_length()
-        return slots * max(capacity_for(length + _STEPS) for length in self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +57,11 @@ class WarmUp:
         max_running: int,
     ) -> None:
         self._model = model
-        self._running = running
+        self._rehearsal = Rehearsal(model, running, policy)
         self._prefill = prefill
         self._budget = budget
         self._policy = policy
         self._max_running = max_running
-        self._has_slots = policy.batch_cache == "slots" and caches.is_plain(model)
 
     def steps(self, longest: int, most_tokens: int | None = None) -> Generator[Shape, None, None]:
         """Compute the shapes one by one, and yield each that was computed.
@@ -108,7 +84,7 @@ class WarmUp:
         if not self._policy.warm_up_all_batch_sizes:
             return
         yield from self._smallest()
-        if not (self._policy.compile_steps and self._has_slots):
+        if not (self._policy.compile_steps and self._rehearsal.has_slots):
             return  # the lengths of sequences make no difference
         for length in lengths_up_to(longest):
             yield from self._chunks(length)
@@ -130,10 +106,10 @@ class WarmUp:
     def _decodes(self, length: int) -> Iterator[DecodeShape]:
         """Decode steps of sequences that have a slot for so many tokens: beside much shorter ones, and alike."""
         shorter = [own for own in (_SHORT, *lengths_up_to(length // 2)) if narrow_class(own) < narrow_class(length)]
-        by_class = {narrow_class(own): own - _STEPS if own > _SHORT else own for own in shorter}
+        by_class = {narrow_class(own): own - STEPS if own > _SHORT else own for own in shorter}
         if 0 < len(by_class) < _MOST_CLASSES and self._max_running > len(by_class):
-            yield DecodeShape((*by_class.values(), length - _STEPS))
-        yield from (DecodeShape((length - _STEPS,) * size) for size in self._sizes())
+            yield DecodeShape((*by_class.values(), length - STEPS))
+        yield from (DecodeShape((length - STEPS,) * size) for size in self._sizes())
 
     def _sizes(self) -> list[int]:
         """Numbers of slots."""
@@ -144,42 +120,8 @@ class WarmUp:
             case ChunkShape():
                 self._prefill.rehearse(shape.prompts, shape.tokens, shape.capacity)
             case DecodeShape():
-                try:
-                    self._decode(shape)
-                finally:
-                    self._running.clear()
-
-    def _decode(self, shape: DecodeShape) -> None:
-        """Let sequences join as those of requests do, the first one alone, and decode."""
-        assert not self._running.sequences
-        blank = {length: self._blank(length) for length in set(shape.lengths)}
-        first, *others = [self._prompt(n, blank[length], shape) for n, length in enumerate(shape.lengths)]
-        is_alike = len(set(shape.lengths)) == 1
-        self._running.join([first], coming=len(others) if is_alike else 0)
-        if others:
-            self._running.join(others)
-        for _ in range(_STEPS):
-            self._running.advance()
-        mx.eval(self._running.sampled)
-
-    def _prompt(self, number: int, cache: caches.Cache, shape: DecodeShape) -> PendingPrompt:
-        """A prompt that is processed, all but its last token. cache: its own, or one that others share."""
-        images = cast(PromptImages, SimpleNamespace(shift=1)) if shape.is_shifted else None  # all that a step needs
-        sampling = GREEDY if shape.is_greedy else SAMPLED
-        sequence = Sequence(-1 - number, (0,), sampling, _STEPS + 1, images=images)
-        return PendingPrompt([sequence], 0.0, cache=cache)
-
-    def _blank(self, length: int) -> caches.Cache:
-        """A cache of so many tokens; their values have no meaning."""
-        cache = caches.new_cache(self._model)
-        if self._has_slots:
-            keys, values = empty_layers(self._model)
-            capacity = capacity_for(length)
-            fill(cache, [grow(own, 1, capacity) for own in keys], [grow(own, 1, capacity) for own in values], length)
-        else:
-            self._model(mx.zeros((1, length), dtype=mx.uint32), cache=cache)
-            mx.eval([layer.state for layer in cache])
-        return cache
+                with self._rehearsal.joined(shape):
+                    self._rehearsal.advance()
 
 
 def lengths_up_to(longest: int) -> list[int]:

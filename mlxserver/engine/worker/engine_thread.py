@@ -24,12 +24,14 @@ from mlxserver.engine.worker.faults import request_failure, without_frames
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
 from mlxserver.engine.worker.recovery import MOST_IN_A_ROW, Recovery
-from mlxserver.engine.worker.runner import Output, Runner
+from mlxserver.engine.worker.runner import PAUSE, Output, Runner
 from mlxserver.engine.worker.subscribers import Subscribers
 from mlxserver.engine.worker.tokenizer_worker import TokenizerWorker
 from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
 
 log = logging.getLogger("engine")
+
+_PAUSE_SECONDS = 0.5  # between idle steps while other models compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class EngineThread:
         self._recovery = Recovery(self._tracker, self._release, event_loop.deliver_all, metrics)
         self._sequence_ids = count()
         self._idle_steps: Iterator[object] | None = None
+        self._is_paused = False  # the last idle step could do nothing
 
     def run(self) -> None:
         """Run until stopped. The one place that catches everything: here the thread ends."""
@@ -131,14 +134,15 @@ class EngineThread:
         """Do the next step of idle work. What fails is given up: requests can do without it."""
         assert self._idle_steps
         try:
-            for _ in self._idle_steps:
+            for done in self._idle_steps:
+                self._is_paused = done is PAUSE
                 return
         except EngineError:  # raised by a batch that can't go on
             raise
         except Exception as error:
             log.warning("%s: idle work ends: %s: %s", self._key, type(error).__name__, error)
             self._release()
-        self._idle_steps = None
+        self._idle_steps, self._is_paused = None, False
 
     def _step(self, batch: Batch) -> None:
         self._publish(batch, batch.decode())
@@ -170,7 +174,8 @@ class EngineThread:
 
     def _take_messages(self, runner: Runner) -> bool:
         """Handle the messages of the event loop; waits for one while there is nothing to do. False: the end."""
-        for message in self._mailbox.take(wait=runner.batch.is_empty() and not self._idle_steps):
+        is_idle = runner.batch.is_empty() and (self._is_paused or not self._idle_steps)
+        for message in self._mailbox.take(is_idle, _PAUSE_SECONDS if self._is_paused else None):
             match message:
                 case Submit(generation):
                     self._admit(runner, generation)
