@@ -16,7 +16,7 @@ from mlxserver.cli.command import main
 from mlxserver.cli.parser import COMMANDS
 from mlxserver.engine.loading.kept_choices import CHOICES, Choice, KeptChoices
 from tests.support.local_models import in_hub, in_lm_studio, in_ollama
-from tools.harness.running_server import ROOT, running_server, server_environment
+from tools.harness.running_server import ROOT, eventually, running_server, server_environment
 from tools.harness.tiny_gguf import write_tiny_gguf
 
 NO_SERVER = "http://127.0.0.1:9/v1"
@@ -207,3 +207,12 @@ def test_every_command_is_explained():
     names = re.findall(r"^  (\w+)", COMMANDS, re.MULTILINE)
     assert len(names) == 12
     assert [name for name in names if f"mlx-server {name}" not in page] == []
+
+
+def test_policies_are_measured_where_the_setting_says_so(home, tiny_llama_path):
+    own = {"MLX_SERVER_MEASURE_POLICIES": "true", "MLX_SERVER_CACHE": str(home / "cache")}
+    flags = ("--no-defaults", "--model", f"tiny={tiny_llama_path},policy.pad_slots=true,preload=true")
+    with running_server(*flags, variables=variables(home) | own) as server:
+        eventually(lambda: list((home / "cache" / CHOICES).glob("*.json")))
+        policy = server.get("/v1/models/tiny").json["policy"]
+        assert (policy["pad_slots"], policy["fixed"], policy["measured"]) == (True, ["pad_slots"], [])
