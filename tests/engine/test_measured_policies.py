@@ -74,7 +74,7 @@ def loads(tmp_path):
 def test_what_was_faster_is_taken_at_the_next_load_and_not_measured_again(loads):
     facts, steps = loads.measure(Clock(1.0, 0.5))
     assert (facts.fuse_projections, facts.measured) == (False, ())
-    assert set(steps) == {"present policy", "fuse_projections"}
+    assert set(steps) == {"present policy", "fuse_projections", "self-check"}
     assert [choice.fields for choice in loads.choices] == [{"fuse_projections": True}]
     assert loads.choices[0].speedups["fuse_projections"] == pytest.approx(2)
     facts, steps = loads.measure(Clock(1.0, 0.5))
@@ -133,33 +133,36 @@ def test_what_makes_no_difference_to_a_model_is_not_measured(name):
     assert list(measurement(random_model(name), PADDED).steps()) == []
 
 
+WHOLE = {"form": 1, "model": "m", "device": "d", "fields": {}, "speedups": {"fuse_projections": 1.0}}
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"[]",
-        b"\xff\xfe",
-        json.dumps({"form": 2, "model": "m", "device": "d", "fields": {}, "speedups": {}}).encode(),
-        json.dumps(
-            {"form": 1, "model": "m", "device": "d", "fields": {"fuse_projections": 1}, "speedups": {}}
-        ).encode(),
-        json.dumps({"form": 1, "model": "m", "device": "d", "fields": {"of_2030": True}, "speedups": {}}).encode(),
-        json.dumps({"form": 1, "model": "m", "device": "d", "fields": {}, "speedups": {"pad_slots": "x"}}).encode(),
-        json.dumps(
-            {
-                "form": 1,
-                "model": "m",
-                "device": "d",
-                "fields": {"compile_steps": True, "pad_slots": False},
-                "speedups": {"fuse_projections": 1.0},
-            }
-        ).encode(),
+        "",
+        "[]",
+        "null",
+        "[" * 100_000,
+        WHOLE | {"form": 2},
+        WHOLE | {"fields": {"fuse_projections": 1}},
+        WHOLE | {"fields": {"of_2030": True}},
+        WHOLE | {"fields": None},
+        WHOLE | {"speedups": {"pad_slots": "x"}},
+        WHOLE | {"speedups": {"pad_slots": float("inf")}},
     ],
 )
-def test_a_damaged_or_foreign_file_is_measured_anew(loads, content):
+def test_a_damaged_or_foreign_file_is_left_out(tmp_path, content):
+    kept = KeptChoices(tmp_path)
+    kept.store("name", Choice("m", "d"))
+    assert (kept.find("name"), list(kept.all())) == (Choice("m", "d"), [Choice("m", "d")])
+    (tmp_path / "name.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    assert (kept.find("name"), list(kept.all())) == (None, [])
+
+
+def test_what_can_be_no_policy_is_measured_anew(loads):
     loads.measure(Clock(1.0, 0.5))
     (file,) = loads.folder.iterdir()
-    file.write_bytes(content)
+    file.write_text(json.dumps(WHOLE | {"fields": {"compile_steps": True, "pad_slots": False}}))
     facts, steps = loads.measure(Clock(1.0, 0.5))
     assert (facts.measured, bool(steps)) == ((), True)
     assert [choice.fields for choice in loads.choices] == [{"fuse_projections": True}]

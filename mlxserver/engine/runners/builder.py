@@ -233,8 +233,8 @@ class Builder:
         before = chosen.choice
         names = [name for name in chosen.candidates if getattr(policy, name) == getattr(chosen.policy, name)]
         if before is None or not names:
-            return iter(())
-        return Measurement(
+            return
+        yield from Measurement(
             spec.key,
             loaded.model,
             policy,

@@ -5,7 +5,8 @@ for several, and for a chunk of a prompt. The best of those that are faster by a
 if it passes the model's self-check, and the others are timed again beside it. The next load of this shape has the
 choice.
 
-Rule 1: a step is one sample. Nothing is held between steps: compiled functions, a batch or another form of the weights.
+Rule 1: a step is one sample, or one self-check. Nothing is held between steps: compiled functions, a batch, or another
+        form of the weights.
 Rule 2: a sample's memory is borrowed for the step. A candidate that does not fit, or is faster now and then, is left
         for another load.
 Rule 3: a candidate counts as failed while its first sample runs, so that one that ends the process is not tried again.
@@ -108,8 +109,12 @@ class Measurement:
             self._speedups |= speedups
             names = []
             for name in sorted(speedups, key=lambda name: speedups[name], reverse=True):
-                if speedups[name] >= LEAST_SPEEDUP and self._adopt(name, candidates[name]):
-                    names = [other for other in speedups if other != name and speedups[other]]
+                if speedups[name] < LEAST_SPEEDUP:
+                    break
+                is_adopted = self._adopt(name, candidates[name])
+                yield "self-check"
+                if is_adopted:
+                    names = [other for other in speedups if other != name and self._speedups.get(other)]
                     break
             self._keep(Result(dict(self._fields), dict(self._speedups)))
         if self._names:
@@ -127,12 +132,16 @@ class Measurement:
 
     def _adopt(self, name: str, candidate: ExecutionPolicy) -> bool:
         """Take a candidate for the best, if the model's self-check has nothing against it."""
-        try:
-            with self._form(candidate):
-                is_right = self._is_right(candidate)
-        except Exception as error:  # of any kind: it is foreign code
-            log.warning("%s: %s is dropped: %s: %s", self._key, name, type(error).__name__, one_line(error))
-            is_right = False
+        with self._borrowing(self._form_bytes(candidate)) as is_granted:
+            if not is_granted:
+                del self._speedups[name]
+                return False
+            try:
+                with self._form(candidate):
+                    is_right = self._is_right(candidate)
+            except Exception as error:  # of any kind: it is foreign code
+                self._warn(name, error)
+                is_right = False
         if is_right:
             self._best = candidate
             values = {own: getattr(candidate, own) for own in POLICY_FIELDS}
@@ -140,6 +149,10 @@ class Measurement:
         else:
             self._speedups[name] = 0.0
         return is_right
+
+    def _warn(self, name: str, error: Exception) -> None:
+        log.warning("%s: %s is dropped: %s: %s", self._key, name, type(error).__name__, one_line(error))
+        device.clear_cache()
 
     # -- samples --------------------------------------------------------------------------------------------------
 
@@ -156,7 +169,7 @@ class Measurement:
                     except Exception as error:  # of any kind: it is foreign code, and may have no memory
                         if not name:
                             raise
-                        log.warning("%s: %s is dropped: %s: %s", self._key, name, type(error).__name__, one_line(error))
+                        self._warn(name, error)
                         failed[name], seconds = 0.0, None
                     if seconds is None:
                         del times[name]
@@ -194,14 +207,16 @@ class Measurement:
         return [*self._sizes, 0]
 
     def _sample(self, policy: ExecutionPolicy, size: int) -> float | None:
-        form_bytes = 0
-        if policy.fuse_projections and not self._is_fused:
-            form_bytes = fused_projections.switchable_bytes(self._model, is_fused=False)
-        with self._borrowing(self._samples.kv_bytes(policy, size) + form_bytes) as is_granted:
+        with self._borrowing(self._samples.kv_bytes(policy, size) + self._form_bytes(policy)) as is_granted:
             if not is_granted:
                 return None
             with self._form(policy):
                 return self._samples.decode(policy, size) if size else self._samples.prefill(policy)
+
+    def _form_bytes(self, policy: ExecutionPolicy) -> int:
+        """Memory of the model's other form, beside the present one: projections that are parted share that."""
+        is_other = policy.fuse_projections and not self._is_fused
+        return fused_projections.switchable_bytes(self._model, is_fused=False) if is_other else 0
 
     @contextmanager
     def _form(self, policy: ExecutionPolicy) -> Iterator[None]:
