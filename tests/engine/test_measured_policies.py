@@ -25,7 +25,7 @@ from tests.support.batch_driver import Driver, prompt, sequence
 from tools.harness.models import tiny_llama
 
 PADDED = replace(CPU, candidates=("pad_slots",))
-CALLS = 4  # of the clock in a sample
+CALLS = 2  # of the clock in a sample that takes long enough
 
 
 class Clock:
@@ -336,3 +336,12 @@ def test_one_model_at_a_time_does_an_idle_step_and_none_beside_streams():
     quiet[0] = True
     assert (next(own), next(other)) == (1, "a")
     assert (list(own), list(other)) == ([], ["b"])
+
+
+def test_idle_steps_wait_while_another_model_of_the_process_has_sequences(loads):
+    builder = Builder(10.0, policy=CPU, kept_choices=loads.kept, clock=Clock(1.0))
+    one, other = (builder.build(replace(loads.spec, key=key)) for key in ("one", "other"))
+    other.batch.insert([sequence(1, prompt(9))])
+    assert next(one.idle_steps) is PAUSE
+    other.batch.remove([1])
+    assert next(one.idle_steps) == "present policy"

@@ -45,7 +45,7 @@ log = logging.getLogger("engine")
 LEAST_SPEEDUP = 1.05  # of a candidate that is adopted: less is noise, or not worth the change
 _ROUNDS = 5  # samples of each policy
 _SEVERAL = 8  # sequences that decode together
-_LENGTH = 500  # tokens of each, where a KV cache can be made up; else of a prompt that has to be computed
+_LENGTH = 200  # tokens of each, where a KV cache can be made up; else of a prompt that has to be computed
 _SHORT = 32
 _PROMPT = 64  # tokens of a chunk
 _SECONDS, _MOST_STEPS = 0.1, 16  # of a sample of decode steps
@@ -253,19 +253,21 @@ class Samples:
         batch = DecodeBatch(self._model, self._vocab_size, policy=policy)
         rehearsal = Rehearsal(self._model, batch, policy)
         with rehearsal.joined(self._shape(policy, size), STEPS + 1 + _MOST_STEPS):
-            rehearsal.advance(STEPS)
+            rehearsal.advance(STEPS if policy.compile_steps else 1)
             started = self._clock()
             rehearsal.advance(1)
             alone = self._clock() - started
-            steps = max(1, min(_MOST_STEPS, int(_SECONDS / max(alone, 1e-6))))
+            steps = min(_MOST_STEPS, int(_SECONDS / max(alone, 1e-6)))
+            if not steps:
+                return alone  # a request must not wait for more
             started = self._clock()
             rehearsal.advance(steps)
             return (self._clock() - started) / steps
 
     def prefill(self, policy: ExecutionPolicy) -> float:
-        """Seconds of a chunk, the second one of its shape."""
+        """Seconds of a chunk; where chunks are compiled, of the second one."""
         strategy, seconds = make_prefill_strategy(self._model, policy), 0.0
-        for number in range(2):
+        for number in range(2 if policy.compile_steps else 1):
             sequence = TokenSequence(-1, (number,) * (_PROMPT + 1), GREEDY, 1)
             prompt = PendingPrompt([sequence], 0.0, cache=caches.new_cache(self._model))
             started = self._clock()
