@@ -18,6 +18,7 @@ ModelType = Literal["thinking", "instruction"]
 Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
 Weights = Literal["auto", "stored", "bfloat16"]
+Speculation = Literal["auto", "off", "always"]
 KVBits = Literal[4, 8]
 KVGroupSize = Literal[32, 64, 128]
 LogFormat = Literal["text", "json"]
@@ -63,7 +64,9 @@ class ModelSpec:
     the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
     stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others. kv_bits:
     bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size: values that share a
-    scale then. policy: what is fixed of the device's policy, by name (POLICY_FIELDS).
+    scale then. speculation: tokens are drafted from the prompt and the answer so far, and verified together: "auto"
+    where that is measured to be faster, or wherever some are predicted. policy: what is fixed of the device's policy,
+    by name (POLICY_FIELDS).
     """
 
     key: Annotated[str, Shared()]
@@ -88,6 +91,7 @@ class ModelSpec:
     weights: Annotated[Weights, Shared(), Identity()] = "auto"
     kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
     kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
+    speculation: Speculation = "auto"
     policy: Mapping[str, bool] = field(default_factory=dict)
 
 

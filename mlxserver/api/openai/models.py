@@ -34,6 +34,7 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "capabilities": None if known is None else {name: name in known for name in CAPABILITIES},
         "execution": asdict(model.execution) if model.execution else None,
         "policy": _policy_object(model.policy) if model.policy else None,
+        "weights": model.weights,
         "kv_bits": model.kv_bits,
         "kv_group_size": model.kv_group_size,
         "memory_bytes": model.memory_bytes,
