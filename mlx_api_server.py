@@ -67,9 +67,15 @@ log = logging.getLogger("server")
 ADAPTERS = Path(__file__).parent / "mlxserver" / "adapters"
 
 DEFAULT_MODELS = (
-    # Its makers recommend temperature 0.2 and top_p 0.9 (loading/sources.py). In four bits it then often repeats itself
-    # without end; this penalty ends that.
-    ModelSpec("smollm2", "embedded:smollm2", type="instruction", preload=True, defaults={"frequency_penalty": 0.3}),
+    # Its makers recommend temperature 0.2 and top_p 0.9 (loading/sources.py). In four bits sampling then often takes a
+    # wrong first word, so this one is greedy; and it often repeats itself without end, which the penalty ends.
+    ModelSpec(
+        "smollm2",
+        "embedded:smollm2",
+        type="instruction",
+        preload=True,
+        defaults={"temperature": 0.0, "frequency_penalty": 0.3},
+    ),
     ModelSpec(
         "smollm2-think", "embedded:smollm2", type="thinking", adapter=str(ADAPTERS / "smollm2-think"), preload=True
     ),

@@ -13,6 +13,8 @@ import pytest
 
 from mlx_api_server import read_settings
 from mlxserver.cli.command import main
+from mlxserver.cli.models import COLUMNS, SPARE
+from mlxserver.cli.output import print_rows
 from mlxserver.cli.parser import COMMANDS
 from mlxserver.engine.loading.kept_choices import CHOICES, Choice, KeptChoices
 from tests.support.local_models import in_hub, in_lm_studio, in_ollama
@@ -67,6 +69,25 @@ def command(home, monkeypatch, capfd):
 def rows(done):
     assert done.returncode == 0, done.stderr
     return {line.split("\t")[0]: line.split("\t") for line in done.stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "cut"),
+    [
+        (60, "model state kind memory fits", ""),
+        (84, "model state kind memory context fits place", "…"),
+        (120, "model alias state kind memory context fits place", ""),
+    ],
+)
+def test_a_table_leaves_out_columns_before_it_cuts_them(monkeypatch, capfd, width, shown, cut):
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": str(width)}.items():
+        monkeypatch.setenv(name, value)
+    one = ("publisher/name", "name", "loaded", "text", "-", "-", "-", "-", "18.0 GB", "8192", "after eviction")
+    print_rows(COLUMNS, [(*one, "mlx-community/Mistral-7B")], SPARE)
+    heading, row = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capfd.readouterr().out.splitlines())
+    assert heading.split() == shown.split()
+    assert all(value in row for value in ("publisher/name", "loaded", "18.0 GB", "after eviction", cut))
+    assert len(row) <= width
 
 
 def test_without_a_server_this_machines_models_are_listed_shown_and_removed(home, command):
