@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -148,7 +148,8 @@ class Contestants:
                 _report(f"{name}: not found, its rows are left out")
         for name in self._servers:
             self._try(name, lambda name=name: self._start_server(name))  # type: ignore[misc]
-        self._try(RAW, self._start_raw)
+        if parts := self._raw_parts():
+            self._try(RAW, lambda: self._start_raw(parts))
         if self._arguments.reference and "embeddings" in self._names and OURS in self._servers:
             self._try(REFERENCE, self._start_reference)
         elif "embeddings" in self._names:
@@ -170,14 +171,15 @@ class Contestants:
             contestant.warm_up(WARM_UP_LIMIT)
         self.started.append(contestant)
 
-    def _start_raw(self) -> None:
-        parts = {
-            part: wanted
-            for part, names in settings.raw_scenarios(self._sizes, full=self._arguments.full).items()
-            if (wanted := [name for name in names if name in self._names])
-        }
-        if not parts or OURS not in self._servers:
-            return
+    def _raw_parts(self) -> dict[str, list[str]]:
+        """The scenarios of the raw engines by part, where there are any."""
+        offered = settings.raw_scenarios(self._sizes, full=self._arguments.full or bool(self._arguments.only))
+        if OURS not in self._servers:
+            return {}
+        wanted = {part: [name for name in names if name in self._names] for part, names in offered.items()}
+        return {part: names for part, names in wanted.items() if names}
+
+    def _start_raw(self, parts: Mapping[str, Collection[str]]) -> None:
         sizes = json.dumps(asdict(self._sizes))
         command = [sys.executable, "-m", "benchmarks.raw", "--model", str(self._weights.pair[0]), "--sizes", sizes]
         worker = self._keep(Worker(RAW, command, child_environment()))

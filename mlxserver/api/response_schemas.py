@@ -23,7 +23,7 @@ from mlxserver.api.schema.response_shapes import (
     named,
     one_of,
 )
-from mlxserver.config.settings import Kind
+from mlxserver.config.settings import Kind, Weights
 
 STATE = one_of("unloaded", "loading", "loaded", "draining", "failed")
 FINISH = one_of("stop", "length", "tool_calls")
@@ -188,6 +188,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         meta=exactly(n_ctx_train=maybe(COUNT)),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
         execution=maybe(EXECUTION),
+        weights=one_of(*get_args(Weights)),
         kv_bits=maybe(COUNT),
         kv_group_size=maybe(COUNT),
         memory_bytes=COUNT,
@@ -211,7 +212,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
                 status=exactly(value=STATE, error_=TEXT),
                 kind=maybe(one_of(*get_args(Kind))),
                 context_length=maybe(COUNT),
-                path=TEXT,
+                path=maybe(TEXT),
                 error=maybe(TEXT),
                 **LOCAL,
             )

@@ -271,9 +271,7 @@ class Scheduler:
         if self._takes_checkpoints:
             boundaries = prompt.sequences[0].boundaries
             stops = checkpoints.stops(boundaries, len(prompt.tokens), length, self._checkpoint_interval)
-            if images := prompt.images:
-                stops = sorted({images.whole(length, stop) for stop in stops} - {length})
-            prompt.stops = stops
+            prompt.stops = sorted({prompt.whole(length, stop) for stop in stops} - {length})
         prompt.report()
         return True
 

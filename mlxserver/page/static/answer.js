@@ -5,7 +5,7 @@ import { errorText, render } from "./api.js";
 import { count, h, rate, seconds, setRendered } from "./dom.js";
 
 const WHOLE = 50_000; // characters; a longer answer is rendered in parts
-const PART = 20_000; // characters of a part of an answer that is here already
+const PART = 20_000; // characters of a part, or of several answers, that are rendered at once
 const BLOCK = 4000; // characters of plain text that are laid out together
 
 // Plain text that is only appended to, and dropped at its beginning. It is cut into blocks at line ends, so that what
@@ -226,7 +226,7 @@ export async function showRendered(answers, isWanted, onshow) {
   while (plain.length) {
     const batch = [plain.pop()];
     let size = batch[0].textContent.length;
-    while (plain.length && batch.length < 20 && (size += plain.at(-1).textContent.length) <= WHOLE) batch.push(plain.pop());
+    while (plain.length && batch.length < 20 && (size += plain.at(-1).textContent.length) <= PART) batch.push(plain.pop());
     const html = await render(batch.map((part) => part.textContent)).catch(() => null);
     if (!html || !isWanted()) return;
     batch.forEach((part, n) => {
