@@ -18,7 +18,16 @@ from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
 from mlxserver.config.load import is_alias
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import KV_GROUP_SIZES, POLICY_FIELDS, Kind, KVBits, ModelSpec, UnclosedThinking, Weights
+from mlxserver.config.settings import (
+    KV_GROUP_SIZES,
+    POLICY_FIELDS,
+    Kind,
+    KVBits,
+    ModelSpec,
+    Speculation,
+    UnclosedThinking,
+    Weights,
+)
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -148,6 +157,12 @@ class LoadRequest(Request):
         default={},
         check=check_defaults,
         shape={"type": "object", "additionalProperties": {"type": "number"}},
+    )
+    speculation: Speculation = Parameter(
+        str,
+        "Whether tokens are drafted from the prompt and the answer, and verified together; by default where it pays.",
+        enum=[*get_args(Speculation)],
+        default="auto",
     )
     policy: dict[str, bool] = Parameter(
         object,
