@@ -382,7 +382,7 @@ def test_a_load_takes_what_a_models_section_takes():
     values |= {"prefix_cache_bytes": 5, "checkpoint_interval": 64, "cache_tokens": 600, "aliases": ["one", "gpt-*"]}
     values |= {"pin": True, "ttl": 60, "defaults": {"temperature": 0.5}, "shard": "tensor", "kind": "text"}
     values |= {"unclosed_thinking": "content", "min_context": 128, "weights": "stored", "kv_bits": 8}
-    values |= {"kv_group_size": 32}
+    values |= {"kv_group_size": 32, "speculation": "off", "policy": {"fuse_projections": False}}
     assert values.keys() == stated
     spec = parse(LoadRequest, orjson.dumps({"model": "org/name", **values})).spec
     assert {name: getattr(spec, name) for name in stated} == {**values, "aliases": ("one", "gpt-*")}

@@ -18,7 +18,16 @@ from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
 from mlxserver.config.load import is_alias
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import KV_GROUP_SIZES, POLICY_FIELDS, Kind, KVBits, ModelSpec, UnclosedThinking, Weights
+from mlxserver.config.settings import (
+    KV_GROUP_SIZES,
+    POLICY_FIELDS,
+    Kind,
+    KVBits,
+    ModelSpec,
+    Speculation,
+    UnclosedThinking,
+    Weights,
+)
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -122,6 +131,11 @@ class LoadRequest(Request):
         str,
         "What an answer is that the model ended inside its reasoning: that, or its content as well.",
         enum=[*get_args(UnclosedThinking)],
+    )
+    speculation: Speculation | None = Parameter(
+        str,
+        "Whether tokens are drafted and verified together; by default where that is measured to be faster.",
+        enum=[*get_args(Speculation)],
     )
     aliases: tuple[str, ...] = Parameter(
         object,
