@@ -146,8 +146,8 @@ def promised_rows(at: str, raw_batch: int) -> Iterator[Row]:
     yield Row(f"raw engine c={raw_batch}, {DECODE.label}", distinct, greedy, at_least(0.85, 0.85, 0.9))
     yield Row(f"{at}, {RATE.label}", Figure(OURS, at, RATE.key, "HTTP"), Figure(RAW, at, RATE.key),
               at_least(0.9, 0.93, 0.95))  # fmt: skip
-    for name, targets in (("edit task", at_least(1.5, 1.8, 1.8)), ("free text", at_least(0.98))):
-        on, off = (Figure(SPECULATION, name, key, f"speculation {key}") for key in ("on", "off"))
+    for name, targets in (("edit", at_least(1.5, 1.8, 1.8)), ("free text", at_least(0.98))):
+        on, off = (Figure(SPECULATION, name, key, f"speculation {key}") for key in ("auto", "off"))
         yield Row(f"{name}, {RATE.label}", on, off, targets)
 
 

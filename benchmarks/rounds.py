@@ -116,14 +116,13 @@ def measure_rounds(
     for number in range(schedule.rounds):
         rounds.append({})
         for scenario in scenarios:
-            if perf_counter() > schedule.deadline:
-                report("the time is over: what is measured so far counts")
-                return
             for contestant in contestants[:: -1 if number % 2 else 1]:
                 key = contestant.part, scenario
                 if scenario not in contestant.scenarios or key in left_out:
                     continue
-                begun = perf_counter()
+                if (begun := perf_counter()) > schedule.deadline:
+                    report("the time is over: what is measured so far counts")
+                    return
                 try:
                     with alone(contestant):
                         figures = contestant.measure(scenario, number, limit)

@@ -25,7 +25,7 @@ from benchmarks import settings
 from benchmarks.embeddings import Reference, make_texts
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import DTYPES, EMBEDDED, SHAPES, embedded_gguf, prepare_pair
-from benchmarks.report import REFERENCE, describe, render
+from benchmarks.report import REFERENCE, SPECULATION, describe, render
 from benchmarks.rounds import Contestant, HttpContestant, Results, Schedule, alone, measure_rounds, medians
 from benchmarks.scenarios import Figures, scenarios
 from benchmarks.servers import (
@@ -95,7 +95,7 @@ def read_arguments(argv: Sequence[str] | None, gpu: bool) -> argparse.Namespace:
     add("--reference", default=os.environ.get("REFERENCE_PYTHON"), metavar="PYTHON",
         help="interpreter of an environment with sentence-transformers ($REFERENCE_PYTHON)")  # fmt: skip
     add("--add", type=Path, action="append", default=[], metavar="FILE",
-        help="JSON of another measurement, for the same table: its results by part, scenario, name")  # fmt: skip
+        help="JSON of another measurement, as of benchmarks.speculation, for the same table")  # fmt: skip
     add("--tokenizer", type=Path, metavar="DIR", help="where random models take their tokenizer from")
     add("--work", type=Path, default=ROOT / "build" / "benchmarks", metavar="DIR", help="where models are made")
     add("--out", type=Path, metavar="FILE", help="JSON file of the results")
@@ -208,9 +208,10 @@ def run(arguments: argparse.Namespace, sizes: Sizes, names: Sequence[str], round
 
 
 def add_results(files: Sequence[Path], rounds: list[Results]) -> None:
-    """Put the results of other measurements into each round."""
+    """Put the results of other measurements into each round: of this one, or of benchmarks.speculation."""
     for file in files:
-        for part, figures in json.loads(file.read_text(encoding="utf-8"))["results"].items():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for part, figures in (content.get("results") or {SPECULATION: content["figures"]}).items():
             for results in rounds:
                 results[part] = figures
 
