@@ -160,6 +160,8 @@ def _act(options: Namespace, manager: Manager, content: bytes | None, commands: 
             f"The server runs now, and is started with your session. {LINGER if 'systemd' in str(unit) else ''}"
         )
         print_status("Its output: mlx-server service logs")
+    elif options.action == "install":
+        print_status("The unit is there, but the service could not be started. Without it: mlx-server serve")
     return status
 
 
