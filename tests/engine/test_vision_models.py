@@ -24,7 +24,8 @@ from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.faults import GuardedImages
 from tests.support.batch_driver import Driver
 from tests.support.hub import serving_hub
-from tests.support.vision_models import FAMILIES, Reference, answers, attached, picture, question, tiny_vision
+from tests.support.vision_models import Reference, answers, attached, question
+from tools.harness.vision_models import FAMILIES, picture, tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared")
 
