@@ -194,6 +194,16 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
         built(path, kind="vision")
 
 
+@pytest.mark.parametrize("model_type", ["lfm2_vl", "kimi_vl", "llama4", "internvl_chat"])
+def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_type):
+    path = tiny_vision(tmp_path / "m", "llava")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    assert sources.checkpoint_metadata(str(path)).kind == "text"
+    with pytest.raises(LoadFailed, match=f"type '{model_type}' are not supported .*gemma3, .*smolvlm are"):
+        estimate(ModelSpec("m", str(path), kind="vision"))
+
+
 def test_the_kind_of_a_repository_is_found_at_its_first_load(tmp_path, monkeypatch):
     path = tiny_vision(tmp_path / "m", "gemma3")
     files = {file.name: file.read_bytes() for file in path.iterdir()}
