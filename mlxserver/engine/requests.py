@@ -236,11 +236,32 @@ Question = Tokenize | Detokenize | ApplyTemplate
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Paths that serve a model. cache: of its decode batch ("single": a forward pass per sequence and step)."""
+    """Paths that serve a model. cache: of its decode batch ("single": a forward pass per sequence and step).
+
+    speculation: whether drafted tokens may be verified.
+    """
 
     cache: Literal["slots", "merged", "single"]
     padded_prefill: bool
     compiled: bool
+    speculation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """What a model's policy has (engine/platform/policy.py). weights: "stored", "bfloat16" or "float32".
+
+    fixed, measured: names of fields that are as a setting has them, or as a measurement has found them to be faster.
+    """
+
+    compile_steps: bool
+    pad_slots: bool
+    bucket_prefill: bool
+    fuse_projections: bool
+    decode_kernel: bool
+    weights: str
+    fixed: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +270,8 @@ class ModelFacts:
 
     reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
     capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle",
-    "vision", "embeddings" and "rerank". execution: None where ranks share the model, and of an encoder. type: None of
-    one, too.
+    "vision", "embeddings" and "rerank". execution, policy: None where ranks share the model, and of an encoder. type:
+    None of one, too.
     """
 
     type: str | None
@@ -260,3 +281,4 @@ class ModelFacts:
     execution: Execution | None = None
     reserved_kv_bytes: int | None = None
     kind: Kind = "text"
+    policy: PolicyFacts | None = None

@@ -26,6 +26,8 @@ from mlxserver.engine.sequence import Sequence
 # Most likely tokens among which the threshold is found. A nucleus that is larger keeps the whole tail.
 CANDIDATES = 256
 
+GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)  # what most requests use
+
 _SMALLEST_TEMPERATURE = 1e-6  # below it a logit over it would leave float32; the draw is greedy long before
 _LARGEST_UNIFORM = 1.0 - 2.0**-20  # a float32 total times this stays below the total
 
@@ -104,6 +106,16 @@ class BatchSampler:
         if self._generated is not None:
             self._generated = self._generated.at[mx.arange(len(self._settings)), tokens].add(1.0)
         return tokens
+
+    def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
+        """Take the last n calls back, but for the first `kept` of each sequence. sampled: their tokens, [batch, n]."""
+        tokens, counts = sampled.shape[1], mx.array(list(kept), dtype=mx.uint32)
+        if self._is_sampled:
+            taken_back = mx.stack([mx.zeros_like(counts), tokens - counts], axis=1)
+            self._keys = self._keys - taken_back
+        if self._generated is not None:
+            is_dropped = (mx.arange(tokens) >= counts[:, None]).astype(mx.float32)
+            self._generated = self._generated.at[mx.arange(len(kept))[:, None], sampled].subtract(is_dropped)
 
     def _choose_work(self) -> None:
         """Set the arrays and flags that hold until the batch changes again."""
