@@ -1,15 +1,16 @@
-"""Soak test: random loads, unloads, evictions, requests and hang-ups on a server with little memory for seven models.
+"""Soak test: random loads, unloads, evictions, requests and hang-ups on a server with little memory for eight models.
 
 Its budget is what one model would take with its whole KV cache reserved. Three fit at once, and the others after
-evictions; long prompts make them compete for KV cache. Two of the seven are an embedding model and a reranker.
+evictions; long prompts make them compete for KV cache. Three of the eight are a vision model, an embedding model and a
+reranker.
 
 Run: python -m tools.soak [--minutes 10] [--seed 0]. Exit status 1 if a promise was broken:
 
 Promise 1: every accepted request is answered whole, or with an error object.
 Promise 2: no model is stalled: at the end each one is unloaded and has no request.
 Promise 3: the memory returns to its size at the start, within 5 %.
-Promise 4: three models are loaded at once, of one kind and of three; at every sample what is held, and live arrays, are
-        within the budget.
+Promise 4: three models are loaded at once, of one kind and of several; at every sample what is held, and live arrays,
+        are within the budget.
 
 It prints one line per part: the requests that were answered, refused and hung up on, the median, the 99th percentile
 and the maximum of the latencies in seconds, and the memory without models; at the end the counts of all outcomes.
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import random
 import re
@@ -38,11 +41,13 @@ from mlxserver.engine.loading import estimate
 from tools.harness.encoder_models import tiny_cross_encoder, tiny_embedder
 from tools.harness.models import tiny_llama
 from tools.harness.running_server import running_server
+from tools.harness.vision_models import picture, tiny_vision
 
 KEYS = ("a", "b", "c", "d", "e")
-VECTORS, RERANKER = "vectors", "reranker"
-ALL_KEYS = (*KEYS, VECTORS, RERANKER)
-TOGETHER = (KEYS[:3], (VECTORS, RERANKER, KEYS[0]))  # models that are loaded at once
+SEEING, VECTORS, RERANKER = "seeing", "vectors", "reranker"
+ALL_KEYS = (*KEYS, SEEING, VECTORS, RERANKER)
+TOGETHER = ((SEEING, VECTORS, RERANKER), KEYS[:3], (VECTORS, RERANKER, KEYS[0]))  # models that are loaded at once
+PICTURES = 4  # that clients send
 TEXTS = 24  # of a request, at most
 CONTEXT, MIN_CONTEXT = 61_440, 512  # tokens
 LONG = 200  # words of a long prompt
@@ -92,7 +97,7 @@ class Soak:
         self.most = Counter[str]()  # bytes
 
     async def load_together(self) -> None:
-        """Load three models at once, of one kind and of three. Raises Broken if they do not all stay."""
+        """Load three models at once, of one kind and of several. Raises Broken if they do not all stay."""
         for keys in TOGETHER:
             for key in keys:
                 await self.load(key)
@@ -121,7 +126,7 @@ class Soak:
             if act in (self.embed, self.rerank):
                 await act(VECTORS if act == self.embed else RERANKER)
             else:
-                await act(self._random.choice(ALL_KEYS if act in (self.load, self.unload) else KEYS))
+                await act(self._random.choice(ALL_KEYS if act in (self.load, self.unload) else (*KEYS, SEEING)))
 
     async def chat(self, key: str) -> None:
         """Request an answer without streaming."""
@@ -130,7 +135,7 @@ class Soak:
             content = await response.json()
             if response.status == 200 and content["choices"][0]["finish_reason"] not in ("stop", "length"):
                 raise Broken(f"an answer without an end: {content}")
-            self._note("chat", response.status, content)
+            self._note("chat" if key != SEEING else "chat with a picture", response.status, content)
             if response.status == 200:
                 self.tally.times.append(time.monotonic() - started)
 
@@ -215,7 +220,9 @@ class Soak:
 
     def _ask(self, key: str, *, stream: bool = False, max_tokens: int = 40) -> Any:
         words = LONG if self._random.random() < 0.1 else 120
-        content = " ".join(["word"] * self._random.randrange(1, words))
+        content: Any = " ".join(["word"] * self._random.randrange(1, words))
+        if key == SEEING:
+            content = [_picture(self._random.randrange(PICTURES)), {"type": "text", "text": content}]
         body = {
             "model": key,
             "messages": [{"role": "user", "content": content}],
@@ -234,6 +241,14 @@ class Soak:
             raise Broken(f"{action}: {status} {content}")
         code = "" if status == 200 else f" {content['error']['code']}"
         self.tally.outcomes[f"{action} {status}{code}"] += 1
+
+
+def _picture(seed: int) -> dict[str, Any]:
+    """A part of a message."""
+    file = io.BytesIO()
+    picture(seed, 48 + 16 * seed, 32).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _held(figures: dict[str, float]) -> float:
@@ -317,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
             key: str(tiny_llama(Path(directory) / key, seed=n, hidden=256, layers=8, context=CONTEXT))
             for n, key in enumerate(KEYS)
         }
+        sources[SEEING] = str(tiny_vision(Path(directory) / SEEING, "gemma3"))
         sources[VECTORS] = str(tiny_embedder(Path(directory) / VECTORS, "modernbert"))
         sources[RERANKER] = str(tiny_cross_encoder(Path(directory) / RERANKER, "bert"))
         config = write_config(Path(directory), sources)

@@ -24,7 +24,8 @@ from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.worker.faults import GuardedImages
 from tests.support.batch_driver import Driver
 from tests.support.hub import serving_hub
-from tests.support.vision_models import FAMILIES, Reference, answers, attached, picture, question, tiny_vision
+from tests.support.vision_models import Reference, answers, attached, question
+from tools.harness.vision_models import FAMILIES, picture, tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared")
 
@@ -191,6 +192,16 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
     assert "loaded as a text model" in caplog.text
     with pytest.raises(LoadFailed, match="vision part"):
         built(path, kind="vision")
+
+
+@pytest.mark.parametrize("model_type", ["lfm2_vl", "kimi_vl", "llama4", "internvl_chat"])
+def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_type):
+    path = tiny_vision(tmp_path / "m", "llava")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    assert sources.checkpoint_metadata(str(path)).kind == "text"
+    with pytest.raises(LoadFailed, match=f"type '{model_type}' are not supported .*gemma3, .*smolvlm are"):
+        estimate(ModelSpec("m", str(path), kind="vision"))
 
 
 def test_the_kind_of_a_repository_is_found_at_its_first_load(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from PIL import Image
 
 from mlxserver.engine.platform import device
 from tests.support.images import BLUE, RED, file_of, half, hostile_images, png_bomb
-from tests.support.vision_models import tiny_vision
 from tools.harness.running_server import running_server
+from tools.harness.vision_models import tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="tiny random models answer alike only in float32")
 

@@ -8,8 +8,9 @@ import openai
 import pytest
 import requests
 
-from tests.support.vision_models import Reference, attached, picture, question, tiny_vision
+from tests.support.vision_models import Reference, attached, question
 from tools.harness.running_server import running_server
+from tools.harness.vision_models import picture, tiny_vision
 
 TEXT, TOKENS = "What is the capital of France?", 8
 PICTURE = picture(1)

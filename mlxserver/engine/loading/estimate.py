@@ -103,8 +103,8 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
             if encoder := _encoder(spec.kind or metadata.kind, metadata):
                 return _encoder_estimate(spec, metadata, encoder, policy)
             kv = kv_format(spec)
-            architecture = inspect_architecture(metadata.config, kv)
             vision = _vision(spec, metadata)
+            architecture = inspect_architecture(metadata.config, kv)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # a broken config.json can make an architecture raise anything

@@ -11,6 +11,8 @@ from mlxserver.engine.mlx import mx, nn
 
 from mlx.utils import tree_flatten
 
+from mlxserver.engine.loading.kinds import SEEING
+from mlxserver.engine.loading.unsupported import Unsupported
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy
 
@@ -65,7 +67,14 @@ class VisionArchitecture:
 
 
 def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture:
-    """The vision part that a config.json describes. Raises whatever mlx-vlm does for one that it can't build."""
+    """The vision part that a config.json describes. Raises Unsupported for a type that is not one of SEEING, and
+    whatever mlx-vlm does for one that it can't build.
+    """
+    if (model_type := str(config.get("model_type"))) not in SEEING:
+        raise Unsupported(
+            f"vision models of the type {model_type!r} are not supported ({', '.join(sorted(SEEING))} are); "
+            "with kind = text it is loaded without its vision part"
+        )
     model = build_model(dict(config))
     model.language_model = None
     parameters = [array for _, array in tree_flatten(model.parameters())]
@@ -73,7 +82,6 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
     vision = config["vision_config"]
     layers = int(vision.get("num_hidden_layers") or vision.get("depth") or vision.get("num_layers") or 24)
     outputs = sum(array.shape[0] for array in parameters if array.ndim == 2)
-    model_type = str(config.get("model_type"))
     return VisionArchitecture(
         sum(math.prod(array.shape) for array in parameters),
         max(1, outputs // layers),
