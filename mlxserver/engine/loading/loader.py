@@ -40,7 +40,7 @@ from mlxserver.engine.loading.sources import Progress, recommended_sampling, res
 from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.loading.weight_names import model_classes
-from mlxserver.engine.platform import cpu_layers, device
+from mlxserver.engine.platform import cpu_layers, cpu_quantized, device
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 from mlxserver.engine.platform.short_convolutions import replace_convolutions
@@ -172,6 +172,7 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
     if policy.sum_convolutions:
         replace_convolutions(model)
     if policy.replace_kernels:
+        cpu_quantized.replace_layers(model)
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)
     model.eval()
