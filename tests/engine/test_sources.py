@@ -11,6 +11,7 @@ from mlxserver.engine.mlx import mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from mlxserver.config.errors import abbreviate
 from mlxserver.engine.errors import SourceInvalid
@@ -114,6 +115,14 @@ def test_the_embedded_model_becomes_an_mlx_directory():
     directory = sources.resolve("embedded:smollm2")
     assert json.loads((directory / "config.json").read_text())["model_type"] == "llama"
     assert list(directory.glob("model*.safetensors"))
+
+
+def test_blank_lines_of_the_embedded_model_are_split_as_its_file_states():
+    """The converter does not know the file's tokenizer.ggml.pre and makes one token of a blank line."""
+    tokenizer = Tokenizer.from_file(str(sources.resolve("embedded:smollm2") / "tokenizer.json"))
+    assert tokenizer.encode("a\n\nb").tokens == ["a", "Ċ", "Ċ", "b"]
+    assert tokenizer.encode("a\n\n\nb").tokens == ["a", "ĊĊ", "Ċ", "b"]
+    assert tokenizer.encode("in 1969").tokens == ["in", "Ġ", "1", "9", "6", "9"]
 
 
 def test_a_gguf_file_is_converted_once(tiny_gguf, cache):

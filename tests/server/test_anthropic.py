@@ -11,7 +11,7 @@ from anthropic.types import MessageTokensCount, ModelInfo
 from tests.support.anthropic_types import checked, checked_error, checked_events, checked_message
 from tests.support.published import check
 from tools.harness.agents import agent_model, call, say
-from tools.harness.running_server import running_server
+from tools.harness.running_server import eventually, running_server
 
 HELLO = "Hello there, and hello there again."
 ADD = {
@@ -51,7 +51,8 @@ def server(tmp_path_factory, scripted_path, tiny_llama_path):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0)
+    with anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 def asked(text="hello", model="talker", **parameters):
@@ -324,10 +325,21 @@ def test_a_client_that_may_not_is_denied(server):
     assert (type(denied), denied.type) == (anthropic.PermissionDeniedError, "permission_error")
 
 
-def test_a_full_queue_and_a_failed_load_can_be_tried_again_later(client):
+def wait_until_idle(server, model):
+    """Wait until the server has noticed that the client of the model's last stream has left."""
+
+    def idle():
+        state = server.ask("GET", f"/v1/models/{model}", headers={"x-api-key": KEY}).json
+        return state["running_requests"] == state["queued_requests"] == 0
+
+    eventually(idle)
+
+
+def test_a_full_queue_and_a_failed_load_can_be_tried_again_later(server, client):
     with client.messages.stream(**asked("forever", "narrow", max_tokens=4000)) as stream:
         next(iter(stream))
         full = refusal(client, model="narrow")
+    wait_until_idle(server, "narrow")
     assert (type(full), full.type) == (anthropic.RateLimitError, "rate_limit_error")
     assert int(full.response.headers["retry-after"]) >= 1
     failed = refusal(client, model="broken")

@@ -3,7 +3,8 @@
 Rule 1: a directory NAME in the cache is complete; it appears by one rename.
 Rule 2: a conversion works in NAME.partial under the lock on NAME.lock, which the converter process holds, too: if this
         process is killed, the converter's files stay untouched until it has ended.
-Rule 3: NAME changes with the file (path, size, time of change), the converter's version and the wanted format.
+Rule 3: NAME changes with the file (path, size, time of change), the converter's version, the wanted format and what is
+        corrected afterwards.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -34,6 +36,14 @@ FORMATS = {
     WeightPolicy.BFLOAT16: _AS_STORED,  # dequantized once they are loaded
 }
 KEPT_BLOCKS = {"Q4_0": 20, "Q4_1": 20, "Q8_0": 36}  # bytes of 32 weights, with scale and bias
+# Values of tokenizer.ggml.pre that mean GPT-2's words with single digits (llama.cpp, src/llama-vocab.cpp). The
+# converter splits these texts as Llama does: "\n\n" becomes one token instead of two, which the model has hardly seen.
+GPT2_WITH_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+GPT2_SPLITS = (
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+)
+CORRECTIONS = 1  # counts up with what _correct_tokenizer() changes
 TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
 
 
@@ -86,7 +96,7 @@ class _ConverterFailed(Exception):
 
 def _name(gguf: Path, formats: tuple[tuple[str, ...], ...]) -> str:
     status = gguf.stat()
-    identity = (str(gguf), status.st_size, status.st_mtime_ns, metadata.version("gguf2mlx"), formats)
+    identity = (str(gguf), status.st_size, status.st_mtime_ns, metadata.version("gguf2mlx"), formats, CORRECTIONS)
     return f"{gguf.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
@@ -119,11 +129,23 @@ def _convert(
             partial.mkdir()
             failure = _run_converter(gguf, partial / "model", format, lock, progress)
             if failure is None:
+                _correct_tokenizer(partial / "model")
                 (partial / "model").rename(target)
                 return
         raise _ConverterFailed(failure)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _correct_tokenizer(model: Path) -> None:
+    """Split texts as the GGUF file's tokenizer.ggml.pre means it, where the converter does not know that name."""
+    config, tokenizer = model / "tokenizer_config.json", model / "tokenizer.json"
+    if not (config.is_file() and tokenizer.is_file()):
+        return
+    if json.loads(config.read_text("utf-8")).get("gguf_tokenizer_pre") in GPT2_WITH_DIGITS:
+        fields = json.loads(tokenizer.read_text("utf-8"))
+        fields |= {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": GPT2_SPLITS}}
+        tokenizer.write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
 
 
 def _run_converter(
