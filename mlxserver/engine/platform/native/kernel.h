@@ -10,20 +10,16 @@ struct Product {
   const void* biases;     // likewise; a weight is scale * quantized + bias
   float* out;             // [rows, outputs]
   int64_t rows, inputs, outputs;
-  int bits, group;
+  int bits, group;        // 4 or 8; 32, 64 or 128
   int type;               // of scales and biases: 0 float32, 1 float16, 2 bfloat16
 };
 
-// Compute outputs from `first` to before `last`. scratch: scratch_floats() floats, aligned to 64 bytes.
-using Kernel = void (*)(const Product&, int64_t first, int64_t last, float* scratch);
-constexpr int64_t PANEL = 4;     // outputs that are computed together
-constexpr int64_t DEPTH = 1024;  // inputs of a panel that are dequantized at once: 16 KB, half of a first-level cache
-constexpr int64_t scratch_floats(int64_t inputs, int group) {
-  return PANEL * DEPTH + 2 * PANEL * (inputs / group + 1);
-}
+// Compute outputs from `first` to before `last`.
+using Kernel = void (*)(const Product&, int64_t first, int64_t last) noexcept;
+constexpr int64_t OUTPUTS = 32;  // outputs that a kernel computes together at most: a thread gets whole ones
 
 extern "C" {
-void product_portable(const Product&, int64_t, int64_t, float*);
-void product_avx2(const Product&, int64_t, int64_t, float*);
-void product_avx512(const Product&, int64_t, int64_t, float*);
+void product_portable(const Product&, int64_t, int64_t) noexcept;
+void product_avx2(const Product&, int64_t, int64_t) noexcept;
+void product_avx512(const Product&, int64_t, int64_t) noexcept;
 }

@@ -3,12 +3,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 
 #include "kernel.h"
 #include "mlx/allocator.h"
+#include "mlx/backend/common/utils.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
@@ -47,26 +47,20 @@ Kernel kernel(const std::string& name) {
   throw std::invalid_argument("this CPU has no instruction set " + name);
 }
 
-// A thread's scratch memory, as large as its largest product needed.
-float* scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, std::free);
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    size = (floats + 15) / 16 * 16;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
-    if (!memory) throw std::bad_alloc();
-  }
-  return memory.get();
+// An array's elements in the order of its rows, whatever its strides are.
+void copy_rows(const mx::array& from, float* out) {
+  const float* data = from.data<float>();
+  for (int64_t i = 0; i < int64_t(from.size()); i++) out[i] = data[mx::elem_to_loc(i, from.shape(), from.strides())];
 }
 
-void compute(const Product& p, Kernel kernel) {
+void compute(const Product& p, Kernel kernel) noexcept {
   // Pieces of 16,000 multiplications or more, some eight per thread at most.
   int64_t piece = (16384 + p.inputs * p.rows - 1) / (p.inputs * p.rows);
   if (piece < p.outputs / 32) piece = p.outputs / 32;
-  piece = (piece + PANEL - 1) / PANEL * PANEL;
-  helpers().run((p.outputs + piece - 1) / piece, [&](int64_t n) {
-    int64_t last = (n + 1) * piece;
-    kernel(p, n * piece, last < p.outputs ? last : p.outputs, scratch(scratch_floats(p.inputs, p.group)));
+  piece = (piece + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
+  helpers().run((p.outputs + piece - 1) / piece, [&](int64_t n) noexcept {
+    const int64_t last = (n + 1) * piece;
+    kernel(p, n * piece, last < p.outputs ? last : p.outputs);
   });
 }
 
@@ -77,15 +71,20 @@ class QuantizedProduct : public mx::UnaryPrimitive {
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
-    const mx::array &x = inputs[0], &words = inputs[1], &scales = inputs[2], &biases = inputs[3];
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    mx::array x = inputs[0];
+    const mx::array &words = inputs[1], &scales = inputs[2], &biases = inputs[3];
+    if (!x.flags().row_contiguous) {
+      x = mx::array(x.shape(), mx::float32, nullptr, {});
+      x.set_data(mx::allocator::malloc(x.nbytes()));
+      encoder.add_temporary(x);
+      encoder.dispatch([from = mx::array::unsafe_weak_copy(inputs[0]), out = x.data<float>()] { copy_rows(from, out); });
+    }
     const int type = scales.dtype() == mx::float32 ? 0 : scales.dtype() == mx::float16 ? 1 : 2;
     const int64_t width = x.shape(-1);
     Product product{x.data<float>(),      words.data<uint32_t>(), scales.data<void>(),         biases.data<void>(),
                     out.data<float>(),    int64_t(x.size()) / width, width, int64_t(words.shape(0)), bits_,
                     group_,               type};
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.set_input_array(x);
-    encoder.set_output_array(out);
     encoder.dispatch([product, kernel = kernel_] { compute(product, kernel); });
   }
 
@@ -122,7 +121,9 @@ mx::array product(const mx::array& x, const mx::array& words, const mx::array& s
   auto stream = mx::default_stream(mx::Device::cpu);
   if (!x.size()) return mx::zeros(shape, mx::float32, stream);
   std::vector<mx::array> arrays{mx::astype(x, mx::float32, stream), words, scales, biases};
-  for (auto& array : arrays) array = mx::contiguous(array, false, stream);
+  for (size_t i = 1; i < arrays.size(); i++)
+    if (!arrays[i].is_available() || !arrays[i].flags().row_contiguous)
+      arrays[i] = mx::contiguous(arrays[i], false, stream);
   return mx::array(shape, mx::float32, std::make_shared<QuantizedProduct>(stream, bits, group, kernel(level)), arrays);
 }
 

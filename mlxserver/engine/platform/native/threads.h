@@ -1,16 +1,17 @@
 // Threads that help with one product at a time; a product that finds them busy is computed by its own thread alone, so
 // that models that run beside each other do not take more cores than there are.
 //
-// Rule: what the caller waits for are pieces that a helper has begun, never a helper that has yet to wake up.
+// Rule 1: what the caller waits for are pieces that a helper has begun, never a helper that has yet to wake up.
+// Rule 2: nothing is allocated for a product and no piece throws: it would end the process. Where the system grants no
+//         more threads there are fewer helpers.
 #pragma once
 #include <sched.h>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
-#include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 inline void relax() {
@@ -23,18 +24,22 @@ inline void relax() {
 
 class Helpers {
  public:
-  explicit Helpers(int count) : count_(count) {
-    for (int i = 0; i < count; i++) std::thread([this] { help(); }).detach();
+  explicit Helpers(int count) {
+    try {
+      for (; count_ < count; count_++) std::thread([this] { help(); }).detach();
+    } catch (const std::system_error&) {
+    }
   }
 
   // Call work(piece) for every piece. Blocks.
-  void run(int64_t pieces, const std::function<void(int64_t)>& work) {
+  template <typename Work>
+  void run(int64_t pieces, const Work& work) noexcept {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!count_ || pieces < 2 || !turn.owns_lock()) {
       for (int64_t i = 0; i < pieces; i++) work(i);
       return;
     }
-    Job job{{0}, pieces, work};
+    Job job{{0}, pieces, &work, [](const void* own, int64_t piece) { (*static_cast<const Work*>(own))(piece); }};
     job_ = &job;
     ++calls_;
     if (asleep_) {
@@ -50,9 +55,10 @@ class Helpers {
   struct Job {
     std::atomic<int64_t> next;
     int64_t pieces;
-    const std::function<void(int64_t)>& work;
+    const void* work;
+    void (*call)(const void* work, int64_t piece);
     void take() {
-      for (int64_t i; (i = next++) < pieces;) work(i);
+      for (int64_t i; (i = next++) < pieces;) call(work, i);
     }
   };
 
@@ -70,7 +76,7 @@ class Helpers {
     --asleep_;
   }
 
-  void help() {
+  void help() noexcept {
     for (uint64_t seen = 0;;) {
       await(seen);
       seen = calls_;
@@ -80,7 +86,7 @@ class Helpers {
     }
   }
 
-  const int count_;
+  int count_ = 0;  // set before the first product
   std::mutex turn_, sleep_;
   std::condition_variable wake_;
   std::atomic<Job*> job_{nullptr};
