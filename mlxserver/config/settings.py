@@ -17,7 +17,7 @@ from mlxserver.config.http import FILES, HttpSettings
 ModelType = Literal["thinking", "instruction"]
 Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
-Weights = Literal["auto", "stored", "bfloat16"]
+Weights = Literal["auto", "stored", "bfloat16", "float32"]
 KVBits = Literal[4, 8]
 KVGroupSize = Literal[32, 64, 128]
 LogFormat = Literal["text", "json"]
