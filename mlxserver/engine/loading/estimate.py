@@ -154,7 +154,7 @@ def _native_bytes(values: int, stored: int, config: Mapping[str, Any]) -> int:
     """
     width = _float_bytes(config)
     if width == 4:
-        return stored
+        return min(stored, values * 4)
     stated = config.get("quantization") or config.get("quantization_config") or {}
     formats = [stated, *(part for part in stated.values() if isinstance(part, Mapping))]
     if not all(_has_kernel(part, stated) for part in formats):
