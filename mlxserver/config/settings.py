@@ -44,9 +44,9 @@ class ModelSpec:
     unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
     several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
     the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
-    stored, or dequantized to 16 bits or float32; "auto" takes what is fastest on the device and leaves room for others. kv_bits:
-    bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size: values that share a
-    scale then.
+    stored, or dequantized to 16 bits or float32; "auto" takes what is fastest on the device and leaves room for
+    others. kv_bits: bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size:
+    values that share a scale then.
     """
 
     key: Annotated[str, Shared()]
