@@ -180,6 +180,8 @@ class ModelManager:
             ModelExists, ModelReplaced, LoadFailed, LoadAborted, NoRoom, ModelUnloading
         """
         known = self._registry.get(spec.key)
+        if known is None or replaces:
+            self._registry.check_aliases(spec)
         if known and replaces and contradicts(spec, known.spec):
             load = self._replace(known, self._new(spec), on_progress)
         elif known is None and (other := self._registry.with_alias(spec.key)):

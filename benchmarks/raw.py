@@ -1,10 +1,11 @@
 """Ceiling of the servers: engines in-process, without HTTP, and the limit set by the memory's bandwidth.
 
-Run as a separate process (python -m benchmarks.raw), so that it shares no memory and no BLAS library with the rest.
+A separate process (python -m benchmarks.raw), so that it shares no memory and no BLAS library with the rest. It reads
+names of measures as lines of JSON, and answers each with its figures (worker.py).
 
 Rule 1: the load on an engine is the closed loop of a server's load, with prompts of the same length, and its figures
         are those of the same summary.
-Rule 2: a loop is run once, shorter, before it is measured.
+Rule 2: a loop is run once, shorter, before it is measured first, and with one sequence before it is measured again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 from collections import abc, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,12 +30,14 @@ from mlxserver.engine.mlx import mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm import load
+from mlx_lm.utils import load_tokenizer
 
 from benchmarks.engines import Engine, MlxLmEngine, OurEngine
 from benchmarks.machine import has_gpu
-from benchmarks.settings import GREEDY, SAMPLED, Sizes
+from benchmarks.settings import BANDWIDTH, GREEDY, RAW, SAMPLED, Sizes, split_scenario
 from benchmarks.stats import decode_rate, summarise
 from benchmarks.vocabulary import Prompts
+from benchmarks.worker import answer_lines
 from mlxserver.client.bench.load import Sample
 from mlxserver.client.events import Usage
 from mlxserver.client.stats import Timing
@@ -68,8 +72,8 @@ def drive(engine: Engine, sequences: abc.Sequence[Sequence], clients: int) -> li
 class SequenceMaker:
     """Maker of sequences as a server would prepare them: chats with distinct prompts, in the model's template."""
 
-    def __init__(self, directory: Path, tokenizer: Any, sizes: Sizes) -> None:
-        self._prompts = Prompts(directory)
+    def __init__(self, directory: Path, tokenizer: Any, sizes: Sizes, name: str) -> None:
+        self._prompts = Prompts(directory, name)
         self._tokenizer = tokenizer
         self._length = sizes.prompt_tokens
 
@@ -93,19 +97,29 @@ def distinct_sampling(number: int) -> SamplingParams:
     )
 
 
+SAMPLING: abc.Mapping[str, Callable[[int], SamplingParams]] = {
+    "greedy": lambda _: SamplingParams(**GREEDY),
+    "greedy batch": lambda _: SamplingParams(**GREEDY),
+    "sampled": lambda _: SamplingParams(**SAMPLED),
+    "sampler a row": lambda _: SamplingParams(**SAMPLED),
+    "distinct batch": distinct_sampling,
+}
+
+
 def measure_engine(
     make: Callable[[], Engine],
     maker: SequenceMaker,
     sizes: Sizes,
     settings: Callable[[int], SamplingParams],
     clients: int,
-    rounds: int,
+    requests_per_client: int,
+    first: bool,
 ) -> dict[str, float]:
     """The figures of one engine in a closed loop, and the rate of its decode steps with all clients."""
     engine = make()
     try:
-        drive(engine, maker.make(clients, settings, sizes.warmup_tokens), clients)
-        timings = drive(engine, maker.make(clients * rounds, settings, sizes.max_tokens), clients)
+        drive(engine, maker.make(clients if first else 1, settings, sizes.warmup_tokens), clients)
+        timings = drive(engine, maker.make(clients * requests_per_client, settings, sizes.max_tokens), clients)
     finally:
         engine.close()
     figures = summarise(list(map(Sample, timings))).figures()
@@ -151,48 +165,59 @@ def weight_bytes(model: Any, tied: bool) -> int:
     return sum(array.nbytes for name, array in tree_flatten(model.parameters()) if not name.startswith(skip))
 
 
-def measure_ceiling(directory: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """All figures by engine and name."""
-    model, tokenizer, config = load(str(directory), return_config=True)
-    maker, peak, batch = SequenceMaker(directory, tokenizer, sizes), sizes.peak, sizes.raw_batch
-    read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
+class Measures:
+    """All measures of a model by part and scenario, each with the figures of one round."""
 
-    def figures(
-        make: Callable[[], Engine], settings: Callable[[int], SamplingParams], clients: int, rounds: int = 1
-    ) -> dict[str, float]:
-        return measure_engine(make, maker, sizes, settings, clients, rounds)
+    def __init__(self, directory: Path, sizes: Sizes) -> None:
+        self._directory, self._sizes = directory, sizes
+        self._measured: set[tuple[str, str]] = set()
 
-    def greedy(_: int) -> SamplingParams:
-        return SamplingParams(**GREEDY)
+    @cached_property
+    def _theirs(self) -> tuple[Any, Any, dict[str, Any]]:
+        model, tokenizer, config = load(str(self._directory), return_config=True)
+        return model, tokenizer, config
 
-    def sampled(_: int) -> SamplingParams:
-        return SamplingParams(**SAMPLED)
+    @cached_property
+    def _ours(self) -> Any:
+        return loader.load(ModelSpec("raw", str(self._directory))).model
 
-    results = {
-        "mlx-lm greedy": figures(lambda: MlxLmEngine(model, peak, shared=True), greedy, peak),
-        "mlx-lm one sampler": figures(lambda: MlxLmEngine(model, peak, shared=True), sampled, peak),
-        "mlx-lm sampler a row": figures(lambda: MlxLmEngine(model, peak, shared=False), sampled, peak),
-    }
-    model = loader.load(ModelSpec("raw", str(directory))).model
-    results |= {
-        "ours sampled": figures(lambda: OurEngine(model, peak), sampled, peak, sizes.rounds),
-        "ours greedy, full batch": figures(lambda: OurEngine(model, batch), greedy, batch),
-        "ours distinct, full batch": figures(lambda: OurEngine(model, batch), distinct_sampling, batch),
-    }
-    bandwidth = measure_bandwidth()
-    limit = {"bytes_per_second": bandwidth, "weight_bytes": float(read), "tokens_per_second": peak * bandwidth / read}
-    return {**results, "bandwidth": limit}
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._directory)
+
+    def figures(self, part: str, scenario: str, number: int) -> dict[str, float]:
+        """The figures of a scenario in a round. Raises KeyError for one that does not exist."""
+        if scenario == BANDWIDTH:
+            return self._bandwidth()
+        kind, clients = split_scenario(scenario)
+        sizes, first = self._sizes, (part, scenario) not in self._measured
+        self._measured.add((part, scenario))
+        maker = SequenceMaker(self._directory, self._tokenizer, sizes, f"{scenario} {number}")
+        each = sizes.requests_per_client if kind == "sampled" and part == RAW else 1
+        return measure_engine(self._engine(part, kind, clients), maker, sizes, SAMPLING[kind], clients, each, first)
+
+    def _engine(self, part: str, kind: str, clients: int) -> Callable[[], Engine]:
+        if part == RAW:
+            return lambda: OurEngine(self._ours, clients)
+        return lambda: MlxLmEngine(self._theirs[0], clients, shared=kind != "sampler a row")
+
+    def _bandwidth(self) -> dict[str, float]:
+        model, _, config = self._theirs
+        read = weight_bytes(model, bool(config.get("tie_word_embeddings", True)))
+        bandwidth = measure_bandwidth()
+        rate = self._sizes.peak * bandwidth / read
+        return {"bytes_per_second": bandwidth, "weight_bytes": float(read), "tokens_per_second": rate}
 
 
 def main() -> None:
-    """Measure the ceiling for one model directory and write it as JSON."""
+    """Answer with figures of one model directory until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="MLX directory")
     parser.add_argument("--sizes", type=json.loads, required=True, help="the fields of Sizes as JSON")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     sizes = Sizes(**{**arguments.sizes, "concurrency": tuple(arguments.sizes["concurrency"])})
-    arguments.out.write_text(json.dumps(measure_ceiling(arguments.model, sizes)), encoding="utf-8")
+    measures = Measures(arguments.model, sizes)
+    answer_lines(lambda question: measures.figures(*question))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """Scenarios of a measurement over HTTP: each puts load on one running server and returns its figures.
 
 Rule 1: a scenario sends every server the same requests in the same order.
-Rule 2: a scenario is run once, shorter, before it is measured: compilation is not part of a figure.
+Rule 2: a scenario is run once, shorter, before it is measured first: compilation is not part of a figure. Later rounds
+        have one request before them, which brings a server that was stopped back to speed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
+from benchmarks.embeddings import embed_all, make_texts
 from benchmarks.load import Target, run_load, run_one
+from benchmarks.servers import EMBEDDING, FIRST, GGUF, MLX_LM, OURS, SECOND
 from benchmarks.settings import GREEDY, SAMPLED, Mode, Sizes
 from benchmarks.stats import percentile, summarise, usage
 from benchmarks.vocabulary import Prompts
@@ -21,20 +24,27 @@ from mlxserver.client.api import Message
 from mlxserver.client.bench.load import Sample, read, send, without_collector
 from mlxserver.client.recorder import PreparedRequest
 from mlxserver.client.stats import Timing
+from mlxserver.engine.loading import sources
 
 Figures = dict[str, float]
 FOLLOW_UP_TOKENS = 20
 TOKENS_PER_PREFILL = 8  # of the stream, at least, during one long prefill
+SESSION_ANSWER = 16
+TEXTS_PER_REQUEST = 8
+EMBEDDING_CLIENTS = 16
+ENDLESS = {**GREEDY, "ignore_eos": True}  # for the GGUF file, whose tokenizer is its own
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Server to measure, the names of its two models, prompts, and how much to do."""
+    """Server to measure, the names of its models by role, prompts, and how much to do. first: in the first round."""
 
     target: Target
-    models: tuple[str, ...]
+    models: Mapping[str, str]
     prompts: Prompts
     sizes: Sizes
+    port: int
+    first: bool = True
 
     def question(self, tokens: int) -> Message:
         """A user message unlike any before it."""
@@ -45,40 +55,45 @@ class Bench:
     ) -> PreparedRequest:
         """A request with a prompt of its own; `seed` counts in mode seeded."""
         sampling = {"greedy": GREEDY, "sampled": SAMPLED, "seeded": {**SAMPLED, "seed": seed}}[mode]
+        sampling = ENDLESS if model == self.models.get(GGUF) else sampling
         return self.target.prepare(model, [self.question(prompt_tokens)], max_tokens, sampling)
 
-    def requests(self, mode: Mode, count: int, max_tokens: int) -> list[PreparedRequest]:
-        """Requests to the first model."""
-        model, length = self.models[0], self.sizes.prompt_tokens
+    def requests(self, mode: Mode, count: int, max_tokens: int, role: str = FIRST) -> list[PreparedRequest]:
+        """Requests to the model of a role."""
+        model, length = self.models[role], self.sizes.prompt_tokens
         return [self.request(model, length, max_tokens, mode, seed) for seed in range(count)]
 
 
-async def _warm_up(bench: Bench, mode: Mode, clients: int) -> None:
-    await run_load(bench.requests(mode, clients, bench.sizes.warmup_tokens), clients)
+async def _warm_up(bench: Bench, mode: Mode, clients: int, role: str = FIRST) -> None:
+    clients = clients if bench.first else 1
+    await run_load(bench.requests(mode, clients, bench.sizes.warmup_tokens, role), clients)
 
 
-async def measure_load(bench: Bench, mode: Mode, clients: int, rounds: int) -> Figures:
+async def measure_load(bench: Bench, mode: Mode, clients: int, role: str = FIRST) -> Figures:
     """A closed loop on one model."""
     # mlx_lm.server serves seeded requests one by one: there is no batch shape to warm up.
-    await _warm_up(bench, mode, 1 if mode == "seeded" else clients)
-    requests = bench.requests(mode, clients * rounds, bench.sizes.max_tokens)
+    await _warm_up(bench, mode, 1 if mode == "seeded" else clients, role)
+    sizes = bench.sizes
+    each = sizes.seeded_requests_per_client if mode == "seeded" else sizes.requests_per_client
+    requests = bench.requests(mode, clients * each, sizes.max_tokens, role)
     return summarise(await run_load(requests, clients)).figures()
 
 
 async def measure_two_models(bench: Bench) -> Figures:
     """A closed loop whose requests alternate between two models."""
     sizes = bench.sizes
-    for model in bench.models:
+    pair = [bench.models[FIRST], bench.models[SECOND]]
+    for model in pair:
         await run_one(bench.request(model, sizes.prompt_tokens, sizes.warmup_tokens, "sampled"))
-    count = sizes.pair_clients * sizes.rounds
-    models = [bench.models[number % 2] for number in range(count)]
+    models = [pair[number % 2] for number in range(sizes.pair_clients * sizes.requests_per_client)]
     requests = [bench.request(model, sizes.prompt_tokens, sizes.max_tokens, "sampled") for model in models]
     return summarise(await run_load(requests, sizes.pair_clients)).figures()
 
 
 async def measure_second_turn(bench: Bench) -> Figures:
     """TTFT of the first and the second turn of long conversations, one at a time; medians."""
-    await _converse(bench)
+    if bench.first:
+        await _converse(bench)
     turns = [await _converse(bench) for _ in range(bench.sizes.conversations)]
     first = percentile([turn.ttft for turn, _ in turns], 50)
     second = percentile([turn.ttft for _, turn in turns], 50)
@@ -93,7 +108,7 @@ async def measure_second_turn(bench: Bench) -> Figures:
 
 async def _converse(bench: Bench) -> tuple[Timing, Timing]:
     async def ask(messages: Sequence[Message]) -> Sample:
-        return await run_one(bench.target.prepare(bench.models[0], messages, bench.sizes.max_tokens, GREEDY))
+        return await run_one(bench.target.prepare(bench.models[FIRST], messages, bench.sizes.max_tokens, GREEDY))
 
     opening = bench.question(bench.sizes.conversation_tokens)
     first = await ask([opening])
@@ -104,7 +119,7 @@ async def _converse(bench: Bench) -> tuple[Timing, Timing]:
 
 async def measure_long_prefill(bench: Bench) -> Figures:
     """The gaps of a stream of the first model, alone and during long prefills of the second model."""
-    sizes, (model, other) = bench.sizes, bench.models[:2]
+    sizes, model, other = bench.sizes, bench.models[FIRST], bench.models[SECOND]
     await run_one(bench.request(other, sizes.prefill_tokens, 1))
     await run_one(bench.request(model, sizes.prompt_tokens, sizes.warmup_tokens))
     alone = require(await run_one(bench.request(model, sizes.prompt_tokens, sizes.stream_tokens)))
@@ -140,12 +155,14 @@ async def _stream_beside_prefills(bench: Bench, model: str, other: str) -> tuple
 
 async def measure_short_beside_long(bench: Bench) -> Figures:
     """TTFT and gaps of short requests that come together, alone and while a long conversation decodes; medians."""
-    sizes, model = bench.sizes, bench.models[0]
-    long = bench.request(model, sizes.long_tokens, sizes.long_answer)
+    sizes = bench.sizes
+    long = [bench.question(sizes.long_tokens)]
     await _warm_up(bench, "greedy", sizes.few)
-    alone = [timing for _ in range(sizes.rounds) for timing in await _few(bench)]
-    await run_one(bench.request(model, sizes.long_tokens, 1))
-    streaming, beside = asyncio.create_task(send(long)), []
+    alone = await _few(bench)
+    # The second request has its prompt from the prefix cache, and decodes at once.
+    await run_one(bench.target.prepare(bench.models[FIRST], long, 1, GREEDY))
+    stream = bench.target.prepare(bench.models[FIRST], long, sizes.long_answer, GREEDY)
+    streaming, beside = asyncio.create_task(send(stream)), list[Timing]()
     while not streaming.done():
         beside += await _few(bench)
     decoding = require(read(await streaming)).arrivals
@@ -165,6 +182,41 @@ async def _few(bench: Bench) -> list[Timing]:
     return [require(sample) for sample in await run_load(bench.requests("greedy", few, bench.sizes.max_tokens), few)]
 
 
+async def measure_session(bench: Bench) -> Figures:
+    """TTFT of the turns of an agent whose prompt grows behind a long system message, and of a prompt of that length.
+
+    turn_ttft: median from the second turn on. seconds: of all turns together.
+    """
+    sizes, half = bench.sizes, bench.sizes.session_tokens // 2
+    messages: list[Message] = [{"role": "system", "content": bench.prompts.make(half)}]
+    turns, begun = [], perf_counter()
+    for _ in range(sizes.session_turns):
+        messages.append(bench.question(max(8, half // sizes.session_turns - SESSION_ANSWER)))
+        turn = await run_one(bench.target.prepare(bench.models[FIRST], messages, SESSION_ANSWER, GREEDY))
+        messages.append({"role": "assistant", "content": turn.text})
+        turns.append(require(turn))
+    seconds = perf_counter() - begun
+    cold = require(await run_one(bench.request(bench.models[FIRST], sizes.session_tokens, SESSION_ANSWER)))
+    return {
+        "turn_ttft": percentile([turn.ttft for turn in turns[1:]], 50),
+        "last_ttft": percentile([turns[-1].ttft], 50),
+        "cold_ttft": percentile([cold.ttft], 50),
+        "seconds": seconds,
+        "prompt_tokens": usage(turns[-1]).prompt_tokens,
+        "cached_tokens": usage(turns[-1]).cached_tokens,
+    }
+
+
+async def measure_embeddings(bench: Bench) -> Figures:
+    """Tokens/s of texts of many lengths from many clients, some in each request."""
+    texts, _ = make_texts(sources.resolve("embedded:minilm"), bench.sizes.texts)
+    model = bench.models[EMBEDDING]
+    if bench.first:
+        await asyncio.to_thread(embed_all, bench.port, texts, EMBEDDING_CLIENTS, TEXTS_PER_REQUEST, model)
+    seconds, tokens = await asyncio.to_thread(embed_all, bench.port, texts, EMBEDDING_CLIENTS, TEXTS_PER_REQUEST, model)
+    return {"tokens_per_second": tokens / seconds}
+
+
 def require(sample: Sample) -> Timing:
     """The timing of a request that a figure needs. Raises RuntimeError if it failed or gave no text."""
     if sample.timing is None or not sample.timing.arrivals:
@@ -172,43 +224,46 @@ def require(sample: Sample) -> Timing:
     return sample.timing
 
 
-Scenario = Callable[[Bench], Coroutine[Any, Any, Figures]]
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Scenario of a measurement. roles: of the models that it takes. servers: that it is for; None for all.
+
+    full: whether it is left out unless everything is asked for.
+    """
+
+    run: Callable[[Bench], Coroutine[Any, Any, Figures]]
+    roles: tuple[str, ...] = (FIRST,)
+    servers: tuple[str, ...] | None = None
+    full: bool = False
+
+    def takes(self, server: str, roles: Collection[str]) -> bool:
+        """Whether a server takes part that has models of these roles."""
+        return (self.servers is None or server in self.servers) and set(self.roles) <= set(roles)
 
 
 def scenarios(sizes: Sizes) -> dict[str, Scenario]:
     """All scenarios by name, in the order of measuring."""
+    both, peak = (OURS, MLX_LM), sizes.peak
 
-    def load(mode: Mode, clients: int, rounds: int) -> Scenario:
-        return lambda bench: measure_load(bench, mode, clients, rounds)
+    def load(mode: Mode, clients: int, *, full: bool, servers: tuple[str, ...] | None = both) -> Scenario:
+        return Scenario(lambda bench: measure_load(bench, mode, clients), servers=servers, full=full)
 
-    loads = {
-        f"{mode} c={clients}": load(mode, clients, sizes.rounds)
-        for mode in ("greedy", "sampled")
-        for clients in sizes.concurrency
+    def gguf(clients: int) -> Scenario:
+        return Scenario(lambda bench: measure_load(bench, "greedy", clients, GGUF), (GGUF,))
+
+    ends = {
+        f"sampled c={n}": load("sampled", n, full=False, servers=None) for n in sorted({sizes.concurrency[0], peak})
     }
     return {
-        **loads,
-        f"seeded c={sizes.peak}": load("seeded", sizes.peak, sizes.seeded_rounds),
-        "second turn": measure_second_turn,
-        "long prefill": measure_long_prefill,
-        "two models": measure_two_models,
-        "short beside long": measure_short_beside_long,
+        **ends,
+        **{f"gguf c={n}": gguf(n) for n in sizes.concurrency},
+        "agent session": Scenario(measure_session, servers=both),
+        "short beside long": Scenario(measure_short_beside_long, servers=both),
+        "embeddings": Scenario(measure_embeddings, (EMBEDDING,)),
+        **{f"sampled c={n}": load("sampled", n, full=True) for n in sizes.concurrency if f"sampled c={n}" not in ends},
+        **{f"greedy c={n}": load("greedy", n, full=True) for n in sizes.concurrency},
+        f"seeded c={peak}": load("seeded", peak, full=True),
+        "two models": Scenario(measure_two_models, (FIRST, SECOND), both, full=True),
+        "second turn": Scenario(measure_second_turn, servers=both, full=True),
+        "long prefill": Scenario(measure_long_prefill, (FIRST, SECOND), both, full=True),
     }
-
-
-async def measure(
-    bench: Bench, chosen: Mapping[str, Scenario], results: dict[str, Figures], report: Callable[[str], None]
-) -> None:
-    """Run the chosen scenarios and put their figures into results; one that fails is left out.
-
-    report: called with a line of progress after each.
-    """
-    for name, scenario in chosen.items():
-        begun = perf_counter()
-        try:
-            results[name] = await scenario(bench)
-        except (RuntimeError, ValueError) as error:
-            report(f"{name} failed: {error}")
-            continue
-        errors = results[name].get("errors", 0)
-        report(f"{name}: {perf_counter() - begun:.0f} s" + (f", {errors:.0f} requests failed" if errors else ""))

@@ -1,19 +1,21 @@
-"""Both servers as child processes on free ports.
+"""Servers as child processes on free ports, which can be stopped for a while so that one is alone on the machine.
 
-Rule 1: both get the same model directories, the same BLAS library and their own default settings.
+Rule 1: all get the same weights and their own default settings; those with MLX on a Linux CPU the same BLAS library.
 Rule 2: a server's output is shown if it fails, and only then.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,11 @@ from benchmarks.load import HOST
 from benchmarks.machine import OPENBLAS, needs_openblas
 
 ROOT = Path(__file__).parent.parent
-OURS = "ours"
-MLX_LM = "mlx_lm.server"
+OURS, MLX_LM, LLAMA, VLLM_MLX, RAPID_MLX = "ours", "mlx_lm.server", "llama-server", "vllm-mlx", "Rapid-MLX"
+# Roles of models in scenarios. A server without a role is left out of the scenarios that need it.
+FIRST, SECOND, GGUF, EMBEDDING = "first", "second", "gguf", "embedding"
+PROGRAMS = {LLAMA: "llama-server", VLLM_MLX: "vllm-mlx", RAPID_MLX: "rapid-mlx"}
+SLOT_TOKENS = 2048  # of a sequence in llama-server, which reserves them at its start
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 30.0
 LOG_TAIL = 4000
@@ -35,12 +40,26 @@ class ServerFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Models of a run. pair: two directories of the same weights. gguf: a file. clients: the most at once.
+
+    gguf_source: what our server calls that file.
+    """
+
+    pair: tuple[Path, Path]
+    clients: int
+    gguf: Path | None = None
+    gguf_source: str = "embedded:smollm2"
+    embedding: str | None = "embedded:minilm"
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
-    """Running server. models: the names for requests, one per directory."""
+    """Running server. models: the names for requests, by role."""
 
     name: str
     port: int
-    models: tuple[str, ...]
+    models: Mapping[str, str]
     process: subprocess.Popen[bytes]
 
     def peak_memory(self) -> int | None:
@@ -51,41 +70,104 @@ class Server:
         lines = status.read_text().splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
+    def pause(self) -> None:
+        """Take the processor from the server."""
+        pause(self.process)
+
+    def resume(self) -> None:
+        """Let the server run. Raises ServerFailed if it has ended."""
+        if self.process.poll() is not None:
+            raise ServerFailed(f"{self.name} ended with status {self.process.returncode}")
+        resume(self.process)
+
+
+def pause(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process that leads its group, and all of the group, until resume()."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGSTOP)
+
+
+def resume(process: subprocess.Popen[bytes]) -> None:
+    """Let a group of processes go on."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGCONT)
+
+
+def find_program(name: str) -> str | None:
+    """The program of a server that is not part of this environment: by a variable, or on the PATH; None without one.
+
+    The variable of `llama-server` is LLAMA_SERVER, and so on.
+    """
+    program = PROGRAMS[name]
+    return os.environ.get(program.upper().replace("-", "_")) or shutil.which(program)
+
+
+def available() -> list[str]:
+    """The servers that can be measured on this machine."""
+    return [OURS, MLX_LM, *(name for name in PROGRAMS if find_program(name))]
+
 
 @contextmanager
-def running(name: str, directories: Sequence[Path]) -> Iterator[Server]:
-    """Start a server (OURS or MLX_LM) for the directories, and stop it at the end.
-
-    Raises ServerFailed if it does not start, or has ended before.
-    """
+def running(name: str, weights: Weights) -> Iterator[Server]:
+    """Start a server, and stop it at the end. Raises ServerFailed if it does not start."""
     port = free_port()
-    names, command = (_our_command if name == OURS else _mlx_lm_command)(directories, port)
+    models, command = COMMANDS[name](weights, port)
     with tempfile.TemporaryFile() as log:
-        environment = child_environment(preload=name == MLX_LM)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        environment = child_environment(preload=name in (MLX_LM, VLLM_MLX, RAPID_MLX))
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             _wait_until_up(name, process, port, log)
-            yield Server(name, port, names, process)
-            if process.poll() is not None:
-                raise ServerFailed(f"{name} ended with status {process.returncode}:\n{tail(log)}")
+            yield Server(name, port, models, process)
         except Exception as error:
             error.add_note(f"Last output of {name}:\n{tail(log)}")
             raise
         finally:
-            _stop(process)
+            stop(process)
 
 
-def _our_command(directories: Sequence[Path], port: int) -> tuple[tuple[str, ...], list[str]]:
-    keys = tuple("abcdefgh"[: len(directories)])
-    models = [flag for key, path in zip(keys, directories, strict=True) for flag in ("--model", f"{key}={path}")]
-    flags = ["--no-defaults", "--log-level", "warning"]
-    return keys, [sys.executable, "mlx_api_server.py", "--host", HOST, "--port", str(port), *flags, *models]
+Command = tuple[Mapping[str, str], list[str]]
 
 
-def _mlx_lm_command(directories: Sequence[Path], port: int) -> tuple[tuple[str, ...], list[str]]:
-    names = tuple(str(path) for path in directories)
-    flags = ["--host", HOST, "--port", str(port), "--model", names[0], "--log-level", "WARNING"]
-    return names, [sys.executable, "-m", "mlx_lm", "server", *flags]
+def _our_command(weights: Weights, port: int) -> Command:
+    sources = {FIRST: str(weights.pair[0]), SECOND: str(weights.pair[1])}
+    sources |= {GGUF: weights.gguf_source} if weights.gguf else {}
+    sources |= {EMBEDDING: weights.embedding} if weights.embedding else {}
+    models = [flag for key, source in sources.items() for flag in ("--model", f"{key}={source}")]
+    # Prompts are the same in each run: they must not be found on disk.
+    flags = ["--no-defaults", "--log-level", "warning", "--prefix-cache-disk-bytes", "0"]
+    command = [sys.executable, "mlx_api_server.py", "--host", HOST, "--port", str(port), *flags, *models]
+    return {key: key for key in sources}, command
+
+
+def _mlx_lm_command(weights: Weights, port: int) -> Command:
+    first, second = map(str, weights.pair)
+    flags = ["--host", HOST, "--port", str(port), "--model", first, "--log-level", "WARNING"]
+    return {FIRST: first, SECOND: second}, [sys.executable, "-m", "mlx_lm", "server", *flags]
+
+
+def _llama_command(weights: Weights, port: int) -> Command:
+    slots = ["--parallel", str(weights.clients), "--ctx-size", str(weights.clients * SLOT_TOKENS)]
+    flags = ["--model", str(weights.gguf), "--host", HOST, "--port", str(port), *slots, "--offline"]
+    return {GGUF: GGUF}, [str(find_program(LLAMA)), *flags]
+
+
+def _serve_command(name: str, *flags: str) -> Callable[[Weights, int], Command]:
+    def command(weights: Weights, port: int) -> Command:
+        first = str(weights.pair[0])
+        return {FIRST: first}, [str(find_program(name)), "serve", first, "--host", HOST, "--port", str(port), *flags]
+
+    return command
+
+
+COMMANDS: Mapping[str, Callable[[Weights, int], Command]] = {
+    OURS: _our_command,
+    MLX_LM: _mlx_lm_command,
+    LLAMA: _llama_command,
+    VLLM_MLX: _serve_command(VLLM_MLX, "--continuous-batching"),
+    RAPID_MLX: _serve_command(RAPID_MLX),
+}
 
 
 def child_environment(*, preload: bool = False) -> dict[str, str]:
@@ -124,10 +206,12 @@ def tail(log: IO[bytes], most: int = LOG_TAIL) -> str:
     return log.read().decode(errors="replace")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads its group, which may be stopped."""
+    resume(process)
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()

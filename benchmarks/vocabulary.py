@@ -3,7 +3,7 @@
 Rule 1: a model with an endless tokenizer never ends an answer: the id of its end-of-text token is beyond the
         vocabulary, so each server generates exactly max_tokens.
 Rule 2: every token id below the vocabulary size has a text of its own, as in a trained model.
-Rule 3: the same seed gives the same prompts, and no two prompts of a run begin alike, so that a prefix cache matches
+Rule 3: the same name gives the same prompts, and no two prompts of a run begin alike, so that a prefix cache matches
         repeated turns of a conversation and nothing else.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -54,17 +55,23 @@ def _special(token_id: int) -> dict[str, object]:
     return {"id": token_id, "content": END, **flags}
 
 
-class Prompts:
-    """Generator of distinct texts of a given length in tokens, the same texts for the same seed."""
+@cache
+def _tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
-    def __init__(self, directory: Path, seed: int = 0) -> None:
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._random = random.Random(seed)
+
+class Prompts:
+    """Generator of distinct texts of a given length in tokens, the same texts for the same name."""
+
+    def __init__(self, directory: Path, name: str = "") -> None:
+        self._tokenizer = _tokenizer(directory)
+        self._random = random.Random(name)
+        self._name = name
         self._made = 0
 
     def make(self, tokens: int) -> str:
         """A text of `tokens` tokens (without the chat template's), unlike any before."""
         self._made += 1
-        words = [f"{self._made} notes:", *self._random.choices(WORDS, k=tokens)]
+        words = [f"{self._name} {self._made} notes:".lstrip(), *self._random.choices(WORDS, k=tokens)]
         ids = self._tokenizer.encode(" ".join(words), add_special_tokens=False).ids
         return str(self._tokenizer.decode(ids[:tokens]))

@@ -35,11 +35,13 @@ class Execution:
     cache: str
     padded_prefill: bool
     compiled: bool
+    speculation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """A model of the library. place: whose folder it is in. path: of the directory or file. Sizes are bytes.
+    """A model of the library. place: whose folder it is in. path: of the directory or file, None
+    where it is not shown. Sizes are bytes.
 
     format: mlx or gguf. quantization: "4-bit", "Q4_K", or the type of the weights. needed_bytes: about what it takes
     in memory; fits: whether that is there: now, after_eviction, or never. From format on None for a damaged one;
@@ -47,7 +49,7 @@ class LocalFiles:
     """
 
     place: str
-    path: str
+    path: str | None
     size_bytes: int
     format: str | None = None
     architecture: str | None = None
@@ -89,7 +91,8 @@ class ModelStatus:
     reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. kind, type,
     context_length (tokens), capabilities, execution and estimate are None while not known. progress: of the load, while
     there is one. failure: why the last load failed. load_seconds: duration of the last load. local: its files, if it is
-    one of the library. kv_bits, kv_group_size: of its quantised KV cache, None where it has the model's own type.
+    one of the library. weights: how quantized ones are held, as its settings have it. kv_bits, kv_group_size: of its
+    quantised KV cache, None where it has the model's own type.
     """
 
     key: str
@@ -113,5 +116,6 @@ class ModelStatus:
     failure: str | None = None
     load_seconds: float = 0.0
     local: LocalFiles | None = None
+    weights: str = "auto"
     kv_bits: int | None = None
     kv_group_size: int | None = None

@@ -23,7 +23,7 @@ from mlxserver.api.schema.response_shapes import (
     named,
     one_of,
 )
-from mlxserver.config.settings import Kind
+from mlxserver.config.settings import Kind, Weights
 
 STATE = one_of("unloaded", "loading", "loaded", "draining", "failed")
 FINISH = one_of("stop", "length", "tool_calls")
@@ -35,7 +35,10 @@ HEAD = {"id": TEXT, "created": COUNT, "model": TEXT, "system_fingerprint": TEXT}
 COUNTS = {"usage": named("Usage"), "timings": named("Timings")}
 
 EXECUTION = exactly(
-    cache=one_of("slots", "merged", "single"), padded_prefill={"type": "boolean"}, compiled={"type": "boolean"}
+    cache=one_of("slots", "merged", "single"),
+    padded_prefill={"type": "boolean"},
+    compiled={"type": "boolean"},
+    speculation={"type": "boolean"},
 )
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 FITS = one_of("now", "after_eviction", "never")
@@ -185,6 +188,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         meta=exactly(n_ctx_train=maybe(COUNT)),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
         execution=maybe(EXECUTION),
+        weights=one_of(*get_args(Weights)),
         kv_bits=maybe(COUNT),
         kv_group_size=maybe(COUNT),
         memory_bytes=COUNT,
@@ -208,7 +212,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
                 status=exactly(value=STATE, error_=TEXT),
                 kind=maybe(one_of(*get_args(Kind))),
                 context_length=maybe(COUNT),
-                path=TEXT,
+                path=maybe(TEXT),
                 error=maybe(TEXT),
                 **LOCAL,
             )

@@ -84,7 +84,7 @@ async def ls(options: Namespace, settings: ReadSettings) -> int:
         return print_json({"server": found.url, "data": [*found.models, *found.damaged]})
     print_rows(COLUMNS, [_row(each) for each in found.models])
     for each in found.damaged:
-        print_status(f"{each['id']} can't be loaded: {each['error']} ({each['path']})")
+        print_status(f"{each['id']} can't be loaded: {each['error']} ({each['path'] or each['place']})")
     return 0
 
 
@@ -131,7 +131,8 @@ async def rm(options: Namespace, settings: ReadSettings) -> int:
     found = await listing(options, settings)
     fields = found.find(options.model)
     taken = size((fields.get("local") or fields).get("size_bytes"))
-    if not options.yes and not _is_confirmed(f"Remove {fields['id']} ({taken}, {fields.get('path', '')})?"):
+    where = ", ".join(filter(None, (taken, fields.get("path"))))
+    if not options.yes and not _is_confirmed(f"Remove {fields['id']} ({where})?"):
         print_status("Nothing was removed.")
         return 1
     if found.url:

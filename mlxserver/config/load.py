@@ -200,12 +200,13 @@ def _checked(
 
 
 def _aliases(place: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and _is_alias(name) for name in value):
+    if not isinstance(value, list) or not all(isinstance(name, str) and is_alias(name) for name in value):
         raise ConfigInvalid(place, value, f"a list of names, each like {KEY_EXPECTED}, or of patterns such as 'gpt-*'")
     return tuple(value)
 
 
-def _is_alias(name: str) -> bool:
+def is_alias(name: str) -> bool:
+    """Whether a text can be an alias: a name, or a pattern of names."""
     return (ALIAS if is_pattern(name) else MODEL_KEY).fullmatch(name) is not None
 
 

@@ -18,6 +18,7 @@ ModelType = Literal["thinking", "instruction"]
 Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
 Weights = Literal["auto", "stored", "bfloat16", "float32"]
+Speculation = Literal["auto", "off", "always"]
 KVBits = Literal[4, 8]
 KVGroupSize = Literal[32, 64, 128]
 LogFormat = Literal["text", "json"]
@@ -46,7 +47,8 @@ class ModelSpec:
     the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
     stored, or dequantized to 16 bits or float32; "auto" takes what is fastest on the device and leaves room for
     others. kv_bits: bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size:
-    values that share a scale then.
+    values that share a scale then. speculation: tokens are drafted from the prompt and the answer so far, and
+    verified together: "auto" where that is measured to be faster, or wherever some are predicted.
     """
 
     key: Annotated[str, Shared()]
@@ -71,6 +73,7 @@ class ModelSpec:
     weights: Annotated[Weights, Shared(), Identity()] = "auto"
     kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
     kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
+    speculation: Speculation = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,8 @@ def _seconds() -> Histogram:
 class ModelMetrics:
     """All counters of one model.
 
-    Written by the engine thread: batch_size, inter_token, generated_tokens (those of running requests included) and
-    faults; by the event loop: the rest. `requests` are keyed
+    Written by the engine thread: batch_size, inter_token, generated_tokens (those of running requests included),
+    drafted_tokens, accepted_tokens and faults; by the event loop: the rest. `requests` are keyed
     by outcome ("stop", "length", "tool_calls", "cancelled", or an error's name) and the dialect of the client ("" where
     there is none), `ttft` by the dialect, `loads` by "loaded", "failed",
     "aborted" and "refused", `unloads` by cause ("drain", "abort", "reject", "evict", "idle"), `faults` by what failed
@@ -69,6 +69,8 @@ class ModelMetrics:
     completion_tokens: int = 0
     reasoning_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     unloads: Counter[str] = field(default_factory=Counter)

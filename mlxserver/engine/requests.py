@@ -236,11 +236,15 @@ Question = Tokenize | Detokenize | ApplyTemplate
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Paths that serve a model. cache: of its decode batch ("single": a forward pass per sequence and step)."""
+    """Paths that serve a model. cache: of its decode batch ("single": a forward pass per sequence and step).
+
+    speculation: whether drafted tokens may be verified.
+    """
 
     cache: Literal["slots", "merged", "single"]
     padded_prefill: bool
     compiled: bool
+    speculation: bool = False
 
 
 @dataclass(frozen=True, slots=True)

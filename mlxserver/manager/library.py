@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.errors import ModelLoaded, ModelNotFound, SourceInvalid
@@ -26,6 +27,7 @@ from mlxserver.manager.tasks import Tasks
 log = logging.getLogger("models")
 
 FRESH = 10.0  # seconds for which a scan is up to date
+MOMENT = 2.0  # seconds for which one is that even for a list of the library, unless folders have changed
 
 
 class Library:
@@ -50,6 +52,7 @@ class Library:
         self._tasks = tasks
         self._by_request: set[str] = set()  # keys that requests registered
         self._scanned = -math.inf  # time.monotonic() of the last scan
+        self._seen: tuple[object, ...] = ()  # of its folders
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -158,6 +161,20 @@ class Library:
         if self._scan:
             await asyncio.shield(self._start())
 
+    async def refresh_if_old(self) -> None:
+        """As refresh(), unless the last scan was a moment ago and no entry of its folders has come or gone since."""
+        if time.monotonic() - self._scanned > MOMENT or self._seen != await asyncio.to_thread(self._look):
+            await self.refresh()
+
+    def _look(self) -> tuple[object, ...]:
+        """What tells that a scan would find more or less: the settings, and when the folders of models changed."""
+        settings = self._settings()
+        return (
+            settings.library,
+            settings.model_dirs,
+            {top: changed_at(top) for top in {each.top for each in self.models}},
+        )
+
     def _start(self) -> asyncio.Task[None]:
         if self._running is None:
             self._running = asyncio.create_task(self._run())
@@ -168,11 +185,20 @@ class Library:
         try:
             is_on = self._scan and settings.library
             self.models = await asyncio.to_thread(self._scan, settings.model_dirs) if is_on and self._scan else ()
+            self._seen = await asyncio.to_thread(self._look)
         except Exception as error:
             log.warning("The models of this machine could not be listed: %s: %s", type(error).__name__, error)
         finally:
             self._scanned, self._running = time.monotonic(), None
         self._remove_vanished()
+
+
+def changed_at(folder: Path) -> int | None:
+    """When an entry of a folder came or went, in nanoseconds; None if it is not there."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def sources_of(model: LocalModel) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlxserver.config.aliases import fits
+from mlxserver.config.aliases import clash, fits
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import ModelExists, ModelNotFound, ModelReplaced
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.manager.instance import ModelInstance
@@ -71,6 +72,13 @@ class Registry:
         aliases = {each: instance for instance in self.instances for each in instance.copied_aliases}
         aliases |= {each: instance for instance in self.instances for each in instance.spec.aliases}
         return aliases.get(alias)
+
+    def check_aliases(self, spec: ModelSpec) -> None:
+        """Refuse a model with an alias that is, or leaves open, another one's name. Raises ModelExists."""
+        for other in self.instances:
+            names = () if other.key == spec.key else (other.key, *other.aliases)
+            if taken := next((alias for alias in spec.aliases for name in names if clash(name, alias)), None):
+                raise ModelExists(taken, other.spec.source, spec.source)
 
     def copy(self, instance: ModelInstance, alias: str) -> None:
         """Give a model one more name; a model that was given it before loses it. Raises ModelExists."""

@@ -3,15 +3,16 @@
 Rule 1: HTML in the text is text.
 Rule 2: a link leads to http, https or mailto, or it is text; nothing is fetched: an image is a link to it.
 Rule 3: the tags and attributes are those of the renderers below alone; there are no ids, styles or scripts.
+Rule 4: a text takes a bounded time, whatever it is; one over the limits stays as it was written.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from html import escape
+from time import thread_time
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,9 +29,12 @@ T = TypeVar("T")
 
 SCHEMES = {"http", "https", "mailto"}
 MAX_HIGHLIGHTED = 10_000  # characters of a code block with colours: a lexer may take a quadratic time for one token
-COLOUR_SECONDS = 0.5  # for the code of a text; what has no colours by then stays without
+COLOUR_SECONDS = 0.5  # of CPU for the code of a text; what has no colours by then stays without
+TEXT_SECONDS = 0.5  # of CPU for the rest of a text; prose of MAX_TEXT characters takes a third of it
+TOTAL_SECONDS = 2.0  # of CPU for all texts of a request
 MAX_TEXT = 50_000  # characters; the time of hostile text grows with the square of its length
-END = "end"  # of the time for colours, by time.monotonic(), in the renderer's environment
+LIMIT = "limit"  # of the time for a text, by thread_time(), in the parser's environment
+COLOUR_LIMIT = "colour_limit"
 LINK = {"rel": "noopener noreferrer nofollow", "target": "_blank"}
 
 
@@ -40,7 +44,7 @@ class Renderer(RendererHTML):
     def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         """A code block, with the name of its language."""
         language = (tokens[idx].info.split() or [""])[0][:30]
-        return code_block(tokens[idx].content, language, env.get(END, math.inf))
+        return code_block(tokens[idx].content, language, env.get(COLOUR_LIMIT, math.inf))
 
     def code_block(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         """An indented code block."""
@@ -70,20 +74,35 @@ class Renderer(RendererHTML):
 
 
 class _TooSlow(Exception):
-    """The time for colours is over."""
+    """The time for a text, or for its colours, is over."""
 
 
 def code_block(code: str, language: str, end: float = math.inf) -> str:
-    """A code block in colours, as far as its language is known. end: of the time for them, by time.monotonic()."""
+    """A code block in colours, as far as its language is known. end: of the time for them, by thread_time()."""
     label = f'<span class="lang">{escape(language)}</span>' if language else ""
     return f'<div class="code">{label}<pre><code>{_coloured(code, language, end)}</code></pre></div>\n'
 
 
-def render(text: str) -> str:
-    """The HTML of a Markdown text. One that is longer than the limit stays as it is."""
+def render_texts(texts: Iterable[str]) -> list[str]:
+    """The HTML of each text. Those that are left when the time for all is over stay as they are."""
+    end = thread_time() + TOTAL_SECONDS
+    return [render(text, end) for text in texts]
+
+
+def render(text: str, end: float = math.inf) -> str:
+    """The HTML of a Markdown text. One that is longer than the limit, or takes longer, stays as it is.
+
+    end: of the time for it, by thread_time().
+    """
     if len(text) > MAX_TEXT:
-        return f"<pre>{escape(text)}</pre>"
-    return str(_parser().render(text, {END: time.monotonic() + COLOUR_SECONDS}))
+        return _plain(text)
+    parser, environment = _parser(), {LIMIT: min(end, thread_time() + TEXT_SECONDS)}
+    try:
+        tokens = parser.parse(text, environment)
+    except _TooSlow:
+        return _plain(text)
+    environment[COLOUR_LIMIT] = min(end, thread_time() + COLOUR_SECONDS)
+    return str(parser.renderer.render(tokens, parser.options, environment))
 
 
 def is_safe_link(url: str) -> bool:
@@ -110,13 +129,26 @@ def _coloured(code: str, language: str, end: float) -> str:
 def _until(end: float, tokens: Iterable[T]) -> Iterator[T]:
     """The tokens. Raises _TooSlow once the time is over."""
     for token in tokens:
-        if time.monotonic() > end:
+        if thread_time() > end:
             raise _TooSlow
         yield token
+
+
+def _plain(text: str) -> str:
+    return f'<div class="plain-text">{escape(text)}</div>'
+
+
+def _in_time(state: Any, *_: Any) -> bool:
+    """A rule of the parser that matches nothing. Raises _TooSlow once the time for the text is over."""
+    if thread_time() > state.env[LIMIT]:
+        raise _TooSlow
+    return False
 
 
 @cache
 def _parser() -> Any:
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=Renderer).enable(["table", "strikethrough"])
     parser.validateLink = is_safe_link  # type: ignore[method-assign]
+    for rules in (parser.block.ruler, parser.inline.ruler):
+        rules.before(rules.get_all_rules()[0], "in_time", _in_time)
     return parser

@@ -74,9 +74,13 @@ def routes(manager: ModelManager, reload: ReloadSettings, history: RequestHistor
         handler: Handler = next(getattr(each, endpoint.name) for each in rooms if hasattr(each, endpoint.name))
         return managing(handler) if endpoint.manages else handler
 
-    return [
-        Route(each.path.replace("{key}", "{key:path}"), handler_of(each), methods=[each.method]) for each in ENDPOINTS
-    ]
+    return [Route(path_of(each), handler_of(each), methods=[each.method]) for each in ENDPOINTS]
+
+
+def path_of(endpoint: Endpoint) -> str:
+    """Path of an endpoint's route. Keys of models have slashes, and so may the ids that clients give requests."""
+    path = endpoint.path.replace("{key}", "{key:path}")
+    return path.replace("{id}", "{id:path}") if endpoint.name == "retrieve_request" else path
 
 
 def managing(handler: Handler) -> Handler:

@@ -100,7 +100,7 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
 
 def failure_response(scope: Scope, status: int, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
     """The response to a request that failed, in the envelope of the client's API."""
-    note_error(failure.message)
+    note_error(failure)
     body = encode_failure(scope["path"], replace(failure, request_id=request_id()), Headers(scope=scope))
     return Response(body, status, headers, media_type="application/json")
 

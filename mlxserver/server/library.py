@@ -16,7 +16,7 @@ from mlxserver.engine.loading.pull import source_of
 from mlxserver.server.body import ignored_headers, read_body
 from mlxserver.server.errors import json_response
 from mlxserver.server.keys import Permission, require
-from mlxserver.server.model_status import local_status, remote_status
+from mlxserver.server.model_status import local_status, remote_status, seen_with
 from mlxserver.server.pull_response import PullResponse
 from model_manager import ModelManager
 
@@ -31,10 +31,11 @@ class LibraryHandlers:
         self._limits = Limits.of(manager.settings)
 
     async def list_library(self, request: Request) -> Response:
-        """GET /v1/library: searches the folders first."""
-        library = self._manager.library
-        await library.refresh()
-        return json_response(library_list(local_status(each, self._manager) for each in library.models))
+        """GET /v1/library: searches the folders first, unless that was done a moment ago."""
+        library, permission = self._manager.library, request.state.permission
+        await library.refresh_if_old()
+        models = (seen_with(permission, local_status(each, self._manager)) for each in library.models)
+        return json_response(library_list(models))
 
     async def search_library(self, request: Request) -> Response:
         """GET /v1/library/search?q=WORDS&limit=N: models of the hub."""

@@ -2,6 +2,7 @@
 
 Rule 1: the state is taken and encoded once per interval, however many read, and not at all while none does.
 Rule 2: a reader that has missed a change gets the whole state again.
+Rule 3: what all readers get has no path of this machine, which only admins may see.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mlxserver import __version__
 from mlxserver.api import sse
 from mlxserver.api.native.events import Figures, live_model, memory_object
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.server.model_status import model_status
+from mlxserver.server.model_status import model_status, without_paths
 from model_manager import ModelManager
 
 INTERVAL = 1.0  # seconds between two states
@@ -107,7 +108,9 @@ class LiveFeed:
         instances = {instance.key: instance for instance in self._manager.instances}
         samples = {key: Sample(instance.metrics) for key, instance in instances.items()}
         models = {
-            key: live_model(model_status(instance, self._manager), samples[key].since(self._samples.get(key)))
+            key: live_model(
+                without_paths(model_status(instance, self._manager)), samples[key].since(self._samples.get(key))
+            )
             for key, instance in instances.items()
         }
         self._samples = samples

@@ -31,6 +31,8 @@ TOTALS: Mapping[str, tuple[str, Callable[[ModelMetrics], int]]] = {
     "cached_tokens": ("Prompt tokens found in the prefix cache.", lambda m: m.cached_tokens),
     "completion_tokens": ("Tokens generated, reasoning included.", lambda m: m.completion_tokens),
     "reasoning_tokens": ("Tokens of reasoning.", lambda m: m.reasoning_tokens),
+    "drafted_tokens": ("Tokens that were drafted by speculation.", lambda m: m.drafted_tokens),
+    "accepted_tokens": ("Drafted tokens that were accepted.", lambda m: m.accepted_tokens),
 }
 KINDS: Mapping[str, tuple[str, str, Callable[[ModelMetrics], Mapping[str, int]]]] = {
     "loads": ("outcome", "Loads that have ended.", lambda m: m.loads),

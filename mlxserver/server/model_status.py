@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress, RemoteModel
 from mlxserver.engine import requests
+from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.hub_search import HubModel
 from mlxserver.engine.loading.library.scan import LocalModel
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.manager.memory_budget import MemoryBudget
 from mlxserver.manager.states import LoadProgress
+from mlxserver.server.keys import Permission
 from model_manager import ModelManager
 
 
@@ -40,6 +43,7 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         failure=instance.failure_reason,
         load_seconds=instance.load_seconds,
         local=local_files(local, manager.memory) if local and manager else None,
+        weights=spec.weights,
         kv_bits=spec.kv_bits,
         kv_group_size=spec.kv_group_size if spec.kv_bits else None,
     )
@@ -81,6 +85,23 @@ def local_files(model: LocalModel, memory: MemoryBudget) -> LocalFiles:
     )
 
 
+def seen_with(permission: Permission, status: ModelStatus) -> ModelStatus:
+    """The status as clients with a permission see it: without paths of this machine, unless they may name them."""
+    return status if permission >= Permission.NAME_FILES else without_paths(status)
+
+
+def without_paths(status: ModelStatus) -> ModelStatus:
+    """The status without paths of this machine; of a source that is one the name is left."""
+    local = replace(status.local, path=None) if status.local else None
+    if not sources.is_path(status.source):
+        return replace(status, local=local)
+    path = Path(status.source).expanduser()
+    failure = status.failure and status.failure.replace(f"{path.parent}/", "")
+    if local and local.fault:
+        local = replace(local, fault=local.fault.replace(f"{path.parent}/", ""))
+    return replace(status, source=path.name, failure=failure, local=local)
+
+
 def remote_status(model: HubModel, manager: ModelManager) -> RemoteModel:
     """Plain values of a model on the hub, and whether it fits in memory."""
     fits = None if model.needed_bytes is None else manager.memory.fits(model.needed_bytes)
@@ -88,7 +109,7 @@ def remote_status(model: HubModel, manager: ModelManager) -> RemoteModel:
 
 
 def _execution(paths: requests.Execution) -> Execution:
-    return Execution(paths.cache, paths.padded_prefill, paths.compiled)
+    return Execution(paths.cache, paths.padded_prefill, paths.compiled, paths.speculation)
 
 
 def progress(load: LoadProgress) -> Progress:

@@ -36,7 +36,7 @@ from mlxserver.server.errors import json_response
 from mlxserver.server.image_urls import ImageUrls
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.load_events import LoadResponse
-from mlxserver.server.model_status import local_status, model_status
+from mlxserver.server.model_status import local_status, model_status, seen_with
 from model_manager import ModelManager
 
 STALL_INTERVAL = 1.0  # seconds between two checks of whether an engine is stalled
@@ -61,13 +61,14 @@ class ModelHandlers:
         self._manager.library.refresh_soon()
         models = [model_status(instance, self._manager) for instance in self._manager.instances]
         models += [local_status(found, self._manager) for found in self._manager.library.unregistered]
+        models = [seen_with(request.state.permission, model) for model in models]
         if api_of(request.scope["path"], request.headers) is ANTHROPIC:
             return json_response(model_page(models, request.query_params))
         return json_response(model_list(models))
 
     async def retrieve_model(self, request: Request) -> Response:
         """GET /v1/models/{key}, as the client's API has it."""
-        model = self._status(request.path_params["key"])
+        model = seen_with(request.state.permission, self._status(request.path_params["key"]))
         is_anthropic = api_of(request.scope["path"], request.headers) is ANTHROPIC
         return json_response(model_info(model) if is_anthropic else model_card(model))
 
@@ -107,8 +108,8 @@ class ModelHandlers:
         if found is None:
             sources.check(asked.model)
             return asked.spec
-        aliases = self._manager.library.spec(found).aliases
-        return replace(asked.spec, key=asked.key or found.key, source=str(found.path), aliases=aliases)
+        aliases = dict.fromkeys((*self._manager.library.spec(found).aliases, *asked.aliases))
+        return replace(asked.spec, key=asked.key or found.key, source=str(found.path), aliases=(*aliases,))
 
     def _local(self, source: str) -> LocalModel | None:
         """The model of the library that a source is a name of, unless it is an id that the hub has."""

@@ -31,7 +31,7 @@ from mlxserver.server.body import ignored_headers, read_body
 from mlxserver.server.errors import json_response
 from mlxserver.server.keys import Permission, require
 from mlxserver.server.load_events import LoadResponse
-from mlxserver.server.model_status import local_status, model_status
+from mlxserver.server.model_status import local_status, model_status, seen_with
 from mlxserver.server.models import unless_stalled
 from mlxserver.server.page import index_response
 from mlxserver.server.pull_response import PullResponse
@@ -85,7 +85,8 @@ class OllamaHandlers:
         instance = self._known(*names_of(asked.asked))
         described = await self._describe([instance])
         defaults = sorted(instance.spec.defaults.items())
-        body = models.shown(model_status(instance), described[instance.key], defaults)
+        status = seen_with(request.state.permission, model_status(instance))
+        body = models.shown(status, described[instance.key], defaults)
         return json_response(body, headers=headers)
 
     async def ollama_pull(self, request: Request) -> Response | LoadResponse | PullResponse:

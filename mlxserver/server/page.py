@@ -16,7 +16,7 @@ from mlxserver.api.native.benchmark import BenchmarkRequest
 from mlxserver.api.native.page import RenderRequest, SessionRequest, rendered_texts, session_object
 from mlxserver.api.schema import parameters
 from mlxserver.page.files import INDEX, PageFile, page_file
-from mlxserver.page.markdown import render
+from mlxserver.page.markdown import render_texts
 from mlxserver.server.auth import SESSION_COOKIE
 from mlxserver.server.benchmark import BenchmarkResponse
 from mlxserver.server.body import read_body
@@ -88,7 +88,7 @@ class PageHandlers:
         """POST /v1/render."""
         asked = parameters.parse(RenderRequest, await read_body(request, self._manager.settings))
         async with self._rendering:
-            html = await asyncio.to_thread(lambda: [render(text) for text in asked.texts])
+            html = await asyncio.to_thread(render_texts, asked.texts)
         return json_response(rendered_texts(html))
 
     async def benchmark(self, request: Request) -> Response | BenchmarkResponse:

@@ -74,21 +74,22 @@ class PullResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, unless the client disconnects first."""
-        await until_disconnect(receive, self._respond(scope, receive, send))
-
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._streams:
-            pulled = await self._pull(lambda step: None)
-            body = self._encoder.complete(plan_of(pulled.plan), str(pulled.path))
-            return await Response(body, headers=self._headers, media_type="application/json")(scope, receive, send)
+            return await until_disconnect(receive, self._complete(scope, receive, send))
         headers = {"content-type": self._encoder.content_type, "cache-control": "no-cache", **self._headers}
         pulling = asyncio.ensure_future(self._pull(self._note))
         pulling.add_done_callback(lambda _: self._stepped.set())
         try:
             async with EventStream(send, headers, self._heartbeat_interval, self._encoder.heartbeat) as stream:
-                await self._stream(pulling, stream)
+                await until_disconnect(receive, self._stream(pulling, stream), stream.beat)
         finally:
             pulling.cancel()
+        return None
+
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pulled = await self._pull(lambda step: None)
+        body = self._encoder.complete(plan_of(pulled.plan), str(pulled.path))
+        await Response(body, headers=self._headers, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, pulling: asyncio.Future[Pulled], stream: EventStream) -> None:
         while not pulling.done():

@@ -1,6 +1,7 @@
 """Last requests that generated: what GET /v1/requests lists, and the trace of each.
 
-Rule 1: the texts of prompts and answers are in here only while log_contents is set, and never more than MAX_TEXT.
+Rule 1: the texts of prompts and answers are in here only while log_contents is set, and never more than MAX_TEXT. An
+        error that may quote them is kept without them.
 Rule 2: of a key there is a short digest of its id, which opens nothing.
 Rule 3: a trace has MAX_SPANS spans at most, however many prompts its request had.
 """

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlxserver.api.dialect import Failure
 from mlxserver.engine.events import Delta, Event
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.server.request_history import RequestHistory, RequestRecord
@@ -47,10 +48,14 @@ def note_generation(generation: Generation) -> None:
         record.submitted.append(time.monotonic())
 
 
-def note_error(message: str) -> None:
-    """Add an error to the record of the current request."""
+def note_error(failure: Failure) -> None:
+    """Add an error to the record of the current request. Of one that may quote the request only where it occurred is
+    kept, unless the request's texts are.
+    """
     if record := _current.get():
-        record.error = message
+        quotes = failure.kind == "invalid_request" and failure.code is None and record.prompt is None
+        place = f" for its '{failure.param}'" if failure.param else ""
+        record.error = f"The request was refused{place}." if quotes else failure.message
 
 
 def note_client(key_id: str) -> None:

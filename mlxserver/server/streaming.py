@@ -131,8 +131,9 @@ class GenerationResponse:
         except EngineError as error:
             if not stream.is_started:
                 raise
-            note_error(str(error))
-            self._pending += encoder.failed(failure_of(error)[1])
+            failure = failure_of(error)[1]
+            note_error(failure)
+            self._pending += encoder.failed(failure)
         await stream.end(self._take_pending())
 
     async def _collect(self) -> bytes:

@@ -1,5 +1,6 @@
 """A request is honoured or refused with the name of what is wrong; nothing is dropped, and nothing crashes."""
 
+import dataclasses
 import json
 import math
 
@@ -14,6 +15,7 @@ from mlxserver.api.native.unload import UnloadRequest
 from mlxserver.api.openai.chat import ChatCompletionRequest
 from mlxserver.api.schema.parameters import ValidationFailed, json_schema, parse
 from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.conversation import Message, Reasoning, Text, ToolCall, ToolResult
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -374,6 +376,19 @@ def test_a_load_needs_only_a_source():
     )  # fmt: skip
 
 
+def test_a_load_takes_what_a_models_section_takes():
+    stated = {each.name for each in dataclasses.fields(ModelSpec)} - {"key", "source", "preload"}
+    values = {"type": "thinking", "adapter": "d", "context_length": 512, "max_running": 2, "max_waiting": 3}
+    values |= {"prefix_cache_bytes": 5, "checkpoint_interval": 64, "cache_tokens": 600, "aliases": ["one", "gpt-*"]}
+    values |= {"pin": True, "ttl": 60, "defaults": {"temperature": 0.5}, "shard": "tensor", "kind": "text"}
+    values |= {"unclosed_thinking": "content", "min_context": 128, "weights": "stored", "kv_bits": 8}
+    values |= {"kv_group_size": 32}
+    assert values.keys() == stated
+    spec = parse(LoadRequest, orjson.dumps({"model": "org/name", **values})).spec
+    assert {name: getattr(spec, name) for name in stated} == {**values, "aliases": ("one", "gpt-*")}
+    assert parse(LoadRequest, b'{"model":"org/name"}').spec == ModelSpec("name", "org/name")
+
+
 def test_a_load_request_has_every_field():
     body = {"model": "x.gguf", "key": "a/b:c", "type": "thinking", "adapter": "d", "context_length": 512}
     body |= {"weights": "stored", "kv_bits": 4, "kv_group_size": 32}
@@ -393,6 +408,11 @@ def test_a_load_request_has_every_field():
         ("kv_bits", [0, 5, 16, "8", True]),
         ("kv_group_size", [0, 16, 96, "64"]),
         ("context_length", [0, -1, 1.5, "5"]),
+        ("min_context", [15, "16"]),
+        ("prefix_cache_bytes", [-1, "1GiB"]),
+        ("checkpoint_interval", [0, 1.5]),
+        ("unclosed_thinking", ["", True]),
+        ("aliases", ["name", [5], ["a b"], [""], {"a": 1}]),
         ("foo", [1]),
     ],
 )

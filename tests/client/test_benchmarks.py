@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import sys
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,16 @@ from benchmarks.kinds import KINDS, SIZES, kind_config
 from benchmarks.load import run_load, run_one, target
 from benchmarks.ranks import Deployment
 from benchmarks.report import render
+from benchmarks.rounds import Schedule, measure_rounds, medians
+from benchmarks.run import choose_scenarios, read_arguments
+from benchmarks.scenarios import scenarios
+from benchmarks.servers import EMBEDDING, FIRST, GGUF, LLAMA, OURS, SECOND, VLLM_MLX, ServerFailed
+from benchmarks.settings import CPU
 from benchmarks.shards import render as render_shards
 from benchmarks.shards import variables
 from benchmarks.stats import decode_rate, percentile, summarise
 from benchmarks.vocabulary import END, Prompts, write_endless_tokenizer
+from benchmarks.worker import Worker
 from mlxserver.client.bench.load import Sample
 from mlxserver.client.errors import StreamBroken
 from mlxserver.client.events import Usage
@@ -178,14 +187,137 @@ def test_prompts_have_the_length_asked_for_differ_and_repeat_by_seed(endless):
     assert all(len(encode(text, add_special_tokens=False).ids) == 40 for text in texts)
 
 
+def table_of(rounds, *, gpu=False, dtype="float32", peak=16):
+    """Cells of a table, by measure and what is compared."""
+    settings = {"model": {"dtype": dtype}, "sizes": {"concurrency": [1, peak], "raw_batch": 16}}
+    table = render({"machine": {"gpu": gpu}, "settings": settings, "rounds": rounds})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return {(row[0], row[1]): row[2:] for row in rows}
+
+
+def rates(ours, theirs, scenario="sampled c=16", part="mlx_lm.server"):
+    """One round, in tokens/s."""
+    return {name: {scenario: {"tokens_per_second": rate}} for name, rate in (("ours", ours), (part, theirs)) if rate}
+
+
 def test_the_table_shows_ratios_against_their_targets_and_leaves_out_what_was_not_measured():
-    rates = {"ours": {"sampled c=16": {"tokens_per_second": 60.0}}, "mlx_lm.server": {}}
-    rates["mlx_lm.server"] = {"sampled c=16": {"tokens_per_second": 40.0}}
-    settings = {"sizes": {"concurrency": [1, 16], "raw_batch": 32}}
-    table = render({"machine": {"gpu": False}, "settings": settings, "results": rates})
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert ["sampled c=16, tokens/s", "60.0", "40.0", "1.50", "≥ 1.3", "yes"] in cells
-    assert not any("two models" in row[0] for row in cells)
+    cells = table_of([rates(60.0, 40.0)])
+    assert cells["sampled c=16, tokens/s", "ours / mlx_lm.server"] == ["60.0", "40.0", "1.50", "1.50", "≥ 2.2", "no"]
+    assert len(cells) == 1
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_rounds_that_have_both_sides():
+    rounds = [rates(90.0, 30.0), rates(20.0, 10.0), rates(50.0, 20.0), rates(1000.0, None)]
+    cells = table_of(rounds)["sampled c=16, tokens/s", "ours / mlx_lm.server"]
+    assert cells == ["50.0", "20.0", "2.50", "3.00 2.00 2.50", "≥ 2.2", "yes"]
+    assert medians(rounds)["ours"]["sampled c=16"]["tokens_per_second"] == 70.0
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "limit"), [(False, "float32", 2.2), (True, "bfloat16", 4.5), (True, "4bit", 6)]
+)
+def test_targets_are_those_of_the_device_and_the_weights(gpu, dtype, limit):
+    cells = table_of([rates(60.0, 40.0)], gpu=gpu, dtype=dtype)
+    assert cells["sampled c=16, tokens/s", "ours / mlx_lm.server"][4] == f"≥ {limit}"
+
+
+def test_llama_server_is_compared_with_the_same_file_for_1_4_and_16_clients():
+    cells = {n: table_of([rates(8.0, 10.0, f"gguf c={n}", "llama-server")]) for n in (1, 4, 16)}
+    compared = {n: each[f"gguf c={n}, tokens/s", "ours / llama-server"] for n, each in cells.items()}
+    assert {n: (each[2], *each[4:]) for n, each in compared.items()} == {
+        1: ("0.80", "≥ 0.7", "yes"),
+        4: ("0.80", "≥ 0.8", "yes"),
+        16: ("0.80", "≥ 1.2", "no"),
+    }
+
+
+def test_results_of_speculation_fill_their_rows():
+    figures = {"edit task": {"on": 40.0, "off": 20.0}, "free text": {"on": 19.0, "off": 20.0}}
+    cells = table_of([{"speculation": figures}])
+    assert cells["edit task, tokens/s", "speculation on / speculation off"][2:] == ["2.00", "2.00", "≥ 1.5", "yes"]
+    assert cells["free text, tokens/s", "speculation on / speculation off"][2:] == ["0.95", "0.95", "≥ 0.98", "no"]
+
+
+class Contender:
+    """Contestant that notes what happens to it."""
+
+    def __init__(self, part, log, error=None):
+        self.part, self.scenarios, self._log, self._error = part, ("one", "two"), log, error
+
+    def measure(self, scenario, number, limit):
+        self._log.append(f"{self.part} {scenario} {number}")
+        if self._error and scenario == "one":
+            raise self._error
+        return {"figure": float(number)}
+
+    def pause(self):
+        self._log.append(f"{self.part} stops")
+
+    def resume(self):
+        self._log.append(f"{self.part} runs")
+
+
+def test_contestants_are_measured_in_turn_and_alone_and_every_other_round_backwards():
+    log, rounds = [], []
+    measure_rounds([Contender("a", log), Contender("b", log)], ["two"], rounds, Schedule(2, 1, inf), print)
+    runs = [(part, number) for number, parts in enumerate(["ab", "ba"]) for part in parts]
+    assert log == [step for part, n in runs for step in (f"{part} runs", f"{part} two {n}", f"{part} stops")]
+    assert [result["b"]["two"]["figure"] for result in rounds] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), ServerFailed("gone")])
+def test_what_fails_once_is_reported_and_left_out_of_later_rounds(error):
+    log, rounds, lines = [], [], []
+    measure_rounds([Contender("a", log, error)], ["one", "two"], rounds, Schedule(2, 1, inf), lines.append)
+    assert [step for step in log if "one" in step] == ["a one 0"]
+    assert [[*result["a"]] for result in rounds] == [["two"], ["two"]]
+    assert sum("left out" in line for line in lines) == 1
+
+
+def test_no_scenario_begins_when_the_time_is_over():
+    log, lines = [], []
+    measure_rounds([Contender("a", log)], ["one"], [], Schedule(2, 1, 0.0), lines.append)
+    assert not log
+    assert "the time is over" in lines[0]
+
+
+def test_a_worker_answers_lines_and_can_be_stopped_and_ends_when_it_takes_too_long():
+    code = "import time; from benchmarks.worker import answer_lines; answer_lines(lambda n: [n + 1, time.sleep(n)][0])"
+    worker = Worker("adder", [sys.executable, "-c", code], dict(os.environ))
+    assert worker.ask(0, 30.0) == 1
+    worker.pause()
+    worker.resume()
+    with pytest.raises(TimeoutError):
+        worker.ask(30, 0.1)
+    with pytest.raises(ServerFailed, match="has ended"):
+        worker.ask(0, 30.0)
+
+
+def test_a_worker_that_ends_at_its_start_has_failed():
+    with pytest.raises(ServerFailed, match="ended with status 3"):
+        Worker("ended", [sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ))
+
+
+def test_scenarios_are_for_the_servers_that_have_their_models():
+    known = scenarios(CPU)
+    taken = {
+        LLAMA: {name for name, each in known.items() if each.takes(LLAMA, {GGUF})},
+        VLLM_MLX: {name for name, each in known.items() if each.takes(VLLM_MLX, {FIRST})},
+    }
+    assert taken == {LLAMA: {"gguf c=1", "gguf c=4", "gguf c=16"}, VLLM_MLX: {"sampled c=1", "sampled c=16"}}
+    assert {name for name, each in known.items() if each.takes(OURS, {FIRST, SECOND, GGUF, EMBEDDING})} == {*known}
+
+
+def test_scenarios_without_a_target_are_measured_only_when_all_or_they_are_asked_for():
+    def chosen(*argv):
+        return choose_scenarios(read_arguments(argv, gpu=False), CPU)
+
+    assert "greedy c=16" not in chosen()
+    assert {"agent session", "greedy batch c=16", "gguf c=4"} <= set(chosen())
+    assert "greedy c=16" in chosen("--full")
+    assert chosen("--only", "second turn") == ["second turn"]
+    with pytest.raises(SystemExit, match="'greedy c=5' is not valid"):
+        chosen("--only", "greedy c=5")
 
 
 def test_ranks_of_a_measurement_get_what_mlx_launch_gives_them(tmp_path):

@@ -8,8 +8,11 @@ from mlx_lm import load
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.kv_cache.merged import MergedCache
+from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
+from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.platform.policy import CUDA
+from tests.support.architectures import random_model
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +162,68 @@ def test_slots_are_made_at_once_for_those_that_are_soon_to_join(model):
     for _ in range(6):
         cache.join([filled(model, [4, 5])])
     assert cache.tokens_for([4] * 7) == tokens == cache.held_tokens
+
+
+@pytest.fixture(scope="module", params=[None, KVFormat(8, 64)], ids=["plain", "quantized"])
+def stored(request):
+    """A model, and how it keeps its keys and values."""
+    own = random_model("llama", head_dim=64, hidden_size=256)
+    quantize_kv(own, request.param)
+    return own
+
+
+@pytest.mark.parametrize("make", [SlotCache, padded], ids=["slots", "padded"])
+@pytest.mark.parametrize("class_of", [None, lambda tokens: 64 << (tokens > 64)], ids=["one class", "two classes"])
+def test_several_tokens_at_once_are_computed_as_one_by_one_and_can_be_taken_back(stored, make, class_of):
+    """Sequences keep unlike numbers of the tokens, as drafts are accepted, and go on behind them."""
+    rows = [[5, 6, 7], [9] * 90, [8], [3] * 40]
+    plain, several = make(stored), make(stored)
+    for cache in (plain, several):
+        if class_of:
+            cache._class_of = class_of
+        cache.join([filled(stored, tokens) for tokens in rows])
+        cache.keep([0, 1, 3])
+    expected = []
+    for step in range(4):
+        expected.append(plain.advance(mx.array([11 + step, 12 + step, 13 + step], dtype=mx.uint32)))
+    drafted = mx.array([[11, 12, 70, 71], [12, 13, 14, 15], [13, 14, 15, 99]], dtype=mx.uint32)
+    assert several.fits(4)
+    logits = several.verify(drafted)
+    for row, kept in enumerate([2, 4, 3]):
+        for n in range(kept):
+            assert mx.allclose(logits[row, n], expected[n][row], atol=2e-3)
+    several.rewind([2, 0, 1])
+    for step in range(2):
+        inputs = [13 + step, 16 + step, 16 + step]
+        reference = [[*rows[0], 11, 12, 13, 14], [*rows[1], 12, 13, 14, 15, 16, 17], [*rows[3], 13, 14, 15, 16, 17]]
+        got = several.advance(mx.array(inputs, dtype=mx.uint32))
+        for row, tokens in enumerate(reference):
+            cache = filled(stored, tokens[: len(tokens) - 2 + step])
+            assert mx.allclose(got[row], stored(mx.array([[inputs[row]]]), cache=cache)[0, -1], atol=0.02)
+
+
+@pytest.mark.parametrize("make", [SlotCache, padded], ids=["slots", "padded"])
+def test_tokens_that_would_need_a_longer_slot_do_not_fit(model, make):
+    cache = make(model)
+    cache.join([filled(model, [5] * 250), filled(model, [6] * 3)])
+    assert cache.fits(6)
+    assert not cache.fits(7)
+    cache.verify(mx.zeros((2, 6), dtype=mx.uint32))
+    cache.rewind([5, 0])
+    assert cache.fits(5)
+    assert not cache.fits(6)
+
+
+@pytest.mark.parametrize("make", [SlotCache, padded], ids=["slots", "padded"])
+def test_a_sequence_is_not_reached_by_what_an_overflow_left_where_tokens_were_taken_back(model, make):
+    batch = Reference(model, make(model))
+    batch.join([5] * 60, [7, 8])
+    batch.advance()
+    batch.cache.verify(mx.array([[9, 10, 11]] * 2, dtype=mx.uint32))
+    for slot_class in batch.cache._classes.values():
+        slot_class.keys = [mx.where(mx.arange(slot_class.capacity)[:, None] >= 61, mx.nan, k) for k in slot_class.keys]
+        slot_class.values = [
+            mx.where(mx.arange(slot_class.capacity)[:, None] >= 61, mx.inf, v) for v in slot_class.values
+        ]
+    batch.cache.rewind([3, 3], erases=True)
+    batch.advance(3)

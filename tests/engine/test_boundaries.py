@@ -63,3 +63,25 @@ def test_control_tokens_in_a_message_cost_no_more_than_a_boundary(tokenizer):
 
 def test_boundaries_are_found_only_where_they_are_used(tokenizer):
     assert FORMATS["thinking"](tokenizer, {}).format(chat_prompt(HISTORY[:2])).boundaries == ()
+
+
+def test_a_tools_result_is_cut_off_before_its_content(tokenizer):
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    asked = [
+        *HISTORY,
+        {"role": "user", "content": "Look"},
+        {"role": "assistant", "content": "So:", "tool_calls": [call]},
+    ]
+    *_, before, result, _ = parts(tokenizer, [*asked, {"role": "tool", "tool_call_id": "call_1", "content": "a tree"}])
+    assert before.endswith("<|im_end|>\n<|im_start|>user\n")
+    assert "So:" in before
+    assert "a tree" in result
+
+
+def test_a_template_that_numbers_its_messages_has_the_same_boundaries(tmp_path):
+    """Its last messages are not rendered alone as they are behind the others."""
+    numbered = OPENING.replace("+ message.content +", "+ message.content + ' ' ~ loop.index ~")
+    tokenizer = load_tokenizer(tiny_llama(tmp_path, template=numbered))
+    *_, last, opening = parts(tokenizer, [*HISTORY, {"role": "user", "content": "And you?"}])
+    assert last.startswith("And you? 4")
+    assert opening == "<|im_start|>assistant\n<think>\n"

@@ -11,39 +11,39 @@ from mlxserver.engine.platform import cuda_attention
 needs_cuda = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def slot_classes(lengths, kv_heads, dim, dtype):
-    """One layer of slots per list of lengths, filled with noise also behind the tokens."""
+def slot_classes(lengths, kv_heads, dim, dtype, tokens=1):
+    """One layer of slots per list of lengths, the last tokens included, filled with noise also behind them."""
     classes = []
     for own in lengths:
         capacity = -(-max(own) // 256) * 256
         keys, values = (mx.random.normal((len(own), kv_heads, capacity, dim)).astype(dtype) for _ in "kv")
-        step = StepPositions(mx.array([length - 1 for length in own], dtype=mx.int32), len(own), capacity)
+        step = StepPositions(mx.array([length - tokens for length in own], dtype=mx.int32), len(own), capacity)
         classes.append([SlotLayer(keys, values, step)])
     return classes
 
 
 def expected(queries, classes, lengths, scale):
-    """The attention of every row by itself, in float32, without a mask."""
+    """The attention of every row by itself, in float32."""
     rows, at = [], 0
     for (layer,), own in zip(classes, lengths, strict=True):
         for slot, length in enumerate(own):
             k, v = (array[slot : slot + 1, :, :length].astype(mx.float32) for array in (layer.keys, layer.values))
             q = queries[at : at + 1].astype(mx.float32)
-            rows.append(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale))
+            rows.append(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal"))
             at += 1
     return mx.concatenate(rows)
 
 
-def attended(heads, kv_heads, dim, lengths, dtype=mx.bfloat16):
+def attended(heads, kv_heads, dim, lengths, dtype=mx.bfloat16, tokens=1):
     """The largest difference of the rows' attention to what is expected, of vectors whose largest values are near 1."""
     mx.random.seed(0)
-    classes = slot_classes(lengths, kv_heads, dim, dtype)
+    classes = slot_classes(lengths, kv_heads, dim, dtype, tokens)
     count = sum(map(len, lengths))
-    queries = mx.random.normal((count, heads, 1, dim)).astype(dtype)
+    queries = mx.random.normal((count, heads, tokens, dim)).astype(dtype)
     wanted = expected(queries, classes, lengths, dim**-0.5)
     (layer,) = ragged_layers(classes, has_kernel=True)
     keys, values = (Ragged([getattr(own, name) for (own,) in classes]) for name in ("keys", "values"))
-    result = attention(queries, keys, values, layer, dim**-0.5, layer.make_mask(1))
+    result = attention(queries, keys, values, layer, dim**-0.5, layer.make_mask(tokens))
     return mx.abs(result.astype(mx.float32) - wanted).max().item()
 
 
@@ -64,6 +64,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_row_attends_to_its_own_tokens(case, dtype):
     assert attended(*case, dtype) < 0.02
+
+
+def test_each_of_several_tokens_attends_to_those_before_it():
+    assert attended(32, 8, 64, [[200, 900, 8], [9000]], tokens=5) < 0.02
 
 
 @needs_cuda

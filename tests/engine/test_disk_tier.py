@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-from mlxserver.engine.kv_cache import cache_files, caches, checkpoints, disk_reader
+from mlxserver.engine.kv_cache import cache_files, caches, checkpoints, disk_files, disk_reader
 from mlxserver.engine.kv_cache.disk_index import FileName
 from mlxserver.engine.kv_cache.disk_reader import Blocks
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
@@ -517,3 +517,35 @@ def test_no_sequence_of_edits_changes_an_answer(name, tmp_path_factory):
         process.end()
 
     check()
+
+
+def test_files_of_other_processes_are_found_though_this_one_writes(llama, tmp_path, monkeypatch):
+    """A process that writes adds its own files to what it knows of the folder, and lists it only at times."""
+    monkeypatch.setattr(disk_files, "_TRUSTED_SECONDS", 0.2)
+    one, other = Process(llama, tmp_path), Process(llama, tmp_path)
+    for seed in range(3):
+        one.ask(prompt(350, seed=40 + seed))
+        other.ask(prompt(350, seed=50 + seed))
+        one.disk.flush()
+        other.disk.flush()
+    time.sleep(0.3)  # the account is trusted for so long
+    one.prefixes.shrink(0)
+    assert [one.ask(prompt(350, seed=seed))[1] for seed in (40, 42, 50, 52)] == [256] * 4
+    one.end()
+    other.end()
+
+
+def test_the_bytes_of_all_processes_are_bounded(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_files, "_TRUSTED_SECONDS", 0.0)
+    one, other = Process(llama, tmp_path), Process(llama, tmp_path)
+    one.ask(PROMPT)
+    one.disk.flush()
+    size = one.disk.usage()[1]
+    one.disk.files.max_bytes = other.disk.files.max_bytes = 2 * size
+    for seed in range(3):
+        for process in (one, other):
+            process.ask(prompt(350, seed=60 + seed + 10 * (process is other)))
+            process.disk.flush()
+            assert process.disk.usage()[1] <= 2 * size
+    one.end()
+    other.end()

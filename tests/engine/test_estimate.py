@@ -6,6 +6,7 @@ import json
 from mlxserver.engine.mlx import mx
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, STATE_REAC
 from mlxserver.engine.platform.policy import CPU, current
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
+from tests.support.local_models import in_hub
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
 from tools.zoo import models
@@ -195,6 +197,16 @@ def test_towers_for_images_are_not_part_of_a_text_models_weights(tmp_path):
     mx.save_safetensors(str(path / "model-2.safetensors"), image | {"visual_head.weight": mx.zeros((2, 64))})
     header = int.from_bytes((path / "model-2.safetensors").read_bytes()[:8], "little")
     assert checkpoint_metadata(str(path)).stored_bytes == stored + 8 + header + 2 * 64 * 4
+
+
+def test_towers_of_a_copy_in_the_hubs_cache_are_not_either(tmp_path, monkeypatch):
+    path = tiny_llama(tmp_path / "m")
+    mx.save_safetensors(str(path / "model-2.safetensors"), {"vision_tower.a.weight": mx.zeros((64, 64))})
+    in_hub(tmp_path / "hub", "org/seeing", path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found, expected = checkpoint_metadata("org/seeing"), checkpoint_metadata(str(path))
+    assert (found.stored_bytes, found.tower_bytes) == (expected.stored_bytes, 64 * 64 * 4)
 
 
 @pytest.mark.parametrize(

@@ -315,3 +315,20 @@ def test_a_batch_that_emptied_takes_sequences_again():
     sampler.filter([])
     sampler.extend(sequences(GREEDY))
     assert sample(sampler) == [0]
+
+
+@pytest.mark.parametrize(
+    "sampling", [*SETTINGS, SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2)], ids=str
+)
+def test_draws_that_were_taken_back_are_drawn_again(sampling):
+    """Sequences keep unlike numbers of the last draws, and go on with those that they had without the others."""
+    samplings = [seeded(sampling, seed) for seed in (1, 2, 3)] + [GREEDY]
+    plain, rewound = make(*samplings), make(*samplings)
+    expected = [sample(plain) for _ in range(9)]
+    drawn = [sample(rewound) for _ in range(4)]
+    kept = [1, 4, 2, 3]
+    rewound.rewind(mx.array(drawn, dtype=mx.uint32).T, kept)
+    again = [sample(rewound) for _ in range(5)]
+    for row, count in enumerate(kept):
+        assert [step[row] for step in drawn[:count]] == [step[row] for step in expected[:count]]
+        assert [step[row] for step in again] == [step[row] for step in expected[count : count + 5]]

@@ -17,7 +17,11 @@ from mlxserver.engine.errors import (
     ModelStalled,
     ModelUnloading,
 )
+from mlxserver.engine.loading.library.scan import LocalModel
+from mlxserver.manager.library import Library
+from mlxserver.manager.registry import Registry
 from mlxserver.manager.reload import Reload
+from mlxserver.manager.tasks import Tasks
 from mlxserver.server.models import unless_stalled
 from tests.support.managed import answered, managed, specs, states, status_is
 from tests.support.scripted_engine import read, request, until, within_deadline
@@ -63,6 +67,43 @@ async def test_an_alias_of_one_model_is_no_key_for_another():
     async with managed((ModelSpec("a", "x", aliases=("b",)),)) as (manager, _):
         with pytest.raises(ModelExists, match="'b' is already registered with source 'x', not 'y'"):
             await manager.load(ModelSpec("b", "y"))
+
+
+@within_deadline
+async def test_a_load_may_state_aliases_that_no_other_model_has():
+    async with managed(specs("a", aliases=("taken", "gpt-*")), capacity=2) as (manager, _):
+        for alias in ("a", "taken", "gpt-*", "gpt-?"):
+            with pytest.raises(ModelExists, match="source-a"):
+                await manager.load(ModelSpec("b", "other", aliases=("free", alias)))
+        assert manager.keys == ["a"]
+        await manager.load(ModelSpec("b", "other", aliases=("free", "gpt-4-*")))
+        assert {name: manager.instance(name).key for name in ("free", "gpt-4-x", "gpt-5")} == {
+            "free": "b",
+            "gpt-4-x": "b",
+            "gpt-5": "a",
+        }
+
+
+@within_deadline
+async def test_a_library_is_searched_again_after_a_moment_or_a_change(tmp_path):
+    scans = []
+    found = LocalModel("one", None, "directory", tmp_path / "one", tmp_path / "one", tmp_path, 1, 0, None, "damaged")
+
+    def scan(model_dirs):
+        scans.append(model_dirs)
+        return (found,)
+
+    async with managed(library=True) as (manager, _):
+        library = Library(scan, lambda: manager.settings, Registry(), manager.register, Tasks())
+        for _ in range(3):
+            await library.refresh_if_old()
+        assert len(scans) == 1
+        (tmp_path / "two").mkdir()
+        await library.refresh_if_old()
+        await library.refresh_if_old()
+        assert len(scans) == 2
+        await library.refresh()
+        assert len(scans) == 3
 
 
 @within_deadline

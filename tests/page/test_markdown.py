@@ -2,6 +2,7 @@
 
 import re
 import time
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxserver.page import markdown
-from mlxserver.page.markdown import MAX_HIGHLIGHTED, MAX_TEXT, render
+from mlxserver.page.markdown import MAX_HIGHLIGHTED, MAX_TEXT, render, render_texts
 
 TAGS = {
     *("p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code", "em", "strong", "s", "a"),
@@ -89,7 +90,35 @@ def test_an_image_is_a_link_that_nothing_loads():
 
 
 def test_a_text_over_the_limit_stays_as_it_is():
-    assert render("*a*" * MAX_TEXT).startswith("<pre>*a*")
+    assert render("*a*" * MAX_TEXT).startswith('<div class="plain-text">*a*')
+    assert render("<b>" * MAX_TEXT).startswith('<div class="plain-text">&lt;b&gt;')
+
+
+@pytest.mark.parametrize("text", ["*a* [b](https://c.example)", "> - *a*", "| a |\n| - |\n| *b* |", "# a"])
+def test_a_text_that_takes_too_long_stays_as_it_is(monkeypatch, text):
+    assert "<div" not in render(text)
+    monkeypatch.setattr(markdown, "TEXT_SECONDS", -1)
+    assert render(text) == f'<div class="plain-text">{escape(text)}</div>'
+
+
+def test_the_parser_is_stopped_inside_a_paragraph(monkeypatch):
+    """Each opening bracket is tried as the start of a link, to the end of the text."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(markdown, "TEXT_SECONDS", 100)  # of a clock that moves whenever it is read
+    monkeypatch.setattr(markdown, "thread_time", lambda: next(clock))
+    assert render("[" * 10_000).startswith('<div class="plain-text">[[[')
+    assert next(clock) < 110
+    assert render("*a*") == "<p><em>a</em></p>\n"
+
+
+def test_texts_that_are_left_when_the_time_for_all_is_over_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(markdown, "TEXT_SECONDS", 100)
+    monkeypatch.setattr(markdown, "TOTAL_SECONDS", 20)
+    clock = iter(range(100))
+    monkeypatch.setattr(markdown, "thread_time", lambda: next(clock))
+    html = render_texts(["*a*"] * 20)
+    assert html[0] == "<p><em>a</em></p>\n"
+    assert html[-1] == '<div class="plain-text">*a*</div>'
 
 
 def test_code_that_a_lexer_is_slow_on_stays_without_colours(monkeypatch):

@@ -217,6 +217,16 @@ def test_requests_are_listed_with_their_figures_and_traced(server):
     assert (unknown.status, unknown.error["code"]) == (404, "request_not_found")
 
 
+def test_an_error_is_kept_without_what_it_quotes_of_the_request(server):
+    headers = {"x-api-key": USER, "X-Request-Id": "a/bc"}
+    secret = json.dumps({**chat_body("talker", "hello"), "tool_choice": "a secret word"})
+    answer = server.ask("POST", "/v1/chat/completions", secret, headers)
+    assert answer.status == 400 and "a secret word" in answer.error["message"]
+    for path in ("/v1/requests/a/bc", "/v1/requests/a%2Fbc"):  # an id may have slashes
+        found = check(as_admin(server, "GET", path), "RequestTrace")
+        assert (found["id"], found["error"]) == ("a/bc", "The request was refused for its 'tool_choice'.")
+
+
 def test_a_running_request_is_listed_and_one_that_is_cut_off_is_cancelled(server):
     connection = server.connect()
     body = json.dumps(chat_body("talker", "forever", stream=True))

@@ -25,6 +25,7 @@ REPOSITORIES = (
     "org/wrong",
     "org/ollama",
     "org/typed",
+    "org/shown",
 )
 
 
@@ -188,6 +189,19 @@ def test_only_an_admin_pulls_searches_and_removes(server):
     assert pull(server, "org/whole", USER).error["code"] == "admin_key_needed"
     assert ask(server, "GET", "/v1/library/search?q=tiny", USER).status == 403
     assert ask(server, "DELETE", "/v1/models/whole", USER).status == 403
+
+
+def test_paths_of_the_servers_machine_are_for_admins(server, cache):
+    pull(server, "org/shown")
+    assert ask(server, "POST", "/v1/chat/completions", USER, model="shown", messages=[HELLO]).status == 200
+    paths = ("/v1/library", "/v1/models", "/v1/models/org/shown")
+    assert all(str(cache) in ask(server, "GET", path).body.decode() for path in paths)
+    assert not [path for path in paths if str(cache) in ask(server, "GET", path, USER).body.decode()]
+    assert ask(server, "POST", "/api/show", model="org/shown").json["modelfile"].startswith(f"FROM {cache}")
+    assert str(cache) not in ask(server, "POST", "/api/show", USER, model="org/shown").body.decode()
+    listed = {each["id"]: each for each in check(ask(server, "GET", "/v1/library", USER).json, "Library")["data"]}
+    assert (listed["org/shown"]["path"], listed["org/shown"]["place"]) == (None, "huggingface")
+    ask(server, "POST", "/v1/models/unload", key="org/shown", forget=True)
 
 
 def test_models_of_the_hub_are_found(server):

@@ -86,9 +86,10 @@ def streamed(client, input, model="m", **fields):
 
 
 def kinds(events):
-    """The types of the events in order, runs of one type and heartbeats once."""
-    found = [event["type"].removeprefix("response.") for event in events]
-    return [kind for n, kind in enumerate(found) if n < 2 or kind not in ("in_progress", found[n - 1])]
+    """The types of the events in order, runs of one type once, heartbeats left out wherever they come."""
+    start, rest = events[:2], [event for event in events[2:] if event["type"] != "response.in_progress"]
+    found = [event["type"].removeprefix("response.") for event in (*start, *rest)]
+    return [kind for n, kind in enumerate(found) if n < 2 or kind != found[n - 1]]
 
 
 TEXT = ["output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done"]

@@ -1,5 +1,6 @@
 """The page in a real Chromium, at a real server with small models."""
 
+import base64
 import json
 import re
 import shutil
@@ -11,6 +12,8 @@ from playwright.sync_api import expect
 from mlxserver.page.files import TYPES, page_file
 from tests.support.browser import axe_source, running_browser
 from tests.support.hub import hub_of
+from tests.support.images import BLUE, RED, file_of, half
+from tests.support.vision_models import tiny_vision
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.running_server import eventually, running_server
 from tools.harness.scripts import Script
@@ -45,6 +48,18 @@ HOSTILE = """<script>window.hurt = 1</script><img src=x onerror="window.hurt = 1
 ~~~
 """
 
+DROP = """(picture) => {
+    const bytes = Uint8Array.from(atob(picture), (c) => c.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], "picture.png", { type: "image/png" }));
+    const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+    document.querySelector(".pane").dispatchEvent(event);
+}"""
+COPY = """(picture) => {
+    const bytes = Uint8Array.from(atob(picture), (c) => c.charCodeAt(0));
+    return navigator.clipboard.write([new ClipboardItem({ "image/png": new Blob([bytes], { type: "image/png" }) })]);
+}"""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -63,7 +78,13 @@ def paths(tmp_path_factory):
     tiny, broken = tiny_llama(root / "tiny"), root / "broken"
     shutil.copytree(tiny, broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
-    return {"talker": scripted_model(root / "talker", talks), "thinker": thinker, "tiny": tiny, "broken": broken}
+    return {
+        "talker": scripted_model(root / "talker", talks),
+        "thinker": thinker,
+        "tiny": tiny,
+        "eyes": tiny_vision(root / "eyes", "qwen2_5_vl"),
+        "broken": broken,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -272,16 +293,7 @@ def test_an_image_is_dropped_shown_and_sent(page):
     show(page, "Chat")
     page.get_by_label("Model", exact=True).select_option("talker")
     dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
-    page.evaluate(
-        """(dot) => {
-            const bytes = Uint8Array.from(atob(dot), (c) => c.charCodeAt(0));
-            const transfer = new DataTransfer();
-            transfer.items.add(new File([bytes], "dot.png", { type: "image/png" }));
-            const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
-            document.querySelector(".pane").dispatchEvent(event);
-        }""",
-        dot,
-    )
+    page.evaluate(DROP, dot)
     expect(page.locator(".thumb")).to_have_count(1)
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "hello")
@@ -289,6 +301,109 @@ def test_an_image_is_dropped_shown_and_sent(page):
     assert parts[0]["image_url"]["url"] == f"data:image/png;base64,{dot}"
     expect(page.locator(".turn.user img")).to_have_count(1)
     expect(page.locator(".turn.assistant")).to_contain_text(re.compile("tokens|400: "))
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_vision_model_sees_what_is_dropped_or_pasted(page, server, way):
+    """Its answer is the one to the same picture over the API."""
+    show(page, "Chat")
+    page.get_by_label("Model", exact=True).select_option("eyes")
+    page.get_by_role("button", name="Settings").click()
+    for name, value in (("temperature", "0"), ("max_tokens", "12")):
+        page.fill(f"#p-{name}", value)
+        page.locator(f"#p-{name}").dispatch_event("change")
+    page.get_by_role("button", name="Settings").click()
+    picture = base64.b64encode(file_of(half(RED, BLUE, size=(48, 32)))).decode()
+    if way == "drop":
+        page.evaluate(DROP, picture)
+    else:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.evaluate(COPY, picture)
+        page.focus("#ask")
+        page.keyboard.press("Control+v")
+    expect(page.locator(".thumb")).to_have_count(1)
+    sent = page.evaluate("document.querySelector('.thumb img').src")  # a browser writes its own PNG to the clipboard
+    is_answered(ask(page, "What is it?"))
+    expect(page.locator(".turn.user img")).to_have_count(1)
+    (id,) = [each["id"] for each in page.evaluate("JSON.parse(localStorage['mlx.chats'])")]
+    nodes = page.evaluate("(id) => Object.values(JSON.parse(localStorage[`mlx.chat.${id}`]).nodes)", id)
+    seen, unseen = (
+        server.chat("eyes", content, temperature=0, max_tokens=12).json
+        for content in (
+            [{"type": "image_url", "image_url": {"url": sent}}, {"type": "text", "text": "What is it?"}],
+            "What is it?",
+        )
+    )
+    assert nodes[-1]["content"] == seen["choices"][0]["message"]["content"]
+    assert f"prompt {seen['usage']['prompt_tokens']}" in nodes[-1]["figures"]
+    assert seen["usage"]["prompt_tokens"] > unseen["usage"]["prompt_tokens"]
+    show(page, "Overview")
+    expect(card(page, "eyes").locator(".facts")).to_contain_text("vision")
+    expect(card(page, "eyes").get_by_role("link", name="Chat")).to_be_visible()
+
+
+def test_the_end_of_an_answer_is_followed_until_the_reader_scrolls_up(page):
+    answer = ask(page, "forever", "talker")
+
+    def scroll():
+        """Pixels above, in sight, and below."""
+        return page.locator(".scroller").evaluate(
+            "(e) => [e.scrollTop, e.clientHeight, e.scrollHeight - e.scrollTop - e.clientHeight]"
+        )
+
+    def is_at_end():
+        return scroll()[2] < 2
+
+    eventually(lambda: scroll()[0] > 300)
+    for width, height in ((360, 740), (1280, 500), (1280, 800), (900, 400)):
+        page.set_viewport_size({"width": width, "height": height})
+        eventually(is_at_end)
+    page.locator(".scroller").hover()
+    page.mouse.wheel(0, -60)
+    eventually(lambda: scroll()[2] > 50)
+    above, _, below = scroll()
+    eventually(lambda: scroll()[2] > below + 50)
+    assert scroll()[0] == above
+    page.mouse.wheel(0, 100_000)
+    eventually(is_at_end)
+    page.keyboard.press("Escape")
+    expect(answer.locator(".figures")).to_contain_text("stopped")
+    expect(page.locator(".turn[aria-busy]")).to_have_count(0)
+    eventually(is_at_end)
+
+
+def test_a_long_answer_is_rendered_in_parts(page):
+    """One that is longer than the server renders in one piece, with code that must not be cut."""
+    code = "```python\n" + "x = 1\n\n" * 4000 + "```\n\n"
+    message = "Some **bold** words.\n\n" * 1500 + code + "And *more* of it.\n\n" * 3000
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": message}]
+    file = {"name": "long.json", "mimeType": "application/json", "buffer": json.dumps({"messages": messages}).encode()}
+    show(page, "Chat")
+    page.locator("input[type=file][accept='.json,.md']").set_input_files(file)
+    expect(page.locator(".turn.assistant strong")).to_have_count(1500)
+    expect(page.locator(".turn.assistant em")).to_have_count(3000)
+    expect(page.locator(".turn.assistant pre")).to_have_count(1)
+
+
+def test_an_outline_is_not_clipped_and_scrollbars_have_the_colours_of_the_scheme(page):
+    is_answered(ask(page, "hello", "talker"))
+    page.locator(".turn.user").get_by_role("button", name="Edit").click()
+    field, turn = page.get_by_label("Edit the message"), page.locator(".turn.user")
+    expect(field).to_be_focused()
+    inner, outer = field.bounding_box(), turn.bounding_box()
+    width, offset = field.evaluate(
+        "(e) => [getComputedStyle(e).outlineWidth, getComputedStyle(e).outlineOffset].map(parseFloat)"
+    )
+    assert width + offset > 0
+    assert inner["x"] - (width + offset) >= outer["x"]
+    assert inner["x"] + inner["width"] + width + offset <= outer["x"] + outer["width"]
+    seen = set()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        style = "getComputedStyle(document.querySelector('.scroller'))"
+        assert page.evaluate(f"{style}.colorScheme") == scheme
+        seen.add(page.evaluate(f"{style}.scrollbarColor"))
+    assert len(seen) == 2
 
 
 def test_a_model_is_found_pulled_with_progress_and_loaded(page, hub, server):
@@ -312,8 +427,8 @@ def test_a_model_is_found_pulled_with_progress_and_loaded(page, hub, server):
 
 def test_models_are_compared(page):
     show(page, "Compare")
-    for key in ("talker", "thinker", "tiny"):
-        page.get_by_role("checkbox", name=key, exact=True).set_checked(key != "tiny")
+    for key in ("talker", "thinker", "tiny", "eyes"):
+        page.get_by_role("checkbox", name=key, exact=True).set_checked(key in ("talker", "thinker"))
     page.fill("#compare-ask", "hello")
     page.keyboard.press("Control+Enter")
     table = page.get_by_role("region", name="Figures")
@@ -325,7 +440,7 @@ def test_models_are_compared(page):
 
 def test_a_benchmark_is_run_and_plotted(page):
     page.goto(page.url.partition("#")[0] + "#/bench")
-    for key in ("talker", "thinker", "tiny"):
+    for key in ("talker", "thinker", "tiny", "eyes"):
         page.get_by_role("checkbox", name=key, exact=True).set_checked(key == "talker")
     page.fill("#b-concurrency", "1,2")
     page.fill("#b-requests", "3")

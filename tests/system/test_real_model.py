@@ -58,12 +58,16 @@ def test_a_stream_says_the_same_in_several_chunks(server):
 
 
 def test_a_stream_reports_how_far_its_prompt_is(server):
-    text = "one two three four five six seven eight nine ten. " * 120
-    with server.stream("smollm2", text, max_tokens=2, temperature=0) as stream:
+    text = "one two three four five six seven eight nine ten. " * 50
+    usage = {"include_usage": True}
+    with server.stream("smollm2", text, max_tokens=2, temperature=0, stream_options=usage) as stream:
         lines = list(stream.response)
     steps = [json.loads(line.removeprefix(b": prefill ")) for line in lines if line.startswith(b": prefill ")]
     assert steps
-    assert all(0 <= step["done"] < step["total"] and step["total"] > 1000 for step in steps)
+    total = json.loads(lines[-4].removeprefix(b"data: "))["usage"]["prompt_tokens"]
+    assert total > 500
+    assert all(0 <= step["done"] < step["total"] == total for step in steps)
+    assert [step["done"] for step in steps] == sorted(step["done"] for step in steps)
     assert lines[-2:] == [b"data: [DONE]\n", b"\n"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Literal, get_args
 
 import orjson
@@ -16,8 +16,9 @@ from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest
 from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
+from mlxserver.config.load import is_alias
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import KV_GROUP_SIZES, Kind, KVBits, ModelSpec, Weights
+from mlxserver.config.settings import KV_GROUP_SIZES, Kind, KVBits, ModelSpec, UnclosedThinking, Weights
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -35,6 +36,13 @@ def check_defaults(value: Any, param: str) -> dict[str, float]:
     except ValidationFailed as error:
         raise ValidationFailed(error.message, f"{param}.{error.param}") from None
     return asked.sampling
+
+
+def check_aliases(value: Any, param: str) -> tuple[str, ...]:
+    """Names, and patterns of names."""
+    if not isinstance(value, list) or not all(isinstance(name, str) and is_alias(name) for name in value):
+        raise invalid(param, value, "a list of names and patterns such as 'gpt-*'")
+    return tuple(value)
 
 
 def check_kv_bits(value: Any, param: str) -> Any:
@@ -73,10 +81,15 @@ class LoadRequest(Request):
     context_length: int | None = Parameter(
         int, "Longest context in tokens; by default the model's own, as far as memory goes.", ge=1
     )
+    min_context: int | None = Parameter(int, "Tokens of one request whose KV cache is reserved with the model.", ge=16)
     max_running: int | None = Parameter(int, "Requests that decode together.", ge=1)
     max_waiting: int | None = Parameter(int, "Requests that may wait for a place.", ge=0)
     cache_tokens: int | None = Parameter(
         int, "Most tokens whose keys and values all requests together may hold.", ge=16
+    )
+    prefix_cache_bytes: int | None = Parameter(int, "Bytes that the prefix cache may keep in memory.", ge=0)
+    checkpoint_interval: int | None = Parameter(
+        int, "Tokens between the checkpoints of a long prompt, where the KV cache can't be trimmed.", ge=16
     )
     kv_bits: Literal[4, 8] | None = Parameter(
         int, "Bits of a quantised KV cache, 4 or 8; by default keys and values are not quantised.", check=check_kv_bits
@@ -89,6 +102,18 @@ class LoadRequest(Request):
         "How quantized weights are held in memory; by default as is fastest.",
         enum=[*get_args(Weights)],
         default="auto",
+    )
+    unclosed_thinking: UnclosedThinking | None = Parameter(
+        str,
+        "What an answer is that the model ended inside its reasoning: that, or its content as well.",
+        enum=[*get_args(UnclosedThinking)],
+    )
+    aliases: tuple[str, ...] = Parameter(
+        object,
+        "More names in requests, and patterns of names.",
+        default=(),
+        check=check_aliases,
+        shape={"type": "array", "items": {"type": "string"}},
     )
     shard: Literal["tensor", "pipeline"] | None = Parameter(
         str,
@@ -117,27 +142,12 @@ class LoadRequest(Request):
     @property
     def spec(self) -> ModelSpec:
         """The model to load; what is not stated is as ModelSpec has it. Raises ValidationFailed without any key."""
-        limits: dict[str, Any] = {
-            "max_running": self.max_running,
-            "max_waiting": self.max_waiting,
-            "kv_group_size": self.kv_group_size,
-        }
-        return ModelSpec(
-            self.key or derive_key(self.model),
-            self.model,
-            kind=self.kind,
-            type=self.type,
-            adapter=self.adapter,
-            context_length=self.context_length,
-            cache_tokens=self.cache_tokens,
-            weights=self.weights,
-            kv_bits=self.kv_bits,
-            shard=self.shard,
-            pin=self.pin,
-            ttl=self.ttl,
-            defaults=self.defaults,
-            **{name: value for name, value in limits.items() if value is not None},
-        )
+        stated = {name: value for name in SPEC_FIELDS if (value := getattr(self, name)) is not None}
+        return ModelSpec(self.key or derive_key(self.model), self.model, **stated)
+
+
+# Fields of ModelSpec that a load may state; `preload` concerns the start.
+SPEC_FIELDS = tuple(each.name for each in fields(ModelSpec) if each.name not in ("key", "source", "preload"))
 
 
 class LoadEvents:

@@ -33,6 +33,7 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "meta": {"n_ctx_train": model.context_length},
         "capabilities": None if known is None else {name: name in known for name in CAPABILITIES},
         "execution": asdict(model.execution) if model.execution else None,
+        "weights": model.weights,
         "kv_bits": model.kv_bits,
         "kv_group_size": model.kv_group_size,
         "memory_bytes": model.memory_bytes,

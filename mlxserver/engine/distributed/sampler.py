@@ -29,6 +29,10 @@ class LeadingSampler:
         """Keep only the sequences at these indices."""
         self._own.filter(keep)
 
+    def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
+        """Take the last calls back."""
+        self._own.rewind(sampled, kept)
+
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """Logits [batch, vocab] -> token ids [batch]."""
         return mx.distributed.all_sum(self._own(logits, allowed).astype(mx.uint32), group=self._group)
@@ -44,6 +48,9 @@ class FollowingSampler:
         """Nothing to do: only rank 0 needs sampling parameters."""
 
     def filter(self, keep: abc.Sequence[int]) -> None:
+        """Nothing to do."""
+
+    def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
         """Nothing to do."""
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:

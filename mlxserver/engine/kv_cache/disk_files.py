@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import threading
 import time
@@ -25,6 +26,9 @@ from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity
 
 _FORMER_SUFFIX = ".kv"  # of format 1
 _FORMER_PARTIAL = ".partial"
+_INDEXES = 32  # of models, that are kept
+_TRUSTED_SECONDS = 5.0  # for which what other processes do in the folder is left unseen while this one writes
+_SPARE = 64  # share of the bytes that is freed at once, or a full disk cache would be counted at each write
 _STALE_SECONDS = 600  # after which a file that is not whole belongs to a process that has ended
 
 
@@ -34,7 +38,9 @@ class DiskFiles:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.folder = folder
-        self._indexes: dict[str, FileIndex] = {}
+        self._indexes: dict[str, FileIndex] = {}  # the ones used last at the end
+        self._counted = -math.inf  # when the files were counted, by time.monotonic()
+        self._nbytes = 0  # of the files, as they were counted, and of those that were written since
         self._lock = threading.Lock()
 
     def folder_of(self, model: ModelIdentity) -> Path:
@@ -50,7 +56,9 @@ class DiskFiles:
             return FileIndex(folder.name)
         with self._lock:
             index = self._indexes.get(folder.name)
-        return index if index and index.changed == changed else None
+        if not index or index.changed != changed:
+            return None
+        return None if index.is_noted and time.monotonic() - index.listed > _TRUSTED_SECONDS else index
 
     def index(self, model: ModelIdentity) -> FileIndex:
         """The index of a model's files, which are listed again if their folder has changed."""
@@ -60,13 +68,40 @@ class DiskFiles:
         """The index of a model's files, which are listed again."""
         folder = self.folder_of(model)
         try:
-            index = FileIndex(folder.name, folder.stat().st_mtime_ns)
+            index = FileIndex(folder.name, folder.stat().st_mtime_ns, time.monotonic())
             index.add(path.name for path in folder.iterdir())
         except OSError:
             return FileIndex(folder.name)
-        with self._lock:
-            self._indexes[folder.name] = index
+        self._keep(index)
         return index
+
+    def _keep(self, index: FileIndex) -> None:
+        with self._lock:
+            self._indexes.pop(index.model, None)
+            self._indexes[index.model] = index
+            while len(self._indexes) > _INDEXES:
+                del self._indexes[next(iter(self._indexes))]
+
+    def written_index(self, model: ModelIdentity) -> FileIndex:
+        """The index for a write: files that other processes wrote since it was listed may be missing."""
+        folder = self.folder_of(model)
+        with self._lock:
+            index = self._indexes.get(folder.name)
+        is_recent = index is not None and time.monotonic() - index.listed <= _TRUSTED_SECONDS
+        return index if index and is_recent else self.refreshed_index(model)
+
+    def count_written(self, path: Path) -> None:
+        """Count a file that this process wrote."""
+        with suppress(OSError):
+            self._nbytes += path.stat().st_size
+
+    def note_written(self, model: ModelIdentity, names: Sequence[FileName]) -> None:
+        """Note files that this process wrote, for prompts to find them, and remove those that are too many."""
+        with suppress(OSError):
+            changed = self.folder_of(model).stat().st_mtime_ns
+            self._keep(self.written_index(model).noted(names, changed))
+        if self._nbytes > self.max_bytes or time.monotonic() - self._counted > _TRUSTED_SECONDS:
+            self.shrink(self.max_bytes, self.max_bytes // _SPARE)
 
     def touch(self, model: ModelIdentity, names: Sequence[FileName]) -> None:
         """Note the use of files; of a sequence's, the first ones are the last to go."""
@@ -80,15 +115,17 @@ class DiskFiles:
         sizes = [size for _, size, _ in self._files(self.folder_of(model) if model else None)]
         return len(sizes), sum(sizes)
 
-    def shrink(self, max_bytes: int) -> None:
-        """Remove the least recently used files until at most this many bytes are left."""
-        files = sorted(self._files())
-        excess = sum(size for _, size, _ in files) - max_bytes
+    def shrink(self, max_bytes: int, spare: int = 0) -> None:
+        """Remove the least recently used files, if all have more bytes, until they have `spare` bytes less."""
+        self._counted, files = time.monotonic(), sorted(self._files())
+        self._nbytes = sum(size for _, size, _ in files)
+        excess = self._nbytes - max_bytes + spare if self._nbytes > max_bytes else 0
         for _, size, path in files:
             if excess <= 0:
                 break
             remove(path)
             excess -= size
+            self._nbytes -= size
 
     def remove_leftovers(self) -> None:
         """Remove files of the former format, and those that were never completed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -75,10 +75,16 @@ class Digests:
 
 @dataclass
 class FileIndex:
-    """Files of a model, as its folder had them at `changed`, by st_mtime_ns. model: the folder's name."""
+    """Files of a model, as its folder had them at `changed`, by st_mtime_ns. model: the folder's name.
+
+    listed: when the folder was listed, by time.monotonic(). is_noted: files of this process were added since, and those
+    that other processes added meanwhile are not known.
+    """
 
     model: str
     changed: int = 0
+    listed: float = 0.0
+    is_noted: bool = False
     _names: set[FileName] = field(default_factory=set)
     _ends: dict[tuple[str, int], set[int]] = field(default_factory=lambda: defaultdict(set))
 
@@ -87,6 +93,15 @@ class FileIndex:
         for name in filter(None, map(FileName.parse, names)):
             self._names.add(name)
             self._ends[name.kind, name.start].add(name.end)
+
+    def noted(self, names: Sequence[FileName], changed: int) -> FileIndex:
+        """The index with files that were written since, for others may be searching this one."""
+        index = FileIndex(self.model, changed, self.listed, is_noted=True, _names={*self._names, *names})
+        index._ends.update(self._ends)
+        for name in names:
+            place = name.kind, name.start
+            index._ends[place] = {*index._ends.get(place, ()), name.end}
+        return index
 
     def find(self, tokens: Tokens) -> Plan:
         """The files of the longest prefix of these tokens, one of which at least is left to compute."""

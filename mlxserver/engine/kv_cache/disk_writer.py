@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,6 @@ class DiskWriter:
         try:
             with streams.thread_stream():
                 self._write(write)
-            self._files.shrink(self._files.max_bytes)
-            self._files.index(write.model)  # now, so that no prompt has to wait for it
             self._is_failing = False
         except NotStorable as error:
             log.debug("prefix cache: %s is not written to disk", error)
@@ -135,9 +133,10 @@ class DiskWriter:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not all(checkpoints.is_sound(part) for part in (write.lasting, write.checkpoint) if part):
             return
-        written = [*self._write_checkpoint(write, folder), *self._write_blocks(write, folder)]
-        found = self._files.refreshed_index(write.model).checkpoints(write.tokens, len(write.tokens))
-        self._files.touch(write.model, [*written, *found])
+        found = self._files.written_index(write.model).checkpoints(write.tokens, len(write.tokens))
+        written = [*self._write_checkpoint(write, folder), *self._write_blocks(write, folder, found)]
+        self._files.touch(write.model, [*written, *(name for name in found if name not in written)])
+        self._files.note_written(write.model, written)
 
     def _write_checkpoint(self, write: _Write, folder: Path) -> list[FileName]:
         if (checkpoint := write.checkpoint) is None:
@@ -148,13 +147,14 @@ class DiskWriter:
         self._write_file(folder / str(name), lambda: checkpoint)
         return [name]
 
-    def _write_blocks(self, write: _Write, folder: Path) -> list[FileName]:
+    def _write_blocks(self, write: _Write, folder: Path, found: Sequence[FileName]) -> list[FileName]:
+        """Write the blocks, which end at multiples of their size, and where there is a checkpoint to go on from."""
         names: list[FileName] = []
         if (lasting := write.lasting) is None or checkpoints.is_empty(lasting):
             return names
         kind = WHOLE if checkpoints.is_whole(lasting) else BESIDE
-        digests, start = Digests(folder.name, write.tokens), 0
-        for end in self._cuts(write):
+        digests, start, length = Digests(folder.name, write.tokens), 0, len(write.tokens)
+        for end in sorted({*range(self._block, length, self._block), *(each.end for each in found), length}):
             names.append(name := FileName(kind, start, end, digests.at(end)))
             self._write_file(folder / str(name), functools.partial(checkpoints.cut_out, lasting, start, end))
             start = end
@@ -167,10 +167,5 @@ class DiskWriter:
         started = time.monotonic()
         with pinned_memory.borrowed() as buffer:
             cache_files.write(path, part(), buffer)
+        self._files.count_written(path)
         self._is_closing.wait(min(_LONGEST_PAUSE, time.monotonic() - started))
-
-    def _cuts(self, write: _Write) -> list[int]:
-        """Where blocks end: at multiples of their size, and where there is a checkpoint to be gone on from."""
-        length = len(write.tokens)
-        found = {name.end for name in self._files.refreshed_index(write.model).checkpoints(write.tokens, length)}
-        return sorted({*range(self._block, length, self._block), *found, length})

@@ -25,13 +25,15 @@ from mlxserver.engine.kv_cache.quantized import arrays_of
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow, slot_layers
 from mlxserver.engine.platform import cuda_attention
 
+_FEW = 16  # most tokens of a row that a kernel computes, one by one
+
 _attention = base.scaled_dot_product_attention
 
 
 class Ragged:
     """Arrays of the classes' rows, in the order of the rows in the batch.
 
-    offsets: of masks, [rows], where a kernel may do: each row has one token, which attends to all before it and itself.
+    offsets: of masks, [rows], where a kernel may do: the first token of each row attends to all before it and itself.
     """
 
     __slots__ = ("offsets", "parts")
@@ -64,7 +66,7 @@ class RaggedLayer:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Ragged:
         """Masks of the classes, each [batch, 1, N, visible] of bool."""
-        offsets = self.offset if self._has_kernel and N == 1 and window_size is None else None
+        offsets = self.offset if self._has_kernel and N <= _FEW and window_size is None else None
         return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes], offsets)
 
 
@@ -98,9 +100,15 @@ def attention(
         is_plain
         and mask.offsets is not None
         and sinks is None
-        and cuda_attention.supports(queries, keys.parts, values.parts)
+        and cuda_attention.supports(queries[:, :, :1], keys.parts, values.parts)
     ):
-        return cuda_attention.decode_attention(queries, keys.parts, values.parts, mask.offsets, scale)
+        tokens = [
+            cuda_attention.decode_attention(
+                queries[:, :, n : n + 1], keys.parts, values.parts, mask.offsets + n if n else mask.offsets, scale
+            )
+            for n in range(queries.shape[2])
+        ]
+        return mx.concatenate(tokens, axis=2) if len(tokens) > 1 else tokens[0]
     ends = [0]
     for part in mask.parts:
         ends.append(ends[-1] + part.shape[0])

@@ -18,9 +18,9 @@ class Rows:
         self._order = slice(len(order)) if order == in_order else mx.array(order, dtype=mx.uint32)
 
     def arrange(self, inputs: mx.array) -> mx.array:
-        """Inputs of the sequences, [batch] -> of the rows, [rows]."""
+        """Inputs of the sequences, [batch, ...] -> of the rows, [rows, ...]."""
         return inputs if self._members is None else inputs[self._members]
 
     def restore(self, logits: mx.array) -> mx.array:
-        """Logits of the rows, [rows, vocab] -> of the sequences, [batch, vocab]."""
+        """Logits of the rows, [rows, ...] -> of the sequences, [batch, ...]."""
         return logits[self._order]

@@ -57,7 +57,7 @@ class Sight:
 
 
 def step_logits(model: Any, tokens: mx.array, cache: Sequence[Any], shifts: Sequence[mx.array]) -> mx.array:
-    """Logits of a decode step, [rows, 1] -> [rows, 1, vocab]. shifts: [rows], or none (Sight.shift)."""
+    """Logits of a decode step, [rows, n] -> [rows, n, vocab]. shifts: [rows], or none (Sight.shift)."""
     if not shifts:
         return cast(mx.array, model(tokens, cache=cache))
     with model.sight.showing(shift=shifts[0]):

@@ -120,7 +120,34 @@ class SlotCache:
 
     def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
-        classes = self._with_room()
+        return self._compute_step(self._with_room(), inputs, shifts, 1)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether so many tokens of each sequence can be written without a slot that grows or moves."""
+        for name, slot_class in self._classes.items():
+            longest = max(self._lengths[member] for member in slot_class.members) + tokens
+            if longest > slot_class.capacity or self._class_of(longest) > name:
+                return False
+        return True
+
+    def verify(self, tokens: mx.array) -> mx.array:
+        """Compute several tokens of each sequence at once, [batch, n] -> logits [batch, n, vocab]; fits(n) beforehand,
+        rewind() afterwards. NaN or inf at one position may reach earlier ones of its sequence.
+        """
+        return self._compute_step(list(self._classes.values()), tokens, (), tokens.shape[1])
+
+    def rewind(self, counts: Sequence[int], *, erases: bool = False) -> None:
+        """Take so many tokens of each sequence back. erases: what they have written may be NaN or inf."""
+        self._lengths = [length - count for length, count in zip(self._lengths, counts, strict=True)]
+        for slot_class in self._classes.values():
+            slot_class.set_offsets(self._lengths)
+            if erases:
+                slot_class.erase_unwritten()
+
+    def _compute_step(
+        self, classes: Sequence[SlotClass], inputs: mx.array, shifts: Sequence[mx.array], tokens: int
+    ) -> mx.array:
+        """Logits of a step with so many tokens per sequence, [batch] or [batch, tokens], which has room for them."""
         logits, offsets, keys, values = self._step(
             self._rows.arrange(inputs),
             [self._rows.arrange(own) for own in shifts],
@@ -130,7 +157,7 @@ class SlotCache:
         )
         for n, slot_class in enumerate(classes):
             slot_class.offsets, slot_class.keys, slot_class.values = offsets[n], keys[n], values[n]
-        self._lengths = [length + 1 for length in self._lengths]
+        self._lengths = [length + tokens for length in self._lengths]
         return self._rows.restore(logits)
 
     def _with_room(self) -> list[SlotClass]:
@@ -189,28 +216,35 @@ class SlotCache:
         keys: list[Layers],
         values: list[Layers],
     ) -> tuple[mx.array, list[mx.array], list[Layers], list[Layers]]:
-        """Forward pass of the rows of all classes, [rows]. Lists but the shifts are per class."""
+        """Forward pass of the rows of all classes, [rows] or [rows, tokens]. Lists but the shifts are per class.
+
+        The logits are those of each row, [rows, vocab], or of each token, [rows, tokens, vocab].
+        """
+        tokens = inputs.shape[1] if inputs.ndim > 1 else 1
         classes = [
             slot_layers(own_keys, own_values, step)
-            for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys), strict=True)
+            for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys, tokens), strict=True)
         ]
-        logits = self._compute(inputs[:, None], shifts, classes)[:, -1, :]
+        if inputs.ndim > 1:
+            logits = self._compute(inputs, shifts, classes)
+        else:
+            logits = self._compute(inputs[:, None], shifts, classes)[:, -1, :]
         written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
-        return logits, [offset + 1 for offset in offsets], list(written_keys), list(written_values)
+        return logits, [offset + tokens for offset in offsets], list(written_keys), list(written_values)
 
-    def _positions(self, offsets: list[mx.array], keys: list[Layers]) -> Iterable[StepPositions]:
+    def _positions(self, offsets: list[mx.array], keys: list[Layers], tokens: int) -> Iterable[StepPositions]:
         # A CPU's time grows with every slot computed and token attended to; a GPU is better off with shapes that recur.
         if self._is_padded:
             for offset, own_keys in zip(offsets, keys, strict=True):
                 yield StepPositions(offset, offset.shape[0], own_keys[0].shape[2])
             return
         for offset, slot_class in zip(offsets, self._classes.values(), strict=True):
-            longest = max(self._lengths[member] for member in slot_class.members) + 1
+            longest = max(self._lengths[member] for member in slot_class.members) + tokens
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
 
     def _compute(self, inputs: mx.array, shifts: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
-        """Logits of the rows, [rows, 1] -> [rows, 1, vocab]."""
+        """Logits of the rows, [rows, tokens] -> [rows, tokens, vocab]."""
         logits: mx.array
         if self._is_ragged and (len(classes) > 1 or self._has_kernel):
             logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), shifts)

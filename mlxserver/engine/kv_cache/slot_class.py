@@ -99,6 +99,12 @@ class SlotClass:
         own = [lengths[member] for member in self.members]
         self.offsets = mx.array(own + [0] * (self.slots - len(own)), dtype=mx.int32)
 
+    def erase_unwritten(self) -> None:
+        """Set what lies behind the tokens of each slot to zeros."""
+        is_written = (mx.arange(self.capacity) < self.offsets[:, None])[:, None, :, None]
+        for arrays in (self.keys, self.values):
+            arrays[:] = [mx.where(is_written, array, mx.zeros((), dtype=array.dtype)) for array in arrays]
+
     def compact(self, capacity: int) -> None:
         """Give back slots that are not used, and capacity beyond this one."""
         slots, capacity = min(slots_for(len(self.members)), self.slots), min(capacity, self.capacity)

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,9 +25,12 @@ from importlib import metadata
 from pathlib import Path
 
 from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.loading import gguf_splits
 from mlxserver.engine.loading.metadata import CheckpointMetadata
 from mlxserver.engine.platform.folders import cache_directory
 from mlxserver.engine.platform.policy import WeightPolicy
+
+log = logging.getLogger("engine")
 
 # The converter and its options, the best format first.
 _FLOAT32 = ("gguf2mlx", "--dtype", "float32")
@@ -47,14 +51,7 @@ KEPT_BLOCKS: dict[WeightPolicy, dict[str, int]] = {
     WeightPolicy.BFLOAT16: _KEPT,
 }
 KEPT_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # of all others every block becomes floats
-# Values of tokenizer.ggml.pre that mean GPT-2's words with single digits (llama.cpp, src/llama-vocab.cpp). The
-# converter splits these texts as Llama does: "\n\n" becomes one token instead of two, which the model has hardly seen.
-GPT2_WITH_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-GPT2_SPLITS = (
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-)
-CORRECTIONS = 1  # counts up with what _correct_tokenizer() changes
+CORRECTIONS = 2  # counts up with what correct_tokenizer() changes
 TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
 
 
@@ -149,7 +146,7 @@ def _convert(
             partial.mkdir()
             failure = _run_converter(gguf, partial / "model", format, lock, progress)
             if failure is None:
-                _correct_tokenizer(partial / "model")
+                correct_tokenizer(partial / "model")
                 (partial / "model").rename(target)
                 return
         raise _ConverterFailed(failure)
@@ -157,15 +154,21 @@ def _convert(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _correct_tokenizer(model: Path) -> None:
+def correct_tokenizer(model: Path) -> None:
     """Split texts as the GGUF file's tokenizer.ggml.pre means it, where the converter does not know that name."""
     config, tokenizer = model / "tokenizer_config.json", model / "tokenizer.json"
     if not (config.is_file() and tokenizer.is_file()):
         return
-    if json.loads(config.read_text("utf-8")).get("gguf_tokenizer_pre") in GPT2_WITH_DIGITS:
-        fields = json.loads(tokenizer.read_text("utf-8"))
-        fields |= {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": GPT2_SPLITS}}
-        tokenizer.write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
+    name = json.loads(config.read_text("utf-8")).get("gguf_tokenizer_pre")
+    fields = json.loads(tokenizer.read_text("utf-8"))
+    if not name or name in gguf_splits.CONVERTED or not gguf_splits.splits_words(fields.get("pre_tokenizer")):
+        return
+    if (splits := gguf_splits.SPLITS.get(name)) is None:
+        log.warning("The way in which this model's tokenizer splits texts, %r, is unknown; tokens may differ.", name)
+        return
+    fields |= {"normalizer": None, "pre_tokenizer": gguf_splits.pre_tokenizer(splits)}
+    fields["model"]["ignore_merges"] = name in gguf_splits.IGNORE_MERGES
+    tokenizer.write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
 
 
 def _run_converter(

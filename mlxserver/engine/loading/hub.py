@@ -21,7 +21,7 @@ from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.download.download import Download, NoSpace, Report, check_disk, fetch_now, list_files
 from mlxserver.engine.loading.download.manifest import Manifest
 from mlxserver.engine.loading.download.transfer import Busy, DigestWrong
-from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config
+from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config, text_bytes
 
 log = logging.getLogger("models")
 
@@ -68,20 +68,22 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
         raise
     except Exception as error:
         raise failure(source, error, revision) from None
-    stored = sum(weights.stat().st_size for weights in directory.glob(WEIGHTS))
+    files = [*directory.glob(WEIGHTS)]
+    stored = sum(map(text_bytes, files))
     modules = directory / kinds.MODULES
     kind = _kind(repository, config, modules if modules.is_file() else None, kinds.has_processor(directory))
-    return CheckpointMetadata(config, stored, kind)
+    return CheckpointMetadata(config, stored, kind, sum(file.stat().st_size for file in files) - stored)
 
 
 def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
     config_file, modules = manifest.find("config.json"), manifest.find(kinds.MODULES)
     assert config_file
     config = read_config(fetch_now(manifest, config_file))
-    stored = sum(file.size for file in manifest.named(WEIGHTS).files)
+    files = manifest.named(WEIGHTS).files
+    stored = sum(text_bytes(link) if (link := manifest.link(file)).is_file() else file.size for file in files)
     has_processor = any(manifest.find(name) for name in kinds.PROCESSORS)
     kind = _kind(repository, config, fetch_now(manifest, modules) if modules else None, has_processor)
-    return CheckpointMetadata(config, stored, kind)
+    return CheckpointMetadata(config, stored, kind, sum(file.size for file in files) - stored)
 
 
 def known_kind(repository: str, revision: str | None) -> Kind | None:

@@ -27,6 +27,7 @@ from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, STYLES, C
 from mlxserver.engine.prompt.content_form import ContentForm, find_content_form
 from mlxserver.engine.prompt.images import ImageProcessor, images_of
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
+from mlxserver.engine.prompt.sandbox import look_up_once
 from mlxserver.engine.prompt.segments import MARK, SegmentEncoder, unmarked
 from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.prompt.switches import Switches
@@ -240,6 +241,8 @@ class ChatTemplate:
 
     def _call(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
         try:
+            if isinstance(source := options.get("chat_template") or self._tokenizer.chat_template, str):
+                look_up_once(source)
             return self._tokenizer.apply_chat_template(messages, **options)
         except RENDERING_FAILURES as error:
             if "tools" not in options:  # some templates go through their tools without asking whether there are any

@@ -15,7 +15,7 @@ import functools
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +59,15 @@ class SegmentEncoder:
     def encode(self, text: str) -> tuple[int, ...]:
         """The ids of a text, in which control tokens may be marked."""
         ids: array[int] = array("I")
-        for segment in self._cuts.split(text) if self._cuts else [text]:
-            ids += self._ids(segment)
+        for start, end in pairwise([0, *self._cut(text), len(text)]):
+            ids += self._ids(text[start:end])
         return tuple(ids)
+
+    def _cut(self, text: str) -> Iterator[int]:
+        """Where a text is cut: before control tokens that are not marked."""
+        for found in self._cuts.finditer(text) if self._cuts else ():
+            if text[found.start() - 1 : found.start()] != _START:
+                yield found.start()
 
     def _ids(self, segment: str) -> array[int]:
         if (known := self._segments.get(segment)) is not None:
@@ -89,7 +95,7 @@ class SegmentEncoder:
     def _cuts(self) -> re.Pattern[str] | None:
         """What a text is cut before; None if it has to be encoded whole."""
         tokens = [token for token in self._candidates() if self._is_split(token)] if self._is_fast else []
-        return re.compile(f"(?<!{_START})(?={'|'.join(map(re.escape, tokens))})") if tokens else None
+        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
     def _candidates(self) -> list[str]:
         """The control tokens that a rendered prompt may have, and that rule 1 allows."""

@@ -101,10 +101,9 @@ def count_lost(messages: Iterable[Message], text: str, thinking_end: str) -> int
     position = lost = 0
     for message in messages:
         for written in _written(message, thinking_end):
-            forms = written, json.dumps(written, ensure_ascii=False)[1:-1]
-            if (index := max(text.find(form, position) for form in forms)) >= 0:
+            if (index := text.find(written, position)) >= 0:
                 position = index
-            elif not any(form in text for form in forms):
+            elif not (written in text or json.dumps(written, ensure_ascii=False)[1:-1] in text):
                 lost += 1
     return lost
 

@@ -186,6 +186,7 @@ class Builder:
             metrics=metrics,
             checkpoint_interval=spec.checkpoint_interval,
             policy=policy,
+            speculation=spec.speculation,
         )
 
     def _fitting_policy(self, spec: ModelSpec, loaded: loader.LoadedModel) -> ExecutionPolicy:

@@ -44,6 +44,17 @@ class MeasuredLogprobs:
         return read
 
 
+@dataclass(frozen=True)
+class KnownLogprobs:
+    """Log-probabilities of one step that are here already, by sequence id."""
+
+    known: dict[int, Logprobs]
+
+    def read(self) -> dict[int, Logprobs]:
+        """Log-probabilities by sequence id."""
+        return self.known
+
+
 def measure(sequences: abc.Sequence[Sequence], logits: mx.array, tokens: mx.array) -> MeasuredLogprobs:
     """Log-probabilities of the sampled tokens: logits [batch, vocab], tokens [batch]. Nothing is evaluated."""
     asking = [index for index, sequence in enumerate(sequences) if sequence.top_logprobs is not None]

@@ -105,6 +105,16 @@ class BatchSampler:
             self._generated = self._generated.at[mx.arange(len(self._settings)), tokens].add(1.0)
         return tokens
 
+    def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
+        """Take the last n calls back, but for the first `kept` of each sequence. sampled: their tokens, [batch, n]."""
+        tokens, counts = sampled.shape[1], mx.array(list(kept), dtype=mx.uint32)
+        if self._is_sampled:
+            taken_back = mx.stack([mx.zeros_like(counts), tokens - counts], axis=1)
+            self._keys = self._keys - taken_back
+        if self._generated is not None:
+            is_dropped = (mx.arange(tokens) >= counts[:, None]).astype(mx.float32)
+            self._generated = self._generated.at[mx.arange(len(kept))[:, None], sampled].subtract(is_dropped)
+
     def _choose_work(self) -> None:
         """Set the arrays and flags that hold until the batch changes again."""
         settings = self._settings

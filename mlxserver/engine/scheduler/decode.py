@@ -4,6 +4,8 @@ Rule 1: a sequence joins with its last prompt token as input, so that its first 
         advances all others. There is no separate first step.
 Rule 2: a step is launched before the tokens of the one before it are read: the device works while Python publishes.
         Where a constraint must see those tokens first, the forward pass is launched and only the sampling waits.
+Rule 3: where drafted tokens are verified (scheduler/speculation.py), the tokens of the step before are read first. The
+        tokens of each sequence, their log-probabilities and their order are the same as without.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any, Protocol, cast
 
 from mlxserver.engine.mlx import mx
@@ -18,10 +21,14 @@ from mlxserver.engine.mlx import mx
 import numpy as np
 
 from mlxserver.engine.kv_cache.batched import make_batch_cache
+from mlxserver.engine.kv_cache.slot_cache import SlotCache
+from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy
-from mlxserver.engine.sampling.logprobs import MeasuredLogprobs, measure
+from mlxserver.engine.sampling.logprobs import KnownLogprobs, MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
+from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.prompts import PendingPrompt
+from mlxserver.engine.scheduler.speculation import Setting, make_speculation
 from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 
 
@@ -37,6 +44,9 @@ class Sampler(Protocol):
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """Logits [batch, vocab] -> token ids [batch], of those that are allowed. Nothing is evaluated."""
 
+    def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
+        """Take the last n calls back, but for the first `kept` of each sequence. sampled: their tokens, [batch, n]."""
+
 
 MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 
@@ -45,6 +55,7 @@ MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 class RunningSequence:
     """A sequence that decodes. `fed`: its tokens in the KV cache behind the prompt's first ones, from the last prompt
     token on. num_sampled: tokens sampled for it, read or not. prompt_logprobs: to be published with its first token.
+    lookup: predicts its tokens; None if it drafts none.
     """
 
     sequence: Sequence
@@ -54,11 +65,17 @@ class RunningSequence:
     num_sampled: int = 0
     is_fresh: bool = True  # its input is still the last prompt token, which is not published
     prompt_logprobs: tuple[Logprobs, ...] | None = None
+    lookup: PromptLookup | None = None
 
     @property
     def length(self) -> int:
         """Tokens of KV cache that it needs, the next one included."""
         return len(self.sequence.tokens) + len(self.fed) + 1
+
+    @property
+    def most_drafted(self) -> int:
+        """Most tokens to draft: a verifying step samples one more."""
+        return self.sequence.max_tokens - self.num_sampled - 1
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -99,11 +116,20 @@ class DecodeBatch:
         policy: ExecutionPolicy | None = None,
         *,
         is_shared: bool = False,
+        speculation: Setting = "off",
+        metrics: ModelMetrics | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
         self.cache = make_batch_cache(model, policy, is_shared=is_shared)
+        setting: Setting = "off" if is_shared else speculation
+        self._speculation = make_speculation(model, self.cache, setting, policy, metrics or ModelMetrics(""))
         self.clear()
+
+    @property
+    def speculates(self) -> bool:
+        """Whether its sequences may draft tokens."""
+        return self._speculation is not None
 
     def clear(self) -> None:
         """Drop all sequences."""
@@ -112,8 +138,14 @@ class DecodeBatch:
         self.sampled = mx.zeros((0,), dtype=mx.uint32)
         self._shifts: list[mx.array] = []
         self._sampler = self._make_sampler(self._vocab_size)
-        self._measured = MeasuredLogprobs()
+        self._measured: MeasuredLogprobs | KnownLogprobs = MeasuredLogprobs()
         self._unpublished: list[SampledToken] = []
+        self.pause()
+
+    def pause(self) -> None:
+        """Something else is computed before the next step, whose duration is no sample then."""
+        self._is_pipelined = False  # the last step was launched before its tokens were read
+        self._returned: float | None = None  # when the last step's tokens were returned, by perf_counter()
 
     def join(self, prompts: abc.Sequence[PendingPrompt], coming: int = 0) -> None:
         """Add the sequences of prompts that are processed. coming: number of sequences that are soon to join, too."""
@@ -128,10 +160,12 @@ class DecodeBatch:
                 prompt.cached_tokens,
                 prompt.started,
                 prompt_logprobs=tuple(prompt.logprobs) if sequence.is_scored else None,
+                lookup=self._speculation.lookup(sequence) if self._speculation else None,
             )
             for sequence, prompt in joining
         ]
         self._set_shifts()
+        self.pause()
 
     def leave(self, leaving: abc.Sequence[int]) -> None:
         """Drop the sequences at these indices."""
@@ -144,12 +178,16 @@ class DecodeBatch:
         self._set_inputs(self.sampled[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
         self._set_shifts()
+        self.pause()
 
     def advance(self) -> list[SampledToken]:
         """Launch one step and return the tokens of the step before."""
         inputs, measured = self.sampled, self._measured
         if not any(running.num_sampled < running.sequence.max_tokens for running in self.sequences):
             return self._read(inputs, measured, is_fed=False)
+        if self._num_verified() > 1:
+            self._advance_by_drafts(inputs, measured)
+            return self.take()
         logits = self.cache.advance(inputs, self._shifts)
         if any(running.sequence.constraint for running in self.sequences):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
@@ -158,6 +196,7 @@ class DecodeBatch:
         else:
             self._sample(logits)
             self._unpublished = self._read(inputs, measured, is_fed=True)
+        self._note_plain_step()
         return self.take()
 
     def take(self) -> list[SampledToken]:
@@ -183,7 +222,7 @@ class DecodeBatch:
         for running in self.sequences:
             running.num_sampled += 1
 
-    def _read(self, inputs: mx.array, measured: MeasuredLogprobs, is_fed: bool) -> list[SampledToken]:
+    def _read(self, inputs: mx.array, measured: MeasuredLogprobs | KnownLogprobs, is_fed: bool) -> list[SampledToken]:
         """Wait for the tokens of the step before and record them."""
         published = []
         logprobs = measured.read()
@@ -191,11 +230,109 @@ class DecodeBatch:
             if is_fed:
                 running.fed.append(token)
             if not running.is_fresh:
+                self._note_generated(running, token)
                 if running.sequence.constraint:
                     running.sequence.constraint.accept(token)
                 published.append(running.publish(token, logprobs.get(running.sequence.id)))
             running.is_fresh = False
         return published
+
+    # -- speculation --------------------------------------------------------------------------------------------
+
+    def _num_verified(self) -> int:
+        """Tokens of each sequence in the next step: 1, or more if drafted ones are verified."""
+        if not (speculation := self._speculation) or self._shifts:
+            return 1
+        rows = [
+            (running.lookup.streak, running.most_drafted)
+            for running in self.sequences
+            if running.lookup and running.lookup.streak and running.most_drafted > 0
+        ]
+        tokens = speculation.controller.choose(len(self.sequences), rows, cast(SlotCache, self.cache).fits)
+        if tokens > 1 and not speculation.is_right():
+            self._speculation = None
+            return 1
+        return tokens
+
+    def _advance_by_drafts(self, inputs: mx.array, measured: MeasuredLogprobs | KnownLogprobs) -> None:
+        """Read the tokens of the step before, and verify what is drafted behind them, if that is still promising."""
+        before = perf_counter()
+        gap = before - self._returned if self._returned else None
+        self._unpublished = self._read(inputs, measured, is_fed=True)
+        read = perf_counter()
+        if (tokens := self._num_verified()) > 1:
+            self._verify(inputs, tokens)
+            if self._speculation:
+                now = perf_counter()
+                seconds = now - read + gap if gap is not None else None
+                self._speculation.controller.note_verified(len(self.sequences), tokens, seconds)
+                self._returned, self._is_pipelined = now, False
+        else:
+            self._sample(self.cache.advance(inputs, self._shifts))
+            self._returned, self._is_pipelined = perf_counter(), True
+
+    def _verify(self, inputs: mx.array, tokens: int) -> None:
+        """Compute so many tokens of each sequence, and keep those that are sampled as they were drafted."""
+        cache = cast(SlotCache, self.cache)
+        drafts = [r.lookup.draft(min(tokens - 1, r.most_drafted)) if r.lookup else [] for r in self.sequences]
+        padded = [own + [0] * (tokens - 1 - len(own)) for own in drafts]
+        logits = cache.verify(mx.concatenate([inputs[:, None], mx.array(padded, dtype=mx.uint32)], axis=1))
+        is_finite = (logits < mx.inf).all()
+        steps, measured = [], []
+        for n in range(tokens):
+            steps.append(self._sampler(logits[:, n], None if n else self._allowed()))
+            measured.append(measure([running.sequence for running in self.sequences], logits[:, n], steps[n]))
+        sampled = mx.stack(steps, axis=1)
+        mx.eval(sampled, is_finite, [own.arrays for own in measured])
+        if not is_finite.item():
+            self._discard(inputs, sampled)
+            return
+        rows = cast(list[list[int]], sampled.tolist())
+        kept = [_num_alike(draft, row) + 1 for draft, row in zip(drafts, rows, strict=True)]
+        cache.rewind([tokens - count for count in kept])
+        self._sampler.rewind(sampled, kept)
+        self._accept(rows, kept, [own.read() for own in measured])
+        if self._speculation:
+            self._speculation.controller.note_drafts(sum(map(len, drafts)), sum(kept) - len(kept))
+
+    def _discard(self, inputs: mx.array, sampled: mx.array) -> None:
+        """Make a plain step in place of one whose logits were not finite: a rejected token may be why."""
+        sequences, tokens = sampled.shape
+        cast(SlotCache, self.cache).rewind([tokens] * sequences, erases=True)
+        self._sampler.rewind(sampled, [0] * sequences)
+        if self._speculation:
+            self._speculation.controller.hold_off()
+        self._sample(self.cache.advance(inputs, self._shifts))
+
+    def _accept(self, rows: list[list[int]], kept: list[int], logprobs: list[dict[int, Logprobs]]) -> None:
+        """Record the first `kept` tokens of each sequence. The last of them is the next input, and published then."""
+        pending: dict[int, Logprobs] = {}
+        for running, row, count in zip(self.sequences, rows, kept, strict=True):
+            id = running.sequence.id
+            for token, own in zip(row[: count - 1], logprobs, strict=False):
+                running.fed.append(token)
+                self._note_generated(running, token)
+                self._unpublished.append(running.publish(token, own.get(id)))
+            running.num_sampled += count
+            if (last := logprobs[count - 1].get(id)) is not None:
+                pending[id] = last
+        self._set_inputs(mx.array([row[count - 1] for row, count in zip(rows, kept, strict=True)], dtype=mx.uint32))
+        self._measured = KnownLogprobs(pending)
+
+    def _note_generated(self, running: RunningSequence, token: int) -> None:
+        """Add a token to the sequence's lookup, and measure its predictions."""
+        if self._speculation and running.lookup:
+            streak = running.lookup.streak
+            if (is_hit := running.lookup.append(token)) is not None:
+                self._speculation.controller.note_prediction(streak, is_hit)
+
+    def _note_plain_step(self) -> None:
+        """Measure a step: the time from the tokens of the step before to those of this one, if both were plain."""
+        if self._speculation:
+            now = perf_counter()
+            if self._returned and self._is_pipelined:
+                self._speculation.controller.note_plain(len(self.sequences), now - self._returned)
+            self._returned, self._is_pipelined = now, True
 
     def _allowed(self) -> mx.array | None:
         """The tokens that the constraints allow, [batch, vocab] of bool; None while every token is."""
@@ -208,6 +345,11 @@ class DecodeBatch:
         packed = np.frombuffer(b"".join(mask or every for mask in masks), dtype=np.uint8).reshape(len(masks), length)
         bits = (mx.array(packed)[:, :, None] >> mx.arange(8, dtype=mx.uint8)) & 1
         return bits.reshape(len(masks), -1)[:, : self._vocab_size].astype(mx.bool_)
+
+
+def _num_alike(draft: list[int], sampled: list[int]) -> int:
+    """Number of tokens up to the first that was drafted otherwise."""
+    return next((n for n, token in enumerate(draft) if sampled[n] != token), len(draft))
 
 
 def _closed_up(count: int, leaving: abc.Sequence[int]) -> list[int]:

@@ -94,8 +94,12 @@ class PendingPrompt:
 
     def next(self, most: int) -> list[int]:
         """Its next tokens, so many at the most, but for an image that has to be seen at once."""
-        end = self.done + min(self.ahead, most)
-        return list(self.tokens[self.done : self.images.whole(self.done, end) if self.images else end])
+        return list(self.tokens[self.done : self.whole(self.done, self.done + min(self.ahead, most))])
+
+    def whole(self, start: int, end: int) -> int:
+        """Where a chunk that begins at `start` ends rather than at `end`, lest it has a part of an image."""
+        # An image may end the prompt, and the last token is decoded.
+        return min(self.images.whole(start, end), len(self.tokens) - 1) if self.images else end
 
     def following(self, count: int) -> list[int]:
         """The tokens behind each of its next ones."""

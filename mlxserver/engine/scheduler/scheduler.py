@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import replace
 from typing import Any
 
 from mlxserver.engine.mlx import mx
@@ -34,6 +35,7 @@ from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import FixedPeers, Peers
 from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill, waiting_ratio
 from mlxserver.engine.scheduler.prompts import PendingPrompt
+from mlxserver.engine.scheduler.speculation import Setting
 from mlxserver.engine.sequence import SampledToken, Sequence
 
 _RESTORE_WAIT = 0.01  # seconds for a prefix from disk, before the engine looks at its messages again
@@ -46,7 +48,7 @@ class Scheduler:
     max_kv_tokens: most tokens in KV cache and prefix cache, None for no limit; a single sequence may always go on.
     account: the model's in the pool of all models, None for no limit.
     sizes: of the KV cache, None measures them. checkpoint_interval: tokens between the checkpoints of a long prompt,
-    where the KV cache can't be trimmed.
+    where the KV cache can't be trimmed. speculation: whether tokens are drafted; ranks that share a model draft none.
     """
 
     def __init__(
@@ -64,9 +66,9 @@ class Scheduler:
         sizes: caches.CacheSizes | None = None,
         checkpoint_interval: int = 4096,
         policy: ExecutionPolicy | None = None,
+        speculation: Setting = "off",
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
-        self.execution: Execution | None = execution(model, policy or current())
         self.reserved_kv_bytes: int | None = account.floor if account else None
         self._model = model
         self._max_running = max_running
@@ -76,7 +78,18 @@ class Scheduler:
         self._waiting: list[PendingPrompt] = []
         self._prefilling: list[PendingPrompt] = []
         is_shared = sizes is not None  # ranks have agreed on it
-        self._running = DecodeBatch(model, self.vocab_size, make_sampler, policy, is_shared=is_shared)
+        self._running = DecodeBatch(
+            model,
+            self.vocab_size,
+            make_sampler,
+            policy,
+            is_shared=is_shared,
+            speculation=speculation,
+            metrics=self._metrics,
+        )
+        self.execution: Execution | None = replace(
+            execution(model, policy or current()), speculation=self._running.speculates
+        )
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
@@ -150,6 +163,7 @@ class Scheduler:
         self._note_load()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
         self._meter.end_step()
+        self._running.pause()
         self._prefill.advance(self._prefilling, budget)
         self._store_checkpoints()
         for prompt in self._prefilling:
@@ -257,9 +271,7 @@ class Scheduler:
         if self._takes_checkpoints:
             boundaries = prompt.sequences[0].boundaries
             stops = checkpoints.stops(boundaries, len(prompt.tokens), length, self._checkpoint_interval)
-            if images := prompt.images:
-                stops = sorted({images.whole(length, stop) for stop in stops} - {length})
-            prompt.stops = stops
+            prompt.stops = sorted({prompt.whole(length, stop) for stop in stops} - {length})
         prompt.report()
         return True
 

@@ -4,7 +4,8 @@
 import { errorText, render } from "./api.js";
 import { count, h, rate, seconds, setRendered } from "./dom.js";
 
-const WHOLE = 50_000; // characters; a longer answer stays in the parts that it was streamed in
+const WHOLE = 50_000; // characters; a longer answer is rendered in parts
+const PART = 20_000; // characters of a part, or of several answers, that are rendered at once
 const BLOCK = 4000; // characters of plain text that are laid out together
 
 // Plain text that is only appended to, and dropped at its beginning. It is cut into blocks at line ends, so that what
@@ -46,6 +47,41 @@ class Plain {
   }
 }
 
+// Places where a Markdown text may be cut, and its parts rendered by themselves: blank lines outside of code. Each line
+// is looked at once, however often the text has grown.
+class Cuts {
+  #fence = "";
+  #scanned = 0;
+
+  *in(text) {
+    let end;
+    while ((end = text.indexOf("\n", this.#scanned)) >= 0) {
+      const line = text.slice(this.#scanned, end);
+      const fence = /^ {0,3}(`{3,}|~{3,})/.exec(line)?.[1];
+      if (fence && !this.#fence) this.#fence = fence;
+      else if (fence && line.trim() === fence && fence.startsWith(this.#fence)) this.#fence = "";
+      this.#scanned = end + 1;
+      if (!this.#fence && (!line.trim() || fence)) yield this.#scanned;
+    }
+  }
+}
+
+// A Markdown text in parts that can be rendered by themselves.
+function parts(text) {
+  if (text.length < WHOLE) return [text];
+  const found = [];
+  let begin = 0;
+  let last = 0;
+  for (const cut of [...new Cuts().in(text), text.length]) {
+    if (cut - begin > PART && last > begin) {
+      found.push(text.slice(begin, last));
+      begin = last;
+    }
+    last = cut;
+  }
+  return [...found, text.slice(begin)];
+}
+
 export class Answer {
   constructor() {
     this.wait = h("p", { class: "wait", hidden: true });
@@ -63,9 +99,8 @@ export class Answer {
     this.reasoning = "";
     this.toolCalls = [];
     this.rendered = 0; // characters of the content that are in `done`
-    this.inFence = "";
-    this.scanned = 0;
-    this.lastBreak = 0;
+    this.cuts = new Cuts();
+    this.lastCut = 0;
     this.work = Promise.resolve();
     this.pending = { content: "", reasoning: "" };
     this.frame = 0;
@@ -108,18 +143,10 @@ export class Answer {
     this.onappend?.();
   }
 
-  // Renders what is complete. Fences are followed line by line, each line once.
+  // Renders what is complete.
   #settle() {
-    let end;
-    while ((end = this.content.indexOf("\n", this.scanned)) >= 0) {
-      const line = this.content.slice(this.scanned, end);
-      const fence = /^ {0,3}(`{3,}|~{3,})/.exec(line)?.[1];
-      if (fence && !this.inFence) this.inFence = fence;
-      else if (fence && line.trim() === fence && fence.startsWith(this.inFence)) this.inFence = "";
-      this.scanned = end + 1;
-      if (!this.inFence && (!line.trim() || fence)) this.lastBreak = this.scanned;
-    }
-    if (this.lastBreak - this.rendered > 400) this.#renderUpTo(this.lastBreak);
+    for (const cut of this.cuts.in(this.content)) this.lastCut = cut;
+    if (this.lastCut - this.rendered > 400) this.#renderUpTo(this.lastCut);
   }
 
   #renderUpTo(end) {
@@ -176,8 +203,8 @@ export class Answer {
     this.fault.hidden = false;
   }
 
-  // One that was answered before. html: its content, rendered.
-  restore(node, html) {
+  // One that was answered before: its parts as plain text, for showRendered().
+  restore(node) {
     this.content = node.content ?? "";
     this.rendered = this.content.length;
     this.thinking.hidden = !node.reasoning;
@@ -185,11 +212,28 @@ export class Answer {
     this.thought.append(node.reasoning ?? "");
     this.toolCalls = node.calls ?? [];
     this.#showCalls();
-    if (html === null) this.done.textContent = this.content;
-    else setRendered(this.done, html);
+    const texts = parts(this.content);
+    this.done.append(...texts.map((text) => h("div", { class: texts.length > 1 ? "part plain-text" : "plain-text", text })));
     this.figures.textContent = node.figures ?? "";
     if (node.error) this.fail(node.error);
     return this;
+  }
+}
+
+// Renders plain parts of answers, the last first, a batch at a time. isWanted: asked before each batch is shown.
+export async function showRendered(answers, isWanted, onshow) {
+  const plain = answers.flatMap((answer) => [...answer.done.children]).filter((part) => part.textContent.length <= WHOLE);
+  while (plain.length) {
+    const batch = [plain.pop()];
+    let size = batch[0].textContent.length;
+    while (plain.length && batch.length < 20 && (size += plain.at(-1).textContent.length) <= PART) batch.push(plain.pop());
+    const html = await render(batch.map((part) => part.textContent)).catch(() => null);
+    if (!html || !isWanted()) return;
+    batch.forEach((part, n) => {
+      part.classList.remove("plain-text");
+      setRendered(part, html[n]);
+    });
+    onshow();
   }
 }
 

@@ -3,7 +3,7 @@
 import { errorText, jsonEvents } from "./api.js";
 import { plot } from "./charts.js";
 import { h, rate, say, seconds } from "./dom.js";
-import { live, watch } from "./live.js";
+import { isTalker, live, watch } from "./live.js";
 
 const ms = (value) => (value === null || value === undefined ? "–" : seconds(value / 1000));
 const LEVEL = [
@@ -50,7 +50,7 @@ export function show(root, { signal, session }) {
   }
   let shown = "";
   const list = () => {
-    const talkers = [...live.models.values()].filter((each) => each.kind === null || each.kind === "text" || each.kind === "vision");
+    const talkers = [...live.models.values()].filter(isTalker);
     const keys = talkers.map((each) => each.id);
     if (JSON.stringify(keys) === shown) return;
     shown = JSON.stringify(keys);

@@ -1,10 +1,10 @@
 // Conversations with one model.
 
-import { chat, errorText, render } from "./api.js";
-import { Answer, figureLine } from "./answer.js";
+import { chat, errorText } from "./api.js";
+import { Answer, figureLine, showRendered } from "./answer.js";
 import * as store from "./conversation.js";
-import { copy, download, h, openDialog, say, setRendered } from "./dom.js";
-import { live, watch } from "./live.js";
+import { copy, download, h, openDialog, say } from "./dom.js";
+import { isTalker, live, watch } from "./live.js";
 
 const PARAMS = [
   ["temperature", "0 to 2; 0 is greedy", 0.1], ["top_p", "above 0, up to 1", 0.05], ["top_k", "0: off", 1],
@@ -112,21 +112,12 @@ export function show(root, { signal, rest }) {
 
   async function draw() {
     answers.clear();
-    const shown = conversation;
     const path = conversation.path;
-    const drawn = path.filter((node) => node.role === "assistant").reverse(); // what is in sight first
     log.replaceChildren(...path.map(turn));
     if (!path.length) log.append(h("p", { class: "empty", text: "Conversations stay in this browser. Drop an image anywhere to ask about it." }));
     toEnd(true);
-    for (let n = 0; n < drawn.length; n += 20) {
-      const batch = drawn.slice(n, n + 20);
-      const html = await render(batch.map((node) => node.content ?? "")).catch(() => null);
-      if (conversation !== shown || !html) return;
-      batch.forEach((node, i) => {
-        if (answers.get(node.id)?.element.isConnected) setRendered(answers.get(node.id).done, html[i]);
-      });
-      toEnd(false);
-    }
+    const restored = [...answers.values()];
+    await showRendered(restored, () => restored.at(-1).element.isConnected, () => toEnd(false));
   }
 
   function turn(node) {
@@ -135,7 +126,7 @@ export function show(root, { signal, rest }) {
     const actions = h("div", { class: "actions" });
     let body;
     if (node.role === "assistant") {
-      const answer = new Answer().restore(node, null);
+      const answer = new Answer().restore(node);
       answers.set(node.id, answer);
       body = answer.element;
       actions.append(action("Retry", () => retry(node)), action("Branch", () => { open(conversation.branch(node)); keep(); }),
@@ -265,13 +256,24 @@ export function show(root, { signal, rest }) {
     sendButton.hidden = isBusy;
   }
 
-  // Follows the end of the answer, unless the reader has scrolled up.
+  // Follows the end, whatever grows, shrinks or is laid out later, until the reader scrolls up.
   let follows = true;
-  scroller.addEventListener("scroll", () => { follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80; });
+  let top = 0;
+  scroller.addEventListener("scroll", () => {
+    const before = top;
+    top = scroller.scrollTop;
+    const left = scroller.scrollHeight - top - scroller.clientHeight;
+    if (top < before && left > 4) follows = false;
+    else if (left < 80) follows = true;
+  });
   function toEnd(always) {
     if (always) follows = true;
-    if (follows) scroller.scrollTop = scroller.scrollHeight;
+    if (!follows) return;
+    scroller.scrollTop = scroller.scrollHeight;
+    top = scroller.scrollTop;
   }
+  const sizes = new ResizeObserver(() => requestAnimationFrame(() => toEnd(false)));
+  for (const each of [scroller, log]) sizes.observe(each);
 
   // -- input ----------------------------------------------------------------------------------------------------------
 
@@ -376,7 +378,7 @@ export function show(root, { signal, rest }) {
         h("button", { type: "button", class: "copy", text: "Copy", onclick: (event) => copy(write(body), event.currentTarget) }))))));
   }
 
-  signal.addEventListener("abort", () => { stop(); });
+  signal.addEventListener("abort", () => { stop(); sizes.disconnect(); });
   watch(listModels, signal);
   const [word, key] = rest;
   const last = store.list()[0];
@@ -385,8 +387,6 @@ export function show(root, { signal, rest }) {
     begin(key);
   } else open((last && store.load(last.id)) || new store.Conversation({ model: preferredModel() }));
 }
-
-const isTalker = (model) => model.kind === null || model.kind === "text" || model.kind === "vision";
 
 // An image as a data URL, no larger than models use.
 async function dataUrl(file) {

@@ -3,7 +3,7 @@
 import { chat, errorText } from "./api.js";
 import { Answer } from "./answer.js";
 import { count, h, rate, say, seconds } from "./dom.js";
-import { live, watch } from "./live.js";
+import { isTalker, live, watch } from "./live.js";
 
 const MOST = 4;
 const ROWS = [
@@ -43,7 +43,7 @@ export function show(root, { signal }) {
 
   let shown = "";
   const list = () => {
-    const keys = [...live.models.values()].filter((each) => each.kind !== "embedding" && each.kind !== "rerank").map((each) => each.id);
+    const keys = [...live.models.values()].filter(isTalker).map((each) => each.id);
     if (JSON.stringify(keys) === shown) return;
     shown = JSON.stringify(keys);
     if (!chosen.size) [...live.models.values()].filter((each) => each.status.value === "loaded" && keys.includes(each.id)).slice(0, 2).forEach((each) => chosen.add(each.id));

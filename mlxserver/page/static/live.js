@@ -19,6 +19,9 @@ export const speed = (key) => {
   return last.length ? last.reduce((sum, each) => sum + each, 0) / last.length : live.models.get(key)?.tokens_per_second ?? 0;
 };
 
+// Whether one can talk to a model. The kind of one that was never read is null.
+export const isTalker = (model) => model.kind === null || model.kind === "text" || model.kind === "vision";
+
 const listeners = new Set();
 export const watch = (listener, signal) => {
   listeners.add(listener);

@@ -3,7 +3,7 @@
 import { errorText, jsonEvents, post } from "./api.js";
 import { bar, sparkline } from "./charts.js";
 import { bytes, count, h, rate, say, seconds, setText } from "./dom.js";
-import { live, speed, watch } from "./live.js";
+import { isTalker, live, speed, watch } from "./live.js";
 
 const STATES = { unloaded: "not loaded", loading: "loading", loaded: "loaded", draining: "leaving", failed: "failed" };
 const COLOURS = 6;
@@ -158,7 +158,7 @@ function modelCard(key, session) {
       unload.hidden = !isThere || !session.may_manage;
       pin.hidden = !session.may_manage;
       pin.setAttribute("aria-pressed", String(model.pinned));
-      talk.hidden = model.kind !== null && model.kind !== "text";
+      talk.hidden = !isTalker(model);
     },
   };
 }

@@ -1,0 +1,253 @@
+"""Speculation of one model: whether its sequences draft tokens, and how many, for a step that verifies them all.
+
+A drafted token is kept only if it is the one that is sampled at its position, so that no text changes (Leviathan et al.
+2023, arXiv:2211.17192, with a draft that is certain of its tokens).
+
+Rule 1: how often predictions are right is measured whether they are drafted or not; what a verifying step costs is
+        measured by a few of them, against plain steps of as many sequences.
+Rule 2: a step drafts only where it is expected to give more tokens per second than a plain one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import abc, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, Literal, cast
+
+from mlxserver.engine.mlx import mx
+
+from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.slot_cache import SlotCache
+from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
+from mlxserver.engine.sequence import Sequence
+
+log = logging.getLogger("engine")
+
+Setting = Literal["auto", "off", "always"]
+
+SIZES = (4, 8, 16)  # tokens of a sequence in a verifying step, the first of which is not drafted: few, for their shapes
+_ALWAYS = 8  # where nothing is measured
+
+_GAIN = 1.05  # least ratio of tokens per second to those of plain steps
+_ASSUMED_COST = 0.08  # of each more token, in plain steps, until it is measured
+_PLAIN_STEPS, _SAMPLES = 15, 5  # whose median counts
+_LEAST_PLAIN_STEPS, _LEAST_SAMPLES = 3, 2
+_RETRY = 512  # steps that did not pay, after which one is tried all the same
+_HELD_OFF = 256  # steps after one whose logits were not finite
+
+_STREAKS = (5, 9, 17)  # bounds of the classes of streaks that have a hit rate each
+_PRIOR_RATES, _PRIOR_WEIGHT, _MOST_WEIGHT = (0.5, 0.7, 0.85, 0.95), 8, 512
+
+
+@dataclass
+class _HitRate:
+    """Share of predictions that are right; older ones count less."""
+
+    hits: float
+    count: float = _PRIOR_WEIGHT
+
+    def note(self, is_hit: bool) -> None:
+        self.hits, self.count = self.hits + is_hit, self.count + 1
+        if self.count > _MOST_WEIGHT:
+            self.hits, self.count = self.hits / 2, self.count / 2
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.count
+
+
+@dataclass
+class _Cost:
+    """Duration of a verifying step, in plain steps. The first of all is no sample: its shapes may be compiled."""
+
+    samples: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    num_steps: int = 0
+    num_declined: int = 0
+
+    def note(self, ratio: float) -> None:
+        self.num_steps += 1
+        if self.num_steps > 1:
+            self.samples.append(ratio)
+
+    @property
+    def ratio(self) -> float | None:
+        return median(self.samples) if len(self.samples) >= _LEAST_SAMPLES else None
+
+
+class SpeculationController:
+    """Decides for one model whether a step verifies drafted tokens, and counts these. always: if one is predicted."""
+
+    def __init__(self, metrics: ModelMetrics, *, always: bool = False) -> None:
+        self._metrics = metrics
+        self._always = always
+        self._rates = [_HitRate(rate * _PRIOR_WEIGHT) for rate in _PRIOR_RATES]
+        self._plain: dict[int, deque[float]] = {}  # seconds of plain steps, by number of sequences
+        self._costs: dict[tuple[int, int], _Cost] = {}  # by number of sequences and tokens of each
+        self._held_off = 0
+
+    def note_prediction(self, streak: int, is_hit: bool) -> None:
+        """A token was predicted behind a streak, rightly or not."""
+        self._rates[_streak_class(streak)].note(is_hit)
+
+    def note_plain(self, sequences: int, seconds: float) -> None:
+        """Duration of a plain step of so many sequences."""
+        self._plain.setdefault(_rounded(sequences), deque(maxlen=_PLAIN_STEPS)).append(seconds)
+
+    def note_verified(self, sequences: int, tokens: int, seconds: float | None) -> None:
+        """Duration of a verifying step with so many tokens of each sequence; None if it is not known."""
+        plain = self._plain_seconds(sequences)
+        if seconds is not None and plain:
+            self._cost(sequences, tokens).note(seconds / plain)
+
+    def note_drafts(self, drafted: int, accepted: int) -> None:
+        """Count drafted tokens and those that were accepted."""
+        self._metrics.drafted_tokens += drafted
+        self._metrics.accepted_tokens += accepted
+
+    def hold_off(self) -> None:
+        """Verify nothing for some steps: the logits of one were not finite."""
+        self._held_off = _HELD_OFF
+
+    def choose(self, sequences: int, rows: abc.Sequence[tuple[int, int]], fits: Callable[[int], bool]) -> int:
+        """Tokens of each of so many sequences in the next step; 1 for a plain one.
+
+        rows: of the sequences that may draft, the streak and the most tokens. fits: whether so many have room.
+        """
+        if self._held_off:
+            self._held_off -= 1
+            return 1
+        if not rows:
+            return 1
+        if self._always:
+            return next((tokens for tokens in reversed(SIZES) if tokens <= _ALWAYS and fits(tokens)), 1)
+        if not self._plain_seconds(sequences):
+            return 1
+        best, most_gain = 1, _GAIN
+        for tokens in SIZES:
+            gain, is_measured = self._gain(sequences, rows, tokens)
+            if gain > most_gain and fits(tokens):
+                best, most_gain = tokens, gain
+            if not is_measured:
+                break  # a longer one costs more
+        return best if best > 1 else self._retried(sequences, rows, fits)
+
+    def _gain(self, sequences: int, rows: abc.Sequence[tuple[int, int]], tokens: int) -> tuple[float, bool]:
+        """Expected ratio of tokens per second to those of a plain step, and whether the cost is measured."""
+        cost = self._cost(sequences, tokens).ratio
+        gained = sum(self._accepted(streak, min(most, tokens - 1)) for streak, most in rows)
+        return (sequences + gained) / sequences / (cost or self._assumed(sequences, tokens)), cost is not None
+
+    def _assumed(self, sequences: int, tokens: int) -> float:
+        """Cost until it is measured: as if each more token took as long as those of the next shorter step."""
+        for shorter in reversed(SIZES):
+            if shorter < tokens and (ratio := self._cost(sequences, shorter).ratio):
+                return 1 + max(ratio - 1, 0) / (shorter - 1) * (tokens - 1)
+        return 1 + _ASSUMED_COST * (tokens - 1)
+
+    def _accepted(self, streak: int, drafted: int) -> float:
+        """Tokens that are expected to be accepted of so many behind a streak."""
+        total, chance = 0.0, 1.0
+        for n in range(drafted):
+            chance *= self._rates[_streak_class(streak + n)].rate
+            total += chance
+        return total
+
+    def _retried(self, sequences: int, rows: abc.Sequence[tuple[int, int]], fits: Callable[[int], bool]) -> int:
+        """The shortest step now and then, if it would pay at the cost that is assumed at first; else 1."""
+        tokens = SIZES[0]
+        cost = self._cost(sequences, tokens)
+        gained = sum(self._accepted(streak, min(most, tokens - 1)) for streak, most in rows)
+        if (sequences + gained) / sequences <= _GAIN * (1 + _ASSUMED_COST * (tokens - 1)) or not fits(tokens):
+            return 1
+        cost.num_declined += 1
+        if cost.num_declined < _RETRY:
+            return 1
+        cost.num_declined = 0
+        return tokens
+
+    def _plain_seconds(self, sequences: int) -> float | None:
+        measured = self._plain.get(_rounded(sequences), ())
+        return median(measured) if len(measured) >= _LEAST_PLAIN_STEPS else None
+
+    def _cost(self, sequences: int, tokens: int) -> _Cost:
+        return self._costs.setdefault((_rounded(sequences), tokens), _Cost())
+
+
+class Speculation:
+    """What a decode batch needs to speculate. model, policy: to find out at the first draft whether it can be."""
+
+    def __init__(self, model: Any, policy: ExecutionPolicy | None, setting: Setting, metrics: ModelMetrics) -> None:
+        self.controller = SpeculationController(metrics, always=setting == "always")
+        self._model = model
+        self._policy = policy or current()
+        self._is_right: bool | None = None
+
+    def lookup(self, sequence: Sequence) -> PromptLookup | None:
+        """Lookup of a sequence that joins; None of one that drafts nothing."""
+        if sequence.constraint or sequence.images or self._is_right is False:
+            return None
+        return PromptLookup(sequence.tokens)
+
+    def is_right(self) -> bool:
+        """Whether the model computes several tokens at once as it does one by one. Measured once."""
+        if self._is_right is None:
+            self._is_right = verifies(self._model, self._policy)
+            if not self._is_right:
+                log.info("no speculation: several tokens of a sequence at once change the model's logits")
+        return self._is_right
+
+
+def make_speculation(
+    model: Any, cache: object, setting: Setting, policy: ExecutionPolicy | None, metrics: ModelMetrics
+) -> Speculation | None:
+    """Speculation of a decode batch with this cache; None where it is off, or tokens can't be taken back."""
+    return Speculation(model, policy, setting, metrics) if setting != "off" and isinstance(cache, SlotCache) else None
+
+
+_TOKENS, _PROMPTS = SIZES[0], (5, 9)
+_TRIALS = 4  # in 16 bits a close choice of experts may turn out otherwise, but not always
+_MOST_DIFFERENCE = 0.1  # of logits, relative to their spread
+
+
+def verifies(model: Any, policy: ExecutionPolicy) -> bool:
+    """Whether a model's logits of several tokens at once, behind unlike prompts, are those of one by one."""
+    policy = replace(policy, compile_steps=False)
+    try:
+        return any(_difference(model, policy, seed) <= _MOST_DIFFERENCE for seed in range(_TRIALS))
+    except Exception:  # of any kind: it is foreign code, given what it may not know
+        log.info("several tokens at once", exc_info=True)
+        return False
+
+
+def _difference(model: Any, policy: ExecutionPolicy, seed: int) -> float:
+    """Largest root mean square difference of the logits, relative to their spread."""
+    vocab = int(model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1])
+    tokens = [[(1 + 131 * n + 7 * i * (i + 3) + 977 * seed) % vocab for i in range(16)] for n in range(len(_PROMPTS))]
+    batches = []
+    for _ in range(2):
+        prefilled = [caches.new_cache(model) for _ in _PROMPTS]
+        for cache, own, length in zip(prefilled, tokens, _PROMPTS, strict=True):
+            model(mx.array([own[:length]]), cache=cache)
+        batches.append(SlotCache(model, policy))
+        batches[-1].join(prefilled)
+    inputs = mx.array([own[length:][:_TOKENS] for own, length in zip(tokens, _PROMPTS, strict=True)], dtype=mx.uint32)
+    together = batches[0].verify(inputs).astype(mx.float32)
+    single = mx.stack([batches[1].advance(inputs[:, n]) for n in range(_TOKENS)], axis=1).astype(mx.float32)
+    is_known = mx.isfinite(single)
+    difference = mx.where(is_known, together - single, 0)
+    spread = mx.maximum(mx.std(mx.where(is_known, single, 0), axis=-1), 1e-3)
+    worst = mx.max(mx.sqrt(mx.mean(difference**2, axis=-1)) / spread)
+    return cast(float, mx.where(mx.isnan(worst), mx.inf, worst).item())
+
+
+def _streak_class(streak: int) -> int:
+    return sum(streak >= bound for bound in _STREAKS)
+
+
+def _rounded(sequences: int) -> int:
+    return 1 << (sequences - 1).bit_length()

@@ -1,0 +1,298 @@
+"""Speculation: drafted tokens are verified together, and change nothing about what is generated."""
+
+from dataclasses import replace
+from functools import cache
+
+from mlxserver.engine.mlx import mx
+
+import pytest
+
+from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.engine.kv_cache.quantized import KVFormat
+from mlxserver.engine.loading.kv_format import quantize_kv
+from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.platform.policy import CPU
+from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from mlxserver.engine.scheduler.speculation import SIZES, SpeculationController, verifies
+from tests.support.architectures import random_model
+from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
+from tests.support.prefixes import new_prefixes
+
+PADDED = replace(CPU, pad_slots=True)
+FEW = {5: 90.0, 6: 90.0, 7: 89.5}  # tokens that an answer may have: n-grams recur, and some predictions are right
+GREEDY_FEW = SamplingParams(temperature=0.0, logit_bias=FEW)
+
+
+def few(seed, **settings):
+    return SamplingParams(temperature=1.0, seed=seed, logit_bias=FEW, **settings)
+
+
+@cache
+def model(name="llama", kv=None):
+    own = random_model(name, head_dim=64, hidden_size=128, num_hidden_layers=2)
+    quantize_kv(own, kv)
+    return own
+
+
+def scheduler(own, speculation="always", metrics=None, **options):
+    return Scheduler(own, speculation=speculation, metrics=metrics, **{"policy": CPU, **options})
+
+
+def run(own, *sequences, **options):
+    return Driver(scheduler(own, **options), *sequences).finish()
+
+
+def asked():
+    return [
+        sequence(1, prompt(40, 1), GREEDY_FEW, 40),
+        sequence(2, prompt(7, 2) * 4, few(2), 40),
+        sequence(3, prompt(245, 3), few(3, frequency_penalty=0.5, repetition_penalty=1.1), 40),
+        sequence(4, prompt(1, 4), few(4, top_p=0.9, top_k=2), 33),
+        sequence(5, prompt(30, 5), GREEDY, 20),
+        sequence(6, prompt(3, 6), few(6), 1),
+        sequence(7, prompt(3, 7), few(7, min_p=0.1), 2),
+    ]
+
+
+def test_what_followed_the_same_tokens_is_predicted():
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 9, 1, 2])
+    assert (lookup.draft(4), lookup.streak) == ([], 0)
+    assert lookup.append(3) is None
+    assert (lookup.draft(4), lookup.streak) == ([4, 5, 6, 7], 3)
+    assert lookup.append(4) is True
+    assert (lookup.draft(2), lookup.streak) == ([5, 6], 4)
+    assert lookup.append(8) is False
+    assert (lookup.draft(3), lookup.streak) == ([], 0)
+
+
+def test_the_last_place_is_the_one_that_counts():
+    lookup = PromptLookup([1, 2, 3, 4, 1, 2, 3, 5, 0, 1, 2, 3])
+    assert lookup.draft(1) == [5]
+    for token in (6, 1, 2, 3):
+        lookup.append(token)
+    assert lookup.draft(1) == [6]
+
+
+def test_what_repeats_itself_is_predicted_to_go_on():
+    assert PromptLookup([8, 1, 2, 1, 2, 1, 2]).draft(5) == [1, 2, 1, 2, 1]
+    assert PromptLookup([3, 3, 3, 3]).draft(3) == [3, 3, 3]
+
+
+def test_a_quotation_goes_on_near_the_place_where_it_broke_off():
+    lines = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 1, 2, 3, 20, 21]
+    lookup = PromptLookup([*lines, 0, 1, 2, 3, 99, 10, 11, 12])
+    for token in (13, 14, 15, 16, 17, 18, 55, 1, 2):
+        lookup.append(token)
+    lookup.append(3)
+    assert lookup.draft(2) == [20, 21]
+
+
+@pytest.mark.parametrize("length", range(5))
+def test_a_short_prompt_predicts_nothing(length):
+    assert PromptLookup(range(length)).draft(3) == []
+
+
+@pytest.mark.parametrize("policy", [CPU, PADDED], ids=["slots", "padded"])
+@pytest.mark.parametrize("kv", [None, KVFormat(8, 64)], ids=["plain", "quantized"])
+def test_tokens_are_the_same_with_speculation_and_without(policy, kv):
+    metrics = ModelMetrics("")
+    tokens = run(model(kv=kv), *asked(), policy=policy, metrics=metrics)
+    assert tokens == run(model(kv=kv), *asked(), policy=policy, speculation="off")
+    assert [len(tokens[one.id]) for one in asked()] == [one.max_tokens for one in asked()]
+    assert metrics.drafted_tokens > metrics.accepted_tokens > 20
+
+
+def test_sequences_join_and_leave_a_batch_that_speculates():
+    tokens = run(model(), *asked(), max_running=3, prefixes=new_prefixes())
+    assert tokens == run(model(), *asked(), speculation="off")
+
+
+def test_fewer_steps_are_made():
+    metrics, plain = ModelMetrics(""), ModelMetrics("")
+    one = sequence(1, prompt(20), SamplingParams(temperature=0.0, logit_bias={5: 90.0}), 100)
+    assert run(model(), one, metrics=metrics) == run(model(), one, metrics=plain, speculation="off")
+    assert metrics.batch_size.count < plain.batch_size.count / 3
+
+
+def test_sequences_that_are_preempted_resume_with_the_same_tokens():
+    asked = [sequence(n, prompt(230, n), few(n), 50) for n in (1, 2)]
+    assert run(model(), *asked, max_kv_tokens=600, prefixes=new_prefixes()) == run(model(), *asked, speculation="off")
+
+
+def test_log_probabilities_are_those_of_each_token():
+    class Recorder(Driver):
+        logprobs: list = []
+
+        def step(self):
+            decode = self.scheduler.decode
+
+            def recorded():
+                tokens = decode()
+                self.logprobs += [(token.token, token.logprobs) for token in tokens]
+                return tokens
+
+            self.scheduler.decode = recorded
+            super().step()
+            self.scheduler.decode = decode
+
+    def recorded(speculation):
+        driver = Recorder(scheduler(model(), speculation))
+        driver.logprobs = []
+        driver.add(sequence(1, prompt(20), few(3), 40, top_logprobs=2))
+        driver.finish()
+        return driver.logprobs
+
+    got, expected = recorded("always"), recorded("off")
+    assert [token for token, _ in got] == [token for token, _ in expected]
+    for (_, own), (_, other) in zip(got, expected, strict=True):
+        assert own.chosen == pytest.approx(other.chosen, abs=1e-3)
+        assert [token for token, _ in own.top] == [token for token, _ in other.top]
+
+
+class Even:
+    """A constraint that allows tokens with even ids, and records those it accepts."""
+
+    def __init__(self):
+        self.accepted = []
+
+    def allowed(self):
+        return b"\x55" * 50
+
+    def accept(self, token):
+        self.accepted.append(token)
+
+
+def test_a_sequence_with_a_grammar_drafts_nothing_and_is_in_the_batch():
+    metrics, constraint = ModelMetrics(""), Even()
+    alone = run(model(), sequence(1, [5, 6] * 9, GREEDY_FEW, 30, constraint=Even()), metrics=metrics)
+    assert metrics.drafted_tokens == 0
+    both = [sequence(1, [5, 6] * 9, GREEDY_FEW, 30, constraint=constraint), sequence(2, prompt(30), few(2), 60)]
+    tokens = run(model(), *both, metrics=metrics)
+    assert metrics.accepted_tokens > 0
+    assert tokens[1] == alone[1] == constraint.accepted
+    assert tokens[2] == run(model(), sequence(2, prompt(30), few(2), 60), speculation="off")[2]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "nemotron_h"])
+def test_a_model_whose_tokens_cannot_be_taken_back_drafts_nothing(name):
+    metrics = ModelMetrics("")
+    own = random_model(name)
+    one = sequence(1, prompt(20), SamplingParams(temperature=0.0, logit_bias={5: 900.0}), 12)
+    assert run(own, one, metrics=metrics)[1] == [5] * 12
+    assert metrics.drafted_tokens == 0
+
+
+class Overflowing:
+    """A model that overflows at one token."""
+
+    def __init__(self, own, token):
+        self._own, self._token = own, token
+
+    def __getattr__(self, name):
+        return getattr(self._own, name)
+
+    def __call__(self, tokens, cache=None):
+        embedding = self._own.model.embed_tokens
+        weight = embedding.weight
+        embedding.weight = mx.where(mx.arange(weight.shape[0])[:, None] == self._token, mx.inf, weight)
+        try:
+            return self._own(tokens, cache=cache)
+        finally:
+            embedding.weight = weight
+
+
+@pytest.mark.parametrize("policy", [CPU, PADDED], ids=["slots", "padded"])
+def test_a_drafted_token_at_which_the_model_overflows_does_no_harm(policy):
+    """Sequence 1 drafts it at every chance; the others are beside it."""
+    asked = [sequence(n, prompt(20, n), few(n), 20) for n in (1, 2)]
+    driver = Driver(scheduler(Overflowing(model(), 301), policy=policy))
+    speculation = driver.scheduler._running._speculation
+    speculation._is_right = True  # the tokens of the check may be any
+
+    class Wrong(PromptLookup):
+        def draft(self, most):
+            return [301] * most
+
+        streak = 3
+
+    speculation.lookup = lambda one: Wrong(one.tokens) if one.id == 1 else PromptLookup(one.tokens)
+    speculation.controller.hold_off = lambda: None
+    driver.add(*asked)
+    assert driver.finish() == run(model(), *asked, speculation="off")
+
+
+def test_a_model_that_computes_several_tokens_otherwise_drafts_nothing():
+    class Careless(Overflowing):
+        def __call__(self, tokens, cache=None):
+            logits = self._own(tokens, cache=cache)
+            return logits[..., ::-1] if tokens.shape[1] == SIZES[0] else logits
+
+    assert verifies(model(), CPU)
+    assert not verifies(Careless(model(), None), CPU)
+    metrics = ModelMetrics("")
+    one = sequence(1, prompt(21), GREEDY_FEW, 30)
+    assert run(Careless(model(), None), one, metrics=metrics) == run(model(), one, speculation="off")
+    assert metrics.drafted_tokens == 0
+
+
+def fits(tokens):
+    return True
+
+
+def controller(costs=(), sequences=1):
+    """A controller that has measured plain steps of a second, and the costs of others."""
+    own = SpeculationController(ModelMetrics(""))
+    for _ in range(3):
+        own.note_plain(sequences, 1.0)
+    for tokens, ratio in costs:
+        for _ in range(3):
+            own.note_verified(sequences, tokens, ratio)
+    return own
+
+
+def test_a_step_drafts_where_that_is_faster():
+    cheap = controller(costs=[(4, 1.2), (8, 1.3), (16, 1.5)])
+    assert cheap.choose(1, [(40, 100)], fits) == 16
+    assert cheap.choose(1, [(40, 100)], lambda tokens: tokens < 9) == 8
+    assert cheap.choose(1, [(40, 1)], fits) == 4
+    assert cheap.choose(1, [], fits) == 1
+    assert controller(costs=[(4, 4.5)]).choose(1, [(40, 100)], fits) == 1
+    assert controller(costs=[(4, 1.2), (8, 2.4)]).choose(1, [(40, 100)], fits) == 4
+
+
+def test_nothing_is_drafted_before_plain_steps_are_measured():
+    assert SpeculationController(ModelMetrics("")).choose(1, [(40, 100)], fits) == 1
+
+
+def test_longer_drafts_are_tried_once_shorter_ones_are_measured():
+    assert controller().choose(1, [(40, 100)], fits) == 4
+    assert controller(costs=[(4, 1.1)]).choose(1, [(40, 100)], fits) == 8
+
+
+def test_predictions_that_prove_wrong_are_drafted_no_more():
+    own = controller(costs=[(4, 1.3)])
+    assert own.choose(1, [(3, 100)], fits) > 1
+    for _ in range(40):
+        own.note_prediction(3, False)
+    assert own.choose(1, [(3, 100)], fits) == 1
+    assert own.choose(1, [(40, 100)], fits) > 1
+
+
+def test_many_sequences_draft_only_if_enough_of_them_do():
+    own = controller(sequences=8, costs=[(4, 1.6)])
+    assert own.choose(8, [(40, 100)], fits) == 1
+    assert own.choose(8, [(40, 100)] * 8, fits) > 1
+
+
+def test_a_step_that_did_not_pay_is_tried_again_after_a_while():
+    own = controller(costs=[(4, 4.5)])
+    chosen = [own.choose(1, [(40, 100)], fits) for _ in range(1100)]
+    assert sorted(chosen)[-3:] == [1, 4, 4]
+
+
+def test_auto_speculates_on_a_quotation_and_changes_no_token():
+    metrics = ModelMetrics("")
+    one = sequence(1, prompt(20), SamplingParams(temperature=0.0, logit_bias={5: 90.0}), 100)
+    assert run(model(), one, metrics=metrics, speculation="auto")[1] == [5] * 100
+    assert metrics.batch_size.count <= 102
