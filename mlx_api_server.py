@@ -43,6 +43,7 @@ from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sharding, sources
 from mlxserver.engine.loading.estimate import Estimate, estimate
+from mlxserver.engine.loading.kept_choices import CHOICES, KeptChoices
 from mlxserver.engine.loading.library.scan import Scanner
 from mlxserver.engine.loading.progress import Loading
 from mlxserver.engine.metrics import ModelMetrics
@@ -66,9 +67,15 @@ log = logging.getLogger("server")
 ADAPTERS = Path(__file__).parent / "mlxserver" / "adapters"
 
 DEFAULT_MODELS = (
-    # Its makers recommend temperature 0.2 and top_p 0.9 (loading/sources.py). In four bits it then often repeats itself
-    # without end; this penalty ends that.
-    ModelSpec("smollm2", "embedded:smollm2", type="instruction", preload=True, defaults={"frequency_penalty": 0.3}),
+    # Its makers recommend temperature 0.2 and top_p 0.9 (loading/sources.py). In four bits sampling then often takes a
+    # wrong first word, so this one is greedy; and it often repeats itself without end, which the penalty ends.
+    ModelSpec(
+        "smollm2",
+        "embedded:smollm2",
+        type="instruction",
+        preload=True,
+        defaults={"temperature": 0.0, "frequency_penalty": 0.3},
+    ),
     ModelSpec(
         "smollm2-think", "embedded:smollm2", type="thinking", adapter=str(ADAPTERS / "smollm2-think"), preload=True
     ),
@@ -211,7 +218,10 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
 
     disk, pool = prefix_store(settings), KVPool()
     kept_checks = KeptChecks(cache_directory() / "self-checks")
-    builder = Builder(settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks)
+    kept_choices = KeptChoices(cache_directory() / CHOICES) if settings.measure_policies else None
+    builder = Builder(
+        settings.stall_target, leader, disk=disk, pool=pool, kept_checks=kept_checks, kept_choices=kept_choices
+    )
     manager = ModelManager(
         settings,
         engine_starter(builder, threads),

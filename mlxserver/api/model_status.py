@@ -84,15 +84,31 @@ class RemoteModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """What is done in the device's own way. weights: "stored", "bfloat16" or "float32". fixed, measured: fields that a
+    setting has fixed, or that were measured to be faster.
+    """
+
+    compile_steps: bool
+    pad_slots: bool
+    bucket_prefill: bool
+    fuse_projections: bool
+    decode_kernel: bool
+    weights: str
+    fixed: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One registered model.
 
     created: seconds since 1970. status: unloaded, loading, loaded, draining or failed. memory_bytes: the weights;
     reserved_bytes: what the model holds. expires_in: seconds, None while nothing will unload it. kind, type,
-    context_length (tokens), capabilities, execution and estimate are None while not known. progress: of the load, while
-    there is one. failure: why the last load failed. load_seconds: duration of the last load. local: its files, if it is
-    one of the library. weights: how quantized ones are held, as its settings have it. kv_bits, kv_group_size: of its
-    quantised KV cache, None where it has the model's own type.
+    context_length (tokens), capabilities, execution, policy and estimate are None while not known. progress: of the
+    load, while there is one. failure: why the last load failed. load_seconds: duration of the last load. local: its
+    files, if it is one of the library. weights: how quantized ones are held, as its settings have it. kv_bits,
+    kv_group_size: of its quantised KV cache, None where it has the model's own type.
     """
 
     key: str
@@ -104,6 +120,7 @@ class ModelStatus:
     context_length: int | None = None
     capabilities: frozenset[str] | None = None
     execution: Execution | None = None
+    policy: Policy | None = None
     memory_bytes: int = 0
     reserved_bytes: int = 0
     estimate: MemoryEstimate | None = None

@@ -40,6 +40,17 @@ EXECUTION = exactly(
     compiled={"type": "boolean"},
     speculation={"type": "boolean"},
 )
+BOOLEAN = {"type": "boolean"}
+POLICY = exactly(
+    compile_steps=BOOLEAN,
+    pad_slots=BOOLEAN,
+    bucket_prefill=BOOLEAN,
+    fuse_projections=BOOLEAN,
+    decode_kernel=BOOLEAN,
+    weights=one_of("stored", "bfloat16", "float32"),
+    fixed=each(TEXT),
+    measured=each(TEXT),
+)
 ESTIMATE = exactly(weights=COUNT, cache=COUNT, activations=COUNT, total=COUNT)
 FITS = one_of("now", "after_eviction", "never")
 LOCAL = {
@@ -188,6 +199,7 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         meta=exactly(n_ctx_train=maybe(COUNT)),
         capabilities=maybe(exactly(**{name: {"type": "boolean"} for name in CAPABILITIES})),
         execution=maybe(EXECUTION),
+        policy=maybe(POLICY),
         weights=one_of(*get_args(Weights)),
         kv_bits=maybe(COUNT),
         kv_group_size=maybe(COUNT),

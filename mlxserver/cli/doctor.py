@@ -27,6 +27,7 @@ from mlxserver.engine.platform.native import build
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "huggingface-hub", "gguf2mlx")
 ALONE = ("mlx-vlm",)  # installed without its dependencies, which are not used
+MOST_POLICIES = 8  # lines
 LEAST_FREE = 10 << 30  # bytes on the disk that models are downloaded to
 
 
@@ -41,7 +42,7 @@ class Finding:
 
 def doctor(options: Namespace, settings: Settings) -> int:
     """Print the report; 1 if something is missing."""
-    findings = [*_software(), *_device(settings), *_models(), *_measurement()]
+    findings = [*_software(), *_device(settings), *_models(), *_policies(), *_measurement()]
     if options.json:
         print(json.dumps({"findings": [asdict(each) for each in findings]}, indent=2))
     else:
@@ -116,6 +117,16 @@ def _disk(name: str, path: Path) -> Finding:
     if free < LEAST_FREE:
         return Finding(name, value, "free some space: mlx-server ls shows models, mlx-server rm removes one")
     return Finding(name, value)
+
+
+def _policies() -> Iterator[Finding]:
+    """What was measured on this machine, of the latest models."""
+    from mlxserver.engine.loading.kept_choices import CHOICES, KeptChoices
+
+    choices = [each for each in KeptChoices(cache_directory() / CHOICES).all() if each.speedups]
+    yield from (Finding("policy", f"{each.device}: {each}") for each in choices[:MOST_POLICIES])
+    if not choices:
+        yield Finding("policies", "none is measured yet: the first load of a model does it in idle moments")
 
 
 def _measurement() -> Iterator[Finding]:

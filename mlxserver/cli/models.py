@@ -32,8 +32,10 @@ COLUMNS = (
     "fits",
     "place",
 )
+SPARE = ("format", "disk", "alias", "weights", "place", "quant", "context", "kind", "memory")
 RUNNING_COLUMNS = ("model", "state", "memory", "requests", "until unloaded")
 FOUND_COLUMNS = ("model", "quant", "weights", "download", "memory", "fits", "downloads", "here")
+SPARE_OF_FOUND = ("downloads", "weights", "quant", "memory", "here")
 FITS = {"now": "now", "after_eviction": "after eviction", "never": "never", None: "-"}
 
 Fields = Mapping[str, Any]
@@ -82,7 +84,7 @@ async def ls(options: Namespace, settings: ReadSettings) -> int:
     found = await listing(options, settings)
     if options.json:
         return print_json({"server": found.url, "data": [*found.models, *found.damaged]})
-    print_rows(COLUMNS, [_row(each) for each in found.models])
+    print_rows(COLUMNS, [_row(each) for each in found.models], SPARE)
     for each in found.damaged:
         print_status(f"{each['id']} can't be loaded: {each['error']} ({each['path'] or each['place']})")
     return 0
@@ -203,7 +205,7 @@ async def search(options: Namespace, settings: ReadSettings) -> int:
         found = await local.search(words, options.limit, settings())
     if options.json:
         return print_json({"data": found})
-    print_rows(FOUND_COLUMNS, [_found_row(each) for each in found])
+    print_rows(FOUND_COLUMNS, [_found_row(each) for each in found], SPARE_OF_FOUND)
     if not found:
         print_status(f"The hub has no model for MLX with {words!r} in its name.")
         return 1

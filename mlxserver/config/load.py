@@ -23,11 +23,12 @@ from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.fields import EXPECTATIONS, Setting, settings_of
 from mlxserver.config.model_texts import split_model
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.config.settings import POLICY_FIELDS, ModelSpec, Settings
 
 SETTINGS = settings_of(Settings)
 MODEL_FIELDS = {name: setting for name, setting in settings_of(ModelSpec).items() if name != "key"}
-SECTION = [*MODEL_FIELDS, "aliases", "defaults"]
+NESTED = {"defaults": MODEL_DEFAULTS, "policy": POLICY_FIELDS}
+SECTION = [*MODEL_FIELDS, "aliases", *NESTED]
 ENVIRONMENT = {f"MLX_SERVER_{name.upper()}": name for name in SETTINGS}
 FLAGS = {f"--{name.replace('_', '-')}": name for name in SETTINGS}
 KEY_FILES = {"api_key_file": "api_key", "admin_key_file": "admin_key"}
@@ -144,23 +145,26 @@ class _Append(argparse.Action):
 
 
 def _named_model(text: str) -> ModelSpec:
-    """The model of a --model KEY=SOURCE,NAME=VALUE,...; `defaults.temperature` names a sampling parameter."""
+    """The model of a --model KEY=SOURCE,NAME=VALUE,...; `defaults.temperature` names a sampling parameter,
+    `policy.pad_slots` a field of the policy.
+    """
     key, source, texts = split_model("--model", text)
     if not MODEL_KEY.fullmatch(key):
         raise ConfigInvalid("--model", text, f"KEY=SOURCE, where KEY is {KEY_EXPECTED}")
     place = f"--model {key}"
-    section: dict[str, Any] = {"source": source, "defaults": {}}
+    section: dict[str, Any] = {"source": source}
     for name, value in texts.items():
-        parameter = name.removeprefix("defaults.")
-        known = MODEL_FIELDS if parameter == name else MODEL_DEFAULTS
+        part, _, parameter = name.rpartition(".")
+        known = NESTED.get(part, {}) if part else MODEL_FIELDS
         if parameter in known and name != "source":
             read = known[parameter].read(f"{place}: {name}", value)
         elif name == "aliases":
             read = [alias.strip() for alias in value.split(",")]
         else:
-            names = [*(name for name in SECTION if name not in ("source", "defaults")), "defaults.NAME"]
-            raise ConfigInvalid(place, name, f"one of {', '.join(names)}, where NAME is {', '.join(MODEL_DEFAULTS)}")
-        (section if parameter == name else section["defaults"])[parameter] = read
+            names = [own for own in SECTION if own != "source" and own not in NESTED]
+            names += [f"{own}.{each}" for own in NESTED for each in NESTED[own]]
+            raise ConfigInvalid(place, name, f"one of {', '.join(names)}")
+        (section.setdefault(part, {}) if part else section)[parameter] = read
     return _spec(place, key, section)
 
 
@@ -182,11 +186,14 @@ def _spec(place: str, key: str, section: Mapping[str, Any]) -> ModelSpec:
     """The model of a section that has a source. Raises ConfigInvalid."""
     fields = _checked(place, section, MODEL_FIELDS, SECTION)
     aliases = _aliases(f"{place}.aliases", section.get("aliases", []))
-    defaults = section.get("defaults", {})
-    if not isinstance(defaults, dict):
-        raise ConfigInvalid(f"{place}.defaults", defaults, f"a section [models.{key}.defaults]")
-    sampling = _checked(f"{place}.defaults", defaults, MODEL_DEFAULTS, [*MODEL_DEFAULTS])
-    return ModelSpec(key, **fields, aliases=aliases, defaults=sampling)
+    for name, known in NESTED.items():
+        nested = section.get(name, {})
+        if not isinstance(nested, dict):
+            raise ConfigInvalid(f"{place}.{name}", nested, f"a section [models.{key}.{name}]")
+        fields[name] = _checked(f"{place}.{name}", nested, known, [*known])
+    if fields["policy"].get("compile_steps") and fields["policy"].get("pad_slots") is False:
+        raise ConfigInvalid(f"{place}.policy.pad_slots", False, "true, which compile_steps needs")
+    return ModelSpec(key, **fields, aliases=aliases)
 
 
 def _checked(

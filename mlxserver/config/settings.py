@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
-from mlxserver.config.fields import Identity, Live, Range, Shared, Size
+from mlxserver.config.fields import Identity, Live, Range, Setting, Shared, Size, settings_of
 from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
@@ -28,6 +28,23 @@ UnknownParameters = Literal["refuse", "ignore"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 KV_GROUP_SIZES: tuple[int, ...] = get_args(KVGroupSize)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPolicy:
+    """What a model's section `policy` may fix; what is left out is as the device has it, or was measured.
+
+    The fields are those of ExecutionPolicy (engine/platform/policy.py).
+    """
+
+    compile_steps: Annotated[bool, "decode steps and chunks are compiled graphs; needs pad_slots"]
+    pad_slots: Annotated[bool, "decode steps compute unused slots and capacity, so that shapes recur"]
+    bucket_prefill: Annotated[bool, "prompts are padded to chunks of few lengths"]
+    fuse_projections: Annotated[bool, "projections of one input are one product"]
+    decode_kernel: Annotated[bool, "attention of a decode step is one kernel for sequences of all lengths; CUDA"]
+
+
+POLICY_FIELDS: Mapping[str, Setting] = settings_of(FixedPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +65,8 @@ class ModelSpec:
     stored, or dequantized to 16 bits or float32; "auto" takes what is fastest on the device and leaves room for
     others. kv_bits: bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size:
     values that share a scale then. speculation: tokens are drafted from the prompt and the answer so far, and
-    verified together: "auto" where that is measured to be faster, or wherever some are predicted.
+    verified together: "auto" where that is measured to be faster, or wherever some are predicted. policy: what
+    is fixed of the device's policy, by name (POLICY_FIELDS).
     """
 
     key: Annotated[str, Shared()]
@@ -74,6 +92,7 @@ class ModelSpec:
     kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
     kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
     speculation: Speculation = "auto"
+    policy: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +136,7 @@ class Settings(HttpSettings):
     log_format: Annotated[LogFormat, "a line for people, or a JSON object, per event"] = "text"
     unknown_parameters: Annotated[UnknownParameters, "what to do with request parameters that do not exist"] = "refuse"
     reasoning_format: Annotated[ReasoningFormat, "where reasoning goes in answers"] = "reasoning_content"
+    measure_policies: Annotated[bool, "measure in idle moments how a model runs fastest on this machine"] = True
     page: Annotated[bool, Live(), "serve the page for browsers at /"] = True
     log_contents: Annotated[bool, Live(), "keep prompts and answers of the last requests, for admins"] = False
     response_store: Annotated[int, Range(0), "responses of /v1/responses that are kept in memory; 0: none"] = 1000

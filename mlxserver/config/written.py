@@ -14,6 +14,7 @@ from textwrap import wrap
 from typing import Any
 
 from mlxserver.config.fields import Setting, settings_of
+from mlxserver.config.load import NESTED
 from mlxserver.config.settings import ModelSpec, Settings
 
 WIDTH = 116
@@ -48,13 +49,14 @@ def _model(spec: ModelSpec) -> Iterator[str]:
     yield f"[models.{_key(spec.key)}]"
     for field in fields(spec):
         value = getattr(spec, field.name)
-        if field.name in ("key", "defaults") or value == field.default or (field.default is MISSING and not value):
+        if field.name in ("key", *NESTED) or value == field.default or (field.default is MISSING and not value):
             continue
         is_path = field.name == "adapter" or (field.name == "source" and _is_local(value))
         yield f"{field.name} = {_value(_absolute(value) if is_path else value)}"
-    if spec.defaults:
-        yield f"\n[models.{_key(spec.key)}.defaults]"
-        yield from (f"{name} = {_value(value)}" for name, value in spec.defaults.items())
+    for part in NESTED:
+        if nested := getattr(spec, part):
+            yield f"\n[models.{_key(spec.key)}.{part}]"
+            yield from (f"{name} = {_value(value)}" for name, value in nested.items())
 
 
 def _is_local(source: str) -> bool:

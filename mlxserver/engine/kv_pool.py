@@ -20,6 +20,7 @@ from typing import Protocol
 
 from mlxserver.engine.kv_claims import Demand, Outlook, Share, Verdict, can_have, grow, must_yield, start
 
+_BORROWED = 2  # so many times what is borrowed must be free
 WAIT_SECONDS = 0.05  # that an engine thread waits for memory before it looks into its mailbox again
 
 
@@ -212,6 +213,25 @@ class KVAccount:
         """Whether so many bytes are there, once prefixes are dropped."""
         with self._pool.lock:
             return self._pool.limit is None or self._extra(bytes) <= max(0, self._pool._space())
+
+    @contextmanager
+    def borrowing(self, bytes: int) -> Iterator[bool]:
+        """Have so many bytes for as long as the block runs, while no sequence has any. False: that would take more
+        than half of what is free, with all prefixes left where they are.
+        """
+        pool = self._pool
+        with pool.lock:
+            over = max(0, bytes - self.floor)
+            fits = pool.limit is None or not over or _BORROWED * over <= pool._space() - pool._count_prefixes()
+            if fits:
+                self.share = replace(self.share, over=over)
+        try:
+            yield fits
+        finally:
+            if fits and over:
+                with pool.lock:
+                    self.share = replace(self.share, over=0)
+                    pool._notify()
 
     def start(self, bytes: int, sequences: int, arrived: float, now: float) -> bool:
         """Claim bytes for the model with one more prompt, which arrived then, and starts now."""

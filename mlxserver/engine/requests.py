@@ -248,13 +248,30 @@ class Execution:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """What a model's policy has (engine/platform/policy.py). weights: "stored", "bfloat16" or "float32".
+
+    fixed, measured: names of fields that are as a setting has them, or as a measurement has found them to be faster.
+    """
+
+    compile_steps: bool
+    pad_slots: bool
+    bucket_prefill: bool
+    fuse_projections: bool
+    decode_kernel: bool
+    weights: str
+    fixed: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Facts of a loaded model: context in tokens, weights in bytes as they are held.
 
     reserved_kv_bytes: KV cache that is reserved with the model; None where the estimate knows it.
     capabilities: of "chat", "completion", "tools", "json_schema", "logprobs", "thinking", "fill_in_middle",
-    "vision", "embeddings" and "rerank". execution: None where ranks share the model, and of an encoder. type: None of
-    one, too.
+    "vision", "embeddings" and "rerank". execution, policy: None where ranks share the model, and of an encoder. type:
+    None of one, too.
     """
 
     type: str | None
@@ -264,3 +281,4 @@ class ModelFacts:
     execution: Execution | None = None
     reserved_kv_bytes: int | None = None
     kind: Kind = "text"
+    policy: PolicyFacts | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Progress, RemoteModel
+from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Policy, Progress, RemoteModel
 from mlxserver.engine import requests
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.hub_search import HubModel
@@ -31,6 +31,7 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         context_length=facts.context_length if facts else spec.context_length,
         capabilities=facts.capabilities if facts else None,
         execution=_execution(facts.execution) if facts and facts.execution else None,
+        policy=Policy(**asdict(facts.policy)) if facts and facts.policy else None,
         memory_bytes=facts.weight_bytes if facts else 0,
         reserved_bytes=instance.reserved_bytes,
         estimate=MemoryEstimate(estimate.weights, estimate.cache, estimate.activations) if estimate else None,

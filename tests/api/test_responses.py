@@ -7,7 +7,7 @@ from openai.types import Model
 
 from mlxserver.api.dialect import Failure
 from mlxserver.api.endpoints import ENDPOINTS, encode_failure
-from mlxserver.api.model_status import Execution, MemoryEstimate, ModelStatus, Progress
+from mlxserver.api.model_status import Execution, MemoryEstimate, ModelStatus, Policy, Progress
 from mlxserver.api.native.apply_template import rendered
 from mlxserver.api.native.load import load_progress, loaded
 from mlxserver.api.native.tokenize import detokenized, tokenized
@@ -112,3 +112,11 @@ def test_a_loaded_model_shows_the_paths_that_serve_it():
     assert model_card(ModelStatus("m", 1, "unloaded", "x"))["execution"] is None
     card = check(model_card(ModelStatus("m", 1, "loaded", "x", execution=Execution("single", False, False))), "Model")
     assert card["execution"] == {"cache": "single", "padded_prefill": False, "compiled": False, "speculation": False}
+
+
+def test_a_loaded_model_shows_its_policy_and_where_that_is_from():
+    assert model_card(ModelStatus("m", 1, "unloaded", "x"))["policy"] is None
+    policy = Policy(True, True, False, False, False, "stored", fixed=("pad_slots",), measured=("compile_steps",))
+    card = check(model_card(ModelStatus("m", 1, "loaded", "x", policy=policy)), "Model")
+    assert (card["policy"]["compile_steps"], card["policy"]["weights"]) == (True, "stored")
+    assert [*card["policy"]["fixed"], *card["policy"]["measured"]] == ["pad_slots", "compile_steps"]

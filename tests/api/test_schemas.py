@@ -391,10 +391,24 @@ def test_a_load_takes_what_a_models_section_takes():
 
 def test_a_load_request_has_every_field():
     body = {"model": "x.gguf", "key": "a/b:c", "type": "thinking", "adapter": "d", "context_length": 512}
-    body |= {"weights": "stored", "kv_bits": 4, "kv_group_size": 32}
+    body |= {"weights": "stored", "kv_bits": 4, "kv_group_size": 32, "policy": {"pad_slots": True}}
     request = parse(LoadRequest, orjson.dumps(body))
     assert {name: getattr(request, name) for name in body} == body
     assert (request.spec.weights, request.spec.kv_bits, request.spec.kv_group_size) == ("stored", 4, 32)
+    assert request.spec.policy == {"pad_slots": True}
+
+
+@pytest.mark.parametrize(
+    ("policy", "param"),
+    [
+        ([], "policy"),
+        ({"speed": True}, "policy.speed"),
+        ({"pad_slots": 1}, "policy.pad_slots"),
+        ({"compile_steps": True, "pad_slots": False}, "policy.pad_slots"),
+    ],
+)
+def test_a_wrong_policy_is_refused_by_its_field(policy, param):
+    assert refusal(LoadRequest, {"model": "m", "policy": policy}).param == param
 
 
 @pytest.mark.parametrize(

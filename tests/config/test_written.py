@@ -5,7 +5,7 @@ import pytest
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.load import MODEL_FIELDS, build
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.config.settings import POLICY_FIELDS, ModelSpec, Settings
 from mlxserver.config.written import as_toml
 
 DEFAULTS = Settings(models=(ModelSpec("first", "org/first", preload=True), ModelSpec("second", "org/second")))
@@ -49,6 +49,13 @@ def test_so_is_every_sampling_parameter(name):
     assert model(f"m=org/name,defaults.{name}=1").defaults == {name: 1}
 
 
+@pytest.mark.parametrize("name", POLICY_FIELDS)
+def test_so_is_every_field_of_the_policy(name, tmp_path):
+    spec = model(f"m=org/name,policy.{name}=false")
+    assert spec.policy == {name: False}
+    assert read_back(tmp_path, Settings(models=(spec,))).models == (spec,)
+
+
 @pytest.mark.parametrize(
     ("text", "source", "aliases"),
     [
@@ -71,6 +78,13 @@ def test_what_has_commas_stands_in_quotes(text, source, aliases):
         ("m=org/name,type=poet", "expected one of thinking, instruction"),
         ("m=org/name,contxt_length=1", "'contxt_length' is not valid; expected one of type, adapter"),
         ("m=org/name,defaults.heat=1", "'defaults.heat' is not valid; expected one of"),
+        ("m=org/name,policy.speed=true", "'policy.speed' is not valid; expected one of"),
+        ("m=org/name,policy.pad_slots=1.0", "policy.pad_slots: '1.0' is not valid; expected true or false"),
+        (
+            "m=org/name,policy.compile_steps=true,policy.pad_slots=false",
+            "policy.pad_slots: False is not valid; expected true, which compile_steps needs",
+        ),
+        ("m=org/name,pad_slots.policy=true", "'pad_slots.policy' is not valid"),
         ("m=org/name,defaults.temperature=3", "defaults.temperature: 3.0" ),
         ("m=org/name,pin", "'pin' is not valid; expected NAME=VALUE"),
         ("m=org/name,pin=true,pin=false", "each field once; pin is there already"),

@@ -272,11 +272,19 @@ def test_longer_drafts_are_tried_once_shorter_ones_are_measured():
 
 def test_predictions_that_prove_wrong_are_drafted_no_more():
     own = controller(costs=[(4, 1.3)])
-    assert own.choose(1, [(3, 100)], fits) > 1
+    assert own.choose(1, [(5, 100)], fits) > 1
     for _ in range(40):
-        own.note_prediction(3, False)
-    assert own.choose(1, [(3, 100)], fits) == 1
+        own.note_prediction(5, False)
+    assert own.choose(1, [(5, 100)], fits) == 1
     assert own.choose(1, [(40, 100)], fits) > 1
+
+
+def test_predictions_that_prove_right_are_drafted_from_their_first_token_on():
+    own = controller(costs=[(4, 1.3)])
+    assert own.choose(1, [(3, 100)], fits) == 1
+    for _ in range(40):
+        own.note_prediction(3, True)
+    assert own.choose(1, [(3, 100)], fits) > 1
 
 
 def test_many_sequences_draft_only_if_enough_of_them_do():

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlxserver.config.sampling_params import SamplingParams
@@ -202,6 +203,7 @@ class ScriptedRunner:
     formatting: threading.Event = field(default_factory=threading.Event)
     panic: BaseException | None = None
     asked: list = field(default_factory=list)
+    idle_steps: Iterator = field(default_factory=lambda: iter(()))
 
     def __post_init__(self):
         self.formatting.set()

@@ -13,9 +13,12 @@ import pytest
 
 from mlx_api_server import read_settings
 from mlxserver.cli.command import main
+from mlxserver.cli.models import COLUMNS, SPARE
+from mlxserver.cli.output import print_rows
 from mlxserver.cli.parser import COMMANDS
+from mlxserver.engine.loading.kept_choices import CHOICES, Choice, KeptChoices
 from tests.support.local_models import in_hub, in_lm_studio, in_ollama
-from tools.harness.running_server import ROOT, running_server, server_environment
+from tools.harness.running_server import ROOT, eventually, running_server, server_environment
 from tools.harness.tiny_gguf import write_tiny_gguf
 
 NO_SERVER = "http://127.0.0.1:9/v1"
@@ -66,6 +69,25 @@ def command(home, monkeypatch, capfd):
 def rows(done):
     assert done.returncode == 0, done.stderr
     return {line.split("\t")[0]: line.split("\t") for line in done.stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "cut"),
+    [
+        (60, "model state kind memory fits", ""),
+        (84, "model state kind memory context fits place", "…"),
+        (120, "model alias state kind memory context fits place", ""),
+    ],
+)
+def test_a_table_leaves_out_columns_before_it_cuts_them(monkeypatch, capfd, width, shown, cut):
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": str(width)}.items():
+        monkeypatch.setenv(name, value)
+    one = ("publisher/name", "name", "loaded", "text", "-", "-", "-", "-", "18.0 GB", "8192", "after eviction")
+    print_rows(COLUMNS, [(*one, "mlx-community/Mistral-7B")], SPARE)
+    heading, row = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capfd.readouterr().out.splitlines())
+    assert heading.split() == shown.split()
+    assert all(value in row for value in ("publisher/name", "loaded", "18.0 GB", "after eviction", cut))
+    assert len(row) <= width
 
 
 def test_without_a_server_this_machines_models_are_listed_shown_and_removed(home, command):
@@ -132,13 +154,17 @@ def test_only_an_admin_removes_files(home, scripted_path):
         assert not model.exists()
 
 
-def test_the_doctor_reports_and_measures(command):
+def test_the_doctor_reports_and_measures(command, home, monkeypatch):
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(home / "cache"))
+    choice = Choice("llama, 16 layers of 2048", "a machine", {"pad_slots": False}, {"pad_slots": 1.5})
+    KeptChoices(home / "cache" / CHOICES).store("name", choice)
     done = command("doctor")
     assert done.returncode in (0, 1), done.stderr
     found = {line.split("\t")[1]: line.split("\t") for line in done.stdout.splitlines()}
     assert {"machine", "mlx", "back-end", "BLAS", "memory", "products", "reading"} <= found.keys()
     assert any(line[0] == "missing" for line in found.values()) == done.returncode
     assert all(len(line) == 4 for line in found.values() if line[0] == "missing")
+    assert found["policy"][2] == "a machine: llama, 16 layers of 2048: pad_slots off, 1.50 times as fast"
 
 
 def test_a_removal_asks_in_a_terminal(home):
@@ -202,3 +228,12 @@ def test_every_command_is_explained():
     names = re.findall(r"^  (\w+)", COMMANDS, re.MULTILINE)
     assert len(names) == 12
     assert [name for name in names if f"mlx-server {name}" not in page] == []
+
+
+def test_policies_are_measured_where_the_setting_says_so(home, tiny_llama_path):
+    own = {"MLX_SERVER_MEASURE_POLICIES": "true", "MLX_SERVER_CACHE": str(home / "cache")}
+    flags = ("--no-defaults", "--model", f"tiny={tiny_llama_path},policy.pad_slots=true,preload=true")
+    with running_server(*flags, variables=variables(home) | own) as server:
+        eventually(lambda: list((home / "cache" / CHOICES).glob("*.json")))
+        policy = server.get("/v1/models/tiny").json["policy"]
+        assert (policy["pad_slots"], policy["fixed"], policy["measured"]) == (True, ["pad_slots"], [])

@@ -63,11 +63,12 @@ class Answer:
 def server_environment():
     """The environment of this process without settings of the server, with the allocator of `make serve`.
 
-    No prefixes are kept on disk: what one run has computed, the next one computes again. The models of this machine's
-    user are not offered.
+    No prefixes are kept on disk, and no policies measured: what one run has found, the next one would use. The models
+    of this machine's user are not offered.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
     own = {"PYTHONMALLOC": "malloc", "MLX_SERVER_PREFIX_CACHE_DISK_BYTES": "0", "MLX_SERVER_LIBRARY": "false"}
+    own["MLX_SERVER_MEASURE_POLICIES"] = "false"
     return own | kept
 
 

@@ -18,7 +18,7 @@ from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
 from mlxserver.config.load import is_alias
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import KV_GROUP_SIZES, Kind, KVBits, ModelSpec, UnclosedThinking, Weights
+from mlxserver.config.settings import KV_GROUP_SIZES, POLICY_FIELDS, Kind, KVBits, ModelSpec, UnclosedThinking, Weights
 
 
 def check_defaults(value: Any, param: str) -> dict[str, float]:
@@ -36,6 +36,21 @@ def check_defaults(value: Any, param: str) -> dict[str, float]:
     except ValidationFailed as error:
         raise ValidationFailed(error.message, f"{param}.{error.param}") from None
     return asked.sampling
+
+
+def check_policy(value: Any, param: str) -> dict[str, bool]:
+    """Fields of the policy by name."""
+    if not isinstance(value, dict):
+        raise invalid(param, value, "an object")
+    for name, chosen in value.items():
+        if name not in POLICY_FIELDS:
+            expected = f"Expected some of {', '.join(POLICY_FIELDS)}."
+            raise ValidationFailed(f"Unknown field {abbreviate(name)}. {expected}", f"{param}.{name[:64]}")
+        if type(chosen) is not bool:
+            raise invalid(f"{param}.{name}", chosen, "a boolean")
+    if value.get("compile_steps") and value.get("pad_slots") is False:
+        raise invalid(f"{param}.pad_slots", False, "true, which compile_steps needs")
+    return value
 
 
 def check_aliases(value: Any, param: str) -> tuple[str, ...]:
@@ -133,6 +148,13 @@ class LoadRequest(Request):
         default={},
         check=check_defaults,
         shape={"type": "object", "additionalProperties": {"type": "number"}},
+    )
+    policy: dict[str, bool] = Parameter(
+        object,
+        "Fields of the device's policy that are fixed for this model.",
+        default={},
+        check=check_policy,
+        shape={"type": "object", "additionalProperties": {"type": "boolean"}},
     )
     replace: bool = Parameter(
         bool, "Take the place of another source under this key, which is put back if this one fails.", default=False

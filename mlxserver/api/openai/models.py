@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus
+from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus, Policy
 
 OWNER = "mlx-server"
 CAPABILITIES = (
@@ -33,6 +33,7 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "meta": {"n_ctx_train": model.context_length},
         "capabilities": None if known is None else {name: name in known for name in CAPABILITIES},
         "execution": asdict(model.execution) if model.execution else None,
+        "policy": _policy_object(model.policy) if model.policy else None,
         "weights": model.weights,
         "kv_bits": model.kv_bits,
         "kv_group_size": model.kv_group_size,
@@ -47,6 +48,10 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
         "loading": asdict(model.progress) if model.progress else None,
         "local": local_object(model.local) if model.local else None,
     }
+
+
+def _policy_object(policy: Policy) -> dict[str, Any]:
+    return asdict(policy) | {"fixed": [*policy.fixed], "measured": [*policy.measured]}
 
 
 def local_object(local: LocalFiles) -> dict[str, Any]:

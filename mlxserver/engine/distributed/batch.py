@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from mlxserver.engine.distributed.codec import answer, decode_tokens, encode_sequences
@@ -46,6 +46,7 @@ class LeadingBatch:
         self._unsent: list[list[Any]] = []  # calls that only change what comes next
         self._chunk_budget: dict[str, float] = {}
         self._has_prompts = False
+        self._is_warm = False
 
     def insert(self, sequences: abc.Sequence[Sequence]) -> None:
         """Queue the sequences of one request."""
@@ -68,9 +69,15 @@ class LeadingBatch:
         """All of them: the ranks have reserved their KV cache."""
         return most
 
-    def warm_up(self) -> None:
-        """Warm up the shapes of prefill chunks."""
-        self._send("warm_up")
+    def warm_up(self, longest: int) -> Iterator[None]:
+        """Have the ranks compute shapes that requests will use, one per step of the iterator.
+
+        longest: tokens of the longest sequence, as the ranks know it, too.
+        """
+        while not self._is_warm:
+            self._send("warm_up")
+            self.decode()  # its reply comes behind the shape
+            yield
 
     def decode(self) -> list[SampledToken]:
         """Advance every running sequence by one token."""
@@ -78,6 +85,7 @@ class LeadingBatch:
         while "tokens" not in (reply := self._leader.receive(self._number)):
             self._answer(reply["sequence"], reply["accepted"])
         self._chunk_budget, self._has_prompts = reply["chunk_budget"], reply["has_prompts"]
+        self._is_warm = reply["is_warm"]
         if self._constraints:
             self.load.num_running, self.load.step_seconds = reply["running"], reply["step_seconds"]
         if reply["decoding"]:

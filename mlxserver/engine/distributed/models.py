@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from mlxserver.engine.platform import streams
 from mlxserver.engine.scheduler.peers import FixedPeers
 from mlxserver.engine.scheduler.prefill import ChunkBudget
 from mlxserver.engine.scheduler.scheduler import Scheduler
+from mlxserver.engine.scheduler.warm_up import Shape
 
 
 class Models:
@@ -41,6 +42,8 @@ class Models:
         self._mask = mask
         self._loaded: dict[int, tuple[ModelSpec, loader.LoadedModel]] = {}
         self._schedulers: dict[int, Scheduler] = {}
+        self._warm_ups: dict[int, Generator[Shape, None, None]] = {}
+        self._warm: set[int] = set()  # models whose warm-up is over
         self._prefix_cache = PrefixCache(RamTier())
         self._peers = FixedPeers()  # as the leader knows them
 
@@ -69,7 +72,7 @@ class Models:
             bytes_per_token=sizes.per_token + sizes.per_window_token,
             bytes_per_checkpoint=sizes.checkpoint,
         )
-        self._schedulers[number] = Scheduler(
+        self._schedulers[number] = scheduler = Scheduler(
             loaded.model,
             max_running=spec.max_running,
             stall_target=stall_target,
@@ -80,6 +83,7 @@ class Models:
             sizes=sizes,
             checkpoint_interval=spec.checkpoint_interval,
         )
+        self._warm_ups[number] = scheduler.warm_up(loaded.limits.context, loaded.limits.reserved)
 
     def _call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         """Make a call of the leader's batch."""
@@ -95,7 +99,8 @@ class Models:
             case "prefill", (chunk_budget,):
                 scheduler.prefill(ChunkBudget(**chunk_budget))
             case "warm_up", ():
-                scheduler.warm_up()
+                if next(self._warm_ups[number], None) is None:
+                    self._warm.add(number)
             case "shrink_prefixes", (max_bytes,):
                 scheduler.shrink_prefixes(max_bytes)
             case _:
@@ -113,6 +118,7 @@ class Models:
                     "running": scheduler.load.num_running,
                     "has_prompts": scheduler.has_prompts(),
                     "step_seconds": scheduler.load.step_seconds,
+                    "is_warm": number in self._warm,
                     "chunk_budget": asdict(scheduler.chunk_budget()),
                 }
             )
@@ -124,6 +130,8 @@ class Models:
 
     def _drop(self, number: int) -> None:
         if scheduler := self._schedulers.pop(number, None):
+            self._warm_ups.pop(number).close()
+            self._warm.discard(number)
             scheduler.close()
         del scheduler
         self._loaded.pop(number, None)

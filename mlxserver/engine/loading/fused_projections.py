@@ -6,11 +6,14 @@ Rule 2: a model's own code stays: it still calls each projection, and the first 
 On an H100 a step of 32 sequences is bound by the host, and preparing a product is the most expensive part of it: with
 64 products instead of 112, a step of the 1B shape took 6.8 ms where it took 7.3 (medians of 300 steps on one machine).
 The merged column-parallel layers of vLLM do the same.
+
+A loaded model can be switched between both forms, to measure the other one (runners/measured_policies.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import cast
 
@@ -19,6 +22,7 @@ from mlxserver.engine.mlx import mx
 import mlx.nn as nn
 
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.platform import cpu_layers
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -27,7 +31,7 @@ class _Product:
     """One linear layer in place of several, with its latest outputs until the last of them is taken."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.layer = nn.Linear(1, 1, bias="bias" in layers[0])
+        self.layer = _like(layers[0])
         for name in self.layer:
             self.layer[name] = mx.concatenate([layer[name] for layer in layers])
         self._cuts = list(accumulate(len(layer.weight) for layer in layers))[:-1]
@@ -38,6 +42,14 @@ class _Product:
     def is_taken(self) -> bool:
         """Whether all outputs have been taken."""
         return self._input is None
+
+    def parts(self) -> list[nn.Linear]:
+        """A layer for each output, which shares the memory of this one."""
+        layers = [_like(self.layer) for _ in range(len(self._cuts) + 1)]
+        for name in self.layer:
+            for layer, array in zip(layers, mx.split(self.layer[name], self._cuts), strict=True):
+                layer[name] = array
+        return layers
 
     def take(self, index: int, x: mx.array) -> mx.array:
         """An output of the common input, [..., in] -> [..., out]."""
@@ -61,28 +73,90 @@ class _Part(nn.Module):  # type: ignore[misc]
     def __call__(self, x: mx.array) -> mx.array:
         return self._product.take(self._index, x)
 
+    def layers(self) -> list[nn.Linear]:
+        """The projections that the product computes, each with its part of the parameters."""
+        return self._product.parts()
 
-def fuse_projections(model: nn.Module) -> None:
-    """Fuse the projections of a model where it calls all of them, in their order. Nothing is computed."""
-    fused = []
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A layer for a place in a model, or the one that was in it."""
+
+    module: nn.Module
+    name: str
+    layer: nn.Module
+
+
+def fuse_projections(model: nn.Module) -> list[Swap]:
+    """Fuse the projections of a model where it calls all of them, in their order. Nothing is computed.
+
+    Returns the projections that they were, for swap(). Raises what the model raises, as it was.
+    """
+    groups = []
     for module in list(model.modules()):
         for names, layers in _fusable(module):
             product = _Product(layers)
-            fused.append((product, module, names, layers))
+            groups.append((product, [Swap(module, name, layer) for name, layer in zip(names, layers, strict=True)]))
             for index, name in enumerate(names):
                 module[name] = _Part(product, index)
-    model(mx.zeros((1, 1), dtype=mx.uint32), cache=caches.new_cache(model))
-    for product, module, names, layers in fused:
+    try:
+        model(mx.zeros((1, 1), dtype=mx.uint32), cache=caches.new_cache(model))
+    except Exception:
+        swap([one for _, group in groups for one in group])
+        raise
+    for product, group in groups:
         if not product.is_taken:
-            for name, layer in zip(names, layers, strict=True):
-                module[name] = layer
+            swap(group)
+    return [one for product, group in groups if product.is_taken for one in group]
+
+
+def part_projections(model: nn.Module) -> list[Swap]:
+    """Undo fuse_projections(): the projections share the memory of the products. Returns these, for swap()."""
+    fused = []
+    for module in list(model.modules()):
+        for names in _FUSED:
+            parts = [module.get(name) for name in names]
+            if all(isinstance(part, _Part) for part in parts):
+                for name, part, layer in zip(names, parts, parts[0].layers(), strict=True):
+                    fused.append(Swap(module, name, part))
+                    module[name] = layer
+    return fused
+
+
+def switchable_bytes(model: nn.Module, is_fused: bool) -> int:
+    """Size of the projections that the other form has otherwise; 0 where there are none."""
+    arrays = {id(array): array.nbytes for layer in _switchable(model, is_fused) for array in layer.values()}
+    return sum(arrays.values())
+
+
+def _switchable(model: nn.Module, is_fused: bool) -> Iterator[nn.Linear]:
+    for module in model.modules():
+        if is_fused and isinstance(module, _Part) and "layer" in module:
+            yield module.layer
+        elif not is_fused:
+            yield from (layer for _, layers in _fusable(module) for layer in layers)
+
+
+def swap(layers: Sequence[Swap]) -> list[Swap]:
+    """Put layers in their places. Returns those that were there."""
+    former = [Swap(one.module, one.name, one.module[one.name]) for one in layers]
+    for one in layers:
+        one.module[one.name] = one.layer
+    return former
+
+
+def _like(layer: nn.Linear) -> nn.Linear:
+    """A layer of the same class; its parameters are to be set."""
+    like = nn.Linear(1, 1, bias="bias" in layer)
+    like.__class__ = type(layer)
+    return like
 
 
 def _fusable(module: nn.Module) -> Iterator[tuple[tuple[str, ...], list[nn.Linear]]]:
     """The projections of a module that one product can compute: no quantized, sharded or adapted layers."""
     for names in _FUSED:
         layers = [module.get(name) for name in names]
-        if all(type(layer) is nn.Linear for layer in layers):
-            kinds = {(layer.weight.shape[1], layer.weight.dtype, "bias" in layer) for layer in layers}
+        if all(type(layer) in (nn.Linear, cpu_layers.Linear) for layer in layers):
+            kinds = {(type(layer), layer.weight.shape[1], layer.weight.dtype, "bias" in layer) for layer in layers}
             if len(kinds) == 1:
                 yield names, layers

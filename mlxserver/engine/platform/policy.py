@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
@@ -44,7 +45,8 @@ class ExecutionPolicy:
     bucket_attention: attention of other prompts is padded to few numbers of tokens and keys (attention_shapes.py).
     sum_convolutions: short convolutions are sums, which need no plan per number of tokens (short_convolutions.py).
     round_chunks: other chunks are budgeted in powers of two.
-    warm_up_all_batch_sizes: every power of two up to max_running is warmed up, because kernels are made by shape.
+    warm_up_all_batch_sizes: every power of two up to max_running is warmed up in idle moments, because kernels are made
+        by shape; where steps are compiled, for slots of every capacity.
     fuse_projections: projections of one input become one product (loading/fused_projections.py).
     weights: the format in which they are computed with.
     widen_weights: quantized weights are computed with faster in 16 bits, where memory allows it; not those of experts.
@@ -57,6 +59,8 @@ class ExecutionPolicy:
     replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py and cpu_matmul.py.
     wire_memory: weights are kept resident, up to the working set that the device recommends.
     memory_share: the part of the device's memory that all models may take; the rest is for the system and Python.
+
+    candidates: fields that a measurement may choose otherwise for a model (runners/measured_policies.py).
 
     And what one model can't do on any device (runners/self_check.py):
     prompts: shorter prompts of a chunk are padded; or all of a chunk are of one length; or each has its own chunks.
@@ -81,6 +85,7 @@ class ExecutionPolicy:
     replace_kernels: bool
     wire_memory: bool
     memory_share: float
+    candidates: tuple[str, ...] = ()
     prompts: PromptSharing = "padded"
     batch_cache: CacheKind = "slots"
 
@@ -106,12 +111,24 @@ class ExecutionPolicy:
         """Whether all values that are computed, and the KV cache, are float32."""
         return self.weights in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
 
+    def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
+        """The policy with these fields. A field that they leave open follows them, where it has to (rule 2).
 
-# MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, and its float16 and quantized products
-# are some thirty times slower there than those of float32: quantized weights are dequantized, unless native kernels
-# are built (cpu_quantized.py), which are faster than both. Time grows with every slot and token that is computed. MLX's
-# CPU backend runs up to two hundred operations ahead, some four layers, and an array that is written to before its copy
-# has been computed is copied as a whole.
+        Raises ValueError if they contradict each other.
+        """
+        implied = {}
+        if fields.get("compile_steps"):
+            implied["pad_slots"] = True
+        if fields.get("pad_slots") is False:
+            implied["compile_steps"] = False
+        return replace(self, **{**implied, **fields})  # type: ignore[arg-type]
+
+
+# MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, too long to be measured between two
+# requests. Its float16 and quantized products are some thirty times slower there than those of float32: quantized
+# weights are dequantized, unless native kernels are built (cpu_quantized.py), which are faster than both. Time grows
+# with every slot and token that is computed. MLX's CPU backend runs up to two hundred operations ahead, some four
+# layers, and an array that is written to before its copy has been computed is copied as a whole.
 CPU = ExecutionPolicy(
     compile_steps=False,
     pad_slots=False,
@@ -131,6 +148,7 @@ CPU = ExecutionPolicy(
     replace_kernels=sys.platform == "linux",
     wire_memory=False,
     memory_share=0.75,
+    candidates=("fuse_projections",),
 )
 # A GPU prefers few shapes that recur.
 METAL = ExecutionPolicy(
@@ -152,6 +170,7 @@ METAL = ExecutionPolicy(
     replace_kernels=False,
     wire_memory=True,
     memory_share=0.9,
+    candidates=("compile_steps", "pad_slots", "fuse_projections"),
 )
 # A data centre GPU is bound by its host, which compiled steps and fewer, larger products relieve. MLX's products of
 # quantized weights are slower there than those of 16 bits (8B, 4 bits: 1.3 times for one sequence, 8 times for
@@ -175,6 +194,7 @@ CUDA = ExecutionPolicy(
     replace_kernels=False,
     wire_memory=False,
     memory_share=0.9,
+    candidates=("decode_kernel", "compile_steps", "fuse_projections"),
 )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 
-from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
@@ -19,17 +20,22 @@ from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.kv_pool import KVAccount, KVPool
 from mlxserver.engine.loading import embedding_model, loader, reranker_model, sharding, sources
 from mlxserver.engine.loading.identity import model_identity
+from mlxserver.engine.loading.kept_choices import KeptChoices
 from mlxserver.engine.loading.outcome import complete_or_nothing
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
-from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.metrics import EngineLoad, ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.runners.embedding import EmbeddingRunner
+from mlxserver.engine.runners.idle_steps import IdleTurns
 from mlxserver.engine.runners.kept_checks import KeptChecks
+from mlxserver.engine.runners.measured_policies import Measurement
+from mlxserver.engine.runners.model_policy import ModelPolicy, Policies
 from mlxserver.engine.runners.rerank import RerankRunner
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import TextRunner
 from mlxserver.engine.runners.vision import Vision, VisionRunner, load_vision
+from mlxserver.engine.sampling.sampler import GREEDY, SAMPLED
 from mlxserver.engine.scheduler.encoder_batch import Encoder, EncoderBatch
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
@@ -47,7 +53,8 @@ class Builder:
 
     stall_target: seconds that prefill may delay running streams. leader: leads the ranks that share models, if any.
     disk: holds prefixes beyond the process; not those of models that ranks share. pool: memory of KV cache and
-    prefixes, None for no limit. kept_checks: outcomes of self-checks.
+    prefixes, None for no limit. kept_checks: outcomes of self-checks. kept_choices: of measured policies, None measures
+    none. clock: for measuring.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class Builder:
         disk: DiskTier | None = None,
         pool: KVPool | None = None,
         kept_checks: KeptChecks | None = None,
+        kept_choices: KeptChoices | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pool = pool or KVPool()
         self.pool.prefixes = tier = RamTier(policy)
@@ -66,6 +75,9 @@ class Builder:
         self._stall_target = stall_target
         self._leader = leader
         self._kept_checks = kept_checks
+        self._policies = Policies(self._policy, kept_choices)
+        self._clock = clock
+        self._turns = IdleTurns()
         self._peers = ProcessPeers()
 
     def build(self, spec: ModelSpec, progress: Progress = silent, metrics: ModelMetrics | None = None) -> Runner:
@@ -75,15 +87,20 @@ class Builder:
     def build_text(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
         """Load a text model and warm it up."""
         if spec.shard is None:
-            loaded = loader.load(spec, progress=progress, policy=self._policy)
-            return self._build_here(spec, loaded, progress, metrics)
+            chosen = self._policies.find(spec)
+            loaded = loader.load(spec, progress=progress, policy=chosen.policy)
+            return self._build_here(spec, chosen, loaded, progress, metrics)
+        if spec.policy:
+            raise LoadFailed(spec.key, "its policy is the device's where ranks share it; 'policy' can't be set")
         if self._leader is None:
             raise sharding.alone(spec)
         with self._leader.loading(spec) as number:
             loaded = loader.load(spec, progress=progress, divide=sharding.nothing, policy=self._policy)
             opened = self._leader.open(number, spec.key, self._stall_target, progress)
             batch = LeadingBatch(self._leader, number, opened, self._peers, metrics)
-            return self._finish(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
+            runner = self._finish(spec, replace(loaded, weight_bytes=opened.weight_bytes), batch, progress)
+            runner.idle_steps = self._in_turn(runner.idle_steps, batch.load)
+            return runner
 
     def build_embedding(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
         """Load an embedding model and warm it up. It has neither KV cache nor prefixes."""
@@ -110,16 +127,20 @@ class Builder:
     def _build_here(
         self,
         spec: ModelSpec,
+        chosen: ModelPolicy,
         loaded: loader.LoadedModel,
         progress: Progress,
         metrics: ModelMetrics | None,
         vision: Vision | None = None,
     ) -> Runner:
         """The runner of a loaded model that this process computes, warmed up."""
-        policy = self._fitting_policy(spec, loaded)  # first: what can't be run has no cache to be measured
+        policy = self._fitting_policy(spec, chosen, loaded)  # first: what can't be run has no cache to be measured
         with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
             scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics)
             runner = self._finish(spec, loaded, scheduler, progress, vision)
+            runner.facts = replace(runner.facts, policy=chosen.facts(policy.with_weights(spec.weights)))
+            measuring = self._measuring(spec, chosen, loaded, policy, account, scheduler.load)
+            runner.idle_steps = self._in_turn(chain(runner.idle_steps, measuring), scheduler.load)
             if prefixes:
                 prefixes.is_warm = True
             return runner
@@ -132,15 +153,16 @@ class Builder:
             raise LoadFailed(spec.key, "it is a vision model, which ranks can't share")
         if spec.shard:
             return self.build_text(spec, progress, metrics)
-        loaded = loader.load(spec, progress=progress, policy=self._policy)
+        chosen = self._policies.find(spec)
+        loaded = loader.load(spec, progress=progress, policy=chosen.policy)
         try:
-            vision = load_vision(spec, loaded, progress, self._policy.with_weights(spec.weights))
+            vision = load_vision(spec, loaded, progress, chosen.policy.with_weights(spec.weights))
         except LoadFailed as failure:
             if spec.kind:
                 raise
             log.warning("%s: loaded as a text model: %s", spec.key, failure.cause)
             vision = None
-        return self._build_here(spec, loaded, progress, metrics, vision)
+        return self._build_here(spec, chosen, loaded, progress, metrics, vision)
 
     @contextmanager
     def _opened_prefixes(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[ModelPrefixes | None]:
@@ -189,15 +211,46 @@ class Builder:
             speculation=spec.speculation,
         )
 
-    def _fitting_policy(self, spec: ModelSpec, loaded: loader.LoadedModel) -> ExecutionPolicy:
+    def _fitting_policy(self, spec: ModelSpec, chosen: ModelPolicy, loaded: loader.LoadedModel) -> ExecutionPolicy:
         """The policy with the paths that this model can take. Raises LoadFailed if it can't even run alone."""
         failure: LoadFailed
         try:
             with naming_what_is_missing():
-                return fitting_policy(loaded.model, self._policy, spec.key, self._kept_checks)
+                return fitting_policy(loaded.model, chosen.policy, spec.key, self._kept_checks)
         except Exception as error:  # foreign code: it can raise anything
             failure = LoadFailed(spec.key, f"the model can't be run: {one_line(error)}")
         raise failure  # out here, without the frames that hold the weights
+
+    def _measuring(
+        self,
+        spec: ModelSpec,
+        chosen: ModelPolicy,
+        loaded: loader.LoadedModel,
+        policy: ExecutionPolicy,
+        account: KVAccount,
+        load: EngineLoad,
+    ) -> Iterator[object]:
+        """Steps that measure the candidates that are left. policy: as the self-check has left it."""
+        before = chosen.choice
+        names = [name for name in chosen.candidates if getattr(policy, name) == getattr(chosen.policy, name)]
+        if before is None or not names:
+            return
+        yield from Measurement(
+            spec.key,
+            loaded.model,
+            policy,
+            names,
+            spec.max_running,
+            borrowing=account.borrowing,
+            is_right=lambda own: fitting_policy(loaded.model, own, spec.key, self._kept_checks) == own,
+            is_quiet=lambda: self._peers.are_idle(load),
+            keep=lambda result: self._policies.keep(spec, before, result),
+            clock=self._clock,
+        ).steps()
+
+    def _in_turn(self, steps: Iterator[object], load: EngineLoad) -> Iterator[object]:
+        """Idle steps of a model, while no other one computes."""
+        return self._turns.taken(steps, lambda: self._peers.are_idle(load))
 
     def _finish(
         self,
@@ -206,9 +259,9 @@ class Builder:
         batch: Scheduler | LeadingBatch,
         progress: Progress,
         vision: Vision | None = None,
-    ) -> Runner:
+    ) -> TextRunner:
         progress("warming up", 0, 0)
-        warm_up(batch, spec.max_running, self._policy)
+        warm_up(batch)
         self._peers.add(batch.load)
         return VisionRunner(spec, loaded, batch, vision) if vision else TextRunner(spec, loaded, batch)
 
@@ -232,25 +285,21 @@ def _find_kind(spec: ModelSpec, progress: Progress) -> Kind:
 
 def _refuse_settings(spec: ModelSpec, kind: str) -> None:
     """Raise LoadFailed if the model has a setting that its kind can't have."""
-    settings = {"shard": spec.shard, "adapter": spec.adapter, "kv_bits": spec.kv_bits}
+    settings = {"shard": spec.shard, "adapter": spec.adapter, "kv_bits": spec.kv_bits, "policy": spec.policy}
     if setting := next((name for name, value in settings.items() if value), None):
         raise LoadFailed(spec.key, f"it is {kind}, which can't have {setting!r}")
 
 
-def warm_up(batch: Scheduler | LeadingBatch, max_running: int, policy: ExecutionPolicy) -> None:
-    """Run the shapes and samplers that requests use, so that no request pays for a compilation."""
-    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)
-    runs = [(greedy, 1), (sampled, 2)]
-    if policy.warm_up_all_batch_sizes:
-        sizes = [size for power in range(max_running.bit_length()) if (size := 1 << power) <= max_running]
-        runs = [(sampling, size) for sampling in (greedy, sampled) for size in sizes]
-    batch.warm_up()
+def warm_up(batch: Scheduler | LeadingBatch) -> None:
+    """Answer two short requests, so that the first one of a client does not pay for all that is new.
+
+    Other shapes are for idle moments (scheduler/warm_up.py).
+    """
     tokens = tuple(n % batch.vocab_size for n in range(1, _WARM_UP_TOKENS))
-    for sampling, size in runs:
-        sequences = [Sequence(-1 - n, tokens, sampling, 3) for n in range(size)]
-        batch.insert(sequences)
+    for sampling in (GREEDY, SAMPLED):
+        batch.insert([Sequence(-1, tokens, sampling, 3)])
         for _ in range(_WARM_UP_STEPS):
             batch.prefill()
             batch.decode()
-        batch.remove([sequence.id for sequence in sequences])
+        batch.remove([-1])
     batch.shrink_prefixes(0)

@@ -36,6 +36,7 @@ class EmbeddingRunner:
 
     def __init__(self, spec: ModelSpec, model: EmbeddingModel, batch: Batch) -> None:
         self.batch = batch
+        self.idle_steps: Iterator[object] = iter(())
         self.facts = ModelFacts(
             None, model.context_length, model.weight_bytes, frozenset({"embeddings"}), kind="embedding"
         )

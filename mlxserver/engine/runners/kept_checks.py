@@ -1,7 +1,7 @@
 """Outcomes of self-checks, kept in files between loads and processes.
 
 Rule 1: a file's name is a hash of all that its outcome depends on: device, shape of the model, versions, paths checked.
-Rule 2: a file is written whole or not at all. What can't be read is checked anew; what can't be written is not kept.
+Rule 2: what can't be read is checked anew; what can't be written is not kept (kept_files.py).
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -26,9 +24,8 @@ from mlx.utils import tree_flatten
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import model_arguments
 from mlxserver.engine.platform import device
+from mlxserver.engine.platform.kept_files import KeptFiles
 from mlxserver.engine.platform.policy import CacheKind, ExecutionPolicy, PromptSharing
-
-log = logging.getLogger("engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,49 +69,18 @@ _PATHS: dict[str, tuple[Any, ...]] = {
 
 
 class KeptChecks:
-    """Files of outcomes in a directory, which several processes may share.
-
-    most: files, of some hundred bytes each; those of other versions are never looked for again.
-    """
+    """Files of outcomes in a directory, which several processes may share (kept_files.py)."""
 
     def __init__(self, directory: Path, most: int = 256) -> None:
-        self._directory = directory
-        self._most = most
+        self._files = KeptFiles(directory, most)
 
     def find(self, name: str) -> Outcome | None:
         """The outcome of this name (check_name()), if there is one."""
-        try:
-            return Outcome.parse(self._file(name).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.debug("%s is left out: %s", self._file(name), error)
-            return None
+        return self._files.read(name, Outcome.parse)
 
     def store(self, name: str, outcome: Outcome) -> None:
         """Keep an outcome, in place of an earlier one."""
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._directory, suffix=".part", delete=False) as file:
-                written = Path(file.name)
-                try:
-                    json.dump(asdict(outcome), file)
-                    file.close()
-                    written.replace(self._file(name))
-                except BaseException:
-                    written.unlink(missing_ok=True)
-                    raise
-            self._drop_oldest()
-        except OSError as error:
-            log.debug("The outcome of a self-check is not kept: %s", error)
-
-    def _file(self, name: str) -> Path:
-        return self._directory / f"{name}.json"
-
-    def _drop_oldest(self) -> None:
-        files = list(self._directory.iterdir())
-        for file in sorted(files, key=_changed)[: max(0, len(files) - self._most)]:
-            file.unlink(missing_ok=True)
+        self._files.write(name, asdict(outcome))
 
 
 def check_name(model: Any, policy: ExecutionPolicy, code: str = "") -> str:
@@ -122,8 +88,8 @@ def check_name(model: Any, policy: ExecutionPolicy, code: str = "") -> str:
 
     code: version of all that computes; by default the present one.
     """
-    digest = hashlib.sha256((code or _code()).encode())
-    for part in (device.describe(), sorted(_environment()), policy, *_shape(model)):
+    digest = hashlib.sha256((code or code_version()).encode())
+    for part in (device.describe(), sorted(environment()), policy, *_shape(model)):
         digest.update(f"{part}\0".encode())
     return digest.hexdigest()[:40]
 
@@ -139,7 +105,7 @@ def _shape(model: Any) -> Iterator[object]:
         yield name, array.shape, array.dtype
 
 
-def _environment() -> Iterator[tuple[str, str]]:
+def environment() -> Iterator[tuple[str, str]]:
     """Variables that choose MLX's kernels."""
     for name, value in os.environ.items():
         if name.startswith("MLX_") and not name.startswith("MLX_SERVER_") and not name.endswith("_DIR"):
@@ -147,18 +113,10 @@ def _environment() -> Iterator[tuple[str, str]]:
 
 
 @functools.cache
-def _code() -> str:
+def code_version() -> str:
     """Versions of MLX, of mlx-lm and of the engine, and a hash of the engine's sources."""
     digest = hashlib.sha256()
     for file in sorted((Path(mlxserver.__file__).parent / "engine").rglob("*.py")):
         with contextlib.suppress(OSError):
             digest.update(file.read_bytes())
     return f"{metadata.version('mlx')} {metadata.version('mlx-lm')} {mlxserver.__version__} {digest.hexdigest()}"
-
-
-def _changed(file: Path) -> float:
-    """Time of a file's last change; the earliest if it is gone."""
-    try:
-        return file.stat().st_mtime
-    except OSError:
-        return 0.0

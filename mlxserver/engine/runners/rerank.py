@@ -24,6 +24,7 @@ class RerankRunner:
 
     def __init__(self, spec: ModelSpec, model: RerankerModel, batch: Batch) -> None:
         self.batch = batch
+        self.idle_steps: Iterator[object] = iter(())
         facts = model.facts
         self.facts = ModelFacts(None, facts.context_length, facts.weight_bytes, frozenset({"rerank"}), kind="rerank")
         documents = _Documents(spec.key, model.tokenizer, facts)

@@ -61,6 +61,9 @@ class ModelBatch(Batch, Protocol):
     def reserved_kv_bytes(self) -> int | None:
         """KV cache that is reserved with the model; None where ranks share it."""
 
+    def warm_up(self, longest: int) -> Iterator[object]:
+        """Compute shapes that requests will use, one per step of the iterator. longest: tokens of a sequence."""
+
     def longest(self, most: int) -> int:
         """Tokens of the longest sequence, of `most` at most, that memory could hold alone."""
 
@@ -93,6 +96,7 @@ class TextRunner:
             batch.execution,
             batch.reserved_kv_bytes,
         )
+        self.idle_steps: Iterator[object] = batch.warm_up(self.facts.context_length)
         self._longest = batch.longest
         self._defaults: Mapping[str, Any] = {**loaded.generation_defaults, **spec.defaults}
         self._max_running = spec.max_running

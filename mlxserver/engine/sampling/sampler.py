@@ -26,6 +26,8 @@ from mlxserver.engine.sequence import Sequence
 # Most likely tokens among which the threshold is found. A nucleus that is larger keeps the whole tail.
 CANDIDATES = 256
 
+GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)  # what most requests use
+
 _SMALLEST_TEMPERATURE = 1e-6  # below it a logit over it would leave float32; the draw is greedy long before
 _LARGEST_UNIFORM = 1.0 - 2.0**-20  # a float32 total times this stays below the total
 

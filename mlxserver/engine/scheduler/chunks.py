@@ -69,8 +69,11 @@ class PrefillStrategy(Protocol):
     def bytes_beyond(self, length: int) -> int:
         """Memory that a prompt of so many tokens takes beside its KV cache and what is reserved for chunks."""
 
-    def warm_up(self) -> None:
-        """Run the shapes that prompts use."""
+    def shapes(self, length: int) -> abc.Sequence[tuple[int, int, int]]:
+        """Shapes of chunks, those of prompts of so many tokens: prompts, tokens of each, capacity of their slots."""
+
+    def rehearse(self, prompts: int, tokens: int, capacity: int) -> None:
+        """Compute a chunk of such a shape, and keep nothing of it."""
 
 
 def make_prefill_strategy(model: Any, policy: ExecutionPolicy | None = None) -> PrefillStrategy:
@@ -163,8 +166,12 @@ class PlainPrefill:
         """Attention scores at the end of a long prompt."""
         return self._attention.bytes_beyond(length)
 
-    def warm_up(self) -> None:
-        """Nothing to do: any shape will do."""
+    def shapes(self, length: int) -> abc.Sequence[tuple[int, int, int]]:
+        """None: any shape will do."""
+        return ()
+
+    def rehearse(self, prompts: int, tokens: int, capacity: int) -> None:
+        """Nothing to do."""
 
     def _run_together(self, chunk: Chunk) -> int:
         """One forward pass for several prompts, the shorter ones padded on the right."""
@@ -251,15 +258,18 @@ class BucketedPrefill:
         """Dequantised keys and values of a long prompt. A GPU does not write the scores out."""
         return self._attention.bytes_beyond(self.tokens_for(length))
 
-    def warm_up(self) -> None:
-        """Run short prompts, alone and together, and the first chunk of long ones."""
+    def shapes(self, length: int) -> abc.Sequence[tuple[int, int, int]]:
+        """Short prompts alone and together; of a long one, its first chunks and what may be left at its end."""
         together = [1 << power for power in range(_MOST_TOGETHER.bit_length())]
-        shapes = [(count, length) for length in _LENGTHS for count in (together if length <= _SHORT else [1])]
-        for count, length in shapes:
-            capacity = slot_capacity(length, _SHORT)
-            slots = ([grow(array, count, capacity) for array in arrays] for arrays in self._empty)
-            tokens, offsets = mx.zeros((count, length), dtype=mx.uint32), mx.zeros((count,), dtype=mx.int32)
-            mx.eval(self._forward(tokens, offsets, *slots))
+        capacity = slot_capacity(length, _SHORT)
+        lengths = sorted((own for own in _LENGTHS if own <= capacity), reverse=length > _SHORT)
+        return [(count, own, capacity) for own in lengths for count in (together if capacity <= _SHORT else [1])]
+
+    def rehearse(self, prompts: int, tokens: int, capacity: int) -> None:
+        """Compute a chunk of such a shape, at the end of its slots."""
+        slots = ([grow(array, prompts, capacity) for array in arrays] for arrays in self._empty)
+        offsets = mx.full((prompts,), capacity - tokens, dtype=mx.int32)
+        mx.eval(self._forward(mx.zeros((prompts, tokens), dtype=mx.uint32), offsets, *slots))
 
     def _advance(self, tokens: mx.array, offsets: mx.array, keys: Layers, values: Layers) -> tuple[Layers, Layers]:
         """Forward pass of tokens, [slots, tokens]. Returns the keys and values with them written, per layer."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import sys
 from collections import abc
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 from mlxserver.engine.kv_cache.caches import Cache, CacheSizes
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
@@ -123,6 +125,12 @@ class KVBudget:
         sequences = self._count(prompts)
         self._account.give_back(self._bytes(kv_tokens, prompts), sequences, self._youngest(prompts))
         self.shrink_prefixes_beside(kv_tokens, sequences)
+
+    @contextmanager
+    def borrowing(self, kv_tokens: int) -> Iterator[bool]:
+        """Have so many tokens of KV cache for as long as the block runs, while no sequence has any. False: not now."""
+        with self._account.borrowing(block_bytes(self._sizes, kv_tokens, 1)) as is_granted:
+            yield is_granted and self.holds(kv_tokens)
 
     def has_space(self, kv_tokens: int, prompts: Prompts) -> bool:
         """Whether the pool has this memory, once prefixes are dropped."""

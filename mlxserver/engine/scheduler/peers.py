@@ -44,6 +44,11 @@ class ProcessPeers:
         with self._lock:
             self._loads = [*(known for known in self._loads if known()), weakref.ref(load)]
 
+    def are_idle(self, own: EngineLoad) -> bool:
+        """Whether no other model has sequences."""
+        loads = [load for known in self._loads if (load := known())]
+        return not any(load.is_busy for load in loads if load is not own)
+
     def observe(self, own: EngineLoad) -> float:
         """Divide the cores among the models at work: two that take turns with all of OpenBLAS's threads lose time."""
         loads = [load for known in self._loads if (load := known())]

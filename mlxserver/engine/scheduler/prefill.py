@@ -137,6 +137,13 @@ class Prefill:
         """Memory that a prompt of so many tokens takes beside its KV cache and what is reserved for chunks."""
         return self._strategy.bytes_beyond(length)
 
-    def warm_up(self) -> None:
-        """Run the shapes that prompts use, so that no prompt pays for a compilation."""
-        self._strategy.warm_up()
+    def shapes(self, length: int) -> Sequence[tuple[int, int, int]]:
+        """Shapes of the chunks that prompts of so many tokens have: prompts, tokens of each, capacity of their slots.
+
+        None where any shape will do.
+        """
+        return self._strategy.shapes(length)
+
+    def rehearse(self, prompts: int, tokens: int, capacity: int) -> None:
+        """Compute a chunk of such a shape, and keep nothing of it."""
+        self._strategy.rehearse(prompts, tokens, capacity)

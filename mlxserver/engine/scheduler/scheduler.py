@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,7 @@ from mlxserver.engine.scheduler.peers import FixedPeers, Peers
 from mlxserver.engine.scheduler.prefill import ChunkBudget, Prefill, waiting_ratio
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.speculation import Setting
+from mlxserver.engine.scheduler.warm_up import Shape, WarmUp
 from mlxserver.engine.sequence import SampledToken, Sequence
 
 _RESTORE_WAIT = 0.01  # seconds for a prefix from disk, before the engine looks at its messages again
@@ -69,6 +71,7 @@ class Scheduler:
         speculation: Setting = "off",
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
+        self._policy = policy or current()
         self.reserved_kv_bytes: int | None = account.floor if account else None
         self._model = model
         self._max_running = max_running
@@ -224,9 +227,13 @@ class Scheduler:
         """Tokens of the longest sequence, of `most` at most, that could be served alone."""
         return self._budget.longest(most)
 
-    def warm_up(self) -> None:
-        """Run the shapes that prompts use."""
-        self._prefill.warm_up()
+    def warm_up(self, longest: int, most_tokens: int | None = None) -> Generator[Shape, None, None]:
+        """Compute shapes that requests will use, one per step of the iterator (scheduler/warm_up.py).
+
+        longest: tokens of the longest sequence. most_tokens: of KV cache in a shape; None for as many as the pool has.
+        """
+        warm_up = WarmUp(self._model, self._running, self._prefill, self._budget, self._policy, self._max_running)
+        return warm_up.steps(longest, most_tokens)
 
     def chunk_budget(self) -> ChunkBudget:
         """Budget of the next chunk, as measured here."""

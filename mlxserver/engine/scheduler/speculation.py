@@ -41,7 +41,7 @@ _RETRY = 512  # steps that did not pay, after which one is tried all the same
 _HELD_OFF = 256  # steps after one whose logits were not finite
 
 _STREAKS = (5, 9, 17)  # bounds of the classes of streaks that have a hit rate each
-_PRIOR_RATES, _PRIOR_WEIGHT, _MOST_WEIGHT = (0.5, 0.7, 0.85, 0.95), 8, 512
+_PRIOR_RATES, _PRIOR_WEIGHT, _MOST_WEIGHT = (0.2, 0.6, 0.85, 0.95), 8, 512
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
@@ -24,12 +24,14 @@ from mlxserver.engine.worker.faults import request_failure, without_frames
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
 from mlxserver.engine.worker.recovery import MOST_IN_A_ROW, Recovery
-from mlxserver.engine.worker.runner import Output, Runner
+from mlxserver.engine.worker.runner import PAUSE, Output, Runner
 from mlxserver.engine.worker.subscribers import Subscribers
 from mlxserver.engine.worker.tokenizer_worker import TokenizerWorker
 from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
 
 log = logging.getLogger("engine")
+
+_PAUSE_SECONDS = 0.5  # between idle steps while other models compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class EngineThread:
         self._tracker = Tracker(metrics)
         self._recovery = Recovery(self._tracker, self._release, event_loop.deliver_all, metrics)
         self._sequence_ids = count()
+        self._idle_steps: Iterator[object] | None = None
+        self._is_paused = False  # the last idle step could do nothing
 
     def run(self) -> None:
         """Run until stopped. The one place that catches everything: here the thread ends."""
@@ -114,12 +118,31 @@ class EngineThread:
         self._tokenizer_worker.begin(runner.preprocess, runner.answer)
         self._event_loop.started(runner.facts)
         batch = runner.batch
+        self._idle_steps = runner.idle_steps
         try:
             while self._take_messages(runner):
-                self._attempt(batch, self._step)
+                if self._idle_steps and batch.is_empty():
+                    self._idle_step()
+                else:
+                    self._attempt(batch, self._step)
         finally:
             self.load = EngineLoad()
+            self._idle_steps = None  # what is left of them holds the batch
             batch.close()
+
+    def _idle_step(self) -> None:
+        """Do the next step of idle work. What fails is given up: requests can do without it."""
+        assert self._idle_steps
+        try:
+            for done in self._idle_steps:
+                self._is_paused = done is PAUSE
+                return
+        except EngineError:  # raised by a batch that can't go on
+            raise
+        except Exception as error:
+            log.warning("%s: idle work ends: %s: %s", self._key, type(error).__name__, error)
+            self._release()
+        self._idle_steps, self._is_paused = None, False
 
     def _step(self, batch: Batch) -> None:
         self._publish(batch, batch.decode())
@@ -150,8 +173,9 @@ class EngineThread:
             )
 
     def _take_messages(self, runner: Runner) -> bool:
-        """Handle the messages of the event loop; waits for one while the batch is empty. False: the end."""
-        for message in self._mailbox.take(wait=runner.batch.is_empty()):
+        """Handle the messages of the event loop; waits for one while there is nothing to do. False: the end."""
+        is_idle = runner.batch.is_empty() and (self._is_paused or not self._idle_steps)
+        for message in self._mailbox.take(is_idle, _PAUSE_SECONDS if self._is_paused else None):
             match message:
                 case Submit(generation):
                     self._admit(runner, generation)

@@ -51,14 +51,14 @@ class Mailbox:
         """Add a message."""
         self._queue.put(message)
 
-    def take(self, wait: bool) -> Iterator[Message]:
-        """All messages that are there; with `wait`, waits for the first one."""
+    def take(self, wait: bool, seconds: float | None = None) -> Iterator[Message]:
+        """All messages that are there; with `wait`, waits for the first one, for so many seconds at most."""
         self._taken = None if wait else time.monotonic()
         try:
-            message = self._queue.get(block=wait)
+            message = self._queue.get(block=wait, timeout=seconds)
             self._taken = time.monotonic()
             yield message
             while True:
                 yield self._queue.get_nowait()
         except queue.Empty:
-            return
+            self._taken = self._taken or time.monotonic()

@@ -11,6 +11,8 @@ from mlxserver.engine.requests import EngineRequest, ModelFacts, Question
 from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 
+PAUSE = object()  # of an idle step that could do nothing now
+
 
 class Output(Protocol):
     """Turns the tokens of one choice into events."""
@@ -41,6 +43,13 @@ class Runner(Protocol):
     @property
     def batch(self) -> Batch:
         """The batch in which its sequences run."""
+
+    @property
+    def idle_steps(self) -> Iterator[object]:
+        """Work for idle moments, one short step per step of the iterator. The batch is empty before and after each.
+
+        The next step comes a moment later behind one that gives PAUSE.
+        """
 
     @property
     def preprocess(self) -> Callable[[EngineRequest], EngineRequest]:

@@ -1,0 +1,230 @@
+"""Gain of speculation: tokens per second with it and without, of an edit and of free text, in-process.
+
+Run: python -m benchmarks.speculation [--model smollm2] [--clients 1]. Weights may be random: the answers are given.
+
+An edit is a prompt with a source file of some 1,000 tokens, and an answer that has the file again with one change. Free
+text is a page of prose that goes on behind its beginning. The sampler does its work, and its tokens are replaced by
+those of the answer: steps cost what they cost, and as many drafted tokens are accepted as if a model had written this.
+
+Rule 1: both settings take turns within one run, and keep what they have measured, as a server does.
+Rule 2: the first round of each is a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import abc
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.loading import loader  # first: this prepares the process for MLX
+
+# isort: split
+from mlxserver.engine.mlx import mx
+
+from mlx_lm.utils import load_tokenizer
+
+from benchmarks.machine import has_gpu, read_machine
+from benchmarks.models import EMBEDDED, SHAPES, embedded_directory, prepare_pair
+from benchmarks.servers import ROOT
+from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.sampling.sampler import BatchSampler
+from mlxserver.engine.scheduler.scheduler import Scheduler
+from mlxserver.engine.scheduler.speculation import Setting
+from mlxserver.engine.sequence import Sequence
+
+FILE, PAGE = ROOT / "mlxserver" / "engine" / "worker" / "tracker.py", ROOT / "docs" / "memory.md"
+FILE_TOKENS, PAGE_TOKENS, PAGE_PROMPT = 1000, 512, 256
+SETTINGS: tuple[Setting, ...] = ("off", "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt and its answer, as token ids."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Figures of one round. accepted: share of the answers' tokens that were drafted and accepted."""
+
+    tokens_per_second: float
+    drafted: float
+    accepted: float
+
+
+class GivenTokens(BatchSampler):
+    """Samples as ever, and answers with given tokens. answers: by sequence id."""
+
+    def __init__(self, vocab_size: int, answers: abc.Mapping[int, abc.Sequence[int]]) -> None:
+        super().__init__(vocab_size)
+        self._answers = answers
+        self._rows: list[list[int]] = []  # sequence id, and its number of sampled tokens
+
+    def extend(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Add sequences."""
+        super().extend(sequences)
+        self._rows += [[sequence.id, sequence.num_generated] for sequence in sequences]
+
+    def filter(self, keep: abc.Sequence[int]) -> None:
+        """Keep only the sequences at these indices."""
+        super().filter(keep)
+        self._rows = [self._rows[index] for index in keep]
+
+    def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
+        """Take the last calls back."""
+        super().rewind(sampled, kept)
+        for row, count in zip(self._rows, kept, strict=True):
+            row[1] -= sampled.shape[1] - count
+
+    def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
+        """The next token of each answer, once one is sampled."""
+        sampled = super().__call__(logits, allowed)
+        given = [(self._answers.get(id) or [0])[count : count + 1] or [0] for id, count in self._rows]
+        for row in self._rows:
+            row[1] += 1
+        tokens: mx.array = mx.depends(mx.array([own[0] for own in given], dtype=mx.uint32), sampled)
+        return tokens
+
+
+class Bench:
+    """One scheduler of a model under one setting."""
+
+    def __init__(self, model: Any, setting: Setting, clients: int) -> None:
+        self._metrics = ModelMetrics("")
+        self._answers: dict[int, abc.Sequence[int]] = {}
+        self._scheduler = Scheduler(
+            model,
+            max_running=clients,
+            metrics=self._metrics,
+            make_sampler=lambda vocab_size: GivenTokens(vocab_size, self._answers),
+            speculation=setting,
+        )
+
+    def round(self, tasks: abc.Sequence[Task], sampling: SamplingParams) -> Figures:
+        """Decode the answers together. The time begins with the first token of all."""
+        left = {n: len(task.answer) for n, task in enumerate(tasks)}
+        self._answers.update({n: task.answer for n, task in enumerate(tasks)})
+        drafted, accepted = self._metrics.drafted_tokens, self._metrics.accepted_tokens
+        for n, task in enumerate(tasks):
+            self._scheduler.insert([Sequence(n, task.prompt, sampling, len(task.answer))])
+        started: float | None = None
+        while left:
+            for token in self._scheduler.decode():
+                if started is None:
+                    started = perf_counter()
+                assert token.token == tasks[token.sequence_id].answer[-left[token.sequence_id]]
+                left[token.sequence_id] -= 1
+            gone = [n for n, count in left.items() if not count]
+            self._scheduler.remove(gone)
+            left = {n: count for n, count in left.items() if count}
+            self._scheduler.prefill()
+        count = sum(len(task.answer) for task in tasks)
+        assert started is not None
+        return Figures(
+            count / (perf_counter() - started),
+            (self._metrics.drafted_tokens - drafted) / count,
+            (self._metrics.accepted_tokens - accepted) / count,
+        )
+
+
+def edits(tokenizer: Any, clients: int, file_tokens: int) -> list[Task]:
+    """A file each, with a change in the middle of it."""
+    file = tokenizer.encode(FILE.read_text(encoding="utf-8"))[:file_tokens]
+    tasks = []
+    for n in range(clients):
+        asked = tokenizer.encode(f"Rename the variable in the middle to value_{n}. Give the whole file back.\n")
+        change = tokenizer.encode(f" value_{n}: int = {n}")
+        middle = len(file) // 2 + n
+        tasks.append(Task(tuple(asked + file), tuple(file[:middle] + change + file[middle + 3 :])))
+    return tasks
+
+
+def free_texts(tokenizer: Any, clients: int, page_tokens: int) -> list[Task]:
+    """The page each, from another token on."""
+    page = tokenizer.encode(PAGE.read_text(encoding="utf-8"))
+    starts = [n * 37 for n in range(clients)]
+    return [
+        Task(
+            tuple(page[start : start + PAGE_PROMPT]),
+            tuple(page[start + PAGE_PROMPT : start + PAGE_PROMPT + page_tokens]),
+        )
+        for start in starts
+    ]
+
+
+def measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures, by task."""
+    sampling = SamplingParams(temperature=arguments.temperature, top_p=0.9, seed=1)
+    benches = {setting: Bench(model, setting, arguments.clients) for setting in SETTINGS}
+    tasks = {
+        "edit": edits(tokenizer, arguments.clients, arguments.file_tokens),
+        "free text": free_texts(tokenizer, arguments.clients, arguments.page_tokens),
+    }
+    rounds: dict[str, dict[str, list[Figures]]] = {name: {setting: [] for setting in SETTINGS} for name in tasks}
+    for _ in range(arguments.rounds + 1):
+        for name, own in tasks.items():
+            for setting in SETTINGS:
+                rounds[name][setting].append(benches[setting].round(own, sampling))
+    return {name: _summary(**{setting: own[1:] for setting, own in by.items()}) for name, by in rounds.items()}
+
+
+def _summary(off: abc.Sequence[Figures], auto: abc.Sequence[Figures]) -> dict[str, float]:
+    """Medians of the rounds; the ratio is that of rounds next to each other."""
+    ratios = [one.tokens_per_second / other.tokens_per_second for one, other in zip(auto, off, strict=True)]
+    return {
+        "off": median(own.tokens_per_second for own in off),
+        "auto": median(own.tokens_per_second for own in auto),
+        "ratio": median(ratios),
+        "drafted": median(own.drafted for own in auto),
+        "accepted": median(own.accepted for own in auto),
+    }
+
+
+def render(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    lines = ["| | tokens/s off | auto | ratio | drafted per token | accepted per token |", "| --- |" + " ---: |" * 5]
+    for name, own in figures.items():
+        cells = [f"{own['off']:.1f}", f"{own['auto']:.1f}", f"{own['ratio']:.2f}"]
+        cells += [f"{own['drafted']:.2f}", f"{own['accepted']:.2f}"]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure and print. --out writes the figures with the facts of the machine."""
+    gpu = has_gpu()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[EMBEDDED, *SHAPES], default="1b" if gpu else EMBEDDED)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "4bit"), default="bfloat16" if gpu else "float32")
+    parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer, in place of the embedded model's")
+    parser.add_argument("--clients", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--file-tokens", type=int, default=FILE_TOKENS)
+    parser.add_argument("--page-tokens", type=int, default=PAGE_TOKENS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    work = ROOT / "build" / "benchmarks"
+    directory, _ = prepare_pair(arguments.model, arguments.dtype, work, arguments.tokenizer)
+    texts = load_tokenizer(arguments.tokenizer or embedded_directory(work, "float32"))
+    model = loader.load(ModelSpec("speculation", str(directory))).model
+    figures = measure(model, texts, arguments)
+    print(render(figures))
+    if arguments.out:
+        content = {"machine": read_machine(), "arguments": {**vars(arguments), "out": None, "tokenizer": None}}
+        arguments.out.write_text(json.dumps({**content, "figures": figures}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

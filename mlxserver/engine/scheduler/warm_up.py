@@ -1,0 +1,134 @@
+"""Warm-up of a batch: the shapes that requests will use are computed before they come.
+
+A GPU pays for a shape when it is new: kernels are compiled, graphs are traced, attention is planned. Those of short
+requests come first, then those at growing lengths.
+
+Rule 1: a step of the iterator computes one shape. Before and after it the batch is empty; in between it may serve.
+Rule 2: a shape's memory is borrowed for the step. One that does not fit beside all else is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class
+from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import ExecutionPolicy
+from mlxserver.engine.scheduler.decode import DecodeBatch
+from mlxserver.engine.scheduler.kv_budget import KVBudget
+from mlxserver.engine.scheduler.prefill import Prefill
+from mlxserver.engine.scheduler.rehearsal import STEPS, DecodeShape, Rehearsal
+
+LONGEST = 32_768  # tokens up to which shapes are warmed up
+_SHORT = 33  # tokens of a prompt whose slot is the smallest
+_MOST_CLASSES = 4  # whose decode steps are warmed up side by side
+_COPIES = 2  # of a shape's KV cache that may exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """A chunk of so many prompts, of so many tokens each, in slots of this capacity."""
+
+    prompts: int
+    tokens: int
+    capacity: int
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV cache that the slots hold."""
+        return self.prompts * self.capacity
+
+
+Shape = DecodeShape | ChunkShape
+
+
+class WarmUp:
+    """Warm-up of one batch, in the compiled functions that its requests will use."""
+
+    def __init__(
+        self,
+        model: Any,
+        running: DecodeBatch,
+        prefill: Prefill,
+        budget: KVBudget,
+        policy: ExecutionPolicy,
+        max_running: int,
+    ) -> None:
+        self._model = model
+        self._rehearsal = Rehearsal(model, running, policy)
+        self._prefill = prefill
+        self._budget = budget
+        self._policy = policy
+        self._max_running = max_running
+
+    def steps(self, longest: int, most_tokens: int | None = None) -> Generator[Shape, None, None]:
+        """Compute the shapes one by one, and yield each that was computed.
+
+        longest: tokens of the longest sequence. most_tokens: of KV cache in a shape; None for as many as the pool has.
+        """
+        for shape in dict.fromkeys(self._shapes(min(longest, LONGEST))):
+            kv_tokens = _COPIES * shape.kv_tokens
+            if most_tokens is not None and kv_tokens > most_tokens:
+                continue
+            with self._budget.borrowing(kv_tokens) as is_granted:
+                if is_granted:
+                    self._compute(shape)
+            if is_granted:
+                yield shape
+        device.clear_cache()  # of the shapes' arrays
+
+    def _shapes(self, longest: int) -> Iterator[Shape]:
+        """The shapes, in the order in which they are likely to be used."""
+        if not self._policy.warm_up_all_batch_sizes:
+            return
+        yield from self._smallest()
+        if not (self._policy.compile_steps and self._rehearsal.has_slots):
+            return  # the lengths of sequences make no difference
+        for length in lengths_up_to(longest):
+            yield from self._chunks(length)
+            yield from self._decodes(length)
+
+    def _smallest(self) -> Iterator[Shape]:
+        """Shapes of short requests, of any number up to max_running."""
+        yield from self._chunks(_SHORT)
+        sizes = self._sizes()
+        for is_greedy in (False, True):
+            yield from (DecodeShape((_SHORT,) * size, is_greedy) for size in sizes)
+        if hasattr(self._model, "sight"):
+            yield from (DecodeShape((_SHORT,) * size, is_shifted=True) for size in sizes)
+
+    def _chunks(self, length: int) -> Iterator[ChunkShape]:
+        """Chunks of prompts of so many tokens."""
+        return (ChunkShape(*sizes) for sizes in self._prefill.shapes(length))
+
+    def _decodes(self, length: int) -> Iterator[DecodeShape]:
+        """Decode steps of sequences that have a slot for so many tokens: beside much shorter ones, and alike."""
+        shorter = [own for own in (_SHORT, *lengths_up_to(length // 2)) if narrow_class(own) < narrow_class(length)]
+        by_class = {narrow_class(own): own - STEPS if own > _SHORT else own for own in shorter}
+        if 0 < len(by_class) < _MOST_CLASSES and self._max_running > len(by_class):
+            yield DecodeShape((*by_class.values(), length - STEPS))
+        yield from (DecodeShape((length - STEPS,) * size) for size in self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Numbers of slots."""
+        return [size for power in range(self._max_running.bit_length()) if (size := 1 << power) <= self._max_running]
+
+    def _compute(self, shape: Shape) -> None:
+        match shape:
+            case ChunkShape():
+                self._prefill.rehearse(shape.prompts, shape.tokens, shape.capacity)
+            case DecodeShape():
+                with self._rehearsal.joined(shape):
+                    self._rehearsal.advance()
+
+
+def lengths_up_to(longest: int) -> list[int]:
+    """Lengths that fill a slot, ascending; each has another capacity."""
+    lengths = []
+    length = capacity_for(1)
+    while length <= longest:
+        lengths.append(length)
+        length = capacity_for(length + 1)
+    return lengths
