@@ -22,7 +22,7 @@ serve: export PYTHONMALLOC ?= malloc
 serve: install
 	@exec $(BIN)/python mlx_api_server.py $(ARGS)
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed $(VENV)/.native
 
 $(VENV)/.installed: requirements/common.txt requirements/cpu.txt requirements/no-deps.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
@@ -37,7 +37,12 @@ $(VENV)/.installed: requirements/common.txt requirements/cpu.txt requirements/no
 	@sh tools/install_openblas.sh
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+# For quantized weights on a Linux CPU; without a C++ compiler nothing is built, and mlx-server doctor has the line to type.
+$(VENV)/.native: $(VENV)/.installed $(wildcard mlxserver/engine/platform/native/*.*)
+	@$(BIN)/python -m mlxserver.engine.platform.native.build
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed $(VENV)/.native requirements/dev.txt
 	@$(PIP) -r requirements/common.txt -r requirements/dev.txt  # not MLX again: the venv may hold the CUDA build
 	@touch $@
 

@@ -85,8 +85,8 @@ class RemoteModel:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What is done in the device's own way. weights: "stored", "bfloat16" or "float32". fixed, measured: fields that a
-    setting has fixed, or that were measured to be faster.
+    """What is done in the device's own way. weights: "stored", "quantized", "bfloat16" or "float32". fixed,
+    measured: fields that a setting has fixed, or that were measured to be faster.
     """
 
     compile_steps: bool

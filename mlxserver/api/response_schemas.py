@@ -47,7 +47,7 @@ POLICY = exactly(
     bucket_prefill=BOOLEAN,
     fuse_projections=BOOLEAN,
     decode_kernel=BOOLEAN,
-    weights=one_of("stored", "bfloat16", "float32"),
+    weights=one_of("stored", "quantized", "bfloat16", "float32"),
     fixed=each(TEXT),
     measured=each(TEXT),
 )

@@ -23,6 +23,7 @@ from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import estimate, sources
 from mlxserver.engine.platform import openblas
 from mlxserver.engine.platform.folders import cache_directory
+from mlxserver.engine.platform.native import build
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "huggingface-hub", "gguf2mlx")
 ALONE = ("mlx-vlm",)  # installed without its dependencies, which are not used
@@ -77,8 +78,20 @@ def _device(settings: Settings) -> Iterator[Finding]:
     else:
         remedy = "apt-get install libopenblas0-pthread (Fedora: dnf install openblas-threads)"
         yield Finding("BLAS", "MLX's own, many times slower than OpenBLAS", remedy)
+    yield from _kernels()
     budget = estimate.budget(settings.memory_limit)
     yield Finding("memory", f"{decimal(found.memory_bytes)}, of which models may take {decimal(budget)}")
+
+
+def _kernels() -> Iterator[Finding]:
+    from mlxserver.engine.platform import cpu_quantized  # here, because it starts MLX
+
+    if not build.is_wanted():
+        return
+    if native := cpu_quantized.native():
+        yield Finding("quantized", f"weights stay as they are stored, native kernels ({native.levels()[0]})")
+    else:
+        yield Finding("quantized", "weights are dequantized to float32, and slower", build.missing())
 
 
 def _models() -> Iterator[Finding]:

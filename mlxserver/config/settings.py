@@ -17,7 +17,7 @@ from mlxserver.config.http import FILES, HttpSettings
 ModelType = Literal["thinking", "instruction"]
 Kind = Literal["text", "vision", "embedding", "rerank"]
 Shard = Literal["tensor", "pipeline"]
-Weights = Literal["auto", "stored", "bfloat16"]
+Weights = Literal["auto", "stored", "bfloat16", "float32"]
 Speculation = Literal["auto", "off", "always"]
 KVBits = Literal[4, 8]
 KVGroupSize = Literal[32, 64, 128]
@@ -62,11 +62,11 @@ class ModelSpec:
     unloaded, None takes the server's. defaults: sampling parameters by name (config/sampling_params.py). shard: how
     several ranks share it (loading/sharding.py), None: rank 0 has it alone. unclosed_thinking: what an answer is that
     the model ended inside its reasoning; "content" gives it as both. weights: how quantized weights are held: as
-    stored, or dequantized to 16 bits; "auto" takes what is fastest on the device and leaves room for others. kv_bits:
-    bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size: values that share a
-    scale then. speculation: tokens are drafted from the prompt and the answer so far, and verified together: "auto"
-    where that is measured to be faster, or wherever some are predicted. policy: what is fixed of the device's policy,
-    by name (POLICY_FIELDS).
+    stored, or dequantized to 16 bits or float32; "auto" takes what is fastest on the device and leaves room for
+    others. kv_bits: bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size:
+    values that share a scale then. speculation: tokens are drafted from the prompt and the answer so far, and
+    verified together: "auto" where that is measured to be faster, or wherever some are predicted. policy: what
+    is fixed of the device's policy, by name (POLICY_FIELDS).
     """
 
     key: Annotated[str, Shared()]

@@ -418,7 +418,7 @@ def test_a_wrong_policy_is_refused_by_its_field(policy, param):
         ("key", ["", "a b", "a=b", "ä", "x" * 129, "a\n", 5]),
         ("type", ["Thinking", "", "chat", True]),
         ("adapter", ["", "a\0b", 5]),
-        ("weights", ["", "float32", 16]),
+        ("weights", ["", "float16", 32]),
         ("kv_bits", [0, 5, 16, "8", True]),
         ("kv_group_size", [0, 16, 96, "64"]),
         ("context_length", [0, -1, 1.5, "5"]),

@@ -14,7 +14,7 @@ from mlxserver.engine.loading.library.facts import CONVERTIBLE, Unusable, read_f
 from mlxserver.engine.loading.library.layouts import Folder, folders
 from mlxserver.engine.loading.library.remove import remove
 from mlxserver.engine.loading.library.scan import Scanner
-from mlxserver.engine.platform.policy import WeightPolicy
+from mlxserver.engine.platform.policy import WeightPolicy, current
 from tests.support.local_models import COMMIT, digest_of, in_hub, in_lm_studio, in_ollama
 from tools.harness.encoder_models import tiny_cross_encoder, tiny_embedder, tiny_judge
 from tools.harness.models import tiny_llama
@@ -171,8 +171,8 @@ def test_facts_of_a_gguf_file(gguf_file):
     facts = read_facts(gguf_file)
     assert (facts.format, facts.architecture, facts.quantization) == ("gguf", "llama", "F32")
     assert facts.context_length == CONTEXT
-    known = gguf.checkpoint_metadata("tiny", gguf_file)
-    assert facts.stored_bytes == known.stored_bytes == facts.parameters * 2
+    known = gguf.checkpoint_metadata("tiny", gguf_file, current().weights)
+    assert facts.stored_bytes == known.stored_bytes == facts.parameters * (4 if current().computes_in_float32 else 2)
 
 
 @pytest.mark.parametrize(

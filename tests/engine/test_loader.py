@@ -22,6 +22,7 @@ from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.loading.loader import context_length, generation_defaults, load, read_tokenizer
 from mlxserver.engine.loading.metadata import attention_heads, model_arguments, read_config
 from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import CPU
 from tests.support.architectures import BASE, CONFIGS
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import CONTEXT, write_tiny_gguf
@@ -121,7 +122,7 @@ def test_a_generation_config_without_usable_values_is_ignored(text, tmp_path):
 @pytest.mark.skipif(not device.is_cpu(), reason="a GPU keeps the weights as they are")
 def test_on_a_cpu_quantized_weights_become_float32(tiny):
     quantize(tiny)
-    model = load(ModelSpec("tiny", str(tiny))).model
+    model = load(ModelSpec("tiny", str(tiny)), policy=CPU).model
     assert {array.dtype for _, array in tree_flatten(model.parameters())} == {mx.float32}
     assert not [layer for layer in model.modules() if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)]
 
@@ -132,8 +133,8 @@ def test_an_adapter_is_fused_into_the_weights_and_changes_the_model(tiny, tmp_pa
     adapter = write_adapter(tiny, tmp_path / "adapter")
     if is_quantized:
         quantize(tiny)
-    plain = load(ModelSpec("tiny", str(tiny)))
-    adapted = load(ModelSpec("adapted", str(tiny), adapter=str(adapter)))
+    plain = load(ModelSpec("tiny", str(tiny)), policy=CPU)
+    adapted = load(ModelSpec("adapted", str(tiny), adapter=str(adapter)), policy=CPU)
     assert adapted.weight_bytes == plain.weight_bytes
     assert not mx.allclose(logits(adapted.model), logits(plain.model), atol=0.1)
 
@@ -154,7 +155,7 @@ def test_on_a_cpu_quantized_weights_are_not_rounded_again(tiny, mode, group_size
     exact = mx.dequantize(
         layer.weight, layer.scales if mode == "mxfp4" else scales, biases, group_size, 4, mode, dtype=mx.float32
     )
-    loaded = load(ModelSpec("tiny", str(tiny))).model
+    loaded = load(ModelSpec("tiny", str(tiny)), policy=CPU).model
     assert mx.array_equal(loaded.layers[0].mlp.gate_proj.weight, exact)
 
 

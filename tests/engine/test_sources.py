@@ -144,8 +144,8 @@ def test_a_gguf_file_is_converted_to_the_format_of_the_policy(tiny_gguf, cache):
         (file,) = sources.resolve(str(tiny_gguf), weights=weights).glob("*.safetensors")
         types[weights] = {array.dtype for array in mx.load(str(file)).values()}
     halves = {WeightPolicy.STORED: {mx.float16}, WeightPolicy.BFLOAT16: {mx.float16}}
-    assert types == {**halves, WeightPolicy.FLOAT32: {mx.float32}}
-    assert len(list(cache.glob("tiny-*/config.json"))) == 2
+    assert types == {**halves, WeightPolicy.FLOAT32: {mx.float32}, WeightPolicy.QUANTIZED: {mx.float32}}
+    assert len(list(cache.glob("tiny-*/config.json"))) == 3
 
 
 def test_a_changed_gguf_file_is_converted_anew(tmp_path, cache):

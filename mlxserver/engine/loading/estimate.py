@@ -19,6 +19,7 @@ from mlxserver.engine.loading.metadata import CheckpointMetadata, attention_head
 from mlxserver.engine.loading.sources import checkpoint_metadata
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, STATE_REACH, AttentionMemory
+from mlxserver.engine.platform.native.formats import has_kernel
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     from mlxserver.engine.loading.architecture import inspect_architecture
     from mlxserver.engine.loading.kv_format import kv_format
 
-    policy = (policy or current()).with_weights(spec.weights)
+    policy = (policy or current()).with_weights(spec.weights, is_shared=spec.shard is not None)
     try:
         metadata = checkpoint_metadata(spec.source, policy.weights)
         with naming_what_is_missing():
@@ -121,7 +122,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
     adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else _adapter_bytes(spec)  # which is fused there
     return Estimate(
-        weights=_weight_bytes(values, stored, policy.weights) + adapter,
+        weights=_weight_bytes(values, stored, policy.weights, metadata, has_experts=architecture.has_experts) + adapter,
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
         activations=max(
             _chunk_bytes(architecture.width * value_bytes, attention, own.context),
@@ -135,11 +136,37 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
     )
 
 
-def _weight_bytes(values: int, stored: int, weights: WeightPolicy) -> int:
+def _weight_bytes(
+    values: int, stored: int, weights: WeightPolicy, metadata: CheckpointMetadata, *, has_experts: bool = False
+) -> int:
     """Bytes of so many weights in their loaded format. stored: in their stored one."""
     if weights is WeightPolicy.FLOAT32:
         return values * 4
+    if weights is WeightPolicy.QUANTIZED:
+        return values * 4 if has_experts else _native_bytes(values, stored, metadata.config)
     return values * 2 if weights is WeightPolicy.BFLOAT16 and _has_fewer_bits(values, stored) else stored
+
+
+def _native_bytes(values: int, stored: int, config: Mapping[str, Any]) -> int:
+    """Bytes of so many weights where native kernels compute with the quantized ones, and the others are float32.
+
+    How many are quantized follows from the stored size. Where some have other bits than most, it is an upper bound.
+    """
+    width = _float_bytes(config)
+    if width == 4:
+        return min(stored, values * 4)
+    stated = config.get("quantization") or config.get("quantization_config") or {}
+    formats = [stated, *(part for part in stated.values() if isinstance(part, Mapping))]
+    if not all(_has_kernel(part, stated) for part in formats):
+        return values * 4
+    each = stated["bits"] / 8 + 2 * width / stated["group_size"]
+    return int(stored + max(0, stored - values * each) / (width - each) * (4 - width))
+
+
+def _has_kernel(format: Mapping[str, Any], default: Mapping[str, Any]) -> bool:
+    """Whether quantized weights that a config.json describes have a native kernel."""
+    bits, group_size = (format.get(name, default.get(name)) for name in ("bits", "group_size"))
+    return has_kernel(str(format.get("mode", default.get("mode", "affine"))), bits, group_size)
 
 
 def _has_fewer_bits(values: int, stored: int) -> bool:
@@ -149,9 +176,12 @@ def _has_fewer_bits(values: int, stored: int) -> bool:
 
 def _value_bytes(metadata: CheckpointMetadata, policy: ExecutionPolicy) -> int:
     """Bytes of a computed value."""
-    if policy.weights is WeightPolicy.FLOAT32:
-        return 4
-    return _TYPE_BYTES.get(str(_stated_type(metadata.config)), 2)
+    return 4 if policy.computes_in_float32 else _float_bytes(metadata.config)
+
+
+def _float_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of a stored float."""
+    return _TYPE_BYTES.get(str(_stated_type(config)), 2)
 
 
 def _vision(spec: ModelSpec, metadata: CheckpointMetadata) -> VisionArchitecture | None:
@@ -186,7 +216,7 @@ def _encoder_estimate(
     longest = judge_context if architecture.is_judge else embedding_context
     context = longest(spec, architecture.context, attention)
     return Estimate(
-        weights=_weight_bytes(architecture.weights, metadata.stored_bytes, policy.weights),
+        weights=_weight_bytes(architecture.weights, metadata.stored_bytes, policy.weights, metadata),
         cache=0,
         activations=most_batch_tokens(context, policy) * architecture.width * value_bytes * policy.layers_ahead
         + attention.batch_bytes(context)

@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -32,14 +32,25 @@ from mlxserver.engine.platform.policy import WeightPolicy
 
 log = logging.getLogger("engine")
 
-# The converter's options, the best format first.
-_AS_STORED = (("--dtype", "float16", "--quant-source", "preserve"), ("--dtype", "float16"))
+# The converter and its options, the best format first.
+_FLOAT32 = ("gguf2mlx", "--dtype", "float32")
+_PRESERVED = ("--dtype", "float16", "--quant-source", "preserve")
+_AS_STORED = (("gguf2mlx", *_PRESERVED), ("gguf2mlx", "--dtype", "float16"))
 FORMATS = {
-    WeightPolicy.FLOAT32: (("--dtype", "float32"),),
+    WeightPolicy.FLOAT32: (_FLOAT32,),
+    WeightPolicy.QUANTIZED: (("mlxserver.engine.loading.gguf_blocks", *_PRESERVED), _FLOAT32),
     WeightPolicy.STORED: _AS_STORED,
     WeightPolicy.BFLOAT16: _AS_STORED,  # dequantized once they are loaded
 }
-KEPT_BLOCKS = {"Q4_0": 20, "Q4_1": 20, "Q8_0": 36}  # bytes of 32 weights, with scale and bias
+_KEPT = {"Q4_K": 20, "Q8_0": 36}
+# Bytes of 32 weights, with scale and bias, in blocks that are kept; others become floats.
+KEPT_BLOCKS: dict[WeightPolicy, dict[str, int]] = {
+    WeightPolicy.FLOAT32: {},
+    WeightPolicy.QUANTIZED: {"Q4_0": 20, "Q4_1": 20, "Q4_K": 24, "Q8_0": 36},
+    WeightPolicy.STORED: _KEPT,
+    WeightPolicy.BFLOAT16: _KEPT,
+}
+KEPT_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # of all others every block becomes floats
 CORRECTIONS = 2  # counts up with what correct_tokenizer() changes
 TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
 
@@ -49,18 +60,21 @@ def destination(gguf: Path, weights: WeightPolicy) -> Path:
     return cache_directory() / _name(gguf, FORMATS[weights])
 
 
-def checkpoint_metadata(source: str, gguf: Path) -> CheckpointMetadata:
+def checkpoint_metadata(source: str, gguf: Path, weights: WeightPolicy) -> CheckpointMetadata:
     """Metadata from a GGUF file's header. Raises SourceInvalid."""
     from gguf import GGUFReader  # here, because most processes need neither of the two
     from gguf2mlx.gguf2mlx import build_config, detect_architecture
 
     try:
         reader = GGUFReader(gguf)
-        config = build_config(reader, detect_architecture(reader))
+        architecture = detect_architecture(reader)
+        config = build_config(reader, architecture, "float32" if _has_float32(weights) else "float16")
     except Exception as error:  # a damaged header can make the reader raise anything
         raise SourceInvalid(source, f"its header can't be read: {type(error).__name__}: {error}") from None
-    stored = sum(converted_bytes(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in reader.tensors)
-    return CheckpointMetadata(config, stored)
+    elements: collections.Counter[str] = collections.Counter()
+    for tensor in reader.tensors:
+        elements[tensor.tensor_type.name] += int(tensor.n_elements)
+    return CheckpointMetadata(config, converted_bytes(elements, architecture, weights))
 
 
 def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable[[str, int, int], None]) -> Path:
@@ -82,9 +96,15 @@ def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable
     return target
 
 
-def converted_bytes(format: str, elements: int) -> int:
-    """Bytes of a tensor after the conversion: quantized blocks that MLX knows stay, the rest becomes float16."""
-    return elements * KEPT_BLOCKS[format] // 32 if format in KEPT_BLOCKS else elements * 2
+def converted_bytes(elements: Mapping[str, int], architecture: str, weights: WeightPolicy) -> int:
+    """Bytes of a model after the conversion. elements: number of its weights by their type in the file."""
+    kept = KEPT_BLOCKS[weights] if architecture in KEPT_ARCHITECTURES else {}
+    each = 4 if _has_float32(weights) else 2
+    return sum(count * kept[name] // 32 if name in kept else count * each for name, count in elements.items())
+
+
+def _has_float32(weights: WeightPolicy) -> bool:
+    return weights in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
 
 
 class _ConverterFailed(Exception):
@@ -155,11 +175,13 @@ def _run_converter(
     gguf: Path, output: Path, format: tuple[str, ...], lock: int, progress: Callable[[str, int, int], None]
 ) -> str | None:
     """Convert in a process of its own, which keeps its memory and output out of ours. Gives its error, or None."""
-    command = [sys.executable, "-m", "gguf2mlx", "--input", str(gguf), "--output", str(output), "--offline", *format]
-    environment = {**os.environ, "PYTHONUTF8": "1"}
+    converter_module, *options = format
+    command = [sys.executable, "-m", converter_module, "--input", str(gguf), "--output", str(output), "--offline"]
+    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": path}
     last_lines: collections.deque[str] = collections.deque(maxlen=3)
     with subprocess.Popen(
-        command,
+        [*command, *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

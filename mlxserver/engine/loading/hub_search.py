@@ -55,8 +55,9 @@ def _model(info: Any) -> HubModel:
     counts: Mapping[str, int] = info.safetensors.parameters if info.safetensors else {}
     size = sum(count * ITEM_BYTES.get(kind, 1) for kind, count in counts.items()) or None
     weights = sum(count * 32 // bits if bits and kind == PACKED else count for kind, count in counts.items()) or None
-    is_float32 = current().weights is WeightPolicy.FLOAT32
-    held = weights and weights * 4 if is_float32 else size
+    format = current().weights
+    is_dequantized = format is WeightPolicy.FLOAT32 or (format is WeightPolicy.QUANTIZED and bits not in (4, 8))
+    held = weights and weights * 4 if is_dequantized else size
     return HubModel(
         info.id,
         info.downloads or 0,

@@ -160,9 +160,11 @@ def checkpoint_metadata(source: str, weights: WeightPolicy | None = None) -> Che
         case MlxDirectory(path):
             return _directory_metadata(source, path)
         case GgufFile(path):
-            directory = gguf.destination(path, weights or current().weights)
+            held = weights or current().weights
+            directory = gguf.destination(path, held)
+            is_converted = directory.is_dir()
             return (
-                _directory_metadata(source, directory) if directory.is_dir() else gguf.checkpoint_metadata(source, path)
+                _directory_metadata(source, directory) if is_converted else gguf.checkpoint_metadata(source, path, held)
             )
         case Repository(id, revision):
             return hub.checkpoint_metadata(source, id, revision)

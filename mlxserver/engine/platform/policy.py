@@ -23,11 +23,16 @@ class WeightPolicy(Enum):
     """Format of a loaded model's weights."""
 
     STORED = "as the checkpoint has them"
+    QUANTIZED = "quantized ones as stored, for native kernels; others in float32"
     BFLOAT16 = "dequantized to 16 bits"
     FLOAT32 = "dequantized to float32"
 
 
-_STATED = {"stored": WeightPolicy.STORED, "bfloat16": WeightPolicy.BFLOAT16}
+_STATED = {
+    "stored": WeightPolicy.STORED,
+    "bfloat16": WeightPolicy.BFLOAT16,
+    "float32": WeightPolicy.FLOAT32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +94,22 @@ class ExecutionPolicy:
         if self.compile_steps and not self.pad_slots:
             raise ValueError("compiled steps need padded slots")
 
-    def with_weights(self, setting: Literal["auto", "stored", "bfloat16"]) -> ExecutionPolicy:
-        """The policy with the weights that a model's setting states; "auto" states none."""
-        return self if setting == "auto" else replace(self, weights=_STATED[setting])
+    def with_weights(
+        self, setting: Literal["auto", "stored", "bfloat16", "float32"], *, is_shared: bool = False
+    ) -> ExecutionPolicy:
+        """The policy with the weights that a model's setting states; "auto" states none.
+
+        is_shared: ranks share the model, whose divided layers have no native kernels.
+        """
+        if setting != "auto":
+            return replace(self, weights=_STATED[setting])
+        is_divided = is_shared and self.weights is WeightPolicy.QUANTIZED
+        return replace(self, weights=WeightPolicy.FLOAT32) if is_divided else self
+
+    @property
+    def computes_in_float32(self) -> bool:
+        """Whether all values that are computed, and the KV cache, are float32."""
+        return self.weights in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
 
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
         """The policy with these fields. A field that they leave open follows them, where it has to (rule 2).
@@ -107,9 +125,10 @@ class ExecutionPolicy:
 
 
 # MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, too long to be measured between two
-# requests. Its float16 and quantized products are some thirty times slower there than those of float32. Time grows with
-# every slot and token that is computed. MLX's CPU backend runs up to two hundred operations ahead, some four layers,
-# and an array that is written to before its copy has been computed is copied as a whole.
+# requests. Its float16 and quantized products are some thirty times slower there than those of float32: quantized
+# weights are dequantized, unless native kernels are built (cpu_quantized.py), which are faster than both. Time grows
+# with every slot and token that is computed. MLX's CPU backend runs up to two hundred operations ahead, some four
+# layers, and an array that is written to before its copy has been computed is copied as a whole.
 CPU = ExecutionPolicy(
     compile_steps=False,
     pad_slots=False,
@@ -187,6 +206,7 @@ def policy_for(kind: DeviceKind) -> ExecutionPolicy:
 @functools.cache
 def current() -> ExecutionPolicy:
     """The policy of the device in use."""
-    from mlxserver.engine.platform import device
+    from mlxserver.engine.platform import cpu_quantized, device
 
-    return policy_for(device.describe().kind)
+    policy = policy_for(device.describe().kind)
+    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and cpu_quantized.native() else policy

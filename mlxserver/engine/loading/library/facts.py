@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mlxserver.config.settings import Kind
 from mlxserver.engine.loading import gguf, kinds, metadata, safetensors_header
 from mlxserver.engine.loading.library import gguf_header
-from mlxserver.engine.platform.policy import WeightPolicy
+from mlxserver.engine.platform.policy import WeightPolicy, current
 
 Format = Literal["mlx", "gguf"]
 INDEX = "model.safetensors.index.json"
@@ -52,8 +52,9 @@ class Facts:
 
     def needed_bytes(self, weights: WeightPolicy, tokens: int) -> int:
         """About what the loaded model takes, with the KV cache of so many tokens; a load estimates it closely."""
-        is_float32 = weights is WeightPolicy.FLOAT32
-        held = self.parameters * 4 if is_float32 else self.stored_bytes
+        is_float32 = weights in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
+        is_kept = weights is not WeightPolicy.FLOAT32 and (not is_float32 or self.stored_bytes < self.parameters * 1.8)
+        held = self.stored_bytes if is_kept else self.parameters * 4
         cached = self.kv_values * min(tokens, self.context_length or tokens) * (4 if is_float32 else 2)
         return held + cached + RUNTIME_BYTES
 
@@ -201,5 +202,5 @@ def _gguf_facts(path: Path) -> Facts:
         sum(header.elements.values()),
         number("context_length") or None,
         number("block_count") * kv_heads * (key_width + value_width),
-        sum(gguf.converted_bytes(name, count) for name, count in header.elements.items()),
+        gguf.converted_bytes(header.elements, architecture, current().weights),
     )

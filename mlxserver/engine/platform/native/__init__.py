@@ -1,0 +1,1 @@
+"""Native kernels: sources, and build.py, which compiles them at set-up."""
