@@ -42,6 +42,7 @@ from benchmarks.servers import (
 )
 from benchmarks.settings import RAW, Sizes
 from benchmarks.worker import Worker
+from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import sources
 
 RESULTS = Path(__file__).parent / "results"
@@ -138,7 +139,10 @@ class Contestants:
         self._arguments, self._sizes, self._names, self._stack = arguments, sizes, names, stack
         pair = prepare_pair(arguments.shape, arguments.dtype, arguments.work.resolve(), arguments.tokenizer)
         self._servers = [name for name in arguments.server or available() if name in available()]
-        self._weights = Weights(pair, sizes.peak, gguf=embedded_gguf() if LLAMA in self._servers else None)
+        gguf = embedded_gguf() if LLAMA in self._servers else None
+        self._weights = Weights(
+            pair, sizes.peak, gguf, embedding=_embedding_source() if "embeddings" in names else None
+        )
         self.started: list[Contestant] = []
 
     def start(self) -> None:
@@ -160,7 +164,9 @@ class Contestants:
         try:
             start()
         except (ServerFailed, TimeoutError, OSError, RuntimeError, ValueError) as error:
-            _report(f"{name}: does not start, its rows are left out: {error}")
+            _report(
+                "\n".join([f"{name}: does not start, its rows are left out: {error}", *getattr(error, "__notes__", ())])
+            )
         else:
             _report(f"{name}: started in {perf_counter() - begun:.0f} s")
 
@@ -243,6 +249,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = f"{arguments.shape} in {arguments.dtype}, {len(rounds)} rounds, {perf_counter() - begun:.0f} s"
     print(f"{what}; {describe(content['machine'])}\n\n{render(content)}")
     _report(f"written to {out}")
+
+
+def _embedding_source() -> str | None:
+    """What our server calls the embedded embedding model; None if it is not installed."""
+    source = "embedded:minilm"
+    try:
+        sources.resolve(source)
+    except SourceInvalid as error:
+        _report(f"embeddings: left out: {error}")
+        return None
+    return source
 
 
 def _report(line: str) -> None:
