@@ -180,4 +180,4 @@ def test_a_runner_is_built_along_the_paths_of_an_earlier_check(tmp_path, kept):
         paths.append(Builder(0.25, policy=CPU, kept_checks=kept).build(spec).facts.execution)
         for file in (tmp_path / "checks").iterdir():
             file.write_text(json.dumps(asdict(ALONE)))
-    assert paths == [Execution("slots", True, False), Execution("single", False, False)]
+    assert paths == [Execution("slots", True, False, speculation=True), Execution("single", False, False)]

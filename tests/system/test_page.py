@@ -13,10 +13,10 @@ from mlxserver.page.files import TYPES, page_file
 from tests.support.browser import axe_source, running_browser
 from tests.support.hub import hub_of
 from tests.support.images import BLUE, RED, file_of, half
-from tests.support.vision_models import tiny_vision
 from tools.harness.models import scripted_model, tiny_llama
 from tools.harness.running_server import eventually, running_server
 from tools.harness.scripts import Script
+from tools.harness.vision_models import tiny_vision
 
 pytestmark = pytest.mark.timeout(600)  # the browser may have to be installed first
 

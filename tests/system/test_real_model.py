@@ -125,7 +125,7 @@ def test_the_official_sdk_raises_its_own_errors(client):
 
 def test_a_second_copy_is_loaded_chatted_with_and_unloaded(server):
     loaded = server.post("/v1/models/load", {"model": "embedded:smollm2", "key": "second"}).json
-    assert (loaded["status"], loaded["memory_bytes"] > 100_000_000) == ("loaded", True)
+    assert (loaded["status"], loaded["memory_bytes"] > 90_000_000) == ("loaded", True)
     assert "Paris" in server.chat("second", FRANCE, max_tokens=30, temperature=0).message["content"]
     unloaded = server.post("/v1/models/unload", {"key": "second"}).json
     if sys.platform == "linux":  # elsewhere only the highest memory of a process can be had

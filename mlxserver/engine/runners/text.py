@@ -102,8 +102,7 @@ class TextRunner:
         self._max_running = spec.max_running
         self._repeats_unclosed = spec.unclosed_thinking == "content"
         self._vocab_size = batch.vocab_size
-        # A checkpoint may have fewer embeddings than its tokenizer has tokens.
-        self._checks_text = max(loaded.tokenizer.get_vocab().values(), default=0) >= batch.vocab_size
+        self._last_token = max(loaded.tokenizer.get_vocab().values(), default=0)
         self._prompts = prompts
         self._constraints = RequestConstraints(loaded.tokenizer, prompts, grammars, batch.vocab_size)
         preprocessor = _Preprocessor(
@@ -123,7 +122,8 @@ class TextRunner:
         self._check(request)
         prompt = request.formatted or self._prompts.format(request.prompt, request.tool_choice)
         param = "prompt.conversation" if isinstance(request.prompt, ChatPrompt) else "prompt"
-        if self._checks_text or isinstance(request.prompt, TokenPrompt):
+        # A checkpoint may have fewer embeddings than its tokenizer has tokens.
+        if self._last_token >= self._vocab_size or isinstance(request.prompt, TokenPrompt):
             check_tokens(prompt.tokens, self._vocab_size, param)
         context = self._longest(self.facts.context_length)  # other models may have been pinned since
         room = context - len(prompt.tokens)
