@@ -28,7 +28,7 @@ from mlxserver.engine.sampling.logprobs import KnownLogprobs, MeasuredLogprobs, 
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.prompts import PendingPrompt
-from mlxserver.engine.scheduler.speculation import Setting, make_speculation
+from mlxserver.engine.scheduler.speculation import DraftingRow, HitRates, Setting, make_speculation
 from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 
 
@@ -55,7 +55,7 @@ MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 class RunningSequence:
     """A sequence that decodes. `fed`: its tokens in the KV cache behind the prompt's first ones, from the last prompt
     token on. num_sampled: tokens sampled for it, read or not. prompt_logprobs: to be published with its first token.
-    lookup: predicts its tokens; None if it drafts none.
+    lookup: predicts its tokens; None if it drafts none. hit_rates: how often it is right.
     """
 
     sequence: Sequence
@@ -66,6 +66,7 @@ class RunningSequence:
     is_fresh: bool = True  # its input is still the last prompt token, which is not published
     prompt_logprobs: tuple[Logprobs, ...] | None = None
     lookup: PromptLookup | None = None
+    hit_rates: HitRates = field(default_factory=HitRates)
 
     @property
     def length(self) -> int:
@@ -161,6 +162,7 @@ class DecodeBatch:
                 prompt.started,
                 prompt_logprobs=tuple(prompt.logprobs) if sequence.is_scored else None,
                 lookup=self._speculation.lookup(sequence) if self._speculation else None,
+                hit_rates=HitRates(self._speculation.controller.rates if self._speculation else None),
             )
             for sequence, prompt in joining
         ]
@@ -244,7 +246,7 @@ class DecodeBatch:
         if not (speculation := self._speculation) or self._shifts:
             return 1
         rows = [
-            (running.lookup.streak, running.most_drafted)
+            DraftingRow(running.lookup.streak, running.most_drafted, running.hit_rates)
             for running in self.sequences
             if running.lookup and running.lookup.streak and running.most_drafted > 0
         ]
@@ -324,7 +326,7 @@ class DecodeBatch:
         if self._speculation and running.lookup:
             streak = running.lookup.streak
             if (is_hit := running.lookup.append(token)) is not None:
-                self._speculation.controller.note_prediction(streak, is_hit)
+                running.hit_rates.note(streak, is_hit)
 
     def _note_plain_step(self) -> None:
         """Measure a step: the time from the tokens of the step before to those of this one, if both were plain."""

@@ -41,24 +41,68 @@ _RETRY = 512  # steps that did not pay, after which one is tried all the same
 _HELD_OFF = 256  # steps after one whose logits were not finite
 
 _STREAKS = (5, 9, 17)  # bounds of the classes of streaks that have a hit rate each
-_PRIOR_RATES, _PRIOR_WEIGHT, _MOST_WEIGHT = (0.2, 0.6, 0.85, 0.95), 8, 512
+_PRIOR_RATES, _PRIOR_WEIGHT = (0.2, 0.6, 0.85, 0.95), 8
+_MODEL_WEIGHT = 2  # of the model's rate in that of a sequence, in predictions
+_MOST_OF_MODEL, _MOST_OF_SEQUENCE = 512, 64  # predictions that count
 
 
 @dataclass
-class _HitRate:
-    """Share of predictions that are right; older ones count less."""
+class _Hits:
+    """Predictions and how many were right; older ones count less."""
 
-    hits: float
-    count: float = _PRIOR_WEIGHT
+    most: int
+    hits: float = 0.0
+    count: float = 0.0
 
     def note(self, is_hit: bool) -> None:
         self.hits, self.count = self.hits + is_hit, self.count + 1
-        if self.count > _MOST_WEIGHT:
+        if self.count > self.most:
             self.hits, self.count = self.hits / 2, self.count / 2
 
-    @property
-    def rate(self) -> float:
-        return self.hits / self.count
+
+class HitRates:
+    """How often predictions are right, by the streaks behind which they are made.
+
+    model: those of all sequences, with which a sequence begins: one that edits a file does not speak for one that tells
+    a story. None for the model's own.
+    """
+
+    def __init__(self, model: HitRates | None = None) -> None:
+        self._model = model
+        if model:
+            self._hits = [_Hits(_MOST_OF_SEQUENCE) for _ in _PRIOR_RATES]
+        else:
+            self._hits = [_Hits(_MOST_OF_MODEL, rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for rate in _PRIOR_RATES]
+
+    def note(self, streak: int, is_hit: bool) -> None:
+        """A token was predicted behind a streak, rightly or not."""
+        self._hits[_streak_class(streak)].note(is_hit)
+        if self._model:
+            self._model.note(streak, is_hit)
+
+    def rate(self, streak: int) -> float:
+        """Share of predictions behind such a streak that are expected to be right."""
+        own = self._hits[_streak_class(streak)]
+        if not self._model:
+            return own.hits / own.count
+        return (own.hits + _MODEL_WEIGHT * self._model.rate(streak)) / (own.count + _MODEL_WEIGHT)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftingRow:
+    """A sequence that may draft: its streak, the most tokens, and how often its predictions are right."""
+
+    streak: int
+    most: int
+    rates: HitRates
+
+    def accepted(self, tokens: int) -> float:
+        """Drafted tokens that are expected to be accepted in a step that verifies so many tokens."""
+        total, chance = 0.0, 1.0
+        for n in range(min(self.most, tokens - 1)):
+            chance *= self.rates.rate(self.streak + n)
+            total += chance
+        return total
 
 
 @dataclass
@@ -85,14 +129,10 @@ class SpeculationController:
     def __init__(self, metrics: ModelMetrics, *, always: bool = False) -> None:
         self._metrics = metrics
         self._always = always
-        self._rates = [_HitRate(rate * _PRIOR_WEIGHT) for rate in _PRIOR_RATES]
+        self.rates = HitRates()
         self._plain: dict[int, deque[float]] = {}  # seconds of plain steps, by number of sequences
         self._costs: dict[tuple[int, int], _Cost] = {}  # by number of sequences and tokens of each
         self._held_off = 0
-
-    def note_prediction(self, streak: int, is_hit: bool) -> None:
-        """A token was predicted behind a streak, rightly or not."""
-        self._rates[_streak_class(streak)].note(is_hit)
 
     def note_plain(self, sequences: int, seconds: float) -> None:
         """Duration of a plain step of so many sequences."""
@@ -113,10 +153,10 @@ class SpeculationController:
         """Verify nothing for some steps: the logits of one were not finite."""
         self._held_off = _HELD_OFF
 
-    def choose(self, sequences: int, rows: abc.Sequence[tuple[int, int]], fits: Callable[[int], bool]) -> int:
+    def choose(self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool]) -> int:
         """Tokens of each of so many sequences in the next step; 1 for a plain one.
 
-        rows: of the sequences that may draft, the streak and the most tokens. fits: whether so many have room.
+        rows: of the sequences that may draft. fits: whether so many tokens have room.
         """
         if self._held_off:
             self._held_off -= 1
@@ -136,10 +176,10 @@ class SpeculationController:
                 break  # a longer one costs more
         return best if best > 1 else self._retried(sequences, rows, fits)
 
-    def _gain(self, sequences: int, rows: abc.Sequence[tuple[int, int]], tokens: int) -> tuple[float, bool]:
+    def _gain(self, sequences: int, rows: abc.Sequence[DraftingRow], tokens: int) -> tuple[float, bool]:
         """Expected ratio of tokens per second to those of a plain step, and whether the cost is measured."""
         cost = self._cost(sequences, tokens).ratio
-        gained = sum(self._accepted(streak, min(most, tokens - 1)) for streak, most in rows)
+        gained = sum(row.accepted(tokens) for row in rows)
         return (sequences + gained) / sequences / (cost or self._assumed(sequences, tokens)), cost is not None
 
     def _assumed(self, sequences: int, tokens: int) -> float:
@@ -149,19 +189,11 @@ class SpeculationController:
                 return 1 + max(ratio - 1, 0) / (shorter - 1) * (tokens - 1)
         return 1 + _ASSUMED_COST * (tokens - 1)
 
-    def _accepted(self, streak: int, drafted: int) -> float:
-        """Tokens that are expected to be accepted of so many behind a streak."""
-        total, chance = 0.0, 1.0
-        for n in range(drafted):
-            chance *= self._rates[_streak_class(streak + n)].rate
-            total += chance
-        return total
-
-    def _retried(self, sequences: int, rows: abc.Sequence[tuple[int, int]], fits: Callable[[int], bool]) -> int:
+    def _retried(self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool]) -> int:
         """The shortest step now and then, if it would pay at the cost that is assumed at first; else 1."""
         tokens = SIZES[0]
         cost = self._cost(sequences, tokens)
-        gained = sum(self._accepted(streak, min(most, tokens - 1)) for streak, most in rows)
+        gained = sum(row.accepted(tokens) for row in rows)
         if (sequences + gained) / sequences <= _GAIN * (1 + _ASSUMED_COST * (tokens - 1)) or not fits(tokens):
             return 1
         cost.num_declined += 1
@@ -205,8 +237,14 @@ class Speculation:
 def make_speculation(
     model: Any, cache: object, setting: Setting, policy: ExecutionPolicy | None, metrics: ModelMetrics
 ) -> Speculation | None:
-    """Speculation of a decode batch with this cache; None where it is off, or tokens can't be taken back."""
-    return Speculation(model, policy, setting, metrics) if setting != "off" and isinstance(cache, SlotCache) else None
+    """Speculation of a decode batch with this cache; None where it is off, or tokens can't be taken back.
+
+    "auto" is off where steps are compiled: the shapes of verifying steps would be, while requests wait for them.
+    """
+    is_compiled = (policy or current()).compile_steps
+    if setting == "off" or (setting == "auto" and is_compiled) or not isinstance(cache, SlotCache):
+        return None
+    return Speculation(model, policy, setting, metrics)
 
 
 _TOKENS, _PROMPTS = SIZES[0], (5, 9)
