@@ -249,7 +249,8 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class PolicyFacts:
-    """What a model's policy has (engine/platform/policy.py). weights: "stored", "bfloat16" or "float32".
+    """What a model's policy has (engine/platform/policy.py). weights: "stored", "quantized", "bfloat16" or
+    "float32".
 
     fixed, measured: names of fields that are as a setting has them, or as a measurement has found them to be faster.
     """

@@ -17,12 +17,12 @@ def test_openblas_is_in_the_process_before_mlx_where_it_is_installed():
         from mlxserver.engine.platform import openblas
         print(openblas.preload(), 'openblas' in open('/proc/self/maps').read())"""
     wanted, loaded = in_a_fresh_process(code).split()
-    assert wanted == loaded or not openblas._is_wanted()
+    assert wanted == loaded or not openblas.is_wanted()
 
 
 def test_a_missing_openblas_is_logged_once_with_what_to_install(monkeypatch, caplog):
     monkeypatch.setattr(openblas, "LIBRARY", "libmissing.so.0")
-    monkeypatch.setattr(openblas, "_is_wanted", lambda: True)
+    monkeypatch.setattr(openblas, "is_wanted", lambda: True)
     for cached in (openblas._library, openblas.warn_if_missing):
         cached.cache_clear()
     openblas.warn_if_missing()

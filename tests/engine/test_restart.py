@@ -12,6 +12,7 @@ from mlxserver.engine.kv_cache.caches import bytes_per_token
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
+from tests.support.grammars import Even
 from tests.support.prefixes import new_prefixes
 
 
@@ -45,19 +46,6 @@ class FailingModel:
     def __call__(self, *args, **kwargs):
         self._fuse.burn()
         return self._model(*args, **kwargs)
-
-
-class Even:
-    """A constraint that allows tokens with even ids, and records those it accepts."""
-
-    def __init__(self):
-        self.accepted = []
-
-    def allowed(self):
-        return b"\x55" * 50
-
-    def accept(self, token):
-        self.accepted.append(token)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation import SIZES, DraftingRow, HitRates, SpeculationController, verifies
 from tests.support.architectures import random_model
 from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
+from tests.support.grammars import Even
 from tests.support.prefixes import new_prefixes
 
 PADDED = replace(CPU, pad_slots=True)
@@ -148,19 +149,6 @@ def test_log_probabilities_are_those_of_each_token():
     for (_, own), (_, other) in zip(got, expected, strict=True):
         assert own.chosen == pytest.approx(other.chosen, abs=1e-3)
         assert [token for token, _ in own.top] == [token for token, _ in other.top]
-
-
-class Even:
-    """A constraint that allows tokens with even ids, and records those it accepts."""
-
-    def __init__(self):
-        self.accepted = []
-
-    def allowed(self):
-        return b"\x55" * 50
-
-    def accept(self, token):
-        self.accepted.append(token)
 
 
 def test_a_sequence_with_a_grammar_drafts_nothing_and_is_in_the_batch():

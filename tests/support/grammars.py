@@ -1,4 +1,4 @@
-"""What a grammar admits."""
+"""Grammars, and a constraint without one."""
 
 
 def admits(grammars, tokenizer, grammar, text):
@@ -6,3 +6,16 @@ def admits(grammars, tokenizer, grammar, text):
     matcher = grammars.compile(grammar).deep_copy()
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+class Even:
+    """A constraint that allows tokens with even ids, and records those it accepts."""
+
+    def __init__(self):
+        self.accepted = []
+
+    def allowed(self):
+        return b"\x55" * 50
+
+    def accept(self, token):
+        self.accepted.append(token)

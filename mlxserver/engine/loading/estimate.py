@@ -176,7 +176,7 @@ def _has_fewer_bits(values: int, stored: int) -> bool:
 
 def _value_bytes(metadata: CheckpointMetadata, policy: ExecutionPolicy) -> int:
     """Bytes of a computed value."""
-    return 4 if policy.computes_in_float32 else _float_bytes(metadata.config)
+    return 4 if policy.weights.computes_in_float32 else _float_bytes(metadata.config)
 
 
 def _float_bytes(config: Mapping[str, Any]) -> int:

@@ -68,7 +68,7 @@ def checkpoint_metadata(source: str, gguf: Path, weights: WeightPolicy) -> Check
     try:
         reader = GGUFReader(gguf)
         architecture = detect_architecture(reader)
-        config = build_config(reader, architecture, "float32" if _has_float32(weights) else "float16")
+        config = build_config(reader, architecture, "float32" if weights.computes_in_float32 else "float16")
     except Exception as error:  # a damaged header can make the reader raise anything
         raise SourceInvalid(source, f"its header can't be read: {type(error).__name__}: {error}") from None
     elements: collections.Counter[str] = collections.Counter()
@@ -99,12 +99,8 @@ def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable
 def converted_bytes(elements: Mapping[str, int], architecture: str, weights: WeightPolicy) -> int:
     """Bytes of a model after the conversion. elements: number of its weights by their type in the file."""
     kept = KEPT_BLOCKS[weights] if architecture in KEPT_ARCHITECTURES else {}
-    each = 4 if _has_float32(weights) else 2
+    each = 4 if weights.computes_in_float32 else 2
     return sum(count * kept[name] // 32 if name in kept else count * each for name, count in elements.items())
-
-
-def _has_float32(weights: WeightPolicy) -> bool:
-    return weights in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
 
 
 class _ConverterFailed(Exception):

@@ -31,7 +31,7 @@ log = logging.getLogger("engine")
 
 def preload() -> bool:
     """Load OpenBLAS into the process if this MLX would use it. False if it would and the library is missing."""
-    return not _is_wanted() or _library() is not None
+    return not is_wanted() or _library() is not None
 
 
 def has_small_products() -> bool:
@@ -59,7 +59,7 @@ def use_threads(count: int) -> None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """OpenBLAS, loaded into the process; None if it is missing, or MLX does not use it."""
-    if not _is_wanted():
+    if not is_wanted():
         return None
     _set_up()
     try:
@@ -97,7 +97,8 @@ def _cpu() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in fields}
 
 
-def _is_wanted() -> bool:
+def is_wanted() -> bool:
+    """Whether this MLX computes on a Linux CPU."""
     if sys.platform != "linux":
         return False
     try:

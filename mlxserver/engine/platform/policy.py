@@ -27,6 +27,11 @@ class WeightPolicy(Enum):
     BFLOAT16 = "dequantized to 16 bits"
     FLOAT32 = "dequantized to float32"
 
+    @property
+    def computes_in_float32(self) -> bool:
+        """Whether all values that are computed, and the KV cache, are float32."""
+        return self in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
+
 
 _STATED = {
     "stored": WeightPolicy.STORED,
@@ -105,11 +110,6 @@ class ExecutionPolicy:
             return replace(self, weights=_STATED[setting])
         is_divided = is_shared and self.weights is WeightPolicy.QUANTIZED
         return replace(self, weights=WeightPolicy.FLOAT32) if is_divided else self
-
-    @property
-    def computes_in_float32(self) -> bool:
-        """Whether all values that are computed, and the KV cache, are float32."""
-        return self.weights in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
 
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
         """The policy with these fields. A field that they leave open follows them, where it has to (rule 2).

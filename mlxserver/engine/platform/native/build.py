@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
 
+from mlxserver.engine.platform.openblas import is_wanted as is_wanted
+
 _SOURCES = Path(__file__).parent
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 _X86_LEVELS = {"avx2": (8, "-mavx2 -mfma"), "avx512": (16, _AVX512)}
@@ -41,17 +43,6 @@ def module_name() -> str:
         if file.suffix in (".cpp", ".h") or file.name == Path(__file__).name:
             digest.update(file.read_bytes())
     return f"mlxserver_native_{digest.hexdigest()[:16]}"
-
-
-def is_wanted() -> bool:
-    """Whether this MLX computes on a Linux CPU."""
-    if sys.platform != "linux":
-        return False
-    try:
-        metadata.distribution("mlx-cpu")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def missing() -> str | None:
