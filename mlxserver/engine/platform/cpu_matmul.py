@@ -19,7 +19,9 @@ import functools
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.platform import openblas
+from mlxserver.engine.platform.native.extension import native
 
+NATIVE_ROWS = 1 << 30
 MOST_ROWS = 8
 PIECE = 256  # tokens of keys or values in one small product
 _MANY = 8 * PIECE  # tokens from which on keys are better in pieces
@@ -27,6 +29,28 @@ _MANY = 8 * PIECE  # tokens from which on keys are better in pieces
 MOST_OUTPUTS, MOST_WORK = 1200, 1_000_000
 # Outputs of a piece per row: fewer cost more calls than they save, and more gain nothing.
 _LEAST_PIECE, _MOST_PIECE = 8, 64
+
+
+def has_products() -> bool:
+    """Whether some products are faster here than MLX's own."""
+    return native() is not None or _has_pieces()
+
+
+def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array | None:
+    """x [..., in] times weight [out, in], transposed, plus bias [out]; None where MLX's own product is better."""
+    if x.dtype != mx.float32:
+        return None
+    if kernels := native():
+        is_few = weight.dtype != mx.float32 or x.size <= NATIVE_ROWS * x.shape[-1]
+        computed: mx.array | None = kernels.dense(x, weight, bias) if is_few else None
+        return computed
+    computed = in_pieces(x, weight) if _has_pieces() else None
+    return computed if computed is None or bias is None else computed + bias
+
+
+@functools.cache
+def _has_pieces() -> bool:
+    return openblas.has_small_products() and openblas.threads() <= openblas.FEW_THREADS
 
 
 def in_pieces(x: mx.array, weight: mx.array) -> mx.array | None:

@@ -6,48 +6,12 @@ modes than affine, experts) are dequantized (loading/loader.py), and so are all 
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 from typing import Any
 
 from mlxserver.engine.mlx import mx, nn
 
-from mlxserver.engine.platform.native import build
-from mlxserver.engine.platform.native.formats import BITS, has_kernel
-
-log = logging.getLogger("engine")
-
-
-@functools.cache
-def native() -> Any:
-    """The extension module with the kernels; None where it is not built, or computes wrongly."""
-    if not build.is_wanted():
-        return None
-    try:
-        module = importlib.import_module(build.module_name())
-    except ImportError:
-        return None
-    try:
-        if _is_right(module):
-            return module
-        log.warning("The native kernels compute wrongly on this CPU: quantized weights are dequantized.")
-    except TypeError:  # the extension does not know MLX's arrays: nanobind's internals are not MLX's
-        log.warning("The native kernels are not compatible with this MLX: quantized weights are dequantized.")
-    return None
-
-
-def _is_right(module: Any) -> bool:
-    """Whether small products of both paths, few rows and many, are those of dequantized weights."""
-    weight = mx.sin(mx.arange(34 * 96) * 0.7).reshape(34, 96)
-    x = mx.cos(mx.arange(7 * 96) * 0.3).reshape(7, 96)
-    for bits in BITS:
-        parts = mx.quantize(weight, group_size=32, bits=bits)
-        expected = x @ mx.dequantize(*parts, group_size=32, bits=bits).T
-        for rows in (1, 2, 3, 7):
-            if not mx.allclose(module.product(x[:rows], *parts, 32, bits), expected[:rows], rtol=1e-4, atol=1e-4):
-                return False
-    return True
+from mlxserver.engine.platform.native.extension import native
+from mlxserver.engine.platform.native.formats import has_kernel
 
 
 class QuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]

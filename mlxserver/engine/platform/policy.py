@@ -206,7 +206,8 @@ def policy_for(kind: DeviceKind) -> ExecutionPolicy:
 @functools.cache
 def current() -> ExecutionPolicy:
     """The policy of the device in use."""
-    from mlxserver.engine.platform import cpu_quantized, device
+    from mlxserver.engine.platform import device
+    from mlxserver.engine.platform.native.extension import native
 
     policy = policy_for(device.describe().kind)
-    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and cpu_quantized.native() else policy
+    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and native() else policy

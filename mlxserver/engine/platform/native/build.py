@@ -84,9 +84,10 @@ def _compilations(compiler: str, mlx: Path, folder: Path) -> Iterator[list[str]]
     if platform.machine() == "x86_64":
         levels |= _X86_LEVELS
     places = (nanobind / "include", nanobind / "ext/robin_map/include", mlx / "include", sysconfig.get_path("include"))
-    units = [(_SOURCES / "quantized.cpp", f"-DMODULE={module_name()} -O1"), (nanobind / "src/nb_combined.cpp", "-O1")]
+    units = [(_SOURCES / "operations.cpp", f"-DMODULE={module_name()} -O1"), (nanobind / "src/nb_combined.cpp", "-O1")]
     units += [
-        (_SOURCES / "kernel.cpp", f"-DNAME=product_{name} -DLANES={lanes} {flags}")
+        (_SOURCES / f"{kernel}.cpp", f"-DNAME={kernel}_{name} -DLANES={lanes} {flags}")
+        for kernel in ("quantized", "dense")
         for name, (lanes, flags) in levels.items()
     ]
     for n, (source, flags) in enumerate(units):
