@@ -23,14 +23,14 @@ class WeightPolicy(Enum):
     """Format of a loaded model's weights."""
 
     STORED = "as the checkpoint has them"
-    QUANTIZED = "quantized ones as stored, for native kernels; others in float32"
+    NATIVE = "as stored where native kernels compute with them; others in float32"
     BFLOAT16 = "dequantized to 16 bits"
     FLOAT32 = "dequantized to float32"
 
     @property
     def computes_in_float32(self) -> bool:
         """Whether all values that are computed, and the KV cache, are float32."""
-        return self in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
+        return self in (WeightPolicy.FLOAT32, WeightPolicy.NATIVE)
 
 
 _STATED = {
@@ -108,7 +108,7 @@ class ExecutionPolicy:
         """
         if setting != "auto":
             return replace(self, weights=_STATED[setting])
-        is_divided = is_shared and self.weights is WeightPolicy.QUANTIZED
+        is_divided = is_shared and self.weights is WeightPolicy.NATIVE
         return replace(self, weights=WeightPolicy.FLOAT32) if is_divided else self
 
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
@@ -126,7 +126,7 @@ class ExecutionPolicy:
 
 # MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, too long to be measured between two
 # requests. Its float16 and quantized products are some thirty times slower there than those of float32: quantized
-# weights are dequantized, unless native kernels are built (cpu_quantized.py), which are faster than both. Time grows
+# weights are dequantized, unless native kernels are built (cpu_stored.py), which are faster than both. Time grows
 # with every slot and token that is computed. MLX's CPU backend runs up to two hundred operations ahead, some four
 # layers, and an array that is written to before its copy has been computed is copied as a whole.
 CPU = ExecutionPolicy(
@@ -210,4 +210,4 @@ def current() -> ExecutionPolicy:
     from mlxserver.engine.platform.native.extension import native
 
     policy = policy_for(device.describe().kind)
-    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and native() else policy
+    return replace(policy, weights=WeightPolicy.NATIVE) if policy is CPU and native() else policy

@@ -1,10 +1,10 @@
-// Kernel of a product with weights of 32 or 16 bits. Compiled once per instruction set: NAME is the function, LANES the
+// Kernel of a product with weights of 32 or 16 bits. Compiled once per instruction set: LEVEL names it, LANES the
 // floats of a vector.
 //
 // A vector has inputs of one row or one output, and several rows are multiplied with several outputs at once, so that
-// most operands stay in registers. Weights are read where they are, once for all rows of a block; those of 16 bits are
-// widened in registers, or for more rows into a buffer: as float32 they are the same numbers, so what differs from a
-// product with widened weights is the order of the additions.
+// most operands stay in registers. Weights are read once for all rows of a block, and the next ones are fetched meanwhile.
+// Those of 16 bits are widened in registers, or for more rows into a buffer: as float32 they are the same numbers, so what
+// differs from a product with widened weights is the order of the additions.
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
 #include "kernel.h"
 #include "vectors.h"
@@ -13,48 +13,48 @@ namespace {
 
 constexpr int PANEL = 4;                      // outputs that are computed at once
 constexpr int MOST = LANES == 16 ? 6 : 3;     // rows that are: as many as there are registers for
-constexpr int64_t DEPTH = 1024;               // inputs of a panel that stay in a first-level cache
+constexpr int64_t DEPTH = 1536;               // inputs of a panel, which stays in a first-level cache
+constexpr int64_t MOST_GROUPS = 8;            // of rows, for which weights of 32 bits are read where they are
 constexpr int64_t BLOCK = 64;                 // rows whose inputs stay in a second-level cache
 constexpr int64_t STRIDE = DEPTH + 64;        // between a widened panel's outputs: no power of two, which caches collide at
-constexpr int64_t LINE = 64;                  // bytes
 
-// Some inputs of a product.
+typedef float Quad __attribute__((vector_size(16)));
+
+// Some inputs of a product, and what is fetched into the cache meanwhile: `step` bytes from `ahead` on per vector.
 struct Part {
   int64_t from, depth;
+  const char* ahead = nullptr;
+  int64_t step = 0;
 };
 
-// What `sums` of a panel are added to.
-inline float base(const Dense& p, const float* out, int64_t output, int64_t from) {
-  return from ? *out : p.bias ? p.bias[output] : 0.0f;
-}
-
-template <int OUTPUTS>
-inline void add_up(const Floats* sums, float* out) {
+// The sums of four vectors each.
+inline Quad totals(const Floats* sums) {
 #if LANES >= 8
-  if constexpr (OUTPUTS == 4) {
-    __m128 halves[4];
-    for (int o = 0; o < 4; o++) {
+  __m128 halves[4];
+  for (int o = 0; o < 4; o++) {
 #if LANES == 16
-      const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums[o]), _mm512_extractf32x8_ps(sums[o], 1));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums[o]), _mm512_extractf32x8_ps(sums[o], 1));
 #else
-      const __m256 half = sums[o];
+    const __m256 half = sums[o];
 #endif
-      halves[o] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    }
-    const __m128 low = _mm_hadd_ps(halves[0], halves[1]), high = _mm_hadd_ps(halves[2], halves[3]);
-    return _mm_storeu_ps(out, _mm_hadd_ps(low, high));
+    halves[o] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
+  return _mm_hadd_ps(_mm_hadd_ps(halves[0], halves[1]), _mm_hadd_ps(halves[2], halves[3]));
+#else
+  return Quad{total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3])};
 #endif
-  for (int o = 0; o < OUTPUTS; o++) out[o] = total(sums[o]);
 }
 
-// ROWS rows times OUTPUTS outputs, for some inputs. x and weights: of the first row and output, from part.from on.
+// ROWS rows times OUTPUTS outputs, for some inputs. weights: from the first output and input on.
 template <typename T, int ROWS, int OUTPUTS>
-inline void block(const Dense& p, const T* weights, int64_t stride, int64_t row, int64_t output, Part part) {
+__attribute__((noinline)) void block(const Dense& p, const T* weights, int64_t stride, int64_t row, int64_t output, Part part) {
   const float* x = p.x + row * p.inputs + part.from;
+  float* out = p.out + row * p.outputs + output;
   Floats sums[ROWS][OUTPUTS] = {};
   int64_t i = 0;
-  for (; i + LANES <= part.depth; i += LANES) {
+  const char* ahead = part.ahead;
+  for (; i + LANES <= part.depth; i += LANES, ahead += part.step) {
+    __builtin_prefetch(ahead, 0, 2);
     Floats inputs[ROWS];
     for (int r = 0; r < ROWS; r++) inputs[r] = load<Floats>(x + r * p.inputs + i);
     for (int o = 0; o < OUTPUTS; o++) {
@@ -62,13 +62,21 @@ inline void block(const Dense& p, const T* weights, int64_t stride, int64_t row,
       for (int r = 0; r < ROWS; r++) sums[r][o] += weight * inputs[r];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) {
-    float values[OUTPUTS], *out = p.out + (row + r) * p.outputs + output;
-    add_up<OUTPUTS>(sums[r], values);
-    for (int64_t rest = i; rest < part.depth; rest++)
-      for (int o = 0; o < OUTPUTS; o++) values[o] += widened(weights[o * stride + rest]) * x[r * p.inputs + rest];
-    for (int o = 0; o < OUTPUTS; o++) out[o] = base(p, out + o, output + o, part.from) + values[o];
+    float* own = out + r * p.outputs;
+    if constexpr (OUTPUTS == 4) {
+      const Quad base = part.from ? load<Quad>(own) : p.bias ? load<Quad>(p.bias + output) : Quad{};
+      const Quad all = base + totals(sums[r]);
+      __builtin_memcpy(own, &all, sizeof all);
+    } else {
+      for (int o = 0; o < OUTPUTS; o++)
+        own[o] = (part.from ? own[o] : p.bias ? p.bias[output + o] : 0.0f) + total(sums[r][o]);
+    }
   }
+  for (; i < part.depth; i++)
+    for (int r = 0; r < ROWS; r++)
+      for (int o = 0; o < OUTPUTS; o++) out[r * p.outputs + o] += widened(weights[o * stride + i]) * x[r * p.inputs + i];
 }
 
 template <typename T, int ROWS>
@@ -85,49 +93,53 @@ inline void rows(int64_t number, const Dense& p, const T* weights, int64_t strid
   if constexpr (ROWS > 1) rows<T, ROWS - 1>(number, p, weights, stride, row, output, count, part);
 }
 
-// Weights of the next panel, into the cache, while this one is multiplied with some of its rows.
-template <typename T>
-inline void fetch(const T* weights, int64_t stride, int64_t count, int64_t depth, int64_t share, int64_t shares) {
-  const int64_t lines = (depth * int64_t(sizeof(T)) + LINE - 1) / LINE, all = lines * count;
-  for (int64_t n = all * share / shares; n < all * (share + 1) / shares; n++)
-    __builtin_prefetch(reinterpret_cast<const char*>(weights + n / lines * stride) + n % lines * LINE, 0, 2);
-}
-
 template <typename T>
 void few(const Dense& p, int64_t first, int64_t last) {
-  const T* weights = static_cast<const T*>(p.weight);
-  for (int64_t output = first; output < last; output += PANEL)
-    rows<T, MOST>(p.rows, p, weights + output * p.inputs, p.inputs, 0, output, least(PANEL, last - output), {0, p.inputs});
+  const T* weights = static_cast<const T*>(p.weight) + first * p.inputs;
+  for (int64_t output = first; output < last; output += PANEL, weights += PANEL * p.inputs) {
+    const char* ahead = reinterpret_cast<const char*>(weights + PANEL * p.inputs);
+    rows<T, MOST>(p.rows, p, weights, p.inputs, 0, output, least(PANEL, last - output),
+                  {0, p.inputs, ahead, PANEL * LANES * int64_t(sizeof(T))});
+  }
+}
+
+// Some outputs' weights as float32, STRIDE between them.
+template <typename T>
+void widen(const T* weights, int64_t stride, int64_t count, int64_t depth, float* out) {
+  for (int64_t o = 0; o < count; o++, weights += stride, out += STRIDE) {
+    int64_t i = 0;
+    for (; i + LANES <= depth; i += LANES) {
+      const Floats wide = load_widened(weights + i);
+      __builtin_memcpy(out + i, &wide, sizeof wide);
+    }
+    for (; i < depth; i++) out[i] = widened(weights[i]);
+  }
 }
 
 template <typename T>
 void many(const Dense& p, int64_t first, int64_t last) {
-  constexpr bool IS_WIDE = sizeof(T) == sizeof(float);
-  alignas(64) float panel[IS_WIDE ? 1 : PANEL * STRIDE];
+  alignas(64) float panel[PANEL * STRIDE];
   const int64_t parts = (p.inputs + DEPTH - 1) / DEPTH, each = ((p.inputs + parts - 1) / parts + LANES - 1) / LANES * LANES;
   for (int64_t begin = 0; begin < p.rows; begin += BLOCK) {
     const int64_t end = least(begin + BLOCK, p.rows), groups = (end - begin + MOST - 1) / MOST;
     for (Part part{0, 0}; part.from < p.inputs; part.from += each) {
       part.depth = least(each, p.inputs - part.from);
-      for (int64_t output = first; output < last; output += PANEL) {
-        const int64_t count = least(PANEL, last - output), after = least(PANEL, last - output - count);
-        const T* weights = static_cast<const T*>(p.weight) + output * p.inputs + part.from;
-        if constexpr (!IS_WIDE)
-          for (int64_t o = 0; o < count; o++) {
-            const T* from = weights + o * p.inputs;
-            float* to = panel + o * STRIDE;
-            int64_t i = 0;
-            for (; i + LANES <= part.depth; i += LANES) {
-              const Floats wide = load_widened(from + i);
-              __builtin_memcpy(to + i, &wide, sizeof wide);
-            }
-            for (; i < part.depth; i++) to[i] = widened(from[i]);
-          }
-        for (int64_t group = 0, row = begin; group < groups; group++) {
+      const T* weights = static_cast<const T*>(p.weight) + first * p.inputs + part.from;
+      // A share of the next panel per group of rows.
+      const int64_t share = PANEL * p.inputs * int64_t(sizeof(T)) / groups;
+      part.step = share / (part.depth / LANES + 1);
+      for (int64_t output = first; output < last; output += PANEL, weights += PANEL * p.inputs) {
+        const int64_t count = least(PANEL, last - output);
+        const float* wide = panel;
+        int64_t stride = STRIDE;
+        if constexpr (sizeof(T) == sizeof(float)) {
+          if (groups <= MOST_GROUPS) wide = weights, stride = p.inputs;
+        }
+        if (wide == panel) widen(weights, p.inputs, count, part.depth, panel);
+        part.ahead = reinterpret_cast<const char*>(weights + PANEL * p.inputs);
+        for (int64_t group = 0, row = begin; group < groups; group++, part.ahead += share) {
           const int64_t number = (end - row) / (groups - group);
-          fetch(weights + PANEL * p.inputs, p.inputs, after, part.depth, group, groups);
-          if constexpr (IS_WIDE) rows<float, MOST>(number, p, weights, p.inputs, row, output, count, part);
-          else rows<float, MOST>(number, p, panel, STRIDE, row, output, count, part);
+          rows<float, MOST>(number, p, wide, stride, row, output, count, part);
           row += number;
         }
       }
@@ -143,7 +155,7 @@ void product(const Dense& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-extern "C" void NAME(const Dense& p, int64_t first, int64_t last) noexcept {
+extern "C" void NAME(dense)(const Dense& p, int64_t first, int64_t last) noexcept {
   if (p.type == 0) product<float>(p, first, last);
   else if (p.type == 1) product<Float16>(p, first, last);
   else product<BFloat16>(p, first, last);

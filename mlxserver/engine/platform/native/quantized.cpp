@@ -1,4 +1,4 @@
-// Kernel of a product with quantized weights. Compiled once per instruction set: NAME is the function, LANES the floats
+// Kernel of a product with quantized weights. Compiled once per instruction set: LEVEL names it, LANES the floats
 // of a vector. Vectors are those of GCC and Clang, so one text has NEON, SSE2, AVX2 and AVX-512.
 //
 // A weight is dequantized as MLX does it, scale * quantized + bias in float32: what differs from a product with
@@ -184,7 +184,7 @@ void outputs(const Quantized& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-extern "C" void NAME(const Quantized& p, int64_t first, int64_t last) noexcept {
+extern "C" void NAME(quantized)(const Quantized& p, int64_t first, int64_t last) noexcept {
   if (p.bits == 4) outputs<4>(p, first, last);
   else outputs<8>(p, first, last);
 }

@@ -6,6 +6,11 @@
 #pragma once
 #include <cstdint>
 
+// Name of a kernel of the instruction set LEVEL.
+#define JOINED(kernel, level) kernel##_##level
+#define LEVEL_NAME(kernel, level) JOINED(kernel, level)
+#define NAME(kernel) LEVEL_NAME(kernel, LEVEL)
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -76,6 +81,8 @@ inline Floats load_widened(const BFloat16* from) { return reinterpret_cast<Float
 inline Floats load_widened(const Float16* from) {
 #if LANES == 16
   return _mm512_cvtph_ps(load<__m256i>(from));
+#elif LANES == 8
+  return _mm256_cvtph_ps(load<__m128i>(from));
 #else
   const Words bits = load_halves(from);
   return reinterpret_cast<Floats>((bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13) * POWER;
