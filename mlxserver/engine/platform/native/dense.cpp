@@ -14,6 +14,7 @@ namespace {
 constexpr int PANEL = 4;                      // outputs that are computed at once
 constexpr int MOST = LANES == 16 ? 6 : 3;     // rows that are: as many as there are registers for
 constexpr int64_t DEPTH = 1536;               // inputs of a panel, which stays in a first-level cache
+constexpr int64_t HALF = DEPTH / 2;           // the same for many rows, whose inputs are to stay in the second-level one
 constexpr int64_t MOST_GROUPS = 8;            // of rows, for which weights of 32 bits are read where they are
 constexpr int64_t BLOCK = 64;                 // rows whose inputs stay in a second-level cache
 constexpr int64_t STRIDE = DEPTH + 64;        // between a widened panel's outputs: no power of two, which caches collide at
@@ -119,7 +120,8 @@ void widen(const T* weights, int64_t stride, int64_t count, int64_t depth, float
 template <typename T>
 void many(const Dense& p, int64_t first, int64_t last) {
   alignas(64) float panel[PANEL * STRIDE];
-  const int64_t parts = (p.inputs + DEPTH - 1) / DEPTH, each = ((p.inputs + parts - 1) / parts + LANES - 1) / LANES * LANES;
+  const int64_t most = p.rows > MOST_GROUPS * MOST ? HALF : DEPTH;
+  const int64_t parts = (p.inputs + most - 1) / most, each = ((p.inputs + parts - 1) / parts + LANES - 1) / LANES * LANES;
   for (int64_t begin = 0; begin < p.rows; begin += BLOCK) {
     const int64_t end = least(begin + BLOCK, p.rows), groups = (end - begin + MOST - 1) / MOST;
     for (Part part{0, 0}; part.from < p.inputs; part.from += each) {
