@@ -21,7 +21,7 @@ from mlxserver.engine.platform.policy import CPU, WeightPolicy
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import write_tiny_gguf
 
-NATIVE = replace(CPU, weights=WeightPolicy.NATIVE)
+NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED)
 needs_kernels = pytest.mark.skipif(native() is None, reason="the native kernels are not built")
 
 
@@ -244,7 +244,7 @@ def greedy(model, prompt, count):
 @needs_kernels
 def test_answers_of_the_embedded_model_are_those_of_dequantized_weights():
     """A near tie, of logits that differ by less than rounding does, may be decided either way: what follows differs."""
-    path = sources.resolve("embedded:smollm2", weights=WeightPolicy.NATIVE)
+    path = sources.resolve("embedded:smollm2", weights=WeightPolicy.QUANTIZED)
     spec = ModelSpec("m", str(path))
     kept, dequantized = (loader.load(spec, policy=own) for own in (NATIVE, CPU))
     assert kept.weight_bytes < 0.2 * dequantized.weight_bytes

@@ -62,7 +62,7 @@ def conversation(model, policy):
 def test_every_kind_of_device_has_a_policy():
     assert {kind: policy_for(kind) for kind in get_args(DeviceKind)} == {"cpu": CPU, "metal": METAL, "cuda": CUDA}
     own = policy_for(device.describe().kind)
-    assert current() == (replace(own, weights=WeightPolicy.NATIVE) if native() else own)
+    assert current() == (replace(own, weights=WeightPolicy.QUANTIZED) if native() else own)
 
 
 def test_compiled_steps_need_padded_slots():

@@ -144,7 +144,7 @@ def test_a_gguf_file_is_converted_to_the_format_of_the_policy(tiny_gguf, cache):
         (file,) = sources.resolve(str(tiny_gguf), weights=weights).glob("*.safetensors")
         types[weights] = {array.dtype for array in mx.load(str(file)).values()}
     halves = {WeightPolicy.STORED: {mx.float16}, WeightPolicy.BFLOAT16: {mx.float16}}
-    assert types == {**halves, WeightPolicy.FLOAT32: {mx.float32}, WeightPolicy.NATIVE: {mx.float32}}
+    assert types == {**halves, WeightPolicy.FLOAT32: {mx.float32}, WeightPolicy.QUANTIZED: {mx.float32}}
     assert len(list(cache.glob("tiny-*/config.json"))) == 3
 
 

@@ -153,7 +153,7 @@ def _weight_bytes(
     """Bytes of so many weights in their loaded format. stored: in their stored one. in_layers: see Architecture."""
     if weights is WeightPolicy.FLOAT32:
         return values * 4
-    if weights is WeightPolicy.NATIVE:
+    if weights is WeightPolicy.QUANTIZED:
         formats = _quantization(metadata.config)
         return _native_bytes(values, in_layers, stored, metadata.config, formats, has_experts=has_experts)
     return values * 2 if weights is WeightPolicy.BFLOAT16 and _has_fewer_bits(values, stored) else stored

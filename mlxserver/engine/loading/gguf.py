@@ -38,7 +38,7 @@ _PRESERVED = ("--dtype", "float16", "--quant-source", "preserve")
 _AS_STORED = (("gguf2mlx", *_PRESERVED), ("gguf2mlx", "--dtype", "float16"))
 FORMATS = {
     WeightPolicy.FLOAT32: (_FLOAT32,),
-    WeightPolicy.NATIVE: (("mlxserver.engine.loading.gguf_blocks", *_PRESERVED), _FLOAT32),
+    WeightPolicy.QUANTIZED: (("mlxserver.engine.loading.gguf_blocks", *_PRESERVED), _FLOAT32),
     WeightPolicy.STORED: _AS_STORED,
     WeightPolicy.BFLOAT16: _AS_STORED,  # dequantized once they are loaded
 }
@@ -46,7 +46,7 @@ _KEPT = {"Q4_K": 20, "Q8_0": 36}
 # Bytes of 32 weights, with scale and bias, in blocks that are kept; others become floats.
 KEPT_BLOCKS: dict[WeightPolicy, dict[str, int]] = {
     WeightPolicy.FLOAT32: {},
-    WeightPolicy.NATIVE: {"Q4_0": 20, "Q4_1": 20, "Q4_K": 24, "Q8_0": 36},
+    WeightPolicy.QUANTIZED: {"Q4_0": 20, "Q4_1": 20, "Q4_K": 24, "Q8_0": 36},
     WeightPolicy.STORED: _KEPT,
     WeightPolicy.BFLOAT16: _KEPT,
 }

@@ -158,7 +158,7 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
         model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
         model = _dequantized(model)
         model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
-    elif policy.weights is WeightPolicy.NATIVE:
+    elif policy.weights is WeightPolicy.QUANTIZED:
         cpu_stored.replace_layers(model)
         _dequantize_others(model)
     elif policy.weights is WeightPolicy.BFLOAT16:

@@ -23,14 +23,14 @@ class WeightPolicy(Enum):
     """Format of a loaded model's weights."""
 
     STORED = "as the checkpoint has them"
-    NATIVE = "as stored where native kernels compute with them; others in float32"
+    QUANTIZED = "quantized and 16-bit ones as stored, for native kernels; others in float32"
     BFLOAT16 = "dequantized to 16 bits"
     FLOAT32 = "dequantized to float32"
 
     @property
     def computes_in_float32(self) -> bool:
         """Whether all values that are computed, and the KV cache, are float32."""
-        return self in (WeightPolicy.FLOAT32, WeightPolicy.NATIVE)
+        return self in (WeightPolicy.FLOAT32, WeightPolicy.QUANTIZED)
 
 
 _STATED = {
@@ -108,7 +108,7 @@ class ExecutionPolicy:
         """
         if setting != "auto":
             return replace(self, weights=_STATED[setting])
-        is_divided = is_shared and self.weights is WeightPolicy.NATIVE
+        is_divided = is_shared and self.weights is WeightPolicy.QUANTIZED
         return replace(self, weights=WeightPolicy.FLOAT32) if is_divided else self
 
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
@@ -210,4 +210,4 @@ def current() -> ExecutionPolicy:
     from mlxserver.engine.platform.native.extension import native
 
     policy = policy_for(device.describe().kind)
-    return replace(policy, weights=WeightPolicy.NATIVE) if policy is CPU and native() else policy
+    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and native() else policy
