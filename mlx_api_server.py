@@ -231,7 +231,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         pool,
         Scanner().scan,
     )
-    manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
+    manager.cache_usage, manager.drop_prefixes = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:
         yield manager
     finally:

@@ -22,7 +22,7 @@ from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import request_failure, without_frames
 from mlxserver.engine.worker.generation import Generation
-from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
+from mlxserver.engine.worker.mailbox import Barrier, Cancel, Mailbox, Stop, Submit
 from mlxserver.engine.worker.recovery import MOST_IN_A_ROW, Recovery
 from mlxserver.engine.worker.runner import PAUSE, Output, Runner
 from mlxserver.engine.worker.subscribers import Subscribers
@@ -46,22 +46,23 @@ class EventLoopSide:
 
     def started(self, facts: ModelFacts) -> None:
         """Report that the model is loaded."""
-        self._call(self.on_start, facts)
+        self.call(self.on_start, facts)
 
     def deliver(self, generation: Generation, event: Accepted | None = None, error: EngineError | None = None) -> None:
         """Deliver the first event of a generation, or its end."""
-        self._call(self.subscribers.deliver, generation, [event] if event else [], event is None, error)
+        self.call(self.subscribers.deliver, generation, [event] if event else [], event is None, error)
 
     def deliver_all(self, outputs: StepOutputs) -> None:
         """Deliver the outputs of a step, if there are any."""
         if outputs:
-            self._call(self.subscribers.deliver_all, outputs)
+            self.call(self.subscribers.deliver_all, outputs)
 
     def ended(self, error: EngineError) -> None:
         """Report that the thread ends."""
-        self._call(self.on_end, error)
+        self.call(self.on_end, error)
 
-    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function on the event loop, unless it is closed."""
         try:
             self.call_soon(function, *arguments)
         except RuntimeError:  # the loop is closed, and with it every waiter gone
@@ -181,6 +182,8 @@ class EngineThread:
                     self._admit(runner, generation)
                 case Cancel(generation):
                     self._drop(runner.batch, generation)
+                case Barrier(passed):
+                    self._event_loop.call(passed)
                 case Stop():
                     return False
         return True
