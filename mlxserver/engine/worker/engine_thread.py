@@ -8,6 +8,7 @@ Rule 3: a fault ends what it concerns and nothing more: a request, a step (worke
 from __future__ import annotations
 
 import logging
+import time
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -32,6 +33,7 @@ from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
 log = logging.getLogger("engine")
 
 _PAUSE_SECONDS = 0.5  # between idle steps while other models compute
+_QUIET_SECONDS = 0.5  # from the last request to the first idle step: the next turn of an agent may come at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class EngineThread:
         self._sequence_ids = count()
         self._idle_steps: Iterator[object] | None = None
         self._is_paused = False  # the last idle step could do nothing
+        self._quiet_at = 0.0  # from when on idle steps may begin, by time.monotonic()
 
     def run(self) -> None:
         """Run until stopped. The one place that catches everything: here the thread ends."""
@@ -175,8 +178,8 @@ class EngineThread:
 
     def _take_messages(self, runner: Runner) -> bool:
         """Handle the messages of the event loop; waits for one while there is nothing to do. False: the end."""
-        is_idle = runner.batch.is_empty() and (self._is_paused or not self._idle_steps)
-        for message in self._mailbox.take(is_idle, _PAUSE_SECONDS if self._is_paused else None):
+        waits, seconds = self._wait(runner.batch)
+        for message in self._mailbox.take(waits, seconds):
             match message:
                 case Submit(generation):
                     self._admit(runner, generation)
@@ -187,6 +190,17 @@ class EngineThread:
                 case Stop():
                     return False
         return True
+
+    def _wait(self, batch: Batch) -> tuple[bool, float | None]:
+        """Whether to wait for a message, and the most seconds; None: until one comes."""
+        now = time.monotonic()
+        if not batch.is_empty():
+            self._quiet_at = now + _QUIET_SECONDS
+            return False, None
+        if not self._idle_steps:
+            return True, None
+        seconds = max(self._quiet_at - now, _PAUSE_SECONDS if self._is_paused else 0.0)
+        return seconds > 0, seconds
 
     def _admit(self, runner: Runner, generation: Generation) -> None:
         try:
