@@ -99,10 +99,13 @@ def attention(
     groups = k.shape[1]
     if _thread.is_stepwise:
         mx.eval(q, k, v)
-    if length == 1 and k.dtype == v.dtype == mx.float32 and _has_one_mask(mask, batch, k) and (kernels := native()):
-        hidden = None if mask is None else _additive_of_step(mask, length, k.shape[2]).astype(mx.float32)
-        attended: mx.array = kernels.attend(q, k, v, scale, hidden)
-        return attended
+    if length <= cpu_matmul.NATIVE_ROWS and k.dtype == v.dtype == mx.float32 and (kernels := native()):
+        hidden = None if mask is None else _additive_of_step(mask, length, k.shape[2])
+        if hidden is not None and hidden.ndim == 2:
+            hidden = hidden[None, None]
+        if hidden is None or (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
+            attended: mx.array = kernels.attend(q, k, v, scale, hidden)
+            return attended
     # All query heads of one key head in one product.
     rows = q.reshape(batch, groups, heads // groups * length, dim) * scale
     scores = cpu_matmul.times_keys(rows, k)
@@ -120,10 +123,9 @@ def attention(
     return weighted.reshape(batch, heads, length, v.shape[3])
 
 
-def _has_one_mask(mask: Any, batch: int, keys: mx.array) -> bool:
+def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
     """Whether all heads of a sequence have the same mask."""
-    shapes = [(rows, 1, 1, keys.shape[2]) for rows in (1, batch)]
-    return mask is None or (isinstance(mask, mx.array) and mask.shape in shapes)
+    return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
