@@ -67,7 +67,9 @@ def test_attention_of_few_tokens(level, heads, groups, length, tokens):
         visible = mx.array([tokens, max(length, tokens // 2)])[:, None, None, None] - mx.arange(length)[::-1, None]
         for mask in (None, mx.where(mx.arange(tokens) < visible, 0.0, -1e30), mx.zeros((1, 1, length, tokens))):
             expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask=mask)
-            assert_close(native().attend(q, keys, values, 0.3, mask, level), expected)
+            assert_close(native().attend(q, keys, values, 0.3, mask, False, level), expected)
+        expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask="causal")
+        assert_close(native().attend(q, keys, values, 0.3, None, True, level), expected)
 
 
 def test_keys_of_any_strides():

@@ -100,11 +100,10 @@ def attention(
     if _thread.is_stepwise:
         mx.eval(q, k, v)
     if length <= cpu_matmul.NATIVE_ROWS and k.dtype == v.dtype == mx.float32 and (kernels := native()):
-        hidden = None if mask is None else _additive_of_step(mask, length, k.shape[2])
-        if hidden is not None and hidden.ndim == 2:
-            hidden = hidden[None, None]
+        is_causal = isinstance(mask, str)
+        hidden = None if mask is None or is_causal else _additive_of_step(mask, length, k.shape[2])
         if hidden is None or (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
-            attended: mx.array = kernels.attend(q, k, v, scale, hidden)
+            attended: mx.array = kernels.attend(q, k, v, scale, hidden, is_causal)
             return attended
     # All query heads of one key head in one product.
     rows = q.reshape(batch, groups, heads // groups * length, dim) * scale
@@ -124,7 +123,7 @@ def attention(
 
 
 def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
-    """Whether all heads of a sequence have the same mask."""
+    """Whether all heads of a sequence have the same mask, [batch, 1, L, T]."""
     return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
 
 

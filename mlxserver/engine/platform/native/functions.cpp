@@ -165,8 +165,11 @@ void attention(const Attention& p, int64_t first, int64_t last) {
     for (int64_t row = begin; row < end;) {
       const int count = int(least(MOST, end - row));
       float sums[MOST], *weights = scores + (row - begin) * p.tokens;
-      for (int r = 0; r < count; r++)
-        sums[r] = soften(weights + r * p.tokens, p.tokens, p.scale, mask ? mask + (row + r) % p.length * p.tokens : nullptr);
+      for (int r = 0; r < count; r++) {
+        const int64_t own = (row + r) % p.length, seen = p.is_causal ? p.tokens - p.length + own + 1 : p.tokens;
+        sums[r] = soften(weights + r * p.tokens, seen, p.scale, mask ? mask + own * p.tokens : nullptr);
+        for (int64_t t = seen; t < p.tokens; t++) weights[r * p.tokens + t] = 0.0f;
+      }
       weigh_rows<MOST>(count, p, weights, values, sums, out + row * p.value_dim);
       row += count;
     }

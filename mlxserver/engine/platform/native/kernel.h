@@ -79,6 +79,7 @@ struct Attention {
   int64_t batch, groups, rows, tokens, dim, value_dim;
   int64_t key_strides[2], value_strides[2], mask_stride, length;
   float scale;
+  bool is_causal;                                      // the last `length` tokens are the queries' own
 
   static constexpr int64_t ROWS = 24;                  // of an item
   int64_t parts() const { return (rows + ROWS - 1) / ROWS; }

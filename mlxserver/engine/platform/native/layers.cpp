@@ -67,11 +67,12 @@ mx::array by_head(const mx::array& x, Encoder& encoder) {
 
 class AttentionOperation : public Operation<Attention> {
  public:
-  AttentionOperation(float scale, Kernel<Attention> kernel) : Operation(kernel), scale_(scale) {}
+  AttentionOperation(float scale, bool is_causal, Kernel<Attention> kernel)
+      : Operation(kernel), scale_(scale), is_causal_(is_causal) {}
   const char* name() const override { return "NativeAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const AttentionOperation&>(other);
-    return scale_ == same.scale_ && kernel_ == same.kernel_;
+    return scale_ == same.scale_ && is_causal_ == same.is_causal_ && kernel_ == same.kernel_;
   }
 
  protected:
@@ -92,11 +93,12 @@ class AttentionOperation : public Operation<Attention> {
     }
     return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores.data<float>(), out.data<float>(),
             batch, groups, rows, tokens, q.shape(3), values.shape(3),
-            {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)}, mask_stride, length, scale_};
+            {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)}, mask_stride, length, scale_, is_causal_};
   }
 
  private:
   float scale_;
+  bool is_causal_;
 };
 
 void check(bool fits) {
@@ -128,12 +130,13 @@ mx::array rotate(const mx::array& x, const mx::array& cosines, const mx::array& 
 }
 
 mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, float scale,
-                 const std::optional<mx::array>& mask, const std::string& name) {
+                 const std::optional<mx::array>& mask, bool is_causal, const std::string& name) {
   check(is_wide(q) && is_wide(keys) && is_wide(values) && q.ndim() == 4 && keys.ndim() == 4 && values.ndim() == 4);
   check(q.shape(0) == keys.shape(0) && keys.shape(0) == values.shape(0) && keys.shape(1) > 0 &&
         q.shape(1) % keys.shape(1) == 0 && keys.shape(1) == values.shape(1) && keys.shape(2) == values.shape(2) &&
         q.shape(3) == keys.shape(3));
   const int batch = q.shape(0), length = q.shape(2), tokens = keys.shape(2);
+  check(!is_causal || length <= tokens);
   Arrays arrays{q, keys, values};
   if (mask) {
     check(is_wide(*mask) && (mask->shape() == mx::Shape{batch, 1, length, tokens} || mask->shape() == mx::Shape{1, 1, length, tokens}));
@@ -141,7 +144,8 @@ mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& val
   }
   const mx::Shape shape{batch, q.shape(1), length, values.shape(3)};
   if (!q.size() || !values.size()) return mx::zeros(shape, mx::float32, cpu());
-  return mx::array(shape, mx::float32, std::make_shared<AttentionOperation>(scale, level(name).attention), arrays);
+  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name).attention);
+  return mx::array(shape, mx::float32, operation, arrays);
 }
 
 }  // namespace
@@ -151,5 +155,5 @@ void add_functions(nb::module_& m) {
   m.def("swiglu", &gate, nb::arg("gate"), nb::arg("x"), nb::arg("level") = "");
   m.def("rotate", &rotate, nb::arg("x"), nb::arg("cosines"), nb::arg("sines"), nb::arg("level") = "");
   m.def("attend", &attend, nb::arg("q"), nb::arg("keys"), nb::arg("values"), nb::arg("scale"),
-        nb::arg("mask") = nb::none(), nb::arg("level") = "");
+        nb::arg("mask") = nb::none(), nb::arg("is_causal") = false, nb::arg("level") = "");
 }
