@@ -7,7 +7,7 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
 that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
-each of these is one operation, and so is the attention of a decode step.
+each of these is one operation, and so is attention of few tokens.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
