@@ -18,9 +18,11 @@ if __name__ == "__main__":
 import asyncio
 import errno
 import gc
+import json
 import logging
 import os
 import socket
+import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -98,7 +100,7 @@ def main() -> int:
     name, arguments = sys.argv[1:2], sys.argv[1:]
     try:
         if name == ["config"]:
-            print(as_toml(read_settings(arguments[1:])), end="")
+            print_settings(arguments[1:])
             return 0
         run(arguments[1:] if name == ["serve"] else arguments)
     except (ConfigInvalid, RanksDiffer) as error:
@@ -111,6 +113,12 @@ def main() -> int:
         print(f"error: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
+
+
+def print_settings(arguments: list[str]) -> None:
+    """Print the settings as a TOML file, or with --json as an object. Raises ConfigInvalid."""
+    text = as_toml(read_settings([each for each in arguments if each != "--json"]))
+    print(json.dumps(tomllib.loads(text), indent=2) if "--json" in arguments else text.removesuffix("\n"))
 
 
 def run(arguments: list[str]) -> None:

@@ -46,7 +46,7 @@ def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -
 
     -h prints the help and exits. Raises ConfigInvalid.
     """
-    arguments = vars(_parser(defaults).parse_args(list(argv)))
+    arguments = vars(parser(defaults).parse_args(list(argv)))
     file: dict[str, Any] = {} if arguments["config"] is None else read_file(Path(arguments["config"]))
     given = {flag: arguments[name] for flag, name in FLAGS.items() if arguments[name] is not None}
     flags = {FLAGS[flag]: SETTINGS[FLAGS[flag]].read(flag, text) for flag, text in given.items()}
@@ -100,9 +100,11 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return {ENVIRONMENT[name]: SETTINGS[ENVIRONMENT[name]].read(name, text) for name, text in given.items()}
 
 
-def _parser(defaults: Settings) -> _Parser:
-    """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
-    parser = _Parser(
+def parser(defaults: Settings) -> argparse.ArgumentParser:
+    """Parser of the flags. Its errors are ConfigInvalid.
+
+    Values stay text, so that Setting.read() checks them as it does the environment's."""
+    parser: argparse.ArgumentParser = _Parser(
         description="Serve local models through an OpenAI-compatible API.",
         epilog="Commands beside it: ls, show, ps, search, pull, rm, config, doctor, service, launch, completions.",
         allow_abbrev=False,
