@@ -32,7 +32,7 @@ import uvloop
 
 from mlxserver import __version__
 from mlxserver.config import load
-from mlxserver.config.errors import ConfigInvalid
+from mlxserver.config.errors import ConfigInvalid, ModelInvalid
 from mlxserver.config.http import is_loopback
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.config.written import as_toml
@@ -118,7 +118,9 @@ def main() -> int:
 def print_settings(arguments: list[str]) -> None:
     """Print the settings as a TOML file, or with --json as an object. Raises ConfigInvalid."""
     text = as_toml(read_settings([each for each in arguments if each != "--json"]))
-    print(json.dumps(tomllib.loads(text), indent=2) if "--json" in arguments else text.removesuffix("\n"))
+    endless = {"inf": None}  # JSON has no such number
+    values = tomllib.loads(text, parse_float=lambda number: endless.get(number, float(number)))
+    print(json.dumps(values, indent=2) if "--json" in arguments else text.removesuffix("\n"))
 
 
 def run(arguments: list[str]) -> None:
@@ -161,7 +163,7 @@ def check_sources(settings: Settings) -> Settings:
             sources.check(spec.source)
         except SourceInvalid as error:
             if spec not in DEFAULT_MODELS:
-                raise ConfigInvalid(f"model {spec.key}", spec.source, str(error)) from None
+                raise ModelInvalid(spec.key, error) from None
             left_out.setdefault(str(error), []).append(spec.key)
     for reason, keys in left_out.items():
         log.warning("Without %s. %s", ", ".join(keys), reason)

@@ -132,9 +132,10 @@ async def rm(options: Namespace, settings: ReadSettings) -> int:
     """Remove a model's files, if that is confirmed. Raises ClientError, EngineError."""
     found = await listing(options, settings)
     fields = found.find(options.model)
-    taken = size((fields.get("local") or fields).get("size_bytes"))
-    where = ", ".join(filter(None, (taken, fields.get("path"))))
-    if not options.yes and not _is_confirmed(f"Remove {fields['id']} ({where})?"):
+    bytes_on_disk = (fields.get("local") or fields).get("size_bytes")
+    where = ", ".join(filter(None, (size(bytes_on_disk), fields.get("path"))))
+    has_files = bool(bytes_on_disk or fields.get("path"))  # without, the removal is refused below
+    if has_files and not options.yes and not _is_confirmed(f"Remove {fields['id']} ({where})?"):
         print_status("Nothing was removed.")
         return 1
     if found.url:

@@ -116,6 +116,7 @@ def test_without_a_server_this_machines_models_are_listed_shown_and_removed(home
 def test_exit_statuses(command):
     assert command("show", "nothing").returncode == 1
     assert command("rm", "smollm2", "--yes").returncode == 1
+    assert command("rm", "smollm2").returncode == 1  # nothing is asked where there is nothing to remove
     assert command("ps").returncode == 3
     assert command("ls", "--base-url", NO_SERVER).returncode == 3
     assert command("frobnicate").returncode == 2

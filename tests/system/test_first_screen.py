@@ -1,5 +1,6 @@
 """The first screen of a server, on a terminal and in a pipe; who holds a port that is taken; the command config."""
 
+import json
 import re
 import socket
 import subprocess
@@ -104,5 +105,8 @@ def test_the_settings_that_config_prints_are_those_it_was_given(tmp_path):
     again = subprocess.run([*COMMAND, "config", "--config", str(path)], capture_output=True, text=True, check=True)
     assert first.stdout == again.stdout
     assert '[models.qwen]\nsource = "org/name"\ncontext_length = 65536\npin = true' in first.stdout
+    listed = subprocess.run([*COMMAND, "config", "--json", *arguments], capture_output=True, text=True, check=True)
+    settings = json.loads(listed.stdout, parse_constant=pytest.fail)
+    assert (settings["port"], settings["ttl"], settings["models"]["qwen"]["pin"]) == (9000, None, True)
     wrong = subprocess.run([*COMMAND, "config", "--port", "x"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")

@@ -53,9 +53,10 @@ def run(options: Namespace) -> int:
         return 0
     if options.print or program.setup or not installed:
         print("\n".join(lines(program, hidden, options.arguments)))
-        if not (options.print or installed):
-            print_status(f"{program.command[0]} is not installed: {program.package}")
-        return 0
+        if options.print or installed:
+            return 0
+        print_status(f"Nothing was started: {program.command[0]} is not installed ({program.package}).")
+        return 1
     return start(program, installed, values, options.arguments)
 
 
