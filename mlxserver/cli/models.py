@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -160,7 +161,14 @@ def _is_confirmed(question: str) -> bool:
     """The answer of the person at the terminal. Raises SettingInvalid without a terminal."""
     if not sys.stdin.isatty():
         raise SettingInvalid("--yes", "", "this flag, where stdin is no terminal")
-    return console(stderr=True).input(f"{question} [y/N] ", markup=False).strip().lower() in ("y", "yes")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would let the question go on
+    try:
+        answer = console(stderr=True).input(f"{question} [y/N] ", markup=False)
+    except EOFError:
+        answer = ""
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return answer.strip().lower() in ("y", "yes")
 
 
 def _row(fields: Fields) -> tuple[str, ...]:

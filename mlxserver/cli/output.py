@@ -26,6 +26,8 @@ def print_rows(columns: Sequence[str] | None, rows: Sequence[Sequence[str]], spa
     long as the terminal is too narrow. Of the others the last one gives way first.
     """
     terminal = console()
+    if not rows:
+        return
     if not terminal.is_terminal:
         print("".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows), end="")
         return

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
 STATE_STYLES = {"loaded": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
-LONGEST_NAME = 48  # characters that a table has for the first column
+LONGEST_NAME = 48  # characters that the first column gets before others are left out
+SHORTEST_NAME = 20  # and that it keeps in a narrow terminal
 SHORTEST_LAST = 18  # and for the last one, if it is not shorter
 GAP = 2  # characters between two columns
 
@@ -21,17 +22,28 @@ def fitted(columns: Sequence[str] | None, rows: Sequence[Sequence[str]], room: i
     """
     widths = _widths(columns, rows)
     for name in spare:
-        if columns and sum(widths.values()) + GAP * (len(widths) - 1) > room:
+        if columns and _total(widths) > room:
             widths.pop(columns.index(name), None)
+    if columns and widths:
+        names, last = max(len(row[0]) for row in rows), max(widths)
+        widths[0] += min(max(names - widths[0], 0), max(room - _total(widths), SHORTEST_NAME - widths[0]))
+        widths[last] += max(room - _total(widths), 0)
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=bool(columns))
-    left = room - sum(widths.values()) - GAP * (len(widths) - 1)
     for n, width in widths.items():
-        most = max(width, width + left) if columns and n == max(widths) else None
-        heading = columns[n] if columns else ""
-        table.add_column(heading, min_width=width, max_width=most, no_wrap=bool(columns), overflow="ellipsis")
+        wraps = n == 0 or not columns  # names are typed again: they are never cut
+        table.add_column(
+            columns[n] if columns else "",
+            max_width=width if columns else None,
+            no_wrap=not wraps,
+            overflow="fold" if wraps else "ellipsis",
+        )
     for row in rows:
         table.add_row(*(Text(row[n], "bold" if n == 0 else STATE_STYLES.get(row[n], "")) for n in widths))
     return table
+
+
+def _total(widths: Mapping[int, int]) -> int:
+    return sum(widths.values()) + GAP * (len(widths) - 1)
 
 
 def _widths(columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> dict[int, int]:
