@@ -1,6 +1,7 @@
 // Conversations: a tree of messages each, kept in this browser. An edit or a retry is a branch beside the one before.
 
-const INDEX = "mlx.chats";
+export const INDEX = "mlx.chats";
+export const keyOf = (id) => `mlx.chat.${id}`;
 const ROLES = ["system", "developer", "user", "assistant", "tool"];
 const HEADING = /^## (system|developer|user|assistant|tool)$/m;
 
@@ -51,9 +52,13 @@ export class Conversation {
     this.leaf = leaf.id;
   }
 
-  remove(node) {
-    for (const each of Object.values(this.nodes)) if (each.parent === node.id) this.remove(each);
-    delete this.nodes[node.id];
+  // Takes over what another window has written of it, but for one message that grows here. Gives the ids of what changed.
+  merge(other, own) {
+    const { title, model, system, params, tools } = other;
+    Object.assign(this, { title, model, system, params, tools });
+    const changed = Object.values(other.nodes).filter((node) => node.id !== own && JSON.stringify(node) !== JSON.stringify(this.nodes[node.id]));
+    for (const node of changed) this.nodes[node.id] = node;
+    return changed.map((node) => node.id);
   }
 
   // A conversation of its own, up to a message.
@@ -110,7 +115,7 @@ export function list() {
 
 export function load(id) {
   try {
-    const text = localStorage.getItem(`mlx.chat.${id}`);
+    const text = localStorage.getItem(keyOf(id));
     return text ? new Conversation(JSON.parse(text)) : null;
   } catch { return null; }
 }
@@ -119,14 +124,14 @@ export function load(id) {
 export function save(conversation) {
   const { id, title, at } = conversation;
   try {
-    localStorage.setItem(`mlx.chat.${id}`, JSON.stringify(conversation));
+    localStorage.setItem(keyOf(id), JSON.stringify(conversation));
     localStorage.setItem(INDEX, JSON.stringify([{ id, title, at }, ...list().filter((each) => each.id !== id)]));
     return true;
   } catch { return false; }
 }
 
 export function forget(id) {
-  localStorage.removeItem(`mlx.chat.${id}`);
+  localStorage.removeItem(keyOf(id));
   localStorage.setItem(INDEX, JSON.stringify(list().filter((each) => each.id !== id)));
 }
 
