@@ -390,6 +390,37 @@ def test_a_long_answer_is_rendered_in_parts(page):
     expect(page.locator(".turn.assistant pre")).to_have_count(1)
 
 
+def test_parts_of_a_reopened_answer_are_what_the_whole_would_be(page, server):
+    blocks = (
+        "A paragraph.\n\n",
+        "1. one\n\n   more of it\n\n2. two\n\n   - a\n\n   - b\n\n10. ten\n\n",
+        "```text\nx\n\n- y\n```\nA line behind it.\n\n",
+        "> a quote\n\n> another\n\n",
+        "- loose\n\n- list\n\n  ```python\n  x = 1\n\n  y = 2\n  ```\n\n      code in it\n\n* of another kind\n\n",
+        "    indented code\n\n    that goes on\n\n# Heading\n",
+        "| a | b |\n| - | - |\n| 1 | 2 |\n\n---\n\n",
+    )
+    text = "".join(blocks[(n * n + n // 7) % len(blocks)] for n in range(700))
+    for number, message in enumerate((text, text + "See [the end].\n\n[the end]: https://example.org/\n"), 1):
+        import_conversation(page, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": message}])
+        expect(page.locator(".names .name")).to_have_count(number)
+        expect(page.locator(".turn.assistant .plain-text")).to_have_count(0)
+        body = json.dumps({"texts": [message]})
+        (whole,) = server.ask("POST", "/v1/render", body).json["html"]
+        expected, *parts = page.evaluate(
+            """async (whole) => {
+                const { setRendered } = await import(new URL("page/dom.js", location.href.split("#")[0]));
+                const element = document.createElement("div");
+                setRendered(element, whole);
+                const parts = [...document.querySelector(".turn.assistant .text").children];
+                return [element, ...parts].map((each) => each.innerHTML);
+            }""",
+            whole,
+        )
+        assert "".join(parts) == expected
+        assert (len(parts) > 1) == (number == 1)  # a reference may be to any place
+
+
 def test_an_outline_is_not_clipped_and_scrollbars_have_the_colours_of_the_scheme(page):
     is_answered(ask(page, "hello", "talker"))
     page.locator(".turn.user").get_by_role("button", name="Edit").click()
@@ -646,8 +677,9 @@ MOVED = """() => new Promise((resolve) => {
 
 def test_what_is_in_view_stays_where_it_is_while_earlier_messages_are_laid_out(page):
     """Each turn of the wheel moves it by as much, in every frame, though much above it gets another height."""
-    text = "A line with `code`.\n\n- one\n- two\n\n```python\nx = 1\n```\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n"
-    import_conversation(page, numbered(40, text * 5))
+    wide = "WWWW WWWW " * 100  # twice the height that the page guesses
+    text = f"{wide}\n\n- one\n- two\n\n```python\nx = 1\n```\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n"
+    import_conversation(page, numbered(40, text * 2))
     expect(page.locator(".turn.assistant").last.locator("strong").first).to_have_text("79")
     page.locator(".scroller").hover()
     for _ in range(12):

@@ -4,8 +4,10 @@
 import { errorText, render } from "./api.js";
 import { count, h, rate, seconds, setRendered } from "./dom.js";
 
-const WHOLE = 50_000; // characters; a longer answer is rendered in parts
+const WHOLE = 50_000; // characters that are rendered in one piece at most
 const PART = 20_000; // characters of a part, or of several answers, that are rendered at once
+const REFERENCE = /^ {0,3}\[[^\]]+\]:/m;
+const OWN_BLOCK = /^(?![-+*]\s|\d{1,9}[.)]\s)\S/;
 const NEAR = "150% 0px"; // of the view, above and below it
 const REST = 3; // times as long as the rendering took
 const BLOCK = 4000; // characters of plain text that are laid out together
@@ -68,18 +70,23 @@ class Cuts {
   }
 }
 
-// A Markdown text in parts that can be rendered by themselves.
+// A Markdown text in parts that can be rendered by themselves. A list or a reference spans no parts, unless it is longer
+// than what is rendered in one piece.
 function parts(text) {
-  if (text.length < WHOLE) return [text];
+  if (text.length < PART || (text.length < WHOLE && REFERENCE.test(text))) return [text];
   const found = [];
   let begin = 0;
   let last = 0;
+  let block = 0; // the last cut behind which a block begins that belongs to none before
+  const end = (at) => {
+    found.push(text.slice(begin, at));
+    begin = at;
+  };
   for (const cut of [...new Cuts().in(text), text.length]) {
-    if (cut - begin > PART && last > begin) {
-      found.push(text.slice(begin, last));
-      begin = last;
-    }
+    if (cut - begin > PART && block > begin) end(block);
+    if (cut - begin > WHOLE && last > begin) end(last);
     last = cut;
+    if (OWN_BLOCK.test(text.slice(cut, cut + 12))) block = cut;
   }
   return [...found, text.slice(begin)];
 }

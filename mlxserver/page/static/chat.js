@@ -150,8 +150,9 @@ export function show(root, { signal, rest }) {
     while (same < path.length && log.children[same] && log.children[same] === turns.get(path[same].id)) same += 1;
     while (log.children.length > same) log.lastChild.remove();
     for (const node of path.slice(same)) {
-      const element = turns.get(node.id) ?? turn(node, width);
-      element.querySelector("header")?.replaceWith(head(node));
+      const known = turns.get(node.id);
+      const element = known ?? turn(node, width);
+      known?.querySelector("header")?.replaceWith(head(node));
       log.append(element);
       backlog.add(element, answers.get(node.id));
     }

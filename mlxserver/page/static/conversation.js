@@ -8,6 +8,8 @@ const HEADING = /^## (system|developer|user|assistant|tool)$/m;
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 
 export class Conversation {
+  #children = null; // by parent, until a message is added
+
   constructor(data = {}) {
     this.id = data.id ?? newId();
     this.title = data.title ?? "";
@@ -23,29 +25,41 @@ export class Conversation {
   // The messages from the first to the one in sight.
   get path() {
     const found = [];
-    for (let node = this.nodes[this.leaf]; node; node = this.nodes[node.parent]) found.unshift(node);
-    return found;
+    for (let node = this.nodes[this.leaf]; node; node = this.nodes[node.parent]) found.push(node);
+    return found.reverse();
   }
 
   // Adds a message behind another one, and shows it.
   add(parent, message) {
     const node = { id: newId(), parent, at: Date.now(), ...message };
     this.nodes[node.id] = node;
+    this.#children = null;
     this.leaf = node.id;
     this.at = Date.now();
     if (!this.title && message.role === "user") this.title = textOf(message).slice(0, 60) || "Image";
     return node;
   }
 
+  #childrenOf(id) {
+    if (!this.#children) {
+      this.#children = new Map();
+      for (const node of Object.values(this.nodes)) {
+        if (this.#children.has(node.parent)) this.#children.get(node.parent).push(node);
+        else this.#children.set(node.parent, [node]);
+      }
+    }
+    return this.#children.get(id) ?? [];
+  }
+
   siblings(node) {
-    return Object.values(this.nodes).filter((each) => each.parent === node.parent && each.role === node.role);
+    return this.#childrenOf(node.parent).filter((each) => each.role === node.role);
   }
 
   // Shows a message, with what followed it last.
   select(node) {
     let leaf = node;
     for (;;) {
-      const next = Object.values(this.nodes).filter((each) => each.parent === leaf.id).at(-1);
+      const next = this.#childrenOf(leaf.id).at(-1);
       if (!next) break;
       leaf = next;
     }
@@ -58,6 +72,7 @@ export class Conversation {
     Object.assign(this, { title, model, system, params, tools });
     const changed = Object.values(other.nodes).filter((node) => node.id !== own && JSON.stringify(node) !== JSON.stringify(this.nodes[node.id]));
     for (const node of changed) this.nodes[node.id] = node;
+    this.#children = null;
     return changed.map((node) => node.id);
   }
 
