@@ -14,7 +14,8 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.scheduler import Scheduler
-from mlxserver.engine.scheduler.speculation import SIZES, DraftingRow, HitRates, SpeculationController, verifies
+from mlxserver.engine.scheduler.speculation_controller import SIZES, DraftingRow, HitRates, SpeculationController
+from mlxserver.engine.scheduler.verification_check import verifies
 from tests.support.architectures import random_model
 from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
 from tests.support.grammars import Even
