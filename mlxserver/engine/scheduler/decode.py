@@ -23,9 +23,11 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.logprobs import KnownLogprobs, MeasuredLogprobs, measure
 from mlxserver.engine.sampling.sampler import BatchSampler
+from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.speculation import RewindingSampler, Setting, Speculation, Verified, make_speculation
+from mlxserver.engine.scheduler.speculation_controller import PLAIN, Plan
 from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 
 
@@ -55,12 +57,16 @@ class DecodeBatch:
         is_shared: bool = False,
         speculation: Setting = "off",
         metrics: ModelMetrics | None = None,
+        draft: DraftModel | None = None,
+        stall_target: float = 0.25,
     ) -> None:
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
         self.cache = make_batch_cache(model, policy, is_shared=is_shared)
         setting: Setting = "off" if is_shared else speculation
-        self._speculation = make_speculation(model, self.cache, setting, policy, metrics or ModelMetrics(""))
+        self._speculation = make_speculation(
+            model, vocab_size, self.cache, setting, policy, metrics or ModelMetrics(""), draft, stall_target
+        )
         self.clear()
 
     @property
@@ -77,6 +83,8 @@ class DecodeBatch:
         self._sampler = self._make_sampler(self._vocab_size)
         self._measured: MeasuredLogprobs | KnownLogprobs = MeasuredLogprobs()
         self._unpublished: list[SampledToken] = []
+        if self._speculation:
+            self._speculation.keep(())
         self.pause()
 
     def pause(self) -> None:
@@ -108,6 +116,8 @@ class DecodeBatch:
         keep = _closed_up(len(self.sequences), leaving)
         self.sequences = [self.sequences[index] for index in keep]
         self.cache.keep(keep)
+        if self._speculation:
+            self._speculation.keep(self.sequences)
         self._set_inputs(self.sampled[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
         self._set_shifts()
@@ -118,7 +128,7 @@ class DecodeBatch:
         inputs, measured = self.sampled, self._measured
         if not any(running.num_sampled < running.sequence.max_tokens for running in self.sequences):
             return self._read(inputs, measured, is_fed=False)
-        if self._speculation and self._num_verified() > 1:
+        if self._speculation and self._plan().tokens > 1:
             self._advance_by_drafts(self._speculation, inputs, measured)
             return self.take()
         logits = self.cache.advance(inputs, self._shifts)
@@ -172,17 +182,34 @@ class DecodeBatch:
             running.is_fresh = False
         return published
 
+    def compact(self) -> None:
+        """Give back KV cache that the present sequences do not need."""
+        self.cache.compact()
+        if self._speculation:
+            self._speculation.compact()
+
     # -- speculation --------------------------------------------------------------------------------------------
 
-    def _num_verified(self) -> int:
-        """Tokens of each sequence in the next step: 1, or more if drafted ones are verified."""
+    @property
+    def waits_for_reading(self) -> bool:
+        """Whether a draft model should read on before the next step."""
+        return self._speculation is not None and self._speculation.waits_for_reading(self.sequences)
+
+    def read(self, own_step_seconds: float, peer_step_seconds: float) -> None:
+        """Have the draft model read on. The times are those of steps, which wait meanwhile."""
+        if self._speculation:
+            self.pause()
+            self._speculation.read(self.sequences, own_step_seconds, peer_step_seconds)
+
+    def _plan(self) -> Plan:
+        """Plan of the next step."""
         if not self._speculation or self._shifts:
-            return 1
-        tokens = self._speculation.num_verified(self.sequences)
-        if tokens > 1 and not self._speculation.is_right():
+            return PLAIN
+        plan = self._speculation.plan(self.sequences)
+        if plan.tokens > 1 and not self._speculation.is_right():
             self._speculation = None
-            return 1
-        return tokens
+            return PLAIN
+        return plan
 
     def _advance_by_drafts(
         self, speculation: Speculation, inputs: mx.array, measured: MeasuredLogprobs | KnownLogprobs
@@ -190,15 +217,16 @@ class DecodeBatch:
         """Read the tokens of the step before, and verify what is drafted behind them, if that is still promising."""
         with speculation.reading():
             self._unpublished = self._read(inputs, measured, is_fed=True)
-        if (tokens := self._num_verified()) == 1:
+        plan = self._plan()
+        if plan.tokens == 1:
             self._sample(self.cache.advance(inputs, self._shifts))
             speculation.note_plain_step(len(self.sequences))
             return
-        if verified := speculation.verify(self.sequences, inputs, tokens, self._sampler, self._allowed()):
+        if verified := speculation.verify(self.sequences, inputs, plan, self._sampler, self._allowed()):
             self._accept(speculation, verified)
         else:
             self._sample(self.cache.advance(inputs, self._shifts))
-        speculation.note_verifying_step(len(self.sequences), tokens)
+        speculation.note_verifying_step(len(self.sequences), plan)
 
     def _accept(self, speculation: Speculation, verified: Verified) -> None:
         """Record the tokens that were kept. The last of each sequence is the next input, and published then."""

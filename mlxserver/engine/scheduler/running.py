@@ -13,7 +13,9 @@ from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 class RunningSequence:
     """A sequence that decodes. `fed`: its tokens in the KV cache behind the prompt's first ones, from the last prompt
     token on. num_sampled: tokens sampled for it, read or not. prompt_logprobs: to be published with its first token.
-    lookup: predicts its tokens; None if it drafts none. hit_rates: how often it is right, likewise.
+    lookup: predicts its tokens; None if it drafts none. hit_rates: how often it is right, likewise. draft_rates: how
+    often a draft model is; draft_streak: how many of its last tokens were. credit: what verifying steps that gain
+    nothing may cost it, in plain steps.
     """
 
     sequence: Sequence
@@ -25,6 +27,9 @@ class RunningSequence:
     prompt_logprobs: tuple[Logprobs, ...] | None = None
     lookup: PromptLookup | None = None
     hit_rates: HitRates | None = None
+    draft_rates: HitRates | None = None
+    draft_streak: int = 0
+    credit: float = 1.0
 
     @property
     def length(self) -> int:

@@ -31,6 +31,7 @@ from mlxserver.engine.requests import Execution
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.chunks import execution
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
+from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import FixedPeers, Peers
@@ -51,6 +52,7 @@ class Scheduler:
     account: the model's in the pool of all models, None for no limit.
     sizes: of the KV cache, None measures them. checkpoint_interval: tokens between the checkpoints of a long prompt,
     where the KV cache can't be trimmed. speculation: whether tokens are drafted; ranks that share a model draft none.
+    draft: a model that drafts tokens, too; its KV cache counts with that of the model.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Scheduler:
         checkpoint_interval: int = 4096,
         policy: ExecutionPolicy | None = None,
         speculation: Setting = "off",
+        draft: DraftModel | None = None,
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._policy = policy or current()
@@ -89,14 +92,20 @@ class Scheduler:
             is_shared=is_shared,
             speculation=speculation,
             metrics=self._metrics,
+            draft=draft,
+            stall_target=stall_target,
         )
         self.execution: Execution | None = replace(
-            execution(model, policy or current()), speculation=self._running.speculates
+            execution(model, policy or current()),
+            speculation=self._running.speculates,
+            draft=draft.key if draft and self._running.speculates else None,
         )
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
         sizes = sizes or caches.cache_sizes(model)
+        if draft:
+            sizes = sizes.with_draft(draft.model)
         self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, sizes, max_running, account)
         self._is_held_up = False  # the running sequences wait for memory
         self._takes_checkpoints = prefixes is not None and checkpoints.needs_checkpoints(model)
@@ -162,6 +171,10 @@ class Scheduler:
         if not self._prefilling:
             if self._is_held_up or (self._waiting and not self._running.sequences):
                 self._budget.wait()
+            elif self._running.waits_for_reading:
+                mx.eval(self._running.sampled)  # the step's time is not the reading's
+                self._meter.end_step()
+                self._running.read(self.load.step_seconds, self._peer_step_seconds)
             return
         self._note_load()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's

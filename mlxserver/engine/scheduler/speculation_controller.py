@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import abc, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from mlxserver.engine.metrics import ModelMetrics
@@ -22,10 +22,13 @@ _ASSUMED_COST = 0.08  # of each more token, in plain steps, until it is measured
 _PLAIN_STEPS, _SAMPLES = 15, 5  # whose median counts
 _LEAST_PLAIN_STEPS, _LEAST_SAMPLES = 3, 2
 _RETRY = 512  # steps that did not pay, after which one is tried all the same
+_READ_FOR_RETRY = 512  # most tokens that a draft model reads for that
 _HELD_OFF = 256  # steps after one whose logits were not finite
 
 _STREAKS = (5, 9, 17)  # bounds of the classes of streaks that have a hit rate each
 _PRIOR_RATES, _PRIOR_WEIGHT = (0.2, 0.6, 0.85, 0.95), 8
+_PRIOR_DRAFT_RATES = (0.6, 0.7, 0.8, 0.85)  # of a draft model, by how many of its last tokens were right
+_ANSWER_TOKENS = 128  # that are left of an answer, if it may have as many: what reading a prompt pays off in
 _MODEL_WEIGHT = 2  # of the model's rate in that of a sequence, in predictions
 _MOST_OF_MODEL, _MOST_OF_SEQUENCE = 512, 64  # predictions that count
 
@@ -48,15 +51,15 @@ class HitRates:
     """How often predictions are right, by the streaks behind which they are made.
 
     model: those of all sequences, with which a sequence begins: one that edits a file does not speak for one that tells
-    a story. None for the model's own.
+    a story. None for the model's own, which begin with `priors`.
     """
 
-    def __init__(self, model: HitRates | None = None) -> None:
+    def __init__(self, model: HitRates | None = None, priors: abc.Sequence[float] = _PRIOR_RATES) -> None:
         self._model = model
         if model:
-            self._hits = [_Hits(_MOST_OF_SEQUENCE) for _ in _PRIOR_RATES]
+            self._hits = [_Hits(_MOST_OF_SEQUENCE) for _ in priors]
         else:
-            self._hits = [_Hits(_MOST_OF_MODEL, rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for rate in _PRIOR_RATES]
+            self._hits = [_Hits(_MOST_OF_MODEL, rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for rate in priors]
 
     def note(self, streak: int, is_hit: bool) -> None:
         """A token was predicted behind a streak, rightly or not."""
@@ -89,6 +92,38 @@ class DraftingRow:
         return total
 
 
+@dataclass(frozen=True, slots=True)
+class EitherRow:
+    """A sequence that may draft by lookup, or by a draft model."""
+
+    lookup: DraftingRow | None
+    model: DraftingRow | None
+
+    def accepted(self, tokens: int) -> float:
+        """As DraftingRow's, of the better one."""
+        return max((row.accepted(tokens) for row in (self.lookup, self.model) if row), default=0.0)
+
+    def prefers_model(self, tokens: int) -> bool:
+        """Whether the draft model is expected to be right more often, in a step that verifies so many tokens."""
+        if self.model is None:
+            return False
+        return self.lookup is None or self.lookup.accepted(tokens) < self.model.accepted(tokens)
+
+
+Rows = abc.Sequence[DraftingRow] | abc.Sequence[EitherRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The next step: tokens of each sequence, 1 in a plain one, and whether a draft model drafts."""
+
+    tokens: int = 1
+    is_modelled: bool = False
+
+
+PLAIN = Plan()
+
+
 @dataclass
 class _Cost:
     """Duration of a verifying step, in plain steps. The first of all is no sample: its shapes may be compiled."""
@@ -108,25 +143,30 @@ class _Cost:
 
 
 class SpeculationController:
-    """Decides for one model whether a step verifies drafted tokens, and counts these. always: if one is predicted."""
+    """Decides for one model whether a step verifies drafted tokens, and counts these. always: if one is predicted.
 
-    def __init__(self, metrics: ModelMetrics, *, always: bool = False) -> None:
+    draft_cost: of a draft model's step, in plain steps, until it is measured along with the verifying ones.
+    """
+
+    def __init__(self, metrics: ModelMetrics, *, always: bool = False, draft_cost: float = 0.0) -> None:
         self._metrics = metrics
         self._always = always
+        self._draft_cost = draft_cost
         self.rates = HitRates()
+        self.draft_rates = HitRates(priors=_PRIOR_DRAFT_RATES)
         self._plain: dict[int, deque[float]] = {}  # seconds of plain steps, by number of sequences
-        self._costs: dict[tuple[int, int], _Cost] = {}  # by number of sequences and tokens of each
+        self._costs: dict[tuple[int, Plan], _Cost] = {}  # by number of sequences
         self._held_off = 0
 
     def note_plain(self, sequences: int, seconds: float) -> None:
         """Duration of a plain step of so many sequences."""
         self._plain.setdefault(_rounded(sequences), deque(maxlen=_PLAIN_STEPS)).append(seconds)
 
-    def note_verified(self, sequences: int, tokens: int, seconds: float | None) -> None:
-        """Duration of a verifying step with so many tokens of each sequence; None if it is not known."""
+    def note_verified(self, sequences: int, plan: Plan, seconds: float | None) -> None:
+        """Duration of a verifying step of so many sequences; None if it is not known."""
         plain = self._plain_seconds(sequences)
         if seconds is not None and plain:
-            self._cost(sequences, tokens).note(seconds / plain)
+            self._cost(sequences, plan).note(seconds / plain)
 
     def note_drafts(self, drafted: int, accepted: int) -> None:
         """Count drafted tokens and those that were accepted."""
@@ -137,61 +177,99 @@ class SpeculationController:
         """Verify nothing for some steps: the logits of one were not finite."""
         self._held_off = _HELD_OFF
 
-    def choose(self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool]) -> int:
-        """Tokens of each of so many sequences in the next step; 1 for a plain one.
+    def choose(
+        self,
+        sequences: int,
+        rows: abc.Sequence[DraftingRow],
+        fits: Callable[[int], bool],
+        modelled: abc.Sequence[EitherRow] = (),
+    ) -> Plan:
+        """Plan of the next step of so many sequences.
 
-        rows: of the sequences that may draft. fits: whether so many tokens have room.
+        rows: of those that may draft by lookup. modelled: of all that may draft, where a draft model could. fits:
+        whether so many tokens have room.
         """
         if self._held_off:
             self._held_off -= 1
-            return 1
-        if not rows:
-            return 1
+            return PLAIN
+        if not (rows or modelled):
+            return PLAIN
         if self._always:
-            return next((tokens for tokens in reversed(SIZES) if tokens <= _ALWAYS and fits(tokens)), 1)
+            tokens = next((size for size in reversed(SIZES) if size <= _ALWAYS and fits(size)), 1)
+            return Plan(tokens, bool(modelled)) if tokens > 1 else PLAIN
         if not self._plain_seconds(sequences):
-            return 1
-        best, most_gain = 1, _GAIN
+            return PLAIN
+        offers = [self._best(sequences, rows, fits, is_modelled=False)]
+        offers += [self._best(sequences, modelled, fits, is_modelled=True)] if modelled else []
+        best, gain = max(offers, key=lambda offer: offer[1])
+        return best if gain > _GAIN else self._retried(sequences, rows, fits, has_model=bool(modelled))
+
+    def may_read(self, sequences: int, modelled: abc.Sequence[EitherRow], tokens: int, token_seconds: float) -> bool:
+        """Whether it pays that a draft model reads so many tokens, for these rows to draft with it."""
+        if self._always:
+            return True
+        if self._held_off or not (plain := self._plain_seconds(sequences)):
+            return False
+        _, gain = self._best(sequences, modelled, lambda size: True, is_modelled=True)
+        if gain <= _GAIN:
+            retried = self._cost(sequences, Plan(SIZES[0], is_modelled=True))
+            retried.num_declined += 1
+            return retried.num_declined >= _RETRY and tokens <= _READ_FOR_RETRY
+        left = max((min(row.model.most, _ANSWER_TOKENS) for row in modelled if row.model), default=0)
+        return tokens * token_seconds < left * plain * (1 - 1 / gain)
+
+    def cost(self, sequences: int, plan: Plan) -> float:
+        """Duration of a verifying step of so many sequences, in plain steps."""
+        return self._cost(sequences, plan).ratio or self._assumed(sequences, plan)
+
+    def _best(
+        self, sequences: int, rows: Rows, fits: Callable[[int], bool], *, is_modelled: bool
+    ) -> tuple[Plan, float]:
+        """The plan with the largest expected ratio of tokens per second to those of a plain step, and that ratio."""
+        best, most = PLAIN, 1.0
         for tokens in SIZES:
-            gain, is_measured = self._gain(sequences, rows, tokens)
-            if gain > most_gain and fits(tokens):
-                best, most_gain = tokens, gain
-            if not is_measured:
+            plan = Plan(tokens, is_modelled)
+            gained = sum(row.accepted(tokens) for row in rows)
+            gain = (sequences + gained) / sequences / self.cost(sequences, plan)
+            if gain > most and fits(tokens):
+                best, most = plan, gain
+            if self._cost(sequences, plan).ratio is None:
                 break  # a longer one costs more
-        return best if best > 1 else self._retried(sequences, rows, fits)
+        return best, most
 
-    def _gain(self, sequences: int, rows: abc.Sequence[DraftingRow], tokens: int) -> tuple[float, bool]:
-        """Expected ratio of tokens per second to those of a plain step, and whether the cost is measured."""
-        cost = self._cost(sequences, tokens).ratio
-        gained = sum(row.accepted(tokens) for row in rows)
-        return (sequences + gained) / sequences / (cost or self._assumed(sequences, tokens)), cost is not None
-
-    def _assumed(self, sequences: int, tokens: int) -> float:
+    def _assumed(self, sequences: int, plan: Plan) -> float:
         """Cost until it is measured: as if each more token took as long as those of the next shorter step."""
         for shorter in reversed(SIZES):
-            if shorter < tokens and (ratio := self._cost(sequences, shorter).ratio):
-                return 1 + max(ratio - 1, 0) / (shorter - 1) * (tokens - 1)
-        return 1 + _ASSUMED_COST * (tokens - 1)
+            if shorter < plan.tokens and (ratio := self._cost(sequences, replace(plan, tokens=shorter)).ratio):
+                return 1 + max(ratio - 1, 0) / (shorter - 1) * (plan.tokens - 1)
+        return 1 + (_ASSUMED_COST + (self._draft_cost if plan.is_modelled else 0)) * (plan.tokens - 1)
 
-    def _retried(self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool]) -> int:
-        """The shortest step now and then, if it would pay at the cost that is assumed at first; else 1."""
-        tokens = SIZES[0]
-        cost = self._cost(sequences, tokens)
+    def _retried(
+        self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool], *, has_model: bool
+    ) -> Plan:
+        """The shortest step now and then: by lookup if it would pay at the cost that is assumed at first; else by a
+        draft model, whose rates are measured by nothing else.
+        """
+        if not fits(tokens := SIZES[0]):
+            return PLAIN
         gained = sum(row.accepted(tokens) for row in rows)
-        if (sequences + gained) / sequences <= _GAIN * (1 + _ASSUMED_COST * (tokens - 1)) or not fits(tokens):
-            return 1
+        if (sequences + gained) / sequences > _GAIN * (1 + _ASSUMED_COST * (tokens - 1)):
+            plan = Plan(tokens)
+        else:
+            plan = Plan(tokens, is_modelled=True)
+        cost = self._cost(sequences, plan)
         cost.num_declined += 1
-        if cost.num_declined < _RETRY:
-            return 1
+        if cost.num_declined < _RETRY or (plan.is_modelled and not has_model):
+            return PLAIN
         cost.num_declined = 0
-        return tokens
+        return plan
 
     def _plain_seconds(self, sequences: int) -> float | None:
         measured = self._plain.get(_rounded(sequences), ())
         return median(measured) if len(measured) >= _LEAST_PLAIN_STEPS else None
 
-    def _cost(self, sequences: int, tokens: int) -> _Cost:
-        return self._costs.setdefault((_rounded(sequences), tokens), _Cost())
+    def _cost(self, sequences: int, plan: Plan) -> _Cost:
+        return self._costs.setdefault((_rounded(sequences), plan), _Cost())
 
 
 def _streak_class(streak: int) -> int:
