@@ -102,7 +102,7 @@ def test_a_draft_that_is_the_same_model_is_nearly_always_right():
 
 def test_prompts_are_read_in_chunks_between_the_steps():
     driver = Driver(scheduler(stall_target=0.001), sequence(1, prompt(400), GREEDY, 60))
-    drafter = driver.scheduler._running._speculation.drafter
+    drafter = driver.scheduler._running._speculation.drafts._drafter
     driver.until_generated(1, 1)
     seen = []
     driver.until(lambda: seen.append((len(driver.tokens[1]), bool(drafter._reading))) or drafter._rows)
@@ -115,7 +115,7 @@ def test_choices_of_one_prompt_share_its_reading():
     choices = [sequence(n, prompt(60), sampled(n, top_k=2), 40) for n in (1, 2, 3)]
     driver = Driver(scheduler(metrics=metrics))
     driver.add_choices(*choices)
-    drafter = driver.scheduler._running._speculation.drafter
+    drafter = driver.scheduler._running._speculation.drafts._drafter
     driver.until(lambda: drafter._rows)
     assert [row.running.sequence.id for row in drafter._rows] == [1, 2, 3]
     tokens = driver.finish()
@@ -134,7 +134,7 @@ def test_sequences_join_leave_and_are_cancelled_beside_drafts():
     expected = plain(*asked())
     assert {id: own for id, own in tokens.items() if id != 1} == {n: own for n, own in expected.items() if n != 1}
     assert tokens[1] == expected[1][: len(tokens[1])]
-    assert not driver.scheduler._running._speculation.drafter._rows
+    assert not driver.scheduler._running._speculation.drafts._drafter._rows
 
 
 def test_sequences_that_are_preempted_resume_with_the_same_tokens():
@@ -147,7 +147,7 @@ def test_a_restart_drops_what_the_draft_model_has():
     driver.until_generated(2, 10)
     for token in driver.scheduler.restart([1, 2, 3]):
         driver.tokens[token.sequence_id].append(token.token)
-    assert not driver.scheduler._running._speculation.drafter._rows
+    assert not driver.scheduler._running._speculation.drafts._drafter._rows
     assert driver.finish() == plain(*asked()[:3])
 
 
@@ -155,7 +155,7 @@ def test_its_slots_never_hold_more_than_those_of_the_batch():
     driver = Driver(scheduler(), *[sequence(n, prompt(length, n), GREEDY, 60) for n, length in
                                    enumerate((1000, 230, 1010, 40, 500, 2040))])  # fmt: skip
     running = driver.scheduler._running
-    drafter = running._speculation.drafter
+    drafter = running._speculation.drafts._drafter
     most = 0
 
     def is_done():
@@ -217,7 +217,7 @@ def test_a_draft_that_overflows_drafts_no_more():
     driver.until_generated(2, 20)
     own.fails = True
     assert driver.finish() == plain(*asked()[:3])
-    assert not driver.scheduler._running._speculation.drafter._is_usable
+    assert not driver.scheduler._running._speculation.drafts._drafter._is_usable
 
 
 def test_auto_drafts_in_vain_only_for_a_short_time():

@@ -12,7 +12,9 @@ from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
+from mlxserver.engine.scheduler.drafts import Drafts
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
+from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation_controller import (
     SIZES,
@@ -314,6 +316,43 @@ def test_a_step_that_did_not_pay_is_tried_again_after_a_while():
     own = controller(costs=[(4, 4.5)])
     chosen = [own.choose(1, [row(40, 100)], fits).tokens for _ in range(1100)]
     assert sorted(chosen)[-3:] == [1, 4, 4]
+
+
+def promising():
+    """A sequence whose predictions are expected to be right."""
+    running = RunningSequence(sequence(1, [3] * 50, max_tokens=10_000), 0, 0.0)
+    running.lookup, running.hit_rates = PromptLookup([3] * 50), HitRates()
+    for streak in (3, 6, 10, 20) * 50:
+        running.hit_rates.note(streak, True)
+    return running
+
+
+def drafted(drafts, running, right):
+    """Tokens of the next step, which is noted as if its drafts were all right, or all wrong."""
+    plan = drafts.plan([running], fits)
+    if plan.tokens > 1:
+        draft = running.lookup.draft(plan.tokens - 1)
+        drafts.note([running], plan, [draft], [len(draft) if right else 0], ())
+    drafts.add_credit(running)
+    return plan.tokens
+
+
+COSTS = [(4, 1.8), (8, 2.5), (16, 4.0)]
+
+
+def test_drafts_that_are_never_right_cost_a_sequence_little():
+    drafts, running = Drafts(controller(COSTS), None, is_forced=False), promising()
+    chosen = [drafted(drafts, running, right=False) for _ in range(1000)]
+    assert {*chosen} == {1, 4}
+    assert 0.8 * chosen.count(4) < 2 + 0.01 * len(chosen)
+    assert chosen[:2] == [4, 4]
+
+
+def test_a_sequence_drafts_more_once_its_drafts_were_right():
+    drafts, running = Drafts(controller(COSTS), None, is_forced=False), promising()
+    assert [drafted(drafts, running, right=True) for _ in range(4)] == [4, 16, 16, 16]
+    wrong = [drafted(drafts, running, right=False) for _ in range(500)]
+    assert sum(dict(COSTS).get(tokens, 1) - 1 for tokens in wrong) < 6 + 2 + 5
 
 
 def test_auto_speculates_on_a_quotation_and_changes_no_token():

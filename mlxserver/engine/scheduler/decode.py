@@ -84,7 +84,7 @@ class DecodeBatch:
         self._measured: MeasuredLogprobs | KnownLogprobs = MeasuredLogprobs()
         self._unpublished: list[SampledToken] = []
         if self._speculation:
-            self._speculation.keep(())
+            self._speculation.drafts.keep(())
         self.pause()
 
     def pause(self) -> None:
@@ -117,7 +117,7 @@ class DecodeBatch:
         self.sequences = [self.sequences[index] for index in keep]
         self.cache.keep(keep)
         if self._speculation:
-            self._speculation.keep(self.sequences)
+            self._speculation.drafts.keep(self.sequences)
         self._set_inputs(self.sampled[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
         self._set_shifts()
@@ -186,20 +186,19 @@ class DecodeBatch:
         """Give back KV cache that the present sequences do not need."""
         self.cache.compact()
         if self._speculation:
-            self._speculation.compact()
+            self._speculation.drafts.compact()
 
     # -- speculation --------------------------------------------------------------------------------------------
 
-    @property
-    def waits_for_reading(self) -> bool:
-        """Whether a draft model should read on before the next step."""
-        return self._speculation is not None and self._speculation.waits_for_reading(self.sequences)
+    def readers(self) -> abc.Sequence[RunningSequence]:
+        """Sequences that a draft model should read before the next step."""
+        return self._speculation.drafts.readers(self.sequences) if self._speculation else ()
 
-    def read(self, own_step_seconds: float, peer_step_seconds: float) -> None:
+    def read(self, readers: abc.Sequence[RunningSequence], own_step_seconds: float, peer_step_seconds: float) -> None:
         """Have the draft model read on. The times are those of steps, which wait meanwhile."""
         if self._speculation:
             self.pause()
-            self._speculation.read(self.sequences, own_step_seconds, peer_step_seconds)
+            self._speculation.drafts.read(readers, own_step_seconds, peer_step_seconds)
 
     def _plan(self) -> Plan:
         """Plan of the next step."""

@@ -171,10 +171,10 @@ class Scheduler:
         if not self._prefilling:
             if self._is_held_up or (self._waiting and not self._running.sequences):
                 self._budget.wait()
-            elif self._running.waits_for_reading:
+            elif readers := self._running.readers():
                 mx.eval(self._running.sampled)  # the step's time is not the reading's
                 self._meter.end_step()
-                self._running.read(self.load.step_seconds, self._peer_step_seconds)
+                self._running.read(readers, self.load.step_seconds, self._peer_step_seconds)
             return
         self._note_load()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's

@@ -2,10 +2,6 @@
 
 A drafted token is kept only if it is the one that is sampled at its position, so that no text changes (Leviathan et al.
 2023, arXiv:2211.17192, with a draft that is certain of its tokens).
-
-Rule: a sequence has a credit of few steps, which verifying steps take from by what they take longer, and give to by
-      what they gain. Without credit it drafts nothing; each of its tokens adds a little. So drafts that are never right
-      cost a sequence one step in a hundred at most, whatever was expected of them.
 """
 
 from __future__ import annotations
@@ -26,23 +22,16 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.sampling.logprobs import measure
 from mlxserver.engine.scheduler.drafter import Drafter, DraftModel
+from mlxserver.engine.scheduler.drafts import Drafts
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import (
-    DraftingRow,
-    EitherRow,
-    HitRates,
-    Plan,
-    SpeculationController,
-)
+from mlxserver.engine.scheduler.speculation_controller import HitRates, Plan, SpeculationController
 from mlxserver.engine.scheduler.verification_check import verifies
 from mlxserver.engine.sequence import Logprobs, Sequence
 
 log = logging.getLogger("engine")
 
 Setting = Literal["auto", "off", "always"]
-
-_MOST_CREDIT, _CREDIT_PER_TOKEN = 4.0, 0.01  # in plain steps
 
 
 class RewindingSampler(Protocol):
@@ -82,9 +71,8 @@ class Speculation:
         drafter: Drafter | None = None,
         draft_cost: float = 0.0,
     ) -> None:
-        self._is_forced = setting == "always"
-        self.controller = SpeculationController(metrics, always=self._is_forced, draft_cost=draft_cost)
-        self.drafter = drafter
+        self.controller = SpeculationController(metrics, always=setting == "always", draft_cost=draft_cost)
+        self.drafts = Drafts(self.controller, drafter, is_forced=setting == "always")
         self._model = model
         self._cache = cache
         self._policy = policy or current()
@@ -115,7 +103,7 @@ class Speculation:
 
     def note_generated(self, running: RunningSequence, token: int) -> None:
         """Add a token to a sequence's lookup, and measure its predictions."""
-        running.credit = min(running.credit + _CREDIT_PER_TOKEN, _MOST_CREDIT)
+        self.drafts.add_credit(running)
         if running.lookup and running.hit_rates:
             streak = running.lookup.streak
             if (is_hit := running.lookup.append(token)) is not None:
@@ -123,77 +111,7 @@ class Speculation:
 
     def plan(self, sequences: abc.Sequence[RunningSequence]) -> Plan:
         """Plan of the next step."""
-        drafting = [running for running in sequences if self._may_draft(running)]
-        rows = [row for running in drafting if (row := _lookup_row(running))]
-        modelled = self._modelled(drafting)
-        return self.controller.choose(len(sequences), rows, self._cache.fits, [*modelled.values()])
-
-    def _may_draft(self, running: RunningSequence) -> bool:
-        return running.lookup is not None and running.most_drafted > 0 and (self._is_forced or running.credit > 0)
-
-    def _modelled(self, drafting: abc.Sequence[RunningSequence]) -> dict[int, EitherRow]:
-        """What sequences may draft with the draft model, by id; empty if it is ready for none of them."""
-        if not self.drafter:
-            return {}
-        rows = {
-            running.sequence.id: EitherRow(
-                _lookup_row(running), _model_row(running) if self.drafter.is_ready(running) else None
-            )
-            for running in drafting
-        }
-        return rows if any(row.model for row in rows.values()) else {}
-
-    def _drafts(self, sequences: abc.Sequence[RunningSequence], plan: Plan) -> tuple[list[list[int]], set[int]]:
-        """Drafted tokens of each sequence, and the ids of those whose tokens are a draft model's."""
-        drafting = [running for running in sequences if self._may_draft(running)]
-        by_model: dict[int, list[int]] = {}
-        if plan.is_modelled and self.drafter:
-            rows = self._modelled(drafting)
-            chosen = [
-                own for own in drafting if own.sequence.id in rows and rows[own.sequence.id].prefers_model(plan.tokens)
-            ]
-            by_model = self.drafter.draft(chosen, plan.tokens - 1)
-        drafts: dict[int, list[int]] = {}
-        for running in drafting:
-            id, most = running.sequence.id, min(plan.tokens - 1, running.most_drafted)
-            if id in by_model:
-                drafts[id] = by_model[id][:most]
-            elif running.lookup:
-                drafts[id] = running.lookup.draft(most)
-        return [drafts.get(running.sequence.id, []) for running in sequences], set(by_model)
-
-    # -- the draft model ------------------------------------------------------------------------------------------
-
-    def waits_for_reading(self, sequences: abc.Sequence[RunningSequence]) -> bool:
-        """Whether the draft model should read on now, for a sequence to draft with it."""
-        return bool(self.drafter) and bool(self._readers(sequences))
-
-    def read(self, sequences: abc.Sequence[RunningSequence], own_step_seconds: float, peer_step_seconds: float) -> None:
-        """Have the draft model read on. The times are those of steps, which wait meanwhile."""
-        if self.drafter and (readers := self._readers(sequences)):
-            self.drafter.read(readers, own_step_seconds, peer_step_seconds)
-
-    def _readers(self, sequences: abc.Sequence[RunningSequence]) -> list[RunningSequence]:
-        """Sequences that the draft model should read, if that pays."""
-        if not (drafter := self.drafter):
-            return []
-        drafting = [own for own in sequences if self._may_draft(own) and drafter.may_have(own)]
-        readers = [running for running in drafting if not drafter.is_ready(running)]
-        if not readers:
-            return []
-        tokens = sum(drafter.num_behind(running) for running in readers)
-        modelled = [EitherRow(None, _model_row(running)) for running in drafting]
-        return readers if self.controller.may_read(len(sequences), modelled, tokens, drafter.token_seconds) else []
-
-    def keep(self, sequences: abc.Sequence[RunningSequence]) -> None:
-        """Keep only these sequences."""
-        if self.drafter:
-            self.drafter.keep(sequences)
-
-    def compact(self) -> None:
-        """Give back memory that is not used, as the batch has done."""
-        if self.drafter:
-            self.drafter.compact()
+        return self.drafts.plan(sequences, self._cache.fits)
 
     # -- the verifying step ---------------------------------------------------------------------------------------
 
@@ -211,7 +129,7 @@ class Speculation:
         nothing is kept; a rejected token may be why.
         """
         tokens = plan.tokens
-        drafts, modelled = self._drafts(sequences, plan)
+        drafts, modelled = self.drafts.draft(sequences, plan)
         padded = [own + [0] * (tokens - 1 - len(own)) for own in drafts]
         logits = self._cache.verify(mx.concatenate([inputs[:, None], mx.array(padded, dtype=mx.uint32)], axis=1))
         is_finite = (logits < mx.inf).all()
@@ -231,29 +149,8 @@ class Speculation:
         kept = [count + 1 for count in accepted]
         self._cache.rewind([tokens - count for count in kept])
         sampler.rewind(sampled, kept)
-        self._note_drafts(sequences, plan, drafts, accepted, modelled)
+        self.drafts.note(sequences, plan, drafts, accepted, modelled)
         return Verified([row[:count] for row, count in zip(rows, kept, strict=True)], [own.read() for own in measured])
-
-    def _note_drafts(
-        self,
-        sequences: abc.Sequence[RunningSequence],
-        plan: Plan,
-        drafts: abc.Sequence[abc.Sequence[int]],
-        accepted: abc.Sequence[int],
-        modelled: abc.Collection[int],
-    ) -> None:
-        """Measure what drafts were worth. modelled: ids of the sequences whose tokens were a draft model's."""
-        self.controller.note_drafts(sum(map(len, drafts)), sum(accepted))
-        num_drafting = sum(map(bool, drafts))
-        for running, draft, right in zip(sequences, drafts, accepted, strict=True):
-            if not draft:
-                continue
-            longer = (self.controller.cost(len(sequences), plan) - 1) * len(sequences) / num_drafting
-            running.credit = min(running.credit + right - longer, _MOST_CREDIT)
-            if running.sequence.id in modelled and running.draft_rates:
-                for is_hit in [True] * right + [False] * (right < len(draft)):
-                    running.draft_rates.note(running.draft_streak, is_hit)
-                    running.draft_streak = running.draft_streak + 1 if is_hit else 0
 
     # -- times ----------------------------------------------------------------------------------------------------
 
@@ -315,20 +212,6 @@ def make_speculation(
     drafter = Drafter(draft, cache, vocab_size, stall_target)
     cost = draft.weight_bytes / max(1, caches.weight_bytes(model))
     return Speculation(model, cache, policy, setting, metrics, drafter, cost)
-
-
-def _lookup_row(running: RunningSequence) -> DraftingRow | None:
-    """What a sequence may draft by lookup; None without a prediction."""
-    if not (running.lookup and running.hit_rates and running.lookup.streak):
-        return None
-    return DraftingRow(running.lookup.streak, running.most_drafted, running.hit_rates)
-
-
-def _model_row(running: RunningSequence) -> DraftingRow | None:
-    """What a sequence may draft with a draft model."""
-    if running.draft_rates is None:
-        return None
-    return DraftingRow(running.draft_streak, running.most_drafted, running.draft_rates)
 
 
 def _num_alike(draft: list[int], sampled: list[int]) -> int:

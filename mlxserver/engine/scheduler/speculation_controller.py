@@ -7,6 +7,7 @@ Rule 2: a step drafts only where it is expected to give more tokens per second t
 
 from __future__ import annotations
 
+import math
 from collections import abc, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -183,11 +184,12 @@ class SpeculationController:
         rows: abc.Sequence[DraftingRow],
         fits: Callable[[int], bool],
         modelled: abc.Sequence[EitherRow] = (),
+        most_cost: float = math.inf,
     ) -> Plan:
         """Plan of the next step of so many sequences.
 
         rows: of those that may draft by lookup. modelled: of all that may draft, where a draft model could. fits:
-        whether so many tokens have room.
+        whether so many tokens have room. most_cost: of any but the shortest verifying step.
         """
         if self._held_off:
             self._held_off -= 1
@@ -199,8 +201,8 @@ class SpeculationController:
             return Plan(tokens, bool(modelled)) if tokens > 1 else PLAIN
         if not self._plain_seconds(sequences):
             return PLAIN
-        offers = [self._best(sequences, rows, fits, is_modelled=False)]
-        offers += [self._best(sequences, modelled, fits, is_modelled=True)] if modelled else []
+        offers = [self._best(sequences, rows, fits, most_cost, is_modelled=False)]
+        offers += [self._best(sequences, modelled, fits, most_cost, is_modelled=True)] if modelled else []
         best, gain = max(offers, key=lambda offer: offer[1])
         return best if gain > _GAIN else self._retried(sequences, rows, fits, has_model=bool(modelled))
 
@@ -210,7 +212,7 @@ class SpeculationController:
             return True
         if self._held_off or not (plain := self._plain_seconds(sequences)):
             return False
-        _, gain = self._best(sequences, modelled, lambda size: True, is_modelled=True)
+        _, gain = self._best(sequences, modelled, lambda size: True, math.inf, is_modelled=True)
         if gain <= _GAIN:
             retried = self._cost(sequences, Plan(SIZES[0], is_modelled=True))
             retried.num_declined += 1
@@ -223,14 +225,16 @@ class SpeculationController:
         return self._cost(sequences, plan).ratio or self._assumed(sequences, plan)
 
     def _best(
-        self, sequences: int, rows: Rows, fits: Callable[[int], bool], *, is_modelled: bool
+        self, sequences: int, rows: Rows, fits: Callable[[int], bool], most_cost: float, *, is_modelled: bool
     ) -> tuple[Plan, float]:
         """The plan with the largest expected ratio of tokens per second to those of a plain step, and that ratio."""
         best, most = PLAIN, 1.0
         for tokens in SIZES:
             plan = Plan(tokens, is_modelled)
-            gained = sum(row.accepted(tokens) for row in rows)
-            gain = (sequences + gained) / sequences / self.cost(sequences, plan)
+            cost = self.cost(sequences, plan)
+            if tokens > SIZES[0] and cost > most_cost:
+                break
+            gain = (sequences + sum(row.accepted(tokens) for row in rows)) / sequences / cost
             if gain > most and fits(tokens):
                 best, most = plan, gain
             if self._cost(sequences, plan).ratio is None:
