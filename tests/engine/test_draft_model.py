@@ -151,6 +151,22 @@ def test_a_restart_drops_what_the_draft_model_has():
     assert driver.finish() == plain(*asked()[:3])
 
 
+def test_a_prompt_that_goes_on_from_an_earlier_one_is_not_read_again():
+    prefixes = new_prefixes()
+    driver = Driver(scheduler(draft=replace(ALIKE, prefixes=prefixes)), sequence(1, prompt(300), GREEDY, 40))
+    first = driver.finish()[1]
+    longer = (*prompt(300), *first, *prompt(20, 9))
+    assert prefixes.length(longer) > 320
+    drafter = driver.scheduler._running._speculation.drafts._drafter
+    advance, begun_at = drafter._prefill.advance, []
+    drafter._prefill.advance = lambda prompts, budget: begun_at.append(prompts[0].done) or advance(prompts, budget)
+    driver.add(sequence(2, longer, GREEDY, 40))
+    assert driver.finish()[2] == plain(sequence(2, longer, GREEDY, 40))[2]
+    assert begun_at[0] > 320
+    driver.scheduler.restart(())
+    assert prefixes.nbytes == 0
+
+
 def test_its_slots_never_hold_more_than_those_of_the_batch():
     driver = Driver(scheduler(), *[sequence(n, prompt(length, n), GREEDY, 60) for n, length in
                                    enumerate((1000, 230, 1010, 40, 500, 2040))])  # fmt: skip

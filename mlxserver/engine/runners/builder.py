@@ -141,7 +141,11 @@ class Builder:
         draft = load_draft(spec, loaded, policy, kind or "text", progress, self._kept_checks)
         if draft:
             loaded = replace(loaded, weight_bytes=loaded.weight_bytes + draft.weight_bytes)
-        with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded, draft) as account:
+        with (
+            self._opened_prefixes(spec, loaded) as prefixes,
+            self._opened_draft(spec, draft) as draft,
+            self._opened_account(spec, loaded, draft) as account,
+        ):
             scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics, draft)
             runner = self._finish(spec, loaded, scheduler, progress, vision)
             runner.facts = replace(runner.facts, policy=chosen.facts(policy.with_weights(spec.weights)))
@@ -179,6 +183,19 @@ class Builder:
         prefixes = self.prefix_cache.open(model_identity(spec, loaded), spec.prefix_cache_bytes, spec.key)
         try:
             yield prefixes
+        except BaseException:
+            prefixes.close()
+            raise
+
+    @contextmanager
+    def _opened_draft(self, spec: ModelSpec, draft: DraftModel | None) -> Iterator[DraftModel | None]:
+        """The draft model with its prefixes, which are closed likewise."""
+        if draft is None or draft.identity is None or not spec.prefix_cache_bytes:
+            yield draft
+            return
+        prefixes = self.prefix_cache.open(draft.identity, spec.prefix_cache_bytes, draft.key)
+        try:
+            yield replace(draft, prefixes=prefixes)
         except BaseException:
             prefixes.close()
             raise

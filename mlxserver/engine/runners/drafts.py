@@ -14,6 +14,7 @@ from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading import loader
+from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.platform.policy import ExecutionPolicy
@@ -57,7 +58,8 @@ def load_draft(
         raise _refusal(spec, f"has a KV cache that can't be trimmed ({', '.join(kinds)})")
     if own_policy.batch_cache != "slots" or not verifies(draft.model, own_policy):
         raise _refusal(spec, "can't compute several sequences, or several tokens of one, at once")
-    return DraftModel(drafter.key, draft.model, draft.limits.context, draft.weight_bytes, own_policy)
+    identity = model_identity(drafter, draft)
+    return DraftModel(drafter.key, draft.model, draft.limits.context, draft.weight_bytes, own_policy, identity)
 
 
 def _refusal(spec: ModelSpec, reason: str) -> LoadFailed:

@@ -182,6 +182,11 @@ class DecodeBatch:
             running.is_fresh = False
         return published
 
+    def store_draft_prefixes(self, leaving: abc.Sequence[int]) -> None:
+        """Store what a draft model has of the sequences at these indices."""
+        if self._speculation:
+            self._speculation.drafts.store([self.sequences[index] for index in leaving])
+
     def compact(self) -> None:
         """Give back KV cache that the present sequences do not need."""
         self.cache.compact()

@@ -17,6 +17,7 @@ from typing import Any, cast
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, ModelPrefixes
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.scheduler.prefill import Prefill
@@ -31,13 +32,17 @@ _CATCH_UP_ROWS = 128  # logits of a pass that catches up, as many as a verifying
 
 @dataclass(frozen=True, slots=True)
 class DraftModel:
-    """A model that drafts for another one. context_length: in tokens."""
+    """A model that drafts for another one. context_length: in tokens. identity: under which its prefixes are cached,
+    None for none. prefixes: opened ones.
+    """
 
     key: str
     model: Any
     context_length: int
     weight_bytes: int
     policy: ExecutionPolicy
+    identity: ModelIdentity | None = None
+    prefixes: ModelPrefixes | None = None
 
 
 @dataclass
@@ -54,6 +59,7 @@ class Drafter:
     def __init__(self, draft: DraftModel, target: SlotCache, vocab_size: int, stall_target: float) -> None:
         policy = replace(draft.policy, compile_steps=False)
         self._draft = draft
+        self._prefixes = draft.prefixes
         self._target = target
         self._cache = SlotCache(draft.model, policy, narrow=target.class_of, wide=target.class_of)
         self._prefill = Prefill(draft.model, stall_target, policy)
@@ -71,6 +77,16 @@ class Drafter:
         self._rows: list[_Row] = []
         self._reading: PendingPrompt | None = None
         self._refused: set[int] = set()  # ids of sequences that it has no memory for
+        self._cached: dict[int, int] = {}  # tokens of a prompt that it need not read, by id
+
+    def store(self, leaving: abc.Sequence[RunningSequence]) -> None:
+        """Store what it has of sequences that leave as prefixes."""
+        if not self._prefixes:
+            return
+        self._take_back()
+        for running in leaving:
+            if (index := self._index(running)) is not None:
+                self._prefixes.store(running.tokens[: self._cache.lengths[index]], self._cache.extract(index))
 
     def keep(self, sequences: abc.Sequence[RunningSequence]) -> None:
         """Drop all sequences but these, and what the batch has no memory for any more."""
@@ -79,6 +95,7 @@ class Drafter:
             return
         ids = {running.sequence.id for running in sequences}
         self._refused &= ids
+        self._cached = {id: length for id, length in self._cached.items() if id in ids}
         if self._reading and self._reading.drop({one.id for one in self._reading.sequences} - ids):
             self._reading = None
         order = [index for index, row in enumerate(self._rows) if row.running.sequence.id in ids]
@@ -111,7 +128,12 @@ class Drafter:
     def num_behind(self, running: RunningSequence) -> int:
         """Tokens of a sequence that it has not read."""
         index = self._index(running)
-        return running.num_known - (0 if index is None else self._confirmed(index))
+        if index is not None:
+            return running.num_known - self._confirmed(index)
+        id = running.sequence.id
+        if id not in self._cached:
+            self._cached[id] = self._prefixes.length(running.sequence.tokens) if self._prefixes else 0
+        return running.num_known - self._cached[id]
 
     def is_ready(self, running: RunningSequence) -> bool:
         """Whether it can draft for a sequence now."""
@@ -249,7 +271,8 @@ class Drafter:
                 plain = [replace(own, tokens=tuple(tokens), progress=None, boundaries=(), prompt_logprobs=None)
                          for own in same]  # fmt: skip
                 self._reading = PendingPrompt(plain, monotonic())
-                self._reading.cache = caches.new_cache(self._draft.model)
+                cache, length = self._prefixes.fetch(running.sequence.tokens) if self._prefixes else (None, 0)
+                self._reading.cache, self._reading.done = cache or caches.new_cache(self._draft.model), length
                 return
             self._refused.add(running.sequence.id)
 

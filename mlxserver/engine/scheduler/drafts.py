@@ -112,6 +112,11 @@ class Drafts:
         if self._drafter:
             self._drafter.read(readers, own_step_seconds, peer_step_seconds)
 
+    def store(self, leaving: abc.Sequence[RunningSequence]) -> None:
+        """Store what the draft model has of sequences that leave."""
+        if self._drafter:
+            self._drafter.store(leaving)
+
     def keep(self, sequences: abc.Sequence[RunningSequence]) -> None:
         """Keep only these sequences."""
         if self._drafter:

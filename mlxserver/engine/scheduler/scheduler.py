@@ -104,6 +104,7 @@ class Scheduler:
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
         sizes = sizes or caches.cache_sizes(model)
+        self._draft_prefixes = draft.prefixes if draft else None
         if draft:
             sizes = sizes.with_draft(draft.model)
         self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, sizes, max_running, account)
@@ -224,6 +225,8 @@ class Scheduler:
         """Free what the batch holds."""
         self.restart(())
         self._budget.close()
+        if self._draft_prefixes:
+            self._draft_prefixes.close()
 
     # -- for builder and ranks ----------------------------------------------------------------------------------
 
@@ -254,8 +257,10 @@ class Scheduler:
         return self._prefill.budget(self.load.step_seconds, self._peer_step_seconds, ratio)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
-        """Drop the least recently used prefixes until at most this many bytes are left."""
+        """Drop the least recently used prefixes until at most this many bytes are left, of a draft model as well."""
         self._budget.shrink_prefixes(max_bytes)
+        if self._draft_prefixes:
+            self._draft_prefixes.shrink(max_bytes)
 
     # -- joining and leaving ------------------------------------------------------------------------------------
 
@@ -300,6 +305,7 @@ class Scheduler:
         for index in leaving if self._budget.has_prefixes else ():
             if (running := self._running.sequences[index]).fed:
                 self._budget.store_prefix(running.keys, self._running.cache.extract(index))
+        self._running.store_draft_prefixes(leaving)
         self._running.leave(leaving)
         self._budget.settle(self._prefilling)  # only now: those that left need none any more
 
