@@ -105,10 +105,10 @@ class Drafter:
 
     def compact(self) -> None:
         """Give back what is not used, as the batch has done."""
-        if self._rows:
-            self._cache.compact()
-            if self._cache.held_tokens > self._target.held_tokens:
-                self._keep_rows([])
+        self._cache.compact()
+        if not self._fits([*self._cache.lengths]):
+            self._reading = None
+            self._keep_rows([])
 
     def _keep_rows(self, order: list[int]) -> None:
         self._rows = [self._rows[index] for index in order]
@@ -224,7 +224,9 @@ class Drafter:
         return True
 
     def _fits(self, lengths: list[int]) -> bool:
-        """Whether the batch's memory allows slots for rows of such lengths."""
+        """Whether the batch's memory allows slots for rows of such lengths, and for the prompt that is read."""
+        if self._reading:
+            lengths = [*lengths, len(self._reading.tokens)]
         if self._cache.tokens_for(lengths) > self._target.held_tokens:
             self._cache.compact()
         return self._cache.tokens_for(lengths) <= self._target.held_tokens
