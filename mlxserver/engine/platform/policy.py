@@ -59,6 +59,7 @@ class ExecutionPolicy:
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
         model and its types allow it.
+    sampling_kernel: tokens are drawn by one kernel (cuda_sampling.py).
     layers_ahead: layers whose intermediate values exist at the same time.
     parallel_models: decode steps of other models go on during a prefill chunk.
     replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py and cpu_matmul.py.
@@ -85,6 +86,7 @@ class ExecutionPolicy:
     eager_prefix_copy: bool
     materialized_attention: bool
     decode_kernel: bool
+    sampling_kernel: bool
     layers_ahead: int
     parallel_models: bool
     replace_kernels: bool
@@ -143,6 +145,7 @@ CPU = ExecutionPolicy(
     eager_prefix_copy=True,
     materialized_attention=True,
     decode_kernel=False,
+    sampling_kernel=False,
     layers_ahead=4,
     parallel_models=True,
     replace_kernels=sys.platform == "linux",
@@ -165,6 +168,7 @@ METAL = ExecutionPolicy(
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=False,
+    sampling_kernel=False,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,
@@ -189,6 +193,7 @@ CUDA = ExecutionPolicy(
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=True,
+    sampling_kernel=True,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,
