@@ -268,6 +268,13 @@ def test_a_step_drafts_where_that_is_faster():
     assert controller(costs=[(4, 1.2), (8, 2.4)]).choose(1, [row(40, 100)], fits).tokens == 4
 
 
+def test_a_step_that_something_else_made_longer_does_not_count_for_good():
+    own = controller()
+    for ratio in (1.2, 9.0, 1.3):
+        own.note_verified(1, Plan(4), ratio)
+    assert own.choose(1, [row(40, 100)], fits).tokens > 1
+
+
 def test_nothing_is_drafted_before_plain_steps_are_measured():
     assert SpeculationController(ModelMetrics("")).choose(1, [row(40, 100)], fits).tokens == 1
 

@@ -11,7 +11,7 @@ import math
 from collections import abc, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import median, median_low
 
 from mlxserver.engine.metrics import ModelMetrics
 
@@ -140,7 +140,8 @@ class _Cost:
 
     @property
     def ratio(self) -> float | None:
-        return median(self.samples) if len(self.samples) >= _LEAST_SAMPLES else None
+        # The lower one of two: what else runs on the machine makes a step longer, never shorter.
+        return median_low(self.samples) if len(self.samples) >= _LEAST_SAMPLES else None
 
 
 class SpeculationController:
