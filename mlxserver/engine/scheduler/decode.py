@@ -195,9 +195,9 @@ class DecodeBatch:
 
     # -- speculation --------------------------------------------------------------------------------------------
 
-    def readers(self) -> abc.Sequence[RunningSequence]:
-        """Sequences that a draft model should read before the next step."""
-        return self._speculation.drafts.readers(self.sequences) if self._speculation else ()
+    def readers(self, token_seconds: float) -> abc.Sequence[RunningSequence]:
+        """Sequences that a draft model should read before the next step. token_seconds: of this model's prefill."""
+        return self._speculation.drafts.readers(self.sequences, token_seconds) if self._speculation else ()
 
     def read(self, readers: abc.Sequence[RunningSequence], own_step_seconds: float, peer_step_seconds: float) -> None:
         """Have the draft model read on. The times are those of steps, which wait meanwhile."""

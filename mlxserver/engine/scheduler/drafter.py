@@ -67,6 +67,7 @@ class Drafter:
         self._last_token = own_size - 1
         self._vocab_size = min(vocab_size, own_size)
         self._is_usable = True
+        self._has_read = False
         self.clear()
 
     # -- sequences ------------------------------------------------------------------------------------------------
@@ -234,9 +235,9 @@ class Drafter:
     # -- reading --------------------------------------------------------------------------------------------------
 
     @property
-    def token_seconds(self) -> float:
-        """Seconds per token that it reads."""
-        return self._prefill.times.each
+    def token_seconds(self) -> float | None:
+        """Seconds per token that it reads; None before it has read any."""
+        return self._prefill.times.each if self._has_read else None
 
     def read(self, sequences: abc.Sequence[RunningSequence], own_step_seconds: float, peer_step_seconds: float) -> None:
         """Read on: a chunk of the prompt of one of these sequences, or tokens that were generated without drafts.
@@ -251,6 +252,7 @@ class Drafter:
             self._begin([running for running in sequences if self._index(running) is None])
         if self._reading:
             self._prefill.advance([self._reading], self._prefill.budget(own_step_seconds, peer_step_seconds))
+            self._has_read = True
             if not self._reading.remaining:
                 self._join(sequences)
 

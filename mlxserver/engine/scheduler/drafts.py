@@ -95,8 +95,8 @@ class Drafts:
 
     # -- the draft model ------------------------------------------------------------------------------------------
 
-    def readers(self, sequences: abc.Sequence[RunningSequence]) -> list[RunningSequence]:
-        """Sequences that the draft model should read, if that pays."""
+    def readers(self, sequences: abc.Sequence[RunningSequence], token_seconds: float) -> list[RunningSequence]:
+        """Sequences that the draft model should read, if that pays. token_seconds: of the prefill of their own."""
         if not (drafter := self._drafter):
             return []
         drafting = [own for own in sequences if self._may_draft(own) and drafter.may_have(own)]
@@ -105,7 +105,8 @@ class Drafts:
             return []
         tokens = sum(drafter.num_behind(running) for running in readers)
         modelled = [EitherRow(None, _model_row(running)) for running in drafting]
-        return readers if self._controller.may_read(len(sequences), modelled, tokens, drafter.token_seconds) else []
+        seconds = drafter.token_seconds or token_seconds * self._controller.draft_cost
+        return readers if self._controller.may_read(len(sequences), modelled, tokens, seconds) else []
 
     def read(self, readers: abc.Sequence[RunningSequence], own_step_seconds: float, peer_step_seconds: float) -> None:
         """Have the draft model read on. The times are those of steps, which wait meanwhile."""

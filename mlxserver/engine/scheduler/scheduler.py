@@ -172,7 +172,7 @@ class Scheduler:
         if not self._prefilling:
             if self._is_held_up or (self._waiting and not self._running.sequences):
                 self._budget.wait()
-            elif readers := self._running.readers():
+            elif readers := self._running.readers(self._prefill.times.each):
                 mx.eval(self._running.sampled)  # the step's time is not the reading's
                 self._meter.end_step()
                 self._running.read(readers, self.load.step_seconds, self._peer_step_seconds)

@@ -153,7 +153,7 @@ class SpeculationController:
     def __init__(self, metrics: ModelMetrics, *, always: bool = False, draft_cost: float = 0.0) -> None:
         self._metrics = metrics
         self._always = always
-        self._draft_cost = draft_cost
+        self.draft_cost = draft_cost
         self.rates = HitRates()
         self.draft_rates = HitRates(priors=_PRIOR_DRAFT_RATES)
         self._plain: dict[int, deque[float]] = {}  # seconds of plain steps, by number of sequences
@@ -247,7 +247,7 @@ class SpeculationController:
         for shorter in reversed(SIZES):
             if shorter < plan.tokens and (ratio := self._cost(sequences, replace(plan, tokens=shorter)).ratio):
                 return 1 + max(ratio - 1, 0) / (shorter - 1) * (plan.tokens - 1)
-        return 1 + (_ASSUMED_COST + (self._draft_cost if plan.is_modelled else 0)) * (plan.tokens - 1)
+        return 1 + (_ASSUMED_COST + (self.draft_cost if plan.is_modelled else 0)) * (plan.tokens - 1)
 
     def _retried(
         self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool], *, has_model: bool
