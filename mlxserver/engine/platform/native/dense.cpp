@@ -2,8 +2,8 @@
 // floats of a vector.
 //
 // A vector has inputs of one row or one output, and several rows are multiplied with several outputs at once, so that
-// most operands stay in registers. Weights are read once for all rows of a block, and the next ones are fetched meanwhile.
-// Those of 16 bits are widened in registers, or for more rows into a buffer: as float32 they are the same numbers, so what
+// most operands stay in registers. Weights are read once for all rows of a block, while the next ones are fetched. Those
+// of 16 bits are widened in registers, or for more rows into a buffer: as float32 they are the same numbers, so what
 // differs from a product with widened weights is the order of the additions.
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
 #include "kernel.h"
@@ -14,10 +14,10 @@ namespace {
 constexpr int PANEL = 4;                      // outputs that are computed at once
 constexpr int MOST = LANES == 16 ? 6 : 3;     // rows that are: as many as there are registers for
 constexpr int64_t DEPTH = 1536;               // inputs of a panel, which stays in a first-level cache
-constexpr int64_t HALF = DEPTH / 2;           // the same for many rows, whose inputs are to stay in the second-level one
+constexpr int64_t HALF = DEPTH / 2;           // the same for many rows, whose inputs stay in a second-level one
 constexpr int64_t MOST_GROUPS = 8;            // of rows, for which weights of 32 bits are read where they are
 constexpr int64_t BLOCK = 64;                 // rows whose inputs stay in a second-level cache
-constexpr int64_t STRIDE = DEPTH + 64;        // between a widened panel's outputs: no power of two, which caches collide at
+constexpr int64_t STRIDE = DEPTH + 64;        // between a widened panel's outputs: caches collide at powers of two
 
 typedef float Quad __attribute__((vector_size(16)));
 
@@ -48,7 +48,8 @@ inline Quad totals(const Floats* sums) {
 
 // ROWS rows times OUTPUTS outputs, for some inputs. weights: from the first output and input on.
 template <typename T, int ROWS, int OUTPUTS>
-__attribute__((noinline)) void block(const Dense& p, const T* weights, int64_t stride, int64_t row, int64_t output, Part part) {
+__attribute__((noinline)) void block(const Dense& p, const T* weights, int64_t stride, int64_t row, int64_t output,
+                                     Part part) {
   const float* x = p.x + row * p.inputs + part.from;
   float* out = p.out + row * p.outputs + output;
   Floats sums[ROWS][OUTPUTS] = {};
@@ -77,7 +78,8 @@ __attribute__((noinline)) void block(const Dense& p, const T* weights, int64_t s
   }
   for (; i < part.depth; i++)
     for (int r = 0; r < ROWS; r++)
-      for (int o = 0; o < OUTPUTS; o++) out[r * p.outputs + o] += widened(weights[o * stride + i]) * x[r * p.inputs + i];
+      for (int o = 0; o < OUTPUTS; o++)
+        out[r * p.outputs + o] += widened(weights[o * stride + i]) * x[r * p.inputs + i];
 }
 
 template <typename T, int ROWS>
@@ -121,7 +123,8 @@ template <typename T>
 void many(const Dense& p, int64_t first, int64_t last) {
   alignas(64) float panel[PANEL * STRIDE];
   const int64_t most = p.rows > MOST_GROUPS * MOST ? HALF : DEPTH;
-  const int64_t parts = (p.inputs + most - 1) / most, each = ((p.inputs + parts - 1) / parts + LANES - 1) / LANES * LANES;
+  const int64_t parts = (p.inputs + most - 1) / most, even = (p.inputs + parts - 1) / parts;
+  const int64_t each = (even + LANES - 1) / LANES * LANES;
   for (int64_t begin = 0; begin < p.rows; begin += BLOCK) {
     const int64_t end = least(begin + BLOCK, p.rows), groups = (end - begin + MOST - 1) / MOST;
     for (Part part{0, 0}; part.from < p.inputs; part.from += each) {

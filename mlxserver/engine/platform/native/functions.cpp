@@ -14,7 +14,7 @@ constexpr float LOWEST = -1e30f;
 inline Floats exponential(Floats x) {
   x = x > splat(-87.0f) ? x : splat(-87.0f);
   x = x < splat(88.0f) ? x : splat(88.0f);
-  const Floats power = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds: floats of that size are integers
+  const Floats power = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds: such floats are integers
   const Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
   Floats sum = splat(1.9875691500e-4f);
   sum = sum * rest + 1.3981999507e-3f;
@@ -61,7 +61,8 @@ void norm(const Norm& p, int64_t first, int64_t last) {
       const Floats own = load_some(x + i, p.width - i, 0.0f);
       sums[0] += own * own;
     }
-    const float scale = 1.0f / __builtin_sqrtf(total((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(p.width) + p.eps);
+    const float squares = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    const float scale = 1.0f / __builtin_sqrtf(squares / float(p.width) + p.eps);
     for (i = 0; i < p.width; i += LANES) {
       const int64_t rest = p.width - i;
       store_some(load_some(x + i, rest, 0.0f) * scale * load_some(p.weight + i, rest, 0.0f), rest, out + i);
@@ -81,7 +82,8 @@ void rotation(const Rotation& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row++) {
     const int64_t token = row % p.tokens, head = row / p.tokens % p.heads, batch = row / p.tokens / p.heads;
     const float* x = p.x + batch * p.strides[0] + head * p.strides[1] + token * p.strides[2];
-    const float *cosines = p.cosines + batch * p.angles + token * half, *sines = p.sines + batch * p.angles * 2 + token * p.dim;
+    const float* cosines = p.cosines + batch * p.angles + token * half;
+    const float* sines = p.sines + batch * p.angles * 2 + token * p.dim;
     float* out = p.out + row * p.dim;
     for (int64_t i = 0; i < half; i += LANES) {
       const int64_t rest = half - i;
@@ -146,7 +148,8 @@ void weigh(const float* weights, int64_t tokens, const float* values, int64_t di
 }
 
 template <int ROWS>
-void weigh_rows(int count, const Attention& p, const float* weights, const float* values, const float* sums, float* out) {
+void weigh_rows(int count, const Attention& p, const float* weights, const float* values, const float* sums,
+                float* out) {
   if (count == ROWS) return weigh<ROWS>(weights, p.tokens, values, p.value_dim, sums, out);
   if constexpr (ROWS > 1) weigh_rows<ROWS - 1>(count, p, weights, values, sums, out);
 }

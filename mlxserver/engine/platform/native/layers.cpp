@@ -93,7 +93,8 @@ class AttentionOperation : public Operation<Attention> {
     }
     return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores.data<float>(), out.data<float>(),
             batch, groups, rows, tokens, q.shape(3), values.shape(3),
-            {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)}, mask_stride, length, scale_, is_causal_};
+            {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)},
+            mask_stride, length, scale_, is_causal_};
   }
 
  private:
@@ -139,7 +140,8 @@ mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& val
   check(!is_causal || length <= tokens);
   Arrays arrays{q, keys, values};
   if (mask) {
-    check(is_wide(*mask) && (mask->shape() == mx::Shape{batch, 1, length, tokens} || mask->shape() == mx::Shape{1, 1, length, tokens}));
+    const mx::Shape all{batch, 1, length, tokens}, one{1, 1, length, tokens};
+    check(is_wide(*mask) && (mask->shape() == all || mask->shape() == one));
     arrays.push_back(*mask);
   }
   const mx::Shape shape{batch, q.shape(1), length, values.shape(3)};

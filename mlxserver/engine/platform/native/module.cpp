@@ -38,7 +38,8 @@ std::vector<Level> found() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     found.push_back(LEVEL("avx512", avx512));
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) found.push_back(LEVEL("avx2", avx2));
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
+    found.push_back(LEVEL("avx2", avx2));
   found.push_back(LEVEL("sse2", portable));
 #elif defined(__aarch64__)
   found.push_back(LEVEL("neon", portable));
