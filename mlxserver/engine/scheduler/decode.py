@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -21,6 +22,7 @@ from mlxserver.engine.mlx import mx
 import numpy as np
 
 from mlxserver.engine.kv_cache.batched import make_batch_cache
+from mlxserver.engine.kv_cache.sight import StepRow, step_sights
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy
@@ -74,6 +76,15 @@ class RunningSequence:
         return len(self.sequence.tokens) + len(self.fed) + 1
 
     @property
+    def row(self) -> StepRow:
+        """Its row of the next step."""
+        offset = len(self.sequence.tokens) - 1 + len(self.fed)
+        if not (images := self.sequence.images):
+            return StepRow(offset)
+        # A prompt may end in an image, and its last token is decoded.
+        return StepRow(offset, images.shift, nullcontext() if self.num_sampled else images.showing(offset, offset + 1))
+
+    @property
     def most_drafted(self) -> int:
         """Most tokens to draft: a verifying step samples one more."""
         return self.sequence.max_tokens - self.num_sampled - 1
@@ -120,6 +131,7 @@ class DecodeBatch:
         speculation: Setting = "off",
         metrics: ModelMetrics | None = None,
     ) -> None:
+        self._model = model
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
         self.cache = make_batch_cache(model, policy, is_shared=is_shared)
@@ -137,7 +149,7 @@ class DecodeBatch:
         self.sequences: list[RunningSequence] = []
         self.cache.clear()
         self.sampled = mx.zeros((0,), dtype=mx.uint32)
-        self._shifts: list[mx.array] = []
+        self._sights: list[mx.array] = []
         self._sampler = self._make_sampler(self._vocab_size)
         self._measured: MeasuredLogprobs | KnownLogprobs = MeasuredLogprobs()
         self._unpublished: list[SampledToken] = []
@@ -166,7 +178,7 @@ class DecodeBatch:
             )
             for sequence, prompt in joining
         ]
-        self._set_shifts()
+        self._set_sights()
         self.pause()
 
     def leave(self, leaving: abc.Sequence[int]) -> None:
@@ -179,7 +191,7 @@ class DecodeBatch:
         self.cache.keep(keep)
         self._set_inputs(self.sampled[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
-        self._set_shifts()
+        self._set_sights()
         self.pause()
 
     def advance(self) -> list[SampledToken]:
@@ -190,7 +202,7 @@ class DecodeBatch:
         if self._num_verified() > 1:
             self._advance_by_drafts(inputs, measured)
             return self.take()
-        logits = self.cache.advance(inputs, self._shifts)
+        logits = self.cache.advance(inputs, self._sights)
         if any(running.sequence.constraint for running in self.sequences):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
             self._unpublished = self._read(inputs, measured, is_fed=True)
@@ -211,10 +223,11 @@ class DecodeBatch:
         mx.async_eval(inputs)  # type: ignore[no-untyped-call]
         self.sampled = inputs
 
-    def _set_shifts(self) -> None:
-        """Set what positions differ from offsets by, of sequences whose prompts have images."""
-        shifts = [running.sequence.images.shift if running.sequence.images else 0 for running in self.sequences]
-        self._shifts = [mx.array(shifts, dtype=mx.int32)] if any(shifts) else []
+    def _set_sights(self) -> None:
+        """Set what the rows of the next step are given, of sequences whose prompts have images."""
+        has_images = any(running.sequence.images for running in self.sequences)
+        sight = getattr(self._model, "sight", None) if has_images else None
+        self._sights = step_sights(sight, [running.row for running in self.sequences]) if sight else []
 
     def _sample(self, logits: mx.array) -> None:
         """Sample the next inputs from the logits of the step, [batch, vocab], and start computing them."""
@@ -223,6 +236,8 @@ class DecodeBatch:
         mx.async_eval(self.sampled, self._measured.arrays)  # type: ignore[no-untyped-call]
         for running in self.sequences:
             running.num_sampled += 1
+        if len(self._sights) > 1:  # a prompt ended in an image, and no answer does
+            self._set_sights()
 
     def _read(self, inputs: mx.array, measured: MeasuredLogprobs | KnownLogprobs, is_fed: bool) -> list[SampledToken]:
         """Wait for the tokens of the step before and record them."""
@@ -243,7 +258,7 @@ class DecodeBatch:
 
     def _num_verified(self) -> int:
         """Tokens of each sequence in the next step: 1, or more if drafted ones are verified."""
-        if not (speculation := self._speculation) or self._shifts:
+        if not (speculation := self._speculation) or self._sights:
             return 1
         rows = [
             DraftingRow(running.lookup.streak, running.most_drafted, running.hit_rates)
@@ -270,7 +285,7 @@ class DecodeBatch:
                 self._speculation.controller.note_verified(len(self.sequences), tokens, seconds)
                 self._returned, self._is_pipelined = now, False
         else:
-            self._sample(self.cache.advance(inputs, self._shifts))
+            self._sample(self.cache.advance(inputs, self._sights))
             self._returned, self._is_pipelined = perf_counter(), True
 
     def _verify(self, inputs: mx.array, tokens: int) -> None:
@@ -304,7 +319,7 @@ class DecodeBatch:
         self._sampler.rewind(sampled, [0] * sequences)
         if self._speculation:
             self._speculation.controller.hold_off()
-        self._sample(self.cache.advance(inputs, self._shifts))
+        self._sample(self.cache.advance(inputs, self._sights))
 
     def _accept(self, rows: list[list[int]], kept: list[int], logprobs: list[dict[int, Logprobs]]) -> None:
         """Record the first `kept` tokens of each sequence. The last of them is the next input, and published then."""
