@@ -5,7 +5,8 @@ architectures of the zoo, vision models, embedding models and rerankers, of rand
 one of those, too. Each model is measured in a separate process: eight sequences fill the KV cache, then one prompt
 fills the context, and a vision model sees large pictures; or, of embedding models and rerankers, texts of several
 lengths fill the largest batches. MLX is the peak of MLX's arrays, RSS that of the process; the estimate is of RSS on a
-CPU, of MLX elsewhere. Held: by the sequences, with the prefixes that are kept.
+CPU, of MLX elsewhere. Held: by the sequences, with the prefixes that are kept. Of images, the estimate here counts what
+these pictures leave, not all that may be kept.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from mlxserver.engine.conversation import Image, Message, Text
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.architecture import inspect_architecture
 from mlxserver.engine.loading.estimate import Estimate, estimate, most_batch_tokens
+from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES
+from mlxserver.engine.loading.vision_model import hidden_size
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.platform.policy import current
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest
@@ -151,7 +154,8 @@ VISION: dict[str, dict[str, Any]] = {
         **{"tile_size": 512, "encoder_patch_size": 16, "max_image_tokens": 256, "max_tiles": 10},
     },
 }
-SIDE, PICTURES = 2048, 8  # pixels of the pictures' sides; so many fill what is kept of them
+SIDE = 2048  # pixels of the pictures' sides
+PICTURES = 8  # which fill what is kept of them
 FACTOR = 4  # of the zoo's heads and their dimensions; hidden sizes grow with its square
 TOKENS = 2048  # of the context, and of the cache
 SEQUENCES, ANSWER = 8, 32
@@ -196,8 +200,8 @@ def write_model(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def measure(source: str, tokens: int) -> dict[str, float]:
-    """Load the model and run the largest requests of a context of so many tokens.
+def measure(source: str, tokens: int, pictures: int) -> dict[str, float]:
+    """Load the model and run the largest requests of a context of so many tokens, and so many pictures.
 
     Returns the sizes in MiB, and the deviation of the estimate in percent.
     """
@@ -213,7 +217,9 @@ def measure(source: str, tokens: int) -> dict[str, float]:
         held = answer(batch, sequences=SEQUENCES, prompt=tokens // SEQUENCES - ANSWER - 2) - active - loaded
         answer(batch, sequences=1, prompt=tokens - ANSWER - 2)
         if runner.facts.kind == "vision":
-            see(runner)
+            dim = hidden_size(sources.checkpoint_metadata(source).config)
+            unused = FEATURE_BYTES + PIXEL_BYTES - see(runner, pictures, dim)
+            expected = replace(expected, activations=expected.activations - unused)
         mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
         batch.close()
     is_off = expected.total / (process if device.is_cpu() else mlx) - 1
@@ -268,21 +274,27 @@ def answer(batch: Any, *, sequences: int, prompt: int) -> int:
     return held
 
 
-def see(runner: Any) -> None:
-    """Answer a request for each of some pictures."""
+def see(runner: Any, pictures: int, dim: int) -> int:
+    """Answer a request for each of so many pictures. Returns the bytes that are kept of them. dim: of embeddings."""
     ids = itertools.count(1000)
-    for seed in range(PICTURES):
+    pixels = features = 0
+    for seed in range(pictures):
         file = io.BytesIO()
         picture(seed, SIDE, SIDE).save(file, "PNG")  # type: ignore[no-untyped-call]
         message = Message("user", (Image(file.getvalue(), "messages[0]"), Text("What is it?")), "messages[0]")
         request = GenerationRequest(ChatPrompt((message,)), {"temperature": 0.0}, max_tokens=ANSWER, ignore_eos=True)
-        ((sequence, _),) = runner.prepare(runner.preprocess(request), ids)
+        prepared = runner.preprocess(request)
+        (seen,) = prepared.formatted.images
+        pixels += sum(array.nbytes for array in seen.image.inputs.values())
+        features += seen.image.tokens * dim * (4 if device.is_cpu() else 2)
+        ((sequence, _),) = runner.prepare(prepared, ids)
         runner.batch.insert([sequence])
         generated = 0
         while generated < ANSWER:
             generated += len(runner.batch.decode())
             runner.batch.prefill()
         runner.batch.remove([sequence.id])
+    return min(pixels, PIXEL_BYTES) + min(features, FEATURE_BYTES)
 
 
 def highest_process_bytes() -> int:
@@ -299,12 +311,14 @@ def main() -> int:
     parser.add_argument("sources", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="the zoo as small as it is")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the context, and of the cache ({TOKENS})")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help=f"that a vision model sees ({PICTURES})")
     parser.add_argument("--one", action="store_true", help="measure a single source here and print JSON")
     arguments = parser.parse_args()
     if arguments.one:
         one = arguments.sources[0]
         makes_text = sources.known_kind(one) in ("text", "vision")
-        print(json.dumps(measure(one, arguments.tokens) if makes_text else measure_encoder(one)))
+        measured = measure(one, arguments.tokens, arguments.pictures) if makes_text else measure_encoder(one)
+        print(json.dumps(measured))
         return 0
     print(
         f"{'MiB':<18}{'weights':>9}{'loaded':>9}{'cache':>9}{'held':>9}   {'estimate':>9}{'MLX':>9}{'RSS':>9}{'off':>8}"
@@ -321,7 +335,7 @@ def main() -> int:
             elif name in LLAMAS or name in ZOO:
                 source = write_model(Path(directory) / "m", config_of(name, is_tiny=arguments.tiny))
             command = [sys.executable, "-m", "tools.measure_memory", "--tokens", str(arguments.tokens)]
-            command += ["--one", str(source)]
+            command += ["--pictures", str(arguments.pictures), "--one", str(source)]
             m = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         sizes = "".join(f"{m[part]:>9.1f}" for part in ("weights", "loaded", "cache", "held"))
         totals = "".join(f"{m[part]:>9.1f}" for part in ("total", "mlx", "rss"))

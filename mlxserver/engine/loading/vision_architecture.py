@@ -11,6 +11,7 @@ from mlxserver.engine.mlx import mx, nn
 
 from mlx.utils import tree_flatten
 
+from mlxserver.engine.loading.encoder_architecture import activation_bytes
 from mlxserver.engine.loading.kinds import SEEING
 from mlxserver.engine.loading.unsupported import Unsupported
 from mlxserver.engine.platform.attention_memory import AttentionMemory
@@ -63,7 +64,7 @@ class VisionArchitecture:
         """Activations of the largest picture."""
         patches = self.most_patches(policy)
         attention = AttentionMemory(self.heads, policy).batch_bytes(self.tiles * patches, patches)
-        return self.tiles * patches * self.width * value_bytes + attention
+        return self.tiles * patches * activation_bytes(self.width, 0, "", value_bytes, policy) + attention
 
 
 def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture:
