@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.architecture import inspect_architecture
 from mlxserver.engine.loading.metadata import FALLBACK_CONTEXT, attention_heads
+from mlxserver.engine.platform.cpu_stored import values_in_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy
 
 # Arrays of an MLP's width that exist for its activation, by its name, and those of any other.
@@ -31,7 +32,7 @@ class EncoderArchitecture:
     """Sizes of an encoder in numbers of values. width: activations per token of a layer. heads: of attention.
 
     context: the longest text in tokens that it has positions for. mlp: width of its MLP and the name of the activation
-    there. is_judge: it is a text model that is asked.
+    there. is_judge: it is a text model that is asked. in_layers: weights that are those of linear and embedding layers.
     """
 
     weights: int
@@ -40,6 +41,7 @@ class EncoderArchitecture:
     context: int
     mlp: tuple[int, str] = (0, "")
     is_judge: bool = False
+    in_layers: int = 0
 
     def activation_bytes(self, value_bytes: int, policy: ExecutionPolicy) -> int:
         """Activations per token, without those of attention."""
@@ -58,7 +60,7 @@ def inspect_reranker_architecture(config: Mapping[str, Any]) -> EncoderArchitect
     model = inspect_architecture(config)
     heads = attention_heads(config, *model.arguments)
     mlp = mlp_of(config)
-    return EncoderArchitecture(model.weights, model.width, heads, positions(config), mlp, is_judge=True)
+    return EncoderArchitecture(model.weights, model.width, heads, positions(config), mlp, True, model.in_layers)
 
 
 def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture:
@@ -72,6 +74,7 @@ def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture
         attention_heads(config),
         positions(config),
         mlp_of(config),
+        in_layers=values_in_layers(model),
     )
 
 
