@@ -88,10 +88,14 @@ def _words(parser: ArgumentParser) -> Words:
 
 def _fish(words: Mapping[str, Words]) -> str:
     lines = [f'complete -c mlx-server -f -n __fish_use_subcommand -a "{" ".join(words)}"']
+    lines += _fish_flags("-n __fish_use_subcommand", words["serve"])
     for name, each in words.items():
         seen = f'-n "__fish_seen_subcommand_from {name}"'
-        required = {True: " -r", False: ""}
-        lines += [f"complete -c mlx-server {seen} -l {flag[2:]}{required[value]}" for flag, value in each.flags.items()]
+        lines += _fish_flags(seen, each)
         if given := [*each.choices, *([FISH_MODELS] if name in WITH_MODELS else ())]:
             lines.append(f'complete -c mlx-server -f {seen} -a "{" ".join(given)}"')
     return "\n".join(lines)
+
+
+def _fish_flags(condition: str, words: Words) -> list[str]:
+    return [f"complete -c mlx-server {condition} -l {flag[2:]}{' -r' * value}" for flag, value in words.flags.items()]
