@@ -63,7 +63,10 @@ def script(shell: str, parser: ArgumentParser) -> str:
         if given := [*each.choices, *([MODELS] if name in WITH_MODELS else ())]:
             cases += [BASH_CASE.format(pattern=f"{name}:*", words=" ".join(given))]
     bash = BASH.format(cases="\n".join(cases))
-    return ZSH.format(bash=bash) if shell == "zsh" else bash
+    if shell == "bash":
+        return bash
+    # Zsh's compgen runs no command; in double quotes the command is run once, and its output is not expanded.
+    return ZSH.format(bash=bash.replace(f"'{MODELS}'", f'"{MODELS}"'))
 
 
 def _commands(parser: ArgumentParser) -> dict[str, Words]:

@@ -161,6 +161,8 @@ def test_completions_are_right_for_their_shell(shell, flag, tmp_path, capfd):
     assert "pull" in script.read_text()
     if shutil.which(shell):
         subprocess.run([shell, flag, script], check=True)
+    if shell == "zsh":  # whose list of words is not expanded
+        assert 'show:*) words="$(mlx-server ls 2>/dev/null | cut -f1)";;' in script.read_text()
     if shell == "bash":
         typed = 'COMP_WORDS=(mlx-server service st); COMP_CWORD=2; _mlx_server; echo "${COMPREPLY[@]}"'
         done = subprocess.run(["bash", "-c", f". {script}; {typed}"], capture_output=True, text=True, check=True)
