@@ -37,7 +37,7 @@ $(VENV)/.installed: requirements/common.txt requirements/cpu.txt requirements/no
 	@sh tools/install_openblas.sh
 	@touch $@
 
-# For quantized weights on a Linux CPU; without a C++ compiler nothing is built, and mlx-server doctor has the line to type.
+# Kernels for a Linux CPU; without a C++ compiler nothing is built, and mlx-server doctor has the line to type.
 $(VENV)/.native: $(VENV)/.installed $(wildcard mlxserver/engine/platform/native/*.*)
 	@echo "[5/5] Kernels for quantized weights, where a Linux CPU has a C++ compiler (compiling takes a minute)"
 	@$(BIN)/python -m mlxserver.engine.platform.native.build

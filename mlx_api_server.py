@@ -86,6 +86,9 @@ DEFAULT_MODELS = (
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )
 
+# Seconds that a thread computes in Python while another waits for its turn. A decode step on a GPU takes 2 to 4 ms, and
+# an engine thread would wait for up to 5 behind the events of the step before.
+SWITCH_INTERVAL = 0.0005
 THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 
 
@@ -134,6 +137,7 @@ def run(arguments: list[str]) -> None:
     # Imported modules stay for good. A full garbage collection that scans them pauses every stream for 50 to 300 ms;
     # without them, for 2 ms.
     gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     leader = lead_or_follow(settings)
     if not settings.has_keys and not is_loopback(settings.host):
         log.warning("Every client that reaches %s may use this server: it has no keys (--api-key).", settings.host)
@@ -241,7 +245,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         pool,
         Scanner().scan,
     )
-    manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
+    manager.cache_usage, manager.drop_prefixes = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:
         yield manager
     finally:

@@ -84,12 +84,12 @@ def _device(settings: Settings) -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from mlxserver.engine.platform import cpu_quantized  # here, because it starts MLX
+    from mlxserver.engine.platform.native.extension import native  # here, because it starts MLX
 
     if not build.is_wanted():
         return
-    if native := cpu_quantized.native():
-        yield Finding("quantized", f"weights stay as they are stored, native kernels ({native.levels()[0]})")
+    if kernels := native():
+        yield Finding("quantized", f"weights stay as they are stored, native kernels ({kernels.levels()[0]})")
     else:
         yield Finding("quantized", "weights are dequantized to float32, and slower", build.missing())
 

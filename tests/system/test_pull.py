@@ -9,7 +9,7 @@ import pytest
 
 from mlx_api_server import read_settings
 from mlxserver.cli.command import main
-from mlxserver.engine.platform.cpu_quantized import native
+from mlxserver.engine.platform.native.extension import native
 from tests.support.hub import COMMIT, serving_hub
 from tools.harness.models import tiny_llama
 

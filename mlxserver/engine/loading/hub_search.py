@@ -68,7 +68,7 @@ def _model(info: Any) -> HubModel:
     size = sum(count * ITEM_BYTES.get(kind, 1) for kind, count in counts.items()) or None
     weights = sum(count * 32 // bits if bits and kind == PACKED else count for kind, count in counts.items()) or None
     format = current().weights
-    is_dequantized = format is WeightPolicy.FLOAT32 or (format is WeightPolicy.QUANTIZED and bits not in (4, 8))
+    is_dequantized = format is WeightPolicy.FLOAT32 or (format is WeightPolicy.QUANTIZED and bits not in (None, 4, 8))
     held = weights and weights * 4 if is_dequantized else size
     return HubModel(
         info.id,
