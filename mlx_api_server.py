@@ -18,9 +18,11 @@ if __name__ == "__main__":
 import asyncio
 import errno
 import gc
+import json
 import logging
 import os
 import socket
+import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,7 +32,7 @@ import uvloop
 
 from mlxserver import __version__
 from mlxserver.config import load
-from mlxserver.config.errors import ConfigInvalid
+from mlxserver.config.errors import ConfigInvalid, ModelInvalid
 from mlxserver.config.http import is_loopback
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.config.written import as_toml
@@ -84,6 +86,9 @@ DEFAULT_MODELS = (
     ModelSpec("mistral", "mlx-community/Mistral-7B-Instruct-v0.3-4bit", type="instruction"),
 )
 
+# Seconds that a thread computes in Python while another waits for its turn. A decode step on a GPU takes 2 to 4 ms, and
+# an engine thread would wait for up to 5 behind the events of the step before.
+SWITCH_INTERVAL = 0.0005
 THREADS_PATIENCE = 5.0  # seconds that idle threads get to end
 
 
@@ -98,7 +103,7 @@ def main() -> int:
     name, arguments = sys.argv[1:2], sys.argv[1:]
     try:
         if name == ["config"]:
-            print(as_toml(read_settings(arguments[1:])), end="")
+            print_settings(arguments[1:])
             return 0
         run(arguments[1:] if name == ["serve"] else arguments)
     except (ConfigInvalid, RanksDiffer) as error:
@@ -113,6 +118,14 @@ def main() -> int:
     return 0
 
 
+def print_settings(arguments: list[str]) -> None:
+    """Print the settings as a TOML file, or with --json as an object. Raises ConfigInvalid."""
+    text = as_toml(read_settings([each for each in arguments if each != "--json"]))
+    endless = {"inf": None}  # JSON has no such number
+    values = tomllib.loads(text, parse_float=lambda number: endless.get(number, float(number)))
+    print(json.dumps(values, indent=2) if "--json" in arguments else text.removesuffix("\n"))
+
+
 def run(arguments: list[str]) -> None:
     """Read the settings, bind the address and serve. Raises ConfigInvalid, OSError."""
     settings = read_settings(arguments)
@@ -124,6 +137,7 @@ def run(arguments: list[str]) -> None:
     # Imported modules stay for good. A full garbage collection that scans them pauses every stream for 50 to 300 ms;
     # without them, for 2 ms.
     gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     leader = lead_or_follow(settings)
     if not settings.has_keys and not is_loopback(settings.host):
         log.warning("Every client that reaches %s may use this server: it has no keys (--api-key).", settings.host)
@@ -153,7 +167,7 @@ def check_sources(settings: Settings) -> Settings:
             sources.check(spec.source)
         except SourceInvalid as error:
             if spec not in DEFAULT_MODELS:
-                raise ConfigInvalid(f"model {spec.key}", spec.source, str(error)) from None
+                raise ModelInvalid(spec.key, error) from None
             left_out.setdefault(str(error), []).append(spec.key)
     for reason, keys in left_out.items():
         log.warning("Without %s. %s", ", ".join(keys), reason)
@@ -231,7 +245,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         pool,
         Scanner().scan,
     )
-    manager.cache_usage, manager.clear_cache = builder.prefix_cache.usage, builder.prefix_cache.clear
+    manager.cache_usage, manager.drop_prefixes = builder.prefix_cache.usage, builder.prefix_cache.clear
     try:
         yield manager
     finally:

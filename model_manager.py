@@ -39,6 +39,7 @@ from mlxserver.manager.tasks import Tasks
 
 log = logging.getLogger("models")
 
+_SETTLE_PATIENCE = 5.0  # seconds for a busy engine to come to the end of its step
 CLOSE_GRACE = 10.0  # seconds that engines get to end
 
 
@@ -48,7 +49,7 @@ class ModelManager:
     start_engine: makes the engine of a spec (runners/builder.py in the server, a scripted one in tests).
     measure_memory: bytes that this process holds; measure_arrays: those of them in models' arrays. estimate: memory
     that a model will take. `ranks`: reports of the ranks that share models, none if the server is alone. `cache_usage`,
-    `clear_cache`: of the prefix cache. pool: what the engines' KV cache and prefixes come out of. scan: finds
+    `drop_prefixes`: of the prefix cache. pool: what the engines' KV cache and prefixes come out of. scan: finds
     the models of this machine; None: there are none.
     """
 
@@ -65,7 +66,7 @@ class ModelManager:
         self.settings = settings
         self.ranks: Callable[[], Sequence[RankReport]] = list
         self.cache_usage: Callable[[], Sequence[TierUsage]] = list
-        self.clear_cache: Callable[[], None] = lambda: None
+        self.drop_prefixes: Callable[[], None] = lambda: None
         self.memory = MemoryBudget(self._rules, measure_arrays, pool)
         self._started = time.monotonic()
         self.estimate = estimate
@@ -106,6 +107,15 @@ class ModelManager:
     def is_closing(self) -> bool:
         """Whether the server stops."""
         return self.memory.is_closed
+
+    async def clear_cache(self) -> None:
+        """Empty the prefix cache, in memory and on disk: of all requests that have ended, the last ones too."""
+        settled = [asyncio.ensure_future(instance.settled()) for instance in self.all_instances]
+        if settled:
+            _, late = await asyncio.wait(settled, timeout=_SETTLE_PATIENCE)
+            for task in late:
+                task.cancel()
+        await asyncio.to_thread(self.drop_prefixes)
 
     # -- register, resolve ----------------------------------------------------------------------------------------
 

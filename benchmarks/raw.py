@@ -16,6 +16,7 @@ import os
 from collections import abc, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -42,6 +43,7 @@ from mlxserver.client.bench.load import Sample
 from mlxserver.client.events import Usage
 from mlxserver.client.stats import Timing
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.sequence import Sequence
 
 BANDWIDTH_BYTES = 1 << 28
@@ -179,7 +181,8 @@ class Measures:
 
     @cached_property
     def _ours(self) -> Any:
-        return loader.load(ModelSpec("raw", str(self._directory))).model
+        spec = ModelSpec("raw", str(self._directory))
+        return loader.load(replace(spec, weights="bfloat16") if estimate(spec).widened else spec).model
 
     @cached_property
     def _tokenizer(self) -> Any:

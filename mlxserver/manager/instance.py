@@ -157,6 +157,11 @@ class ModelInstance:
     def _engine(self) -> Engine | None:
         return self._lifecycle.engine
 
+    async def settled(self) -> None:
+        """Wait until the engine, if there is one, is through with the requests that have ended."""
+        if self._engine:
+            await self._engine.settled()
+
     async def generate(
         self, request: EngineRequest, idle_timeout: float | None = None, dialect: str = ""
     ) -> Generation:

@@ -48,7 +48,7 @@ class OpsHandlers:
 
     async def clear_cache(self, request: Request) -> Response:
         """POST /v1/cache/clear."""
-        await asyncio.to_thread(self._manager.clear_cache)
+        await self._manager.clear_cache()
         return await self.cache(request)
 
     async def openapi(self, request: Request) -> Response:

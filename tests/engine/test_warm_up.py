@@ -16,6 +16,7 @@ from mlxserver.engine.platform.policy import CPU, CUDA, METAL
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.warm_up import ChunkShape, DecodeShape, lengths_up_to
+from mlxserver.engine.worker import engine_thread
 from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.runner import PAUSE
 from tests.support.architectures import random_model
@@ -152,6 +153,18 @@ async def test_a_request_goes_before_the_next_step_of_idle_work_which_goes_on_be
         await idle.until_begun(3)
         assert (await read(engine.submit(request(max_tokens=2))))[-1] == Usage(5, 2)
         assert idle.is_over
+
+
+@within_deadline
+async def test_idle_work_does_not_begin_between_two_requests_that_follow_each_other(monkeypatch):
+    monkeypatch.setattr(engine_thread, "_QUIET_SECONDS", 2 * DEADLINE)
+    async with idle_engine() as (engine, idle):
+        first = engine.submit(request(max_tokens=3))
+        idle.gate.release(5)
+        await read(first)
+        for _ in range(3):
+            assert (await read(engine.submit(request(max_tokens=2))))[-1] == Usage(5, 2)
+        assert idle.done == 1
 
 
 @within_deadline

@@ -23,7 +23,7 @@ class WeightPolicy(Enum):
     """Format of a loaded model's weights."""
 
     STORED = "as the checkpoint has them"
-    QUANTIZED = "quantized ones as stored, for native kernels; others in float32"
+    QUANTIZED = "quantized and 16-bit ones as stored, for native kernels; others in float32"
     BFLOAT16 = "dequantized to 16 bits"
     FLOAT32 = "dequantized to float32"
 
@@ -59,6 +59,7 @@ class ExecutionPolicy:
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
         model and its types allow it.
+    sampling_kernel: tokens are drawn by one kernel (cuda_sampling.py).
     layers_ahead: layers whose intermediate values exist at the same time.
     parallel_models: decode steps of other models go on during a prefill chunk.
     replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py and cpu_matmul.py.
@@ -85,6 +86,7 @@ class ExecutionPolicy:
     eager_prefix_copy: bool
     materialized_attention: bool
     decode_kernel: bool
+    sampling_kernel: bool
     layers_ahead: int
     parallel_models: bool
     replace_kernels: bool
@@ -126,7 +128,7 @@ class ExecutionPolicy:
 
 # MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, too long to be measured between two
 # requests. Its float16 and quantized products are some thirty times slower there than those of float32: quantized
-# weights are dequantized, unless native kernels are built (cpu_quantized.py), which are faster than both. Time grows
+# weights are dequantized, unless native kernels are built (cpu_stored.py), which are faster than both. Time grows
 # with every slot and token that is computed. MLX's CPU backend runs up to two hundred operations ahead, some four
 # layers, and an array that is written to before its copy has been computed is copied as a whole.
 CPU = ExecutionPolicy(
@@ -143,6 +145,7 @@ CPU = ExecutionPolicy(
     eager_prefix_copy=True,
     materialized_attention=True,
     decode_kernel=False,
+    sampling_kernel=False,
     layers_ahead=4,
     parallel_models=True,
     replace_kernels=sys.platform == "linux",
@@ -165,6 +168,7 @@ METAL = ExecutionPolicy(
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=False,
+    sampling_kernel=False,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,
@@ -189,6 +193,7 @@ CUDA = ExecutionPolicy(
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=True,
+    sampling_kernel=True,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,
@@ -206,7 +211,8 @@ def policy_for(kind: DeviceKind) -> ExecutionPolicy:
 @functools.cache
 def current() -> ExecutionPolicy:
     """The policy of the device in use."""
-    from mlxserver.engine.platform import cpu_quantized, device
+    from mlxserver.engine.platform import device
+    from mlxserver.engine.platform.native.extension import native
 
     policy = policy_for(device.describe().kind)
-    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and cpu_quantized.native() else policy
+    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and native() else policy

@@ -19,7 +19,7 @@ from collections import abc
 from mlxserver.engine.mlx import mx
 
 from mlxserver.config.sampling_params import SamplingParams
-from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform import cpu_kernels, cuda_sampling
 from mlxserver.engine.platform.policy import current
 from mlxserver.engine.sequence import Sequence
 
@@ -50,6 +50,14 @@ def _is_filtered(sampling: SamplingParams) -> bool:
     return sampling.temperature > 0 and bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0)
 
 
+def _kernel_settings(sampling: SamplingParams, vocab_size: int) -> tuple[float, float, float, float]:
+    """A sequence's settings as cuda_sampling.draw() has them."""
+    if sampling.temperature == 0:
+        return 0.0, 1.0, 0.0, vocab_size
+    top_k = min(sampling.top_k or vocab_size, vocab_size)
+    return 1.0 / max(sampling.temperature, _SMALLEST_TEMPERATURE), sampling.top_p, sampling.min_p, top_k
+
+
 def _column(values: abc.Sequence[float]) -> mx.array:
     return mx.array(list(values), dtype=mx.float32)[:, None]
 
@@ -59,7 +67,9 @@ class BatchSampler:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._softmax = cpu_kernels.softmax if current().replace_kernels else mx.softmax
+        policy = current()
+        self._softmax = cpu_kernels.softmax if policy.replace_kernels else mx.softmax
+        self._has_kernel = policy.sampling_kernel
         self._settings: list[SamplingParams] = []
         self._keys = mx.zeros((0, 2), dtype=mx.uint32)
         self._generated: mx.array | None = None  # [batch, vocab], how often each token was generated
@@ -93,16 +103,20 @@ class BatchSampler:
 
         allowed: [batch, vocab] of bool, the tokens that each sequence's constraint allows; None allows every token.
         """
-        logits = logits.astype(mx.float32)
+        if not self._has_kernel:
+            logits = logits.astype(mx.float32)
         if self._bias is not None:
             logits = logits + self._bias
         if self._generated is not None and self._prompted is not None:
             logits = self._penalize(logits, self._generated, self._prompted)
         if allowed is not None:
             logits = mx.where(allowed, logits, -mx.inf)
-        tokens = mx.argmax(logits, axis=-1)
-        if self._is_sampled:
-            tokens = mx.where(self._greedy, tokens, self._draw(logits, tokens))
+        if self._is_sampled and self._has_kernel:
+            tokens = cuda_sampling.draw(logits, self._kernel_settings, self._uniform())
+        else:
+            tokens = mx.argmax(logits, axis=-1)
+            if self._is_sampled:
+                tokens = mx.where(self._greedy, tokens, self._draw(logits, tokens))
         if self._generated is not None:
             self._generated = self._generated.at[mx.arange(len(self._settings)), tokens].add(1.0)
         return tokens
@@ -122,10 +136,12 @@ class BatchSampler:
         settings = self._settings
         self._is_sampled = any(one.temperature > 0 for one in settings)
         self._has_filter = any(map(_is_filtered, settings))
-        if self._is_sampled:
+        if self._is_sampled and self._has_kernel:
+            self._kernel_settings = mx.array([_kernel_settings(one, self._vocab_size) for one in settings])
+        elif self._is_sampled:
             self._greedy = mx.array([one.temperature == 0 for one in settings])
             self._inverse_temperature = _column([1.0 / max(one.temperature, _SMALLEST_TEMPERATURE) for one in settings])
-        if self._has_filter:
+        if self._has_filter and not self._has_kernel:
             candidates = [min(self._vocab_size, max(CANDIDATES, 1 << one.top_k.bit_length())) for one in settings]
             self._candidates = max(candidates)
             self._widest_nucleus = _column(candidates)  # each its own, so that other sequences' top_k changes nothing
@@ -143,14 +159,18 @@ class BatchSampler:
         if self._has_filter:
             probabilities = mx.where(probabilities >= self._threshold(probabilities), probabilities, 0.0)
         cumulative = mx.cumsum(probabilities, axis=-1)
-        uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
-        self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
-        bound = mx.minimum(uniform, _LARGEST_UNIFORM) * cumulative[:, -1:]
+        bound = mx.minimum(self._uniform(), _LARGEST_UNIFORM) * cumulative[:, -1:]
         tokens = mx.minimum(mx.sum(cumulative <= bound, axis=-1), self._vocab_size - 1).astype(mx.uint32)
         # A GPU adds up in parallel: its sums may rise by a rounding error where the probability is 0. And logits that
         # are NaN leave nothing to draw from; the next step needs a token that exists all the same.
         chance = mx.take_along_axis(probabilities, tokens[:, None], axis=-1)[:, 0]
         return mx.where(chance > 0, tokens, likeliest)
+
+    def _uniform(self) -> mx.array:
+        """The next number of each sequence's random stream, [batch, 1] in [0, 1)."""
+        uniform: mx.array = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
+        self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
+        return uniform
 
     def _threshold(self, probabilities: mx.array) -> mx.array:
         """The smallest probability to keep of each sequence, [batch, vocab] -> [batch, 1]."""

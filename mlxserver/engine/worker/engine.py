@@ -17,7 +17,7 @@ from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.requests import EngineRequest, ModelFacts, Question
 from mlxserver.engine.worker.engine_thread import EngineThread, EventLoopSide
 from mlxserver.engine.worker.generation import Generation
-from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
+from mlxserver.engine.worker.mailbox import Barrier, Cancel, Mailbox, Stop, Submit
 from mlxserver.engine.worker.runner import Runner
 from mlxserver.engine.worker.subscribers import Subscribers
 from mlxserver.engine.worker.thread_pool import Joinable, start_thread
@@ -80,6 +80,17 @@ class Engine:
     async def ask(self, question: Question) -> Any:
         """The answer to a question about prompts and tokens. Raises PromptRejected, EngineStopped."""
         return await self._tokenizer_worker.answer(question)
+
+    async def settled(self) -> None:
+        """Wait until the generations that have ended have left the batch, and their KV cache is in the prefix cache."""
+        settled = asyncio.Event()
+        self._mailbox.put(Barrier(settled.set))
+        waits = [asyncio.ensure_future(event.wait()) for event in (settled, self._ended)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     @property
     def num_running(self) -> int:

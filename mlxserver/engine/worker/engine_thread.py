@@ -8,6 +8,7 @@ Rule 3: a fault ends what it concerns and nothing more: a request, a step (worke
 from __future__ import annotations
 
 import logging
+import time
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 from mlxserver.engine.worker.faults import request_failure, without_frames
 from mlxserver.engine.worker.generation import Generation
-from mlxserver.engine.worker.mailbox import Cancel, Mailbox, Stop, Submit
+from mlxserver.engine.worker.mailbox import Barrier, Cancel, Mailbox, Stop, Submit
 from mlxserver.engine.worker.recovery import MOST_IN_A_ROW, Recovery
 from mlxserver.engine.worker.runner import PAUSE, Output, Runner
 from mlxserver.engine.worker.subscribers import Subscribers
@@ -32,6 +33,7 @@ from mlxserver.engine.worker.tracker import StepOutputs, TrackedRequest, Tracker
 log = logging.getLogger("engine")
 
 _PAUSE_SECONDS = 0.5  # between idle steps while other models compute
+_QUIET_SECONDS = 0.5  # from the last request to the first idle step: the next turn of an agent may come at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +48,23 @@ class EventLoopSide:
 
     def started(self, facts: ModelFacts) -> None:
         """Report that the model is loaded."""
-        self._call(self.on_start, facts)
+        self.call(self.on_start, facts)
 
     def deliver(self, generation: Generation, event: Accepted | None = None, error: EngineError | None = None) -> None:
         """Deliver the first event of a generation, or its end."""
-        self._call(self.subscribers.deliver, generation, [event] if event else [], event is None, error)
+        self.call(self.subscribers.deliver, generation, [event] if event else [], event is None, error)
 
     def deliver_all(self, outputs: StepOutputs) -> None:
         """Deliver the outputs of a step, if there are any."""
         if outputs:
-            self._call(self.subscribers.deliver_all, outputs)
+            self.call(self.subscribers.deliver_all, outputs)
 
     def ended(self, error: EngineError) -> None:
         """Report that the thread ends."""
-        self._call(self.on_end, error)
+        self.call(self.on_end, error)
 
-    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function on the event loop, unless it is closed."""
         try:
             self.call_soon(function, *arguments)
         except RuntimeError:  # the loop is closed, and with it every waiter gone
@@ -95,6 +98,7 @@ class EngineThread:
         self._sequence_ids = count()
         self._idle_steps: Iterator[object] | None = None
         self._is_paused = False  # the last idle step could do nothing
+        self._quiet_at = 0.0  # from when on idle steps may begin, by time.monotonic()
 
     def run(self) -> None:
         """Run until stopped. The one place that catches everything: here the thread ends."""
@@ -174,16 +178,29 @@ class EngineThread:
 
     def _take_messages(self, runner: Runner) -> bool:
         """Handle the messages of the event loop; waits for one while there is nothing to do. False: the end."""
-        is_idle = runner.batch.is_empty() and (self._is_paused or not self._idle_steps)
-        for message in self._mailbox.take(is_idle, _PAUSE_SECONDS if self._is_paused else None):
+        waits, seconds = self._wait(runner.batch)
+        for message in self._mailbox.take(waits, seconds):
             match message:
                 case Submit(generation):
                     self._admit(runner, generation)
                 case Cancel(generation):
                     self._drop(runner.batch, generation)
+                case Barrier(passed):
+                    self._event_loop.call(passed)
                 case Stop():
                     return False
         return True
+
+    def _wait(self, batch: Batch) -> tuple[bool, float | None]:
+        """Whether to wait for a message, and the most seconds; None: until one comes."""
+        now = time.monotonic()
+        if not batch.is_empty():
+            self._quiet_at = now + _QUIET_SECONDS
+            return False, None
+        if not self._idle_steps:
+            return True, None
+        seconds = max(self._quiet_at - now, _PAUSE_SECONDS if self._is_paused else 0.0)
+        return seconds > 0, seconds
 
     def _admit(self, runner: Runner, generation: Generation) -> None:
         try:

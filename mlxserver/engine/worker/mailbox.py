@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mlxserver.engine.worker.generation import Generation
@@ -27,11 +27,18 @@ class Cancel:
     generation: Generation
 
 
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """Call `passed` when all that came before is done: what ended before has left the batch."""
+
+    passed: Callable[[], None]
+
+
 class Stop:
     """End the thread."""
 
 
-Message = Submit | Cancel | Stop
+Message = Submit | Cancel | Barrier | Stop
 
 
 class Mailbox:
