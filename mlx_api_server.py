@@ -18,9 +18,11 @@ if __name__ == "__main__":
 import asyncio
 import errno
 import gc
+import json
 import logging
 import os
 import socket
+import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,7 +32,7 @@ import uvloop
 
 from mlxserver import __version__
 from mlxserver.config import load
-from mlxserver.config.errors import ConfigInvalid
+from mlxserver.config.errors import ConfigInvalid, ModelInvalid
 from mlxserver.config.http import is_loopback
 from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.config.written import as_toml
@@ -101,7 +103,7 @@ def main() -> int:
     name, arguments = sys.argv[1:2], sys.argv[1:]
     try:
         if name == ["config"]:
-            print(as_toml(read_settings(arguments[1:])), end="")
+            print_settings(arguments[1:])
             return 0
         run(arguments[1:] if name == ["serve"] else arguments)
     except (ConfigInvalid, RanksDiffer) as error:
@@ -114,6 +116,14 @@ def main() -> int:
         print(f"error: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
+
+
+def print_settings(arguments: list[str]) -> None:
+    """Print the settings as a TOML file, or with --json as an object. Raises ConfigInvalid."""
+    text = as_toml(read_settings([each for each in arguments if each != "--json"]))
+    endless = {"inf": None}  # JSON has no such number
+    values = tomllib.loads(text, parse_float=lambda number: endless.get(number, float(number)))
+    print(json.dumps(values, indent=2) if "--json" in arguments else text.removesuffix("\n"))
 
 
 def run(arguments: list[str]) -> None:
@@ -157,7 +167,7 @@ def check_sources(settings: Settings) -> Settings:
             sources.check(spec.source)
         except SourceInvalid as error:
             if spec not in DEFAULT_MODELS:
-                raise ConfigInvalid(f"model {spec.key}", spec.source, str(error)) from None
+                raise ModelInvalid(spec.key, error) from None
             left_out.setdefault(str(error), []).append(spec.key)
     for reason, keys in left_out.items():
         log.warning("Without %s. %s", ", ".join(keys), reason)

@@ -118,6 +118,7 @@ def converse(arguments: Namespace, opening: list[Message], images: list[Part]) -
     images: shown with the first question that is answered.
     """
     arguments.stream, messages = True, opening
+    views.print_status("Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     for line in typed_lines():
         question: Message = {"role": "user", "content": content_of(line, [] if messages is not opening else images)}
         printer = AnswerPrinter()

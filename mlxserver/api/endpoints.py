@@ -147,7 +147,14 @@ ENDPOINTS = (
         media="text/event-stream",
     ),
     Endpoint("pin_model", "POST", "/v1/models/pin", "Pin a model, or unpin it.", "Pinned", PinRequest, manages=True),
-    Endpoint("list_requests", "GET", "/v1/requests", "The last requests.", "RequestList", manages=True),
+    Endpoint(
+        "list_requests",
+        "GET",
+        "/v1/requests",
+        "The last requests; ?after=CURSOR: what is new.",
+        "RequestList",
+        manages=True,
+    ),
     Endpoint(
         "retrieve_request",
         "GET",

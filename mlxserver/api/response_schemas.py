@@ -275,7 +275,9 @@ RESPONSE_SCHEMAS: dict[str, Schema] = {
         disk=maybe(exactly(entries=COUNT, bytes=COUNT, hits=COUNT)),
     ),
     "Reloaded": exactly(added=each(TEXT), removed=each(TEXT), changed=each(TEXT), restart_needed=each(TEXT)),
-    "RequestList": exactly(object=one_of("list"), data=each(exactly(**REQUEST))),
+    "RequestList": exactly(
+        object=one_of("list"), data=each(exactly(**REQUEST)), cursor=TEXT, is_whole={"type": "boolean"}
+    ),
     "RequestTrace": exactly(
         spans=each(
             exactly(

@@ -1,69 +1,97 @@
-"""`mlx-server completions SHELL`: completions, made from the parser, so that they know what it knows.
+"""`mlx-server completions SHELL`: completions, made from the parsers, so that they know what these know.
 
-Models complete by what `mlx-server ls` prints.
+Words that begin with a dash are completed to flags, others to what the command takes; models are those that
+`mlx-server ls` prints. Where nothing is known the shell completes names of files.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-MODELS = "mlx-server ls 2>/dev/null | cut -f1"
+from mlxserver.client.launch import options as launch
+from mlxserver.config import load
+from mlxserver.config.settings import Settings
+
+MODELS = "$(mlx-server ls 2>/dev/null | cut -f1)"
+FISH_MODELS = "(mlx-server ls 2>/dev/null | cut -f1)"
 WITH_MODELS = ("show", "rm")  # commands whose argument is a model
-OTHERS = ("serve", "launch", "config")
 
+# Bash divides words at colons. Its list of words stands in single quotes: names of models are not expanded.
 BASH = """_mlx_server() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}}
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W "{commands}" -- "$current"))
-        return
+    local current=${{COMP_WORDS[COMP_CWORD]}} before=
+    if [ "$current" = : ]; then
+        before=${{COMP_WORDS[COMP_CWORD-1]}}: current=
+    elif [ "${{COMP_WORDS[COMP_CWORD-1]}}" = : ]; then
+        before=${{COMP_WORDS[COMP_CWORD-2]}}:
     fi
-    case ${{COMP_WORDS[1]}} in
+    local command=${{COMP_WORDS[1]}} words=
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        command=
+    fi
+    case $command:$before$current in
 {cases}
     esac
+    COMPREPLY=($(compgen -W "$words" -- "$before$current"))
+    COMPREPLY=("${{COMPREPLY[@]#"$before"}}")
 }}
-complete -F _mlx_server mlx-server"""
-BASH_CASE = '        {name}) COMPREPLY=($(compgen -W "{words}" -- "$current"));;'
-ZSH = """#compdef mlx-server
+complete -o default -F _mlx_server mlx-server"""
+BASH_CASE = "        {pattern}) words='{words}';;"
+ZSH = """(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
 autoload -Uz bashcompinit && bashcompinit
 {bash}"""
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a command takes. flags: with whether a value follows them. choices: of its argument."""
+
+    flags: Mapping[str, bool]
+    choices: tuple[str, ...] = ()
+
+
 def script(shell: str, parser: ArgumentParser) -> str:
     """What a shell reads to complete the commands."""
-    words = _words(parser)
+    words = _commands(parser)
     if shell == "fish":
         return _fish(words)
-    cases = (BASH_CASE.format(name=name, words=" ".join(_with_models(name, each))) for name, each in words.items())
-    bash = BASH.format(commands=" ".join([*words, *OTHERS]), cases="\n".join(cases))
+    cases = [BASH_CASE.format(pattern=":-*", words=" ".join(words["serve"].flags))]
+    cases += [BASH_CASE.format(pattern=":*", words=" ".join(words))]
+    for name, each in words.items():
+        cases += [BASH_CASE.format(pattern=f"{name}:-*", words=" ".join(each.flags))]
+        if given := [*each.choices, *([MODELS] if name in WITH_MODELS else ())]:
+            cases += [BASH_CASE.format(pattern=f"{name}:*", words=" ".join(given))]
+    bash = BASH.format(cases="\n".join(cases))
     return ZSH.format(bash=bash) if shell == "zsh" else bash
 
 
-def _words(parser: ArgumentParser) -> Mapping[str, list[str]]:
-    """The flags and choices of every command."""
+def _commands(parser: ArgumentParser) -> dict[str, Words]:
+    """The words of every command."""
     (commands,) = (each for each in parser._actions if isinstance(each, _SubParsersAction))
-    return {
-        name: [
-            word
-            for action in each._actions
-            for word in (*action.option_strings, *(map(str, action.choices) if action.choices else ()))
-            if word != "-h"
-        ]
-        for name, each in commands.choices.items()
+    server = load.parser(Settings())
+    known = {**commands.choices, "serve": server, "launch": launch.parser()}
+    words = {name: _words(each) for name, each in known.items()}
+    return {**words, "config": Words({**words["serve"].flags, "--json": False})}
+
+
+def _words(parser: ArgumentParser) -> Words:
+    flags = {
+        option: action.nargs not in (0, "?")
+        for action in parser._actions
+        for option in action.option_strings
+        if option != "-h"
     }
+    choices = (map(str, each.choices) for each in parser._actions if each.choices and not each.option_strings)
+    return Words(flags, tuple(word for each in choices for word in each))
 
 
-def _with_models(name: str, words: list[str]) -> list[str]:
-    return [*words, f"$({MODELS})"] if name in WITH_MODELS else words
-
-
-def _fish(words: Mapping[str, list[str]]) -> str:
-    lines = [f'complete -c mlx-server -f -n __fish_use_subcommand -a "{" ".join([*words, *OTHERS])}"']
+def _fish(words: Mapping[str, Words]) -> str:
+    lines = [f'complete -c mlx-server -f -n __fish_use_subcommand -a "{" ".join(words)}"']
     for name, each in words.items():
         seen = f'-n "__fish_seen_subcommand_from {name}"'
-        lines += [f"complete -c mlx-server {seen} -l {word[2:]}" for word in each if word.startswith("--")]
-        if choices := [word for word in each if not word.startswith("-")]:
-            lines.append(f'complete -c mlx-server -f {seen} -a "{" ".join(choices)}"')
-        if name in WITH_MODELS:
-            lines.append(f'complete -c mlx-server -f {seen} -a "({MODELS})"')
+        required = {True: " -r", False: ""}
+        lines += [f"complete -c mlx-server {seen} -l {flag[2:]}{required[value]}" for flag, value in each.flags.items()]
+        if given := [*each.choices, *([FISH_MODELS] if name in WITH_MODELS else ())]:
+            lines.append(f'complete -c mlx-server -f {seen} -a "{" ".join(given)}"')
     return "\n".join(lines)

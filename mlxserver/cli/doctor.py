@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from mlxserver import __version__
-from mlxserver.client.views import console
+from mlxserver.client.views import console, wrapped
 from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import estimate, sources
@@ -84,12 +84,12 @@ def _device(settings: Settings) -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from mlxserver.engine.platform import cpu_quantized  # here, because it starts MLX
+    from mlxserver.engine.platform.native.extension import native  # here, because it starts MLX
 
     if not build.is_wanted():
         return
-    if native := cpu_quantized.native():
-        yield Finding("quantized", f"weights stay as they are stored, native kernels ({native.levels()[0]})")
+    if kernels := native():
+        yield Finding("quantized", f"weights stay as they are stored, native kernels ({kernels.levels()[0]})")
     else:
         yield Finding("quantized", "weights are dequantized to float32, and slower", build.missing())
 
@@ -115,6 +115,7 @@ def _disk(name: str, path: Path) -> Finding:
     if not os.access(existing, os.W_OK):
         return Finding(name, value, f"make {existing} writable, or set HF_HOME and MLX_SERVER_CACHE to another folder")
     if free < LEAST_FREE:
+        value = f"{path}, only {decimal(free)} free"
         return Finding(name, value, "free some space: mlx-server ls shows models, mlx-server rm removes one")
     return Finding(name, value)
 
@@ -126,7 +127,7 @@ def _policies() -> Iterator[Finding]:
     choices = [each for each in KeptChoices(cache_directory() / CHOICES).all() if each.speedups]
     yield from (Finding("policy", f"{each.device}: {each}") for each in choices[:MOST_POLICIES])
     if not choices:
-        yield Finding("policies", "none is measured yet: the first load of a model does it in idle moments")
+        yield Finding("policies", "not measured yet: an idle server finds out how its models run fastest here")
 
 
 def _measurement() -> Iterator[Finding]:
@@ -135,7 +136,8 @@ def _measurement() -> Iterator[Finding]:
     rates = measure()
     yield Finding("products", f"{rates.flops / 1e9:,.0f} GFLOP/s: bounds how fast prompts are read")
     per_second = rates.read_bytes / 1e9
-    yield Finding("reading", f"{per_second:,.1f} GB/s: at most so many tokens/s of a model with 1 GB of weights")
+    bound = f"at most {per_second:,.1f} tokens/s of one stream, for 1 GB of weights"
+    yield Finding("reading", f"{per_second:,.1f} GB/s: {bound}")
 
 
 def _print(finding: Finding) -> None:
@@ -144,7 +146,10 @@ def _print(finding: Finding) -> None:
     if not terminal.is_terminal:
         print("\t".join(filter(None, (mark, finding.name, finding.value, finding.remedy))))
         return
-    line = Text.assemble((f"{mark:<8}", "red" if finding.remedy else "green"), (f"{finding.name:<16}", "bold"))
-    terminal.print(line.append(finding.value), soft_wrap=True)
+    head = f"{mark:<8}{finding.name:<16}"
+    line = Text(wrapped(head + finding.value, terminal.width, min(len(head), terminal.width // 4)))
+    line.stylize("red" if finding.remedy else "green", 0, len(mark))
+    line.stylize("bold", 8, len(head))
+    terminal.print(line, soft_wrap=True)
     if finding.remedy:
-        terminal.print(Text(f"{'':<24}→ {finding.remedy}", "yellow"), soft_wrap=True)
+        terminal.print(Text(f"  → {finding.remedy}", "yellow"), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -132,9 +133,10 @@ async def rm(options: Namespace, settings: ReadSettings) -> int:
     """Remove a model's files, if that is confirmed. Raises ClientError, EngineError."""
     found = await listing(options, settings)
     fields = found.find(options.model)
-    taken = size((fields.get("local") or fields).get("size_bytes"))
-    where = ", ".join(filter(None, (taken, fields.get("path"))))
-    if not options.yes and not _is_confirmed(f"Remove {fields['id']} ({where})?"):
+    bytes_on_disk = (fields.get("local") or fields).get("size_bytes")
+    where = ", ".join(filter(None, (size(bytes_on_disk), fields.get("path"))))
+    has_files = bool(bytes_on_disk or fields.get("path"))  # without, the removal is refused below
+    if has_files and not options.yes and not _is_confirmed(f"Remove {fields['id']} ({where})?"):
         print_status("Nothing was removed.")
         return 1
     if found.url:
@@ -159,7 +161,14 @@ def _is_confirmed(question: str) -> bool:
     """The answer of the person at the terminal. Raises SettingInvalid without a terminal."""
     if not sys.stdin.isatty():
         raise SettingInvalid("--yes", "", "this flag, where stdin is no terminal")
-    return console(stderr=True).input(f"{question} [y/N] ", markup=False).strip().lower() in ("y", "yes")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would let the question go on
+    try:
+        answer = console(stderr=True).input(f"{question} [y/N] ", markup=False)
+    except EOFError:
+        answer = ""
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return answer.strip().lower() in ("y", "yes")
 
 
 def _row(fields: Fields) -> tuple[str, ...]:

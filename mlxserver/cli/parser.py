@@ -7,7 +7,7 @@ from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescription
 from mlxserver.client.defaults import DEFAULT_BASE_URL, EXIT_STATUSES
 
 COMMANDS = """commands:
-  serve             serve models; what happens without a command (serve --help has its flags)
+  serve             serve models, as without a command; serve --help has its flags
   launch PROGRAM    start a program with the settings that it needs for a server
   ls                the models: registered ones, and those on this machine
   show MODEL        one of them

@@ -6,11 +6,13 @@ Rule: Ctrl-C stops the download, and what has arrived stays.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from time import monotonic
 from typing import Any, Self
 
 from rich import progress
@@ -25,6 +27,7 @@ from mlxserver.client.views import console, print_status
 from mlxserver.config.settings import Settings
 from mlxserver.engine.errors import LoadAborted
 
+INTERVAL = 30.0  # seconds between two lines of progress, where there is no terminal
 STOPPED = "Stopped. What has arrived stays; the same command downloads the rest."
 
 
@@ -63,6 +66,7 @@ def _here(options: Namespace, settings: Settings) -> int:
     from mlxserver.engine.loading.estimate import estimate
 
     stopped = threading.Event()
+    logging.getLogger("models").addFilter(Once())
     source = pull.source_of(options.model)
 
     def report(stage: str, done: int, total: int) -> None:
@@ -86,6 +90,20 @@ def _here(options: Namespace, settings: Settings) -> int:
     return _conclude(options, path, {"model": source, **sizes, "path": path})
 
 
+class Once(logging.Filter):
+    """Filter that passes each message once: every step of a pull may find that the hub can't be reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        is_new = record.getMessage() not in self._passed
+        self._passed.add(record.getMessage())
+        return is_new
+
+
 def _conclude(options: Namespace, path: str, fields: dict[str, Any]) -> int:
     if options.json:
         return print_json({name: value for name, value in fields.items() if name != "event"})
@@ -95,7 +113,7 @@ def _conclude(options: Namespace, path: str, fields: dict[str, Any]) -> int:
 
 
 class Screen:
-    """The plan as a line, and the progress as a bar in a terminal; elsewhere only what the download waits for."""
+    """The plan as a line, and the progress as a bar in a terminal; elsewhere as a line now and then."""
 
     def __init__(self) -> None:
         terminal = console(stderr=True)
@@ -111,6 +129,7 @@ class Screen:
         )
         self._task: progress.TaskID | None = None
         self._stage = ""
+        self._printed_at = monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -133,6 +152,8 @@ class Screen:
         """Show a step."""
         if stage != self._stage and stage.startswith("waiting"):
             self._print(stage)
+        elif self._bar.disable and total and monotonic() - self._printed_at > INTERVAL:
+            self._print(f"{decimal(done)} of {decimal(total)}")
         self._stage = stage
         if self._task is None and total:
             self._task = self._bar.add_task("", total=total, completed=done)
@@ -141,6 +162,7 @@ class Screen:
 
     def _print(self, text: str) -> None:
         """Print a line above the bar."""
+        self._printed_at = monotonic()
         if self._bar.disable:
             print_status(text)
         else:

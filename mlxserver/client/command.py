@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from math import inf
 
 from mlxserver.client.api import ChatClient
@@ -35,9 +35,12 @@ def client_of(arguments: Namespace) -> ChatClient:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = inf
     if not 0 <= seconds < inf:
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text!r} is not valid; expected a number of seconds")
     return seconds
 
 

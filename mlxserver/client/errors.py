@@ -38,7 +38,8 @@ class SettingInvalid(ClientError):
     """A setting of the client can't be used."""
 
     def __init__(self, name: str, value: str, expected: str) -> None:
-        super().__init__(f"{name}: {value!r} is not valid; expected {expected}.")
+        given = f"{value!r} is not valid; " if value else ""  # "" is a value that is missing
+        super().__init__(f"{name}: {given}expected {expected}.")
 
 
 class ServerUnreachable(ClientError):

@@ -17,7 +17,9 @@ from mlxserver.client.wire import count, mapping, mappings, number, parse, text
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """One registered model. state: unloaded | loading | loaded | draining | failed. fields: the whole JSON object."""
+    """One registered model. state: unloaded | loading | loaded | draining | failed. memory_bytes: what it takes, of
+    this server's models with their KV cache. fields: the whole JSON object.
+    """
 
     key: str
     state: str | None = None
@@ -204,7 +206,7 @@ def read_card(model: dict[str, Any]) -> ModelCard:
         type=text(model.get("type")) or None,
         source=text(model.get("source")) or None,
         context_length=_known(model, "context_length"),
-        memory_bytes=_known(model, "memory_bytes"),
+        memory_bytes=_known(model, "reserved_bytes") or _known(model, "memory_bytes"),
         running=_known(model, "running_requests"),
         queued=_known(model, "queued_requests"),
         fields=model,

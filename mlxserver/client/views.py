@@ -7,23 +7,25 @@ Rule 2: no escape sequence is written where NO_COLOR is set or the stream is no 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import aclosing
+from textwrap import wrap
 
 from rich import progress
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from rich.text import Text
 
 from mlxserver.client.api import ChatClient
 from mlxserver.client.errors import StreamBroken
 from mlxserver.client.events import Usage
 from mlxserver.client.models import Loaded, ModelCard, Prefill, Progress, QueuePosition, Unloaded, Wait
 from mlxserver.client.stats import Timing
+from mlxserver.client.tables import fitted
 
 COLUMNS = ("key", "state", "type", "memory", "requests", "context", "source")
-STATE_STYLES = {"loaded": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
+SPARE = ("requests", "type", "context", "source")  # columns that a narrow terminal does not show
 BYTE_STAGES = ("downloading", "reading")
 
 
@@ -32,13 +34,9 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
 
 
-def format_models(cards: Sequence[ModelCard]) -> Table:
-    """A table of models, for a terminal."""
-    table = Table(*COLUMNS, box=None, header_style="bold", pad_edge=False)
-    for card in cards:
-        key, state, *rest = model_row(card)
-        table.add_row(Text(key, "bold"), Text(state, STATE_STYLES.get(state, "")), *map(Text, rest))
-    return table
+def format_models(cards: Sequence[ModelCard], room: int) -> Table:
+    """A table of models, for a terminal with so many characters per line."""
+    return fitted(COLUMNS, [model_row(card) for card in cards], room, SPARE)
 
 
 def format_model_lines(cards: Sequence[ModelCard]) -> str:
@@ -132,7 +130,7 @@ def print_models(cards: Sequence[ModelCard]) -> None:
     """Print models on stdout: a table on a terminal, tab-separated lines elsewhere."""
     stdout = console()
     if stdout.is_terminal:
-        stdout.print(format_models(cards))
+        stdout.print(format_models(cards, stdout.width))
     else:
         write(format_model_lines(cards))
 
@@ -143,8 +141,16 @@ def print_line(text: str) -> None:
 
 
 def print_status(text: str, style: str = "dim") -> None:
-    """Print one line on stderr, whatever newlines the text has."""
-    console(stderr=True).out(" ".join(text.split()), style=style, highlight=False)
+    """Print one line on stderr, whatever newlines the text has; a terminal gets it in lines of whole words."""
+    terminal, line = console(stderr=True), " ".join(text.split())
+    terminal.out(wrapped(line, terminal.width) if terminal.is_terminal else line, style=style, highlight=False)
+
+
+def wrapped(line: str, width: int, indent: int = 0) -> str:
+    """A line in lines of whole words; a command in backquotes stays whole. indent: of all lines but the first."""
+    kept = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\0"), line)
+    lines = wrap(kept, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def print_error(error: Exception) -> None:

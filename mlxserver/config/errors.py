@@ -16,3 +16,10 @@ class ConfigInvalid(Exception):
 
     def __init__(self, key: str, value: object, expected: str) -> None:
         super().__init__(f"{key}: {value!r} is not valid; expected {expected}.")
+
+
+class ModelInvalid(ConfigInvalid):
+    """A model's source can't be used. reason: names the source, and what was expected."""
+
+    def __init__(self, key: str, reason: Exception) -> None:
+        Exception.__init__(self, f"model {key}: {reason}")

@@ -15,6 +15,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,8 @@ KEY_FILES = {"api_key_file": "api_key", "admin_key_file": "admin_key"}
 CACHE_VARIABLE = "MLX_SERVER_CACHE"  # where conversions are kept: no setting, loading/gguf.py reads it
 MODEL_KEY = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 CHECK = "--check-config"
+OWN_FLAGS = ("--model", "--no-defaults", "--config", CHECK)  # beside those of settings
+USAGE = "mlx-server [serve] [FLAGS]\n       mlx-server config [FLAGS] [--json]"
 NO_DEFAULTS = "no_defaults"  # of a file: as the flag
 ALIAS = re.compile(r"[A-Za-z0-9._:/*?!\[\]-]{1,128}")
 MODEL_HELP = "add a model; more settings of it follow behind commas (repeatable)"
@@ -46,7 +49,7 @@ def build(argv: Sequence[str], environ: Mapping[str, str], defaults: Settings) -
 
     -h prints the help and exits. Raises ConfigInvalid.
     """
-    arguments = vars(_parser(defaults).parse_args(list(argv)))
+    arguments = vars(parser(defaults).parse_args(list(argv)))
     file: dict[str, Any] = {} if arguments["config"] is None else read_file(Path(arguments["config"]))
     given = {flag: arguments[name] for flag, name in FLAGS.items() if arguments[name] is not None}
     flags = {FLAGS[flag]: SETTINGS[FLAGS[flag]].read(flag, text) for flag, text in given.items()}
@@ -74,7 +77,8 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigInvalid("--config", str(path), f"a TOML file ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigInvalid("--config", str(path), f"a TOML file ({reason})") from None
     sections = document.pop("models", {})
     if not isinstance(sections, dict):
         raise ConfigInvalid(f"{path}: models", sections, "sections named [models.KEY]")
@@ -100,10 +104,14 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return {ENVIRONMENT[name]: SETTINGS[ENVIRONMENT[name]].read(name, text) for name, text in given.items()}
 
 
-def _parser(defaults: Settings) -> _Parser:
-    """Parser of the flags. Values stay text, so that Setting.read() checks them as it does the environment's."""
-    parser = _Parser(
-        description="Serve local models through an OpenAI-compatible API.",
+def parser(defaults: Settings) -> argparse.ArgumentParser:
+    """Parser of the flags. Its errors are ConfigInvalid.
+
+    Values stay text, so that Setting.read() checks them as it does the environment's."""
+    parser: argparse.ArgumentParser = _Parser(
+        prog="mlx-server",
+        usage=USAGE,
+        description="Serve local models through the APIs of OpenAI, Anthropic and Ollama; or print the settings.",
         epilog="Commands beside it: ls, show, ps, search, pull, rm, config, doctor, service, launch, completions.",
         allow_abbrev=False,
     )
@@ -127,7 +135,10 @@ class _Parser(argparse.ArgumentParser):
     """Parser whose errors are ConfigInvalid."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigInvalid("command line", message, "flags as --help shows them")
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        near = get_close_matches(unknown, [*FLAGS, *OWN_FLAGS], 1)
+        hint = f"; is it {near[0]}?" if near and near[0] != unknown else ""
+        raise ConfigInvalid("command line", message, f"flags as --help shows them{hint}")
 
 
 class _Append(argparse.Action):

@@ -297,10 +297,19 @@ class SourceInvalid(EngineError):
 
     def __init__(self, source: str, expected: str) -> None:
         super().__init__(f"Model source {abbreviate(source)}: {expected}")
+        self.expected = expected
 
 
 class HubUnavailable(SourceInvalid):
     """The hub can't be reached, is busy, or broke off."""
+
+
+class SearchFailed(HubUnavailable):
+    """The hub can't be searched. reason: why."""
+
+    def __init__(self, words: str, reason: str) -> None:
+        EngineError.__init__(self, f"Search for {abbreviate(words)}: {reason}")
+        self.expected = reason
 
 
 class DiskFull(SourceInvalid):

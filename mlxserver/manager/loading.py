@@ -22,6 +22,9 @@ from mlxserver.manager.states import LoadProgress
 
 log = logging.getLogger("models")
 
+QUIET = 5.0  # seconds of a load until its progress is logged
+LONGEST_QUIET = 60.0  # seconds between two such lines
+
 # Starts the engine of a model. Its further arguments: called when the engine ends by itself; takes the load's progress;
 # the model's counters.
 StartEngine = Callable[[ModelSpec, Callable[[EngineError], None], Loading, ModelMetrics], Engine]
@@ -114,12 +117,26 @@ class Loader:
         loop = asyncio.get_running_loop()
         loading = Loading(spec.key, lambda *progress: _call(loop, self._report, LoadProgress(*progress)))
         engine = self._services.start_engine(spec, on_death, loading, self._metrics)
+        logging_ = asyncio.create_task(self._log_progress(spec.key))
         try:
             return engine, await engine.started()
         except BaseException:
             loading.abort()
             await asyncio.shield(engine.stop())
             raise
+        finally:
+            logging_.cancel()
+
+    async def _log_progress(self, key: str) -> None:
+        """Log the progress of a load that takes long, again after twice the time."""
+        pause, began = QUIET, time.monotonic()
+        while True:
+            await asyncio.sleep(pause)
+            step, seconds = self.progress, time.monotonic() - began
+            done = {"done": step.done, "total": step.total} if step.total else {}
+            fields = {"model": key, "stage": step.stage, **done, "seconds": round(seconds)}
+            log.info("load in progress", extra={"fields": fields})
+            pause = min(2 * pause, LONGEST_QUIET)
 
     @contextmanager
     def reporting_to(self, listener: Callable[[LoadProgress], None]) -> Iterator[None]:

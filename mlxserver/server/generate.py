@@ -6,15 +6,20 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import orjson
 from starlette.requests import Request
 
 from mlxserver.api.dialect import Dialect
+from mlxserver.api.schema.parameters import ValidationFailed
+from mlxserver.engine.errors import EngineError
 from mlxserver.engine.requests import EngineRequest, GenerationRequest
 from mlxserver.server.body import ignored_headers, read_body
 from mlxserver.server.image_urls import ImageUrls
-from mlxserver.server.request_log import note_client, note_dialect, note_prompt
+from mlxserver.server.request_log import note_client, note_dialect, note_named_model, note_prompt
 from mlxserver.server.streaming import GenerationResponse
 from model_manager import ModelManager
+
+MAX_VALUES = 100_000  # commas and opening brackets of a refused body that is read for its model
 
 Handler = Callable[[Request], Awaitable[Any]]
 
@@ -38,7 +43,12 @@ def generate(dialect: Dialect, manager: ModelManager, images: ImageUrls, label: 
         body = await read_body(request, settings)
         if manager.settings.log_contents:
             note_prompt(body)
-        call = dialect.parse(body)
+        try:
+            call = dialect.parse(body)
+        except (ValidationFailed, EngineError):
+            note_named_model(_model_in(body))
+            raise
+        note_named_model(call.model)
         if call.for_client:
             call = call.for_client(call, request.state.client)
         headers = ignored_headers(request, call.ignored)
@@ -53,3 +63,14 @@ def generate(dialect: Dialect, manager: ModelManager, images: ImageUrls, label: 
         )
 
     return handle
+
+
+def _model_in(body: bytes) -> object:
+    """What a body that was refused names as its model; None if it names none, or may have been refused for its size."""
+    if sum(body.count(mark) for mark in b",[{") > MAX_VALUES:
+        return None
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return content.get("model") if isinstance(content, dict) else None

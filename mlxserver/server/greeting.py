@@ -1,10 +1,11 @@
-"""First screen: what is printed once the server is ready. Plain lines, also on a terminal."""
+"""First screen: what is printed once the server is ready. Plain lines; a terminal's width cuts those of models."""
 
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +22,26 @@ ROOT = Path(__file__).parents[2]
 
 def greeting(url: str, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]) -> str:
     """The server's URL, its models with what fits, and lines to try. Blocks: an estimate reads files."""
-    models = [_model_line(instance, manager, estimate) for instance in manager.instances]
+    models = _columns([_model_row(instance, manager, estimate) for instance in manager.instances])
     budget = f"{_size(manager.memory.reserved)} of {_size(manager.memory.budget)} in use"
     page = [f"In a browser: {url}/"] if manager.settings.page else []
     head = ["", f"Serving on {url}", *page, "", f"Models ({budget}):"]
     return "\n".join([*head, *(models or ["  none"]), "", "Try:", *_lines_to_try(url, manager), ""])
 
 
-def _model_line(instance: ModelInstance, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]) -> str:
+def _model_row(
+    instance: ModelInstance, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]
+) -> tuple[str, ...]:
     memory = _size(instance.reserved_bytes) if instance.status == "loaded" else _fit(instance.spec, manager, estimate)
-    return f"  {instance.key:<16} {instance.status:<9} {memory:<34} {instance.spec.source}"
+    return instance.key, instance.status, memory, instance.spec.source
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line per row, with the cells of a column below each other; not longer than a terminal is wide."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(("", *map(str.ljust, row, widths))).rstrip() for row in rows]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else max(map(len, lines), default=0)
+    return [line if len(line) <= room else f"{line[: room - 1]}…" for line in lines]
 
 
 def _fit(spec: ModelSpec, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]) -> str:
@@ -39,7 +50,7 @@ def _fit(spec: ModelSpec, manager: ModelManager, estimate: Callable[[ModelSpec],
         if sources.is_repository(spec.source):
             directory = sources.local_directory(spec.source)
             if directory is None:
-                return "is downloaded when it is asked for"
+                return "downloaded when asked for"
             spec = replace(spec, source=str(directory))  # or else the hub would be asked
         needed = estimate(spec).total
     except EngineError:

@@ -12,6 +12,8 @@ from mlxserver.server.event_stream import EventStream, until_disconnect
 from mlxserver.server.live import LiveFeed, stopping
 from model_manager import ModelManager
 
+MAX_SILENCE = 10.0  # seconds; a page takes twice as long without a byte for a lost connection
+
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
 
@@ -24,7 +26,7 @@ class LiveResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the reader leaves or the server stops."""
-        interval = self._manager.settings.heartbeat_interval
+        interval = silence(self._manager.settings.heartbeat_interval)
         async with EventStream(send, HEADERS, interval, lambda: sse.comment("keep-alive")) as stream:
             await until_disconnect(receive, self._send(stream), stream.beat)
 
@@ -35,3 +37,8 @@ class LiveResponse:
                 seen, event = following
                 await stream.write(event)
         await stream.end(stopping())
+
+
+def silence(heartbeat_interval: float) -> float:
+    """Seconds without a byte before a reader gets a heartbeat, also where other streams have none."""
+    return min(heartbeat_interval or MAX_SILENCE, MAX_SILENCE)

@@ -74,7 +74,10 @@ class PageHandlers:
 
     async def list_requests(self, request: Request) -> Response:
         """GET /v1/requests."""
-        return json_response({"object": "list", "data": self._history.summaries()})
+        found = self._history.summaries(request.query_params.get("after", ""))
+        return json_response(
+            {"object": "list", "data": found.requests, "cursor": found.cursor, "is_whole": found.is_whole}
+        )
 
     async def retrieve_request(self, request: Request) -> Response:
         """GET /v1/requests/{id}."""

@@ -4,11 +4,14 @@ Rule 1: the texts of prompts and answers are in here only while log_contents is 
         error that may quote them is kept without them.
 Rule 2: of a key there is a short digest of its id, which opens nothing.
 Rule 3: a trace has MAX_SPANS spans at most, however many prompts its request had.
+Rule 4: a reader that sends back its cursor gets what it has not seen; any other cursor gets everything.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from mlxserver.engine.worker.generation import Generation
 
 MAX_REQUESTS = 500
 MAX_SPANS = MAX_CHUNKS + 8  # all those of one prompt
+CURSOR = re.compile(r"([0-9a-f]{8})\.([0-9]{1,18})")
 DETAILS = ("spans", "prompt", "answer")  # of a trace, not of the list
 
 Object = dict[str, Any]
@@ -30,9 +34,9 @@ Object = dict[str, Any]
 class RequestRecord:
     """Record of one request. Times in seconds, by time.monotonic(), but `arrived`, since 1970.
 
-    agent, address: what the client calls itself, and where it is. key_id: id of its key. asked: when its model was
-    known. is_load_awaited: the model was not loaded then. submitted: when the engine got each generation. prompt,
-    answer: texts, where they are kept.
+    agent, address: what the client calls itself, and where it is. key_id: id of its key. model: its key, or what the
+    request named, as long as no model is known for it. asked: when its model was known. is_load_awaited: the model was
+    not loaded then. submitted: when the engine got each generation. prompt, answer: texts, where they are kept.
     """
 
     id: str
@@ -73,12 +77,23 @@ class RequestRecord:
         return [generation.usage for generation in self.generations if generation.usage]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestPage:
+    """Requests, the newest first, and the cursor for those that end later. is_whole: nothing is left out of them."""
+
+    requests: list[Object]
+    cursor: str
+    is_whole: bool
+
+
 class RequestHistory:
     """Requests that run, and the last that have ended. Used on one event loop."""
 
     def __init__(self, most: int = MAX_REQUESTS) -> None:
         self._records: dict[int, RequestRecord] = {}
         self._ended: deque[Object] = deque(maxlen=most)
+        self._process = secrets.token_hex(4)  # a cursor of another process counts otherwise
+        self._number = 0  # of requests that have ended, those among them that are no longer here
 
     def begin(self, record: RequestRecord) -> None:
         """Add a request."""
@@ -90,12 +105,19 @@ class RequestHistory:
         self._records.pop(id(record), None)
         if record.dialect:
             self._ended.append(trace(record))
+            self._number += 1
 
-    def summaries(self) -> list[Object]:
-        """All requests, the newest first."""
-        running = [summary(record) for record in self._running_records]
-        ended = [{name: each[name] for name in each if name not in DETAILS} for each in self._ended]
-        return sorted([*running, *ended], key=lambda each: -float(each["arrived"]))
+    def summaries(self, cursor: str = "") -> RequestPage:
+        """The requests that run, and those that have ended since a cursor."""
+        match = CURSOR.fullmatch(cursor)
+        seen = int(match[2]) if match and match[1] == self._process else 0
+        missed = self._number - seen
+        is_whole = not seen or not 0 <= missed <= len(self._ended)
+        ended = islice(reversed(self._ended), len(self._ended) if is_whole else missed)
+        found = [summary(record) for record in self._running_records]
+        found += [{name: each[name] for name in each if name not in DETAILS} for each in ended]
+        found.sort(key=lambda each: -float(each["arrived"]))
+        return RequestPage(found, f"{self._process}.{self._number}", is_whole)
 
     def trace(self, id: str) -> Object | None:
         """The newest request with this id, with its timeline; None if there is none, or no more."""

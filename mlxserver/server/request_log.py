@@ -18,6 +18,7 @@ from uuid import uuid4
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxserver.api.dialect import Failure
+from mlxserver.api.schema.parameters import abbreviate
 from mlxserver.engine.events import Delta, Event
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.server.request_history import RequestHistory, RequestRecord
@@ -27,6 +28,7 @@ log = logging.getLogger("requests")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 MAX_PATH = 200  # characters of a path in the log
 MAX_AGENT = 120  # characters of a client's name that are kept
+MAX_MODEL = 120  # characters of what a request names as its model that are kept
 MAX_TEXT = 32_768  # characters of a prompt, and of an answer, that are kept
 QUIET_PATHS = {"/health", "/health/ready", "/metrics"}  # polled; logged at the level debug
 
@@ -39,6 +41,13 @@ def note_model(model: str, *, is_loaded: bool) -> None:
     if record := _current.get():
         record.model, record.is_load_awaited = model, not is_loaded
         record.asked = time.monotonic()
+
+
+def note_named_model(name: object) -> None:
+    """Add what the current request names as its model to its record: one line, and not long, whatever it is."""
+    if (record := _current.get()) and name is not None:
+        text = name[:MAX_MODEL] if isinstance(name, str) else abbreviate(name)
+        record.model = (text if text.isprintable() else repr(text))[:MAX_MODEL]
 
 
 def note_generation(generation: Generation) -> None:

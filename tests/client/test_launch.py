@@ -114,9 +114,10 @@ def test_the_settings_are_printed_as_json(server, environment):
 
 def test_a_program_that_is_not_installed_is_named_beside_its_lines(server, environment):
     done = launch(server, environment, "aider")
-    assert done.returncode == 0
+    assert done.returncode == 1
+    assert launch(server, environment, "aider", "--print").returncode == 0
     assert f"export OPENAI_API_BASE={server.url}/v1" in done.stdout
-    assert "aider is not installed: pip install aider-chat" in done.stderr
+    assert "Nothing was started: aider is not installed (pip install aider-chat)." in done.stderr
 
 
 def test_a_program_whose_own_settings_would_change_is_not_started(server, environment):

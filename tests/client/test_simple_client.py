@@ -150,7 +150,7 @@ def test_the_prompt_is_the_argument_then_a_blank_line_then_the_pipe(server, argu
 def test_an_empty_prompt_is_wrong_usage(main):
     status, out, err = main("--model", "talker", piped="\n")
     assert (status, out) == (2, "")
-    assert err == "error: PROMPT: '' is not valid; expected text as the argument or on stdin.\n"
+    assert err == "error: PROMPT: expected text as the argument or on stdin.\n"
 
 
 def test_without_a_model_the_first_loaded_one_answers_and_is_named(server):

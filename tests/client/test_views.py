@@ -1,6 +1,7 @@
 """Output of the clients: formats, and the streams that they are written to."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def drawn(renderable):
 
 
 def test_the_table_of_models_has_a_dash_for_unknown_fields():
-    header, *rows = [line.split() for line in drawn(views.format_models(CARDS)).splitlines()]
+    header, *rows = [line.split() for line in drawn(views.format_models(CARDS, 200)).splitlines()]
     assert header == ["key", "state", "type", "memory", "requests", "context", "source"]
     assert rows[0] == [
         "smollm2",
@@ -44,6 +45,25 @@ def test_the_table_of_models_has_a_dash_for_unknown_fields():
     ]
     assert rows[1] == ["[bold]qwq", "unloaded", "thinking", "-", "-", "-", "org/QwQ"]
     assert rows[2] == ["gpt", "-", "-", "-", "-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("room", "shown"),
+    [(80, "key state type memory context source"), (56, "key state memory context source"), (40, "key state memory")],
+)
+def test_a_narrow_table_of_models_has_fewer_columns_and_whole_cells(room, shown):
+    card = replace(CARDS[0], source="mlx-community/Mistral-7B")
+    header, row = drawn(views.format_models([card], room)).splitlines()
+    assert header.split() == shown.split()
+    assert len(row.rstrip()) <= room
+    assert "540.0 MB" in row
+
+
+def test_a_terminal_gets_whole_words_and_whole_commands():
+    text = "There is none: start one with `make serve ARGS=1`, or name another one."
+    lines = views.wrapped(text, 34, indent=2).splitlines()
+    assert lines == ["There is none: start one with", "  `make serve ARGS=1`, or name", "  another one."]
+    assert views.wrapped("a-word-that-is-too-long", 10) == "a-word-that-is-too-long"
 
 
 def test_the_lines_of_models_have_their_cells_between_tabs():

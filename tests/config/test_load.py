@@ -103,10 +103,17 @@ def test_paths_are_relative_to_the_file(written, tmp_path):
         (["--model", "a="], "--model: 'a='"),
         (["--model", "=x"], "--model: '=x'"),
         (["--model", "a b=x"], "--model: 'a b=x'"),
-        (["--prot", "1"], "unrecognized arguments: --prot 1"),
+        (
+            ["--prot", "1"],
+            "unrecognized arguments: --prot 1' is not valid; expected flags as --help shows them; is it --port?",
+        ),
+        (["--confg=x"], "is it --config?"),
         (["--conf", "x"], "unrecognized arguments: --conf x"),
         (["stray"], "unrecognized arguments: stray"),
-        (["--config", "/nowhere.toml"], "--config: '/nowhere.toml' is not valid; expected a TOML file"),
+        (
+            ["--config", "/nowhere.toml"],
+            "'/nowhere.toml' is not valid; expected a TOML file (No such file or directory)",
+        ),
         (["--config", "/"], "--config: '/' is not valid"),
     ],
 )

@@ -11,7 +11,7 @@ from mlx_lm.models import base, llama
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import loader
-from mlxserver.engine.platform import cpu_kernels, cpu_layers, device, openblas
+from mlxserver.engine.platform import cpu_kernels, cpu_layers, cpu_matmul, device
 from mlxserver.engine.platform.cpu_layers import replace_functions, replace_layers
 from tests.support.architectures import CONFIGS, random_model
 
@@ -72,7 +72,7 @@ def test_a_loaded_model_uses_them(tiny_llama_path):
     model = loader.load(ModelSpec("tiny", str(tiny_llama_path))).model
     kinds = {type(layer) for layer in model.modules()}
     assert {cpu_layers.RMSNorm, cpu_layers.RoPE} <= kinds
-    assert (cpu_layers.Linear in kinds) == (openblas.has_small_products() and openblas.threads() <= 4)
+    assert (cpu_layers.Linear in kinds) == cpu_matmul.has_products()
     assert not kinds & {nn.RMSNorm, nn.RoPE}
     assert llama.swiglu is cpu_kernels.swiglu
     assert base.mx.fast.scaled_dot_product_attention is cpu_kernels.attention

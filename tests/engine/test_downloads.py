@@ -53,6 +53,15 @@ def download(progress=lambda *step: None, source="org/tiny"):
     return sources.resolve(source, progress=progress)
 
 
+class Claimed(bytes):
+    """A file of which the hub states a size that it does not send."""
+
+    size = 60 * 10**9
+
+    def __len__(self):
+        return self.size
+
+
 def content(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -94,6 +103,61 @@ def test_what_is_there_is_not_fetched_again(hub, cache):
 )
 def test_any_beginning_leads_to_the_right_file(hub, cache, length, flip):
     begun(cache, WEIGHTS, length, flip)
+    assert content(download()) == WANTED
+
+
+@pytest.mark.parametrize("length", [0, 50_000])
+def test_a_long_file_comes_in_several_answers(hub, cache, monkeypatch, length):
+    """Content delivery networks send no answer of more than 50 GB."""
+    monkeypatch.setattr(transfer, "LONGEST_ANSWER", 120_000)
+    begun(cache, WEIGHTS, length)
+    assert content(download()) == WANTED
+    begins = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges(hub)]
+    assert begins == [length, length + 120_000, length + 240_000]
+
+
+def test_a_long_file_of_a_server_without_ranges_comes_in_one(hub, cache, monkeypatch):
+    monkeypatch.setattr(transfer, "LONGEST_ANSWER", 120_000)
+    hub.ignores_ranges = True
+    assert content(download()) == WANTED
+    assert ranges(hub) == ["bytes=0-119999"]
+
+
+def test_sizes_above_50_gb_are_counted_and_gone_on_from(hub, cache):
+    hub.files = {**FILES, WEIGHTS: Claimed(FILES[WEIGHTS])}
+    with begun(cache, WEIGHTS, 0).open("r+b") as part:
+        part.truncate(Claimed.size - 100_000)  # takes no room on the disk
+    seen = []
+    with pytest.raises(HubUnavailable):
+        download(lambda *step: seen.append(step))
+    assert {*ranges(hub)} == {f"bytes={Claimed.size - 100_000}-"}
+    assert max(done for _, done, _ in seen) >= Claimed.size - 100_000
+    assert {total for _, _, total in seen} == {Claimed.size + sum(map(len, WANTED.values())) - 300_000}
+
+
+def test_a_file_that_is_larger_than_the_disk_is_not_begun(hub, monkeypatch):
+    monkeypatch.setattr(Claimed, "size", 60 * 10**15)
+    hub.files = {**FILES, WEIGHTS: Claimed(FILES[WEIGHTS])}
+    with pytest.raises(DiskFull, match=r"60\.0 PB do not fit on the disk of .*, [\d.]+ [MGT]B free"):
+        download()
+    assert ranges(hub) == []
+
+
+def test_a_check_of_a_long_file_can_be_stopped_and_shows(hub, monkeypatch):
+    monkeypatch.setattr(transfer, "DIGESTED", 1000)
+    seen, checks = set(), []
+
+    def check(reason, seconds):
+        seen.add(reason)
+        checks.append(reason)
+        if reason and len(checks) > 100:
+            raise transfer.Stopped
+
+    manifest = list_files("org/tiny", None)
+    with pytest.raises(transfer.Stopped):
+        transfer.fetch(manifest, manifest.find(WEIGHTS), check)
+    assert seen == {"", "the digest of what has arrived is being checked"}
+    assert not manifest.has(manifest.find(WEIGHTS))
     assert content(download()) == WANTED
 
 

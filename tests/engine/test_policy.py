@@ -14,8 +14,9 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import budget, estimate
-from mlxserver.engine.platform import cpu_quantized, device
+from mlxserver.engine.platform import device
 from mlxserver.engine.platform.attention_memory import AttentionMemory
+from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import (
     CPU,
     CUDA,
@@ -61,7 +62,7 @@ def conversation(model, policy):
 def test_every_kind_of_device_has_a_policy():
     assert {kind: policy_for(kind) for kind in get_args(DeviceKind)} == {"cpu": CPU, "metal": METAL, "cuda": CUDA}
     own = policy_for(device.describe().kind)
-    assert current() == (replace(own, weights=WeightPolicy.QUANTIZED) if cpu_quantized.native() else own)
+    assert current() == (replace(own, weights=WeightPolicy.QUANTIZED) if native() else own)
 
 
 def test_compiled_steps_need_padded_slots():

@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model, quantize_model, save_model
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading.loader import load
 from mlxserver.engine.platform import device
-from mlxserver.engine.platform.cpu_quantized import is_replaced
+from mlxserver.engine.platform.cpu_stored import HalfEmbedding, HalfLinear, is_replaced
 from tests.support.architectures import BASE, CONFIGS, MORE_CONFIGS, random_model
 from tools.harness.models import tiny_llama
 
@@ -42,13 +42,14 @@ def expected(source):
 
 
 def check(source):
-    """Dequantised, and as the device has them: all floats but the scales of layers with native kernels are float32."""
+    """Dequantised, and as the device has them: all floats but those of layers with native kernels are float32."""
     for weights in ("float32", "auto"):
         model = load(ModelSpec("m", source, weights=weights)).model
         layers = [name for name, layer in model.named_modules() if is_replaced(layer)]
         assert not (layers and weights == "float32")
-        scales = {f"{name}.{part}" for name in layers for part in ("scales", "biases")}
-        arrays = [array for name, array in tree_flatten(model.parameters()) if name not in scales]
+        layers += [name for name, layer in model.named_modules() if isinstance(layer, HalfLinear | HalfEmbedding)]
+        kept = {f"{name}.{part}" for name in layers for part in ("weight", "scales", "biases")}
+        arrays = [array for name, array in tree_flatten(model.parameters()) if name not in kept]
         assert {array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating)} == {mx.float32}
         assert mx.allclose(model(TOKENS), expected(source), rtol=1e-3, atol=1e-4)
 

@@ -9,6 +9,7 @@ import pytest
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, ModelNotFound, ModelUnloading
+from mlxserver.manager import loading
 from mlxserver.manager.states import ModelState
 from mlxserver.manager.watchdog import check
 from mlxserver.server.health import liveness
@@ -313,3 +314,20 @@ async def test_whatever_happens_at_once_nothing_is_left_in_the_end(seed):
         await until(lambda: manager.all_instances == manager.instances and not manager.memory.reserved)
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engine-")]
     assert not complaints
+
+
+@within_deadline
+async def test_a_load_that_takes_long_logs_its_progress(monkeypatch, caplog):
+    monkeypatch.setattr(loading, "QUIET", 0.01)
+    caplog.set_level("INFO", "models")
+
+    def logged():
+        return [record.fields for record in caplog.records if record.message == "load in progress"]
+
+    async with managed() as (manager, factory):
+        factory.gate.clear()
+        task = asyncio.create_task(manager.instance("a").load())
+        await until(lambda: len(logged()) > 1)
+        factory.gate.set()
+        await task
+        assert (logged()[0]["model"], {"stage", "seconds"} - logged()[0].keys()) == ("a", set())

@@ -12,6 +12,7 @@ from mlxserver.config.settings import Settings
 from mlxserver.engine.events import MAX_CHUNKS, Delta
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.server.keys import Keys, Permission
+from mlxserver.server.live_response import silence
 from mlxserver.server.request_history import MAX_SPANS, RequestHistory, RequestRecord, trace
 from mlxserver.server.request_log import MAX_TEXT, RequestLog, note_dialect, note_events, note_prompt
 from tools.harness.running_server import chat_body, eventually, running_server
@@ -181,6 +182,11 @@ def test_readers_of_events_need_a_key_and_leave_without_a_trace(server):
     assert server.ask("GET", "/health").status == 200
 
 
+def test_a_reader_of_events_gets_a_sign_of_life_whatever_other_streams_get():
+    """A page that reads nothing for twenty seconds takes the connection for a lost one."""
+    assert [silence(setting) for setting in (5, 0, 60)] == [5, 10, 10]
+
+
 def test_the_last_event_says_that_the_server_stops(scripted_path):
     with running_server("--no-defaults", "--model", f"talker={scripted_path}", "--api-key", USER) as server:
         with Feed(server) as feed:
@@ -215,6 +221,115 @@ def test_requests_are_listed_with_their_figures_and_traced(server):
     assert server.ask("GET", "/v1/requests", headers={"x-api-key": USER}).status == 403
     unknown = as_admin(server, "GET", "/v1/requests/none")
     assert (unknown.status, unknown.error["code"]) == (404, "request_not_found")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "model", "error"),
+    [
+        ({"model": "no<b>body</b>"}, 404, "no<b>body</b>", "no<b>body</b>"),
+        ({"model": "talker", "stream": "yes"}, 400, "talker", "'stream'"),
+        ({"model": "two\nlines \u202eback"}, 404, "'two\\nlines \\u202eback'", "two"),
+        ({"model": "m" * 100_000}, 404, "m" * 120, "m"),
+        ({"model": ["a"]}, 400, "a list", "'model'"),
+        ({"model": 5}, 400, "5", "'model'"),
+        ({"model": "talker", "messages": "none"}, 400, "talker", "'messages'"),
+        ({}, 400, None, "'model'"),
+        (b"[1]", 400, None, "refused"),
+        (b"{", 400, None, "refused"),
+        (b'{"model": "talker", "messages": [' + b"[]," * 200_000 + b"[]]}", 400, None, "refused"),
+    ],
+)
+def test_a_refused_request_is_listed_with_what_it_named_as_its_model(server, body, status, model, error):
+    headers = {"x-api-key": USER, "User-Agent": "tester/2.0", "X-Request-Id": "refused"}
+    if isinstance(body, dict):
+        body = json.dumps({"messages": [{"role": "user", "content": "hello"}], **body})
+    for path, dialect in (("/v1/chat/completions", "openai"), ("/v1/messages", "anthropic"), ("/api/chat", "ollama")):
+        assert server.ask("POST", path, body, headers).status == status
+        found = as_admin(server, "GET", "/v1/requests").json["data"][0]
+        assert (found["id"], found["path"], found["dialect"], found["client"]) == (
+            "refused",
+            path,
+            dialect,
+            "tester/2.0",
+        )
+        assert (found["status"], found["outcome"], found["model"]) == (status, "error", model)
+        assert error in found["error"] and len(found["error"]) < 1000
+
+
+def test_a_request_for_a_model_that_can_not_be_loaded_is_listed_with_it(server, scripted_path, tmp_path):
+    for file in scripted_path.iterdir():
+        (tmp_path / file.name).write_bytes(b"no weights" if file.suffix == ".safetensors" else file.read_bytes())
+    before = server.settings.read_text()
+    try:
+        server.settings.write_text(f'{before}\n[models.broken]\nsource = "{tmp_path}"\n')
+        assert as_admin(server, "POST", "/v1/models/reload").status == 200
+        answer = server.ask(
+            "POST", "/v1/chat/completions", json.dumps(chat_body("broken", "hello")), {"x-api-key": USER}
+        )
+        found = as_admin(server, "GET", "/v1/requests").json["data"][0]
+        assert (
+            (found["model"], found["outcome"], found["status"])
+            == ("broken", "error", 503)
+            == (
+                "broken",
+                "error",
+                answer.status,
+            )
+        )
+    finally:
+        server.settings.write_text(before)
+        assert as_admin(server, "POST", "/v1/models/reload").status == 200
+
+
+def test_a_reader_of_requests_gets_what_is_new_by_its_cursor(server):
+    def ask(id):
+        headers = {"x-api-key": USER, "X-Request-Id": id}
+        assert server.ask("POST", "/v1/chat/completions", CHAT, headers).status == 200
+
+    def listed(cursor):
+        return check(as_admin(server, "GET", f"/v1/requests?after={cursor}"), "RequestList")
+
+    ask("first")
+    whole = listed("")
+    assert whole["is_whole"] and whole["data"][0]["id"] == "first"
+    assert listed(whole["cursor"])["data"] == []
+    ask("second")
+    news = listed(whole["cursor"])
+    assert ([each["id"] for each in news["data"]], news["is_whole"]) == (["second"], False)
+    process, _, number = news["cursor"].partition(".")
+    for unknown in (
+        f"00000000.{number}",
+        f"{process}.{int(number) + 1}",
+        f"{process}.{'9' * 5000}",
+        process,
+        "-1",
+        "a.b",
+    ):
+        found = listed(unknown)
+        assert (found["is_whole"], found["cursor"], len(found["data"])) == (
+            True,
+            news["cursor"],
+            len(whole["data"]) + 1,
+        )
+
+
+def test_a_reader_that_missed_more_requests_than_are_kept_gets_all_that_are():
+    history = RequestHistory(most=2)
+
+    def end(id):
+        record = RequestRecord(id, "POST", "/v1/completions", dialect="openai")
+        history.begin(record)
+        history.end(record)
+
+    end("a")
+    cursor = history.summaries().cursor
+    for id in ("b", "c"):
+        end(id)
+    found = history.summaries(cursor)
+    assert ({each["id"] for each in found.requests}, found.is_whole) == ({"b", "c"}, False)
+    end("d")
+    found = history.summaries(cursor)
+    assert ({each["id"] for each in found.requests}, found.is_whole) == ({"c", "d"}, True)
 
 
 def test_an_error_is_kept_without_what_it_quotes_of_the_request(server):

@@ -103,13 +103,14 @@ class Hub(BaseHTTPRequestHandler):
             self.server.wrong -= 1
             body = body[:-1] + bytes([body[-1] ^ 1])
         asked = self.headers.get("Range")
-        if len(body) > LARGE and self.command == "GET":
-            body = body + bytes(self.server.excess) if self.server.excess >= 0 else body[: self.server.excess]
+        if len(body) > LARGE and self.server.excess and self.command == "GET":
+            body = body + bytes(self.server.excess) if self.server.excess > 0 else body[: self.server.excess]
         if not asked or self.server.ignores_ranges:
             return self.reply(body, headers=etag)
-        begin = int(asked.removeprefix("bytes=").partition("-")[0])
-        content_range = f"bytes {begin}-{len(body) - 1}/{len(body)}"
-        return self.reply(body[begin:], 206, {**etag, "Content-Range": content_range})
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        begin, end = int(first), int(last or len(body) - 1) + 1
+        content_range = f"bytes {begin}-{end - 1}/{len(body)}"
+        return self.reply(body[begin:end], 206, {**etag, "Content-Range": content_range})
 
     def reply(self, body, status=200, headers=()):
         self.send_response(status)

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import pexpect
 import pytest
 
 from mlx_api_server import read_settings
 from mlxserver.cli.command import main
-from mlxserver.cli.models import COLUMNS, SPARE
+from mlxserver.cli.models import COLUMNS, FOUND_COLUMNS, SPARE, SPARE_OF_FOUND
 from mlxserver.cli.output import print_rows
 from mlxserver.cli.parser import COMMANDS
 from mlxserver.engine.loading.kept_choices import CHOICES, Choice, KeptChoices
@@ -116,6 +117,7 @@ def test_without_a_server_this_machines_models_are_listed_shown_and_removed(home
 def test_exit_statuses(command):
     assert command("show", "nothing").returncode == 1
     assert command("rm", "smollm2", "--yes").returncode == 1
+    assert command("rm", "smollm2").returncode == 1  # nothing is asked where there is nothing to remove
     assert command("ps").returncode == 3
     assert command("ls", "--base-url", NO_SERVER).returncode == 3
     assert command("frobnicate").returncode == 2
@@ -165,6 +167,43 @@ def test_the_doctor_reports_and_measures(command, home, monkeypatch):
     assert any(line[0] == "missing" for line in found.values()) == done.returncode
     assert all(len(line) == 4 for line in found.values() if line[0] == "missing")
     assert found["policy"][2] == "a machine: llama, 16 layers of 2048: pad_slots off, 1.50 times as fast"
+
+
+def test_long_names_are_whole_in_any_terminal(monkeypatch, capfd):
+    rows = [
+        (
+            "mlx-community/A-Model-Of-405B-Instruct-8bit-with-a-long-name",
+            "8-bit",
+            "405B",
+            "1 GB",
+            "2 GB",
+            "never",
+            "7",
+            "yes",
+        )
+    ]
+    for width in (120, 80, 40):
+        for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": str(width)}.items():
+            monkeypatch.setenv(name, value)
+        print_rows(FOUND_COLUMNS, rows, SPARE_OF_FOUND)
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in capfd.readouterr().out.splitlines()]
+        assert "".join(line.split(" ")[0] for line in lines[1:]) == rows[0][0]
+        assert all(len(line) <= width and "…" not in line for line in lines)
+        assert "never" in lines[1]
+
+
+def test_ctrl_c_ends_the_question_of_a_removal(home):
+    own = {**server_environment(), **variables(home), "OPENAI_BASE_URL": NO_SERVER, "TERM": "xterm"}
+    command = [str(ROOT / "mlx_api_server.py"), "rm", "studio"]
+    child = pexpect.spawn(sys.executable, command, env=own, encoding="utf-8", timeout=100)
+    try:
+        child.expect(r"\[y/N\]")
+        child.sendintr()
+        child.expect(pexpect.EOF)
+    finally:
+        child.close(force=True)
+    assert child.exitstatus == 130
+    assert (home / ".lmstudio" / "models" / "publisher" / "studio").exists()
 
 
 def test_a_removal_asks_in_a_terminal(home):

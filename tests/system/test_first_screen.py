@@ -1,5 +1,6 @@
 """The first screen of a server, on a terminal and in a pipe; who holds a port that is taken; the command config."""
 
+import json
 import re
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def test_the_first_screen_has_what_fits_and_three_lines_to_try(flags):
         assert re.search(r"Models \([\d.]+ [GM]B of [\d.]+ GB in use\):", text)
         assert re.search(r"talker +loaded +[\d.]+ [GM]B +/", text)
         assert re.search(r"other +unloaded +[\d.]+ [GM]B: fits +/", text)
-        assert re.search(r"far +unloaded +is downloaded when it is asked for +org/never-downloaded", text)
+        assert re.search(r"far +unloaded +downloaded when asked for +org/never-downloaded", text)
         assert [line.split()[0] for line in shown[-3:]] == ["curl", shown[-2].split()[0], shown[-1].split()[0]]
         assert f"curl -s {server.url}/v1/chat/completions" in shown[-3]
         for line in shown[-3:-1]:
@@ -61,13 +62,16 @@ def test_a_model_that_needs_the_room_of_others_or_never_fits_is_shown_as_such(fl
     assert re.search(r"other +unloaded +[\d.]+ [GM]B: does not fit", shown)
 
 
-def test_on_a_terminal_it_is_the_same_plain_lines(flags):
+def test_on_a_terminal_it_is_the_same_plain_lines_as_wide_as_it_is(flags):
     child = pexpect.spawn(COMMAND[0], [*COMMAND[1:], "--port", "0", *flags], cwd=ROOT, encoding="utf-8", timeout=60)
     try:
         child.expect("Serving on http://127.0.0.1:")
         child.expect(r"In a browser: http://127.0.0.1:\d+/\r\n")
         child.expect("advanced_client.py .*\n")
         assert ESCAPE not in child.before + child.after
+        models = [line for line in child.before.splitlines() if "loaded" in line]
+        assert len(models) == 3
+        assert all(len(line) <= 80 for line in models), models
         child.sendintr()
         child.expect(pexpect.EOF)
     finally:
@@ -101,5 +105,8 @@ def test_the_settings_that_config_prints_are_those_it_was_given(tmp_path):
     again = subprocess.run([*COMMAND, "config", "--config", str(path)], capture_output=True, text=True, check=True)
     assert first.stdout == again.stdout
     assert '[models.qwen]\nsource = "org/name"\ncontext_length = 65536\npin = true' in first.stdout
+    listed = subprocess.run([*COMMAND, "config", "--json", *arguments], capture_output=True, text=True, check=True)
+    settings = json.loads(listed.stdout, parse_constant=pytest.fail)
+    assert (settings["port"], settings["ttl"], settings["models"]["qwen"]["pin"]) == (9000, None, True)
     wrong = subprocess.run([*COMMAND, "config", "--port", "x"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")

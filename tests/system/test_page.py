@@ -180,8 +180,13 @@ def test_a_model_is_loaded_with_progress_pinned_and_unloaded(page, server):
     tiny.get_by_role("button", name="Pin").click()
     expect(tiny.get_by_role("button", name="Pin")).to_have_attribute("aria-pressed", "true")
     assert server.model("tiny")["pinned"]
-    tiny.get_by_role("button", name="Unload").click()
-    tiny.get_by_role("button", name=re.compile("^abort")).click()
+    choice = tiny.get_by_role("button", name=re.compile("^abort"))
+    tiny.get_by_role("button", name="Unload").press("Enter")
+    choice.press("Escape")
+    expect(choice).to_be_hidden()
+    expect(tiny.get_by_role("button", name="Unload")).to_be_focused()
+    page.keyboard.press("Enter")
+    choice.click()
     expect(tiny.locator(".state")).to_have_text("not loaded")
 
 
@@ -385,6 +390,37 @@ def test_a_long_answer_is_rendered_in_parts(page):
     expect(page.locator(".turn.assistant pre")).to_have_count(1)
 
 
+def test_parts_of_a_reopened_answer_are_what_the_whole_would_be(page, server):
+    blocks = (
+        "A paragraph.\n\n",
+        "1. one\n\n   more of it\n\n2. two\n\n   - a\n\n   - b\n\n10. ten\n\n",
+        "```text\nx\n\n- y\n```\nA line behind it.\n\n",
+        "> a quote\n\n> another\n\n",
+        "- loose\n\n- list\n\n  ```python\n  x = 1\n\n  y = 2\n  ```\n\n      code in it\n\n* of another kind\n\n",
+        "    indented code\n\n    that goes on\n\n# Heading\n",
+        "| a | b |\n| - | - |\n| 1 | 2 |\n\n---\n\n",
+    )
+    text = "".join(blocks[(n * n + n // 7) % len(blocks)] for n in range(700))
+    for number, message in enumerate((text, text + "See [the end].\n\n[the end]: https://example.org/\n"), 1):
+        import_conversation(page, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": message}])
+        expect(page.locator(".names .name")).to_have_count(number)
+        expect(page.locator(".turn.assistant .plain-text")).to_have_count(0)
+        body = json.dumps({"texts": [message]})
+        (whole,) = server.ask("POST", "/v1/render", body).json["html"]
+        expected, *parts = page.evaluate(
+            """async (whole) => {
+                const { setRendered } = await import(new URL("page/dom.js", location.href.split("#")[0]));
+                const element = document.createElement("div");
+                setRendered(element, whole);
+                const parts = [...document.querySelector(".turn.assistant .text").children];
+                return [element, ...parts].map((each) => each.innerHTML);
+            }""",
+            whole,
+        )
+        assert "".join(parts) == expected
+        assert (len(parts) > 1) == (number == 1)  # a reference may be to any place
+
+
 def test_an_outline_is_not_clipped_and_scrollbars_have_the_colours_of_the_scheme(page):
     is_answered(ask(page, "hello", "talker"))
     page.locator(".turn.user").get_by_role("button", name="Edit").click()
@@ -466,6 +502,37 @@ def test_requests_are_listed_and_traced(page, server):
     expect(dialog).to_have_count(0)
 
 
+def test_a_refused_request_is_listed_with_what_it_named(page, server):
+    """As text, whatever it is, with the program that sent it; two with one id are two rows."""
+    name, headers = "<img src=x onerror=window.hurt=1>", {"X-Request-Id": "twice", "User-Agent": "tester/3.0"}
+    for _ in range(2):
+        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "hello"}]})
+        assert server.ask("POST", "/v1/messages", body, headers).status == 404
+    show(page, "Requests")
+    page.fill("#filter", "tester/3.0")
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(2)
+    expect(rows.first.locator("td").nth(1)).to_have_text(name)
+    expect(rows.first.locator("td").nth(2)).to_have_text("anthropic")
+    expect(rows.first.locator("td").nth(3)).to_contain_text("404: Model '<img")
+    expect(rows.first.locator("td").last).to_contain_text("tester/3.0")
+    rows.first.click()
+    expect(page.get_by_role("dialog")).to_contain_text(name)
+    page.keyboard.press("Escape")
+    assert page.evaluate("window.hurt") is None
+
+
+def test_requests_are_polled_by_what_is_new(page, server):
+    show(page, "Requests")
+    expect(page.locator("tbody tr").first).to_be_visible()
+    before = page.locator("tbody tr").count()
+    with page.expect_response(
+        lambda response: "v1/requests?after=" in response.url and not response.json()["is_whole"]
+    ):
+        assert server.chat("talker", "hello").status == 200
+    expect(page.locator("tbody tr")).to_have_count(before + 1)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_fault_and_a_phone_needs_no_sideways_scrolling(browser, server, scheme):
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, bypass_csp=True)
@@ -488,6 +555,42 @@ def test_axe_finds_no_serious_fault_and_a_phone_needs_no_sideways_scrolling(brow
     context.close()
 
 
+@pytest.mark.parametrize("address", ["main", "/constructor", "/nothing", "/chat/new/%", "/%00/", "//"])
+def test_any_address_shows_a_view(page, address):
+    page.goto(page.url.partition("#")[0] + "#" + address)
+    page.reload()
+    expect(page.locator("main h1")).to_have_count(1)
+
+
+def test_the_link_to_the_content_leads_there_and_leaves_the_view(page):
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # skips to the content
+    expect(page.locator("#main")).to_be_focused()
+    expect(page.locator("main h1")).to_have_count(1)
+
+
+def test_a_page_out_of_sight_reads_no_events(page):
+    """A browser has six connections to a server; a seventh open page would wait for one."""
+
+    def be(hidden):
+        page.evaluate(
+            "(hidden) => { Object.defineProperty(document, 'hidden', { configurable: true, get: () => hidden });"
+            "document.dispatchEvent(new Event('visibilitychange')); }",
+            hidden,
+        )
+
+    page.clock.install()
+    page.reload()
+    expect(page.locator("#link")).to_have_text("Connected")
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/v1/events")):
+        be(True)
+        page.clock.fast_forward(6000)
+    expect(page.locator("#notice")).to_be_hidden()
+    with page.expect_request("**/v1/events"):
+        be(False)
+    expect(page.locator("#link")).to_have_text("Connected")
+
+
 def test_a_key_is_asked_for_and_the_page_comes_back_after_its_server(browser, paths):
     flags = ("--no-defaults", "--model", f"talker={paths['talker']}", "--api-key", KEY, "--admin-key", ADMIN)
     context = browser.new_context()
@@ -507,11 +610,134 @@ def test_a_key_is_asked_for_and_the_page_comes_back_after_its_server(browser, pa
         is_answered(ask(page, "hello", "talker"))
         server.process.kill()
         expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+        for view in ("Library", "Benchmark", "Chat"):
+            show(page, view)
+            expect(page.get_by_role("heading", level=1, name=view)).to_have_count(1)
     with running_server(*flags, "--port", str(server.port)):
         expect(page.get_by_text("The connection to the server is lost.")).to_be_hidden()
         expect(page.locator("#link")).to_have_text(re.compile("^Connected"))
         is_answered(ask(page, "hello"))
     context.close()
+
+
+def import_conversation(page, messages):
+    """Open a conversation as an imported file."""
+    show(page, "Chat")
+    file = {"name": "long.json", "mimeType": "application/json", "buffer": json.dumps({"messages": messages}).encode()}
+    page.locator("input[type=file][accept='.json,.md']").set_input_files(file)
+
+
+def numbered(turns, text):
+    """A conversation whose messages begin with their numbers, and whose answers have a text."""
+    texts = (("user", ""), ("assistant", text))
+    return [
+        {"role": role, "content": f"Message **{2 * n + is_answer}**.\n\n{more}"}
+        for n in range(turns)
+        for is_answer, (role, more) in enumerate(texts)
+    ]
+
+
+def test_answers_in_view_are_rendered_first_and_the_others_later(page):
+    asked = []
+    page.on("request", lambda request: request.url.endswith("/v1/render") and asked.append(request.post_data_json))
+    import_conversation(page, numbered(30, "A line with `code` and *words*.\n\n" * 100))
+    expect(page.locator(".turn.assistant").last.locator("strong").first).to_have_text("59")
+    first = asked[0]["texts"]
+    assert any("**59**" in text for text in first)
+    assert all(int(re.search(r"\d+", text)[0]) > 50 for text in first)
+    page.locator(".scroller").hover()
+    page.mouse.wheel(0, -1_000_000)  # what comes into view goes before the rest
+    expect(page.locator(".turn.assistant").first.locator("strong").first).to_have_text("1")
+    expect(page.locator(".turn.assistant .plain-text")).to_have_count(0)
+    numbers = [int(re.search(r"\d+", text)[0]) for each in asked for text in each["texts"]]
+    assert len(numbers) == len(set(numbers)) == 30
+    assert numbers.index(1) < numbers.index(15)
+
+
+# What is in view, and how far it is moved by what is laid out above it in the frames until it is asked for again.
+WATCH = """() => {
+    const scroller = document.querySelector(".scroller"), log = document.querySelector(".log");
+    const box = scroller.getBoundingClientRect();
+    window.seen = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2).closest(".turn");
+    window.from = seen.getBoundingClientRect().top;
+    window.tops = [];
+    window.sizes?.disconnect();
+    window.sizes = new ResizeObserver(() => tops.push(seen.getBoundingClientRect().top - from)); // behind the page's
+    sizes.observe(log);
+}"""
+MOVED = """() => new Promise((resolve) => {
+    const now = () => seen.getBoundingClientRect().top - from;
+    const wait = (last, same) => requestAnimationFrame(() => setTimeout(() => {
+        if (same > 8) resolve([now(), ...tops]);
+        else wait(now(), now() === last ? same + 1 : 0);
+    }));
+    wait(now(), 0);
+})"""
+
+
+def test_what_is_in_view_stays_where_it_is_while_earlier_messages_are_laid_out(page):
+    """Each turn of the wheel moves it by as much, in every frame, though much above it gets another height."""
+    wide = "WWWW WWWW " * 100  # twice the height that the page guesses
+    text = f"{wide}\n\n- one\n- two\n\n```python\nx = 1\n```\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n"
+    import_conversation(page, numbered(40, text * 2))
+    expect(page.locator(".turn.assistant").last.locator("strong").first).to_have_text("79")
+    page.locator(".scroller").hover()
+    for _ in range(12):
+        page.evaluate(WATCH)
+        page.mouse.wheel(0, -350)
+        eventually(lambda: page.evaluate("seen.getBoundingClientRect().top - from") > 300)
+        end, *frames = page.evaluate(MOVED)
+        assert abs(end - 350) <= 2
+        assert all(-2 <= moved <= 352 for moved in frames), frames
+    expect(page.locator(".turn.assistant .plain-text")).to_have_count(0)  # in a while all of it is rendered
+    page.evaluate(WATCH)
+    assert all(abs(moved) <= 2 for moved in page.evaluate(MOVED))
+
+
+def test_a_branch_is_chosen_in_its_place_by_the_keyboard(page):
+    import_conversation(page, numbered(12, "Some words.\n\n" * 20))
+    page.get_by_label("Model", exact=True).select_option("talker")
+    third = page.locator(".turn.user").nth(2)
+    third.get_by_role("button", name="Edit").click()
+    page.get_by_label("Edit the message").fill("hello")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    answer = page.locator(".turn.assistant").nth(2)
+    is_answered(answer)
+    expect(page.locator("#ask")).to_be_focused()
+    expect(page.locator(".turn")).to_have_count(6)
+    before = page.locator(".turn.user").nth(2).get_by_label("Branch before")
+    top = before.bounding_box()["y"]
+    before.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn")).to_have_count(24)
+    expect(page.locator(".turn.user").nth(2)).to_contain_text("Message **4**")
+    again = page.locator(".turn.user").nth(2).get_by_label("Branch before")
+    expect(again).to_be_focused()
+    assert abs(again.bounding_box()["y"] - top) <= 2
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn")).to_have_count(6)
+    expect(page.locator(".turn.assistant").nth(2)).to_contain_text("Some bold text.")
+
+
+def test_two_windows_share_a_conversation(page, server):
+    """What one of them adds is in the other, and nothing is lost that both add."""
+    is_answered(ask(page, "hello", "talker"))
+    other = page.context.new_page()
+    other.set_default_timeout(20_000)
+    other.goto(f"{server.url}#/chat")
+    expect(other.locator(".turn.assistant strong").first).to_have_text("bold")
+    is_answered(ask(other, "hello, from the other"))
+    expect(page.locator(".turn.user").nth(1)).to_contain_text("hello, from the other")
+    is_answered(page.locator(".turn.assistant").nth(1))
+    is_answered(ask(page, "hello, from the first"))
+    expect(other.locator(".turn.user").nth(2)).to_contain_text("hello, from the first")
+    other.reload()
+    expect(other.locator(".turn.user .text")).to_have_text(["hello", "hello, from the other", "hello, from the first"])
+    other.get_by_role("button", name="New conversation").click()
+    is_answered(ask(other, "hello", "talker"))
+    expect(page.locator(".names .name")).to_have_count(2)
+    other.close()
 
 
 def test_a_long_conversation_stays_fluent(page):

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_api_server import read_settings
 from mlxserver.cli.command import main
-from mlxserver.engine.platform.cpu_quantized import native
+from mlxserver.engine.platform.native.extension import native
 from tests.support.hub import COMMIT, serving_hub
 from tools.harness.models import tiny_llama
 
@@ -60,6 +60,13 @@ def test_a_repository_is_downloaded_once_and_without_its_code(hub, files, tmp_pa
     assert pulled["fits"]
     assert pull("org/tiny") == 0
     assert "org/tiny: nothing to download" in capfd.readouterr().err
+
+
+def test_progress_is_lines_where_there_is_no_terminal(hub, monkeypatch, capfd):
+    monkeypatch.setattr("mlxserver.cli.pull.INTERVAL", 0.0)
+    hub.delay = 0.02
+    assert pull("org/tiny") == 0
+    assert re.search(r"^[\d.]+ kB of [\d.]+ kB$", capfd.readouterr().err, re.MULTILINE)
 
 
 def test_a_cut_connection_is_no_failure(hub, files, tmp_path):
@@ -129,3 +136,22 @@ def test_models_of_the_hub_are_found(hub, capfd):
     assert err.splitlines()[-1] == "Download one with: mlx-server pull mlx-community/Tiny-4bit"
     assert main(["search", "nothing"], read_settings) == 1
     assert main(["search", "tiny", "--json", "--limit", "1"], read_settings) == 0
+
+
+def test_a_search_without_a_network_is_one_line_at_once(hub, monkeypatch, capfd):
+    hub.shutdown()
+    hub.server_close()
+    assert main(["search", "tiny"], read_settings) == 1
+    line = f"error: Search for 'tiny': the Hugging Face hub ({hub.address}) can't be reached"
+    assert capfd.readouterr().err.splitlines() == [line]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["search", "tiny"], read_settings) == 1
+    assert capfd.readouterr().err.splitlines() == [f"{line} (HF_HUB_OFFLINE is set)"]
+
+
+def test_a_pull_without_a_network_takes_the_copy_and_says_so_once(hub, monkeypatch, caplog):
+    assert pull("org/tiny") == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert pull("org/tiny") == 0
+    line = "org/tiny: the hub can't be asked (HF_HUB_OFFLINE is set); the copy from before is used"
+    assert [record.getMessage() for record in caplog.records if record.name == "models"] == [line]

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any
 
 from mlxserver.client.api import ChatClient
 from mlxserver.client.command import choose_model, conclude
-from mlxserver.client.defaults import DEFAULT_BASE_URL, INTERRUPTED
+from mlxserver.client.defaults import INTERRUPTED
 from mlxserver.client.errors import ClientError
+from mlxserver.client.launch.options import parser
 from mlxserver.client.launch.programs import PROGRAMS, Program
 from mlxserver.client.views import print_status
 
@@ -52,9 +53,10 @@ def run(options: Namespace) -> int:
         return 0
     if options.print or program.setup or not installed:
         print("\n".join(lines(program, hidden, options.arguments)))
-        if not (options.print or installed):
-            print_status(f"{program.command[0]} is not installed: {program.package}")
-        return 0
+        if options.print or installed:
+            return 0
+        print_status(f"Nothing was started: {program.command[0]} is not installed ({program.package}).")
+        return 1
     return start(program, installed, values, options.arguments)
 
 
@@ -120,11 +122,4 @@ def _fill(text: str, values: Mapping[str, str]) -> str:
 def _parse(arguments: Sequence[str]) -> Namespace:
     """The command line; what follows `--` is the program's. Wrong usage is an error on stderr and exit status 2."""
     own = [*takewhile(lambda argument: argument != "--", arguments)]
-    parser = ArgumentParser(prog="mlx-server launch", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("program", choices=sorted(PROGRAMS), metavar="PROGRAM", help=", ".join(sorted(PROGRAMS)))
-    parser.add_argument("--print", action="store_true", help="print the settings, and start nothing")
-    parser.add_argument("--json", action="store_true", help="print the settings as JSON, and start nothing")
-    parser.add_argument("--model", metavar="KEY", help="the model to use (default: the first that is loaded)")
-    parser.add_argument("--base-url", metavar="URL", help=f"default: OPENAI_BASE_URL, else {DEFAULT_BASE_URL}")
-    parser.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
-    return parser.parse_args(own, Namespace(arguments=[*arguments[len(own) + 1 :]]))
+    return parser().parse_args(own, Namespace(arguments=[*arguments[len(own) + 1 :]]))

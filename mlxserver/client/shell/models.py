@@ -11,7 +11,7 @@ from mlxserver.client.views import format_loaded, format_models, format_unloaded
 
 async def list_models(session: Session, argument: str) -> None:
     """Show a table of all models."""
-    session.stdout.print(format_models(await session.refresh()))
+    session.stdout.print(format_models(await session.refresh(), session.stdout.width))
 
 
 async def choose_model(session: Session, argument: str) -> None:

@@ -21,6 +21,7 @@ from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.loading.metadata import model_arguments
 from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers
+from mlxserver.engine.platform.cpu_stored import values_in_layers
 from mlxserver.engine.platform.policy import current
 
 
@@ -31,7 +32,7 @@ class Architecture:
     layers: values per token of each layer with a KV cache, and the most tokens that it keeps per sequence (0: all).
     sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
     arguments: those that mlx-lm's model was made with (metadata.model_arguments()). has_experts: some of its layers
-    choose among experts.
+    choose among experts. in_layers: weights that are those of linear and embedding layers.
     """
 
     weights: int
@@ -41,6 +42,7 @@ class Architecture:
     vocab: int
     arguments: tuple[Mapping[str, Any], ...] = ()
     has_experts: bool = False
+    in_layers: int = 0
 
     def cache_values(self, tokens: int, sequences: int) -> int:
         """Values in a full cache of so many tokens and sequences."""
@@ -85,6 +87,7 @@ def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) 
         vocab,
         tuple(model_arguments(model)),
         any(isinstance(layer, SwitchLinear) for layer in model.modules()),
+        values_in_layers(model),
     )
 
 

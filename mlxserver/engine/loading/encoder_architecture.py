@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.architecture import inspect_architecture
 from mlxserver.engine.loading.metadata import FALLBACK_CONTEXT, attention_heads
+from mlxserver.engine.platform.cpu_stored import values_in_layers
 
 # Architectures whose position embeddings begin behind the number of the padding token.
 _OFFSET_POSITIONS = frozenset({"xlm-roberta", "xlm_roberta", "roberta"})
@@ -28,6 +29,7 @@ class EncoderArchitecture:
     """Sizes of an encoder in numbers of values. width: activations per token of a layer. heads: of attention.
 
     context: the longest text in tokens that it has positions for. is_judge: it is a text model that is asked.
+    in_layers: weights that are those of linear and embedding layers.
     """
 
     weights: int
@@ -35,6 +37,7 @@ class EncoderArchitecture:
     heads: int
     context: int
     is_judge: bool = False
+    in_layers: int = 0
 
 
 def inspect_embedding_architecture(config: Mapping[str, Any]) -> EncoderArchitecture:
@@ -48,7 +51,7 @@ def inspect_reranker_architecture(config: Mapping[str, Any]) -> EncoderArchitect
         return _inspect(_model({**with_rope_names(config), "num_labels": 1}, "SequenceClassificationModel"), config)
     model = inspect_architecture(config)
     heads = attention_heads(config, *model.arguments)
-    return EncoderArchitecture(model.weights, model.width, heads, positions(config), is_judge=True)
+    return EncoderArchitecture(model.weights, model.width, heads, positions(config), True, model.in_layers)
 
 
 def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture:
@@ -61,6 +64,7 @@ def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture
         outputs // max(1, len(model.layers)),
         attention_heads(config),
         positions(config),
+        in_layers=values_in_layers(model),
     )
 
 

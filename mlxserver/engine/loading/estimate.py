@@ -8,7 +8,7 @@ Rule 3: importing this module does not import MLX: the manager needs only its ty
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Tokens of a shared model's KV cache by default, which all ranks reserve: some conversations of ordinary length.
 DEFAULT_CACHE_TOKENS = 32_768
 JUDGE_CONTEXT = 8192  # of Qwen3-Reranker (huggingface.co/Qwen/Qwen3-Reranker-0.6B), whose positions go further
+Format = Mapping[str, Any]
 _TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints state has two
 # Memory of a model beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
 _RUNTIME_BYTES = 64 << 20
@@ -143,13 +144,17 @@ def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate
     dequantized = architecture.widest_layer * value_bytes if kv else 0
     attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH, dequantized)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
-    values, stored = architecture.weights, metadata.stored_bytes
+    values, in_layers, stored = architecture.weights, architecture.in_layers, metadata.stored_bytes
     if vision:
-        values, stored = values + vision.weights, stored + metadata.tower_bytes
+        values, in_layers = values + vision.weights, in_layers + vision.in_layers
+        stored += metadata.tower_bytes
+    if spec.adapter:
+        in_layers = 0  # those that it is added to become float32
     may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
     adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else _adapter_bytes(spec)  # which is fused there
     found = Estimate(
-        weights=_weight_bytes(values, stored, policy.weights, metadata, has_experts=architecture.has_experts) + adapter,
+        weights=_weight_bytes(values, in_layers, stored, policy.weights, metadata, has_experts=architecture.has_experts)
+        + adapter,
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
         activations=max(
             _chunk_bytes(architecture.width * value_bytes, attention, own.context),
@@ -165,33 +170,49 @@ def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate
 
 
 def _weight_bytes(
-    values: int, stored: int, weights: WeightPolicy, metadata: CheckpointMetadata, *, has_experts: bool = False
+    values: int,
+    in_layers: int,
+    stored: int,
+    weights: WeightPolicy,
+    metadata: CheckpointMetadata,
+    *,
+    has_experts: bool = False,
 ) -> int:
-    """Bytes of so many weights in their loaded format. stored: in their stored one."""
+    """Bytes of so many weights in their loaded format. stored: in their stored one. in_layers: see Architecture."""
     if weights is WeightPolicy.FLOAT32:
         return values * 4
     if weights is WeightPolicy.QUANTIZED:
-        return values * 4 if has_experts else _native_bytes(values, stored, metadata.config)
+        formats = _quantization(metadata.config)
+        return _native_bytes(values, in_layers, stored, metadata.config, formats, has_experts=has_experts)
     return values * 2 if weights is WeightPolicy.BFLOAT16 and _has_fewer_bits(values, stored) else stored
 
 
-def _native_bytes(values: int, stored: int, config: Mapping[str, Any]) -> int:
-    """Bytes of so many weights where native kernels compute with the quantized ones, and the others are float32.
+def _native_bytes(
+    values: int, in_layers: int, stored: int, config: Mapping[str, Any], formats: Sequence[Format], *, has_experts: bool
+) -> int:
+    """Bytes of so many weights where native kernels compute with those of layers, and the others are float32.
 
     How many are quantized follows from the stored size. Where some have other bits than most, it is an upper bound.
     """
     width = _float_bytes(config)
     if width == 4:
         return min(stored, values * 4)
-    stated = config.get("quantization") or config.get("quantization_config") or {}
-    formats = [stated, *(part for part in stated.values() if isinstance(part, Mapping))]
-    if not all(_has_kernel(part, stated) for part in formats):
-        return values * 4
-    each = stated["bits"] / 8 + 2 * width / stated["group_size"]
-    return int(stored + max(0, stored - values * each) / (width - each) * (4 - width))
+    floats: float = values
+    if formats:
+        if has_experts or not all(_has_kernel(part, formats[0]) for part in formats):
+            return values * 4
+        each = formats[0]["bits"] / 8 + 2 * width / formats[0]["group_size"]
+        floats = max(0, stored - values * each) / (width - each)
+    return min(values * 4, int(stored + min(floats, values - in_layers) * (4 - width)))
 
 
-def _has_kernel(format: Mapping[str, Any], default: Mapping[str, Any]) -> bool:
+def _quantization(config: Mapping[str, Any]) -> Sequence[Format]:
+    """The formats of quantized weights that a config.json states, the general one first; none without any."""
+    stated = config.get("quantization") or config.get("quantization_config")
+    return [stated, *(part for part in stated.values() if isinstance(part, Mapping))] if stated else []
+
+
+def _has_kernel(format: Format, default: Format) -> bool:
     """Whether quantized weights that a config.json describes have a native kernel."""
     bits, group_size = (format.get(name, default.get(name)) for name in ("bits", "group_size"))
     return has_kernel(str(format.get("mode", default.get("mode", "affine"))), bits, group_size)
@@ -244,7 +265,9 @@ def _encoder_estimate(
     longest = judge_context if architecture.is_judge else embedding_context
     context = longest(spec, architecture.context, attention)
     return Estimate(
-        weights=_weight_bytes(architecture.weights, metadata.stored_bytes, policy.weights, metadata),
+        weights=_weight_bytes(
+            architecture.weights, architecture.in_layers, metadata.stored_bytes, policy.weights, metadata
+        ),
         cache=0,
         activations=most_batch_tokens(context, policy) * architecture.width * value_bytes * policy.layers_ahead
         + attention.batch_bytes(context)

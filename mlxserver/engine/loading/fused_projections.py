@@ -22,9 +22,10 @@ from mlxserver.engine.mlx import mx
 import mlx.nn as nn
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.platform import cpu_layers
+from mlxserver.engine.platform import cpu_layers, cpu_stored
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_LINEAR = (nn.Linear, cpu_layers.Linear, cpu_stored.HalfLinear)
 
 
 class _Product:
@@ -34,7 +35,7 @@ class _Product:
         self.layer = _like(layers[0])
         for name in self.layer:
             self.layer[name] = mx.concatenate([layer[name] for layer in layers])
-        self._cuts = list(accumulate(len(layer.weight) for layer in layers))[:-1]
+        self._cuts = list(accumulate(len(layer["weight"]) for layer in layers))[:-1]
         self._input: mx.array | None = None
         self._outputs: Sequence[mx.array] = ()
 
@@ -156,7 +157,9 @@ def _fusable(module: nn.Module) -> Iterator[tuple[tuple[str, ...], list[nn.Linea
     """The projections of a module that one product can compute: no quantized, sharded or adapted layers."""
     for names in _FUSED:
         layers = [module.get(name) for name in names]
-        if all(type(layer) in (nn.Linear, cpu_layers.Linear) for layer in layers):
-            kinds = {(type(layer), layer.weight.shape[1], layer.weight.dtype, "bias" in layer) for layer in layers}
+        if all(type(layer) in _LINEAR for layer in layers):
+            kinds = {
+                (type(layer), layer["weight"].shape[1], layer["weight"].dtype, "bias" in layer) for layer in layers
+            }
             if len(kinds) == 1:
                 yield names, layers

@@ -135,7 +135,8 @@ def _manifest(source: str, repository: str, revision: str | None) -> Manifest | 
         manifest = list_files(repository, revision)
     except Exception as error:
         if not isinstance(error, REFUSALS) and cached_snapshot(repository, revision):
-            log.warning("%s: the hub can't be asked (%s); the copy from before is used", source, one_line(error))
+            reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(error)
+            log.warning("%s: the hub can't be asked (%s); the copy from before is used", source, reason)
             return None
         raise failure(source, error, revision) from None
     if manifest.find("config.json") is None:

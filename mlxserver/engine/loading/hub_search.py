@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import ModelInfo, constants, errors, get_session
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
+from mlxserver.engine.errors import SearchFailed
 from mlxserver.engine.loading import hub
 from mlxserver.engine.loading.library.facts import RUNTIME_BYTES
 from mlxserver.engine.platform.policy import WeightPolicy, current
@@ -41,12 +43,22 @@ class HubModel:
 
 
 def search(words: str, limit: int) -> list[HubModel]:
-    """The models whose id has the words, those with the most downloads first. Blocks. Raises SourceInvalid."""
-    try:
-        found = HfApi().list_models(search=words, filter=FILTER, sort="downloads", limit=limit, expand=FIELDS)
-        return [_model(each) for each in found]
+    """The models whose id has the words, those with the most downloads first. Blocks. Raises SearchFailed."""
+    query = {"search": words, "filter": FILTER, "sort": "downloads", "limit": limit, "expand": FIELDS}
+    try:  # not by HfApi, which asks a hub that can't be reached six times, and prints each
+        response = get_session().get(
+            f"{constants.ENDPOINT}/api/models",
+            params=query,
+            headers=build_hf_headers(),
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+        hf_raise_for_status(response)
+        return [_model(ModelInfo(**{"siblings": None, **each})) for each in response.json()[:limit]]
+    except (httpx.TransportError, errors.OfflineModeIsEnabled):
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        raise SearchFailed(words, f"the Hugging Face hub ({constants.ENDPOINT}) can't be reached{offline}") from None
     except Exception as error:
-        raise hub.failure(words, error, None) from None
+        raise SearchFailed(words, hub.failure(words, error, None).expected) from None
 
 
 def _model(info: Any) -> HubModel:
@@ -56,7 +68,7 @@ def _model(info: Any) -> HubModel:
     size = sum(count * ITEM_BYTES.get(kind, 1) for kind, count in counts.items()) or None
     weights = sum(count * 32 // bits if bits and kind == PACKED else count for kind, count in counts.items()) or None
     format = current().weights
-    is_dequantized = format is WeightPolicy.FLOAT32 or (format is WeightPolicy.QUANTIZED and bits not in (4, 8))
+    is_dequantized = format is WeightPolicy.FLOAT32 or (format is WeightPolicy.QUANTIZED and bits not in (None, 4, 8))
     held = weights and weights * 4 if is_dequantized else size
     return HubModel(
         info.id,

@@ -40,7 +40,7 @@ from mlxserver.engine.loading.sources import Progress, recommended_sampling, res
 from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.loading.weight_names import model_classes
-from mlxserver.engine.platform import cpu_layers, cpu_quantized, device
+from mlxserver.engine.platform import cpu_layers, cpu_stored, device
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 from mlxserver.engine.platform.short_convolutions import replace_convolutions
@@ -159,7 +159,7 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
         model = _dequantized(model)
         model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
     elif policy.weights is WeightPolicy.QUANTIZED:
-        cpu_quantized.replace_layers(model)
+        cpu_stored.replace_layers(model)
         _dequantize_others(model)
     elif policy.weights is WeightPolicy.BFLOAT16:
         model = _widened(model)
@@ -192,9 +192,9 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
 def _dequantize_others(model: nn.Module) -> None:
     """Dequantize the layers that no native kernel computes with, to float32."""
     named = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _QUANTIZED)]
-    names = [name for name, layer in named if not cpu_quantized.is_replaced(layer)]
+    names = [name for name, layer in named if not cpu_stored.is_replaced(layer)]
     others = nn.Module()
-    others.layers = [layer for _, layer in named if not cpu_quantized.is_replaced(layer)]
+    others.layers = [layer for _, layer in named if not cpu_stored.is_replaced(layer)]
     if names:
         _dequantized(others).set_dtype(mx.float32)
         model.update_modules(tree_unflatten(list(zip(names, others.layers, strict=True))))

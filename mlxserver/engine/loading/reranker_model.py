@@ -210,7 +210,7 @@ def _rows(layer: Any, tokens: Sequence[int]) -> mx.array:
     """Rows of an output layer, [tokens, hidden] in float32."""
     rows = mx.array(list(tokens))
     if "scales" not in layer:
-        plain: mx.array = layer.weight[rows].astype(mx.float32)
+        plain: mx.array = layer["weight"][rows].astype(mx.float32)
         return plain
     biases = layer.biases[rows] if "biases" in layer else None
     weight = mx.dequantize(

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlxserver.engine.loading.kinds import SEEING
 from mlxserver.engine.loading.unsupported import Unsupported
 from mlxserver.engine.platform.attention_memory import AttentionMemory
+from mlxserver.engine.platform.cpu_stored import values_in_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy
 
 FEATURE_BYTES = 64 << 20  # of the features of images that were seen, kept per model
@@ -35,6 +36,7 @@ class VisionArchitecture:
     """Sizes of a vision part. weights: number of values. width: activations per patch of a layer. heads: of attention.
 
     patch: its side in pixels. image: side of the pictures in pixels, 0 for any. tiles: that a picture is cut into.
+    in_layers: weights that are those of linear and embedding layers.
     """
 
     weights: int
@@ -43,6 +45,7 @@ class VisionArchitecture:
     patch: int
     image: int = 0
     tiles: int = 1
+    in_layers: int = 0
 
     def most_patches(self, policy: ExecutionPolicy) -> int:
         """Patches of the largest picture, or of a tile of it, that the tower is given."""
@@ -89,6 +92,7 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
         int(vision.get("patch_size") or 14),
         0 if model_type in _ANY_SIZE else int(vision.get("image_size") or 896),
         _TILES if model_type in _TILING else 1,
+        values_in_layers(model),
     )
 
 

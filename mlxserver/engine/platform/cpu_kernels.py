@@ -6,7 +6,8 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
-that was half. Here what depends on positions alone is computed once per step.
+that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
+each of these is one operation, and so is the attention of a decode step.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
@@ -25,6 +26,7 @@ from mlxserver.engine.mlx import mx, nn
 from mlx_lm.models import activations
 
 from mlxserver.engine.platform import cpu_matmul
+from mlxserver.engine.platform.native.extension import native
 
 _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _MASKED = -1e30  # the score of a masked position
@@ -66,6 +68,9 @@ def softmax(a: mx.array, axis: Any = None, *, precise: bool = False, stream: Any
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x, as mlx_lm.models.activations.swiglu."""
+    if (kernels := native()) and gate.dtype == x.dtype == mx.float32 and gate.shape == x.shape:
+        computed: mx.array = kernels.swiglu(gate, x)
+        return computed
     if gate.dtype != mx.float32 or gate.size <= _FEW:
         plain: mx.array = mlx_lm_swiglu(gate, x)
         return plain
@@ -94,6 +99,10 @@ def attention(
     groups = k.shape[1]
     if _thread.is_stepwise:
         mx.eval(q, k, v)
+    if length == 1 and k.dtype == v.dtype == mx.float32 and _has_one_mask(mask, batch, k) and (kernels := native()):
+        hidden = None if mask is None else _additive_of_step(mask, length, k.shape[2]).astype(mx.float32)
+        attended: mx.array = kernels.attend(q, k, v, scale, hidden)
+        return attended
     # All query heads of one key head in one product.
     rows = q.reshape(batch, groups, heads // groups * length, dim) * scale
     scores = cpu_matmul.times_keys(rows, k)
@@ -111,11 +120,18 @@ def attention(
     return weighted.reshape(batch, heads, length, v.shape[3])
 
 
+def _has_one_mask(mask: Any, batch: int, keys: mx.array) -> bool:
+    """Whether all heads of a sequence have the same mask."""
+    shapes = [(rows, 1, 1, keys.shape[2]) for rows in (1, batch)]
+    return mask is None or (isinstance(mask, mx.array) and mask.shape in shapes)
+
+
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
     """As mx.fast.rms_norm: x [..., dim], weight [dim]."""
     if weight is None or not x.dtype == weight.dtype == mx.float32:
         return mx.fast.rms_norm(x, weight, eps, stream=stream)
-    normed: mx.array = _norm(x.shape[-1], eps)(x, weight)
+    kernels = native()
+    normed: mx.array = kernels.rms_norm(x, weight, eps) if kernels else _norm(x.shape[-1], eps)(x, weight)
     return normed
 
 
@@ -144,6 +160,8 @@ def rope(
     if traditional:
         pairs = a.reshape(*a.shape[:-1], dims // 2, 2)
         turned = _turned(pairs, pairs[..., ::-1], cosines, sines)
+    elif kernels := native():
+        return kernels.rotate(a, cosines, sines)  # type: ignore[no-any-return]
     else:
         pairs = a.reshape(*a.shape[:-1], 2, dims // 2)
         turned = _turned(pairs, pairs[..., ::-1, :], cosines, sines)

@@ -18,27 +18,27 @@ from mlxserver.engine.mlx import mx
 
 import mlx.nn as nn
 
-from mlxserver.engine.platform import cpu_kernels, cpu_matmul, openblas
+from mlxserver.engine.platform import cpu_kernels, cpu_matmul
 
 
 class Linear(nn.Linear):  # type: ignore[misc]
-    """nn.Linear in small products."""
+    """nn.Linear with the products of cpu_matmul.py."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] -> [..., out]."""
-        product = cpu_matmul.in_pieces(x, self["weight"])
+        product = cpu_matmul.product(x, self["weight"], self.get("bias"))
         if product is None:
             plain: mx.array = super().__call__(x)
             return plain
-        return product + self["bias"] if "bias" in self else product
+        return product
 
 
 class Embedding(nn.Embedding):  # type: ignore[misc]
-    """nn.Embedding, as an output layer in small products."""
+    """nn.Embedding, as an output layer with the products of cpu_matmul.py."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x [..., dim] -> [..., vocab]."""
-        product = cpu_matmul.in_pieces(x, self["weight"])
+        product = cpu_matmul.product(x, self["weight"])
         if product is None:
             plain: mx.array = super().as_linear(x)
             return plain
@@ -77,7 +77,7 @@ class GELU(nn.GELU):  # type: ignore[misc]
 def replace_layers(model: nn.Module) -> None:
     """Have a model's layers compute with these classes. Layers of MLX's subclasses stay as they are."""
     classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.RoPE: RoPE, nn.GELU: GELU}
-    if openblas.has_small_products() and openblas.threads() <= openblas.FEW_THREADS:
+    if cpu_matmul.has_products():
         classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
     for layer in model.modules():
         layer.__class__ = classes.get(type(layer), type(layer))

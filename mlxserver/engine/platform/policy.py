@@ -23,7 +23,7 @@ class WeightPolicy(Enum):
     """Format of a loaded model's weights."""
 
     STORED = "as the checkpoint has them"
-    QUANTIZED = "quantized ones as stored, for native kernels; others in float32"
+    QUANTIZED = "quantized and 16-bit ones as stored, for native kernels; others in float32"
     BFLOAT16 = "dequantized to 16 bits"
     FLOAT32 = "dequantized to float32"
 
@@ -128,7 +128,7 @@ class ExecutionPolicy:
 
 # MLX's compiled functions cost seconds of the C++ compiler per shape on a CPU, too long to be measured between two
 # requests. Its float16 and quantized products are some thirty times slower there than those of float32: quantized
-# weights are dequantized, unless native kernels are built (cpu_quantized.py), which are faster than both. Time grows
+# weights are dequantized, unless native kernels are built (cpu_stored.py), which are faster than both. Time grows
 # with every slot and token that is computed. MLX's CPU backend runs up to two hundred operations ahead, some four
 # layers, and an array that is written to before its copy has been computed is copied as a whole.
 CPU = ExecutionPolicy(
@@ -211,7 +211,8 @@ def policy_for(kind: DeviceKind) -> ExecutionPolicy:
 @functools.cache
 def current() -> ExecutionPolicy:
     """The policy of the device in use."""
-    from mlxserver.engine.platform import cpu_quantized, device
+    from mlxserver.engine.platform import device
+    from mlxserver.engine.platform.native.extension import native
 
     policy = policy_for(device.describe().kind)
-    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and cpu_quantized.native() else policy
+    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and native() else policy

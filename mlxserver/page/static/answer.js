@@ -4,8 +4,12 @@
 import { errorText, render } from "./api.js";
 import { count, h, rate, seconds, setRendered } from "./dom.js";
 
-const WHOLE = 50_000; // characters; a longer answer is rendered in parts
+const WHOLE = 50_000; // characters that are rendered in one piece at most
 const PART = 20_000; // characters of a part, or of several answers, that are rendered at once
+const REFERENCE = /^ {0,3}\[[^\]]+\]:/m;
+const OWN_BLOCK = /^(?![-+*]\s|\d{1,9}[.)]\s)\S/;
+const NEAR = "150% 0px"; // of the view, above and below it
+const REST = 3; // times as long as the rendering took
 const BLOCK = 4000; // characters of plain text that are laid out together
 
 // Plain text that is only appended to, and dropped at its beginning. It is cut into blocks at line ends, so that what
@@ -66,18 +70,23 @@ class Cuts {
   }
 }
 
-// A Markdown text in parts that can be rendered by themselves.
+// A Markdown text in parts that can be rendered by themselves. A list or a reference spans no parts, unless it is longer
+// than what is rendered in one piece.
 function parts(text) {
-  if (text.length < WHOLE) return [text];
+  if (text.length < PART || (text.length < WHOLE && REFERENCE.test(text))) return [text];
   const found = [];
   let begin = 0;
   let last = 0;
+  let block = 0; // the last cut behind which a block begins that belongs to none before
+  const end = (at) => {
+    found.push(text.slice(begin, at));
+    begin = at;
+  };
   for (const cut of [...new Cuts().in(text), text.length]) {
-    if (cut - begin > PART && last > begin) {
-      found.push(text.slice(begin, last));
-      begin = last;
-    }
+    if (cut - begin > PART && block > begin) end(block);
+    if (cut - begin > WHOLE && last > begin) end(last);
     last = cut;
+    if (OWN_BLOCK.test(text.slice(cut, cut + 12))) block = cut;
   }
   return [...found, text.slice(begin)];
 }
@@ -203,8 +212,8 @@ export class Answer {
     this.fault.hidden = false;
   }
 
-  // One that was answered before: its parts as plain text, for showRendered().
-  restore(node) {
+  // One that was answered before: its parts as plain text, for a Backlog.
+  restore(node, width) {
     this.content = node.content ?? "";
     this.rendered = this.content.length;
     this.thinking.hidden = !node.reasoning;
@@ -213,28 +222,102 @@ export class Answer {
     this.toolCalls = node.calls ?? [];
     this.#showCalls();
     const texts = parts(this.content);
-    this.done.append(...texts.map((text) => h("div", { class: texts.length > 1 ? "part plain-text" : "plain-text", text })));
+    this.done.append(...texts.filter(Boolean).map((text) => {
+      const part = h("div", { class: texts.length > 1 ? "part plain-text" : "plain-text", text });
+      if (texts.length > 1) part.style.containIntrinsicHeight = `auto ${guessHeight(text, width)}px`;
+      return part;
+    }));
     this.figures.textContent = node.figures ?? "";
     if (node.error) this.fail(node.error);
     return this;
   }
 }
 
-// Renders plain parts of answers, the last first, a batch at a time. isWanted: asked before each batch is shown.
-export async function showRendered(answers, isWanted, onshow) {
-  const plain = answers.flatMap((answer) => [...answer.done.children]).filter((part) => part.textContent.length <= WHOLE);
-  while (plain.length) {
-    const batch = [plain.pop()];
-    let size = batch[0].textContent.length;
-    while (plain.length && batch.length < 20 && (size += plain.at(-1).textContent.length) <= PART) batch.push(plain.pop());
-    const html = await render(batch.map((part) => part.textContent)).catch(() => null);
-    if (!html || !isWanted()) return;
-    batch.forEach((part, n) => {
-      part.classList.remove("plain-text");
-      setRendered(part, html[n]);
-    });
-    onshow();
+// Answers of a conversation that was reopened: plain text first. Parts near the view are rendered at once; the others,
+// the last first, with pauses, for rendering takes time of the server. mayRest: whether it may be asked for those now.
+export class Backlog {
+  #plain = new Map(); // by part: the element whose nearness counts for it
+  #near = new Set();
+  #isAtWork = false;
+  #wake = null;
+
+  constructor(scroller, { mayRest, onshow }) {
+    this.mayRest = mayRest;
+    this.onshow = onshow;
+    this.sight = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        target.classList.toggle("near", isIntersecting);
+        if (isIntersecting) this.#near.add(target);
+        else this.#near.delete(target);
+      }
+      this.#wake?.();
+      this.work();
+    }, { root: scroller, rootMargin: NEAR });
   }
+
+  // Adds a turn, with its answer if it is one.
+  add(turn, answer) {
+    this.sight.observe(turn);
+    const isPlain = (part) => part.classList.contains("plain-text") && part.textContent.length <= WHOLE;
+    const found = [...answer?.done.children ?? []].filter(isPlain);
+    for (const part of found) this.#plain.set(part, found.length > 1 ? part : turn);
+    if (found.length > 1) for (const part of found) this.sight.observe(part);
+  }
+
+  clear() {
+    this.sight.disconnect();
+    this.#plain.clear();
+    this.#near.clear();
+  }
+
+  // Goes on, if there is something to do. After a failure it does so when something else comes near.
+  async work() {
+    if (this.#isAtWork) return;
+    this.#isAtWork = true;
+    try {
+      for (let batch; (batch = this.#next()).length;) {
+        const began = performance.now();
+        const html = await render(batch.map((part) => part.textContent));
+        batch.forEach((part, n) => {
+          if (!this.#plain.delete(part)) return;
+          part.classList.remove("plain-text");
+          setRendered(part, html[n]);
+        });
+        this.onshow();
+        if (!this.#nearby().length) await this.#pause(REST * (performance.now() - began));
+      }
+    } catch { /* it stays plain text */ } finally { this.#isAtWork = false; }
+  }
+
+  #nearby() {
+    return [...this.#plain].filter(([, place]) => this.#near.has(place)).map(([part]) => part);
+  }
+
+  // The parts to render together.
+  #next() {
+    for (const part of [...this.#plain.keys()]) if (!part.isConnected) this.#plain.delete(part);
+    const near = this.#nearby();
+    const left = near.length || !this.mayRest() ? near : [...this.#plain.keys()];
+    const batch = left.splice(-1);
+    let size = batch[0]?.textContent.length;
+    while (left.length && batch.length < 20 && (size += left.at(-1).textContent.length) <= PART) batch.push(left.pop());
+    return batch;
+  }
+
+  #pause(ms) {
+    return new Promise((resolve) => {
+      this.#wake = resolve;
+      setTimeout(resolve, ms);
+    });
+  }
+}
+
+// Pixels that a text takes, as a guess, for what is not laid out yet.
+export function guessHeight(text, width) {
+  const perLine = Math.max(20, width / 7.7);
+  let lines = 0;
+  for (const line of text.split("\n")) lines += line ? Math.ceil(line.length / perLine) : 0.5;
+  return Math.round(24 * lines);
 }
 
 export function figureLine({ usage, timings, ttft, finish, seconds: whole, stopped }) {

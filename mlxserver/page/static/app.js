@@ -27,6 +27,13 @@ export const session = { needs_key: false, may_generate: false, may_manage: fals
 const main = document.getElementById("main");
 let leaving = null; // ends what the view in sight has running
 let shown = null;
+let isMissing = false; // the view in sight could not be loaded
+
+const decoded = (part) => {
+  try {
+    return decodeURIComponent(part);
+  } catch { return part; }
+};
 
 function icon(name) {
   const ns = "http://www.w3.org/2000/svg";
@@ -44,8 +51,7 @@ document.getElementById("nav").append(...Object.entries(VIEWS).map(([name, [titl
 
 async function route() {
   const [name, ...rest] = location.hash.replace(/^#\/?/, "").split("/");
-  const view = VIEWS[name] ? name : "overview";
-  if (location.hash === "#main") return main.focus();
+  const view = Object.hasOwn(VIEWS, name) ? name : "overview";
   leaving?.abort();
   leaving = new AbortController();
   const { signal } = leaving;
@@ -54,13 +60,20 @@ async function route() {
     if (each === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const module = await VIEWS[view][1]();
-  if (signal.aborted) return;
+  let module;
+  isMissing = false;
+  try {
+    module = await VIEWS[view][1]();
+  } catch {
+    isMissing = !signal.aborted;
+    if (isMissing) main.replaceChildren(h("p", { class: "fault", role: "alert", text: "This view is not here yet: the server can't be reached." }));
+  }
+  if (signal.aborted || isMissing) return;
   document.title = `${VIEWS[view][0]} – MLX Server`;
   main.className = `view-${view}`;
   document.body.dataset.view = view;
   main.replaceChildren();
-  module.show(main, { signal, session, rest: rest.map(decodeURIComponent) });
+  module.show(main, { signal, session, rest: rest.map(decoded) });
   if (shown && shown !== view) main.focus({ preventScroll: true });
   shown = view;
 }
@@ -71,7 +84,7 @@ let wasLost = false;
 watch(() => {
   const link = document.getElementById("link");
   const notice = document.getElementById("notice");
-  const texts = { connected: "Connected", lost: "Not connected", stopping: "Stopping", refused: "Key needed", connecting: "Connecting" };
+  const texts = { connected: "Connected", lost: "Not connected", stopping: "Stopping", refused: "Key needed", connecting: "Connecting", resting: "Connecting" };
   setText(link, texts[live.link]);
   link.dataset.state = live.link;
   const isGone = live.link === "lost" || live.link === "stopping";
@@ -84,9 +97,9 @@ watch(() => {
     link.textContent = "Connected again";
     setTimeout(() => setText(link, texts[live.link]), 4000);
     loadSession();
+    if (isMissing) route();
   }
 });
-document.addEventListener("visibilitychange", () => { if (!document.hidden) retry(); });
 addEventListener("online", retry);
 
 // -- keys -------------------------------------------------------------------------------------------------------------
@@ -149,7 +162,13 @@ themeButton.addEventListener("click", () => {
 });
 setTheme(document.documentElement.dataset.theme ?? "auto");
 
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
 addEventListener("hashchange", route);
 await loadSession();
-route();
+const first = route();
 follow();
+await first;
+for (const [, load] of Object.values(VIEWS)) load().catch(() => {}); // they are here if the server is not

@@ -16,6 +16,7 @@ export function sparkline(label) {
       const step = 120 / Math.max(1, 179);
       const offset = 180 - values.length;
       const points = known.map(([n, each]) => `${((offset + n) * step).toFixed(1)},${(26 - 24 * (each / most)).toFixed(1)}`);
+      if (points.length === 1) points.push(points[0].replace(/^[\d.]+/, (x) => String(Number(x) - 2))); // a dot is nothing
       line.setAttribute("points", points.join(" "));
       const last = known.at(-1);
       const text = last ? format(last[1]) : "–";

@@ -1,41 +1,41 @@
 // Conversations with one model.
 
 import { chat, errorText } from "./api.js";
-import { Answer, figureLine, showRendered } from "./answer.js";
+import { Answer, Backlog, figureLine, guessHeight } from "./answer.js";
 import * as store from "./conversation.js";
-import { copy, download, h, openDialog, say } from "./dom.js";
+import { codeDialog, exportDialog } from "./dialogs.js";
+import { copy, h, say } from "./dom.js";
 import { isTalker, live, watch } from "./live.js";
-
-const PARAMS = [
-  ["temperature", "0 to 2; 0 is greedy", 0.1], ["top_p", "above 0, up to 1", 0.05], ["top_k", "0: off", 1],
-  ["max_tokens", "of the answer", 1], ["frequency_penalty", "-2 to 2", 0.1], ["seed", "for the same draws", 1],
-];
-const EFFORTS = ["", "none", "low", "medium", "high"];
-const MAX_SIDE = 1568; // pixels; larger images are scaled down before they are sent
+import { Pictures } from "./pictures.js";
+import { Place } from "./scroll.js";
+import { settingsPanel } from "./settings.js";
 
 export function show(root, { signal, rest }) {
   let conversation;
-  let running = null; // AbortController of the answer that streams
-  let images = [];
-  const answers = new Map(); // by node
+  let running = null; // AbortController of the answer that streams, and the id of its message
+  const turns = new Map(); // elements by message, also of those that another branch hides
+  const answers = new Map(); // by message
 
   const names = h("ul", { class: "names" });
   const side = h("aside", { class: "side", "aria-label": "Conversations" },
     h("button", { type: "button", class: "primary", text: "New conversation", onclick: () => begin() }), names,
     h("div", { class: "row" },
       h("button", { type: "button", text: "Import", onclick: () => file.click() }),
-      h("button", { type: "button", text: "Export", onclick: exportDialog })));
+      h("button", { type: "button", text: "Export", onclick: () => exportDialog(conversation) })));
   const file = h("input", { type: "file", accept: ".json,.md", hidden: true, "aria-label": "File of a conversation", onchange: importFile });
   const model = h("select", { "aria-label": "Model", onchange: () => { conversation.model = model.value; keep(); } });
-  const settings = settingsPanel();
+  const settings = settingsPanel(() => conversation, keep);
   const log = h("div", { class: "log", role: "log", "aria-label": "Conversation", "aria-live": "off" });
-  const scroller = h("div", { class: "scroller", tabindex: "-1" }, log);
-  const thumbs = h("div", { class: "thumbs" });
-  const input = h("textarea", { id: "ask", rows: "1", placeholder: "Ask something", "aria-label": "Message", onkeydown: onKey, oninput: grow, onpaste: (event) => takeImages(event.clipboardData, event) });
-  const picker = h("input", { type: "file", accept: "image/*", multiple: true, hidden: true, "aria-label": "Image", onchange: () => { takeFiles(picker.files); picker.value = ""; } });
+  const scroller = h("div", { class: "scroller", tabindex: "-1", onclick: (event) => {
+    const summary = event.target.closest("summary");
+    if (summary && !running) place.put(summary, place.offset(summary)); // what unfolds is below it
+  } }, log);
+  const pictures = new Pictures(notify);
+  const input = h("textarea", { id: "ask", rows: "1", placeholder: "Ask something", "aria-label": "Message", onkeydown: onKey, oninput: grow, onpaste: (event) => pictures.takeFrom(event.clipboardData, event) });
+  const picker = h("input", { type: "file", accept: "image/*", multiple: true, hidden: true, "aria-label": "Image", onchange: () => { pictures.take([...picker.files]); picker.value = ""; } });
   const sendButton = h("button", { class: "primary", text: "Send" });
   const stopButton = h("button", { type: "button", class: "stop", text: "Stop", hidden: true, onclick: stop });
-  const composer = h("form", { class: "composer", onsubmit: (event) => { event.preventDefault(); ask(); } }, thumbs, input,
+  const composer = h("form", { class: "composer", onsubmit: (event) => { event.preventDefault(); ask(); } }, pictures.element, input,
     h("div", { class: "row" }, h("button", { type: "button", class: "plain", text: "+ Image", onclick: () => picker.click() }), picker,
       h("span", { class: "hint", text: "Enter sends, Shift+Enter breaks the line, Esc stops" }), stopButton, sendButton));
   const sideButton = h("button", { type: "button", class: "only-narrow", text: "Conversations", "aria-expanded": "false", onclick: () => {
@@ -44,9 +44,11 @@ export function show(root, { signal, rest }) {
   } });
   const pane = h("section", { class: "pane", "aria-label": "Chat" },
     h("div", { class: "bar-top" }, sideButton, model, settings.button,
-      h("button", { type: "button", text: "Code", onclick: codeDialog })),
+      h("button", { type: "button", text: "Code", onclick: () => codeDialog(conversation) })),
     settings.panel, scroller, composer);
   root.append(h("h1", { class: "sr", text: "Chat" }), side, pane, file);
+  const place = new Place(scroller, log, signal);
+  const backlog = new Backlog(scroller, { mayRest: () => !running, onshow: () => place.hold() });
 
   // -- conversations --------------------------------------------------------------------------------------------------
 
@@ -62,7 +64,12 @@ export function show(root, { signal, rest }) {
     settings.fill();
     listModels();
     listNames();
+    turns.clear();
+    answers.clear();
+    backlog.clear();
+    log.replaceChildren();
     draw();
+    place.toEnd();
     side.classList.remove("open");
     sideButton.setAttribute("aria-expanded", "false");
   }
@@ -74,7 +81,9 @@ export function show(root, { signal, rest }) {
   }
 
   function notify(text) {
-    log.append(h("p", { class: "fault", role: "alert", text }));
+    log.querySelector(".notified")?.remove();
+    log.append(h("p", { class: "fault notified", role: "alert", text }));
+    place.toEnd();
   }
 
   function listNames() {
@@ -82,12 +91,35 @@ export function show(root, { signal, rest }) {
       h("button", { type: "button", class: "name", "aria-current": id === conversation.id ? "true" : null, text: title || "Untitled", title, onclick: () => {
         const found = store.load(id);
         if (found) open(found);
+        refocus();
       } }),
       h("button", { type: "button", class: "plain", text: "✕", "aria-label": `Remove ${title}`, onclick: () => {
+        if (!confirm(`Remove the conversation “${title}”?`)) return;
         store.forget(id);
         if (id === conversation.id) begin();
         else listNames();
+        refocus();
       } }))));
+  }
+
+  // Where the focus goes when what had it is gone. No keyboard unfolds on a phone for it.
+  function refocus() {
+    const now = document.activeElement;
+    if ((!now || now === document.body || now.checkVisibility?.() === false) && matchMedia("(pointer: fine)").matches) input.focus({ preventScroll: true });
+  }
+
+  // Another window has changed this conversation: its messages are here, too.
+  function merge() {
+    const other = store.load(conversation.id);
+    if (!other) return;
+    for (const id of conversation.merge(other, running?.message)) {
+      turns.delete(id);
+      answers.delete(id);
+    }
+    if (!running && other.path.some((node) => node.id === conversation.leaf)) conversation.leaf = other.leaf;
+    if (!settings.panel.contains(document.activeElement)) settings.fill();
+    listModels();
+    draw();
   }
 
   function preferredModel() {
@@ -110,23 +142,33 @@ export function show(root, { signal, rest }) {
 
   // -- messages -------------------------------------------------------------------------------------------------------
 
-  async function draw() {
-    answers.clear();
+  // Shows the branch in sight. What it has in common with the one before stays as it is.
+  function draw() {
     const path = conversation.path;
-    log.replaceChildren(...path.map(turn));
+    const width = log.clientWidth;
+    let same = 0;
+    while (same < path.length && log.children[same] && log.children[same] === turns.get(path[same].id)) same += 1;
+    while (log.children.length > same) log.lastChild.remove();
+    for (const node of path.slice(same)) {
+      const known = turns.get(node.id);
+      const element = known ?? turn(node, width);
+      known?.querySelector("header")?.replaceWith(head(node));
+      log.append(element);
+      backlog.add(element, answers.get(node.id));
+    }
     if (!path.length) log.append(h("p", { class: "empty", text: "Conversations stay in this browser. Drop an image anywhere to ask about it." }));
-    toEnd(true);
-    const restored = [...answers.values()];
-    await showRendered(restored, () => restored.at(-1).element.isConnected, () => toEnd(false));
+    place.hold();
   }
 
-  function turn(node) {
+  const who = (node) => (node.role === "user" ? "You" : node.role === "tool" ? "Result of a call" : node.model ?? "Answer");
+  const head = (node) => h("header", {}, h("span", { class: "who", text: who(node) }), branches(node));
+
+  function turn(node, width = log.clientWidth) {
     const element = h("article", { class: `turn ${node.role}`, "aria-label": node.role === "user" ? "You" : node.role === "tool" ? "Result" : node.model ?? "Answer" });
-    const head = h("header", {}, h("span", { class: "who", text: node.role === "user" ? "You" : node.role === "tool" ? "Result of a call" : node.model ?? "Answer" }), branches(node));
     const actions = h("div", { class: "actions" });
     let body;
     if (node.role === "assistant") {
-      const answer = new Answer().restore(node);
+      const answer = new Answer().restore(node, width);
       answers.set(node.id, answer);
       body = answer.element;
       actions.append(action("Retry", () => retry(node)), action("Branch", () => { open(conversation.branch(node)); keep(); }),
@@ -137,7 +179,9 @@ export function show(root, { signal, rest }) {
       if (node.images) body.prepend(...node.images.map((url, n) => h("img", { src: url, alt: `Image ${n + 1}`, class: "sent" })));
       actions.append(action("Edit", () => edit(node, element)), action("Copy", (event) => copy(node.content ?? "", event.currentTarget)));
     }
-    element.append(head, body, actions);
+    element.append(head(node), body, actions);
+    element.style.containIntrinsicHeight = `auto ${100 + guessHeight(node.content ?? "", width)}px`;
+    turns.set(node.id, element);
     return element;
   }
 
@@ -147,7 +191,17 @@ export function show(root, { signal, rest }) {
     const all = conversation.siblings(node);
     if (all.length < 2) return null;
     const at = all.findIndex((each) => each.id === node.id);
-    const go = (step) => () => { conversation.select(all[(at + step + all.length) % all.length]); keep(); draw(); };
+    const go = (step) => (event) => {
+      const next = all[(at + step + all.length) % all.length];
+      const offset = place.offset(turns.get(node.id));
+      const label = event.currentTarget.getAttribute("aria-label");
+      conversation.select(next);
+      keep();
+      draw();
+      const element = turns.get(next.id);
+      place.put(element, offset);
+      element.querySelector(`[aria-label="${label}"]`)?.focus({ preventScroll: true });
+    };
     return h("span", { class: "branches" }, h("button", { type: "button", class: "plain", "aria-label": "Branch before", text: "‹", onclick: go(-1) }),
       h("span", { text: `${at + 1}/${all.length}` }), h("button", { type: "button", class: "plain", "aria-label": "Branch after", text: "›", onclick: go(1) }));
   }
@@ -155,14 +209,16 @@ export function show(root, { signal, rest }) {
   function resultForm(node, call) {
     if (Object.values(conversation.nodes).some((each) => each.call === call.id && each.parent === node.id)) return null;
     const field = h("textarea", { rows: "2", "aria-label": `Result of ${call.name}`, placeholder: `Result of ${call.name}` });
-    return h("form", { class: "row result", onsubmit: (event) => {
+    const form = h("form", { class: "row result", onsubmit: (event) => {
       event.preventDefault();
+      form.remove();
       const parent = conversation.leaf === node.id ? node.id : conversation.leaf;
       conversation.add(parent, { role: "tool", content: field.value, call: call.id });
       const given = Object.values(conversation.nodes).filter((each) => each.role === "tool").map((each) => each.call);
       draw();
       if (node.calls.every((each) => given.includes(each.id))) generate();
     } }, field, h("button", { text: "Give" }));
+    return form;
   }
 
   function edit(node, element) {
@@ -170,9 +226,15 @@ export function show(root, { signal, rest }) {
     const form = h("form", { class: "stack", onsubmit: (event) => {
       event.preventDefault();
       conversation.add(node.parent, { role: node.role, content: field.value, images: node.images, call: node.call });
+      turns.delete(node.id);
       draw();
       generate();
-    } }, field, h("div", { class: "row" }, h("button", { class: "primary", text: "Send" }), h("button", { type: "button", text: "Cancel", onclick: () => draw() })));
+      refocus();
+    } }, field, h("div", { class: "row" }, h("button", { class: "primary", text: "Send" }), h("button", { type: "button", text: "Cancel", onclick: () => {
+      turns.delete(node.id);
+      element.replaceWith(turn(node));
+      turns.get(node.id).querySelector(".actions button").focus({ preventScroll: true });
+    } })));
     element.replaceChildren(form);
     field.focus();
   }
@@ -181,14 +243,14 @@ export function show(root, { signal, rest }) {
     conversation.leaf = node.parent;
     draw();
     generate();
+    refocus();
   }
 
   function ask() {
     const content = input.value.trim();
-    if (running || (!content && !images.length)) return;
+    if (running || (!content && !pictures.urls.length)) return;
+    const images = pictures.handOver();
     conversation.add(conversation.leaf, { role: "user", content, ...(images.length ? { images } : {}) });
-    images = [];
-    drawThumbs();
     input.value = "";
     grow();
     log.querySelector(".empty")?.remove();
@@ -207,17 +269,18 @@ export function show(root, { signal, rest }) {
     }
     const talk = conversation;
     const parent = talk.leaf;
-    const controller = running = new AbortController();
     const node = talk.add(parent, { role: "assistant", content: "", model: talk.model });
+    const controller = running = Object.assign(new AbortController(), { message: node.id });
     const element = turn(node);
     const answer = answers.get(node.id);
     const actions = element.querySelector(".actions");
     actions.hidden = true;
     element.setAttribute("aria-busy", "true");
     log.append(element);
-    answer.onappend = () => toEnd(false);
+    backlog.add(element);
+    answer.onappend = () => place.hold();
     answer.on.wait("Waiting for the model");
-    toEnd(true);
+    place.toEnd();
     setBusy(true);
     const saving = setInterval(() => { note(); store.save(talk); }, 10_000);
     const note = () => Object.assign(node, { content: answer.content, reasoning: answer.reasoning, calls: answer.toolCalls.filter(Boolean) });
@@ -241,8 +304,9 @@ export function show(root, { signal, rest }) {
     actions.hidden = false;
     if (node.calls.length && isSeen) answer.element.append(...node.calls.map((call) => resultForm(node, call)).filter(Boolean));
     say(fault ? node.error : figures.stopped ? "The answer was stopped" : `The answer is complete: ${node.figures}`);
-    if (isSeen) { keep(); toEnd(false); element.querySelector("header").replaceChildren(...[element.querySelector(".who"), branches(node)].filter(Boolean)); }
-    else store.save(talk);
+    element.querySelector("header").replaceWith(head(node));
+    if (isSeen) { keep(); place.hold(); } else store.save(talk);
+    backlog.work();
   }
 
   function stop() {
@@ -252,28 +316,12 @@ export function show(root, { signal, rest }) {
   }
 
   function setBusy(isBusy) {
+    const gone = isBusy ? sendButton : stopButton;
+    const hadFocus = document.activeElement === gone;
     stopButton.hidden = !isBusy;
     sendButton.hidden = isBusy;
+    if (hadFocus) (isBusy ? stopButton : input).focus();
   }
-
-  // Follows the end, whatever grows, shrinks or is laid out later, until the reader scrolls up.
-  let follows = true;
-  let top = 0;
-  scroller.addEventListener("scroll", () => {
-    const before = top;
-    top = scroller.scrollTop;
-    const left = scroller.scrollHeight - top - scroller.clientHeight;
-    if (top < before && left > 4) follows = false;
-    else if (left < 80) follows = true;
-  });
-  function toEnd(always) {
-    if (always) follows = true;
-    if (!follows) return;
-    scroller.scrollTop = scroller.scrollHeight;
-    top = scroller.scrollTop;
-  }
-  const sizes = new ResizeObserver(() => requestAnimationFrame(() => toEnd(false)));
-  for (const each of [scroller, log]) sizes.observe(each);
 
   // -- input ----------------------------------------------------------------------------------------------------------
 
@@ -291,60 +339,9 @@ export function show(root, { signal, rest }) {
 
   pane.addEventListener("dragover", (event) => { event.preventDefault(); pane.classList.add("dropping"); });
   pane.addEventListener("dragleave", () => pane.classList.remove("dropping"));
-  pane.addEventListener("drop", (event) => { pane.classList.remove("dropping"); takeImages(event.dataTransfer, event); });
+  pane.addEventListener("drop", (event) => { pane.classList.remove("dropping"); pictures.takeFrom(event.dataTransfer, event); });
 
-  function takeImages(transfer, event) {
-    const files = [...(transfer?.files ?? [])].filter((each) => each.type.startsWith("image/"));
-    if (!files.length) return;
-    event.preventDefault();
-    takeFiles(files);
-  }
-  async function takeFiles(files) {
-    for (const each of files) {
-      try {
-        images.push(await dataUrl(each));
-      } catch {
-        notify(`${each.name} is no image that this browser can read.`);
-      }
-    }
-    drawThumbs();
-  }
-  function drawThumbs() {
-    thumbs.replaceChildren(...images.map((url, n) => h("button", { type: "button", class: "thumb", "aria-label": `Remove image ${n + 1}`, onclick: () => {
-      images.splice(n, 1);
-      drawThumbs();
-    } }, h("img", { src: url, alt: "" }))));
-  }
-
-  // -- settings, files, code ------------------------------------------------------------------------------------------
-
-  function settingsPanel() {
-    const system = h("textarea", { id: "system", rows: "3", onchange: () => { conversation.system = system.value; keep(); } });
-    const tools = h("textarea", { id: "tools", rows: "3", spellcheck: "false", placeholder: '[{"type": "function", "function": {"name": …}}]', onchange: () => { conversation.tools = tools.value; keep(); } });
-    const fields = PARAMS.map(([name, hint, step]) => [name, h("input", { id: `p-${name}`, type: "number", step: String(step), placeholder: "default", title: hint, onchange: (event) => setParam(name, event.target.value === "" ? undefined : Number(event.target.value)) })]);
-    const effort = h("select", { id: "p-effort", onchange: () => setParam("reasoning_effort", effort.value || undefined) },
-      EFFORTS.map((each) => h("option", { value: each, text: each || "default" })));
-    const setParam = (name, value) => {
-      if (value === undefined) delete conversation.params[name];
-      else conversation.params[name] = value;
-      keep();
-    };
-    const panel = h("div", { class: "settings", id: "settings", hidden: true },
-      h("label", { for: "system", text: "System prompt" }), system,
-      h("div", { class: "grid" }, fields.map(([name, field]) => h("div", {}, h("label", { for: field.id, text: name.replaceAll("_", " ") }), field)),
-        h("div", {}, h("label", { for: "p-effort", text: "thinking effort" }), effort)),
-      h("details", {}, h("summary", { text: "Tools" }), h("label", { for: "tools", text: "Functions that the model may call, as JSON" }), tools));
-    const button = h("button", { type: "button", text: "Settings", "aria-expanded": "false", "aria-controls": "settings", onclick: () => {
-      panel.hidden = !panel.hidden;
-      button.setAttribute("aria-expanded", String(!panel.hidden));
-    } });
-    return { panel, button, fill() {
-      system.value = conversation.system;
-      tools.value = conversation.tools;
-      for (const [name, field] of fields) field.value = conversation.params[name] ?? "";
-      effort.value = conversation.params.reasoning_effort ?? "";
-    } };
-  }
+  // -- files ------------------------------------------------------------------------------------------
 
   async function importFile() {
     const [chosen] = file.files;
@@ -360,49 +357,17 @@ export function show(root, { signal, rest }) {
     }
   }
 
-  function exportDialog() {
-    const name = (conversation.title || "conversation").replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
-    openDialog("Export", h("div", { class: "stack" }, h("p", { text: "As advanced_client.py and simple_client.py read it." }), h("div", { class: "row" },
-      h("button", { type: "button", text: "JSON", onclick: () => download(`${name}.json`, store.toJson(conversation), "application/json") }),
-      h("button", { type: "button", text: "Markdown", onclick: () => download(`${name}.md`, store.toMarkdown(conversation), "text/markdown") }))));
-  }
-
-  function codeDialog() {
-    let body;
-    try {
-      body = conversation.body();
-    } catch { body = { model: conversation.model, messages: conversation.messages() }; }
-    const forms = { curl: store.asCurl, Python: store.asPython, JavaScript: store.asJavaScript };
-    openDialog("This conversation as code", h("div", { class: "stack" }, Object.entries(forms).map(([name, write]) => h("details", { open: name === "curl" }, h("summary", { text: name }),
-      h("div", { class: "code" }, h("pre", { tabindex: "0", "aria-label": name }, h("code", { text: write(body) })),
-        h("button", { type: "button", class: "copy", text: "Copy", onclick: (event) => copy(write(body), event.currentTarget) }))))));
-  }
-
-  signal.addEventListener("abort", () => { stop(); sizes.disconnect(); });
+  signal.addEventListener("abort", () => { stop(); backlog.clear(); });
+  addEventListener("storage", ({ key }) => {
+    if (key === store.INDEX) listNames();
+    if (key === store.keyOf(conversation.id)) merge();
+  }, { signal });
   watch(listModels, signal);
+  watch(() => { if (live.link === "connected") backlog.work(); }, signal);
   const [word, key] = rest;
   const last = store.list()[0];
   if (word === "new") {
     history.replaceState(null, "", "#/chat");
     begin(key);
   } else open((last && store.load(last.id)) || new store.Conversation({ model: preferredModel() }));
-}
-
-// An image as a data URL, no larger than models use.
-async function dataUrl(file) {
-  const picture = await createImageBitmap(file);
-  const scale = Math.min(1, MAX_SIDE / Math.max(picture.width, picture.height));
-  if (scale === 1 && file.size < 1_000_000 && /png|jpeg|webp|gif/.test(file.type)) {
-    return new Promise((resolve, reject) => {
-      const reader = new FileReader();
-      reader.onload = () => resolve(reader.result);
-      reader.onerror = reject;
-      reader.readAsDataURL(file);
-    });
-  }
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.round(picture.width * scale);
-  canvas.height = Math.round(picture.height * scale);
-  canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL("image/jpeg", 0.9);
 }

@@ -46,6 +46,7 @@ export function show(root, { signal }) {
     const keys = [...live.models.values()].filter(isTalker).map((each) => each.id);
     if (JSON.stringify(keys) === shown) return;
     shown = JSON.stringify(keys);
+    for (const key of [...chosen]) if (!keys.includes(key)) chosen.delete(key);
     if (!chosen.size) [...live.models.values()].filter((each) => each.status.value === "loaded" && keys.includes(each.id)).slice(0, 2).forEach((each) => chosen.add(each.id));
     models.replaceChildren(...keys.map((key) => {
       const box = h("input", { type: "checkbox", value: key, onchange: () => { if (box.checked) chosen.add(key); else chosen.delete(key); } });

@@ -1,12 +1,15 @@
 // Conversations: a tree of messages each, kept in this browser. An edit or a retry is a branch beside the one before.
 
-const INDEX = "mlx.chats";
+export const INDEX = "mlx.chats";
+export const keyOf = (id) => `mlx.chat.${id}`;
 const ROLES = ["system", "developer", "user", "assistant", "tool"];
 const HEADING = /^## (system|developer|user|assistant|tool)$/m;
 
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 
 export class Conversation {
+  #children = null; // by parent, until a message is added
+
   constructor(data = {}) {
     this.id = data.id ?? newId();
     this.title = data.title ?? "";
@@ -22,38 +25,55 @@ export class Conversation {
   // The messages from the first to the one in sight.
   get path() {
     const found = [];
-    for (let node = this.nodes[this.leaf]; node; node = this.nodes[node.parent]) found.unshift(node);
-    return found;
+    for (let node = this.nodes[this.leaf]; node; node = this.nodes[node.parent]) found.push(node);
+    return found.reverse();
   }
 
   // Adds a message behind another one, and shows it.
   add(parent, message) {
     const node = { id: newId(), parent, at: Date.now(), ...message };
     this.nodes[node.id] = node;
+    this.#children = null;
     this.leaf = node.id;
     this.at = Date.now();
     if (!this.title && message.role === "user") this.title = textOf(message).slice(0, 60) || "Image";
     return node;
   }
 
+  #childrenOf(id) {
+    if (!this.#children) {
+      this.#children = new Map();
+      for (const node of Object.values(this.nodes)) {
+        if (this.#children.has(node.parent)) this.#children.get(node.parent).push(node);
+        else this.#children.set(node.parent, [node]);
+      }
+    }
+    return this.#children.get(id) ?? [];
+  }
+
   siblings(node) {
-    return Object.values(this.nodes).filter((each) => each.parent === node.parent && each.role === node.role);
+    return this.#childrenOf(node.parent).filter((each) => each.role === node.role);
   }
 
   // Shows a message, with what followed it last.
   select(node) {
     let leaf = node;
     for (;;) {
-      const next = Object.values(this.nodes).filter((each) => each.parent === leaf.id).at(-1);
+      const next = this.#childrenOf(leaf.id).at(-1);
       if (!next) break;
       leaf = next;
     }
     this.leaf = leaf.id;
   }
 
-  remove(node) {
-    for (const each of Object.values(this.nodes)) if (each.parent === node.id) this.remove(each);
-    delete this.nodes[node.id];
+  // Takes over what another window has written of it, but for one message that grows here. Gives the ids of what changed.
+  merge(other, own) {
+    const { title, model, system, params, tools } = other;
+    Object.assign(this, { title, model, system, params, tools });
+    const changed = Object.values(other.nodes).filter((node) => node.id !== own && JSON.stringify(node) !== JSON.stringify(this.nodes[node.id]));
+    for (const node of changed) this.nodes[node.id] = node;
+    this.#children = null;
+    return changed.map((node) => node.id);
   }
 
   // A conversation of its own, up to a message.
@@ -110,7 +130,7 @@ export function list() {
 
 export function load(id) {
   try {
-    const text = localStorage.getItem(`mlx.chat.${id}`);
+    const text = localStorage.getItem(keyOf(id));
     return text ? new Conversation(JSON.parse(text)) : null;
   } catch { return null; }
 }
@@ -119,14 +139,14 @@ export function load(id) {
 export function save(conversation) {
   const { id, title, at } = conversation;
   try {
-    localStorage.setItem(`mlx.chat.${id}`, JSON.stringify(conversation));
+    localStorage.setItem(keyOf(id), JSON.stringify(conversation));
     localStorage.setItem(INDEX, JSON.stringify([{ id, title, at }, ...list().filter((each) => each.id !== id)]));
     return true;
   } catch { return false; }
 }
 
 export function forget(id) {
-  localStorage.removeItem(`mlx.chat.${id}`);
+  localStorage.removeItem(keyOf(id));
   localStorage.setItem(INDEX, JSON.stringify(list().filter((each) => each.id !== id)));
 }
 

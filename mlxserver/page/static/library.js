@@ -2,6 +2,7 @@
 
 import { errorText, get, jsonEvents, send } from "./api.js";
 import { bytes, count, h, say } from "./dom.js";
+import { live, watch } from "./live.js";
 
 const FITS = { now: "fits now", after_eviction: "fits in place of others", never: "does not fit" };
 const PLACES = { huggingface: "Hugging Face cache", lmstudio: "LM Studio", ollama: "Ollama", directory: "model_dirs" };
@@ -20,15 +21,20 @@ export function show(root, { signal, session }) {
 
   const fail = (error) => { fault.textContent = error ? errorText(error) : ""; fault.hidden = !error; };
 
+  let isListed = false;
   async function list() {
+    isListed = true;
     try {
       const models = (await get("v1/library", { signal })).data;
       local.replaceChildren(...models.map(item));
       if (!models.length) local.append(h("p", { class: "empty", text: "No models of other programs were found here. What is pulled appears in this list." }));
+      fail(null);
     } catch (error) {
+      isListed = false;
       if (!signal.aborted) fail(error);
     }
   }
+  watch(() => { if (live.link === "connected" && !isListed) list(); }, signal);
 
   function facts(model) {
     const parts = [model.architecture, model.quantization, model.parameters ? `${(model.parameters / 1e9).toFixed(1)} B parameters` : null, model.size_bytes ? `${bytes(model.size_bytes)} on disk` : null,

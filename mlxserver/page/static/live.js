@@ -4,9 +4,10 @@ import { ApiError, events, send } from "./api.js";
 
 const HISTORY = 180; // states, one a second
 const SILENCE = 20_000; // ms without a byte after which the connection counts as lost
+const REST = 5000; // ms out of sight after which the page reads nothing: browsers share six connections among all pages
 
 export const live = {
-  link: "connecting", // connected, lost, refused
+  link: "connecting", // connected, lost, stopping, refused, resting
   server: null,
   memory: null,
   models: new Map(),
@@ -32,12 +33,28 @@ const notify = () => { for (const listener of [...listeners]) listener(); };
 let attempt = 0;
 let current = null;
 let wake = null;
+let isResting = false;
+let restTimer = 0;
+
+const seen = () => {
+  clearTimeout(restTimer);
+  isResting = false;
+  if (document.hidden) restTimer = setTimeout(() => { isResting = true; current?.abort(); }, REST);
+  else wake?.();
+};
+document.addEventListener("visibilitychange", seen);
+seen();
 
 export async function follow() {
   for (;;) {
+    while (isResting) {
+      setLink("resting");
+      await new Promise((resolve) => { wake = resolve; });
+    }
     try {
       await read();
     } catch (error) {
+      if (isResting) continue;
       if (error instanceof ApiError && error.status === 401) {
         setLink("refused");
         await new Promise((resolve) => { wake = resolve; });

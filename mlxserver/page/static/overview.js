@@ -44,6 +44,9 @@ export function show(root, { signal, session }) {
       known.get(model.id).update(model);
     }
   };
+  root.addEventListener("click", (event) => {
+    for (const menu of root.querySelectorAll(".menu[open]")) if (!menu.contains(event.target)) menu.open = false;
+  }, { signal });
   watch(update, signal);
   const clock = setInterval(update, 1000);
   signal.addEventListener("abort", () => clearInterval(clock));
@@ -85,7 +88,11 @@ function modelCard(key, session) {
       if (step.event === "loaded") say(`${key} is loaded`);
     }
   }) });
-  const unload = h("details", { class: "menu" }, h("summary", { role: "button", text: "Unload" }),
+  const unload = h("details", { class: "menu", onkeydown: (event) => {
+    if (event.key !== "Escape" || !unload.open) return;
+    unload.open = false;
+    unload.firstChild.focus();
+  }, onfocusout: (event) => { if (event.relatedTarget && !unload.contains(event.relatedTarget)) unload.open = false; } }, h("summary", { role: "button", text: "Unload" }),
     h("div", { class: "menu-list" },
       option("drain", "when its requests are done"), option("abort", "now, ending its requests"), option("reject", "only if it has no requests")));
   const pin = h("button", { type: "button", text: "Pin", "aria-pressed": "false", title: "Never evict it, nor unload it for being idle", onclick: () => {

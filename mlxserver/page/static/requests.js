@@ -4,11 +4,13 @@ import { errorText, get } from "./api.js";
 import { count, h, openDialog, rate, seconds, setText, svg } from "./dom.js";
 
 const EVERY = 2000;
+const MOST = 600;
+const keyOf = (each) => `${each.id} ${each.arrived}`;
 const COLUMNS = [
   ["Time", (each) => new Date(each.arrived * 1000).toLocaleTimeString()],
   ["Model", (each) => each.model],
   ["API", (each) => each.dialect],
-  ["Outcome", (each) => each.outcome],
+  ["Outcome", (each) => (each.error ? `${each.status >= 400 ? each.status : each.outcome}: ${each.error}` : each.outcome)],
   ["Prompt", (each) => count(each.prompt_tokens)],
   ["Cached", (each) => count(each.cached_tokens)],
   ["Tokens", (each) => count(each.completion_tokens)],
@@ -36,27 +38,28 @@ export function show(root, { signal, session }) {
     empty.textContent = "The requests are shown to holders of an admin key.";
     return;
   }
-  let found = [];
+  let found = new Map(); // by id and time: clients may give an id twice
+  let cursor = "";
   const rows = new Map();
 
   function draw() {
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const shown = found.filter((each) => {
+    const shown = [...found.values()].filter((each) => {
       const text = [each.model, each.dialect, each.outcome, each.client, each.address, each.key, each.error, each.id].join(" ").toLowerCase();
       return words.every((word) => text.includes(word)) && (!errors.checked || each.error);
     });
     empty.hidden = shown.length > 0;
-    const ids = new Set(shown.map((each) => each.id));
+    const ids = new Set(shown.map(keyOf));
     for (const [id, row] of rows) if (!ids.has(id)) { row.remove(); rows.delete(id); }
     shown.forEach((each, n) => {
-      let row = rows.get(each.id);
+      let row = rows.get(keyOf(each));
       if (!row) {
         row = h("tr", { tabindex: "0", onclick: () => trace(each.id), onkeydown: (event) => {
           if (event.key !== "Enter") return;
           event.preventDefault(); // or it would press the first button of the dialog as well
           trace(each.id);
         } }, COLUMNS.map(() => h("td")));
-        rows.set(each.id, row);
+        rows.set(keyOf(each), row);
       }
       COLUMNS.forEach(([, value], column) => setText(row.cells[column], String(value(each) ?? "–")));
       row.dataset.outcome = each.error ? "error" : each.outcome;
@@ -68,7 +71,10 @@ export function show(root, { signal, session }) {
   async function refresh() {
     if (document.hidden) return;
     try {
-      found = (await get("v1/requests", { signal })).data;
+      const news = await get(`v1/requests?after=${cursor}`, { signal });
+      cursor = news.cursor;
+      const all = new Map([...(news.is_whole ? [] : found), ...news.data.map((each) => [keyOf(each), each])]);
+      found = new Map([...all].sort(([, a], [, b]) => b.arrived - a.arrived).slice(0, MOST));
       fault.hidden = true;
     } catch (error) {
       if (signal.aborted) return;

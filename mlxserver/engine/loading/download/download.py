@@ -33,7 +33,8 @@ class NoSpace(Exception):
     """The files do not fit on the disk."""
 
     def __init__(self, missing: int, cache: Path, free: int) -> None:
-        super().__init__(f"{decimal(missing)} do not fit on the disk of {cache}, {decimal(free)} free")
+        room = f"{decimal(free)} free, of which {decimal(SPARE)} stay free"
+        super().__init__(f"{decimal(missing)} do not fit on the disk of {cache}, {room}")
 
 
 class Download:

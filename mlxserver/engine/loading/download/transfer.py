@@ -6,6 +6,7 @@ Invariants
 2. One process at a time fetches a file: the lock is the one of huggingface_hub, and ends with its process.
 3. A server that fails, breaks off or asks to wait is asked again, unless it fails several times without a byte between.
 4. No more bytes are written than the file is listed with, whatever the server sends.
+5. No answer is asked for that is longer than LONGEST_ANSWER: content delivery networks refuse longer ones.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ LONGEST_DELAY = 300.0  # seconds that are waited at most, whatever a server asks
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses after which it is asked again
 POLL = 0.5  # seconds between two looks at a lock
 SHA1_LENGTH = 40  # hex digits
+LONGEST_ANSWER = 20 * 10**9  # bytes; the hub's own client refuses files of more than 50 GB over HTTP
+DIGESTED = 64 << 20  # bytes of a file between two looks at whether the download was stopped
 
 Pause = Callable[[str, float], None]  # waits so many seconds for a reason, and raises if the download was stopped
 
@@ -59,21 +63,28 @@ def fetch(manifest: Manifest, file: RemoteFile, pause: Pause) -> None:
             return
         part = manifest.part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
+        checking = partial(pause, "the digest of what has arrived is being checked", 0)
         for _ in range(2):
             _complete(hf_hub_url(manifest.repository, file.name, revision=manifest.commit), part, file.size, pause)
-            if digest_of(part, file.digest) == file.digest:
+            if digest_of(part, file.digest, checking) == file.digest:
                 part.replace(manifest.blob(file))
                 return
             part.unlink()
         raise DigestWrong(file.name)
 
 
-def digest_of(path: Path, like: str) -> str:
-    """The digest of a file in hex: git's of a blob if the other one has its length, or else SHA-256."""
+def digest_of(path: Path, like: str, between: Callable[[], None]) -> str:
+    """The digest of a file in hex: git's of a blob if the other one has its length, or else SHA-256.
+
+    between: called between two parts of a long file, which takes minutes.
+    """
     is_git = len(like) == SHA1_LENGTH
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if is_git else hashlib.sha256()
-    with path.open("rb") as file:
-        hashlib.file_digest(file, lambda: digest)  # type: ignore[arg-type,return-value]
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(DIGESTED):
+            digest.update(data)
+            if len(data) == DIGESTED:
+                between()
     return digest.hexdigest()
 
 
@@ -115,25 +126,29 @@ def _held(part: Path, size: int) -> int:
 
 
 def _receive(url: str, part: Path, held: int, size: int, pause: Pause) -> None:
-    """Append what the server sends behind the first `held` bytes, up to `size`. Raises TransportError if it is less."""
+    """Append what the server sends behind the first `held` bytes, up to `size`, or as much as one answer may have.
+
+    Raises TransportError if it is less.
+    """
+    end = min(size, held + LONGEST_ANSWER)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if held:
-        headers["Range"] = f"bytes={held}-"
+    if held or end < size:
+        headers["Range"] = f"bytes={held}-{end - 1 if end < size else ''}"
     timeout = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         _check(response)
-        if held and not _continues(response, held):
+        if not _continues(response, held):
             part.write_bytes(b"")
-            held = 0
+            held, end = 0, size
         with part.open("ab", buffering=0) as file:
             for received in response.iter_raw():
-                _write(file, received[: size - held])
+                _write(file, received[: end - held])
                 held += len(received)
                 pause("", 0)
-                if held > size:
+                if held > end:
                     return  # the digest shows whether what came first is the file
-    if held < size:
-        raise httpx.RemoteProtocolError(f"{size - held} bytes of the file were not sent")
+    if held < end:
+        raise httpx.RemoteProtocolError(f"{end - held} bytes of the file were not sent")
 
 
 def _check(response: Any) -> None:

@@ -53,8 +53,7 @@ class Facts:
     def needed_bytes(self, weights: WeightPolicy, tokens: int) -> int:
         """About what the loaded model takes, with the KV cache of so many tokens; a load estimates it closely."""
         is_float32 = weights.computes_in_float32
-        is_kept = weights is not WeightPolicy.FLOAT32 and (not is_float32 or self.stored_bytes < self.parameters * 1.8)
-        held = self.stored_bytes if is_kept else self.parameters * 4
+        held = self.parameters * 4 if weights is WeightPolicy.FLOAT32 else self.stored_bytes
         cached = self.kv_values * min(tokens, self.context_length or tokens) * (4 if is_float32 else 2)
         return held + cached + RUNTIME_BYTES
 

@@ -26,8 +26,9 @@ from pathlib import Path
 from mlxserver.engine.platform.openblas import is_wanted as is_wanted
 
 _SOURCES = Path(__file__).parent
+_OPERATIONS, _KERNELS = ("module", "products", "layers"), ("quantized", "dense", "functions")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
-_X86_LEVELS = {"avx2": (8, "-mavx2 -mfma"), "avx512": (16, _AVX512)}
+_X86_LEVELS = {"avx2": (8, "-mavx2 -mfma -mf16c"), "avx512": (16, _AVX512)}
 _OPTIONS = "-O3 -fPIC -std=c++20 -fvisibility=hidden -ffp-contract=fast -DNB_DOMAIN=mlx"
 COMMAND = f"{shlex.quote(sys.executable)} -m mlxserver.engine.platform.native.build"
 
@@ -84,9 +85,11 @@ def _compilations(compiler: str, mlx: Path, folder: Path) -> Iterator[list[str]]
     if platform.machine() == "x86_64":
         levels |= _X86_LEVELS
     places = (nanobind / "include", nanobind / "ext/robin_map/include", mlx / "include", sysconfig.get_path("include"))
-    units = [(_SOURCES / "quantized.cpp", f"-DMODULE={module_name()} -O1"), (nanobind / "src/nb_combined.cpp", "-O1")]
+    units = [(_SOURCES / f"{name}.cpp", f"-DMODULE={module_name()} -O1") for name in _OPERATIONS]
+    units += [(nanobind / "src/nb_combined.cpp", "-O1")]
     units += [
-        (_SOURCES / "kernel.cpp", f"-DNAME=product_{name} -DLANES={lanes} {flags}")
+        (_SOURCES / f"{kernel}.cpp", f"-DLEVEL={name} -DLANES={lanes} {flags}")
+        for kernel in _KERNELS
         for name, (lanes, flags) in levels.items()
     ]
     for n, (source, flags) in enumerate(units):

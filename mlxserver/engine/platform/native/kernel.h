@@ -1,9 +1,10 @@
-// Products of float32 rows with weights in MLX's affine format: the interface between kernel.cpp, which is compiled once
-// per instruction set, and quantized.cpp, which chooses one of them.
+// The interface between the kernels, quantized.cpp, dense.cpp and functions.cpp, which are compiled once per instruction
+// set, and operations.cpp, which chooses one of them. Arrays are row-contiguous unless there are strides, in elements.
 #pragma once
 #include <cstdint>
 
-struct Product {
+// Product of float32 rows with weights in MLX's affine format.
+struct Quantized {
   const float* x;         // [rows, inputs]
   const uint32_t* words;  // [outputs, inputs * bits / 32]: weights, the first one in the lowest bits
   const void* scales;     // [outputs, inputs / group]
@@ -12,14 +13,93 @@ struct Product {
   int64_t rows, inputs, outputs;
   int bits, group;        // 4 or 8; 32, 64 or 128
   int type;               // of scales and biases: 0 float32, 1 float16, 2 bfloat16
+
+  int64_t items() const { return outputs; }
+  int64_t work() const { return rows * inputs; }
+  static constexpr int64_t TOGETHER = 32;
 };
 
-// Compute outputs from `first` to before `last`.
-using Kernel = void (*)(const Product&, int64_t first, int64_t last) noexcept;
-constexpr int64_t OUTPUTS = 32;  // outputs that a kernel computes together at most: a thread gets whole ones
+// Product of float32 rows with weights as they are.
+struct Dense {
+  const float* x;      // [rows, inputs]
+  const void* weight;  // [outputs, inputs]
+  const float* bias;   // [outputs], or null
+  float* out;          // [rows, outputs]
+  int64_t rows, inputs, outputs;
+  int type;            // of the weights: as above
+
+  int64_t items() const { return outputs; }
+  int64_t work() const { return rows * inputs; }
+  static constexpr int64_t TOGETHER = 32;
+};
+
+// RMS norm.
+struct Norm {
+  const float *x, *weight;  // [rows, width], [width]
+  float* out;
+  int64_t rows, width;
+  float eps;
+
+  int64_t items() const { return rows; }
+  int64_t work() const { return 2 * width; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// silu(gate) * x.
+struct Gate {
+  const float *gate, *x;
+  float* out;
+  int64_t size;
+
+  int64_t items() const { return size; }
+  int64_t work() const { return 4; }
+  static constexpr int64_t TOGETHER = 64;
+};
+
+// Rotary embedding of pairs of the first half and the second.
+struct Rotation {
+  const float* x;                  // [batch, heads, tokens, dim], whose last dimension is contiguous
+  const float *cosines, *sines;    // [batch, tokens, dim / 2], [batch, tokens, dim] with minus sines first
+  float* out;
+  int64_t batch, heads, tokens, dim;
+  int64_t strides[3];
+  int64_t angles;                  // from one sequence's cosines to the next one's; 0 where they are the same
+
+  int64_t items() const { return batch * heads * tokens; }
+  int64_t work() const { return 2 * dim; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// Attention of one token per sequence. Heads that share keys and values are the rows of a group.
+struct Attention {
+  const float* q;                                      // [batch, groups, rows, dim]
+  const float *keys, *values;                          // [batch, groups, tokens, dim], a group's are contiguous
+  const float* mask;                                   // [batch, tokens] addends, or null
+  float *scores, *out;                                 // [batch, groups, rows, tokens], [batch, groups, rows, value_dim]
+  int64_t batch, groups, rows, tokens, dim, value_dim;
+  int64_t key_strides[2], value_strides[2], mask_stride;
+  float scale;
+
+  int64_t items() const { return batch * groups; }
+  int64_t work() const { return rows * tokens * (dim + value_dim + 8); }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// Compute items from `first` to before `last`: outputs, rows or groups.
+template <typename Task>
+using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
+
+// Kernels of an instruction set.
+#define KERNELS(LEVEL)                                        \
+  void quantized_##LEVEL(const Quantized&, int64_t, int64_t) noexcept; \
+  void dense_##LEVEL(const Dense&, int64_t, int64_t) noexcept;         \
+  void norm_##LEVEL(const Norm&, int64_t, int64_t) noexcept;           \
+  void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
+  void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \
+  void attention_##LEVEL(const Attention&, int64_t, int64_t) noexcept;
 
 extern "C" {
-void product_portable(const Product&, int64_t, int64_t) noexcept;
-void product_avx2(const Product&, int64_t, int64_t) noexcept;
-void product_avx512(const Product&, int64_t, int64_t) noexcept;
+KERNELS(portable)
+KERNELS(avx2)
+KERNELS(avx512)
 }

@@ -1,141 +1,190 @@
-// Extension of MLX: the product of float32 rows with quantized weights, as an operation of a CPU stream.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include <memory>
-#include <stdexcept>
-
+// Kernel of a product with quantized weights. Compiled once per instruction set: LEVEL names it, LANES the floats
+// of a vector. Vectors are those of GCC and Clang, so one text has NEON, SSE2, AVX2 and AVX-512.
+//
+// A weight is dequantized as MLX does it, scale * quantized + bias in float32: what differs from a product with
+// dequantized weights is the order of the additions.
+// Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
 #include "kernel.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/common/utils.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/ops.h"
-#include "mlx/primitives.h"
-#include "mlx/utils.h"
-#include "threads.h"
-
-namespace mx = mlx::core;
-namespace nb = nanobind;
+#include "vectors.h"
 
 namespace {
 
-struct Level {
-  const char* name;
-  Kernel kernel;
-};
+constexpr int PANEL = 4;                     // outputs that few rows are multiplied with at once
+constexpr int TILE = 2 * LANES;              // outputs that many rows are multiplied with at once
+constexpr int64_t DEPTH = 256;               // inputs of a tile that are dequantized at once, for a first-level cache
+constexpr int64_t SPAN = 64;                 // groups of a panel whose scales are widened at once
+constexpr int64_t BLOCK = 192;               // rows whose inputs stay in a second-level cache
+constexpr int64_t MOST_DIRECT = 3, MOST_ROWS = 6;
 
-// Instruction sets that this CPU has, the best one first.
-std::vector<Level> levels() {
-  std::vector<Level> found;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", product_avx512});
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", product_avx2});
-  found.push_back({"sse2", product_portable});
-#elif defined(__aarch64__)
-  found.push_back({"neon", product_portable});
-#else
-  found.push_back({"portable", product_portable});
+template <typename T>
+void widen(const void* values, int64_t begin, int64_t count, float* out) {
+  const T* from = static_cast<const T*>(values) + begin;
+  for (int64_t i = 0; i < count; i++) out[i] = widened(from[i]);
+}
+
+// Scales or biases as float32.
+void widen(const void* values, int type, int64_t begin, int64_t count, float* out) {
+  if (type == 0) widen<float>(values, begin, count, out);
+  else if (type == 1) widen<Float16>(values, begin, count, out);
+  else widen<BFloat16>(values, begin, count, out);
+}
+
+template <int BITS>
+constexpr int PER_WORD = 32 / BITS;
+
+// LANES quantized weights of one output, from the first in a word on or from the LANES * part-th.
+template <int BITS>
+inline Floats quantized(const uint32_t* row, int part) {
+#if LANES == 16
+  if constexpr (BITS == 8)
+    return __builtin_convertvector(reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(load<__m128i>(row))), Floats);
+#elif LANES == 8
+  if constexpr (BITS == 8)
+    return __builtin_convertvector(reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)row))), Floats);
 #endif
-  return found;
+  Words words = Words{} + row[0], shifts;
+  for (int n = 1; n < LANES / PER_WORD<BITS>; n++) {
+    Words chosen;
+    for (int lane = 0; lane < LANES; lane++) chosen[lane] = lane / PER_WORD<BITS> == n ? ~0u : 0u;
+    words = (~chosen & words) | (chosen & row[n]);
+  }
+  for (int lane = 0; lane < LANES; lane++) shifts[lane] = BITS * (lane % PER_WORD<BITS>);
+  return __builtin_convertvector(reinterpret_cast<Ints>((words >> (shifts + BITS * LANES * part)) & ((1u << BITS) - 1)), Floats);
 }
 
-Kernel kernel(const std::string& name) {
-  for (const Level& level : levels())
-    if (name.empty() || name == level.name) return level.kernel;
-  throw std::invalid_argument("this CPU has no instruction set " + name);
-}
-
-// An array's elements in the order of its rows, whatever its strides are.
-void copy_rows(const mx::array& from, float* out) {
-  const float* data = from.data<float>();
-  for (int64_t i = 0; i < int64_t(from.size()); i++) out[i] = data[mx::elem_to_loc(i, from.shape(), from.strides())];
-}
-
-void compute(const Product& p, Kernel kernel) noexcept {
-  // Pieces of 16,000 multiplications or more, some eight per thread at most.
-  int64_t piece = (16384 + p.inputs * p.rows - 1) / (p.inputs * p.rows);
-  if (piece < p.outputs / 32) piece = p.outputs / 32;
-  piece = (piece + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
-  helpers().run((p.outputs + piece - 1) / piece, [&](int64_t n) noexcept {
-    const int64_t last = (n + 1) * piece;
-    kernel(p, n * piece, last < p.outputs ? last : p.outputs);
-  });
-}
-
-class QuantizedProduct : public mx::UnaryPrimitive {
- public:
-  QuantizedProduct(mx::Stream stream, int bits, int group, Kernel kernel)
-      : mx::UnaryPrimitive(stream), bits_(bits), group_(group), kernel_(kernel) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    mx::array x = inputs[0];
-    const mx::array &words = inputs[1], &scales = inputs[2], &biases = inputs[3];
-    if (!x.flags().row_contiguous) {
-      x = mx::array(x.shape(), mx::float32, nullptr, {});
-      x.set_data(mx::allocator::malloc(x.nbytes()));
-      encoder.add_temporary(x);
-      encoder.dispatch([from = mx::array::unsafe_weak_copy(inputs[0]), out = x.data<float>()] { copy_rows(from, out); });
+// Few rows: a vector has inputs of one output, and weights are dequantized in registers.
+template <int BITS, int ROWS, int OUTPUTS>
+void direct(const Quantized& p, int64_t row, int64_t output) {
+  constexpr int STEP = LANES < PER_WORD<BITS> ? PER_WORD<BITS> : LANES;
+  const int64_t groups = p.inputs / p.group, words = p.inputs / PER_WORD<BITS>;
+  const float* x = p.x + row * p.inputs;
+  const uint32_t* weights = p.words + output * words;
+  float scales[OUTPUTS][SPAN], biases[OUTPUTS][SPAN];
+  Floats sums[OUTPUTS][ROWS] = {};
+  for (int64_t first = 0; first < groups; first += SPAN) {
+    const int64_t last = least(first + SPAN, groups);
+    for (int o = 0; o < OUTPUTS; o++) {
+      widen(p.scales, p.type, (output + o) * groups + first, last - first, scales[o]);
+      widen(p.biases, p.type, (output + o) * groups + first, last - first, biases[o]);
     }
-    const int type = scales.dtype() == mx::float32 ? 0 : scales.dtype() == mx::float16 ? 1 : 2;
-    const int64_t width = x.shape(-1);
-    Product product{x.data<float>(),      words.data<uint32_t>(), scales.data<void>(),         biases.data<void>(),
-                    out.data<float>(),    int64_t(x.size()) / width, width, int64_t(words.shape(0)), bits_,
-                    group_,               type};
-    encoder.dispatch([product, kernel = kernel_] { compute(product, kernel); });
+    for (int64_t g = first; g < last; g++) {
+      Floats scale[OUTPUTS], bias[OUTPUTS];
+      for (int o = 0; o < OUTPUTS; o++) scale[o] = splat(scales[o][g - first]), bias[o] = splat(biases[o][g - first]);
+      for (int i = 0; i < p.group; i += STEP, weights += STEP / PER_WORD<BITS>)
+        for (int part = 0; part < STEP / LANES; part++, x += LANES) {
+          Floats inputs[ROWS];
+          for (int r = 0; r < ROWS; r++) inputs[r] = load<Floats>(x + r * p.inputs);
+          for (int o = 0; o < OUTPUTS; o++) {
+            Floats weight = quantized<BITS>(weights + o * words, part) * scale[o] + bias[o];
+            for (int r = 0; r < ROWS; r++) sums[o][r] += weight * inputs[r];
+          }
+        }
+    }
   }
+  for (int o = 0; o < OUTPUTS; o++)
+    for (int r = 0; r < ROWS; r++) p.out[(row + r) * p.outputs + output + o] = total(sums[o][r]);
+}
 
-  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
-    throw std::runtime_error("the quantized product is for a CPU");
+template <int BITS, int ROWS>
+void few(const Quantized& p, int64_t row, int64_t first, int64_t last) {
+  int64_t output = first;
+  for (; output + PANEL <= last; output += PANEL) direct<BITS, ROWS, PANEL>(p, row, output);
+  for (; output < last; output++) direct<BITS, ROWS, 1>(p, row, output);
+}
+
+// LANES outputs from `output` on as columns, dequantized: out[input - from][LANES] with TILE floats between inputs.
+// What is beyond the last output repeats it.
+template <int BITS>
+void dequantize(const Quantized& p, int64_t output, int64_t last, int64_t from, int64_t to, float* out) {
+  constexpr int64_t GROUPS = DEPTH / 32;
+  const int64_t groups = p.inputs / p.group, stride = p.inputs / PER_WORD<BITS>, first = from / p.group;
+  const int64_t count = (to - from) / p.group;
+  const uint32_t* rows[LANES];
+  float scales[LANES][GROUPS], biases[LANES][GROUPS];
+  for (int lane = 0; lane < LANES; lane++) {
+    const int64_t o = least(output + lane, last - 1);
+    rows[lane] = p.words + o * stride;
+    widen(p.scales, p.type, o * groups + first, count, scales[lane]);
+    widen(p.biases, p.type, o * groups + first, count, biases[lane]);
   }
-
-  const char* name() const override { return "QuantizedProduct"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    auto& same = static_cast<const QuantizedProduct&>(other);
-    return bits_ == same.bits_ && group_ == same.group_ && kernel_ == same.kernel_;
+  for (int64_t g = 0; g < count; g++) {
+    Floats scale, bias;
+    for (int lane = 0; lane < LANES; lane++) scale[lane] = scales[lane][g], bias[lane] = biases[lane][g];
+    for (int64_t i = from + g * p.group; i < from + (g + 1) * p.group; i += PER_WORD<BITS>) {
+      Words words;
+      for (int lane = 0; lane < LANES; lane++) words[lane] = rows[lane][i / PER_WORD<BITS>];
+      for (int n = 0; n < PER_WORD<BITS>; n++) {
+        Words values = (words >> (BITS * n)) & ((1u << BITS) - 1);
+        Floats weight = __builtin_convertvector(reinterpret_cast<Ints>(values), Floats) * scale + bias;
+        __builtin_memcpy(out + (i - from + n) * TILE, &weight, sizeof weight);
+      }
+    }
   }
+}
 
- private:
-  int bits_, group_;
-  Kernel kernel_;
-};
+// Some rows times a dequantized tile, of which `outputs` are wanted.
+template <int ROWS>
+void tile(const Quantized& p, int64_t row, int64_t output, int64_t outputs, int64_t from, int64_t depth,
+          const float* weights) {
+  const float* x = p.x + row * p.inputs + from;
+  Floats sums[ROWS][2] = {};
+  for (int64_t i = 0; i < depth; i++) {
+    const Floats one = load<Floats>(weights + i * TILE), two = load<Floats>(weights + i * TILE + LANES);
+    for (int r = 0; r < ROWS; r++) {
+      const Floats input = splat(x[r * p.inputs + i]);
+      sums[r][0] += one * input;
+      sums[r][1] += two * input;
+    }
+  }
+  for (int r = 0; r < ROWS; r++) {
+    float* out = p.out + (row + r) * p.outputs + output;
+    float values[TILE];
+    __builtin_memcpy(values, sums[r], sizeof values);
+    if (outputs == TILE)
+      for (int o = 0; o < TILE; o++) out[o] = from ? out[o] + values[o] : values[o];
+    else
+      for (int64_t o = 0; o < outputs; o++) out[o] = from ? out[o] + values[o] : values[o];
+  }
+}
 
-mx::array product(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
-                  int group, int bits, const std::string& level) {
-  const bool is_known = (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
-  const auto type = scales.dtype();
-  const bool is_typed = words.dtype() == mx::uint32 && biases.dtype() == type &&
-      (type == mx::float32 || type == mx::float16 || type == mx::bfloat16);
-  if (!is_known || !is_typed) throw std::invalid_argument("weights of this format have no kernel");
-  const int outputs = words.ndim() == 2 ? words.shape(0) : 0, inputs = x.ndim() ? x.shape(-1) : 0;
-  const mx::Shape groups{outputs, inputs / group};
-  if (!outputs || !inputs || inputs % group || words.shape(1) != inputs / 32 * bits || scales.shape() != groups ||
-      biases.shape() != groups)
-    throw std::invalid_argument("the shapes of the product do not fit");
-  auto shape = x.shape();
-  shape.back() = outputs;
-  auto stream = mx::default_stream(mx::Device::cpu);
-  if (!x.size()) return mx::zeros(shape, mx::float32, stream);
-  std::vector<mx::array> arrays{mx::astype(x, mx::float32, stream), words, scales, biases};
-  for (size_t i = 1; i < arrays.size(); i++)
-    if (!arrays[i].is_available() || !arrays[i].flags().row_contiguous)
-      arrays[i] = mx::contiguous(arrays[i], false, stream);
-  return mx::array(shape, mx::float32, std::make_shared<QuantizedProduct>(stream, bits, group, kernel(level)), arrays);
+template <int ROWS>
+void tiles(int64_t rows, const Quantized& p, int64_t row, int64_t output, int64_t outputs, int64_t from, int64_t depth,
+           const float* weights) {
+  if (rows == ROWS) return tile<ROWS>(p, row, output, outputs, from, depth, weights);
+  if constexpr (ROWS > 1) tiles<ROWS - 1>(rows, p, row, output, outputs, from, depth, weights);
+}
+
+// Many rows: a vector has one input of several outputs, and a dequantized tile serves a block of rows.
+template <int BITS>
+void many(const Quantized& p, int64_t first, int64_t last) {
+  alignas(64) float weights[DEPTH * TILE];
+  for (int64_t begin = 0; begin < p.rows; begin += BLOCK) {
+    const int64_t end = least(begin + BLOCK, p.rows), parts = (end - begin + MOST_ROWS - 1) / MOST_ROWS;
+    for (int64_t output = first; output < last; output += TILE)
+      for (int64_t from = 0; from < p.inputs; from += DEPTH) {
+        const int64_t to = least(from + DEPTH, p.inputs);
+        for (int half = 0; half < 2; half++)
+          dequantize<BITS>(p, output + half * LANES, last, from, to, weights + half * LANES);
+        for (int64_t part = 0, row = begin; part < parts; part++) {
+          const int64_t rows = (end - row) / (parts - part);
+          tiles<MOST_ROWS>(rows, p, row, output, least(TILE, last - output), from, to - from, weights);
+          row += rows;
+        }
+      }
+  }
+}
+
+template <int BITS>
+void outputs(const Quantized& p, int64_t first, int64_t last) {
+  if (p.rows == 1) few<BITS, 1>(p, 0, first, last);
+  else if (p.rows == 2) few<BITS, 2>(p, 0, first, last);
+  else if (p.rows == MOST_DIRECT) few<BITS, 3>(p, 0, first, last);
+  else many<BITS>(p, first, last);
 }
 
 }  // namespace
 
-NB_MODULE(MODULE, m) {
-  nb::module_::import_("mlx.core");
-  m.def("product", &product, nb::arg("x"), nb::arg("words"), nb::arg("scales"), nb::arg("biases"), nb::arg("group"),
-        nb::arg("bits"), nb::arg("level") = "");
-  m.def("levels", [] {
-    std::vector<std::string> names;
-    for (const Level& level : levels()) names.push_back(level.name);
-    return names;
-  });
+extern "C" void NAME(quantized)(const Quantized& p, int64_t first, int64_t last) noexcept {
+  if (p.bits == 4) outputs<4>(p, first, last);
+  else outputs<8>(p, first, last);
 }

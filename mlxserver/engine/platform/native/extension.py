@@ -1,0 +1,71 @@
+"""Extension module with the native kernels, if it is built and computes rightly on this CPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Any
+
+from mlxserver.engine.mlx import mx
+
+from mlxserver.engine.platform.native import build
+from mlxserver.engine.platform.native.formats import BITS
+
+log = logging.getLogger("engine")
+
+
+@functools.cache
+def native() -> Any:
+    """The extension module; None where it is not built, or computes wrongly."""
+    if not build.is_wanted():
+        return None
+    try:
+        module = importlib.import_module(build.module_name())
+    except ImportError:
+        return None
+    try:
+        if is_right(module):
+            return module
+        log.warning("The native kernels compute wrongly on this CPU: it does without them.")
+    except TypeError:  # the extension does not know MLX's arrays: nanobind's internals are not MLX's
+        log.warning("The native kernels are not compatible with this MLX: it does without them.")
+    return None
+
+
+def is_right(module: Any) -> bool:
+    """Whether small products of all paths, few rows and many, are those of float32 weights, and functions MLX's."""
+    weight = mx.sin(mx.arange(34 * 96) * 0.7).reshape(34, 96)
+    x = mx.cos(mx.arange(7 * 96) * 0.3).reshape(7, 96)
+    for rows in (1, 2, 3, 7):
+        for bits in BITS:
+            parts = mx.quantize(weight, group_size=32, bits=bits)
+            wide = mx.dequantize(*parts, group_size=32, bits=bits)
+            if not _is_close(module.product(x[:rows], *parts, 32, bits), x[:rows], wide):
+                return False
+        for dtype in (mx.float32, mx.float16, mx.bfloat16):
+            held = weight.astype(dtype)
+            if not _is_close(module.dense(x[:rows], held), x[:rows], held.astype(mx.float32)):
+                return False
+    return _has_right_functions(module, x)
+
+
+def _has_right_functions(module: Any, x: mx.array) -> bool:
+    """x: [7, 96]."""
+    gate, weight = x[::-1], x[0]
+    q, keys = x[:6, :19].reshape(1, 6, 1, 19), x[:, :38].reshape(1, 7, 2, 19).swapaxes(1, 2)
+    angle = mx.array(0.7)
+    cosines, sines = mx.full((1, 1, 7, 1, 48), mx.cos(angle)), mx.full((1, 1, 7, 1, 48), mx.sin(angle))
+    turned = module.rotate(x[None, None], cosines, mx.concatenate([-sines, sines], axis=-2))[0, 0]
+    swapped = mx.concatenate([-x[:, 48:], x[:, :48]], axis=-1)
+    pairs = (
+        (module.rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5)),
+        (module.swiglu(gate, x), gate * mx.sigmoid(gate) * x),
+        (turned, x * mx.cos(angle) + swapped * mx.sin(angle)),
+        (module.attend(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
+    )
+    return all(bool(mx.allclose(own, expected, rtol=1e-4, atol=1e-4)) for own, expected in pairs)
+
+
+def _is_close(product: mx.array, x: mx.array, weight: mx.array) -> bool:
+    return bool(mx.allclose(product, x @ weight.T, rtol=1e-4, atol=1e-4))

@@ -1,0 +1,180 @@
+// Kernels of what lies between the products of a layer: RMS norm, SwiGLU, rotary embedding, attention of one token.
+// Compiled once per instruction set: LEVEL names it, LANES the floats of a vector.
+//
+// Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
+#include "kernel.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int MOST = LANES == 16 ? 6 : 3;  // rows that are computed at once
+constexpr float LOWEST = -1e30f;
+
+// exp(x) to 1e-7: the method of the Cephes library (Moshier 1984-1992).
+inline Floats exponential(Floats x) {
+  x = x > splat(-87.0f) ? x : splat(-87.0f);
+  x = x < splat(88.0f) ? x : splat(88.0f);
+  const Floats power = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds: floats of that size are integers
+  const Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
+  Floats sum = splat(1.9875691500e-4f);
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  const Floats mantissa = sum * (rest * rest) + rest + 1.0f;
+  const Ints exponent = (__builtin_convertvector(power, Ints) + 127) << 23;
+  return mantissa * reinterpret_cast<Floats>(exponent);
+}
+
+// LANES values, or fewer and `other` for the rest.
+inline Floats load_some(const float* from, int64_t count, float other) {
+  if (count >= LANES) return load<Floats>(from);
+  float values[LANES];
+  for (int i = 0; i < LANES; i++) values[i] = i < count ? from[i] : other;
+  return load<Floats>(values);
+}
+
+inline void store_some(Floats values, int64_t count, float* to) {
+  __builtin_memcpy(to, &values, 4 * least(count, LANES));
+}
+
+inline float most(Floats v) {
+  float values[LANES];
+  __builtin_memcpy(values, &v, sizeof v);
+  for (int i = 1; i < LANES; i++) values[0] = values[i] > values[0] ? values[i] : values[0];
+  return values[0];
+}
+
+void norm(const Norm& p, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; row++) {
+    const float* x = p.x + row * p.width;
+    float* out = p.out + row * p.width;
+    Floats sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= p.width; i += 4 * LANES)
+      for (int n = 0; n < 4; n++) {
+        const Floats own = load<Floats>(x + i + n * LANES);
+        sums[n] += own * own;
+      }
+    for (; i < p.width; i += LANES) {
+      const Floats own = load_some(x + i, p.width - i, 0.0f);
+      sums[0] += own * own;
+    }
+    const float scale = 1.0f / __builtin_sqrtf(total((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(p.width) + p.eps);
+    for (i = 0; i < p.width; i += LANES) {
+      const int64_t rest = p.width - i;
+      store_some(load_some(x + i, rest, 0.0f) * scale * load_some(p.weight + i, rest, 0.0f), rest, out + i);
+    }
+  }
+}
+
+void gate(const Gate& p, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += LANES) {
+    const Floats own = load_some(p.gate + i, last - i, 0.0f);
+    store_some(own / (1.0f + exponential(-own)) * load_some(p.x + i, last - i, 0.0f), last - i, p.out + i);
+  }
+}
+
+void rotation(const Rotation& p, int64_t first, int64_t last) {
+  const int64_t half = p.dim / 2;
+  for (int64_t row = first; row < last; row++) {
+    const int64_t token = row % p.tokens, head = row / p.tokens % p.heads, batch = row / p.tokens / p.heads;
+    const float* x = p.x + batch * p.strides[0] + head * p.strides[1] + token * p.strides[2];
+    const float *cosines = p.cosines + batch * p.angles + token * half, *sines = p.sines + batch * p.angles * 2 + token * p.dim;
+    float* out = p.out + row * p.dim;
+    for (int64_t i = 0; i < half; i += LANES) {
+      const int64_t rest = half - i;
+      const Floats one = load_some(x + i, rest, 0.0f), other = load_some(x + half + i, rest, 0.0f);
+      const Floats cosine = load_some(cosines + i, rest, 0.0f), sine = load_some(sines + half + i, rest, 0.0f);
+      store_some(one * cosine - other * sine, rest, out + i);
+      store_some(other * cosine + one * sine, rest, out + half + i);
+    }
+  }
+}
+
+// The weights of tokens, times their sum, in place of their scores. Returns the sum.
+float soften(float* scores, int64_t tokens, float scale, const float* mask) {
+  Floats largest = splat(LOWEST), sum = {};
+  for (int64_t t = 0; t < tokens; t += LANES) {
+    const int64_t rest = tokens - t;
+    Floats own = load_some(scores + t, rest, LOWEST) * scale;
+    if (mask) own += load_some(mask + t, rest, 0.0f);
+    store_some(own, rest, scores + t);
+    largest = own > largest ? own : largest;
+  }
+  const Floats top = splat(most(largest));
+  for (int64_t t = 0; t < tokens; t += LANES) {
+    const int64_t rest = tokens - t;
+    const Floats own = exponential(load_some(scores + t, rest, LOWEST) - top);
+    store_some(own, rest, scores + t);
+    sum += rest >= LANES ? own : load_some(scores + t, rest, 0.0f);
+  }
+  return total(sum);
+}
+
+// Sums of VECTORS vectors of the tokens' values, for ROWS rows of weights.
+template <int ROWS, int VECTORS>
+void weigh(const float* weights, int64_t tokens, const float* values, int64_t dim, const float* sums, float* out) {
+  Floats totals[ROWS][VECTORS] = {};
+  for (int64_t t = 0; t < tokens; t++) {
+    Floats own[VECTORS];
+    for (int n = 0; n < VECTORS; n++) own[n] = load<Floats>(values + t * dim + n * LANES);
+    for (int r = 0; r < ROWS; r++) {
+      const Floats weight = splat(weights[r * tokens + t]);
+      for (int n = 0; n < VECTORS; n++) totals[r][n] += weight * own[n];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int n = 0; n < VECTORS; n++) {
+      const Floats mean = totals[r][n] / sums[r];
+      __builtin_memcpy(out + r * dim + n * LANES, &mean, sizeof mean);
+    }
+}
+
+template <int ROWS>
+void weigh(const float* weights, int64_t tokens, const float* values, int64_t dim, const float* sums, float* out) {
+  int64_t d = 0;
+  for (; d + 4 * LANES <= dim; d += 4 * LANES) weigh<ROWS, 4>(weights, tokens, values + d, dim, sums, out + d);
+  for (; d + LANES <= dim; d += LANES) weigh<ROWS, 1>(weights, tokens, values + d, dim, sums, out + d);
+  for (; d < dim; d++)
+    for (int r = 0; r < ROWS; r++) {
+      float sum = 0.0f;
+      for (int64_t t = 0; t < tokens; t++) sum += weights[r * tokens + t] * values[t * dim + d];
+      out[r * dim + d] = sum / sums[r];
+    }
+}
+
+template <int ROWS>
+void weigh_rows(int count, const Attention& p, const float* weights, const float* values, const float* sums, float* out) {
+  if (count == ROWS) return weigh<ROWS>(weights, p.tokens, values, p.value_dim, sums, out);
+  if constexpr (ROWS > 1) weigh_rows<ROWS - 1>(count, p, weights, values, sums, out);
+}
+
+void attention(const Attention& p, int64_t first, int64_t last) {
+  for (int64_t item = first; item < last; item++) {
+    const int64_t batch = item / p.groups, group = item % p.groups;
+    const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
+    const float* mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
+    float *scores = p.scores + item * p.rows * p.tokens, *out = p.out + item * p.rows * p.value_dim;
+    const Dense product{p.q + item * p.rows * p.dim, p.keys + batch * p.key_strides[0] + group * p.key_strides[1], nullptr,
+                        scores, p.rows, p.dim, p.tokens, 0};
+    NAME(dense)(product, 0, p.tokens);
+    for (int64_t row = 0; row < p.rows;) {
+      const int count = int(least(MOST, p.rows - row));
+      float sums[MOST], *weights = scores + row * p.tokens;
+      for (int r = 0; r < count; r++) sums[r] = soften(weights + r * p.tokens, p.tokens, p.scale, mask);
+      weigh_rows<MOST>(count, p, weights, values, sums, out + row * p.value_dim);
+      row += count;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+void NAME(norm)(const Norm& p, int64_t first, int64_t last) noexcept { norm(p, first, last); }
+void NAME(gate)(const Gate& p, int64_t first, int64_t last) noexcept { gate(p, first, last); }
+void NAME(rotation)(const Rotation& p, int64_t first, int64_t last) noexcept { rotation(p, first, last); }
+void NAME(attention)(const Attention& p, int64_t first, int64_t last) noexcept { attention(p, first, last); }
+}

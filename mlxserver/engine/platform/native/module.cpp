@@ -1,0 +1,73 @@
+// Extension of MLX: products and functions of the layers of a language model, as operations of a CPU stream.
+#include "operation.h"
+
+#include <nanobind/stl/vector.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+#define LEVEL(TITLE, NAME) \
+  { TITLE, quantized_##NAME, dense_##NAME, norm_##NAME, gate_##NAME, rotation_##NAME, attention_##NAME }
+
+// An array's elements in the order of its rows, whatever its strides are.
+void copy_rows(const mx::array& from, float* out) {
+  const float* data = from.data<float>();
+  for (int64_t i = 0; i < int64_t(from.size()); i++) out[i] = data[mx::elem_to_loc(i, from.shape(), from.strides())];
+}
+
+// GCC's __builtin_cpu_supports() knows this one from version 11 on only.
+bool has_f16c() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+std::vector<Level> levels() {
+  std::vector<Level> found;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    found.push_back(LEVEL("avx512", avx512));
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) found.push_back(LEVEL("avx2", avx2));
+  found.push_back(LEVEL("sse2", portable));
+#elif defined(__aarch64__)
+  found.push_back(LEVEL("neon", portable));
+#else
+  found.push_back(LEVEL("portable", portable));
+#endif
+  return found;
+}
+
+Level level(const std::string& name) {
+  for (const Level& level : levels())
+    if (name.empty() || name == level.name) return level;
+  throw std::invalid_argument("this CPU has no instruction set " + name);
+}
+
+mx::array in_rows(const mx::array& x, mx::cpu::CommandEncoder& encoder) {
+  if (x.flags().row_contiguous) return x;
+  mx::array rows(x.shape(), mx::float32, nullptr, {});
+  rows.set_data(mx::allocator::malloc(rows.nbytes()));
+  encoder.add_temporary(rows);
+  encoder.dispatch([from = mx::array::unsafe_weak_copy(x), out = rows.data<float>()] { copy_rows(from, out); });
+  return rows;
+}
+
+NB_MODULE(MODULE, m) {
+  nb::module_::import_("mlx.core");
+  add_products(m);
+  add_functions(m);
+  m.def("levels", [] {
+    std::vector<std::string> names;
+    for (const Level& level : levels()) names.push_back(level.name);
+    return names;
+  });
+}

@@ -1,0 +1,90 @@
+"""Native functions between the products of a layer are MLX's, to rounding."""
+
+from mlxserver.engine.mlx import mx
+
+import numpy as np
+import pytest
+
+from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform.native.extension import native
+
+pytestmark = pytest.mark.skipif(native() is None, reason="the native kernels are not built")
+
+
+def random(*shape):
+    return mx.random.normal(shape)
+
+
+def levels():
+    return native().levels() if native() else []
+
+
+def assert_close(ours, theirs):
+    assert (ours.dtype, ours.shape) == (mx.float32, theirs.shape)
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("shape", [(1, 1, 576), (3, 5, 7), (2, 1), (40, 1000), (0, 8)])
+def test_norms(level, shape):
+    x, weight = random(*shape) * 3, random(shape[-1])
+    assert_close(native().rms_norm(x, weight, 1e-5, level), mx.fast.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("shape", [(1, 1, 1536), (3, 5, 7), (1,), (16, 1, 1536), (0, 8)])
+def test_gates(level, shape):
+    gate, x = random(*shape) * 20, random(*shape)
+    assert_close(native().swiglu(gate, x, level), gate * mx.sigmoid(gate) * x)
+
+
+def test_gates_of_extreme_values_are_finite():
+    gate = mx.array([-1000.0, -100.0, -88.0, 0.0, 88.0, 1000.0])
+    expected = mx.array([0.0, 0.0, 0.0, 0.0, 88.0, 1000.0])
+    assert mx.allclose(native().swiglu(gate, mx.ones(6)), expected, atol=1e-30)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(("batch", "offsets"), [(1, [7]), (3, [7]), (3, [0, 50, 2000])])
+def test_rotations(level, batch, offsets):
+    for dim in (64, 6):
+        x = random(batch, 5, 4, dim).transpose(0, 2, 1, 3)
+        offset = mx.array(offsets)
+        cosines, sines = cpu_kernels._turns(offset, 5, dim, False, 10000.0, 1.0, None)
+        expected = mx.fast.rope(
+            x, dim, traditional=False, base=10000.0, scale=1.0, offset=mx.broadcast_to(offset, (batch,))
+        )
+        np.testing.assert_allclose(np.array(native().rotate(x, cosines, sines, level)), np.array(expected), atol=2e-3)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(("heads", "groups"), [(9, 3), (4, 4), (8, 1)])
+@pytest.mark.parametrize("tokens", [1, 7, 70, 300])
+def test_attention_of_one_token(level, heads, groups, tokens):
+    for dim, value_dim in ((64, 64), (20, 36), (5, 3)):
+        q = random(2, 1, heads, dim).transpose(0, 2, 1, 3)
+        keys, values = random(3, groups, 320, dim)[:2, :, :tokens], random(3, groups, 320, value_dim)[:2, :, :tokens]
+        visible = mx.array([tokens, max(1, tokens // 2)])[:, None, None, None]
+        for mask in (None, mx.where(mx.arange(tokens) < visible, 0.0, -1e30), mx.zeros((1, 1, 1, tokens))):
+            expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask=mask)
+            assert_close(native().attend(q, keys, values, 0.3, mask, level), expected)
+
+
+def test_keys_of_any_strides():
+    q = random(2, 4, 1, 16)
+    keys, values = random(2, 30, 2, 16).transpose(0, 2, 1, 3), random(2, 2, 16, 30).swapaxes(2, 3)
+    expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3)
+    assert_close(native().attend(q, keys, values, 0.3), expected)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, keys = random(1, 3, 1, 16), random(1, 2, 5, 16)
+    for call in (
+        lambda: native().attend(q, keys, keys, 1.0),
+        lambda: native().attend(q[:, :2], keys, keys, 1.0, mx.zeros((1, 1, 1, 4))),
+        lambda: native().rms_norm(q, mx.ones(15), 1e-5),
+        lambda: native().swiglu(q, keys),
+        lambda: native().rotate(q, mx.ones((1, 1, 1, 4)), mx.ones((1, 1, 2, 4))),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            call()
