@@ -94,10 +94,14 @@ class Loader:
         """
         started = time.monotonic()
         self._report(LoadProgress("waiting"))
-        spec = self._services.with_drafter(spec)
-        spec, self.estimate = self._widened(spec, await asyncio.to_thread(self._services.estimate, spec))
-        await self._reservation.acquire(self.estimate.total)
-        engine, facts = await self._started_engine(spec, on_death)
+        ticker = asyncio.create_task(self._log_progress(spec.key))
+        try:
+            spec = self._services.with_drafter(spec)
+            spec, self.estimate = self._widened(spec, await asyncio.to_thread(self._services.estimate, spec))
+            await self._reservation.acquire(self.estimate.total)
+            engine, facts = await self._started_engine(spec, on_death)
+        finally:
+            ticker.cancel()
         self.seconds = time.monotonic() - started
         self._metrics.load.observe(self.seconds)
         kv_bytes = self.estimate.cache if facts.reserved_kv_bytes is None else facts.reserved_kv_bytes
@@ -117,15 +121,12 @@ class Loader:
         loop = asyncio.get_running_loop()
         loading = Loading(spec.key, lambda *progress: _call(loop, self._report, LoadProgress(*progress)))
         engine = self._services.start_engine(spec, on_death, loading, self._metrics)
-        logging_ = asyncio.create_task(self._log_progress(spec.key))
         try:
             return engine, await engine.started()
         except BaseException:
             loading.abort()
             await asyncio.shield(engine.stop())
             raise
-        finally:
-            logging_.cancel()
 
     async def _log_progress(self, key: str) -> None:
         """Log the progress of a load that takes long, again after twice the time."""

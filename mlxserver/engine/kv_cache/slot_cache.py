@@ -118,9 +118,9 @@ class SlotCache:
         fill(cache, *slot_class.copy(index, length), length)
         return cache
 
-    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
+    def advance(self, inputs: mx.array, sights: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
-        return self._compute_step(self._with_room(), inputs, shifts, 1)
+        return self._compute_step(self._with_room(), inputs, sights, 1)
 
     @property
     def class_of(self) -> ClassOf:
@@ -159,12 +159,12 @@ class SlotCache:
                 slot_class.erase_unwritten()
 
     def _compute_step(
-        self, classes: Sequence[SlotClass], inputs: mx.array, shifts: Sequence[mx.array], tokens: int
+        self, classes: Sequence[SlotClass], inputs: mx.array, sights: Sequence[mx.array], tokens: int
     ) -> mx.array:
         """Logits of a step with so many tokens per sequence, [batch] or [batch, tokens], which has room for them."""
         logits, offsets, keys, values = self._step(
             self._rows.arrange(inputs),
-            [self._rows.arrange(own) for own in shifts],
+            [self._rows.arrange(own) for own in sights],
             [slot_class.offsets for slot_class in classes],
             [slot_class.keys for slot_class in classes],
             [slot_class.values for slot_class in classes],
@@ -225,12 +225,12 @@ class SlotCache:
     def _forward(
         self,
         inputs: mx.array,
-        shifts: list[mx.array],
+        sights: list[mx.array],
         offsets: list[mx.array],
         keys: list[Layers],
         values: list[Layers],
     ) -> tuple[mx.array, list[mx.array], list[Layers], list[Layers]]:
-        """Forward pass of the rows of all classes, [rows] or [rows, tokens]. Lists but the shifts are per class.
+        """Forward pass of the rows of all classes, [rows] or [rows, tokens]. Lists but the sights are per class.
 
         The logits are those of each row, [rows, vocab], or of each token, [rows, tokens, vocab].
         """
@@ -240,9 +240,9 @@ class SlotCache:
             for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys, tokens), strict=True)
         ]
         if inputs.ndim > 1:
-            logits = self._compute(inputs, shifts, classes)
+            logits = self._compute(inputs, sights, classes)
         else:
-            logits = self._compute(inputs[:, None], shifts, classes)[:, -1, :]
+            logits = self._compute(inputs[:, None], sights, classes)[:, -1, :]
         written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
         return logits, [offset + tokens for offset in offsets], list(written_keys), list(written_values)
 
@@ -257,19 +257,19 @@ class SlotCache:
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
 
-    def _compute(self, inputs: mx.array, shifts: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
+    def _compute(self, inputs: mx.array, sights: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
         """Logits of the rows, [rows, tokens] -> [rows, tokens, vocab]."""
         logits: mx.array
         if self._is_ragged and (len(classes) > 1 or self._has_kernel):
-            logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), shifts)
+            logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), sights)
         elif len(classes) == 1:
-            logits = step_logits(self._model, inputs, classes[0], shifts)
+            logits = step_logits(self._model, inputs, classes[0], sights)
         else:
             start, parts = 0, []
             for layers in classes:
                 end = start + layers[0].offset.shape[0]
-                own_shifts = [own[start:end] for own in shifts]
-                parts.append(step_logits(self._model, inputs[start:end], layers, own_shifts))
+                own_sights = [own[start:end] for own in sights]
+                parts.append(step_logits(self._model, inputs[start:end], layers, own_sights))
                 start = end
             logits = mx.concatenate(parts)
         return logits

@@ -33,6 +33,7 @@ Format = Mapping[str, Any]
 _TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints state has two
 # Memory of a model beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
 _RUNTIME_BYTES = 64 << 20
+_ENCODER_RUNTIME_BYTES = 32 << 20  # the same of an encoder, which compiles nothing and samples nothing
 _FEWER_BITS = 1.1  # times as large in 16 bits: weights that are stored in fewer
 _SAMPLING_ARRAYS = 4  # of [sequences, vocab] in float32 at once: logits, probabilities, their sums, a mask
 
@@ -264,14 +265,15 @@ def _encoder_estimate(
     attention = AttentionMemory(architecture.heads, policy)
     longest = judge_context if architecture.is_judge else embedding_context
     context = longest(spec, architecture.context, attention)
+    most = most_batch_tokens(context, policy)
     return Estimate(
         weights=_weight_bytes(
             architecture.weights, architecture.in_layers, metadata.stored_bytes, policy.weights, metadata
         ),
         cache=0,
-        activations=most_batch_tokens(context, policy) * architecture.width * value_bytes * policy.layers_ahead
-        + attention.batch_bytes(context)
-        + _RUNTIME_BYTES,
+        activations=most * architecture.activation_bytes(value_bytes, policy)
+        + attention.batch_bytes(most, context)
+        + _ENCODER_RUNTIME_BYTES,
     )
 
 

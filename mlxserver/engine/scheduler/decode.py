@@ -19,6 +19,7 @@ from mlxserver.engine.mlx import mx
 import numpy as np
 
 from mlxserver.engine.kv_cache.batched import make_batch_cache
+from mlxserver.engine.kv_cache.sight import step_sights
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.logprobs import KnownLogprobs, MeasuredLogprobs, measure
@@ -60,6 +61,7 @@ class DecodeBatch:
         draft: DraftModel | None = None,
         stall_target: float = 0.25,
     ) -> None:
+        self._model = model
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
         self.cache = make_batch_cache(model, policy, is_shared=is_shared)
@@ -79,7 +81,7 @@ class DecodeBatch:
         self.sequences: list[RunningSequence] = []
         self.cache.clear()
         self.sampled = mx.zeros((0,), dtype=mx.uint32)
-        self._shifts: list[mx.array] = []
+        self._sights: list[mx.array] = []
         self._sampler = self._make_sampler(self._vocab_size)
         self._measured: MeasuredLogprobs | KnownLogprobs = MeasuredLogprobs()
         self._unpublished: list[SampledToken] = []
@@ -105,7 +107,7 @@ class DecodeBatch:
             if self._speculation:
                 self._speculation.prepare(running)
             self.sequences.append(running)
-        self._set_shifts()
+        self._set_sights()
         self.pause()
 
     def leave(self, leaving: abc.Sequence[int]) -> None:
@@ -120,7 +122,7 @@ class DecodeBatch:
             self._speculation.drafts.keep(self.sequences)
         self._set_inputs(self.sampled[mx.array(keep, dtype=mx.uint32)])
         self._sampler.filter(keep)
-        self._set_shifts()
+        self._set_sights()
         self.pause()
 
     def advance(self) -> list[SampledToken]:
@@ -131,7 +133,7 @@ class DecodeBatch:
         if self._speculation and self._plan().tokens > 1:
             self._advance_by_drafts(self._speculation, inputs, measured)
             return self.take()
-        logits = self.cache.advance(inputs, self._shifts)
+        logits = self.cache.advance(inputs, self._sights)
         if any(running.sequence.constraint for running in self.sequences):
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
             self._unpublished = self._read(inputs, measured, is_fed=True)
@@ -153,10 +155,11 @@ class DecodeBatch:
         mx.async_eval(inputs)  # type: ignore[no-untyped-call]
         self.sampled = inputs
 
-    def _set_shifts(self) -> None:
-        """Set what positions differ from offsets by, of sequences whose prompts have images."""
-        shifts = [running.sequence.images.shift if running.sequence.images else 0 for running in self.sequences]
-        self._shifts = [mx.array(shifts, dtype=mx.int32)] if any(shifts) else []
+    def _set_sights(self) -> None:
+        """Set what the rows of the next step are given, of sequences whose prompts have images."""
+        has_images = any(running.sequence.images for running in self.sequences)
+        sight = getattr(self._model, "sight", None) if has_images else None
+        self._sights = step_sights(sight, [running.row for running in self.sequences]) if sight else []
 
     def _sample(self, logits: mx.array) -> None:
         """Sample the next inputs from the logits of the step, [batch, vocab], and start computing them."""
@@ -165,6 +168,8 @@ class DecodeBatch:
         mx.async_eval(self.sampled, self._measured.arrays)  # type: ignore[no-untyped-call]
         for running in self.sequences:
             running.num_sampled += 1
+        if len(self._sights) > 1:  # a prompt ended in an image, and no answer does
+            self._set_sights()
 
     def _read(self, inputs: mx.array, measured: MeasuredLogprobs | KnownLogprobs, is_fed: bool) -> list[SampledToken]:
         """Wait for the tokens of the step before and record them."""
@@ -207,7 +212,7 @@ class DecodeBatch:
 
     def _plan(self) -> Plan:
         """Plan of the next step."""
-        if not self._speculation or self._shifts:
+        if not self._speculation or self._sights:
             return PLAIN
         plan = self._speculation.plan(self.sequences)
         if plan.tokens > 1 and not self._speculation.is_right():
@@ -223,13 +228,13 @@ class DecodeBatch:
             self._unpublished = self._read(inputs, measured, is_fed=True)
         plan = self._plan()
         if plan.tokens == 1:
-            self._sample(self.cache.advance(inputs, self._shifts))
+            self._sample(self.cache.advance(inputs, self._sights))
             speculation.note_plain_step(len(self.sequences))
             return
         if verified := speculation.verify(self.sequences, inputs, plan, self._sampler, self._allowed()):
             self._accept(speculation, verified)
         else:
-            self._sample(self.cache.advance(inputs, self._shifts))
+            self._sample(self.cache.advance(inputs, self._sights))
         speculation.note_verifying_step(len(self.sequences), plan)
 
     def _accept(self, speculation: Speculation, verified: Verified) -> None:

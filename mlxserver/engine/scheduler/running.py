@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
+from mlxserver.engine.kv_cache.sight import StepRow
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.speculation_controller import HitRates
 from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
@@ -35,6 +37,15 @@ class RunningSequence:
     def length(self) -> int:
         """Tokens of KV cache that it needs, the next one included."""
         return len(self.sequence.tokens) + len(self.fed) + 1
+
+    @property
+    def row(self) -> StepRow:
+        """Its row of the next step."""
+        offset = len(self.sequence.tokens) - 1 + len(self.fed)
+        if not (images := self.sequence.images):
+            return StepRow(offset)
+        # A prompt may end in an image, and its last token is decoded.
+        return StepRow(offset, images.shift, nullcontext() if self.num_sampled else images.showing(offset, offset + 1))
 
     @property
     def most_drafted(self) -> int:
