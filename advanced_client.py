@@ -6,6 +6,11 @@ Rule 2: results go to stdout, plain where it is no terminal; progress, thinking 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below ends it without a traceback
+
 import asyncio
 import json
 import sys
@@ -165,7 +170,7 @@ async def compare_(arguments: Namespace, client: ChatClient) -> bool:
     elif arguments.markdown:
         views.print_line(format_markdown(replies).rstrip("\n"))
     elif stdout.is_terminal:
-        stdout.print(format_side_by_side(replies, format_answer), format_figures(replies))
+        stdout.print(format_side_by_side(replies, format_answer), format_figures(replies, stdout.width))
     else:
         views.print_line(format_plain(replies).rstrip("\n"))
     return not any(reply.error for reply in replies)
@@ -265,6 +270,7 @@ def parameters(arguments: Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """The command, from its arguments to its exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = parse_arguments()
     accept_any_text()
     try:

@@ -213,7 +213,7 @@ async def serve(
         loading = asyncio.create_task(manager.preload())
         watching = asyncio.create_task(watch(lambda: manager.all_instances, lambda: manager.settings.wedged_after))
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done() and not serving.done():
+        if loading.done() and not serving.done() and not server.should_exit:
             print(await asyncio.to_thread(greeting, url, manager, manager.estimate), flush=True)
         await serving
         watching.cancel()

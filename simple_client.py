@@ -8,6 +8,11 @@ Rule 3: a conversation holds what was shown. An answer that was stopped is kept 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below ends it without a traceback
+
 import asyncio
 import json
 import sys
@@ -194,6 +199,7 @@ def call(arguments: Namespace, act: Callable[[ChatClient], Awaitable[Result]]) -
 
 def main() -> int:
     """The command, from its arguments to its exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = parse_arguments()
     accept_any_text()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from mlxserver.cli.command import is_command
@@ -19,6 +20,7 @@ def main() -> int:
 
 def run_command() -> None:
     """Run the command line and exit, if it is a command."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports that follow ends it without a traceback
     if is_command(sys.argv[1:]):
         sys.exit(run(sys.argv[1:], _read_settings))
 

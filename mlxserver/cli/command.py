@@ -38,6 +38,7 @@ def main(arguments: Sequence[str], read_settings: ReadSettings) -> int:
     if [*arguments[:1]] == ["launch"]:
         from mlxserver.client.launch import command
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return command.main(arguments[1:])
     known = parser()
     if [*arguments] in HELP:

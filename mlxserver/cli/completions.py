@@ -63,7 +63,10 @@ def script(shell: str, parser: ArgumentParser) -> str:
         if given := [*each.choices, *([MODELS] if name in WITH_MODELS else ())]:
             cases += [BASH_CASE.format(pattern=f"{name}:*", words=" ".join(given))]
     bash = BASH.format(cases="\n".join(cases))
-    return ZSH.format(bash=bash) if shell == "zsh" else bash
+    if shell == "bash":
+        return bash
+    # Zsh's compgen runs no command; in double quotes the command is run once, and its output is not expanded.
+    return ZSH.format(bash=bash.replace(f"'{MODELS}'", f'"{MODELS}"'))
 
 
 def _commands(parser: ArgumentParser) -> dict[str, Words]:
@@ -88,10 +91,14 @@ def _words(parser: ArgumentParser) -> Words:
 
 def _fish(words: Mapping[str, Words]) -> str:
     lines = [f'complete -c mlx-server -f -n __fish_use_subcommand -a "{" ".join(words)}"']
+    lines += _fish_flags("-n __fish_use_subcommand", words["serve"])
     for name, each in words.items():
         seen = f'-n "__fish_seen_subcommand_from {name}"'
-        required = {True: " -r", False: ""}
-        lines += [f"complete -c mlx-server {seen} -l {flag[2:]}{required[value]}" for flag, value in each.flags.items()]
+        lines += _fish_flags(seen, each)
         if given := [*each.choices, *([FISH_MODELS] if name in WITH_MODELS else ())]:
             lines.append(f'complete -c mlx-server -f {seen} -a "{" ".join(given)}"')
     return "\n".join(lines)
+
+
+def _fish_flags(condition: str, words: Words) -> list[str]:
+    return [f"complete -c mlx-server {condition} -l {flag[2:]}{' -r' * value}" for flag, value in words.flags.items()]

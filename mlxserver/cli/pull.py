@@ -74,15 +74,16 @@ def _here(options: Namespace, settings: Settings) -> int:
             raise LoadAborted(source)
         screen.show(stage, done, total)
 
-    with _stopping_at_ctrl_c(stopped), Screen() as screen:
+    with Screen() as screen:
         plan = pull.plan(source, settings.memory_limit, estimate)
         screen.plan(Planned(plan.source, plan.download_bytes, plan.needed_bytes, plan.fits))
         if not options.force:
             pull.check(plan)
-        try:
-            path = str(pull.download(plan, report))
-        except LoadAborted:
-            path = ""
+        with _stopping_at_ctrl_c(stopped):
+            try:
+                path = str(pull.download(plan, report))
+            except LoadAborted:
+                path = ""
     if not path:
         print_status(STOPPED)
         return INTERRUPTED

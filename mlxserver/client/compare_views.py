@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxserver.client.reply import Reply
+from mlxserver.client.tables import fitted
 from mlxserver.client.views import format_progress
 
 FRAMES_PER_SECOND = 10
 FIGURES = ("model", "TTFT ms", "tokens", "tokens/s", "thinking tokens", "finish reason")
+SPARE_FIGURES = ("thinking tokens", "finish reason", "tokens")  # what a narrow terminal does not show
 
 
 def live_replies(console: Console, replies: Sequence[Reply]) -> Live:
@@ -61,12 +63,9 @@ def format_answer(reply: Reply) -> RenderableType:
     return Group(*parts)
 
 
-def format_figures(replies: Sequence[Reply]) -> Table:
-    """A table of figures with one row per reply."""
-    table = Table(*FIGURES, box=None, header_style="bold", pad_edge=False)
-    for reply in replies:
-        table.add_row(*figures_row(reply))
-    return table
+def format_figures(replies: Sequence[Reply], room: int) -> Table:
+    """A table of figures with one row per reply, for a terminal with so many characters per line."""
+    return fitted(FIGURES, [figures_row(reply) for reply in replies], room, SPARE_FIGURES)
 
 
 def figures_row(reply: Reply) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class SettingInvalid(ClientError):
 
     def __init__(self, name: str, value: str, expected: str) -> None:
         given = f"{value!r} is not valid; " if value else ""  # "" is a value that is missing
-        super().__init__(f"{name}: {given}expected {expected}.")
+        super().__init__(f"{name}: {given}expected {expected}{'' if expected.endswith('?') else '.'}")
 
 
 class ServerUnreachable(ClientError):

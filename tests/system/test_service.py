@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import os
 import plistlib
 import shlex
 import shutil
@@ -160,7 +161,60 @@ def test_completions_are_right_for_their_shell(shell, flag, tmp_path, capfd):
     assert "pull" in script.read_text()
     if shutil.which(shell):
         subprocess.run([shell, flag, script], check=True)
+    if shell == "zsh":  # whose list of words is not expanded
+        assert 'show:*) words="$(mlx-server ls 2>/dev/null | cut -f1)";;' in script.read_text()
     if shell == "bash":
         typed = 'COMP_WORDS=(mlx-server service st); COMP_CWORD=2; _mlx_server; echo "${COMPREPLY[@]}"'
         done = subprocess.run(["bash", "-c", f". {script}; {typed}"], capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["status"]
+
+
+COMPLETED = [
+    ("", "ls launch serve config"),
+    ("se", "search serve service"),
+    ("--memory", "--memory-limit"),
+    ("serve --idle", "--idle-connection-timeout"),
+    ("config --js", "--json"),
+    ("service st", "status"),
+    ("launch cl", "claude cline"),
+    ("show ti", "tiny:latest tiny:same"),
+    ("rm --", "--yes --force --json"),
+]
+
+
+@pytest.mark.parametrize(("typed", "offered"), COMPLETED)
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_what_is_typed_is_completed(shell, typed, offered, tmp_path, capfd):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not here")
+    found = completed(shell, typed, tmp_path, capfd)
+    assert set(offered.split()) <= found
+    assert typed in ("", "rm --") or found == set(offered.split())
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("show tiny:la", {"latest"}), ("show tiny:", {"latest", "same"})])
+def test_bash_completes_what_follows_a_colon_alone(typed, offered, tmp_path, capfd):
+    assert completed("bash", typed, tmp_path, capfd) == offered
+
+
+def test_names_of_models_are_not_run(tmp_path, capfd):
+    assert completed("bash", "show $", tmp_path, capfd) == {"$(touch"}
+    assert not (tmp_path / "pwned").exists()
+
+
+def completed(shell, typed, folder, capfd):
+    """What a shell offers behind `mlx-server `; bash divides words at colons."""
+    assert main(["completions", shell], read_settings) == 0
+    (folder / "script").write_text(capfd.readouterr().out)
+    stub = folder / "mlx-server"
+    stub.write_text("#!/bin/sh\nprintf 'tiny:latest\\t-\\ntiny:same\\t-\\n$(touch pwned)\\t-\\n'\n")
+    stub.chmod(0o755)
+    if shell == "fish":
+        command = ["fish", "--private", "-c", f"source {folder / 'script'}; complete -C 'mlx-server {typed}'"]
+    else:
+        words = ["mlx-server", *shlex.split(typed.replace(":", " : "))] + [""] * (not typed or typed[-1] in " ")
+        asked = f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _mlx_server"
+        command = ["bash", "-c", f'. {folder / "script"}; {asked}; printf "%s\\n" "${{COMPREPLY[@]}}"']
+    own = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)}
+    done = subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, check=True)
+    return {line.split("\t")[0] for line in done.stdout.splitlines()} - {""}

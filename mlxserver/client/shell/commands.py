@@ -13,6 +13,7 @@ from typing import Literal
 from mlxserver.client.errors import SettingInvalid
 from mlxserver.client.shell import measuring, models, settings, talking
 from mlxserver.client.shell.session import Leave, Session, expected_one_of
+from mlxserver.client.views import wrapped
 
 Argument = Literal["", "model", "models", "path", "parameter"]
 
@@ -30,8 +31,10 @@ class Command:
 
 async def help_(session: Session, argument: str) -> None:
     """List the commands and keys."""
+    room = session.stdout.width
     for command in COMMANDS.values():
-        session.stdout.out(f"  {command.usage:<28}", command.description, highlight=False)
+        line = f"  {command.usage:<28} {command.description}"
+        session.stdout.out(wrapped(line, room, min(31, room // 4)), highlight=False)
     session.note("Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D leaves.")
 
 

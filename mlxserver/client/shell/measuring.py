@@ -32,7 +32,7 @@ async def compare_(session: Session, argument: str) -> None:
             await compare(session.client, replies, messages, sequential=False, **session.params)
     finally:
         session.stdout.print(format_side_by_side(replies, format_answer))
-        session.stdout.print(format_figures(replies))
+        session.stdout.print(format_figures(replies, session.stdout.width))
 
 
 async def bench(session: Session, argument: str) -> None:

@@ -9,7 +9,7 @@ Rule 3: importing this module does not import MLX: the manager needs only its ty
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,15 @@ class Estimate:
         """The sum of all three."""
         return self.weights + self.cache + self.activations
 
+    def with_draft(self, draft: Estimate) -> Estimate:
+        """The memory with that of a draft model beside it. The two never compute at the same time."""
+        return Estimate(
+            self.weights + draft.weights,
+            self.cache + draft.cache,
+            max(self.activations, draft.activations),
+            self.widened and self.widened + draft.weights,
+        )
+
 
 def budget(limit: int, policy: ExecutionPolicy | None = None) -> int:
     """The memory that all models may take: the limit, or the policy's share of the device's memory if it is 0."""
@@ -92,10 +101,28 @@ def limits(spec: ModelSpec, own_context: int) -> Limits:
 
 
 def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate:
-    """The memory that the model will take. Blocks: it reads some files, or asks the hub. Raises LoadFailed.
+    """The memory that the model will take, with its draft model's. Blocks: it reads some files, or asks the hub.
 
     To be called on a thread that has an MLX stream (worker/thread_pool.py); otherwise one is made, and stays.
+
+    Raises:
+        LoadFailed
     """
+    own, context = _estimate(spec, policy)
+    if spec.drafter is None or spec.speculation == "off":
+        return own
+    drafter = replace(
+        spec.drafter,
+        context_length=context,
+        min_context=spec.min_context,
+        cache_tokens=spec.cache_tokens,
+        max_running=spec.max_running,
+    )
+    return own.with_draft(_estimate(drafter, policy)[0])
+
+
+def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate, int]:
+    """The memory of one model, and its context in tokens."""
     from mlxserver.engine.loading.architecture import inspect_architecture
     from mlxserver.engine.loading.kv_format import kv_format
 
@@ -104,7 +131,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         metadata = checkpoint_metadata(spec.source, policy.weights)
         with naming_what_is_missing():
             if encoder := _encoder(spec.kind or metadata.kind, metadata):
-                return _encoder_estimate(spec, metadata, encoder, policy)
+                return _encoder_estimate(spec, metadata, encoder, policy), 0
             kv = kv_format(spec)
             vision = _vision(spec, metadata)
             architecture = inspect_architecture(metadata.config, kv)
@@ -126,7 +153,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         in_layers = 0  # those that it is added to become float32
     may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
     adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else _adapter_bytes(spec)  # which is fused there
-    return Estimate(
+    found = Estimate(
         weights=_weight_bytes(values, in_layers, stored, policy.weights, metadata, has_experts=architecture.has_experts)
         + adapter,
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
@@ -140,6 +167,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         + _RUNTIME_BYTES,
         widened=values * 2 + adapter if may_widen and _has_fewer_bits(values, stored) else 0,
     )
+    return found, own.context
 
 
 def _weight_bytes(

@@ -7,7 +7,7 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
 that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
-each of these is one operation, and so is the attention of a decode step.
+each of these is one operation, and so is attention of few tokens.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
@@ -100,10 +100,12 @@ def attention(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
-    if length == 1 and k.dtype == v.dtype == mx.float32 and _has_one_mask(mask, batch, k) and (kernels := native()):
-        hidden = None if mask is None else _additive_of_step(mask, length, k.shape[2]).astype(mx.float32)
-        attended: mx.array = kernels.attend(q, k, v, scale, hidden)
-        return attended
+    if length <= cpu_matmul.NATIVE_ROWS and k.dtype == v.dtype == mx.float32 and (kernels := native()):
+        is_causal = isinstance(mask, str)
+        hidden = None if mask is None or is_causal else _additive_of_step(mask, length, k.shape[2])
+        if hidden is None or (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
+            attended: mx.array = kernels.attend(q, k, v, scale, hidden, is_causal)
+            return attended
     if is_stepwise and batch * heads * length * k.shape[2] > SCORES_AT_ONCE and max(batch, groups, length) > 1:
         return _in_halves(q, k, v, scale, mask)
     # All query heads of one key head in one product.
@@ -151,10 +153,9 @@ def _in_halves(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -
     return halved
 
 
-def _has_one_mask(mask: Any, batch: int, keys: mx.array) -> bool:
-    """Whether all heads of a sequence have the same mask."""
-    shapes = [(rows, 1, 1, keys.shape[2]) for rows in (1, batch)]
-    return mask is None or (isinstance(mask, mx.array) and mask.shape in shapes)
+def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
+    """Whether all heads of a sequence have the same mask, [batch, 1, L, T]."""
+    return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
