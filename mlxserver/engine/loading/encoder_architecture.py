@@ -14,6 +14,7 @@ from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.architecture import inspect_architecture
 from mlxserver.engine.loading.metadata import FALLBACK_CONTEXT, attention_heads
 from mlxserver.engine.platform.cpu_stored import values_in_layers
+from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import ExecutionPolicy
 
 # Arrays of an MLP's width that exist for its activation, by its name, and those of any other.
@@ -93,7 +94,9 @@ def activation_bytes(width: int, mlp: int, activation: str, value_bytes: int, po
     """
     if not policy.replace_kernels:
         return width * value_bytes
-    return (2 * width + _TEMPORARIES.get(activation, _OTHER_TEMPORARIES) * mlp) * value_bytes
+    has_kernel = activation == "silu" and native() is not None
+    arrays = 1 if has_kernel else _TEMPORARIES.get(activation, _OTHER_TEMPORARIES)
+    return (2 * width + arrays * mlp) * value_bytes
 
 
 def with_rope_names(config: Mapping[str, Any]) -> dict[str, Any]:

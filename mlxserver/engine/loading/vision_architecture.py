@@ -37,7 +37,7 @@ class VisionArchitecture:
     """Sizes of a vision part. weights: number of values. width: activations per patch of a layer. heads: of attention.
 
     patch: its side in pixels. image: side of the pictures in pixels, 0 for any. tiles: that a picture is cut into.
-    in_layers: weights that are those of linear and embedding layers.
+    in_layers: weights that are those of linear and embedding layers. mlp: width of a layer's MLP.
     """
 
     weights: int
@@ -47,6 +47,7 @@ class VisionArchitecture:
     image: int = 0
     tiles: int = 1
     in_layers: int = 0
+    mlp: int = 0
 
     def most_patches(self, policy: ExecutionPolicy) -> int:
         """Patches of the largest picture, or of a tile of it, that the tower is given."""
@@ -67,7 +68,7 @@ class VisionArchitecture:
         """Activations of the largest picture."""
         patches = self.most_patches(policy)
         attention = AttentionMemory(self.heads, policy).batch_bytes(self.tiles * patches, patches)
-        return self.tiles * patches * activation_bytes(self.width, 0, "", value_bytes, policy) + attention
+        return self.tiles * patches * activation_bytes(self.width, self.mlp, "", value_bytes, policy) + attention
 
 
 def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture:
@@ -97,6 +98,7 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
         0 if model_type in _ANY_SIZE else image or 896,
         _TILES.get(model_type, 1),
         values_in_layers(model),
+        int(vision.get("intermediate_size") or 0),
     )
 
 
