@@ -1,8 +1,12 @@
 """Downloads from a stand-in for the Hugging Face hub that speaks its HTTP protocol, and fails as it does."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import socket
+import threading
 from collections import namedtuple
 
 import pytest
@@ -155,3 +159,17 @@ def test_a_pull_without_a_network_takes_the_copy_and_says_so_once(hub, monkeypat
     assert pull("org/tiny") == 0
     line = "org/tiny: the hub can't be asked (HF_HUB_OFFLINE is set); the copy from before is used"
     assert [record.getMessage() for record in caplog.records if record.name == "models"] == [line]
+
+
+def test_ctrl_c_ends_a_pull_whose_hub_answers_nothing(hub, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        opened = []
+
+        def interrupt():
+            opened.append(silent.accept()[0])
+            os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        threading.Thread(target=interrupt, daemon=True).start()
+        assert pull("org/tiny") == 130
+        opened.pop().close()
