@@ -1,12 +1,12 @@
 """Downloads from a stand-in for the Hugging Face hub that speaks its HTTP protocol, and fails as it does."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import threading
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -16,6 +16,7 @@ from mlxserver.cli.command import main
 from mlxserver.engine.platform.native.extension import native
 from tests.support.hub import COMMIT, serving_hub
 from tools.harness.models import tiny_llama
+from tools.harness.running_server import ROOT, server_environment
 
 LISTED = [
     {
@@ -161,15 +162,14 @@ def test_a_pull_without_a_network_takes_the_copy_and_says_so_once(hub, monkeypat
     assert [record.getMessage() for record in caplog.records if record.name == "models"] == [line]
 
 
-def test_ctrl_c_ends_a_pull_whose_hub_answers_nothing(hub, monkeypatch):
+def test_ctrl_c_ends_a_pull_whose_hub_answers_nothing(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        opened = []
-
-        def interrupt():
-            opened.append(silent.accept()[0])
-            os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        threading.Thread(target=interrupt, daemon=True).start()
-        assert pull("org/tiny") == 130
-        opened.pop().close()
+        own = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_CACHE": str(tmp_path)}
+        own |= {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+        command = [sys.executable, str(ROOT / "mlx_api_server.py"), "pull", "org/tiny"]
+        pulling = subprocess.Popen(command, env=server_environment() | own, stderr=subprocess.PIPE, text=True)
+        silent.settimeout(60)
+        with silent.accept()[0]:
+            pulling.send_signal(signal.SIGINT)
+            _, err = pulling.communicate(timeout=60)
+    assert (pulling.returncode, len(err.splitlines())) == (130, 1)
