@@ -70,8 +70,14 @@ class ModelManager:
         self.memory = MemoryBudget(self._rules, measure_arrays, pool)
         self._started = time.monotonic()
         self.estimate = estimate
-        self._services = Services(start_engine, estimate, measure_memory, lambda: self.settings)
         self._registry = Registry()
+        self._services = Services(
+            start_engine,
+            estimate,
+            measure_memory,
+            lambda: self.settings,
+            lambda: {instance.key: instance.spec for instance in self._registry.instances},
+        )
         self._tasks = Tasks()
         self.library = Library(scan, lambda: self.settings, self._registry, self.register, self._tasks)
         self.pulls = Pulls(self.library, lambda: self.settings, estimate, self._tasks)

@@ -2,6 +2,9 @@
 
 Run: python -m benchmarks.speculation [--model smollm2] [--clients 1]. Weights may be random: the answers are given.
 
+--draft DIRECTORY adds a draft model of the same vocabulary. How often it is right is as it knows these texts.
+--draft self is the model itself, which costs the most.
+
 An edit is a prompt with a source file of some 1,000 tokens, and an answer that has the file again with one change. Free
 text is a page of prose that goes on behind its beginning. The sampler does its work, and its tokens are replaced by
 those of the answer: steps cost what they cost, and as many drafted tokens are accepted as if a model had written this.
@@ -34,8 +37,11 @@ from mlx_lm.utils import load_tokenizer
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import EMBEDDED, SHAPES, embedded_directory, prepare_pair
 from benchmarks.servers import ROOT
+from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.platform.policy import current
 from mlxserver.engine.sampling.sampler import BatchSampler
+from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation import Setting
 from mlxserver.engine.sequence import Sequence
@@ -99,7 +105,7 @@ class GivenTokens(BatchSampler):
 class Bench:
     """One scheduler of a model under one setting."""
 
-    def __init__(self, model: Any, setting: Setting, clients: int) -> None:
+    def __init__(self, model: Any, setting: Setting, clients: int, draft: DraftModel | None) -> None:
         self._metrics = ModelMetrics("")
         self._answers: dict[int, abc.Sequence[int]] = {}
         self._scheduler = Scheduler(
@@ -108,6 +114,7 @@ class Bench:
             metrics=self._metrics,
             make_sampler=lambda vocab_size: GivenTokens(vocab_size, self._answers),
             speculation=setting,
+            draft=draft if setting != "off" else None,
         )
 
     def round(self, tasks: abc.Sequence[Task], sampling: SamplingParams) -> Figures:
@@ -162,10 +169,18 @@ def free_texts(tokenizer: Any, clients: int, page_tokens: int) -> list[Task]:
     ]
 
 
-def measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def draft_model(source: str, target: LoadedModel) -> DraftModel:
+    """The draft model in a directory, or the target itself."""
+    loaded = target if source == "self" else loader.load(ModelSpec("draft", source))
+    return DraftModel("draft", loaded.model, loaded.context_length, loaded.weight_bytes, current())
+
+
+def measure(
+    model: Any, tokenizer: Any, arguments: argparse.Namespace, draft: DraftModel | None = None
+) -> dict[str, Any]:
     """All figures, by task."""
     sampling = SamplingParams(temperature=arguments.temperature, top_p=0.9, seed=1)
-    benches = {setting: Bench(model, setting, arguments.clients) for setting in SETTINGS}
+    benches = {setting: Bench(model, setting, arguments.clients, draft) for setting in SETTINGS}
     tasks = {
         "edit": edits(tokenizer, arguments.clients, arguments.file_tokens),
         "free text": free_texts(tokenizer, arguments.clients, arguments.page_tokens),
@@ -212,13 +227,15 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--file-tokens", type=int, default=FILE_TOKENS)
     parser.add_argument("--page-tokens", type=int, default=PAGE_TOKENS)
+    parser.add_argument("--draft", help="directory of a draft model, or self")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     work = ROOT / "build" / "benchmarks"
     directory, _ = prepare_pair(arguments.model, arguments.dtype, work, arguments.tokenizer)
     texts = load_tokenizer(arguments.tokenizer or embedded_directory(work, "float32"))
-    model = loader.load(ModelSpec("speculation", str(directory))).model
-    figures = measure(model, texts, arguments)
+    loaded = loader.load(ModelSpec("speculation", str(directory)))
+    draft = draft_model(arguments.draft, loaded) if arguments.draft else None
+    figures = measure(loaded.model, texts, arguments, draft)
     print(render(figures))
     if arguments.out:
         content = {"machine": read_machine(), "arguments": {**vars(arguments), "out": None, "tokenizer": None}}

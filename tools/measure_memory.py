@@ -1,16 +1,19 @@
 """Memory estimates against measurements: after the load, and at the peak that requests can cause.
 
 Run: python -m tools.measure_memory [--tiny] [SOURCE ...]; by default the embedded models, three llamas, ten
-architectures of the zoo, and embedding models and rerankers, of random weights. SOURCE may be the name of one of those,
-too. Each model is measured in a separate process: eight sequences fill the KV cache, then one prompt fills the context;
-or, of embedding models and rerankers, texts of several lengths fill the largest batches. MLX is the peak of MLX's
-arrays, RSS that of the process; the estimate is of RSS on a CPU, of MLX elsewhere. Held: by the sequences, with the
-prefixes that are kept.
+architectures of the zoo, vision models, embedding models and rerankers, of random weights. SOURCE may be the name of
+one of those, too. Each model is measured in a separate process: eight sequences fill the KV cache, then one prompt
+fills the context, and a vision model sees large pictures; or, of embedding models and rerankers, texts of several
+lengths fill the largest batches. MLX is the peak of MLX's arrays, RSS that of the process; the estimate is of RSS on a
+CPU, of MLX elsewhere. Held: by the sequences, with the prefixes that are kept. Of images, the estimate here counts what
+these pictures leave, not all that may be kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import json
 import resource
 import subprocess
@@ -27,14 +30,19 @@ from mlx_lm.utils import _get_classes, save_model
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.conversation import Image, Message, Text
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.architecture import inspect_architecture
 from mlxserver.engine.loading.estimate import Estimate, estimate, most_batch_tokens
+from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES
+from mlxserver.engine.loading.vision_model import hidden_size
 from mlxserver.engine.platform import device, streams
 from mlxserver.engine.platform.policy import current
+from mlxserver.engine.requests import ChatPrompt, GenerationRequest
 from mlxserver.engine.runners import builder
 from mlxserver.engine.sequence import Sequence
 from tools.harness.encoder_models import tiny_cross_encoder, tiny_embedder, tiny_judge
+from tools.harness.vision_models import picture, tiny_vision
 from tools.zoo import models
 
 
@@ -71,6 +79,83 @@ ENCODERS: dict[str, tuple[Callable[..., Path], tuple[str, ...], dict[str, Any]]]
     "modernbert rerank": (tiny_cross_encoder, ("modernbert",), encoder_config(768, 12, 8, 1024)),
     "qwen3 rerank": (tiny_judge, (), encoder_config(1024, 16, 6, 4096)),
 }
+# Vision models: sizes of their text models and towers, and of the pictures that their processors make.
+_SEEN_TEXT = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+_SEEN_TEXT |= {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": 30_000}
+_TOWER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+_QWEN_TOWER: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "depth": 8,
+    "num_heads": 8,
+    "out_hidden_size": 512,
+}
+_QWEN_TOWER |= {"patch_size": 14, "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [3, 7]}
+_QWEN_PIXELS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12_845_056}
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "text": {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}},
+        "vision": _QWEN_TOWER,
+        "files": {"preprocessor_config.json": _QWEN_PIXELS},
+    },
+    "qwen3_vl": {
+        "text": {"rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]}},
+        "vision": _QWEN_TOWER | {"num_position_embeddings": 2304, "deepstack_visual_indexes": [2, 4]},
+        "files": {"preprocessor_config.json": _QWEN_PIXELS},
+    },
+    "gemma3": {
+        "text": {"query_pre_attn_scalar": 64, "sliding_window": 512, "mm_tokens_per_image": 256},
+        "vision": _TOWER | {"patch_size": 14, "image_size": 896},
+        "files": {
+            "preprocessor_config.json": {"size": {"height": 896, "width": 896}},
+            "processor_config.json": {"image_seq_length": 256},
+        },
+        "hidden_size": 512,
+        "mm_tokens_per_image": 256,
+    },
+    "smolvlm": {
+        "vision": _TOWER | {"patch_size": 16, "image_size": 512},
+        "files": {
+            "preprocessor_config.json": {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
+            "processor_config.json": {"image_seq_len": 64},
+        },
+        "scale_factor": 4,
+    },
+    "mistral3": {
+        "vision": _TOWER | {"head_dim": 64, "patch_size": 14, "image_size": 1540},
+        "files": {
+            "preprocessor_config.json": {
+                "size": {"longest_edge": 1540},
+                "patch_size": {"height": 14, "width": 14},
+            },
+            "processor_config.json": {"patch_size": 14},
+        },
+    },
+    "llava": {
+        "vision": _TOWER | {"patch_size": 14, "image_size": 336},
+        "files": {
+            "preprocessor_config.json": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
+            "processor_config.json": {"patch_size": 14},
+        },
+    },
+    "internvl": {
+        "vision": _TOWER | {"patch_size": [14, 14], "image_size": [448, 448]},
+        "files": {"processor_config.json": {"image_seq_length": 256}},
+        "max_dynamic_patch": 5,
+    },
+    "lfm2_vl": {
+        "text": {"block_dim": 512, "conv_dim": 512, "block_ff_dim": 1408}
+        | {"layer_types": ["conv", "full_attention"] * 4},
+        "vision": _TOWER | {"patch_size": 16, "num_patches": 256},
+        "files": {
+            "preprocessor_config.json": {"tile_size": 512, "encoder_patch_size": 16, "max_image_tokens": 256}
+            | {"min_image_tokens": 64, "max_tiles": 10, "max_pixels_tolerance": 2.0}
+        },
+        **{"tile_size": 512, "encoder_patch_size": 16, "max_image_tokens": 256, "max_tiles": 10},
+    },
+}
+SIDE = 2048  # pixels of the pictures' sides
+PICTURES = 8  # which fill what is kept of them
 FACTOR = 4  # of the zoo's heads and their dimensions; hidden sizes grow with its square
 TOKENS = 2048  # of the context, and of the cache
 SEQUENCES, ANSWER = 8, 32
@@ -115,8 +200,8 @@ def write_model(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def measure(source: str, tokens: int) -> dict[str, float]:
-    """Load the model and run the largest requests of a context of so many tokens.
+def measure(source: str, tokens: int, pictures: int) -> dict[str, float]:
+    """Load the model and run the largest requests of a context of so many tokens, and so many pictures.
 
     Returns the sizes in MiB, and the deviation of the estimate in percent.
     """
@@ -125,11 +210,16 @@ def measure(source: str, tokens: int) -> dict[str, float]:
     rss, active = device.process_bytes(), device.active_bytes()
     with streams.thread_stream():
         # A target that no chunk reaches: chunks have their greatest length, however slow the machine.
-        batch: Any = builder.Builder(stall_target=60.0).build(spec).batch
+        runner: Any = builder.Builder(stall_target=60.0).build(spec)
+        batch = runner.batch
         loaded = device.active_bytes() - active
         mx.reset_peak_memory()
         held = answer(batch, sequences=SEQUENCES, prompt=tokens // SEQUENCES - ANSWER - 2) - active - loaded
         answer(batch, sequences=1, prompt=tokens - ANSWER - 2)
+        if runner.facts.kind == "vision":
+            dim = hidden_size(sources.checkpoint_metadata(source).config)
+            unused = FEATURE_BYTES + PIXEL_BYTES - see(runner, pictures, dim)
+            expected = replace(expected, activations=expected.activations - unused)
         mlx, process = mx.get_peak_memory() - active, highest_process_bytes() - rss
         batch.close()
     is_off = expected.total / (process if device.is_cpu() else mlx) - 1
@@ -184,6 +274,29 @@ def answer(batch: Any, *, sequences: int, prompt: int) -> int:
     return held
 
 
+def see(runner: Any, pictures: int, dim: int) -> int:
+    """Answer a request for each of so many pictures. Returns the bytes that are kept of them. dim: of embeddings."""
+    ids = itertools.count(1000)
+    pixels = features = 0
+    for seed in range(pictures):
+        file = io.BytesIO()
+        picture(seed, SIDE, SIDE).save(file, "PNG")  # type: ignore[no-untyped-call]
+        message = Message("user", (Image(file.getvalue(), "messages[0]"), Text("What is it?")), "messages[0]")
+        request = GenerationRequest(ChatPrompt((message,)), {"temperature": 0.0}, max_tokens=ANSWER, ignore_eos=True)
+        prepared = runner.preprocess(request)
+        (seen,) = prepared.formatted.images
+        pixels += sum(array.nbytes for array in seen.image.inputs.values())
+        features += seen.image.tokens * dim * (4 if device.is_cpu() else 2)
+        ((sequence, _),) = runner.prepare(prepared, ids)
+        runner.batch.insert([sequence])
+        generated = 0
+        while generated < ANSWER:
+            generated += len(runner.batch.decode())
+            runner.batch.prefill()
+        runner.batch.remove([sequence.id])
+    return min(pixels, PIXEL_BYTES) + min(features, FEATURE_BYTES)
+
+
 def highest_process_bytes() -> int:
     """Peak of the resident memory of this process."""
     if sys.platform != "linux":
@@ -198,26 +311,31 @@ def main() -> int:
     parser.add_argument("sources", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="the zoo as small as it is")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the context, and of the cache ({TOKENS})")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help=f"that a vision model sees ({PICTURES})")
     parser.add_argument("--one", action="store_true", help="measure a single source here and print JSON")
     arguments = parser.parse_args()
     if arguments.one:
         one = arguments.sources[0]
-        is_text = sources.known_kind(one) == "text"
-        print(json.dumps(measure(one, arguments.tokens) if is_text else measure_encoder(one)))
+        makes_text = sources.known_kind(one) in ("text", "vision")
+        measured = measure(one, arguments.tokens, arguments.pictures) if makes_text else measure_encoder(one)
+        print(json.dumps(measured))
         return 0
     print(
         f"{'MiB':<18}{'weights':>9}{'loaded':>9}{'cache':>9}{'held':>9}   {'estimate':>9}{'MLX':>9}{'RSS':>9}{'off':>8}"
     )
-    for name in arguments.sources or ["embedded:smollm2", *LLAMAS, *ZOO, "embedded:minilm", *ENCODERS]:
+    for name in arguments.sources or ["embedded:smollm2", *LLAMAS, *ZOO, *VISION, "embedded:minilm", *ENCODERS]:
         with tempfile.TemporaryDirectory() as directory:
             source: str | Path = name
             if name in ENCODERS:
                 write, family, config = ENCODERS[name]
                 source = write(Path(directory) / "m", *family, **config)
+            elif name in VISION:
+                fields = VISION[name] | {"text": _SEEN_TEXT | VISION[name].get("text", {})}
+                source = tiny_vision(Path(directory) / "m", name, **fields)  # type: ignore[no-untyped-call]
             elif name in LLAMAS or name in ZOO:
                 source = write_model(Path(directory) / "m", config_of(name, is_tiny=arguments.tiny))
             command = [sys.executable, "-m", "tools.measure_memory", "--tokens", str(arguments.tokens)]
-            command += ["--one", str(source)]
+            command += ["--pictures", str(arguments.pictures), "--one", str(source)]
             m = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         sizes = "".join(f"{m[part]:>9.1f}" for part in ("weights", "loaded", "cache", "held"))
         totals = "".join(f"{m[part]:>9.1f}" for part in ("total", "mlx", "rss"))

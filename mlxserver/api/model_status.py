@@ -36,6 +36,7 @@ class Execution:
     padded_prefill: bool
     compiled: bool
     speculation: bool = False
+    draft: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ EXECUTION = exactly(
     padded_prefill={"type": "boolean"},
     compiled={"type": "boolean"},
     speculation={"type": "boolean"},
+    draft=maybe(TEXT),
 )
 BOOLEAN = {"type": "boolean"}
 POLICY = exactly(

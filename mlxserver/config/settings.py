@@ -65,8 +65,9 @@ class ModelSpec:
     stored, or dequantized to 16 bits or float32; "auto" takes what is fastest on the device and leaves room for
     others. kv_bits: bits per value of the KV cache, None keeps keys and values as they are computed; kv_group_size:
     values that share a scale then. speculation: tokens are drafted from the prompt and the answer so far, and
-    verified together: "auto" where that is measured to be faster, or wherever some are predicted. policy: what
-    is fixed of the device's policy, by name (POLICY_FIELDS).
+    verified together: "auto" where that is measured to be faster, or wherever some are predicted. draft: key of a
+    smaller model of the same vocabulary that drafts them, too; drafter: its own spec, which the manager finds at a
+    load. policy: what is fixed of the device's policy, by name (POLICY_FIELDS).
     """
 
     key: Annotated[str, Shared()]
@@ -92,6 +93,8 @@ class ModelSpec:
     kv_bits: Annotated[KVBits | None, Shared(), Identity()] = None
     kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
     speculation: Speculation = "auto"
+    draft: str | None = None
+    drafter: ModelSpec | None = None
     policy: Mapping[str, bool] = field(default_factory=dict)
 
 

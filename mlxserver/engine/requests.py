@@ -238,13 +238,14 @@ Question = Tokenize | Detokenize | ApplyTemplate
 class Execution:
     """Paths that serve a model. cache: of its decode batch ("single": a forward pass per sequence and step).
 
-    speculation: whether drafted tokens may be verified.
+    speculation: whether drafted tokens may be verified. draft: key of the model that drafts some.
     """
 
     cache: Literal["slots", "merged", "single"]
     padded_prefill: bool
     compiled: bool
     speculation: bool = False
+    draft: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -34,13 +34,31 @@ StartEngine = Callable[[ModelSpec, Callable[[EngineError], None], Loading, Model
 class Services:
     """What all models need from outside. `settings` are read at every use: a reload changes them.
 
-    estimate: memory that a model will take; it may block. measure_memory: bytes that this process holds.
+    estimate: memory that a model will take; it may block. measure_memory: bytes that this process holds. specs: of all
+    registered models, by key.
     """
 
     start_engine: StartEngine
     estimate: Callable[[ModelSpec], Estimate]
     measure_memory: Callable[[], int]
     settings: Callable[[], Settings]
+    specs: Callable[[], Mapping[str, ModelSpec]] = dict
+
+    def with_drafter(self, spec: ModelSpec) -> ModelSpec:
+        """The spec with that of its draft model, if it has one. Raises LoadFailed."""
+        if spec.draft is None:
+            return spec
+        registered = self.specs()
+        if spec.draft == spec.key:
+            raise LoadFailed(spec.key, f"its draft {spec.draft!r} is the model itself; expected a smaller one")
+        if (drafter := registered.get(spec.draft)) is None:
+            others = ", ".join(sorted(key for key in registered if key != spec.key)) or "no other model"
+            raise LoadFailed(spec.key, f"its draft {spec.draft!r} is not registered; there is {others}")
+        if drafter.draft is not None:
+            raise LoadFailed(spec.key, f"its draft {spec.draft!r} has a draft itself, {drafter.draft!r}")
+        if spec.shard or drafter.shard:
+            raise LoadFailed(spec.key, f"ranks share it, or its draft {spec.draft!r}: neither can have the other")
+        return replace(spec, drafter=drafter)
 
     def memory_now(self) -> int | None:
         """Bytes that this process holds; None if they can't be measured, which must not stop an unload."""
@@ -78,6 +96,7 @@ class Loader:
         self._report(LoadProgress("waiting"))
         ticker = asyncio.create_task(self._log_progress(spec.key))
         try:
+            spec = self._services.with_drafter(spec)
             spec, self.estimate = self._widened(spec, await asyncio.to_thread(self._services.estimate, spec))
             await self._reservation.acquire(self.estimate.total)
             engine, facts = await self._started_engine(spec, on_death)

@@ -110,7 +110,7 @@ def remote_status(model: HubModel, manager: ModelManager) -> RemoteModel:
 
 
 def _execution(paths: requests.Execution) -> Execution:
-    return Execution(paths.cache, paths.padded_prefill, paths.compiled, paths.speculation)
+    return Execution(paths.cache, paths.padded_prefill, paths.compiled, paths.speculation, paths.draft)
 
 
 def progress(load: LoadProgress) -> Progress:

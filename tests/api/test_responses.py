@@ -111,7 +111,8 @@ def test_an_error_about_an_undecodable_name_can_be_sent():
 def test_a_loaded_model_shows_the_paths_that_serve_it():
     assert model_card(ModelStatus("m", 1, "unloaded", "x"))["execution"] is None
     card = check(model_card(ModelStatus("m", 1, "loaded", "x", execution=Execution("single", False, False))), "Model")
-    assert card["execution"] == {"cache": "single", "padded_prefill": False, "compiled": False, "speculation": False}
+    paths = {"cache": "single", "padded_prefill": False, "compiled": False, "speculation": False, "draft": None}
+    assert card["execution"] == paths
 
 
 def test_a_loaded_model_shows_its_policy_and_where_that_is_from():

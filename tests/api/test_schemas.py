@@ -377,12 +377,12 @@ def test_a_load_needs_only_a_source():
 
 
 def test_a_load_takes_what_a_models_section_takes():
-    stated = {each.name for each in dataclasses.fields(ModelSpec)} - {"key", "source", "preload"}
+    stated = {each.name for each in dataclasses.fields(ModelSpec)} - {"key", "source", "preload", "drafter"}
     values = {"type": "thinking", "adapter": "d", "context_length": 512, "max_running": 2, "max_waiting": 3}
     values |= {"prefix_cache_bytes": 5, "checkpoint_interval": 64, "cache_tokens": 600, "aliases": ["one", "gpt-*"]}
     values |= {"pin": True, "ttl": 60, "defaults": {"temperature": 0.5}, "shard": "tensor", "kind": "text"}
     values |= {"unclosed_thinking": "content", "min_context": 128, "weights": "stored", "kv_bits": 8}
-    values |= {"kv_group_size": 32, "speculation": "off", "policy": {"pad_slots": True}}
+    values |= {"kv_group_size": 32, "speculation": "off", "draft": "small", "policy": {"pad_slots": True}}
     assert values.keys() == stated
     spec = parse(LoadRequest, orjson.dumps({"model": "org/name", **values})).spec
     assert {name: getattr(spec, name) for name in stated} == {**values, "aliases": ("one", "gpt-*")}

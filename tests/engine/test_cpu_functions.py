@@ -59,15 +59,17 @@ def test_rotations(level, batch, offsets):
 
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize(("heads", "groups"), [(9, 3), (4, 4), (8, 1)])
-@pytest.mark.parametrize("tokens", [1, 7, 70, 300])
-def test_attention_of_one_token(level, heads, groups, tokens):
+@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (1, 7), (1, 70), (1, 300), (2, 9), (16, 100), (40, 40)])
+def test_attention_of_few_tokens(level, heads, groups, length, tokens):
     for dim, value_dim in ((64, 64), (20, 36), (5, 3)):
-        q = random(2, 1, heads, dim).transpose(0, 2, 1, 3)
+        q = random(2, length, heads, dim).transpose(0, 2, 1, 3)
         keys, values = random(3, groups, 320, dim)[:2, :, :tokens], random(3, groups, 320, value_dim)[:2, :, :tokens]
-        visible = mx.array([tokens, max(1, tokens // 2)])[:, None, None, None]
-        for mask in (None, mx.where(mx.arange(tokens) < visible, 0.0, -1e30), mx.zeros((1, 1, 1, tokens))):
+        visible = mx.array([tokens, max(length, tokens // 2)])[:, None, None, None] - mx.arange(length)[::-1, None]
+        for mask in (None, mx.where(mx.arange(tokens) < visible, 0.0, -1e30), mx.zeros((1, 1, length, tokens))):
             expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask=mask)
-            assert_close(native().attend(q, keys, values, 0.3, mask, level), expected)
+            assert_close(native().attend(q, keys, values, 0.3, mask, False, level), expected)
+        expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask="causal")
+        assert_close(native().attend(q, keys, values, 0.3, None, True, level), expected)
 
 
 def test_keys_of_any_strides():

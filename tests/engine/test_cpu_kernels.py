@@ -78,6 +78,36 @@ def test_layer_by_layer_a_model_gives_the_same_logits(tiny_llama_path):
     assert not cpu_kernels._thread.is_stepwise
 
 
+@pytest.mark.parametrize(
+    "shape", [(5, 2, 2, 400, 400), (1, 4, 2, 600, 650), (1, 1, 1, 1100, 1100), (3, 2, 1, 700, 700)]
+)
+@pytest.mark.parametrize("mask", ["none", "causal", "of rows", "of heads", "of tokens", "additive"])
+def test_scores_in_pieces_give_the_same_attention(shape, mask):
+    batch, heads, groups, length, total = shape
+    q = mx.random.normal((batch, heads, length, 8))
+    k, v = (mx.random.normal((batch, groups, total, 8)) for _ in range(2))
+    masks = {
+        "none": None,
+        "causal": "causal",
+        "of rows": mx.random.uniform(shape=(batch, 1, 1, total)) > 0.5,
+        "of heads": mx.random.uniform(shape=(batch, heads, length, total)) > 0.5,
+        "of tokens": mx.random.uniform(shape=(length, total)) > 0.5,
+        "additive": mx.random.normal((batch, 1, length, total)),
+    }
+    with cpu_kernels.layer_by_layer(True):
+        ours = cpu_kernels.attention(q, k, v, scale=0.3, mask=masks[mask])
+    theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=masks[mask])
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_in_a_function_that_is_compiled_no_layer_is_computed_first():
+    q, k, v = (mx.random.normal((1, 2, 800, 8)) for _ in range(3))
+    compiled = mx.compile(lambda q, k, v: cpu_kernels.attention(q, k, v, scale=0.3))
+    with cpu_kernels.layer_by_layer(True):
+        ours = compiled(q, k, v)
+    np.testing.assert_allclose(ours, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3), atol=2e-5)
+
+
 def test_layer_by_layer_ends_with_an_error():
     with pytest.raises(RuntimeError), cpu_kernels.layer_by_layer(True):
         raise RuntimeError

@@ -245,6 +245,21 @@ def test_the_weights_of_a_reranker_are_estimated_before_they_are_read(tmp_path, 
     assert model.context_length == (512 if family == "judge" else POSITIONS)
 
 
+@pytest.mark.skipif(not device.is_cpu(), reason="the figures are those of a CPU")
+@pytest.mark.parametrize("family", CROSS_ENCODERS)
+def test_a_long_text_takes_what_was_counted_and_not_its_scores(tmp_path, family):
+    sizes = {"hidden_size": 192, "num_attention_heads": 8, "intermediate_size": 768, "max_position_embeddings": 1026}
+    spec = ModelSpec("m", str(tiny_cross_encoder(tmp_path / "m", family, **sizes)))
+    counted, model = estimate(spec).activations, reranker_model.load(spec)
+    length = model.context_length
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    model.encode([(7,) * length], 1, length)
+    taken = mx.get_peak_memory() - before
+    runtime, scores = 32 << 20, 8 * 4 * 8 * length**2  # bytes
+    assert 0.4 * (counted - runtime) < taken < 1.15 * (counted - runtime) < scores / 2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -12,9 +12,18 @@ from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
+from mlxserver.engine.scheduler.drafts import Drafts
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
+from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.scheduler import Scheduler
-from mlxserver.engine.scheduler.speculation import SIZES, DraftingRow, HitRates, SpeculationController, verifies
+from mlxserver.engine.scheduler.speculation_controller import (
+    SIZES,
+    DraftingRow,
+    HitRates,
+    Plan,
+    SpeculationController,
+)
+from mlxserver.engine.scheduler.verification_check import verifies
 from tests.support.architectures import random_model
 from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
 from tests.support.grammars import Even
@@ -245,44 +254,51 @@ def controller(costs=(), sequences=1):
         own.note_plain(sequences, 1.0)
     for tokens, ratio in costs:
         for _ in range(3):
-            own.note_verified(sequences, tokens, ratio)
+            own.note_verified(sequences, Plan(tokens), ratio)
     return own
 
 
 def test_a_step_drafts_where_that_is_faster():
     cheap = controller(costs=[(4, 1.2), (8, 1.3), (16, 1.5)])
-    assert cheap.choose(1, [row(40, 100)], fits) == 16
-    assert cheap.choose(1, [row(40, 100)], lambda tokens: tokens < 9) == 8
-    assert cheap.choose(1, [row(40, 1)], fits) == 4
-    assert cheap.choose(1, [], fits) == 1
-    assert controller(costs=[(4, 4.5)]).choose(1, [row(40, 100)], fits) == 1
-    assert controller(costs=[(4, 1.2), (8, 2.4)]).choose(1, [row(40, 100)], fits) == 4
+    assert cheap.choose(1, [row(40, 100)], fits).tokens == 16
+    assert cheap.choose(1, [row(40, 100)], lambda tokens: tokens < 9).tokens == 8
+    assert cheap.choose(1, [row(40, 1)], fits).tokens == 4
+    assert cheap.choose(1, [], fits).tokens == 1
+    assert controller(costs=[(4, 4.5)]).choose(1, [row(40, 100)], fits).tokens == 1
+    assert controller(costs=[(4, 1.2), (8, 2.4)]).choose(1, [row(40, 100)], fits).tokens == 4
+
+
+def test_a_step_that_something_else_made_longer_does_not_count_for_good():
+    own = controller()
+    for ratio in (1.2, 9.0, 1.3):
+        own.note_verified(1, Plan(4), ratio)
+    assert own.choose(1, [row(40, 100)], fits).tokens > 1
 
 
 def test_nothing_is_drafted_before_plain_steps_are_measured():
-    assert SpeculationController(ModelMetrics("")).choose(1, [row(40, 100)], fits) == 1
+    assert SpeculationController(ModelMetrics("")).choose(1, [row(40, 100)], fits).tokens == 1
 
 
 def test_longer_drafts_are_tried_once_shorter_ones_are_measured():
-    assert controller().choose(1, [row(40, 100)], fits) == 4
-    assert controller(costs=[(4, 1.1)]).choose(1, [row(40, 100)], fits) == 8
+    assert controller().choose(1, [row(40, 100)], fits).tokens == 4
+    assert controller(costs=[(4, 1.1)]).choose(1, [row(40, 100)], fits).tokens == 8
 
 
 def test_predictions_that_prove_wrong_are_drafted_no_more():
     own = controller(costs=[(4, 1.3)])
-    assert own.choose(1, [row(5, 100, own.rates)], fits) > 1
+    assert own.choose(1, [row(5, 100, own.rates)], fits).tokens > 1
     for _ in range(40):
         own.rates.note(5, False)
-    assert own.choose(1, [row(5, 100, own.rates)], fits) == 1
-    assert own.choose(1, [row(40, 100, own.rates)], fits) > 1
+    assert own.choose(1, [row(5, 100, own.rates)], fits).tokens == 1
+    assert own.choose(1, [row(40, 100, own.rates)], fits).tokens > 1
 
 
 def test_predictions_that_prove_right_are_drafted_from_their_first_token_on():
     own = controller(costs=[(4, 1.3)])
-    assert own.choose(1, [row(3, 100, own.rates)], fits) == 1
+    assert own.choose(1, [row(3, 100, own.rates)], fits).tokens == 1
     for _ in range(40):
         own.rates.note(3, True)
-    assert own.choose(1, [row(3, 100, own.rates)], fits) > 1
+    assert own.choose(1, [row(3, 100, own.rates)], fits).tokens > 1
 
 
 def test_a_sequence_whose_predictions_prove_wrong_drafts_no_more_beside_one_that_copies():
@@ -290,23 +306,60 @@ def test_a_sequence_whose_predictions_prove_wrong_drafts_no_more_beside_one_that
     editing, telling = HitRates(own.rates), HitRates(own.rates)
     for _ in range(40):
         editing.note(3, True)
-    assert own.choose(1, [row(3, 100, telling)], fits) > 1
+    assert own.choose(1, [row(3, 100, telling)], fits).tokens > 1
     for _ in range(6):
         telling.note(3, False)
-    assert own.choose(1, [row(3, 100, telling)], fits) == 1
-    assert own.choose(1, [row(3, 100, editing)], fits) > 1
+    assert own.choose(1, [row(3, 100, telling)], fits).tokens == 1
+    assert own.choose(1, [row(3, 100, editing)], fits).tokens > 1
 
 
 def test_many_sequences_draft_only_if_enough_of_them_do():
     own = controller(sequences=8, costs=[(4, 1.6)])
-    assert own.choose(8, [row(40, 100)], fits) == 1
-    assert own.choose(8, [row(40, 100)] * 8, fits) > 1
+    assert own.choose(8, [row(40, 100)], fits).tokens == 1
+    assert own.choose(8, [row(40, 100)] * 8, fits).tokens > 1
 
 
 def test_a_step_that_did_not_pay_is_tried_again_after_a_while():
     own = controller(costs=[(4, 4.5)])
-    chosen = [own.choose(1, [row(40, 100)], fits) for _ in range(1100)]
+    chosen = [own.choose(1, [row(40, 100)], fits).tokens for _ in range(1100)]
     assert sorted(chosen)[-3:] == [1, 4, 4]
+
+
+def promising():
+    """A sequence whose predictions are expected to be right."""
+    running = RunningSequence(sequence(1, [3] * 50, max_tokens=10_000), 0, 0.0)
+    running.lookup, running.hit_rates = PromptLookup([3] * 50), HitRates()
+    for streak in (3, 6, 10, 20) * 50:
+        running.hit_rates.note(streak, True)
+    return running
+
+
+def drafted(drafts, running, right):
+    """Tokens of the next step, which is noted as if its drafts were all right, or all wrong."""
+    plan = drafts.plan([running], fits)
+    if plan.tokens > 1:
+        draft = running.lookup.draft(plan.tokens - 1)
+        drafts.note([running], plan, [draft], [len(draft) if right else 0], ())
+    drafts.add_credit(running)
+    return plan.tokens
+
+
+COSTS = [(4, 1.8), (8, 2.5), (16, 4.0)]
+
+
+def test_drafts_that_are_never_right_cost_a_sequence_little():
+    drafts, running = Drafts(controller(COSTS), None, is_forced=False), promising()
+    chosen = [drafted(drafts, running, right=False) for _ in range(1000)]
+    assert {*chosen} == {1, 4}
+    assert 0.8 * chosen.count(4) < 2 + 0.01 * len(chosen)
+    assert chosen[:2] == [4, 4]
+
+
+def test_a_sequence_drafts_more_once_its_drafts_were_right():
+    drafts, running = Drafts(controller(COSTS), None, is_forced=False), promising()
+    assert [drafted(drafts, running, right=True) for _ in range(4)] == [4, 16, 16, 16]
+    wrong = [drafted(drafts, running, right=False) for _ in range(500)]
+    assert sum(dict(COSTS).get(tokens, 1) - 1 for tokens in wrong) < 6 + 2 + 5
 
 
 def test_auto_speculates_on_a_quotation_and_changes_no_token():

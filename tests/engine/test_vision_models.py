@@ -13,6 +13,7 @@ import pytest
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.conversation import Message, Text
 from mlxserver.engine.errors import LoadFailed, PromptRejected
+from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
@@ -27,7 +28,10 @@ from tests.support.hub import serving_hub
 from tests.support.vision_models import Reference, answers, attached, question
 from tools.harness.vision_models import FAMILIES, picture, tiny_vision
 
-pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared")
+pytestmark = [
+    pytest.mark.skipif(not device.is_cpu(), reason="a CPU computes float32, which can be compared"),
+    pytest.mark.filterwarnings("ignore:Image.Image.getdata:DeprecationWarning"),  # mlx-vlm's kimi_vl calls it
+]
 
 RED, BLUE = picture(1), picture(2, 32, 64)
 QUESTIONS = (
@@ -194,7 +198,7 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
         built(path, kind="vision")
 
 
-@pytest.mark.parametrize("model_type", ["lfm2_vl", "kimi_vl", "llama4", "internvl_chat"])
+@pytest.mark.parametrize("model_type", ["llama4", "kimi_k25", "internvl_chat", "llava_next"])
 def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_type):
     path = tiny_vision(tmp_path / "m", "llava")
     config = json.loads((path / "config.json").read_text())
@@ -286,3 +290,98 @@ def test_a_checkpoint_without_a_processor_is_a_text_model(tmp_path):
     (path / "preprocessor_config.json").unlink()
     assert sources.known_kind(str(path)) == "text"
     assert built(path).facts.kind == "text"
+
+
+# What stands for an image where nothing stands behind it. The parts of a message are all that the template shows.
+_BARE = {"llava": "<image>", "qwen2_5_vl": "<|vision_start|><|image_pad|>", "qwen3_vl": "<|vision_start|><|image_pad|>"}
+_BARE |= {"qwen3_5": _BARE["qwen3_vl"], "mistral3": "[IMG]"}
+WORDS = "One two three four five six seven eight nine ten eleven twelve"
+
+
+@pytest.fixture(scope="module", params=_BARE)
+def bare(request, tmp_path_factory):
+    """A model whose template adds nothing to the texts and images of a message."""
+    path = tiny_vision(tmp_path_factory.mktemp("bare") / request.param, request.param)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    template = (
+        "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}{% if part.type == 'image' %}" + _BARE[request.param] + "{% else %}"
+        "{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    return SimpleNamespace(path=path, answer=Reference(path).answer, runner=built(path, prefix_cache_bytes=0))
+
+
+def asked(*parts):
+    """A greedy request of texts and pictures in this order."""
+    shown = tuple(Text(part) if isinstance(part, str) else attached(part) for part in parts)
+    return replace(QUESTIONS[0], prompt=replace(QUESTIONS[0].prompt, conversation=(Message("user", shown, "m"),)))
+
+
+ARRANGED = {
+    "last": (WORDS, RED),
+    "first": (RED, WORDS),
+    "alone": (BLUE,),
+    "adjacent": (WORDS, RED, BLUE, WORDS),
+    "adjacent at the end": (WORDS, RED, BLUE),
+    "on both sides": (BLUE, WORDS, RED),
+}
+
+
+def test_an_image_may_stand_anywhere_in_a_prompt_and_end_it(bare):
+    requests = [asked(*parts) for parts in ARRANGED.values()]
+    expected = [bare.answer(each)[0] for each in requests]
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    assert [answers(bare.runner, [each])[0][0] for each in requests] == expected
+    assert answers(bare.runner, [QUESTIONS[0], *requests])[0][1:] == expected
+
+
+def test_an_image_that_ends_a_prompt_is_cached_with_it(bare):
+    request, runner = asked(*ARRANGED["last"]), built(bare.path)
+    expected, length = bare.answer(request)
+    assert answers(runner, [request])[0] == answers(runner, [request])[0] == [expected]
+    assert answers(runner, [request])[1] == [length - 1]
+
+
+@pytest.mark.parametrize("arranged", ["last", "adjacent", "alone"])
+def test_a_chunk_may_begin_and_end_anywhere_in_an_image(bare, arranged):
+    request = asked(*ARRANGED[arranged])
+    expected, length = bare.answer(request)
+    prepared = bare.runner.prepare(bare.runner.preprocess(request), itertools.count())[0][0]
+    budget = bare.runner.batch.chunk_budget()
+    for tokens in range(1, length):
+        sequence = replace(prepared, id=tokens)
+        bare.runner.batch.insert([sequence])
+        found = []
+        while len(found) < len(expected):
+            found += [token.token for token in bare.runner.batch.decode()]
+            bare.runner.batch.prefill(replace(budget, tokens=tokens))
+        bare.runner.batch.remove([sequence.id])
+        assert found == expected, tokens
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "gemma3"])
+def test_prefixes_with_images_are_there_after_a_restart(tmp_path, name):
+    """Plain keys and values, states, and windows; another process is another builder."""
+    path = tiny_vision(tmp_path / "m", name)
+    long = Message("user", (attached(BLUE), Text("Look at this. " * 9)), "m")
+    turns = (long, Message("assistant", (Text("I"),), "m"))
+    asked = (("a", RED), ("b", RED), ("a", BLUE))
+    first, second, other = (question(text, picture, turns=turns) for text, picture in asked)
+    expected = [answers(built(path, prefix_cache_bytes=0), [each])[0][0] for each in (first, second, other)]
+    cached = []
+    for requests in ([first], [first, second, other]):
+        disk = DiskTier(tmp_path / "prefixes", 1 << 30)
+        runner = Builder(0.25, disk=disk).build(ModelSpec("m", str(path)))
+        for each, tokens in zip(requests, expected, strict=False):
+            found, (count,) = answers(runner, [each])
+            assert found == [tokens]
+            cached.append(count)
+        disk.flush()
+        runner.batch.close()
+        disk.close()
+    before, again, changed, _ = cached
+    assert before == 0
+    assert again > 40
+    assert changed > 20

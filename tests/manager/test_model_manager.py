@@ -23,7 +23,7 @@ from mlxserver.manager.registry import Registry
 from mlxserver.manager.reload import Reload
 from mlxserver.manager.tasks import Tasks
 from mlxserver.server.models import unless_stalled
-from tests.support.managed import answered, managed, specs, states, status_is
+from tests.support.managed import ESTIMATE, answered, managed, specs, states, status_is
 from tests.support.scripted_engine import read, request, until, within_deadline
 
 # Registered or not
@@ -316,6 +316,44 @@ async def test_closing_aborts_a_replacement():
         await manager.close(patience=3600)
         with pytest.raises(LoadAborted):
             await replacing
+
+
+# Draft models
+
+
+@within_deadline
+async def test_a_model_is_loaded_with_the_spec_of_its_draft():
+    seen = []
+
+    def estimate(spec):
+        seen.append(spec)
+        return ESTIMATE
+
+    a, b = specs("ab")
+    async with managed((replace(a, draft="b"), b), estimate=estimate) as (manager, _):
+        await answered(manager, "a")
+        assert [spec.drafter for spec in seen] == [b]
+        assert manager.instance("a").spec.drafter is None
+        assert states(manager) == "a:loaded"
+
+
+@within_deadline
+@pytest.mark.parametrize(
+    ("draft", "reason"),
+    [
+        ("a", "its draft 'a' is the model itself"),
+        ("x", "its draft 'x' is not registered; there is b, c"),
+        ("b", "its draft 'b' has a draft itself, 'a'"),
+        ("c", "ranks share it, or its draft 'c'"),
+    ],
+)
+async def test_a_draft_that_a_model_cannot_have_is_refused(draft, reason):
+    a, b, c = specs()
+    models = (replace(a, draft=draft), replace(b, draft="a"), replace(c, shard="tensor"))
+    async with managed(models) as (manager, factory):
+        with pytest.raises(LoadFailed, match=reason):
+            await answered(manager, "a")
+        assert factory.builds == 0
 
 
 # New settings

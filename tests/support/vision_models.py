@@ -51,25 +51,37 @@ class Reference:
 
     def answer(self, request):
         """Tokens that mlx-vlm generates greedily for the messages of a request, and the number of the prompt's."""
-        messages, pictures = [], []
-        for message in request.prompt.conversation:
-            parts = []
-            for part in message.parts:
-                if isinstance(part, Image):
-                    pictures.append(picture_of(part))
-                    parts.append({"type": "image"})
-                else:
-                    parts.append({"type": "text", "text": part.text})
-            messages.append({"role": message.role, "content": parts})
+        prompt = request.prompt
+        pictures = [picture_of(image) for message in prompt.conversation for image in message.images]
         render = self._processor.tokenizer.apply_chat_template
-        prompt = render(messages, tokenize=False, add_generation_prompt=True)
+        options = {"tools": [{"type": "function", "function": tool.function} for tool in prompt.tools] or None}
+        options |= prompt.template_kwargs
+        messages = list(map(_written, prompt.conversation))
+        text = render(messages, tokenize=False, add_generation_prompt=True, **options)
         options = {"max_tokens": request.max_tokens, "temperature": 0.0}
-        parts = list(stream_generate(self._model, self._processor, prompt, image=pictures or None, **options))
+        parts = list(stream_generate(self._model, self._processor, text, image=pictures or None, **options))
         return [part.token for part in parts][: request.max_tokens], parts[0].prompt_tokens
 
     def text(self, tokens):
         """The text of tokens."""
         return self._processor.tokenizer.decode(tokens)
+
+
+def _written(message):
+    """A message as transformers' templates take it."""
+    if message.result:
+        parts = [{"type": "text", "text": message.text}, *({"type": "image"} for _ in message.images)]
+        return {"role": "tool", "tool_call_id": message.result.call_id, "content": parts}
+    parts = [
+        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
+        for part in message.parts
+        if isinstance(part, Image | Text)
+    ]
+    calls = [
+        {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.calls
+    ]
+    return {"role": message.role, "content": parts} | ({"tool_calls": calls} if calls else {})
 
 
 def picture_of(image):

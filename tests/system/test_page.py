@@ -21,6 +21,7 @@ from tools.harness.vision_models import tiny_vision
 pytestmark = pytest.mark.timeout(600)  # the browser may have to be installed first
 
 expect.set_options(timeout=30_000)
+LONG_NAME = "a-model-with-a-very-long-name-that-goes-on-and-on-without-a-space-until-4bit"
 KEY, ADMIN = "sk-user-0123456789", "sk-admin-0123456789"
 MARKDOWN = """Some **bold** text.
 
@@ -84,6 +85,7 @@ def paths(tmp_path_factory):
         "tiny": tiny,
         "eyes": tiny_vision(root / "eyes", "qwen2_5_vl"),
         "broken": broken,
+        LONG_NAME: tiny,
     }
 
 
@@ -204,6 +206,7 @@ def test_an_answer_is_streamed_rendered_and_kept(page):
 def test_an_answer_is_stopped_and_its_slot_is_freed(page, server):
     answer = ask(page, "forever", "talker")
     expect(answer.locator(".tail")).to_contain_text("tick tock")
+    expect(page.locator(".names .name")).to_have_text(["forever"])  # it is kept from its first message on
     page.keyboard.press("Escape")
     expect(answer.locator(".figures")).to_contain_text("stopped")
     eventually(lambda: server.model("talker")["running_requests"] == 0)
@@ -546,6 +549,8 @@ def test_axe_finds_no_serious_fault_and_a_phone_needs_no_sideways_scrolling(brow
         expect(page.locator(f"#nav-{view}")).to_have_attribute("aria-current", "page")
         expect(page.locator("main h1")).to_have_count(1)
         assert page.evaluate("document.documentElement.scrollWidth") == 360, view
+        boxes = page.locator("input[type=checkbox]")
+        assert {round(box.bounding_box()["width"]) for box in boxes.all()} <= {18}, view
         page.evaluate(axe)
         found = page.evaluate("axe.run()")["violations"]
         serious = [each for each in found if each["impact"] in ("serious", "critical")]

@@ -147,6 +147,85 @@ def test_an_image_in_an_earlier_turn_and_in_a_result_is_seen(server):
     assert tokens == others
 
 
+def of_results(file):
+    """By endpoint: its request that ends in a tool's result of a text and this image; what was read, and the answer."""
+    url, data = url_of(file), base64.b64encode(file).decode()
+    function = {"name": "look", "arguments": "{}"}
+    calls = [{"id": "c", "type": "function", "function": function}]
+    yield (
+        "/v1/chat/completions",
+        {
+            "max_tokens": LIMIT,
+            "messages": [
+                {"role": "user", "content": WORDS},
+                {"role": "assistant", "content": None, "tool_calls": calls},
+                {
+                    "role": "tool",
+                    "tool_call_id": "c",
+                    "content": [{"type": "text", "text": "seen"}, {"type": "image_url", "image_url": {"url": url}}],
+                },
+            ],
+        },
+        lambda body: (body["usage"]["prompt_tokens"], body["choices"][0]["message"]["content"]),
+    )
+    output = [{"type": "input_text", "text": "seen"}, {"type": "input_image", "image_url": url}]
+    yield (
+        "/v1/responses",
+        {
+            "max_output_tokens": LIMIT,
+            "input": [
+                {"role": "user", "content": WORDS},
+                {"type": "function_call", "call_id": "c", **function},
+                {"type": "function_call_output", "call_id": "c", "output": output},
+            ],
+        },
+        lambda body: (body["usage"]["input_tokens"], body["output"][-1]["content"][0]["text"]),
+    )
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    content = [{"type": "text", "text": "seen"}, {"type": "image", "source": source}]
+    yield (
+        "/v1/messages",
+        {
+            "max_tokens": LIMIT,
+            "messages": [
+                {"role": "user", "content": WORDS},
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "look", "input": {}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": content}]},
+            ],
+        },
+        lambda body: (
+            body["usage"]["input_tokens"] + (body["usage"].get("cache_read_input_tokens") or 0),
+            body["content"][0]["text"],
+        ),
+    )
+    yield (
+        "/api/chat",
+        {
+            "stream": False,
+            "options": {"num_predict": LIMIT},
+            "messages": [
+                {"role": "user", "content": WORDS},
+                {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
+                {"role": "tool", "tool_name": "look", "content": "seen", "images": [data]},
+            ],
+        },
+        lambda body: (body["prompt_eval_count"], body["message"]["content"]),
+    )
+
+
+def test_an_image_in_a_tools_result_is_seen_alike_in_every_dialect(server):
+    def answers(file):
+        for path, asked, read in of_results(file):
+            done = server.post(path, {"model": "eyes", **asked})
+            assert done.status == 200, done.body
+            yield read(done.json)
+
+    seen, others = set(answers(FILE)), set(answers(file_of(half(size=(64, 64)))))
+    assert (len(seen), len(others)) == (1, 1), (seen, others)
+    (tokens, _), (more, _) = *seen, *others
+    assert tokens < more  # those of the larger picture
+
+
 def status(server, file):
     content = [{"type": "image_url", "image_url": {"url": url_of(file)}}, {"type": "text", "text": "x"}]
     asked = {"model": "eyes", "max_tokens": 1, "messages": [{"role": "user", "content": content}]}

@@ -103,3 +103,22 @@ def test_a_schema_log_probabilities_and_a_seed_hold_for_a_picture(client):
     assert answer.choices[0].logprobs.content
     seeded = [chat(client, messages, temperature=1, seed=3).choices[0].message.content for _ in range(2)]
     assert seeded[0] == seeded[1]
+
+
+def test_a_tool_is_called_for_a_picture_and_its_result_may_be_one(client):
+    parameters = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    parameters["additionalProperties"] = False
+    tools = [{"type": "function", "function": {"name": "paint", "parameters": parameters, "strict": True}}]
+    messages = [{"role": "user", "content": CONTENT}]
+    fields = {"tools": tools, "tool_choice": "required", "max_tokens": 200, "extra_body": {}}
+    whole = chat(client, messages, **fields).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    (call,) = whole.message.tool_calls
+    assert json.loads(call.function.arguments)["colour"] in ("red", "blue")
+    parts = [part.choices[0].delta for part in chat(client, messages, stream=True, **fields) if part.choices]
+    streamed = [call.function.arguments or "" for part in parts for call in part.tool_calls or ()]
+    assert "".join(streamed) == call.function.arguments
+    messages += [whole.message, {"role": "tool", "tool_call_id": call.id, "content": [IMAGE_URL]}]
+    with_result, without = (chat(client, messages[:length], tools=tools) for length in (3, 1))
+    assert with_result.usage.prompt_tokens > without.usage.prompt_tokens + 4
+    assert with_result.choices[0].message.content

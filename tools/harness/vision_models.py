@@ -237,6 +237,51 @@ def _llava(ids):
     )
 
 
+def _lfm2_vl(ids):
+    text = _TEXT | {"model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
+    text |= {"norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "conv_dim": 64, "tie_word_embeddings": True}
+    text |= {"block_dim": 64, "block_ff_dim": 128, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0}
+    text |= {"block_auto_adjust_ff_dim": False}
+    tiles = {"tile_size": 32, "encoder_patch_size": 8, "downsample_factor": 2, "max_tiles": 4, "min_tiles": 2}
+    tiles |= {"min_image_tokens": 1, "max_image_tokens": 4, "max_pixels_tolerance": 1.5}
+    vision = _SIGLIP | {"model_type": "lfm2_vl", "num_patches": 16}
+    return (
+        tiles
+        | {"text_config": text, "vision_config": vision, "image_token_id": ids["<image>"], "projector_hidden_size": 64},
+        {"preprocessor_config.json": {"image_processor_type": "Lfm2VlImageProcessorFast", **tiles, **_NORMAL}},
+    )
+
+
+def _kimi_vl(ids):
+    text = _TEXT | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": None}
+    text |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1}
+    text |= {"n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    text |= {"topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 1.0}
+    vision = {"model_type": "moonvit", "hidden_size": 32, "embed_dim": 32, "intermediate_size": 64, "depth": 2}
+    vision |= {"num_heads": 2, "patch_size": 8, "spatial_patch_size": 8, "init_pos_emb_height": 8}
+    vision |= {"init_pos_emb_width": 8, "merge_kernel_size": [2, 2]}
+    return (
+        {"text_config": text, "vision_config": vision, "media_placeholder_token_id": ids["<|media_pad|>"]},
+        {"preprocessor_config.json": {"image_processor_type": "KimiVLImageProcessor", "patch_size": 8}},
+    )
+
+
+def _internvl(ids):
+    vision = _SIGLIP | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [8, 8]}
+    return (
+        {
+            "text_config": _TEXT | {"model_type": "qwen3"},
+            "vision_config": vision,
+            "image_token_id": ids["<IMG_CONTEXT>"],
+            "max_dynamic_patch": 3,
+        },
+        {
+            "preprocessor_config.json": {"image_processor_type": "GotOcr2ImageProcessorFast", **_NORMAL},
+            "processor_config.json": {"image_seq_length": 4},
+        },
+    )
+
+
 def _gemma4(ids):
     text = _TEXT | {
         "model_type": "gemma4_text",
@@ -287,6 +332,11 @@ def _gemma4_large(ids):
     return config | {"text_config": config["text_config"] | text}, files
 
 
+_LFM2_TOKENS = (
+    *("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
+    *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5)),
+)
+_INTERN_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 _QWEN_TEMPLATE = _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 # Per family: its config and processor files from the ids of its tokens, these tokens, and its chat template.
 FAMILIES = {
@@ -312,6 +362,13 @@ FAMILIES = {
     "mistral3": (_mistral3, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "pixtral": (_pixtral, _PIXTRAL_TOKENS, _PARTS.replace("IMAGE", "[IMG]")),
     "llava": (_llava, ("<image>",), _PARTS.replace("IMAGE", "<image>\n")),
+    "lfm2_vl": (_lfm2_vl, _LFM2_TOKENS, _PARTS.replace("IMAGE", "<image>")),
+    "kimi_vl": (
+        _kimi_vl,
+        ("<|media_start|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>"),
+        _PARTS.replace("IMAGE", "<|media_start|>image<|media_content|><|media_pad|><|media_end|>"),
+    ),
+    "internvl": (_internvl, _INTERN_TOKENS, _PARTS.replace("IMAGE", "<IMG_CONTEXT>\n")),
 }
 _TIED = ("gemma3",)  # whose output layer is their embedding, always
 _NAMED = {  # what a family's processor asks of its tokenizer by name
@@ -324,13 +381,22 @@ _NAMED = {  # what a family's processor asks of its tokenizer by name
 }
 
 
-def tiny_vision(path, family, seed=0):
-    """Write a vision model of a family."""
+def tiny_vision(path, family, seed=0, *, text=None, vision=None, files=None, **sizes):
+    """Write a vision model of a family.
+
+    text, vision, sizes: fields of its config.json's parts and of itself; files: of other files, by their names.
+    """
     make, tokens, template = FAMILIES[family]
     tiny_llama(path, template=template)
     ids = _add_tokens(path, tokens, _NAMED.get(family.partition("-")[0], {}))
-    config, files = make(ids)
-    vocab = max(ids.values()) + 1
+    config, own_files = make(ids)
+    files = {name: content | (files or {}).get(name, {}) for name, content in own_files.items()}
+    config |= {"vision_config": config["vision_config"] | (vision or {})} | sizes
+    if "text_config" in config:
+        config["text_config"] = config["text_config"] | (text or {})
+    else:
+        config |= text or {}
+    vocab = max(max(ids.values()) + 1, (text or {}).get("vocab_size", 0))
     family = family.partition("-")[0]
     config |= {"model_type": family, "vocab_size": vocab, "torch_dtype": "float32", "eos_token_id": ids["<|im_end|>"]}
     if "text_config" in config:

@@ -164,6 +164,9 @@ class LoadRequest(Request):
         enum=[*get_args(Speculation)],
         default="auto",
     )
+    draft: str | None = Parameter(
+        str, "Key of a registered, smaller model of the same vocabulary that drafts tokens, too.", check=check_key
+    )
     policy: dict[str, bool] = Parameter(
         object,
         "Fields of the device's policy that are fixed for this model.",
@@ -183,8 +186,9 @@ class LoadRequest(Request):
         return ModelSpec(self.key or derive_key(self.model), self.model, **stated)
 
 
-# Fields of ModelSpec that a load may state; `preload` concerns the start.
-SPEC_FIELDS = tuple(each.name for each in fields(ModelSpec) if each.name not in ("key", "source", "preload"))
+# Fields of ModelSpec that a load may state, but for these; `preload` concerns the start.
+_NOT_STATED = ("key", "source", "preload", "drafter")
+SPEC_FIELDS = tuple(each.name for each in fields(ModelSpec) if each.name not in _NOT_STATED)
 
 
 class LoadEvents:

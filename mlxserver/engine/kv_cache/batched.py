@@ -34,10 +34,10 @@ class BatchCache(Protocol):
     def extract(self, index: int) -> caches.Cache:
         """A copy of a sequence's cache."""
 
-    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
+    def advance(self, inputs: mx.array, sights: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence, [batch] -> logits [batch, vocab]. Nothing is evaluated.
 
-        shifts: [batch], what the sequences' positions differ from their offsets by (Sight.shift), or none.
+        sights: what the sequences are given of images (step_sights).
         """
 
     def tokens_for(self, lengths: Sequence[int]) -> int:

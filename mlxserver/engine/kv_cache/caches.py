@@ -6,7 +6,7 @@ A sequence's cache is a list with one mlx-lm cache per layer. mlx-lm's caches me
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxserver.engine.mlx import mx
@@ -106,6 +106,10 @@ class CacheSizes:
         """Bytes of the cache of so many sequences, which have so many tokens together."""
         windows = min(tokens, sequences * self.window) * self.per_window_token
         return tokens * self.per_token + windows + sequences * self.per_sequence
+
+    def with_draft(self, draft: Any) -> CacheSizes:
+        """The sizes with those of a draft model, which keeps all tokens, too."""
+        return replace(self, per_token=self.per_token + cache_sizes(draft).per_token)
 
 
 def cache_sizes(model: Any) -> CacheSizes:

@@ -84,15 +84,15 @@ class MergedCache:
         batch = next(batch for batch in self._classes.values() if index in batch.members)
         return caches.extract(batch.cache, batch.members.index(index))
 
-    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
+    def advance(self, inputs: mx.array, sights: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
         self._move_outgrown()
-        inputs, shifts = self._rows.arrange(inputs), [self._rows.arrange(own) for own in shifts]
+        inputs, sights = self._rows.arrange(inputs), [self._rows.arrange(own) for own in sights]
         parts, start = [], 0
         for batch in self._classes.values():
             end = start + len(batch.members)
-            own_shifts = [own[start:end] for own in shifts]
-            parts.append(step_logits(self._model, inputs[start:end, None], batch.cache, own_shifts)[:, -1, :])
+            own_sights = [own[start:end] for own in sights]
+            parts.append(step_logits(self._model, inputs[start:end, None], batch.cache, own_sights)[:, -1, :])
             start = end
         logits: mx.array = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         self._lengths = [length + 1 for length in self._lengths]

@@ -153,7 +153,7 @@ class PrefixCache:
     def usage(self) -> list[TierUsage]:
         """What each loaded model has in each tier, and with an empty key what all have on disk."""
         with self._lock:
-            opened = [(prefixes.key, model) for model, each in self._opened.items() for prefixes in each]
+            opened = {(prefixes.key, model) for model, each in self._opened.items() for prefixes in each}
         found = []
         for key, model in sorted(opened, key=lambda each: each[0]):
             found.append(TierUsage("ram", key, self.tier.count(model), self.tier.nbytes(model), self.hits["ram", key]))
@@ -197,6 +197,11 @@ class ModelPrefixes:
             return None, 0
         self._owner.hits["ram", self.key] += self.is_warm
         return self._tier.load(match), match.length
+
+    def length(self, tokens: Sequence[int]) -> int:
+        """Length in tokens of what fetch() would give."""
+        match = self._tier.match(self.model, np.asarray(tokens, dtype=np.int64))
+        return match.length if match else 0
 
     def restore(self, tokens: Sequence[int]) -> Future[None] | None:
         """Bring a prefix of `tokens` from disk, if it has a longer one; None if it has not."""

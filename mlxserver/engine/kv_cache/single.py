@@ -38,10 +38,10 @@ class SingleCache:
         """A copy of a sequence's cache."""
         return copy.deepcopy(self._caches[index])
 
-    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
+    def advance(self, inputs: mx.array, sights: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
         logits = [
-            step_logits(self._model, inputs[n : n + 1, None], cache, [own[n : n + 1] for own in shifts])[:, -1, :]
+            step_logits(self._model, inputs[n : n + 1, None], cache, [own[n : n + 1] for own in sights])[:, -1, :]
             for n, cache in enumerate(self._caches)
         ]
         return mx.concatenate(logits) if len(logits) > 1 else logits[0]

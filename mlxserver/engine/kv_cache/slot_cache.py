@@ -83,18 +83,18 @@ class SlotCache:
         keys, values = flat_arrays(cache)
         return [array[:, :, :end] for array in keys], [array[:, :, :end] for array in values]
 
-    def _class_for(self, member: int) -> int:
-        """The class of a sequence, with its next token."""
-        return self._class_of(self._lengths[member] + 1)
+    def _class_for(self, member: int, tokens: int = 1) -> int:
+        """The class of a sequence, with its next tokens."""
+        return self._class_of(self._lengths[member] + tokens)
 
-    def _grown(self, name: int, members: Sequence[int], coming: int = 0) -> SlotClass:
-        """A class with slots for more members, and for so many that come."""
+    def _grown(self, name: int, members: Sequence[int], coming: int = 0, tokens: int = 1) -> SlotClass:
+        """A class with slots for more members, with so many next tokens, and for so many members that come."""
         if name not in self._classes:
             self._classes[name] = SlotClass(self._empty, self._put, self._is_compiled)
             self._classes = dict(sorted(self._classes.items()))
         slot_class = self._classes[name]
         count = len(slot_class.members) + len(members) + coming
-        capacity = capacity_for(max(self._lengths[member] for member in members) + 1)
+        capacity = capacity_for(max(self._lengths[member] for member in members) + tokens)
         slot_class.grow(slot_class.slots_for(count), capacity)
         return slot_class
 
@@ -118,9 +118,23 @@ class SlotCache:
         fill(cache, *slot_class.copy(index, length), length)
         return cache
 
-    def advance(self, inputs: mx.array, shifts: Sequence[mx.array] = ()) -> mx.array:
+    def advance(self, inputs: mx.array, sights: Sequence[mx.array] = ()) -> mx.array:
         """Compute one token per sequence."""
-        return self._compute_step(self._with_room(), inputs, shifts, 1)
+        return self._compute_step(self._with_room(), inputs, sights, 1)
+
+    @property
+    def class_of(self) -> ClassOf:
+        """The class of a sequence of so many tokens."""
+        return self._class_of
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sequence."""
+        return self._lengths
+
+    def make_room(self, tokens: int) -> None:
+        """Let so many tokens of each sequence fit: those that outgrow their class move."""
+        self._with_room(tokens)
 
     def fits(self, tokens: int) -> bool:
         """Whether so many tokens of each sequence can be written without a slot that grows or moves."""
@@ -145,12 +159,12 @@ class SlotCache:
                 slot_class.erase_unwritten()
 
     def _compute_step(
-        self, classes: Sequence[SlotClass], inputs: mx.array, shifts: Sequence[mx.array], tokens: int
+        self, classes: Sequence[SlotClass], inputs: mx.array, sights: Sequence[mx.array], tokens: int
     ) -> mx.array:
         """Logits of a step with so many tokens per sequence, [batch] or [batch, tokens], which has room for them."""
         logits, offsets, keys, values = self._step(
             self._rows.arrange(inputs),
-            [self._rows.arrange(own) for own in shifts],
+            [self._rows.arrange(own) for own in sights],
             [slot_class.offsets for slot_class in classes],
             [slot_class.keys for slot_class in classes],
             [slot_class.values for slot_class in classes],
@@ -160,27 +174,27 @@ class SlotCache:
         self._lengths = [length + tokens for length in self._lengths]
         return self._rows.restore(logits)
 
-    def _with_room(self) -> list[SlotClass]:
-        """The classes, each with room for the next token of its members: those that outgrew theirs have moved."""
+    def _with_room(self, tokens: int = 1) -> list[SlotClass]:
+        """The classes, each with room for the next tokens of its members: those that outgrew theirs have moved."""
         moving = []
         for name, slot_class in self._classes.items():
-            longest = max(self._lengths[member] for member in slot_class.members) + 1
+            longest = max(self._lengths[member] for member in slot_class.members) + tokens
             if self._class_of(longest) > name:
                 moving.append(name)
             elif longest > slot_class.capacity:
                 slot_class.grow(0, capacity_for(longest))
         for name in reversed(moving):  # the next class first
-            self._move(name)
+            self._move(name, tokens)
         return list(self._classes.values())
 
-    def _move(self, name: int) -> None:
-        """Move the members that outgrew a class to the next one."""
-        by_class = grouped(self._classes[name].members, self._class_for)
+    def _move(self, name: int, tokens: int) -> None:
+        """Move the members that outgrew a class with their next tokens."""
+        by_class = grouped(self._classes[name].members, lambda member: self._class_for(member, tokens))
         staying = by_class.pop(name, [])
         for other, members in by_class.items():
             arrays = [self._classes[name].copy(member) for member in members]
             mx.eval(arrays)  # or else an array that is written to would also be read from, and be copied whole
-            self._grown(other, members).add(members, arrays)
+            self._grown(other, members, tokens=tokens).add(members, arrays)
         self._keep({name: {member: member for member in staying}})
 
     def tokens_for(self, lengths: Sequence[int]) -> int:
@@ -211,12 +225,12 @@ class SlotCache:
     def _forward(
         self,
         inputs: mx.array,
-        shifts: list[mx.array],
+        sights: list[mx.array],
         offsets: list[mx.array],
         keys: list[Layers],
         values: list[Layers],
     ) -> tuple[mx.array, list[mx.array], list[Layers], list[Layers]]:
-        """Forward pass of the rows of all classes, [rows] or [rows, tokens]. Lists but the shifts are per class.
+        """Forward pass of the rows of all classes, [rows] or [rows, tokens]. Lists but the sights are per class.
 
         The logits are those of each row, [rows, vocab], or of each token, [rows, tokens, vocab].
         """
@@ -226,9 +240,9 @@ class SlotCache:
             for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys, tokens), strict=True)
         ]
         if inputs.ndim > 1:
-            logits = self._compute(inputs, shifts, classes)
+            logits = self._compute(inputs, sights, classes)
         else:
-            logits = self._compute(inputs[:, None], shifts, classes)[:, -1, :]
+            logits = self._compute(inputs[:, None], sights, classes)[:, -1, :]
         written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
         return logits, [offset + tokens for offset in offsets], list(written_keys), list(written_values)
 
@@ -243,19 +257,19 @@ class SlotCache:
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
 
-    def _compute(self, inputs: mx.array, shifts: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
+    def _compute(self, inputs: mx.array, sights: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
         """Logits of the rows, [rows, tokens] -> [rows, tokens, vocab]."""
         logits: mx.array
         if self._is_ragged and (len(classes) > 1 or self._has_kernel):
-            logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), shifts)
+            logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), sights)
         elif len(classes) == 1:
-            logits = step_logits(self._model, inputs, classes[0], shifts)
+            logits = step_logits(self._model, inputs, classes[0], sights)
         else:
             start, parts = 0, []
             for layers in classes:
                 end = start + layers[0].offset.shape[0]
-                own_shifts = [own[start:end] for own in shifts]
-                parts.append(step_logits(self._model, inputs[start:end], layers, own_shifts))
+                own_sights = [own[start:end] for own in sights]
+                parts.append(step_logits(self._model, inputs[start:end], layers, own_sights))
                 start = end
             logits = mx.concatenate(parts)
         return logits

@@ -14,7 +14,10 @@ from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.architecture import inspect_architecture
 from mlxserver.engine.loading.metadata import FALLBACK_CONTEXT, attention_heads
 from mlxserver.engine.platform.cpu_stored import values_in_layers
+from mlxserver.engine.platform.policy import ExecutionPolicy
 
+# Arrays of an MLP's width that exist for its activation, by its name, and those of any other.
+_TEMPORARIES, _OTHER_TEMPORARIES = {"gelu": 10, "silu": 7}, 2
 # Architectures whose position embeddings begin behind the number of the padding token.
 _OFFSET_POSITIONS = frozenset({"xlm-roberta", "xlm_roberta", "roberta"})
 # Names of the bases of rotary embeddings by type of layer, where these differ.
@@ -28,16 +31,21 @@ _ROPE_NAMES = {
 class EncoderArchitecture:
     """Sizes of an encoder in numbers of values. width: activations per token of a layer. heads: of attention.
 
-    context: the longest text in tokens that it has positions for. is_judge: it is a text model that is asked.
-    in_layers: weights that are those of linear and embedding layers.
+    context: the longest text in tokens that it has positions for. mlp: width of its MLP and the name of the activation
+    there. is_judge: it is a text model that is asked. in_layers: weights that are those of linear and embedding layers.
     """
 
     weights: int
     width: int
     heads: int
     context: int
+    mlp: tuple[int, str] = (0, "")
     is_judge: bool = False
     in_layers: int = 0
+
+    def activation_bytes(self, value_bytes: int, policy: ExecutionPolicy) -> int:
+        """Activations per token, without those of attention."""
+        return activation_bytes(self.width, *self.mlp, value_bytes, policy)
 
 
 def inspect_embedding_architecture(config: Mapping[str, Any]) -> EncoderArchitecture:
@@ -51,7 +59,8 @@ def inspect_reranker_architecture(config: Mapping[str, Any]) -> EncoderArchitect
         return _inspect(_model({**with_rope_names(config), "num_labels": 1}, "SequenceClassificationModel"), config)
     model = inspect_architecture(config)
     heads = attention_heads(config, *model.arguments)
-    return EncoderArchitecture(model.weights, model.width, heads, positions(config), True, model.in_layers)
+    mlp = mlp_of(config)
+    return EncoderArchitecture(model.weights, model.width, heads, positions(config), mlp, True, model.in_layers)
 
 
 def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture:
@@ -64,8 +73,27 @@ def _inspect(model: nn.Module, config: Mapping[str, Any]) -> EncoderArchitecture
         outputs // max(1, len(model.layers)),
         attention_heads(config),
         positions(config),
+        mlp_of(config),
         in_layers=values_in_layers(model),
     )
+
+
+def mlp_of(config: Mapping[str, Any]) -> tuple[int, str]:
+    """Width of the MLP that a config.json states, and the name of its activation."""
+    names = ("hidden_activation", "hidden_act", "activation")
+    width = config.get("intermediate_size")
+    return width if type(width) is int else 0, next((str(config[name]) for name in names if config.get(name)), "gelu")
+
+
+def activation_bytes(width: int, mlp: int, activation: str, value_bytes: int, policy: ExecutionPolicy) -> int:
+    """Bytes per token that an encoder computed layer by layer holds, without those of attention.
+
+    On a CPU, where arrays are made while others wait to be freed, twice those of a layer exist, and the exponentials of
+    its activation are made of several operations, each with an array of the MLP's width (cpu_kernels.py).
+    """
+    if not policy.replace_kernels:
+        return width * value_bytes
+    return (2 * width + _TEMPORARIES.get(activation, _OTHER_TEMPORARIES) * mlp) * value_bytes
 
 
 def with_rope_names(config: Mapping[str, Any]) -> dict[str, Any]:

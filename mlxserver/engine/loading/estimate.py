@@ -9,7 +9,7 @@ Rule 3: importing this module does not import MLX: the manager needs only its ty
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ Format = Mapping[str, Any]
 _TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints state has two
 # Memory of a model beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
 _RUNTIME_BYTES = 64 << 20
+_ENCODER_RUNTIME_BYTES = 32 << 20  # the same of an encoder, which compiles nothing and samples nothing
 _FEWER_BITS = 1.1  # times as large in 16 bits: weights that are stored in fewer
 _SAMPLING_ARRAYS = 4  # of [sequences, vocab] in float32 at once: logits, probabilities, their sums, a mask
 
@@ -68,6 +69,15 @@ class Estimate:
         """The sum of all three."""
         return self.weights + self.cache + self.activations
 
+    def with_draft(self, draft: Estimate) -> Estimate:
+        """The memory with that of a draft model beside it. The two never compute at the same time."""
+        return Estimate(
+            self.weights + draft.weights,
+            self.cache + draft.cache,
+            max(self.activations, draft.activations),
+            self.widened and self.widened + draft.weights,
+        )
+
 
 def budget(limit: int, policy: ExecutionPolicy | None = None) -> int:
     """The memory that all models may take: the limit, or the policy's share of the device's memory if it is 0."""
@@ -91,10 +101,28 @@ def limits(spec: ModelSpec, own_context: int) -> Limits:
 
 
 def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate:
-    """The memory that the model will take. Blocks: it reads some files, or asks the hub. Raises LoadFailed.
+    """The memory that the model will take, with its draft model's. Blocks: it reads some files, or asks the hub.
 
     To be called on a thread that has an MLX stream (worker/thread_pool.py); otherwise one is made, and stays.
+
+    Raises:
+        LoadFailed
     """
+    own, context = _estimate(spec, policy)
+    if spec.drafter is None or spec.speculation == "off":
+        return own
+    drafter = replace(
+        spec.drafter,
+        context_length=context,
+        min_context=spec.min_context,
+        cache_tokens=spec.cache_tokens,
+        max_running=spec.max_running,
+    )
+    return own.with_draft(_estimate(drafter, policy)[0])
+
+
+def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate, int]:
+    """The memory of one model, and its context in tokens."""
     from mlxserver.engine.loading.architecture import inspect_architecture
     from mlxserver.engine.loading.kv_format import kv_format
 
@@ -103,7 +131,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         metadata = checkpoint_metadata(spec.source, policy.weights)
         with naming_what_is_missing():
             if encoder := _encoder(spec.kind or metadata.kind, metadata):
-                return _encoder_estimate(spec, metadata, encoder, policy)
+                return _encoder_estimate(spec, metadata, encoder, policy), 0
             kv = kv_format(spec)
             vision = _vision(spec, metadata)
             architecture = inspect_architecture(metadata.config, kv)
@@ -125,7 +153,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         in_layers = 0  # those that it is added to become float32
     may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
     adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else _adapter_bytes(spec)  # which is fused there
-    return Estimate(
+    found = Estimate(
         weights=_weight_bytes(values, in_layers, stored, policy.weights, metadata, has_experts=architecture.has_experts)
         + adapter,
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
@@ -139,6 +167,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         + _RUNTIME_BYTES,
         widened=values * 2 + adapter if may_widen and _has_fewer_bits(values, stored) else 0,
     )
+    return found, own.context
 
 
 def _weight_bytes(
@@ -236,14 +265,15 @@ def _encoder_estimate(
     attention = AttentionMemory(architecture.heads, policy)
     longest = judge_context if architecture.is_judge else embedding_context
     context = longest(spec, architecture.context, attention)
+    most = most_batch_tokens(context, policy)
     return Estimate(
         weights=_weight_bytes(
             architecture.weights, architecture.in_layers, metadata.stored_bytes, policy.weights, metadata
         ),
         cache=0,
-        activations=most_batch_tokens(context, policy) * architecture.width * value_bytes * policy.layers_ahead
-        + attention.batch_bytes(context)
-        + _RUNTIME_BYTES,
+        activations=most * architecture.activation_bytes(value_bytes, policy)
+        + attention.batch_bytes(most, context)
+        + _ENCODER_RUNTIME_BYTES,
     )
 
 

@@ -103,7 +103,7 @@ def _seeing_embedding(own: type) -> type:
         embedded: mx.array = own.__call__(self, tokens)  # type: ignore[operator]
         if self.sight.features is not None:
             features = self.sight.features if self.feature_scale == 1 else self.sight.features * self.feature_scale
-            embedded[:, self.sight.at] = features.astype(embedded.dtype)
+            embedded = self.sight.replaced(embedded, features)
         return embedded
 
     return _subclass(own, call)
@@ -114,9 +114,8 @@ def _blank_embedding(own: type) -> type:
     """Embedding of what is added in each layer: image tokens have that of token 0 (gemma4)."""
 
     def call(self: Any, tokens: mx.array) -> mx.array:
-        if self.sight.at is not None:
-            tokens = mx.array(tokens)
-            tokens[:, self.sight.at] = 0
+        if (features := self.sight.features) is not None:
+            tokens = self.sight.replaced(mx.array(tokens), mx.zeros(features.shape[:1]))
         return own.__call__(self, tokens)  # type: ignore[operator, no-any-return]
 
     return _subclass(own, call)
@@ -129,7 +128,7 @@ def _seeing_layer(own: type) -> type:
     def call(self: Any, x: mx.array, *arguments: Any, **options: Any) -> Any:
         output = own.__call__(self, x, *arguments, **options)  # type: ignore[operator]
         if self.number < len(added := self.sight.added):
-            output[:, self.sight.at] = output[:, self.sight.at] + added[self.number].astype(output.dtype)
+            output = self.sight.plus(output, added[self.number])
         return output
 
     return _subclass(own, call)
@@ -171,7 +170,7 @@ def _mutual_masks(own: type) -> type:
 
 
 def _angles(rope: Any, sight: Sight) -> tuple[mx.array, mx.array]:
-    """Cosines and sines of a pass, [tokens, dims]."""
+    """Cosines and sines of a pass, [tokens, dims], or of a step, [rows, 1, 1, dims]."""
     key = (rope.dims, rope.base)
     if key not in sight.angles:
         assert sight.positions is not None
@@ -179,12 +178,13 @@ def _angles(rope: Any, sight: Sight) -> tuple[mx.array, mx.array]:
         turned = sight.positions[mx.array(rope.axis_of)].T.astype(mx.float32) * rope.scale
         angles = turned * (rope.base**-exponents)
         angles = mx.concatenate([angles, angles], axis=-1)
+        angles = angles if sight.rows is None else angles[:, None, None]
         sight.angles[key] = mx.cos(angles), mx.sin(angles)
     return sight.angles[key]
 
 
 def _rotate(x: mx.array, cos: mx.array, sin: mx.array, dims: int) -> mx.array:
-    """x [1, heads, tokens, dim], of which the first `dims` are turned, in float32."""
+    """x [rows, heads, tokens, dim], of which the first `dims` are turned, in float32."""
     own = x[..., :dims].astype(mx.float32)
     half = dims // 2
     turned = mx.concatenate([-own[..., half:], own[..., :half]], axis=-1)

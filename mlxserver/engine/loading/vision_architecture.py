@@ -11,6 +11,7 @@ from mlxserver.engine.mlx import mx, nn
 
 from mlx.utils import tree_flatten
 
+from mlxserver.engine.loading.encoder_architecture import activation_bytes
 from mlxserver.engine.loading.kinds import SEEING
 from mlxserver.engine.loading.unsupported import Unsupported
 from mlxserver.engine.platform.attention_memory import AttentionMemory
@@ -20,15 +21,15 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 FEATURE_BYTES = 64 << 20  # of the features of images that were seen, kept per model
 PIXEL_BYTES = 64 << 20  # of images that were processed, kept per model
 _MOST_PATCHES = 16_384  # of a picture of any size
-_TILES = 17  # that a large picture is cut into at most, with the whole of it (idefics3)
 # Types whose tower takes pictures of any size; those of all others are scaled to one, or cut into tiles of one.
 _ANY_SIZE = frozenset(
     {
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-        *("pixtral", "mistral3"),
+        *("pixtral", "mistral3", "kimi_vl"),
     }
 )
-_TILING = frozenset({"idefics3", "smolvlm"})
+# Most tiles that a large picture is cut into, the whole of it among them.
+_TILES = {"idefics3": 17, "smolvlm": 17, "lfm2_vl": 11, "lfm2-vl": 11, "internvl": 13}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class VisionArchitecture:
     def activation_bytes(self, value_bytes: int, policy: ExecutionPolicy) -> int:
         """Activations of the largest picture."""
         patches = self.most_patches(policy)
-        attention = AttentionMemory(self.heads, policy).chunk_bytes(patches, patches)
-        return self.tiles * (patches * self.width * value_bytes * policy.layers_ahead + attention)
+        attention = AttentionMemory(self.heads, policy).batch_bytes(self.tiles * patches, patches)
+        return self.tiles * patches * activation_bytes(self.width, 0, "", value_bytes, policy) + attention
 
 
 def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture:
@@ -83,17 +84,25 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
     parameters = [array for _, array in tree_flatten(model.parameters())]
     mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
     vision = config["vision_config"]
+    patch, image = (_side(vision.get(name)) for name in ("patch_size", "image_size"))
+    if model_type in ("lfm2_vl", "lfm2-vl"):  # image_size is that of its makers' pre-training
+        image = int(config.get("tile_size") or 512)
     layers = int(vision.get("num_hidden_layers") or vision.get("depth") or vision.get("num_layers") or 24)
     outputs = sum(array.shape[0] for array in parameters if array.ndim == 2)
     return VisionArchitecture(
         sum(math.prod(array.shape) for array in parameters),
         max(1, outputs // layers),
         int(vision.get("num_attention_heads") or vision.get("num_heads") or 16),
-        int(vision.get("patch_size") or 14),
-        0 if model_type in _ANY_SIZE else int(vision.get("image_size") or 896),
-        _TILES if model_type in _TILING else 1,
+        patch or 14,
+        0 if model_type in _ANY_SIZE else image or 896,
+        _TILES.get(model_type, 1),
         values_in_layers(model),
     )
+
+
+def _side(stated: Any) -> int:
+    """A side in pixels, of which some state two."""
+    return int(stated[0] if isinstance(stated, list) else stated or 0)
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:

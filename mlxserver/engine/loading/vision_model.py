@@ -19,6 +19,7 @@ from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading.checkpoint_files import refuse_code
 from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.loading.sources import Progress
+from mlxserver.engine.platform import cpu_kernels
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.requests import ProcessedImage
 
@@ -54,10 +55,11 @@ class Tower:
         tokens = mx.full((1, image.tokens), self._token, dtype=mx.int32)
         inputs = {name: mx.array(array) for name, array in image.inputs.items()}
         pixels = inputs.pop("pixel_values")
-        found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
-        added = found.deepstack_visual_embeds
-        features = Features(found.inputs_embeds[0], () if added is None else list(added))
-        mx.eval(features.embeddings, features.added)
+        with cpu_kernels.layer_by_layer(True):
+            found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
+            added = found.deepstack_visual_embeds
+            features = Features(found.inputs_embeds[0], () if added is None else list(added))
+            mx.eval(features.embeddings, features.added)
         return features
 
 
@@ -88,7 +90,7 @@ def load_processor(path: Path) -> Any:
 
 def image_token(config: Mapping[str, Any]) -> int:
     """Id of the token that stands for a part of an image."""
-    for name in ("image_token_index", "image_token_id"):
+    for name in ("image_token_index", "image_token_id", "media_placeholder_token_id"):
         if isinstance(found := config.get(name), int):
             return found
     raise ValueError("its config.json names no token of images (image_token_id)")

@@ -18,11 +18,14 @@ from mlx_lm.utils import _get_classes
 
 _NESTED, _OWN = "model.language_model.", "language_model.model."
 _HEAD = "lm_head."
+_BY_TEXT = {"kimi_vl": "deepseek_v3"}  # types whose published weights mlx-lm's class can't read, and its text model can
 _TEXT_PREFIXES = (_NESTED, "model.text_model.", "text_model.", "language_model.")
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     """The classes of a model and its arguments, as mlx-lm's load_model() takes them."""
+    if text := _BY_TEXT.get(str(config.get("model_type"))):
+        return _nesting(*_get_classes({"model_type": text}))
     try:
         model_class, arguments = _get_classes(config)
     except ValueError:
@@ -60,7 +63,7 @@ class _NestedArguments:
 
 @functools.cache
 def _nesting(text_class: type[nn.Module], text_arguments: type[Any]) -> tuple[type[nn.Module], type[Any]]:
-    """Classes of a model whose type mlx-lm does not know, and whose text model it does (idefics3, smolvlm)."""
+    """Classes of a model of whose type mlx-lm has the text model alone (idefics3, smolvlm, internvl)."""
 
     class Model(nn.Module):  # type: ignore[misc]
         def __init__(self, args: _NestedArguments) -> None:

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _COPIES = 2  # the scores, and their exponentials
-_MAX_TEXT_BYTES = 1 << 30  # of the scores of one text in an embedding model, which can't be cut into chunks
+_MAX_TEXT_BYTES = 1 << 30  # that the scores of one text in an encoder would take, which can't be cut into chunks
 _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least SMALLEST_CHUNK tokens even so
 # Tokens in a chunk, on every device: never fewer, so that a slow machine gets on; never more, so that a fast one stays
 # responsive.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 4096
+# Tokens in a batch of an encoder from which it is computed layer by layer on a CPU, its scores in pieces
+# (cpu_kernels.py). Of a shorter one, waiting for each layer takes a tenth of the time.
+STEPWISE_TOKENS = 128
+SCORES_AT_ONCE = 1 << 20  # of the scores of such a layer
 # mlx-lm computes state-space layers in blocks of so many tokens, in which each has a score for each before it.
 STATE_REACH = 256
 _DEQUANTIZED_TOKENS = 4096  # of a layer that are reserved with a model; a longer prompt claims the rest
@@ -54,15 +58,16 @@ class AttentionMemory:
         return min(wanted, max(longest, SMALLEST_CHUNK))
 
     def fit_texts(self, length: int) -> int:
-        """Texts of so many tokens that an embedding model processes together, at least one."""
+        """Texts of so many tokens that an encoder processes together, at least one."""
         return max(1, _MAX_BYTES // max(1, self.chunk_bytes(length, length)))
 
-    def batch_bytes(self, context: int) -> int:
-        """Attention memory of the batches that fit_texts() allows, when no text is longer than the context."""
-        return max(min(_MAX_BYTES, self.chunk_bytes(LARGEST_CHUNK, context)), self.chunk_bytes(context, context))
+    def batch_bytes(self, tokens: int, context: int) -> int:
+        """Attention memory of an encoder's batches of so many tokens, of texts within the context."""
+        pieces = self.policy.layers_ahead * _COPIES * 4 * SCORES_AT_ONCE
+        return min(pieces, self.chunk_bytes(tokens, context))
 
     def longest_text(self) -> int:
-        """Tokens of the longest text whose scores an embedding model should have at once."""
+        """Tokens of the longest text that an encoder should have: its time grows with that of the scores."""
         one = self.chunk_bytes(1, 1)
         return math.isqrt(_MAX_TEXT_BYTES // one) if one else sys.maxsize
 

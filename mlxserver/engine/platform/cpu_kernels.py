@@ -7,7 +7,7 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
 that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
-each of these is one operation, and so is the attention of a decode step.
+each of these is one operation, and so is attention of few tokens.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
@@ -26,6 +26,7 @@ from mlxserver.engine.mlx import mx, nn
 from mlx_lm.models import activations
 
 from mlxserver.engine.platform import cpu_matmul
+from mlxserver.engine.platform.attention_memory import SCORES_AT_ONCE
 from mlxserver.engine.platform.native.extension import native
 
 _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -43,14 +44,15 @@ _thread = _Thread()
 
 
 @contextmanager
-def layer_by_layer(beside_others: bool) -> Iterator[None]:
-    """On this thread, compute each layer of a model before the next one is prepared, if other models are running.
+def layer_by_layer(is_stepwise: bool) -> Iterator[None]:
+    """On this thread, compute each layer of a model before the next one is prepared, for example if other models are
+    running, or lest the layers ahead hold memory.
 
     MLX lets all threads together have some ten tasks under way. A thread that submits a whole forward pass occupies
     them, and each operation of another model's step waits for one of them: beside chunks of 256 tokens a step took 325
     ms, and 54 beside the same chunks layer by layer; alone, a pass takes a tenth longer so. On a GPU nothing changes.
     """
-    _thread.is_stepwise = beside_others
+    _thread.is_stepwise = is_stepwise
     try:
         yield
     finally:
@@ -93,16 +95,19 @@ def attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any
 ) -> mx.array:
     """As mx.fast.scaled_dot_product_attention: q [B, heads, L, dim], k and v [B, kv heads, T, dim]."""
+    is_stepwise = _thread.is_stepwise and _are_computed(q, k, v)
     if q.dtype != mx.float32 or sinks is not None or options:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
-    if _thread.is_stepwise:
-        mx.eval(q, k, v)
-    if length == 1 and k.dtype == v.dtype == mx.float32 and _has_one_mask(mask, batch, k) and (kernels := native()):
-        hidden = None if mask is None else _additive_of_step(mask, length, k.shape[2]).astype(mx.float32)
-        attended: mx.array = kernels.attend(q, k, v, scale, hidden)
-        return attended
+    if length <= cpu_matmul.NATIVE_ROWS and k.dtype == v.dtype == mx.float32 and (kernels := native()):
+        is_causal = isinstance(mask, str)
+        hidden = None if mask is None or is_causal else _additive_of_step(mask, length, k.shape[2])
+        if hidden is None or (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
+            attended: mx.array = kernels.attend(q, k, v, scale, hidden, is_causal)
+            return attended
+    if is_stepwise and batch * heads * length * k.shape[2] > SCORES_AT_ONCE and max(batch, groups, length) > 1:
+        return _in_halves(q, k, v, scale, mask)
     # All query heads of one key head in one product.
     rows = q.reshape(batch, groups, heads // groups * length, dim) * scale
     scores = cpu_matmul.times_keys(rows, k)
@@ -120,10 +125,37 @@ def attention(
     return weighted.reshape(batch, heads, length, v.shape[3])
 
 
-def _has_one_mask(mask: Any, batch: int, keys: mx.array) -> bool:
-    """Whether all heads of a sequence have the same mask."""
-    shapes = [(rows, 1, 1, keys.shape[2]) for rows in (1, batch)]
-    return mask is None or (isinstance(mask, mx.array) and mask.shape in shapes)
+def _are_computed(*arrays: mx.array) -> bool:
+    """Compute the arrays. False: they are those of a function that is being compiled."""
+    try:
+        mx.eval(arrays)
+    except ValueError:
+        return False
+    return True
+
+
+def _in_halves(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array:
+    """Attention of half the sequences, or of the key heads, or of the queries, and then of the others."""
+    axis = 0 if q.shape[0] > 1 else 1 if k.shape[1] > 1 else 2
+    middle = q.shape[axis] // 2 if axis != 1 else k.shape[1] // 2 * (q.shape[1] // k.shape[1])
+    queries = mx.split(q, [middle], axis=axis)
+    keys, values = ([own, own] if axis == 2 else mx.split(own, [own.shape[axis] // 2], axis=axis) for own in (k, v))
+    masks: Any = [mask, mask]
+    if mask is not None:
+        mask = _additive(mask, q.shape[2], k.shape[2])
+        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        masks = mx.split(mask, [middle], axis=axis) if mask.shape[axis] > 1 else [mask, mask]
+    parts = []
+    for own_q, own_k, own_v, own_mask in zip(queries, keys, values, masks, strict=True):
+        parts.append(attention(own_q, own_k, own_v, scale=scale, mask=own_mask))
+        mx.eval(parts[-1])
+    halved: mx.array = mx.concatenate(parts, axis=axis)
+    return halved
+
+
+def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
+    """Whether all heads of a sequence have the same mask, [batch, 1, L, T]."""
+    return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:

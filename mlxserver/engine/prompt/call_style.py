@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlxserver.engine.conversation import Message, Text, Tool, ToolCall, ToolResult
+from mlxserver.engine.conversation import Image, Message, Text, Tool, ToolCall, ToolResult
 from mlxserver.engine.prompt.tool_text import write_json
 from mlxserver.engine.requests import ChatPrompt
 
@@ -57,4 +57,11 @@ CALL_PROBE = ChatPrompt(
         Message("tool", (ToolResult("call_0123456789abcdef", "probe_result", "probe_name"),)),
     ),
     (Tool("probe_name", "probe_description", {"type": "object", "properties": {"probe_key": {"type": "string"}}}),),
+)
+RESULT_IMAGE_PROBE = replace(
+    CALL_PROBE,
+    conversation=(
+        *CALL_PROBE.conversation[:2],
+        Message("tool", (ToolResult("call_0123456789abcdef", "probe_result", "probe_name", (Image(b""),)),)),
+    ),
 )

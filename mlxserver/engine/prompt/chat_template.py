@@ -23,7 +23,7 @@ from mlxserver.engine.conversation import Image, Message, Reasoning, Text, Tool
 from mlxserver.engine.errors import PromptRejected
 from mlxserver.engine.output.call_families import find_format
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
-from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, STYLES, CallStyle
+from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, RESULT_IMAGE_PROBE, STYLES, CallStyle
 from mlxserver.engine.prompt.content_form import ContentForm, find_content_form
 from mlxserver.engine.prompt.images import ImageProcessor, images_of
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
@@ -97,6 +97,17 @@ class ChatTemplate:
         question, _, result = CALL_PROBE.conversation
         answer = Message("assistant", (Text("Let me see."),))
         return self._shows(CALL_WORDS[3:], ChatPrompt((question, answer, result)), CallStyle())
+
+    @functools.cached_property
+    def shows_result_images(self) -> bool:
+        """Whether the template has a place for images in a result of a tool."""
+        if not (self._images and self.call_style) or self._content_form.placeholder:
+            return False
+        try:
+            text = str(self._apply(RESULT_IMAGE_PROBE, self.call_style, tokenize=False))
+        except PromptRejected:
+            return False
+        return CALL_WORDS[3] in text and text.count(self._images.placeholder) == 1
 
     @functools.cached_property
     def shows_reasoning_beside_text(self) -> bool:

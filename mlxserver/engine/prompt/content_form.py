@@ -29,6 +29,8 @@ class ContentForm:
         if self.placeholder and message.images:
             images = "".join(f"{self.placeholder}\n" for _ in message.images)
             return self._text(images + text)
+        if message.images and message.result:
+            return [_part(Text(text)), *map(_part, message.images)]
         if message.images:
             return [_part(part) for part in message.parts if isinstance(part, Text | Image)]
         return self._text(text)

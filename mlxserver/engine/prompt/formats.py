@@ -114,7 +114,7 @@ class PromptFormat:
         self._images.begin()
         for image in images:
             self._images.process(image)
-        return show_result_images(prompt)
+        return prompt if self._template.shows_result_images else show_result_images(prompt)
 
     def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The variables of the template. One that it does not have changes nothing, and is logged."""

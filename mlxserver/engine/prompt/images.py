@@ -57,14 +57,15 @@ class ImageProcessor:
         """The text that the processor puts an image in place of, and a small grey image."""
         picture = pillow.new("RGB", _PROBE, "grey")
         refusal: Exception | None = None
-        for name in ("image_token", "boi_token"):
-            if isinstance(placeholder := getattr(self._processor, name, None), str):
+        named = [getattr(self._processor, name, None) for name in ("image_token", "boi_token")]
+        for placeholder in (*named, self._tokenizer.convert_ids_to_tokens(self._token)):
+            if isinstance(placeholder, str):
                 self.placeholder = placeholder
                 try:
                     if (probe := self.process_picture(picture)).tokens:
                         return placeholder, probe
                 except Exception as error:  # foreign code
-                    refusal = error
+                    refusal = refusal or error
         raise refusal or ValueError("its processor has no text that stands for an image")
 
     def begin(self) -> None:
@@ -156,6 +157,10 @@ class _Recorder:
     def __call__(self, text: Any = None, **options: Any) -> Any:
         self.text = text if isinstance(text, str) else text[0]
         return self._tokenizer(text, **options)
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.text = text
+        return self._tokenizer.encode(text, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)

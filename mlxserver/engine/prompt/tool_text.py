@@ -92,8 +92,9 @@ def _write_calls(message: Message, tool_format: ToolFormat) -> Message:
 
 
 def write_result(message: Message) -> Message:
-    """A tool's result as the user's text."""
-    return Message("user", (Text(f"<tool_response>\n{message.text}\n</tool_response>"),), message.origin)
+    """A tool's result as the user's text, and its images."""
+    text = Text(f"<tool_response>\n{message.text}\n</tool_response>")
+    return Message("user", (text, *message.images), message.origin)
 
 
 def _write_call(call: ToolCall, tool_format: ToolFormat) -> str:

@@ -26,6 +26,7 @@ from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.runners.drafts import load_draft
 from mlxserver.engine.runners.embedding import EmbeddingRunner
 from mlxserver.engine.runners.idle_steps import IdleTurns
 from mlxserver.engine.runners.kept_checks import KeptChecks
@@ -36,6 +37,7 @@ from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.runners.text import TextRunner
 from mlxserver.engine.runners.vision import Vision, VisionRunner, load_vision
 from mlxserver.engine.sampling.sampler import GREEDY, SAMPLED
+from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.encoder_batch import Encoder, EncoderBatch
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
@@ -135,8 +137,16 @@ class Builder:
     ) -> Runner:
         """The runner of a loaded model that this process computes, warmed up."""
         policy = self._fitting_policy(spec, chosen, loaded)  # first: what can't be run has no cache to be measured
-        with self._opened_prefixes(spec, loaded) as prefixes, self._opened_account(spec, loaded) as account:
-            scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics)
+        kind = spec.drafter and (spec.drafter.kind or _find_kind(spec.drafter, progress))
+        draft = load_draft(spec, loaded, policy, kind or "text", progress, self._kept_checks)
+        if draft:
+            loaded = replace(loaded, weight_bytes=loaded.weight_bytes + draft.weight_bytes)
+        with (
+            self._opened_prefixes(spec, loaded) as prefixes,
+            self._opened_draft(spec, draft) as draft,
+            self._opened_account(spec, loaded, draft) as account,
+        ):
+            scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics, draft)
             runner = self._finish(spec, loaded, scheduler, progress, vision)
             runner.facts = replace(runner.facts, policy=chosen.facts(policy.with_weights(spec.weights)))
             measuring = self._measuring(spec, chosen, loaded, policy, account, scheduler.load)
@@ -178,9 +188,26 @@ class Builder:
             raise
 
     @contextmanager
-    def _opened_account(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[KVAccount]:
+    def _opened_draft(self, spec: ModelSpec, draft: DraftModel | None) -> Iterator[DraftModel | None]:
+        """The draft model with its prefixes, which are closed likewise."""
+        if draft is None or draft.identity is None or not spec.prefix_cache_bytes:
+            yield draft
+            return
+        prefixes = self.prefix_cache.open(draft.identity, spec.prefix_cache_bytes, draft.key)
+        try:
+            yield replace(draft, prefixes=prefixes)
+        except BaseException:
+            prefixes.close()
+            raise
+
+    @contextmanager
+    def _opened_account(
+        self, spec: ModelSpec, loaded: loader.LoadedModel, draft: DraftModel | None
+    ) -> Iterator[KVAccount]:
         """The model's account in the pool; its scheduler closes it, or the end of the block if that fails."""
-        floor = block_bytes(cache_sizes(loaded.model), loaded.limits.reserved, loaded.limits.sequences)
+        sizes = cache_sizes(loaded.model)
+        sizes = sizes.with_draft(draft.model) if draft else sizes
+        floor = block_bytes(sizes, loaded.limits.reserved, loaded.limits.sequences)
         account = self.pool.open(spec.key, floor)
         try:
             yield account
@@ -196,6 +223,7 @@ class Builder:
         prefixes: ModelPrefixes | None,
         account: KVAccount,
         metrics: ModelMetrics | None,
+        draft: DraftModel | None,
     ) -> Scheduler:
         return Scheduler(
             loaded.model,
@@ -209,6 +237,7 @@ class Builder:
             checkpoint_interval=spec.checkpoint_interval,
             policy=policy,
             speculation=spec.speculation,
+            draft=draft,
         )
 
     def _fitting_policy(self, spec: ModelSpec, chosen: ModelPolicy, loaded: loader.LoadedModel) -> ExecutionPolicy:
@@ -285,8 +314,8 @@ def _find_kind(spec: ModelSpec, progress: Progress) -> Kind:
 
 def _refuse_settings(spec: ModelSpec, kind: str) -> None:
     """Raise LoadFailed if the model has a setting that its kind can't have."""
-    settings = {"shard": spec.shard, "adapter": spec.adapter, "kv_bits": spec.kv_bits, "policy": spec.policy}
-    if setting := next((name for name, value in settings.items() if value), None):
+    names = ("shard", "adapter", "kv_bits", "policy", "draft")
+    if setting := next((name for name in names if getattr(spec, name)), None):
         raise LoadFailed(spec.key, f"it is {kind}, which can't have {setting!r}")
 
 

@@ -6,6 +6,7 @@ Rule 2: equal keys mean equal features at equal positions, so that they stand fo
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -114,7 +115,7 @@ class ImagesOfPrompt:
             features.append(self._held[index].embeddings[part])
             added.append([layer[part] for layer in self._held[index].added])
         # What ends here is in the KV cache from now on.
-        self._held = {index: self._held[index] for index in seen if self._images[index].positions[-1] >= end}
+        self._held = {index: own for index, own in self._held.items() if self._images[index].positions[-1] >= end}
         return self._eyes.sight.showing(
             at=mx.array(at) if at else None,
             features=mx.concatenate(features) if features else None,
@@ -126,7 +127,9 @@ class ImagesOfPrompt:
     def _seen(self, start: int, end: int) -> Iterator[int]:
         """Indices of the images that have a part in these tokens."""
         for index, placed in enumerate(self._images):
-            if placed.positions[0] < end and start <= placed.positions[-1]:
+            # Other tokens may stand between an image's own (pixtral).
+            first = bisect_left(placed.positions, start)
+            if first < len(placed.positions) and placed.positions[first] < end:
                 yield index
 
     def _blocks_of(self, seen: Sequence[int], start: int, end: int) -> mx.array:

@@ -105,7 +105,7 @@ class KVBudget:
         kv_tokens = self.tokens_of(prompts)
         if (self.holds(kv_tokens) and self.has_space(kv_tokens, prompts)) or not self._running.sequences:
             return kv_tokens
-        self._running.cache.compact()
+        self._running.compact()
         return self.tokens_of(prompts)
 
     # -- claims ---------------------------------------------------------------------------------------------------

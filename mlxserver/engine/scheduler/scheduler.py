@@ -31,6 +31,7 @@ from mlxserver.engine.requests import Execution
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.chunks import execution
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
+from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import FixedPeers, Peers
@@ -51,6 +52,7 @@ class Scheduler:
     account: the model's in the pool of all models, None for no limit.
     sizes: of the KV cache, None measures them. checkpoint_interval: tokens between the checkpoints of a long prompt,
     where the KV cache can't be trimmed. speculation: whether tokens are drafted; ranks that share a model draft none.
+    draft: a model that drafts tokens, too; its KV cache counts with that of the model.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Scheduler:
         checkpoint_interval: int = 4096,
         policy: ExecutionPolicy | None = None,
         speculation: Setting = "off",
+        draft: DraftModel | None = None,
     ) -> None:
         self.vocab_size: int = model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1]  # lazy: nothing is computed
         self._policy = policy or current()
@@ -89,14 +92,21 @@ class Scheduler:
             is_shared=is_shared,
             speculation=speculation,
             metrics=self._metrics,
+            draft=draft,
+            stall_target=stall_target,
         )
         self.execution: Execution | None = replace(
-            execution(model, policy or current()), speculation=self._running.speculates
+            execution(model, policy or current()),
+            speculation=self._running.speculates,
+            draft=draft.key if draft and self._running.speculates else None,
         )
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)
         self.load = self._meter.load
         sizes = sizes or caches.cache_sizes(model)
+        self._draft_prefixes = draft.prefixes if draft else None
+        if draft:
+            sizes = sizes.with_draft(draft.model)
         self._budget = KVBudget(self._running, self._prefill, prefixes, max_kv_tokens, sizes, max_running, account)
         self._is_held_up = False  # the running sequences wait for memory
         self._takes_checkpoints = prefixes is not None and checkpoints.needs_checkpoints(model)
@@ -162,6 +172,10 @@ class Scheduler:
         if not self._prefilling:
             if self._is_held_up or (self._waiting and not self._running.sequences):
                 self._budget.wait()
+            elif readers := self._running.readers(self._prefill.times.each):
+                mx.eval(self._running.sampled)  # the step's time is not the reading's
+                self._meter.end_step()
+                self._running.read(readers, self.load.step_seconds, self._peer_step_seconds)
             return
         self._note_load()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
@@ -211,6 +225,8 @@ class Scheduler:
         """Free what the batch holds."""
         self.restart(())
         self._budget.close()
+        if self._draft_prefixes:
+            self._draft_prefixes.close()
 
     # -- for builder and ranks ----------------------------------------------------------------------------------
 
@@ -241,8 +257,10 @@ class Scheduler:
         return self._prefill.budget(self.load.step_seconds, self._peer_step_seconds, ratio)
 
     def shrink_prefixes(self, max_bytes: int) -> None:
-        """Drop the least recently used prefixes until at most this many bytes are left."""
+        """Drop the least recently used prefixes until at most this many bytes are left, of a draft model as well."""
         self._budget.shrink_prefixes(max_bytes)
+        if self._draft_prefixes:
+            self._draft_prefixes.shrink(max_bytes)
 
     # -- joining and leaving ------------------------------------------------------------------------------------
 
@@ -287,6 +305,7 @@ class Scheduler:
         for index in leaving if self._budget.has_prefixes else ():
             if (running := self._running.sequences[index]).fed:
                 self._budget.store_prefix(running.keys, self._running.cache.extract(index))
+        self._running.store_draft_prefixes(leaving)
         self._running.leave(leaving)
         self._budget.settle(self._prefilling)  # only now: those that left need none any more
 

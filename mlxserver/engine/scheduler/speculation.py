@@ -1,21 +1,18 @@
-"""Speculation of one model: whether its sequences draft tokens, and how many, for a step that verifies them all.
+"""Speculation of one decode batch: its sequences draft tokens, and one step verifies them all.
 
 A drafted token is kept only if it is the one that is sampled at its position, so that no text changes (Leviathan et al.
 2023, arXiv:2211.17192, with a draft that is certain of its tokens).
-
-Rule 1: how often predictions are right is measured whether they are drafted or not; what a verifying step costs is
-        measured by a few of them, against plain steps of as many sequences.
-Rule 2: a step drafts only where it is expected to give more tokens per second than a plain one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import abc, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from statistics import median
-from typing import Any, Literal, cast
+from collections import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, Protocol, cast
 
 from mlxserver.engine.mlx import mx
 
@@ -23,201 +20,72 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.sampling.logprobs import measure
+from mlxserver.engine.scheduler.drafter import Drafter, DraftModel
+from mlxserver.engine.scheduler.drafts import Drafts
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
-from mlxserver.engine.sequence import Sequence
+from mlxserver.engine.scheduler.running import RunningSequence
+from mlxserver.engine.scheduler.speculation_controller import HitRates, Plan, SpeculationController
+from mlxserver.engine.scheduler.verification_check import verifies
+from mlxserver.engine.sequence import Logprobs, Sequence
 
 log = logging.getLogger("engine")
 
 Setting = Literal["auto", "off", "always"]
 
-SIZES = (4, 8, 16)  # tokens of a sequence in a verifying step, the first of which is not drafted: few, for their shapes
-_ALWAYS = 8  # where nothing is measured
 
-_GAIN = 1.05  # least ratio of tokens per second to those of plain steps
-_ASSUMED_COST = 0.08  # of each more token, in plain steps, until it is measured
-_PLAIN_STEPS, _SAMPLES = 15, 5  # whose median counts
-_LEAST_PLAIN_STEPS, _LEAST_SAMPLES = 3, 2
-_RETRY = 512  # steps that did not pay, after which one is tried all the same
-_HELD_OFF = 256  # steps after one whose logits were not finite
+class RewindingSampler(Protocol):
+    """Samples the tokens of a batch, and takes tokens back."""
 
-_STREAKS = (5, 9, 17)  # bounds of the classes of streaks that have a hit rate each
-_PRIOR_RATES, _PRIOR_WEIGHT = (0.2, 0.6, 0.85, 0.95), 8
-_MODEL_WEIGHT = 2  # of the model's rate in that of a sequence, in predictions
-_MOST_OF_MODEL, _MOST_OF_SEQUENCE = 512, 64  # predictions that count
+    def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
+        """Logits [batch, vocab] -> token ids [batch], of those that are allowed. Nothing is evaluated."""
 
-
-@dataclass
-class _Hits:
-    """Predictions and how many were right; older ones count less."""
-
-    most: int
-    hits: float = 0.0
-    count: float = 0.0
-
-    def note(self, is_hit: bool) -> None:
-        self.hits, self.count = self.hits + is_hit, self.count + 1
-        if self.count > self.most:
-            self.hits, self.count = self.hits / 2, self.count / 2
-
-
-class HitRates:
-    """How often predictions are right, by the streaks behind which they are made.
-
-    model: those of all sequences, with which a sequence begins: one that edits a file does not speak for one that tells
-    a story. None for the model's own.
-    """
-
-    def __init__(self, model: HitRates | None = None) -> None:
-        self._model = model
-        if model:
-            self._hits = [_Hits(_MOST_OF_SEQUENCE) for _ in _PRIOR_RATES]
-        else:
-            self._hits = [_Hits(_MOST_OF_MODEL, rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for rate in _PRIOR_RATES]
-
-    def note(self, streak: int, is_hit: bool) -> None:
-        """A token was predicted behind a streak, rightly or not."""
-        self._hits[_streak_class(streak)].note(is_hit)
-        if self._model:
-            self._model.note(streak, is_hit)
-
-    def rate(self, streak: int) -> float:
-        """Share of predictions behind such a streak that are expected to be right."""
-        own = self._hits[_streak_class(streak)]
-        if not self._model:
-            return own.hits / own.count
-        return (own.hits + _MODEL_WEIGHT * self._model.rate(streak)) / (own.count + _MODEL_WEIGHT)
+    def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
+        """Take the last n calls back, but for the first `kept` of each sequence. sampled: their tokens, [batch, n]."""
 
 
 @dataclass(frozen=True, slots=True)
-class DraftingRow:
-    """A sequence that may draft: its streak, the most tokens, and how often its predictions are right."""
+class Verified:
+    """Outcome of a verifying step: the tokens that each sequence keeps, at least one, the last of which is the next
+    input. logprobs: by position and sequence id.
+    """
 
-    streak: int
-    most: int
-    rates: HitRates
-
-    def accepted(self, tokens: int) -> float:
-        """Drafted tokens that are expected to be accepted in a step that verifies so many tokens."""
-        total, chance = 0.0, 1.0
-        for n in range(min(self.most, tokens - 1)):
-            chance *= self.rates.rate(self.streak + n)
-            total += chance
-        return total
-
-
-@dataclass
-class _Cost:
-    """Duration of a verifying step, in plain steps. The first of all is no sample: its shapes may be compiled."""
-
-    samples: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
-    num_steps: int = 0
-    num_declined: int = 0
-
-    def note(self, ratio: float) -> None:
-        self.num_steps += 1
-        if self.num_steps > 1:
-            self.samples.append(ratio)
-
-    @property
-    def ratio(self) -> float | None:
-        return median(self.samples) if len(self.samples) >= _LEAST_SAMPLES else None
-
-
-class SpeculationController:
-    """Decides for one model whether a step verifies drafted tokens, and counts these. always: if one is predicted."""
-
-    def __init__(self, metrics: ModelMetrics, *, always: bool = False) -> None:
-        self._metrics = metrics
-        self._always = always
-        self.rates = HitRates()
-        self._plain: dict[int, deque[float]] = {}  # seconds of plain steps, by number of sequences
-        self._costs: dict[tuple[int, int], _Cost] = {}  # by number of sequences and tokens of each
-        self._held_off = 0
-
-    def note_plain(self, sequences: int, seconds: float) -> None:
-        """Duration of a plain step of so many sequences."""
-        self._plain.setdefault(_rounded(sequences), deque(maxlen=_PLAIN_STEPS)).append(seconds)
-
-    def note_verified(self, sequences: int, tokens: int, seconds: float | None) -> None:
-        """Duration of a verifying step with so many tokens of each sequence; None if it is not known."""
-        plain = self._plain_seconds(sequences)
-        if seconds is not None and plain:
-            self._cost(sequences, tokens).note(seconds / plain)
-
-    def note_drafts(self, drafted: int, accepted: int) -> None:
-        """Count drafted tokens and those that were accepted."""
-        self._metrics.drafted_tokens += drafted
-        self._metrics.accepted_tokens += accepted
-
-    def hold_off(self) -> None:
-        """Verify nothing for some steps: the logits of one were not finite."""
-        self._held_off = _HELD_OFF
-
-    def choose(self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool]) -> int:
-        """Tokens of each of so many sequences in the next step; 1 for a plain one.
-
-        rows: of the sequences that may draft. fits: whether so many tokens have room.
-        """
-        if self._held_off:
-            self._held_off -= 1
-            return 1
-        if not rows:
-            return 1
-        if self._always:
-            return next((tokens for tokens in reversed(SIZES) if tokens <= _ALWAYS and fits(tokens)), 1)
-        if not self._plain_seconds(sequences):
-            return 1
-        best, most_gain = 1, _GAIN
-        for tokens in SIZES:
-            gain, is_measured = self._gain(sequences, rows, tokens)
-            if gain > most_gain and fits(tokens):
-                best, most_gain = tokens, gain
-            if not is_measured:
-                break  # a longer one costs more
-        return best if best > 1 else self._retried(sequences, rows, fits)
-
-    def _gain(self, sequences: int, rows: abc.Sequence[DraftingRow], tokens: int) -> tuple[float, bool]:
-        """Expected ratio of tokens per second to those of a plain step, and whether the cost is measured."""
-        cost = self._cost(sequences, tokens).ratio
-        gained = sum(row.accepted(tokens) for row in rows)
-        return (sequences + gained) / sequences / (cost or self._assumed(sequences, tokens)), cost is not None
-
-    def _assumed(self, sequences: int, tokens: int) -> float:
-        """Cost until it is measured: as if each more token took as long as those of the next shorter step."""
-        for shorter in reversed(SIZES):
-            if shorter < tokens and (ratio := self._cost(sequences, shorter).ratio):
-                return 1 + max(ratio - 1, 0) / (shorter - 1) * (tokens - 1)
-        return 1 + _ASSUMED_COST * (tokens - 1)
-
-    def _retried(self, sequences: int, rows: abc.Sequence[DraftingRow], fits: Callable[[int], bool]) -> int:
-        """The shortest step now and then, if it would pay at the cost that is assumed at first; else 1."""
-        tokens = SIZES[0]
-        cost = self._cost(sequences, tokens)
-        gained = sum(row.accepted(tokens) for row in rows)
-        if (sequences + gained) / sequences <= _GAIN * (1 + _ASSUMED_COST * (tokens - 1)) or not fits(tokens):
-            return 1
-        cost.num_declined += 1
-        if cost.num_declined < _RETRY:
-            return 1
-        cost.num_declined = 0
-        return tokens
-
-    def _plain_seconds(self, sequences: int) -> float | None:
-        measured = self._plain.get(_rounded(sequences), ())
-        return median(measured) if len(measured) >= _LEAST_PLAIN_STEPS else None
-
-    def _cost(self, sequences: int, tokens: int) -> _Cost:
-        return self._costs.setdefault((_rounded(sequences), tokens), _Cost())
+    tokens: abc.Sequence[abc.Sequence[int]]
+    logprobs: abc.Sequence[abc.Mapping[int, Logprobs]]
 
 
 class Speculation:
-    """What a decode batch needs to speculate. model, policy: to find out at the first draft whether it can be."""
+    """Drafts, verifying steps and their times. model, policy: to find out at the first draft whether it can be.
+    drafter: None without a draft model. draft_cost: of its step, in plain steps, until it is measured.
 
-    def __init__(self, model: Any, policy: ExecutionPolicy | None, setting: Setting, metrics: ModelMetrics) -> None:
-        self.controller = SpeculationController(metrics, always=setting == "always")
+    Steps are timed from the return of the tokens of one to that of the next.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: SlotCache,
+        policy: ExecutionPolicy | None,
+        setting: Setting,
+        metrics: ModelMetrics,
+        drafter: Drafter | None = None,
+        draft_cost: float = 0.0,
+    ) -> None:
+        self.controller = SpeculationController(metrics, always=setting == "always", draft_cost=draft_cost)
+        self.drafts = Drafts(self.controller, drafter, is_forced=setting == "always")
         self._model = model
+        self._cache = cache
         self._policy = policy or current()
         self._is_right: bool | None = None
+        self.pause()
+
+    # -- what is drafted ------------------------------------------------------------------------------------------
+
+    def prepare(self, running: RunningSequence) -> None:
+        """Give a sequence that joins its lookup, if it may draft."""
+        if lookup := self.lookup(running.sequence):
+            running.lookup, running.hit_rates = lookup, HitRates(self.controller.rates)
+            running.draft_rates = HitRates(self.controller.draft_rates)
 
     def lookup(self, sequence: Sequence) -> PromptLookup | None:
         """Lookup of a sequence that joins; None of one that drafts nothing."""
@@ -233,59 +101,119 @@ class Speculation:
                 log.info("no speculation: several tokens of a sequence at once change the model's logits")
         return self._is_right
 
+    def note_generated(self, running: RunningSequence, token: int) -> None:
+        """Add a token to a sequence's lookup, and measure its predictions."""
+        self.drafts.add_credit(running)
+        if running.lookup and running.hit_rates:
+            streak = running.lookup.streak
+            if (is_hit := running.lookup.append(token)) is not None:
+                running.hit_rates.note(streak, is_hit)
 
-def make_speculation(
-    model: Any, cache: object, setting: Setting, policy: ExecutionPolicy | None, metrics: ModelMetrics
-) -> Speculation | None:
-    """Speculation of a decode batch with this cache; None where it is off, or tokens can't be taken back.
+    def plan(self, sequences: abc.Sequence[RunningSequence]) -> Plan:
+        """Plan of the next step."""
+        return self.drafts.plan(sequences, self._cache.fits)
+
+    # -- the verifying step ---------------------------------------------------------------------------------------
+
+    def verify(
+        self,
+        sequences: abc.Sequence[RunningSequence],
+        inputs: mx.array,
+        plan: Plan,
+        sampler: RewindingSampler,
+        allowed: mx.array | None,
+    ) -> Verified | None:
+        """Draft, compute the tokens of each sequence, and keep those that are sampled as they were drafted.
+
+        allowed: the tokens that the constraints allow at the first position. None: the logits were not finite, and
+        nothing is kept; a rejected token may be why.
+        """
+        tokens = plan.tokens
+        drafts, modelled = self.drafts.draft(sequences, plan)
+        padded = [own + [0] * (tokens - 1 - len(own)) for own in drafts]
+        logits = self._cache.verify(mx.concatenate([inputs[:, None], mx.array(padded, dtype=mx.uint32)], axis=1))
+        is_finite = (logits < mx.inf).all()
+        steps, measured = [], []
+        for n in range(tokens):
+            steps.append(sampler(logits[:, n], None if n else allowed))
+            measured.append(measure([running.sequence for running in sequences], logits[:, n], steps[n]))
+        sampled = mx.stack(steps, axis=1)
+        mx.eval(sampled, is_finite, [own.arrays for own in measured])
+        if not is_finite.item():
+            self._cache.rewind([tokens] * len(sequences), erases=True)
+            sampler.rewind(sampled, [0] * len(sequences))
+            self.controller.hold_off()
+            return None
+        rows = cast(list[list[int]], sampled.tolist())
+        accepted = [_num_alike(draft, row) for draft, row in zip(drafts, rows, strict=True)]
+        kept = [count + 1 for count in accepted]
+        self._cache.rewind([tokens - count for count in kept])
+        sampler.rewind(sampled, kept)
+        self.drafts.note(sequences, plan, drafts, accepted, modelled)
+        return Verified([row[:count] for row, count in zip(rows, kept, strict=True)], [own.read() for own in measured])
+
+    # -- times ----------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Something else is computed before the next step, whose duration is no sample then."""
+        self._is_pipelined = False  # the last step was launched before its tokens were read
+        self._returned: float | None = None  # when the last step's tokens were returned, by perf_counter()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """The block waits for the tokens of the step before, which is no part of the next step's duration."""
+        started = perf_counter()
+        yield
+        if self._returned is not None:
+            self._returned += perf_counter() - started
+        self._is_pipelined = False
+
+    def note_plain_step(self, sequences: int) -> None:
+        """Measure a plain step of so many sequences, if the one before was plain, too."""
+        now = perf_counter()
+        if self._returned and self._is_pipelined:
+            self.controller.note_plain(sequences, now - self._returned)
+        self._returned, self._is_pipelined = now, True
+
+    def note_verifying_step(self, sequences: int, plan: Plan) -> None:
+        """Measure a verifying step of so many sequences, its drafts included."""
+        now = perf_counter()
+        seconds = now - self._returned if self._returned is not None else None
+        self.controller.note_verified(sequences, plan, seconds)
+        self._returned, self._is_pipelined = now, False
+
+
+def is_possible(model: Any, setting: Setting, policy: ExecutionPolicy) -> bool:
+    """Whether a decode batch of a model speculates: tokens can be taken back, and it is not off.
 
     "auto" is off where steps are compiled: the shapes of verifying steps would be, while requests wait for them.
     """
-    is_compiled = (policy or current()).compile_steps
-    if setting == "off" or (setting == "auto" and is_compiled) or not isinstance(cache, SlotCache):
-        return None
-    return Speculation(model, policy, setting, metrics)
-
-
-_TOKENS, _PROMPTS = SIZES[0], (5, 9)
-_TRIALS = 4  # in 16 bits a close choice of experts may turn out otherwise, but not always
-_MOST_DIFFERENCE = 0.1  # of logits, relative to their spread
-
-
-def verifies(model: Any, policy: ExecutionPolicy) -> bool:
-    """Whether a model's logits of several tokens at once, behind unlike prompts, are those of one by one."""
-    policy = replace(policy, compile_steps=False)
-    try:
-        return any(_difference(model, policy, seed) <= _MOST_DIFFERENCE for seed in range(_TRIALS))
-    except Exception:  # of any kind: it is foreign code, given what it may not know
-        log.info("several tokens at once", exc_info=True)
+    if setting == "off" or (setting == "auto" and policy.compile_steps):
         return False
+    return policy.batch_cache == "slots" and caches.is_plain(model)
 
 
-def _difference(model: Any, policy: ExecutionPolicy, seed: int) -> float:
-    """Largest root mean square difference of the logits, relative to their spread."""
-    vocab = int(model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1])
-    tokens = [[(1 + 131 * n + 7 * i * (i + 3) + 977 * seed) % vocab for i in range(16)] for n in range(len(_PROMPTS))]
-    batches = []
-    for _ in range(2):
-        prefilled = [caches.new_cache(model) for _ in _PROMPTS]
-        for cache, own, length in zip(prefilled, tokens, _PROMPTS, strict=True):
-            model(mx.array([own[:length]]), cache=cache)
-        batches.append(SlotCache(model, policy))
-        batches[-1].join(prefilled)
-    inputs = mx.array([own[length:][:_TOKENS] for own, length in zip(tokens, _PROMPTS, strict=True)], dtype=mx.uint32)
-    together = batches[0].verify(inputs).astype(mx.float32)
-    single = mx.stack([batches[1].advance(inputs[:, n]) for n in range(_TOKENS)], axis=1).astype(mx.float32)
-    is_known = mx.isfinite(single)
-    difference = mx.where(is_known, together - single, 0)
-    spread = mx.maximum(mx.std(mx.where(is_known, single, 0), axis=-1), 1e-3)
-    worst = mx.max(mx.sqrt(mx.mean(difference**2, axis=-1)) / spread)
-    return cast(float, mx.where(mx.isnan(worst), mx.inf, worst).item())
+def make_speculation(
+    model: Any,
+    vocab_size: int,
+    cache: object,
+    setting: Setting,
+    policy: ExecutionPolicy | None,
+    metrics: ModelMetrics,
+    draft: DraftModel | None = None,
+    stall_target: float = 0.25,
+) -> Speculation | None:
+    """Speculation of a decode batch with this cache; None where it does not speculate."""
+    policy = policy or current()
+    if not (is_possible(model, setting, policy) and isinstance(cache, SlotCache)):
+        return None
+    if draft is None:
+        return Speculation(model, cache, policy, setting, metrics)
+    drafter = Drafter(draft, cache, vocab_size, stall_target)
+    cost = draft.weight_bytes / max(1, caches.weight_bytes(model))
+    return Speculation(model, cache, policy, setting, metrics, drafter, cost)
 
 
-def _streak_class(streak: int) -> int:
-    return sum(streak >= bound for bound in _STREAKS)
-
-
-def _rounded(sequences: int) -> int:
-    return 1 << (sequences - 1).bit_length()
+def _num_alike(draft: list[int], sampled: list[int]) -> int:
+    """Number of tokens up to the first that was drafted otherwise."""
+    return next((n for n, token in enumerate(draft) if sampled[n] != token), len(draft))

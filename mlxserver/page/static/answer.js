@@ -250,6 +250,7 @@ export class Backlog {
         if (isIntersecting) this.#near.add(target);
         else this.#near.delete(target);
       }
+      this.onshow(); // what is laid out now may have another height than the guess; WebKit may observe no resize before it paints
       this.#wake?.();
       this.work();
     }, { root: scroller, rootMargin: NEAR });

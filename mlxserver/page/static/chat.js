@@ -267,6 +267,7 @@ export function show(root, { signal, rest }) {
       notify(`The tools are no JSON: ${error.message}`);
       return;
     }
+    keep();
     const talk = conversation;
     const parent = talk.leaf;
     const node = talk.add(parent, { role: "assistant", content: "", model: talk.model });

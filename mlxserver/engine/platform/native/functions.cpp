@@ -1,4 +1,4 @@
-// Kernels of what lies between the products of a layer: RMS norm, SwiGLU, rotary embedding, attention of one token.
+// Kernels of what lies between the products of a layer: RMS norm, SwiGLU, rotary embedding, attention of few tokens.
 // Compiled once per instruction set: LEVEL names it, LANES the floats of a vector.
 //
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
@@ -153,17 +153,23 @@ void weigh_rows(int count, const Attention& p, const float* weights, const float
 
 void attention(const Attention& p, int64_t first, int64_t last) {
   for (int64_t item = first; item < last; item++) {
-    const int64_t batch = item / p.groups, group = item % p.groups;
+    const int64_t all = item / p.parts(), batch = all / p.groups, group = all % p.groups;
+    const int64_t begin = item % p.parts() * p.ROWS, end = least(begin + p.ROWS, p.rows);
     const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
     const float* mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
-    float *scores = p.scores + item * p.rows * p.tokens, *out = p.out + item * p.rows * p.value_dim;
-    const Dense product{p.q + item * p.rows * p.dim, p.keys + batch * p.key_strides[0] + group * p.key_strides[1], nullptr,
-                        scores, p.rows, p.dim, p.tokens, 0};
+    float *scores = p.scores + (all * p.rows + begin) * p.tokens, *out = p.out + all * p.rows * p.value_dim;
+    const Dense product{p.q + (all * p.rows + begin) * p.dim,
+                        p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
+                        nullptr, scores, end - begin, p.dim, p.tokens, 0};
     NAME(dense)(product, 0, p.tokens);
-    for (int64_t row = 0; row < p.rows;) {
-      const int count = int(least(MOST, p.rows - row));
-      float sums[MOST], *weights = scores + row * p.tokens;
-      for (int r = 0; r < count; r++) sums[r] = soften(weights + r * p.tokens, p.tokens, p.scale, mask);
+    for (int64_t row = begin; row < end;) {
+      const int count = int(least(MOST, end - row));
+      float sums[MOST], *weights = scores + (row - begin) * p.tokens;
+      for (int r = 0; r < count; r++) {
+        const int64_t own = (row + r) % p.length, seen = p.is_causal ? p.tokens - p.length + own + 1 : p.tokens;
+        sums[r] = soften(weights + r * p.tokens, seen, p.scale, mask ? mask + own * p.tokens : nullptr);
+        for (int64_t t = seen; t < p.tokens; t++) weights[r * p.tokens + t] = 0.0f;
+      }
       weigh_rows<MOST>(count, p, weights, values, sums, out + row * p.value_dim);
       row += count;
     }

@@ -70,18 +70,21 @@ struct Rotation {
   static constexpr int64_t TOGETHER = 1;
 };
 
-// Attention of one token per sequence. Heads that share keys and values are the rows of a group.
+// Attention of few tokens per sequence. Tokens of all heads that share keys and values are the rows of a group.
 struct Attention {
   const float* q;                                      // [batch, groups, rows, dim]
   const float *keys, *values;                          // [batch, groups, tokens, dim], a group's are contiguous
-  const float* mask;                                   // [batch, tokens] addends, or null
+  const float* mask;                                   // [batch, length, tokens] addends of a head's rows, or null
   float *scores, *out;                                 // [batch, groups, rows, tokens], [batch, groups, rows, value_dim]
   int64_t batch, groups, rows, tokens, dim, value_dim;
-  int64_t key_strides[2], value_strides[2], mask_stride;
+  int64_t key_strides[2], value_strides[2], mask_stride, length;
   float scale;
+  bool is_causal;                                      // the last `length` tokens are the queries' own
 
-  int64_t items() const { return batch * groups; }
-  int64_t work() const { return rows * tokens * (dim + value_dim + 8); }
+  static constexpr int64_t ROWS = 24;                  // of an item
+  int64_t parts() const { return (rows + ROWS - 1) / ROWS; }
+  int64_t items() const { return batch * groups * parts(); }
+  int64_t work() const { return rows / parts() * tokens * (dim + value_dim + 8); }
   static constexpr int64_t TOGETHER = 1;
 };
 

@@ -67,19 +67,21 @@ mx::array by_head(const mx::array& x, Encoder& encoder) {
 
 class AttentionOperation : public Operation<Attention> {
  public:
-  AttentionOperation(float scale, Kernel<Attention> kernel) : Operation(kernel), scale_(scale) {}
+  AttentionOperation(float scale, bool is_causal, Kernel<Attention> kernel)
+      : Operation(kernel), scale_(scale), is_causal_(is_causal) {}
   const char* name() const override { return "NativeAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const AttentionOperation&>(other);
-    return scale_ == same.scale_ && kernel_ == same.kernel_;
+    return scale_ == same.scale_ && is_causal_ == same.is_causal_ && kernel_ == same.kernel_;
   }
 
  protected:
   Attention task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
     const mx::array q = in_rows(inputs[0], encoder), keys = by_head(inputs[1], encoder);
     const mx::array values = by_head(inputs[2], encoder);
-    const int64_t batch = q.shape(0), groups = keys.shape(1), rows = q.shape(1) / groups, tokens = keys.shape(2);
-    mx::array scores({int(batch * groups * rows * tokens)}, mx::float32, nullptr, {});
+    const int64_t batch = q.shape(0), groups = keys.shape(1), length = q.shape(2);
+    const int64_t rows = q.shape(1) / groups * length, tokens = keys.shape(2);
+    mx::array scores({int(batch * groups), int(rows), int(tokens)}, mx::float32, nullptr, {});
     scores.set_data(mx::allocator::malloc(scores.nbytes()));
     encoder.add_temporary(scores);
     const float* mask = nullptr;
@@ -87,15 +89,16 @@ class AttentionOperation : public Operation<Attention> {
     if (inputs.size() > 3) {
       const mx::array addends = in_rows(inputs[3], encoder);
       mask = addends.data<float>();
-      mask_stride = addends.shape(0) > 1 ? tokens : 0;
+      mask_stride = addends.shape(0) > 1 ? length * tokens : 0;
     }
     return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores.data<float>(), out.data<float>(),
             batch, groups, rows, tokens, q.shape(3), values.shape(3),
-            {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)}, mask_stride, scale_};
+            {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)}, mask_stride, length, scale_, is_causal_};
   }
 
  private:
   float scale_;
+  bool is_causal_;
 };
 
 void check(bool fits) {
@@ -127,20 +130,22 @@ mx::array rotate(const mx::array& x, const mx::array& cosines, const mx::array& 
 }
 
 mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, float scale,
-                 const std::optional<mx::array>& mask, const std::string& name) {
+                 const std::optional<mx::array>& mask, bool is_causal, const std::string& name) {
   check(is_wide(q) && is_wide(keys) && is_wide(values) && q.ndim() == 4 && keys.ndim() == 4 && values.ndim() == 4);
-  check(q.shape(2) == 1 && q.shape(0) == keys.shape(0) && keys.shape(0) == values.shape(0) && keys.shape(1) > 0 &&
+  check(q.shape(0) == keys.shape(0) && keys.shape(0) == values.shape(0) && keys.shape(1) > 0 &&
         q.shape(1) % keys.shape(1) == 0 && keys.shape(1) == values.shape(1) && keys.shape(2) == values.shape(2) &&
         q.shape(3) == keys.shape(3));
-  const size_t tokens = keys.shape(2);
+  const int batch = q.shape(0), length = q.shape(2), tokens = keys.shape(2);
+  check(!is_causal || length <= tokens);
   Arrays arrays{q, keys, values};
   if (mask) {
-    check(is_wide(*mask) && mask->ndim() && (mask->size() == tokens || (mask->size() == q.shape(0) * tokens && mask->shape(0) == q.shape(0))));
+    check(is_wide(*mask) && (mask->shape() == mx::Shape{batch, 1, length, tokens} || mask->shape() == mx::Shape{1, 1, length, tokens}));
     arrays.push_back(*mask);
   }
-  const mx::Shape shape{q.shape(0), q.shape(1), 1, values.shape(3)};
+  const mx::Shape shape{batch, q.shape(1), length, values.shape(3)};
   if (!q.size() || !values.size()) return mx::zeros(shape, mx::float32, cpu());
-  return mx::array(shape, mx::float32, std::make_shared<AttentionOperation>(scale, level(name).attention), arrays);
+  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name).attention);
+  return mx::array(shape, mx::float32, operation, arrays);
 }
 
 }  // namespace
@@ -150,5 +155,5 @@ void add_functions(nb::module_& m) {
   m.def("swiglu", &gate, nb::arg("gate"), nb::arg("x"), nb::arg("level") = "");
   m.def("rotate", &rotate, nb::arg("x"), nb::arg("cosines"), nb::arg("sines"), nb::arg("level") = "");
   m.def("attend", &attend, nb::arg("q"), nb::arg("keys"), nb::arg("values"), nb::arg("scale"),
-        nb::arg("mask") = nb::none(), nb::arg("level") = "");
+        nb::arg("mask") = nb::none(), nb::arg("is_causal") = false, nb::arg("level") = "");
 }

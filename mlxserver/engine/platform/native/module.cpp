@@ -3,6 +3,8 @@
 
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -15,7 +17,9 @@ namespace {
 // An array's elements in the order of its rows, whatever its strides are.
 void copy_rows(const mx::array& from, float* out) {
   const float* data = from.data<float>();
-  for (int64_t i = 0; i < int64_t(from.size()); i++) out[i] = data[mx::elem_to_loc(i, from.shape(), from.strides())];
+  const int64_t width = from.ndim() && from.strides(-1) == 1 ? from.shape(-1) : 1;
+  for (int64_t i = 0; i < int64_t(from.size()); i += width)
+    std::memcpy(out + i, data + mx::elem_to_loc(i, from.shape(), from.strides()), width * sizeof(float));
 }
 
 // GCC's __builtin_cpu_supports() knows this one from version 11 on only.
@@ -28,9 +32,7 @@ bool has_f16c() {
 #endif
 }
 
-}  // namespace
-
-std::vector<Level> levels() {
+std::vector<Level> found() {
   std::vector<Level> found;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -44,6 +46,14 @@ std::vector<Level> levels() {
   found.push_back(LEVEL("portable", portable));
 #endif
   return found;
+}
+
+}  // namespace
+
+// The instruction that asks for a CPU's features takes long in a virtual machine.
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = found();
+  return all;
 }
 
 Level level(const std::string& name) {

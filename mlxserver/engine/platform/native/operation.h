@@ -32,7 +32,7 @@ struct Level {
 };
 
 // Instruction sets that this CPU has, the best one first.
-std::vector<Level> levels();
+const std::vector<Level>& levels();
 
 // One of them; the best one for "". Raises invalid_argument.
 Level level(const std::string& name);
