@@ -122,6 +122,8 @@ def _authorization(key: str) -> dict[str, str]:
 
 def _cause(error: BaseException) -> str:
     """The reason of a network failure, without the addresses and codes around it."""
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "it ended within the answer"
     system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(system, socket.gaierror):
         return system.strerror or "the name is not known"

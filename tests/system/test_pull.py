@@ -3,6 +3,10 @@
 import json
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -12,6 +16,7 @@ from mlxserver.cli.command import main
 from mlxserver.engine.platform.native.extension import native
 from tests.support.hub import COMMIT, serving_hub
 from tools.harness.models import tiny_llama
+from tools.harness.running_server import ROOT, server_environment
 
 LISTED = [
     {
@@ -155,3 +160,16 @@ def test_a_pull_without_a_network_takes_the_copy_and_says_so_once(hub, monkeypat
     assert pull("org/tiny") == 0
     line = "org/tiny: the hub can't be asked (HF_HUB_OFFLINE is set); the copy from before is used"
     assert [record.getMessage() for record in caplog.records if record.name == "models"] == [line]
+
+
+def test_ctrl_c_ends_a_pull_whose_hub_answers_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        own = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_CACHE": str(tmp_path)}
+        own |= {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+        command = [sys.executable, str(ROOT / "mlx_api_server.py"), "pull", "org/tiny"]
+        pulling = subprocess.Popen(command, env=server_environment() | own, stderr=subprocess.PIPE, text=True)
+        silent.settimeout(60)
+        with silent.accept()[0]:
+            pulling.send_signal(signal.SIGINT)
+            _, err = pulling.communicate(timeout=60)
+    assert (pulling.returncode, len(err.splitlines())) == (130, 1)
