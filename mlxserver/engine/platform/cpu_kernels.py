@@ -1,4 +1,4 @@
-"""CPU kernels: softmax, SwiGLU, attention, RMS norm and rotary embedding for a Linux CPU.
+"""CPU kernels: softmax, SwiGLU, GELU, attention, norms and rotary embedding for a Linux CPU.
 
 MLX computes exponentials there one element at a time, so that softmax, attention and SwiGLU took four fifths of a
 prompt's time. Here exp is made of additions, multiplications and one change of type, which vectorise: the method of the
@@ -7,7 +7,7 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
 that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
-each of these is one operation, and so is attention of few tokens.
+each of these is one operation, and so are attention, GELU and layer norm.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
@@ -32,6 +32,7 @@ from mlxserver.engine.platform.native.extension import native
 _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _MASKED = -1e30  # the score of a masked position
 _FEW = 2048  # elements whose exponentials MLX computes faster than several operations begin
+_FEW_TOKENS = 16  # of a sequence, whose attention is faster without blocks of keys
 
 mlx_lm_swiglu = activations.swiglu
 
@@ -83,6 +84,9 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 def gelu(x: mx.array) -> mx.array:
     """As nn.gelu: x times the normal distribution's share below it."""
+    if x.dtype == mx.float32 and (kernels := native()):
+        computed: mx.array = kernels.gelu(x)
+        return computed
     if x.dtype != mx.float32 or x.size <= _FEW:
         plain: mx.array = nn.gelu(x)
         return plain
@@ -98,14 +102,10 @@ def attention(
     is_stepwise = _thread.is_stepwise and _are_computed(q, k, v)
     if q.dtype != mx.float32 or sinks is not None or options:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+    if (attended := _native_attention(q, k, v, scale, mask)) is not None:
+        return attended
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
-    if length <= cpu_matmul.NATIVE_ROWS and k.dtype == v.dtype == mx.float32 and (kernels := native()):
-        is_causal = isinstance(mask, str)
-        hidden = None if mask is None or is_causal else _additive_of_step(mask, length, k.shape[2])
-        if hidden is None or (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
-            attended: mx.array = kernels.attend(q, k, v, scale, hidden, is_causal)
-            return attended
     if is_stepwise and batch * heads * length * k.shape[2] > SCORES_AT_ONCE and max(batch, groups, length) > 1:
         return _in_halves(q, k, v, scale, mask)
     # All query heads of one key head in one product.
@@ -123,6 +123,30 @@ def attention(
         weights = _exp_of_difference(scores, mx.max(scores, axis=-1, keepdims=True))
         weighted = cpu_matmul.times_values(weights, v) / mx.sum(weights, axis=-1, keepdims=True)
     return weighted.reshape(batch, heads, length, v.shape[3])
+
+
+def _native_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array | None:
+    """Attention as one operation; None where it has no kernel."""
+    kernels = native()
+    if kernels is None or not k.dtype == v.dtype == mx.float32:
+        return None
+    length, total = q.shape[2], k.shape[2]
+    is_causal = isinstance(mask, str)
+    hidden = None if mask is None or is_causal else _additive_of_step(mask, length, total)
+    if hidden is not None:
+        if hidden.dtype != mx.float32 or hidden.shape[-1] != total:
+            return None
+        hidden = hidden.reshape(*[1] * (4 - hidden.ndim), *hidden.shape)
+    attended: mx.array
+    if length >= _FEW_TOKENS and q.shape[3] <= kernels.MOST_DIM:
+        attended = kernels.attend_in_blocks(q, k, v, scale, hidden, is_causal)
+        return attended
+    if length > cpu_matmul.NATIVE_ROWS or (hidden is not None and hidden.shape[1] > 1):
+        return None
+    if hidden is not None:
+        hidden = mx.broadcast_to(hidden, (hidden.shape[0], 1, length, total))
+    attended = kernels.attend(q, k, v, scale, hidden, is_causal)
+    return attended
 
 
 def _are_computed(*arrays: mx.array) -> bool:
@@ -153,11 +177,6 @@ def _in_halves(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -
     return halved
 
 
-def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
-    """Whether all heads of a sequence have the same mask, [batch, 1, L, T]."""
-    return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
-
-
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
     """As mx.fast.rms_norm: x [..., dim], weight [dim]."""
     if weight is None or not x.dtype == weight.dtype == mx.float32:
@@ -165,6 +184,17 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = 
     kernels = native()
     normed: mx.array = kernels.rms_norm(x, weight, eps) if kernels else _norm(x.shape[-1], eps)(x, weight)
     return normed
+
+
+def layer_norm(
+    x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float, *, stream: Any = None
+) -> mx.array:
+    """As mx.fast.layer_norm: x [..., dim], weight and bias [dim]."""
+    arrays = [x, weight] if bias is None else [x, weight, bias]
+    if (kernels := native()) and all(array is not None and array.dtype == mx.float32 for array in arrays):
+        normed: mx.array = kernels.layer_norm(x, weight, bias, eps)
+        return normed
+    return mx.fast.layer_norm(x, weight, bias, eps, stream=stream)
 
 
 def rope(

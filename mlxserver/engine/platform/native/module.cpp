@@ -12,7 +12,8 @@
 namespace {
 
 #define LEVEL(TITLE, NAME) \
-  { TITLE, quantized_##NAME, dense_##NAME, norm_##NAME, gate_##NAME, rotation_##NAME, attention_##NAME }
+  { TITLE, quantized_##NAME, dense_##NAME, norm_##NAME, gate_##NAME, rotation_##NAME, attention_##NAME, \
+    layer_norm_##NAME, gelu_##NAME, block_attention_##NAME }
 
 // An array's elements in the order of its rows, whatever its strides are.
 void copy_rows(const mx::array& from, float* out) {
