@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 
+from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _COPIES = 2  # the scores, and their exponentials
@@ -62,7 +63,12 @@ class AttentionMemory:
         return max(1, _MAX_BYTES // max(1, self.chunk_bytes(length, length)))
 
     def batch_bytes(self, tokens: int, context: int) -> int:
-        """Attention memory of an encoder's batches of so many tokens, of texts within the context."""
+        """Attention memory of an encoder's batches of so many tokens, of texts within the context.
+
+        Native kernels keep the scores of a block of keys in a cache.
+        """
+        if self.policy.replace_kernels and native() is not None:
+            return 0
         pieces = self.policy.layers_ahead * _COPIES * 4 * SCORES_AT_ONCE
         return min(pieces, self.chunk_bytes(tokens, context))
 
