@@ -86,14 +86,9 @@ def rope(
 ) -> mx.array:
     """As mx.fast.rope: a [B, heads, L, dims], offset one for all or [B]."""
     if a.dtype != mx.float32 or a.ndim != 4 or a.shape[-1] != dims:
-        options: dict[str, Any] = {
-            "traditional": traditional,
-            "base": base,
-            "scale": scale,
-            "offset": offset,
-            "freqs": freqs,
-        }
-        return mx.fast.rope(a, dims, **options, stream=stream)
+        return mx.fast.rope(
+            a, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, stream=stream
+        )
     cosines, sines = _turns(offset, a.shape[2], dims, traditional, base, scale, freqs)
     if traditional:
         pairs = a.reshape(*a.shape[:-1], dims // 2, 2)
