@@ -19,9 +19,14 @@ def levels():
     return native().levels() if native() else []
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, atol=2e-6):
     assert (ours.dtype, ours.shape) == (mx.float32, theirs.shape)
-    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=2e-5, atol=atol)
+
+
+def assert_attends(ours, theirs):
+    """Scores are up to 10: each is rounded by up to 1e-6, and so is the weight of a value of up to 4, in both."""
+    assert_close(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", levels())
@@ -67,16 +72,16 @@ def test_attention_of_few_tokens(level, heads, groups, length, tokens):
         visible = mx.array([tokens, max(length, tokens // 2)])[:, None, None, None] - mx.arange(length)[::-1, None]
         for mask in (None, mx.where(mx.arange(tokens) < visible, 0.0, -1e30), mx.zeros((1, 1, length, tokens))):
             expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask=mask)
-            assert_close(native().attend(q, keys, values, 0.3, mask, False, level), expected)
+            assert_attends(native().attend(q, keys, values, 0.3, mask, False, level), expected)
         expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask="causal")
-        assert_close(native().attend(q, keys, values, 0.3, None, True, level), expected)
+        assert_attends(native().attend(q, keys, values, 0.3, None, True, level), expected)
 
 
 def test_keys_of_any_strides():
     q = random(2, 4, 1, 16)
     keys, values = random(2, 30, 2, 16).transpose(0, 2, 1, 3), random(2, 2, 16, 30).swapaxes(2, 3)
     expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3)
-    assert_close(native().attend(q, keys, values, 0.3), expected)
+    assert_attends(native().attend(q, keys, values, 0.3), expected)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -12,7 +12,7 @@ class NormOperation : public Operation<Norm> {
   const char* name() const override { return "NativeNorm"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const NormOperation&>(other);
-    return eps_ == same.eps_ && kernel_ == same.kernel_;
+    return Operation::is_equivalent(other) && eps_ == same.eps_;
   }
 
  protected:
@@ -30,9 +30,6 @@ class GateOperation : public Operation<Gate> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeGate"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const GateOperation&>(other).kernel_;
-  }
 
  protected:
   Gate task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
@@ -45,9 +42,6 @@ class RotationOperation : public Operation<Rotation> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeRotation"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const RotationOperation&>(other).kernel_;
-  }
 
  protected:
   Rotation task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
@@ -72,7 +66,7 @@ class AttentionOperation : public Operation<Attention> {
   const char* name() const override { return "NativeAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const AttentionOperation&>(other);
-    return scale_ == same.scale_ && is_causal_ == same.is_causal_ && kernel_ == same.kernel_;
+    return Operation::is_equivalent(other) && scale_ == same.scale_ && is_causal_ == same.is_causal_;
   }
 
  protected:

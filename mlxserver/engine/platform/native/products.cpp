@@ -23,7 +23,7 @@ class QuantizedProduct : public Operation<Quantized> {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const QuantizedProduct&>(other);
-    return bits_ == same.bits_ && group_ == same.group_ && kernel_ == same.kernel_;
+    return Operation::is_equivalent(other) && bits_ == same.bits_ && group_ == same.group_;
   }
 
  protected:
@@ -45,10 +45,6 @@ class DenseProduct : public Operation<Dense> {
   explicit DenseProduct(const Level& level) : Operation(level.dense), columns_(level.columns), lanes_(level.lanes) {}
 
   const char* name() const override { return "DenseProduct"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const DenseProduct&>(other).kernel_;
-  }
 
  protected:
   Dense task(const std::vector<mx::array>& inputs, mx::array& out, mx::cpu::CommandEncoder& encoder) const override {
