@@ -18,7 +18,7 @@ def masks(length, total):
     yield mx.concatenate([causal[None, None], causal[None, None] & (mx.arange(total) > 0)])
 
 
-@pytest.mark.parametrize(("length", "total"), [(1, 1), (1, 40), (8, 8), (8, 40), (1, 2304)])
+@pytest.mark.parametrize(("length", "total"), [(1, 1), (1, 40), (8, 8), (8, 40), (1, 2304), (90, 90), (90, 200)])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (9, 3)])
 def test_attention_is_that_of_mlx(length, total, heads):
     queries, groups = heads

@@ -1,5 +1,5 @@
-"""Attention for a Linux CPU, with the exponentials of cpu_kernels.py. Where the native kernels are built, attention of
-few tokens is one operation.
+"""Attention for a Linux CPU: one operation where the native kernels are built, or else products and the exponentials of
+cpu_kernels.py.
 
 Rule: arrays that are not plain float32 are left to MLX's function.
 """
@@ -18,6 +18,8 @@ from mlxserver.engine.platform.attention_memory import SCORES_AT_ONCE
 from mlxserver.engine.platform.cpu_kernels import FEW, exp_of_difference, once_per_step
 from mlxserver.engine.platform.native.extension import native
 
+_WIDEST = 256  # values per head up to which native attention keeps no scores
+_FEW = 64  # tokens up to which it is the faster one all the same
 _MASKED = -1e30  # the score of a masked position
 
 
@@ -63,14 +65,13 @@ def attention(
 
 def _by_native_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array | None:
     """Attention in one operation; None where it has no kernel."""
-    length = q.shape[2]
-    if length > cpu_matmul.NATIVE_ROWS or not k.dtype == v.dtype == mx.float32 or not (kernels := native()):
+    is_small = max(q.shape[3], v.shape[3]) <= _WIDEST or q.shape[2] <= _FEW
+    if not is_small or not k.dtype == v.dtype == mx.float32 or not (kernels := native()):
         return None
-    is_causal = isinstance(mask, str)
-    hidden = None if mask is None or is_causal else _additive_of_step(mask, length, k.shape[2])
-    if hidden is not None and not (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
+    hidden = None
+    if isinstance(mask, mx.array) and (hidden := _of_one_head(mask, q, k)) is None:
         return None
-    attended: mx.array = kernels.attend(q, k, v, scale, hidden, is_causal)
+    attended: mx.array = kernels.attend(q, k, v, scale, hidden, isinstance(mask, str))
     return attended
 
 
@@ -122,9 +123,13 @@ def _in_halves(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -
     return halved
 
 
-def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
-    """Whether all heads of a sequence have the same mask, [batch, 1, L, T]."""
-    return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
+def _of_one_head(mask: mx.array, q: mx.array, keys: mx.array) -> mx.array | None:
+    """The mask as an addend, [1 or batch, 1, 1 or L, T]; None if it is not the same for all heads, or no float32."""
+    hidden = _additive_of_step(mask, q.shape[2], keys.shape[2])
+    shape = (*[1] * (4 - mask.ndim), *mask.shape)
+    allowed = (1, q.shape[0]), (1,), (1, q.shape[2]), (keys.shape[2],)
+    fits = len(shape) == 4 and all(own in sizes for own, sizes in zip(shape, allowed, strict=True))
+    return hidden.reshape(shape) if fits and hidden.dtype == mx.float32 else None
 
 
 def _additive(mask: Any, length: int, total: int) -> mx.array:

@@ -85,19 +85,24 @@ struct Rotation {
   static constexpr int64_t TOGETHER = 1;
 };
 
-// Attention of few tokens per sequence. Tokens of all heads that share keys and values are the rows of a group.
+// Attention. Tokens of all heads that share keys and values are the rows of a group.
 struct Attention {
   const float* q;                                      // [batch, groups, rows, dim]
   const float *keys, *values;                          // [batch, groups, tokens, dim], a group's are contiguous
   const float* mask;                                   // [batch, length, tokens] addends of a head's rows, or null
   float *scores, *out;                                 // [batch, groups, rows, tokens], [batch, groups, rows, value_dim]
   int64_t batch, groups, rows, tokens, dim, value_dim;
-  int64_t key_strides[2], value_strides[2], mask_stride, length;
+  int64_t key_strides[2], value_strides[2], mask_strides[2], length;
   float scale;
   bool is_causal;                                      // the last `length` tokens are the queries' own
+  int64_t together;                                    // most rows of an item
 
-  static constexpr int64_t ROWS = 24;                  // of an item
-  int64_t parts() const { return (rows + ROWS - 1) / ROWS; }
+  // Scores of few rows are kept, those of many are in blocks of the kernel.
+  static constexpr int64_t FEW = 8, MOST_DIM = 256;
+  static bool keeps_scores(int64_t rows, int64_t dim, int64_t value_dim) {
+    return rows <= FEW || dim > MOST_DIM || value_dim > MOST_DIM;
+  }
+  int64_t parts() const { return (rows + together - 1) / together; }
   int64_t items() const { return batch * groups * parts(); }
   int64_t work() const { return rows / parts() * tokens * (dim + value_dim + 8); }
   static constexpr int64_t TOGETHER = 1;
