@@ -219,7 +219,22 @@ def test_blocks_of_a_gguf_file_are_kept_without_loss(tmp_path, monkeypatch):
         bits, kept = 32 * parts[0].shape[1] // array.shape[1], kept + 1
         wide = mx.dequantize(parts[0], *(part.astype(mx.float32) for part in parts[1:]), group_size=32, bits=bits)
         assert mx.allclose(wide, array, rtol=1e-6, atol=1e-7), name
-    assert kept == 11  # of fifteen matrices
+    assert kept == 11  # of fifteen matrices; two in F16 stay so, two in Q5_0 are float32
+
+
+@needs_kernels
+@pytest.mark.parametrize(("types", "halves"), [(("F16",), 15), (("BF16",), 15), (("F16", "Q8_0", "BF16"), 10)])
+def test_matrices_of_a_gguf_file_in_16_bits_stay_so_without_loss(tmp_path, monkeypatch, types, halves):
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(tmp_path / "cache"))
+    spec = ModelSpec("m", str(write_tiny_gguf(tmp_path / "tiny.gguf", types=types)))
+    before = estimate(spec, NATIVE)
+    loaded, expected = loader.load(spec, policy=NATIVE), loader.load(spec, policy=CPU)
+    assert before.weights == loaded.weight_bytes <= estimate(spec, NATIVE).weights < 1.05 * loaded.weight_bytes
+    arrays = dict(tree_flatten(loaded.model.parameters()))
+    kept = [name for name, array in arrays.items() if array.dtype in (mx.float16, mx.bfloat16)]
+    wide = {name: array for name, array in tree_flatten(expected.model.parameters()) if name in kept}
+    assert all(mx.array_equal(arrays[name].astype(mx.float32), array) for name, array in wide.items())
+    assert len([name for name in kept if name.endswith("weight")]) == len(wide) == halves
 
 
 def test_a_gguf_file_without_such_blocks_is_converted_to_float32(tmp_path, monkeypatch):

@@ -196,8 +196,8 @@ def _native_bytes(
     How many are quantized follows from the stored size. Where some have other bits than most, it is an upper bound.
     """
     width = _float_bytes(config)
-    if width == 4:
-        return min(stored, values * 4)
+    if width == 4:  # of a GGUF file, whose matrices may have 16 bits all the same
+        return min(stored + 2 * (values - in_layers), values * 4)
     floats: float = values
     if formats:
         if has_experts or not all(_has_kernel(part, formats[0]) for part in formats):
