@@ -167,13 +167,27 @@ def test_layers_with_weights_of_16_bits_compute_as_with_float32(dtype):
 
 
 @needs_kernels
-def test_weights_that_model_code_asks_for_become_float32():
+def test_weights_that_model_code_computes_with_become_float32():
+    layer = nn.Linear(64, 32, bias=False)
+    layer.set_dtype(mx.bfloat16)
+    cpu_stored.replace_layers(layer)
+    x = mx.random.normal((2, 64))
+    expected = layer(x)
+    for _ in range(2):
+        assert mx.allclose(x @ layer.weight.T, expected, rtol=1e-5, atol=1e-5)
+    assert layer["weight"].dtype == mx.float32
+    assert type(layer) is cpu_layers.Linear
+
+
+@needs_kernels
+def test_weights_whose_type_alone_is_asked_for_stay_as_they_are():
     layer = nn.Linear(64, 32)
     layer.set_dtype(mx.bfloat16)
     cpu_stored.replace_layers(layer)
+    for _ in range(3):
+        assert (layer.weight.dtype, layer.weight.shape) == (mx.float32, (32, 64))
+        mx.eval(layer(mx.ones((1, 64))), layer.parameters())
     assert layer["weight"].dtype == mx.bfloat16
-    assert layer.weight.dtype == layer["weight"].dtype == mx.float32
-    assert type(layer) is cpu_layers.Linear
 
 
 @needs_kernels

@@ -154,8 +154,7 @@ def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate
     may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
     adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else _adapter_bytes(spec)  # which is fused there
     found = Estimate(
-        weights=_weight_bytes(values, in_layers, stored, policy.weights, metadata, has_experts=architecture.has_experts)
-        + adapter,
+        weights=_weight_bytes(values, in_layers, stored, policy.weights, metadata) + adapter,
         cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
         activations=max(
             _chunk_bytes(architecture.width * value_bytes, attention, own.context),
@@ -170,37 +169,26 @@ def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate
     return found, own.context
 
 
-def _weight_bytes(
-    values: int,
-    in_layers: int,
-    stored: int,
-    weights: WeightPolicy,
-    metadata: CheckpointMetadata,
-    *,
-    has_experts: bool = False,
-) -> int:
+def _weight_bytes(values: int, in_layers: int, stored: int, weights: WeightPolicy, metadata: CheckpointMetadata) -> int:
     """Bytes of so many weights in their loaded format. stored: in their stored one. in_layers: see Architecture."""
     if weights is WeightPolicy.FLOAT32:
         return values * 4
     if weights is WeightPolicy.QUANTIZED:
-        formats = _quantization(metadata.config)
-        return _native_bytes(values, in_layers, stored, metadata.config, formats, has_experts=has_experts)
+        return _native_bytes(values, in_layers, stored, metadata.config)
     return values * 2 if weights is WeightPolicy.BFLOAT16 and _has_fewer_bits(values, stored) else stored
 
 
-def _native_bytes(
-    values: int, in_layers: int, stored: int, config: Mapping[str, Any], formats: Sequence[Format], *, has_experts: bool
-) -> int:
+def _native_bytes(values: int, in_layers: int, stored: int, config: Mapping[str, Any]) -> int:
     """Bytes of so many weights where native kernels compute with those of layers, and the others are float32.
 
     How many are quantized follows from the stored size. Where some have other bits than most, it is an upper bound.
     """
     width = _float_bytes(config)
-    if width == 4:  # of a GGUF file, whose matrices may have 16 bits all the same
-        return min(stored + 2 * (values - in_layers), values * 4)
+    if width == 4:
+        return min(stored, values * 4)
     floats: float = values
-    if formats:
-        if has_experts or not all(_has_kernel(part, formats[0]) for part in formats):
+    if formats := _quantization(config):
+        if not all(_has_kernel(part, formats[0]) for part in formats):
             return values * 4
         each = formats[0]["bits"] / 8 + 2 * width / formats[0]["group_size"]
         floats = max(0, stored - values * each) / (width - each)
