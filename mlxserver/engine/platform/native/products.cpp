@@ -18,6 +18,20 @@ mx::array in_order(const mx::array& weights) {
   return is_ordered ? weights : mx::contiguous(weights, false, cpu());
 }
 
+Quantized task_of(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
+                  mx::array& out, int bits, int group) {
+  const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width, outputs = words.shape(-2);
+  return {x.data<float>(),   words.data<uint32_t>(), scales.data<void>(), biases.data<void>(),
+          out.data<float>(), rows,                   width,               outputs,
+          bits,              group,                  type_of(scales)};
+}
+
+Dense task_of(const mx::array& x, const mx::array& weight, mx::array& out) {
+  const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width, outputs = weight.shape(-2);
+  return {x.data<float>(), nullptr, weight.data<void>(), nullptr, out.data<float>(), rows, width, outputs,
+          type_of(weight)};
+}
+
 class QuantizedProduct : public Operation<Quantized> {
  public:
   QuantizedProduct(int bits, int group, Kernel<Quantized> kernel) : Operation(kernel), bits_(bits), group_(group) {}
@@ -26,17 +40,12 @@ class QuantizedProduct : public Operation<Quantized> {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const QuantizedProduct&>(other);
-    return bits_ == same.bits_ && group_ == same.group_ && kernel_ == same.kernel_;
+    return Operation::is_equivalent(other) && bits_ == same.bits_ && group_ == same.group_;
   }
 
  protected:
   Quantized task(const std::vector<mx::array>& inputs, mx::array& out, mx::cpu::CommandEncoder& encoder) const override {
-    const mx::array x = in_rows(inputs[0], encoder);
-    const mx::array &words = inputs[1], &scales = inputs[2], &biases = inputs[3];
-    const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width, outputs = words.shape(-2);
-    return {x.data<float>(),   words.data<uint32_t>(), scales.data<void>(), biases.data<void>(),
-            out.data<float>(), rows,                   width,               outputs,
-            bits_,             group_,                 type_of(scales)};
+    return task_of(in_rows(inputs[0], encoder), inputs[1], inputs[2], inputs[3], out, bits_, group_);
   }
 
  private:
@@ -45,22 +54,34 @@ class QuantizedProduct : public Operation<Quantized> {
 
 class DenseProduct : public Operation<Dense> {
  public:
-  using Operation::Operation;
+  explicit DenseProduct(const Level& level) : Operation(level.dense), columns_(level.columns), lanes_(level.lanes) {}
 
   const char* name() const override { return "DenseProduct"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const DenseProduct&>(other).kernel_;
-  }
 
  protected:
   Dense task(const std::vector<mx::array>& inputs, mx::array& out, mx::cpu::CommandEncoder& encoder) const override {
     const mx::array x = in_rows(inputs[0], encoder);
-    const mx::array& weight = inputs[1];
-    const float* bias = inputs.size() > 2 ? inputs[2].data<float>() : nullptr;
-    const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width, outputs = weight.shape(-2);
-    return {x.data<float>(), weight.data<void>(), bias, out.data<float>(), rows, width, outputs, type_of(weight)};
+    Dense task = task_of(x, inputs[1], out);
+    if (inputs.size() > 2) task.bias = inputs[2].data<float>();
+    task.columns = columns(x, task.rows, task.inputs, encoder);
+    return task;
   }
+
+ private:
+  // The rows as columns, if they are more than one vector.
+  const float* columns(const mx::array& x, int64_t rows, int64_t width, mx::cpu::CommandEncoder& encoder) const {
+    const int64_t vectors = vectors_of(rows, lanes_);
+    if (vectors < 2) return nullptr;
+    mx::array columns({int(vectors), int(width), int(lanes_)}, mx::float32, nullptr, {});
+    columns.set_data(mx::allocator::malloc(columns.nbytes()));
+    encoder.add_temporary(columns);
+    const Columns task{x.data<float>(), columns.data<float>(), rows, width, vectors, lanes_};
+    encoder.dispatch([task, kernel = columns_] { compute(task, kernel); });
+    return columns.data<float>();
+  }
+
+  Kernel<Columns> columns_;
+  int64_t lanes_;
 };
 
 int64_t bytes(int type) { return type == 0 ? 4 : 2; }
@@ -87,13 +108,30 @@ struct Choice {
   int64_t operator()(int64_t row) const { return std::min<int64_t>(indices[row / each], experts - 1); }
 };
 
+// Room for the columns of a run's rows, and what makes them.
+struct Turned {
+  Kernel<Columns> kernel;
+  int64_t lanes;
+  float* columns;
+};
+
+void turn(Quantized&, const Turned&) noexcept {}
+
+void turn(Dense& product, const Turned& turned) noexcept {
+  const int64_t vectors = vectors_of(product.rows, turned.lanes);
+  if (vectors < 2) return;
+  compute(Columns{product.x, turned.columns, product.rows, product.inputs, vectors, turned.lanes}, turned.kernel);
+  product.columns = turned.columns;
+}
+
 // Rows of one expert that lie together, product by product.
 template <typename Task>
-void compute_runs(const Task& all, const Choice& expert_of, Kernel<Task> kernel) noexcept {
+void compute_runs(const Task& all, const Choice& expert_of, const Turned& turned, Kernel<Task> kernel) noexcept {
   for (int64_t row = 0, end; row < all.rows; row = end) {
     for (end = row + 1; end < all.rows && expert_of(end) == expert_of(row);) end++;
     Task own = of_expert(all, expert_of(row));
     own.x += row * all.inputs, own.out += row * all.outputs, own.rows = end - row;
+    turn(own, turned);
     compute(own, kernel);
   }
 }
@@ -106,7 +144,8 @@ struct Sorted {
 };
 
 template <typename Task>
-void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sorted, Kernel<Task> kernel) noexcept {
+void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sorted, const Turned& turned,
+                    Kernel<Task> kernel) noexcept {
   int64_t n = 0;
   for (int64_t expert = 0; expert < expert_of.experts && n < all.rows; expert++)
     for (int64_t row = 0; row < all.rows; row++)
@@ -116,49 +155,84 @@ void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sort
       }
   Task ordered = all;
   ordered.x = sorted.x, ordered.out = sorted.out;
-  compute_runs(ordered, Choice{sorted.experts, 1, expert_of.experts}, kernel);
+  compute_runs(ordered, Choice{sorted.experts, 1, expert_of.experts}, turned, kernel);
   for (n = 0; n < all.rows; n++)
     std::memcpy(all.out + sorted.rows[n] * all.outputs, sorted.out + n * all.outputs, all.outputs * sizeof(float));
 }
 
 // A product whose weights have one dimension more, of which each row takes what its index says.
-template <typename Product, typename Task>
-class Experts : public Product {
+template <typename Task>
+class Experts : public Operation<Task> {
  public:
-  template <typename... Settings>
-  Experts(bool is_sorted, Settings... settings) : Product(settings...), is_sorted_(is_sorted) {}
+  Experts(const Level& level, Kernel<Task> kernel, bool is_sorted)
+      : Operation<Task>(kernel), columns_(level.columns), lanes_(level.lanes), is_sorted_(is_sorted) {}
 
   const char* name() const override { return "ExpertProduct"; }
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    return Product::is_equivalent(other) && is_sorted_ == static_cast<const Experts&>(other).is_sorted_;
+    return Operation<Task>::is_equivalent(other) && is_sorted_ == static_cast<const Experts&>(other).is_sorted_;
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     auto& encoder = mx::cpu::get_command_encoder(this->stream());
     const mx::array& indices = inputs.back();
-    const Task all = this->task({inputs.begin(), inputs.end() - 1}, out, encoder);
+    const Task all = this->task(inputs, out, encoder);
     const Choice chosen{indices.data<uint32_t>(), all.rows / int64_t(indices.size()), inputs[1].shape(0)};
-    if (is_sorted_) {
-      encoder.dispatch([all, chosen, kernel = this->kernel_] { compute_runs(all, chosen, kernel); });
-      return;
-    }
     auto room = [&](int64_t size, mx::Dtype type) {
       mx::array array({int(size)}, type, nullptr, {});
       array.set_data(mx::allocator::malloc(array.nbytes()));
       encoder.add_temporary(array);
       return array;
     };
+    Turned turned{columns_, lanes_, nullptr};
+    const int64_t vectors = vectors_of(all.rows, lanes_);
+    if (std::is_same_v<Task, Dense> && vectors > 1)
+      turned.columns = room(vectors * all.inputs * lanes_, mx::float32).template data<float>();
+    if (is_sorted_) {
+      encoder.dispatch([=, kernel = this->kernel_] { compute_runs(all, chosen, turned, kernel); });
+      return;
+    }
     const Sorted sorted{room(all.rows * all.inputs, mx::float32).template data<float>(),
                         room(all.rows * all.outputs, mx::float32).template data<float>(),
                         room(all.rows, mx::int64).template data<int64_t>(),
                         room(all.rows, mx::uint32).template data<uint32_t>()};
-    encoder.dispatch([=, kernel = this->kernel_] { compute_sorted(all, chosen, sorted, kernel); });
+    encoder.dispatch([=, kernel = this->kernel_] { compute_sorted(all, chosen, sorted, turned, kernel); });
   }
 
  private:
+  Kernel<Columns> columns_;
+  int64_t lanes_;
   bool is_sorted_;
+};
+
+class DenseExperts : public Experts<Dense> {
+ public:
+  DenseExperts(const Level& level, bool is_sorted) : Experts(level, level.dense, is_sorted) {}
+
+ protected:
+  Dense task(const std::vector<mx::array>& inputs, mx::array& out, mx::cpu::CommandEncoder& encoder) const override {
+    return task_of(in_rows(inputs[0], encoder), inputs[1], out);
+  }
+};
+
+class QuantizedExperts : public Experts<Quantized> {
+ public:
+  QuantizedExperts(const Level& level, bool is_sorted, int bits, int group)
+      : Experts(level, level.quantized, is_sorted), bits_(bits), group_(group) {}
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& same = static_cast<const QuantizedExperts&>(other);
+    return Experts::is_equivalent(other) && bits_ == same.bits_ && group_ == same.group_;
+  }
+
+ protected:
+  Quantized task(const std::vector<mx::array>& inputs, mx::array& out, mx::cpu::CommandEncoder& encoder) const override {
+    return task_of(in_rows(inputs[0], encoder), inputs[1], inputs[2], inputs[3], out, bits_, group_);
+  }
+
+ private:
+  int bits_, group_;
 };
 
 void check_format(const mx::array& words, const mx::array& scales, const mx::array& biases, int group, int bits) {
@@ -195,7 +269,7 @@ mx::array dense(const mx::array& x, const mx::array& weight, const std::optional
   if (!x.size()) return mx::zeros(shape, mx::float32, cpu());
   std::vector<mx::array> arrays{mx::astype(x, mx::float32, cpu()), in_order(weight)};
   if (bias) arrays.push_back(in_order(mx::astype(*bias, mx::float32, cpu())));
-  return mx::array(shape, mx::float32, std::make_shared<DenseProduct>(level(name).dense), arrays);
+  return mx::array(shape, mx::float32, std::make_shared<DenseProduct>(level(name)), arrays);
 }
 
 // Inputs and indices of a product with experts, with the same leading dimensions, and the shape of the product.
@@ -225,7 +299,7 @@ mx::array expert_product(const mx::array& x, const mx::array& words, const mx::a
   const Rows rows = rows_of(x, indices, outputs);
   if (!rows.x.size()) return mx::zeros(rows.shape, mx::float32, cpu());
   std::vector<mx::array> arrays{rows.x, in_order(words), in_order(scales), in_order(biases), rows.indices};
-  auto operation = std::make_shared<Experts<QuantizedProduct, Quantized>>(is_sorted, bits, group, level(name).quantized);
+  auto operation = std::make_shared<QuantizedExperts>(level(name), is_sorted, bits, group);
   return mx::array(rows.shape, mx::float32, operation, arrays);
 }
 
@@ -238,8 +312,7 @@ mx::array expert_dense(const mx::array& x, const mx::array& weight, const mx::ar
   const Rows rows = rows_of(x, indices, outputs);
   if (!rows.x.size()) return mx::zeros(rows.shape, mx::float32, cpu());
   std::vector<mx::array> arrays{rows.x, in_order(weight), rows.indices};
-  auto operation = std::make_shared<Experts<DenseProduct, Dense>>(is_sorted, level(name).dense);
-  return mx::array(rows.shape, mx::float32, operation, arrays);
+  return mx::array(rows.shape, mx::float32, std::make_shared<DenseExperts>(level(name), is_sorted), arrays);
 }
 
 }  // namespace
