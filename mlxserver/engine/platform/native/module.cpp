@@ -79,6 +79,7 @@ NB_MODULE(MODULE, m) {
   nb::module_::import_("mlx.core");
   add_products(m);
   add_functions(m);
+  m.def("is_computed", [](const mx::array& array) { return array.status() != mx::array::Status::unscheduled; });
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const Level& level : levels()) names.push_back(level.name);
