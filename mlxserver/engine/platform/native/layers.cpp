@@ -30,9 +30,6 @@ class GateOperation : public Operation<Gate> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeGate"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const GateOperation&>(other).kernel_;
-  }
 
  protected:
   Gate task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
@@ -66,9 +63,6 @@ class GeluOperation : public Operation<Gelu> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeGelu"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const GeluOperation&>(other).kernel_;
-  }
 
  protected:
   Gelu task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
@@ -80,9 +74,6 @@ class RotationOperation : public Operation<Rotation> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeRotation"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const RotationOperation&>(other).kernel_;
-  }
 
  protected:
   Rotation task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
@@ -263,7 +254,7 @@ mx::array attend_in_blocks(const mx::array& q, const mx::array& keys, const mx::
                            const std::optional<mx::array>& mask, bool is_causal, const std::string& name) {
   const Arrays arrays = arrays_of(q, keys, values, mask);
   const mx::Shape shape = attended(arrays, is_causal, true);
-  check(q.shape(3) <= BlockAttention::MOST_DIM);
+  check(q.shape(3) <= BlockAttention::MOST_DIM && values.shape(3) <= BlockAttention::MOST_DIM);
   if (!q.size() || !values.size()) return mx::zeros(shape, mx::float32, cpu());
   auto operation = std::make_shared<BlockAttentionOperation>(scale, is_causal, level(name).block_attention);
   const mx::array by_token({shape[0], shape[2], shape[1], shape[3]}, mx::float32, operation, arrays);
