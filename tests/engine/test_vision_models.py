@@ -275,6 +275,13 @@ def test_the_vision_part_follows_the_settings_of_weights(tmp_path):
     assert estimate(replace(spec, weights="bfloat16"), CUDA).weights == values * 2
 
 
+def test_tiles_are_those_that_a_checkpoint_states(tmp_path):
+    config = json.loads((tiny_vision(tmp_path / "m", "internvl") / "config.json").read_text())
+    for stated, tiles in (({"max_dynamic_patch": 5}, 6), ({"max_dynamic_patch": None}, 13), ({}, 13)):
+        whole = {name: value for name, value in config.items() if name != "max_dynamic_patch"} | stated
+        assert inspect_vision_architecture(whole).tiles == tiles
+
+
 def test_a_large_picture_is_scaled_to_what_was_counted(tmp_path):
     path = tiny_vision(tmp_path / "m", "pixtral")
     runner = built(path)

@@ -96,10 +96,16 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
         int(vision.get("num_attention_heads") or vision.get("num_heads") or 16),
         patch or 14,
         0 if model_type in _ANY_SIZE else image or 896,
-        _TILES.get(model_type, 1),
+        _most_tiles(model_type, config),
         values_in_layers(model),
         int(vision.get("intermediate_size") or 0),
     )
+
+
+def _most_tiles(model_type: str, config: Mapping[str, Any]) -> int:
+    """Most tiles of a picture, the whole of it among them; an InternVL's config.json may state those without it."""
+    stated = config.get("max_dynamic_patch") if model_type == "internvl" else None
+    return stated + 1 if type(stated) is int and stated > 0 else _TILES.get(model_type, 1)
 
 
 def _side(stated: Any) -> int:
