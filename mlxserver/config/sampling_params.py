@@ -2,7 +2,7 @@
 
 All else is derived from it: the parameters of a request and their JSON schema (api/openai/generation.py), the defaults
 of a model ([models.KEY.defaults], POST /v1/models/load, generation_config.json) and what ranks exchange. A new
-parameter is one field here, and its effect in engine/sampling/sampler.py.
+parameter is one field here, and its effect in engine/sampling/sampler.py or draw.py.
 
 Values that are stated somewhere, by name and possibly not all, are a Mapping[str, Any]; SamplingParams has all of them.
 """

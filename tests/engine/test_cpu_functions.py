@@ -19,9 +19,14 @@ def levels():
     return native().levels() if native() else []
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, atol=2e-6):
     assert (ours.dtype, ours.shape) == (mx.float32, theirs.shape)
-    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=2e-5, atol=atol)
+
+
+def assert_attends(ours, theirs):
+    """Scores are up to 10: each is rounded by up to 1e-6, and so is the weight of a value of up to 4, in both."""
+    assert_close(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", levels())
@@ -59,24 +64,53 @@ def test_rotations(level, batch, offsets):
 
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize(("heads", "groups"), [(9, 3), (4, 4), (8, 1)])
-@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (1, 7), (1, 70), (1, 300), (2, 9), (16, 100), (40, 40)])
-def test_attention_of_few_tokens(level, heads, groups, length, tokens):
+@pytest.mark.parametrize(
+    ("length", "tokens"), [(1, 1), (1, 7), (1, 70), (1, 300), (2, 9), (16, 100), (40, 40), (65, 130), (128, 320)]
+)
+def test_attention(level, heads, groups, length, tokens):
     for dim, value_dim in ((64, 64), (20, 36), (5, 3)):
         q = random(2, length, heads, dim).transpose(0, 2, 1, 3)
         keys, values = random(3, groups, 320, dim)[:2, :, :tokens], random(3, groups, 320, value_dim)[:2, :, :tokens]
         visible = mx.array([tokens, max(length, tokens // 2)])[:, None, None, None] - mx.arange(length)[::-1, None]
-        for mask in (None, mx.where(mx.arange(tokens) < visible, 0.0, -1e30), mx.zeros((1, 1, length, tokens))):
+        of_rows = mx.where(mx.arange(tokens) < visible, 0.0, -1e30)
+        for mask in (None, of_rows, of_rows[:, :, -1:], mx.zeros((1, 1, length, tokens))):
             expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask=mask)
-            assert_close(native().attend(q, keys, values, 0.3, mask, False, level), expected)
+            assert_attends(native().attend(q, keys, values, 0.3, mask, False, level), expected)
         expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask="causal")
-        assert_close(native().attend(q, keys, values, 0.3, None, True, level), expected)
+        assert_attends(native().attend(q, keys, values, 0.3, None, True, level), expected)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(("dim", "value_dim"), [(256, 250), (300, 8), (8, 260)])
+def test_attention_of_wide_heads(level, dim, value_dim):
+    q, keys, values = random(1, 4, 30, dim), random(1, 2, 90, dim), random(1, 2, 90, value_dim)
+    for mask in (None, "causal"):
+        expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.05, mask=mask)
+        assert_attends(native().attend(q, keys, values, 0.05, None, mask == "causal", level), expected)
+
+
+@pytest.mark.parametrize("level", levels())
+def test_a_mask_is_beside_what_is_causal(level):
+    q, keys, mask = random(2, 4, 20, 16), random(2, 2, 90, 16), random(2, 1, 20, 90)
+    causal = mx.where(mx.arange(70, 90)[:, None] >= mx.arange(90), 0.0, -1e30)
+    expected = mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.3, mask=mask + causal)
+    assert_attends(native().attend(q, keys, keys, 0.3, mask, True, level), expected)
+    assert_attends(native().attend(q[:, :, -1:], keys, keys, 0.3, mask[:, :, -1:], True, level), expected[:, :, -1:])
+
+
+@pytest.mark.parametrize("level", levels())
+def test_attention_of_scores_that_grow_and_shrink_by_far(level):
+    q, keys, values = mx.ones((1, 1, 40, 8)), mx.zeros((1, 1, 200, 8)), random(1, 1, 200, 8)
+    for scores in (mx.arange(200.0) * 5, -mx.arange(200.0) * 5, mx.full((200,), -1e30)):
+        expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=1.0, mask=scores[None, None, None])
+        assert_attends(native().attend(q, keys, values, 1.0, scores[None, None, None], False, level), expected)
 
 
 def test_keys_of_any_strides():
     q = random(2, 4, 1, 16)
     keys, values = random(2, 30, 2, 16).transpose(0, 2, 1, 3), random(2, 2, 16, 30).swapaxes(2, 3)
     expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3)
-    assert_close(native().attend(q, keys, values, 0.3), expected)
+    assert_attends(native().attend(q, keys, values, 0.3), expected)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -7,8 +7,6 @@ from mlxserver.engine.mlx import mx, nn
 import numpy as np
 import pytest
 
-from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.loading import loader
 from mlxserver.engine.platform import cpu_kernels, device
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="they are for CPUs")
@@ -41,26 +39,6 @@ def test_swiglu_is_that_of_mlx_lm(scale):
     assert close(cpu_kernels.swiglu(gate, x), cpu_kernels.mlx_lm_swiglu(gate, x))
 
 
-def masks(length, total):
-    causal = mx.arange(total - length, total)[:, None] >= mx.arange(total)[None]
-    yield from (None, "causal", causal, causal[None, None], mx.where(causal, 0.0, -1e9))
-    yield mx.concatenate([causal[None, None], causal[None, None] & (mx.arange(total) > 0)])
-
-
-@pytest.mark.parametrize(("length", "total"), [(1, 1), (1, 40), (8, 8), (8, 40), (1, 2304)])
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (9, 3)])
-def test_attention_is_that_of_mlx(length, total, heads):
-    queries, groups = heads
-    keys = mx.random.split(mx.random.key(0), 3)
-    q = mx.random.normal((2, length, queries, 16), key=keys[0]).transpose(0, 2, 1, 3)
-    k = mx.random.normal((2, groups, total, 16), key=keys[1])
-    v = mx.random.normal((2, groups, total, 16), key=keys[2])
-    for mask in masks(length, total):
-        ours = cpu_kernels.attention(q, k, v, scale=0.25, mask=mask)
-        assert close(ours, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask)), mask
-        assert ours.shape == q.shape
-
-
 def test_gelu_is_that_of_mlx():
     x = mx.concatenate([mx.linspace(-40.0, 40.0, 4001), mx.zeros((100,)), mx.array([float("inf")])])
     np.testing.assert_allclose(cpu_kernels.gelu(x), nn.gelu(x), atol=1e-6)
@@ -68,50 +46,6 @@ def test_gelu_is_that_of_mlx():
     assert mx.array_equal(cpu_kernels.gelu(few), nn.gelu(few))
     half = x.astype(mx.bfloat16)
     assert mx.array_equal(cpu_kernels.gelu(half), nn.gelu(half), equal_nan=True)
-
-
-def test_layer_by_layer_a_model_gives_the_same_logits(tiny_llama_path):
-    model, tokens = loader.load(ModelSpec("tiny", str(tiny_llama_path))).model, mx.array([[1, 2, 3, 4, 5]])
-    expected = model(tokens)
-    with cpu_kernels.layer_by_layer(True):
-        assert mx.array_equal(model(tokens), expected)
-    assert not cpu_kernels._thread.is_stepwise
-
-
-@pytest.mark.parametrize(
-    "shape", [(5, 2, 2, 400, 400), (1, 4, 2, 600, 650), (1, 1, 1, 1100, 1100), (3, 2, 1, 700, 700)]
-)
-@pytest.mark.parametrize("mask", ["none", "causal", "of rows", "of heads", "of tokens", "additive"])
-def test_scores_in_pieces_give_the_same_attention(shape, mask):
-    batch, heads, groups, length, total = shape
-    q = mx.random.normal((batch, heads, length, 8))
-    k, v = (mx.random.normal((batch, groups, total, 8)) for _ in range(2))
-    masks = {
-        "none": None,
-        "causal": "causal",
-        "of rows": mx.random.uniform(shape=(batch, 1, 1, total)) > 0.5,
-        "of heads": mx.random.uniform(shape=(batch, heads, length, total)) > 0.5,
-        "of tokens": mx.random.uniform(shape=(length, total)) > 0.5,
-        "additive": mx.random.normal((batch, 1, length, total)),
-    }
-    with cpu_kernels.layer_by_layer(True):
-        ours = cpu_kernels.attention(q, k, v, scale=0.3, mask=masks[mask])
-    theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=masks[mask])
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
-
-
-def test_in_a_function_that_is_compiled_no_layer_is_computed_first():
-    q, k, v = (mx.random.normal((1, 2, 800, 8)) for _ in range(3))
-    compiled = mx.compile(lambda q, k, v: cpu_kernels.attention(q, k, v, scale=0.3))
-    with cpu_kernels.layer_by_layer(True):
-        ours = compiled(q, k, v)
-    np.testing.assert_allclose(ours, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3), atol=2e-5)
-
-
-def test_layer_by_layer_ends_with_an_error():
-    with pytest.raises(RuntimeError), cpu_kernels.layer_by_layer(True):
-        raise RuntimeError
-    assert not cpu_kernels._thread.is_stepwise
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64), (3, 7, 64), (2, 5, 4, 96)])

@@ -11,7 +11,7 @@ from mlx_lm.models import base, llama
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import loader
-from mlxserver.engine.platform import cpu_kernels, cpu_layers, cpu_matmul, device
+from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_layers, cpu_matmul, device
 from mlxserver.engine.platform.cpu_layers import replace_functions, replace_layers
 from tests.support.architectures import CONFIGS, random_model
 
@@ -75,7 +75,7 @@ def test_a_loaded_model_uses_them(tiny_llama_path):
     assert (cpu_layers.Linear in kinds) == cpu_matmul.has_products()
     assert not kinds & {nn.RMSNorm, nn.RoPE}
     assert llama.swiglu is cpu_kernels.swiglu
-    assert base.mx.fast.scaled_dot_product_attention is cpu_kernels.attention
+    assert base.mx.fast.scaled_dot_product_attention is cpu_attention.attention
     assert base.mx.softmax is cpu_kernels.softmax
 
 
@@ -88,6 +88,6 @@ def test_layers_can_still_be_quantized(tiny_llama_path):
 
 def test_mlx_itself_stays_as_it_is(tiny_llama_path):
     loader.load(ModelSpec("tiny", str(tiny_llama_path)))
-    ours = {cpu_kernels.softmax, cpu_kernels.attention, cpu_kernels.rms_norm, cpu_kernels.rope}
+    ours = {cpu_kernels.softmax, cpu_attention.attention, cpu_kernels.rms_norm, cpu_kernels.rope}
     assert not ours & {mx.softmax, mx.fast.scaled_dot_product_attention, mx.fast.rms_norm, mx.fast.rope}
     assert nn.Linear.__call__.__module__ == "mlx.nn.layers.linear"

@@ -1,14 +1,12 @@
 """Draft models: a smaller model drafts, the other one verifies, and nothing about what is generated changes."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.quantized import KVFormat
-from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.scheduler.drafter import DraftModel
@@ -20,19 +18,9 @@ from mlxserver.engine.scheduler.speculation_controller import (
     Plan,
     SpeculationController,
 )
-from tests.support.architectures import random_model
 from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
-from tests.support.grammars import Even
 from tests.support.prefixes import new_prefixes
-
-PADDED = replace(CPU, pad_slots=True)
-
-
-@cache
-def model(name="llama", kv=None, **fields):
-    own = random_model(name, **{"head_dim": 64, "hidden_size": 128, "num_hidden_layers": 2, **fields})
-    quantize_kv(own, kv)
-    return own
+from tests.support.speculation import PADDED, asked, fits, model, sampled
 
 
 def drafting(own, weight_bytes=1, context_length=4096):
@@ -55,23 +43,6 @@ def run(*sequences, **options):
 
 def plain(*sequences, **options):
     return run(*sequences, speculation="off", draft=None, **options)
-
-
-def sampled(seed, **settings):
-    return SamplingParams(temperature=1.0, seed=seed, **settings)
-
-
-def asked():
-    return [
-        sequence(1, prompt(40, 1), GREEDY, 40),
-        sequence(2, prompt(7, 2) * 4, sampled(2), 40),
-        sequence(3, prompt(245, 3), sampled(3, frequency_penalty=0.5, repetition_penalty=1.1), 40),
-        sequence(4, prompt(1, 4), sampled(4, top_p=0.9, top_k=2), 33),
-        sequence(5, prompt(30, 5), GREEDY, 20, constraint=Even()),
-        sequence(6, prompt(3, 6), sampled(6), 1),
-        sequence(7, prompt(3, 7), sampled(7, min_p=0.1), 2),
-        sequence(8, prompt(100, 8), GREEDY, 30),
-    ]
 
 
 @pytest.mark.parametrize("policy", [CPU, PADDED], ids=["slots", "padded"])
@@ -244,10 +215,6 @@ def test_auto_drafts_in_vain_only_for_a_short_time():
 
 
 # The controller
-
-
-def fits(tokens):
-    return True
 
 
 def controller(costs=(), draft_cost=0.1):

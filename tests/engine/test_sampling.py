@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mlxserver.config.sampling_params import SamplingParams
-from mlxserver.engine.sampling.sampler import CANDIDATES, BatchSampler
+from mlxserver.engine.sampling.draw import CANDIDATES
+from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.sequence import Sequence
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -1,7 +1,6 @@
 """Speculation: drafted tokens are verified together, and change nothing about what is generated."""
 
 from dataclasses import replace
-from functools import cache
 
 from mlxserver.engine.mlx import mx
 
@@ -9,7 +8,6 @@ import pytest
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.quantized import KVFormat
-from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.scheduler.drafts import Drafts
@@ -25,24 +23,17 @@ from mlxserver.engine.scheduler.speculation_controller import (
 )
 from mlxserver.engine.scheduler.verification_check import verifies
 from tests.support.architectures import random_model
-from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
+from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.grammars import Even
 from tests.support.prefixes import new_prefixes
+from tests.support.speculation import PADDED, asked, fits, model, sampled
 
-PADDED = replace(CPU, pad_slots=True)
 FEW = {5: 90.0, 6: 90.0, 7: 89.5}  # tokens that an answer may have: n-grams recur, and some predictions are right
 GREEDY_FEW = SamplingParams(temperature=0.0, logit_bias=FEW)
 
 
 def few(seed, **settings):
-    return SamplingParams(temperature=1.0, seed=seed, logit_bias=FEW, **settings)
-
-
-@cache
-def model(name="llama", kv=None):
-    own = random_model(name, head_dim=64, hidden_size=128, num_hidden_layers=2)
-    quantize_kv(own, kv)
-    return own
+    return sampled(seed, logit_bias=FEW, **settings)
 
 
 def scheduler(own, speculation="always", metrics=None, **options):
@@ -51,18 +42,6 @@ def scheduler(own, speculation="always", metrics=None, **options):
 
 def run(own, *sequences, **options):
     return Driver(scheduler(own, **options), *sequences).finish()
-
-
-def asked():
-    return [
-        sequence(1, prompt(40, 1), GREEDY_FEW, 40),
-        sequence(2, prompt(7, 2) * 4, few(2), 40),
-        sequence(3, prompt(245, 3), few(3, frequency_penalty=0.5, repetition_penalty=1.1), 40),
-        sequence(4, prompt(1, 4), few(4, top_p=0.9, top_k=2), 33),
-        sequence(5, prompt(30, 5), GREEDY, 20),
-        sequence(6, prompt(3, 6), few(6), 1),
-        sequence(7, prompt(3, 7), few(7, min_p=0.1), 2),
-    ]
 
 
 def test_what_followed_the_same_tokens_is_predicted():
@@ -107,15 +86,15 @@ def test_a_short_prompt_predicts_nothing(length):
 @pytest.mark.parametrize("kv", [None, KVFormat(8, 64)], ids=["plain", "quantized"])
 def test_tokens_are_the_same_with_speculation_and_without(policy, kv):
     metrics = ModelMetrics("")
-    tokens = run(model(kv=kv), *asked(), policy=policy, metrics=metrics)
-    assert tokens == run(model(kv=kv), *asked(), policy=policy, speculation="off")
-    assert [len(tokens[one.id]) for one in asked()] == [one.max_tokens for one in asked()]
+    tokens = run(model(kv=kv), *asked(FEW), policy=policy, metrics=metrics)
+    assert tokens == run(model(kv=kv), *asked(FEW), policy=policy, speculation="off")
+    assert [len(tokens[one.id]) for one in asked(FEW)] == [one.max_tokens for one in asked(FEW)]
     assert metrics.drafted_tokens > metrics.accepted_tokens > 20
 
 
 def test_sequences_join_and_leave_a_batch_that_speculates():
-    tokens = run(model(), *asked(), max_running=3, prefixes=new_prefixes())
-    assert tokens == run(model(), *asked(), speculation="off")
+    tokens = run(model(), *asked(FEW), max_running=3, prefixes=new_prefixes())
+    assert tokens == run(model(), *asked(FEW), speculation="off")
 
 
 def test_fewer_steps_are_made():
@@ -237,10 +216,6 @@ def test_where_steps_are_compiled_only_a_stated_setting_drafts():
     compiled = replace(PADDED, compile_steps=True)
     for setting, drafts in (("off", False), ("auto", False), ("always", True)):
         assert scheduler(model(), policy=compiled, speculation=setting).execution.speculation == drafts
-
-
-def fits(tokens):
-    return True
 
 
 def row(streak, most, rates=None):

@@ -29,7 +29,7 @@ from mlxserver.engine.loading.metadata import attention_heads, vocab_size
 from mlxserver.engine.loading.outcome import complete_or_nothing, naming
 from mlxserver.engine.loading.sources import Progress, resolve, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
-from mlxserver.engine.platform import cpu_kernels, device
+from mlxserver.engine.platform import cpu_attention, device
 from mlxserver.engine.platform.attention_memory import STEPWISE_TOKENS, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
@@ -85,7 +85,7 @@ class EmbeddingModel:
         beside_peers: other models stream meanwhile. second_texts: of no meaning here.
         """
         tokens, mask = padded(texts, count, length, self._pad)
-        with cpu_kernels.layer_by_layer(beside_peers or count * length >= STEPWISE_TOKENS):
+        with cpu_attention.layer_by_layer(beside_peers or count * length >= STEPWISE_TOKENS):
             vectors = self._pooled(mx.array(tokens), mx.array(mask)).astype(mx.float32)
             mx.eval(vectors)
         return list(np.array(vectors)[: len(texts)])

@@ -8,33 +8,30 @@ Rule 3: importing this module does not import MLX: the manager needs only its ty
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
 from mlxserver.engine.loading.metadata import CheckpointMetadata, attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing
+from mlxserver.engine.loading.weight_bytes import adapter_bytes, has_fewer_bits, value_bytes, weight_bytes
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, STATE_REACH, AttentionMemory
-from mlxserver.engine.platform.native.formats import has_kernel
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 
 if TYPE_CHECKING:
+    from mlxserver.engine.kv_cache.quantized import KVFormat
+    from mlxserver.engine.loading.architecture import Architecture
     from mlxserver.engine.loading.encoder_architecture import EncoderArchitecture
     from mlxserver.engine.loading.vision_architecture import VisionArchitecture
 
 # Tokens of a shared model's KV cache by default, which all ranks reserve: some conversations of ordinary length.
 DEFAULT_CACHE_TOKENS = 32_768
 JUDGE_CONTEXT = 8192  # of Qwen3-Reranker (huggingface.co/Qwen/Qwen3-Reranker-0.6B), whose positions go further
-Format = Mapping[str, Any]
-_TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints state has two
 # Memory of a model beside its arrays, whatever its size: its tokenizer, and what MLX keeps for the next arrays.
 _RUNTIME_BYTES = 64 << 20
 _ENCODER_RUNTIME_BYTES = 32 << 20  # the same of an encoder, which compiles nothing and samples nothing
-_FEWER_BITS = 1.1  # times as large in 16 bits: weights that are stored in fewer
 _SAMPLING_ARRAYS = 4  # of [sequences, vocab] in float32 at once: logits, probabilities, their sums, a mask
 
 
@@ -143,98 +140,58 @@ def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate
     except Exception as error:  # a broken config.json can make an architecture raise anything
         text = one_line(error)
         raise LoadFailed(spec.key, f"its config.json can't be used: {type(error).__name__}: {text}") from None
-    value_bytes = _value_bytes(metadata, policy)
+    return _decoder_estimate(spec, metadata, architecture, vision, kv, policy)
+
+
+def _decoder_estimate(
+    spec: ModelSpec,
+    metadata: CheckpointMetadata,
+    architecture: Architecture,
+    vision: VisionArchitecture | None,
+    kv: KVFormat | None,
+    policy: ExecutionPolicy,
+) -> tuple[Estimate, int]:
+    """The memory that a model that generates will take, and its context in tokens. kv: None if it is not quantized."""
+    value = value_bytes(metadata.config, policy)
     heads = attention_heads(metadata.config, *architecture.arguments)
-    dequantized = architecture.widest_layer * value_bytes if kv else 0
+    dequantized = architecture.widest_layer * value if kv else 0
     attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH, dequantized)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
+    activations = _chunk_bytes(architecture.width * value, attention, own.context)
+    if vision:
+        activations = max(activations, vision.activation_bytes(value, policy)) + vision.kept_bytes
+    if spec.shard:  # or else a long prompt claims it
+        activations += attention.bytes_beyond(own.context)
+    weights, widened = _decoder_weights(spec, metadata, architecture, vision, policy)
+    found = Estimate(
+        weights=weights,
+        cache=architecture.cache_bytes(own.reserved, own.sequences, value, kv),
+        activations=activations + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS + _RUNTIME_BYTES,
+        widened=widened,
+    )
+    return found, own.context
+
+
+def _decoder_weights(
+    spec: ModelSpec,
+    metadata: CheckpointMetadata,
+    architecture: Architecture,
+    vision: VisionArchitecture | None,
+    policy: ExecutionPolicy,
+) -> tuple[int, int]:
+    """The weights of a model that generates, and the same in 16 bits, or 0: see Estimate."""
     values, in_layers, stored = architecture.weights, architecture.in_layers, metadata.stored_bytes
+    has_experts = architecture.has_experts
     if vision:
         values, in_layers = values + vision.weights, in_layers + vision.in_layers
         stored += metadata.tower_bytes
     if spec.adapter:
         in_layers = 0  # those that it is added to become float32
-    may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
-    adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else _adapter_bytes(spec)  # which is fused there
-    found = Estimate(
-        weights=_weight_bytes(values, in_layers, stored, policy.weights, metadata, has_experts=architecture.has_experts)
-        + adapter,
-        cache=architecture.cache_bytes(own.reserved, own.sequences, value_bytes, kv),
-        activations=max(
-            _chunk_bytes(architecture.width * value_bytes, attention, own.context),
-            vision.activation_bytes(value_bytes, policy) if vision else 0,
-        )
-        + (vision.kept_bytes if vision else 0)
-        + (attention.bytes_beyond(own.context) if spec.shard else 0)  # or else a long prompt claims it
-        + spec.max_running * architecture.vocab * 4 * _SAMPLING_ARRAYS
-        + _RUNTIME_BYTES,
-        widened=values * 2 + adapter if may_widen and _has_fewer_bits(values, stored) else 0,
-    )
-    return found, own.context
-
-
-def _weight_bytes(
-    values: int,
-    in_layers: int,
-    stored: int,
-    weights: WeightPolicy,
-    metadata: CheckpointMetadata,
-    *,
-    has_experts: bool = False,
-) -> int:
-    """Bytes of so many weights in their loaded format. stored: in their stored one. in_layers: see Architecture."""
-    if weights is WeightPolicy.FLOAT32:
-        return values * 4
-    if weights is WeightPolicy.QUANTIZED:
-        formats = _quantization(metadata.config)
-        return _native_bytes(values, in_layers, stored, metadata.config, formats, has_experts=has_experts)
-    return values * 2 if weights is WeightPolicy.BFLOAT16 and _has_fewer_bits(values, stored) else stored
-
-
-def _native_bytes(
-    values: int, in_layers: int, stored: int, config: Mapping[str, Any], formats: Sequence[Format], *, has_experts: bool
-) -> int:
-    """Bytes of so many weights where native kernels compute with those of layers, and the others are float32.
-
-    How many are quantized follows from the stored size. Where some have other bits than most, it is an upper bound.
-    """
-    width = _float_bytes(config)
-    if width == 4:
-        return min(stored, values * 4)
-    floats: float = values
-    if formats:
-        if has_experts or not all(_has_kernel(part, formats[0]) for part in formats):
-            return values * 4
-        each = formats[0]["bits"] / 8 + 2 * width / formats[0]["group_size"]
-        floats = max(0, stored - values * each) / (width - each)
-    return min(values * 4, int(stored + min(floats, values - in_layers) * (4 - width)))
-
-
-def _quantization(config: Mapping[str, Any]) -> Sequence[Format]:
-    """The formats of quantized weights that a config.json states, the general one first; none without any."""
-    stated = config.get("quantization") or config.get("quantization_config")
-    return [stated, *(part for part in stated.values() if isinstance(part, Mapping))] if stated else []
-
-
-def _has_kernel(format: Format, default: Format) -> bool:
-    """Whether quantized weights that a config.json describes have a native kernel."""
-    bits, group_size = (format.get(name, default.get(name)) for name in ("bits", "group_size"))
-    return has_kernel(str(format.get("mode", default.get("mode", "affine"))), bits, group_size)
-
-
-def _has_fewer_bits(values: int, stored: int) -> bool:
-    """Whether weights are stored in fewer than 16 bits."""
-    return values * 2 > stored * _FEWER_BITS
-
-
-def _value_bytes(metadata: CheckpointMetadata, policy: ExecutionPolicy) -> int:
-    """Bytes of a computed value."""
-    return 4 if policy.weights.computes_in_float32 else _float_bytes(metadata.config)
-
-
-def _float_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes of a stored float."""
-    return _TYPE_BYTES.get(str(_stated_type(config)), 2)
+    adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else adapter_bytes(spec)  # which is fused there
+    weights = weight_bytes(values, in_layers, stored, policy.weights, metadata.config, has_experts=has_experts)
+    may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or has_experts)
+    widened = values * 2 + adapter if may_widen and has_fewer_bits(values, stored) else 0
+    return weights + adapter, widened
 
 
 def _vision(spec: ModelSpec, metadata: CheckpointMetadata) -> VisionArchitecture | None:
@@ -264,17 +221,17 @@ def _encoder_estimate(
     spec: ModelSpec, metadata: CheckpointMetadata, architecture: EncoderArchitecture, policy: ExecutionPolicy
 ) -> Estimate:
     """The memory that an encoder will take: no KV cache, and the activations of its largest batch."""
-    value_bytes = _value_bytes(metadata, policy)
+    value = value_bytes(metadata.config, policy)
     attention = AttentionMemory(architecture.heads, policy)
     longest = judge_context if architecture.is_judge else embedding_context
     context = longest(spec, architecture.context, attention)
     most = most_batch_tokens(context, policy)
     return Estimate(
-        weights=_weight_bytes(
-            architecture.weights, architecture.in_layers, metadata.stored_bytes, policy.weights, metadata
+        weights=weight_bytes(
+            architecture.weights, architecture.in_layers, metadata.stored_bytes, policy.weights, metadata.config
         ),
         cache=0,
-        activations=most * architecture.activation_bytes(value_bytes, policy)
+        activations=most * architecture.activation_bytes(value, policy)
         + attention.batch_bytes(most, context)
         + _ENCODER_RUNTIME_BYTES,
     )
@@ -304,18 +261,3 @@ def _chunk_bytes(width: int, attention: AttentionMemory, context: int) -> int:
     """
     longest = attention.fit(LARGEST_CHUNK, 0)
     return longest * width * attention.policy.layers_ahead + attention.fitted_bytes(context)
-
-
-def _stated_type(config: Mapping[str, Any]) -> object:
-    for part in (config, config.get("text_config") or {}):
-        if stated := part.get("torch_dtype") or part.get("dtype"):
-            return stated
-    return None
-
-
-def _adapter_bytes(spec: ModelSpec) -> int:
-    """Size of the adapter, which stays beside quantized weights."""
-    if spec.adapter is None:
-        return 0
-    file = Path(spec.adapter).expanduser() / "adapters.safetensors"
-    return file.stat().st_size if file.is_file() else 0

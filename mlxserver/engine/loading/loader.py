@@ -154,18 +154,7 @@ def read_tokenizer(path: Path) -> TokenizerWrapper:
 
 def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide: Divide | None = None) -> nn.Module:
     """The model in the policy's form, evaluated. Progress is reported in bytes of loaded weights."""
-    if policy.weights is WeightPolicy.FLOAT32:
-        model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
-        model = _dequantized(model)
-        model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
-    elif policy.weights is WeightPolicy.QUANTIZED:
-        cpu_stored.replace_layers(model)
-        _dequantize_others(model)
-    elif policy.weights is WeightPolicy.BFLOAT16:
-        model = _widened(model)
-    fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
-    if fused:
-        model.update_modules(tree_unflatten(fused))
+    model = _with_adapters_fused(_in_weight_format(model, policy.weights))
     if divide:
         divide(model)
     elif policy.fuse_projections:
@@ -178,6 +167,34 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)
     model.eval()
+    _read_weights(model, report)
+    return model
+
+
+def _in_weight_format(model: nn.Module, weights: WeightPolicy) -> nn.Module:
+    """The model with its weights in the format that it computes with."""
+    if weights is WeightPolicy.FLOAT32:
+        model.set_dtype(mx.float32)  # first the scales, or else the products of 16-bit ones would be rounded
+        model = _dequantized(model)
+        model.set_dtype(mx.float32)  # and the weights of formats whose scales are no floats (mxfp4)
+    elif weights is WeightPolicy.QUANTIZED:
+        cpu_stored.replace_layers(model)
+        _dequantize_others(model)
+    elif weights is WeightPolicy.BFLOAT16:
+        model = _widened(model)
+    return model
+
+
+def _with_adapters_fused(model: nn.Module) -> nn.Module:
+    """The model with adapters added to the weights that they fit."""
+    fused = [(name, layer.fuse()) for name, layer in model.named_modules() if _is_fusable(layer)]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+    return model
+
+
+def _read_weights(model: nn.Module, report: Progress) -> None:
+    """Evaluate the weights, in pieces."""
     parameters = [array for _, array in tree_flatten(model.parameters())]
     total, done, pending = sum(array.nbytes for array in parameters), 0, 0
     for n, array in enumerate(parameters):
@@ -186,7 +203,6 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
             mx.eval(parameters[: n + 1])
             done, pending = done + pending, 0
             report("reading", done, total)
-    return model
 
 
 def _dequantize_others(model: nn.Module) -> None:

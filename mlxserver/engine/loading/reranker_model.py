@@ -28,7 +28,7 @@ from mlxserver.engine.loading.metadata import attention_heads, context_length, m
 from mlxserver.engine.loading.outcome import complete_or_nothing, naming
 from mlxserver.engine.loading.sources import Progress, resolve, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
-from mlxserver.engine.platform import cpu_kernels, device
+from mlxserver.engine.platform import cpu_attention, device
 from mlxserver.engine.platform.attention_memory import STEPWISE_TOKENS, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
@@ -84,7 +84,7 @@ class RerankerModel:
         for row, begin in enumerate(second_texts):
             if begin:
                 types[row, begin : len(texts[row])] = 1
-        with cpu_kernels.layer_by_layer(beside_peers or count * length >= STEPWISE_TOKENS):
+        with cpu_attention.layer_by_layer(beside_peers or count * length >= STEPWISE_TOKENS):
             scores = self._scorer.score(mx.array(tokens), mx.array(mask), mx.array(types)).astype(mx.float32)
             mx.eval(scores)
         return list(np.array(scores)[: len(texts), None])

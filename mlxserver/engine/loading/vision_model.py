@@ -19,7 +19,7 @@ from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading.checkpoint_files import refuse_code
 from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.loading.sources import Progress
-from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.requests import ProcessedImage
 
@@ -55,7 +55,7 @@ class Tower:
         tokens = mx.full((1, image.tokens), self._token, dtype=mx.int32)
         inputs = {name: mx.array(array) for name, array in image.inputs.items()}
         pixels = inputs.pop("pixel_values")
-        with cpu_kernels.layer_by_layer(True):
+        with cpu_attention.layer_by_layer(True):
             found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
             added = found.deepstack_visual_embeds
             features = Features(found.inputs_embeds[0], () if added is None else list(added))

@@ -10,9 +10,11 @@ Harmony: https://cookbook.openai.com/articles/openai-harmony
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from mlxserver.engine.events import Channel, ToolCallDelta
@@ -34,6 +36,36 @@ class ChannelState(Enum):
     CONTENT = "inside the body of a message to the user"
     REASONING = "inside the body of a message to the model itself"
     CALL = "inside the arguments of a call"
+
+
+@dataclass(frozen=True, slots=True)
+class _Syntax:
+    """Texts and patterns of a format.
+
+    headers: with what a header begins. stops: what ends a body. header_end, body_end: the first of such texts.
+    cut_header: a header that lacks its end.
+    """
+
+    headers: tuple[str, ...]
+    stops: tuple[str, ...]
+    header_end: re.Pattern[str]
+    body_end: re.Pattern[str]
+    cut_header: re.Pattern[str]
+
+
+@functools.cache
+def _syntax(marks: ChannelFormat) -> _Syntax:
+    openings = tuple(filter(None, (marks.start, marks.new_header)))
+    stops = (*openings, *marks.ends)
+    recipient = rf"\s*(?:{RECIPIENT}[^\s<]+)?"
+    channel = rf"\s*(?:{re.escape(marks.new_header)}\s*[\w.-]*)?" if marks.new_header else ""
+    return _Syntax(
+        (*openings, marks.message, RECIPIENT),
+        stops,
+        _any_of((marks.start, marks.message, *marks.ends)),
+        _any_of(stops),
+        re.compile(rf"(?:{re.escape(marks.start)})?\s*(?:assistant\b)?{recipient}{channel}{recipient}\s*"),
+    )
 
 
 class ChannelParser:
@@ -70,16 +102,7 @@ class ChannelParser:
         self._is_silent = True  # nothing of this message was emitted yet
         self._emitted: list[Channel] = []  # the channels of messages, in order
         self._pieces: list[Piece] = []
-        openings = tuple(filter(None, (marks.start, marks.new_header)))
-        self._headers = (*openings, marks.message, RECIPIENT)
-        self._stops = (*openings, *marks.ends)
-        self._header_end = _any_of((marks.start, marks.message, *marks.ends))
-        self._body_end = _any_of(self._stops)
-        recipient = rf"\s*(?:{RECIPIENT}[^\s<]+)?"
-        channel = rf"\s*(?:{re.escape(marks.new_header)}\s*[\w.-]*)?" if marks.new_header else ""
-        self._cut_header = re.compile(
-            rf"(?:{re.escape(marks.start)})?\s*(?:assistant\b)?{recipient}{channel}{recipient}\s*"
-        )
+        self._syntax = _syntax(marks)
 
     @property
     def is_thinking(self) -> bool:
@@ -120,21 +143,21 @@ class ChannelParser:
         if end := next((end for end in self._marks.ends if text.startswith(end)), ""):
             self._held = self._held.drop(gap + len(end))
             return True
-        if text.startswith(self._headers):
+        if text.startswith(self._syntax.headers):
             return self._find_body(text, gap)
-        marks = (*self._headers, *self._marks.ends)
+        marks = (*self._syntax.headers, *self._marks.ends)
         if not self._is_flushed and any(mark.startswith(text) for mark in marks):
             return False
         return self._enter(ChannelState.CONTENT, 0 if self._is_beginning else gap)
 
     def _find_body(self, text: str, gap: int) -> bool:
         """Enter the body of the header with which `text` begins."""
-        end = self._header_end.search(text, len(self._marks.start) if text.startswith(self._marks.start) else 0)
+        end = self._syntax.header_end.search(text, len(self._marks.start) if text.startswith(self._marks.start) else 0)
         if end is None and len(text) <= MAX_HEADER + MAX_MARK and not self._is_flushed:
             return False
         if end and end.start() <= MAX_HEADER and end[0] == self._marks.message:
             return self._enter(self._kind(text[: end.start()]), gap + end.end())
-        header = self._cut_header.match(text)
+        header = self._syntax.cut_header.match(text)
         assert header  # it matches the empty text, too
         return self._enter(self._kind(header[0]), gap + header.end())
 
@@ -157,7 +180,7 @@ class ChannelParser:
 
     def _read_body(self) -> bool:
         text = self._held.text
-        end = self._body_end.search(text)
+        end = self._syntax.body_end.search(text)
         if end is None:
             self._emit(len(text) if self._is_flushed else len(text) - self._overlap(text))
             return False
@@ -205,7 +228,7 @@ class ChannelParser:
             self._call_name = ""
 
     def _overlap(self, text: str) -> int:
-        return max(overlap(text, mark) for mark in self._stops)
+        return max(overlap(text, mark) for mark in self._syntax.stops)
 
 
 def _any_of(marks: Sequence[str]) -> re.Pattern[str]:

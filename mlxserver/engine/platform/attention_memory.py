@@ -19,7 +19,7 @@ _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least
 # responsive.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 4096
 # Tokens in a batch of an encoder from which it is computed layer by layer on a CPU, its scores in pieces
-# (cpu_kernels.py). Of a shorter one, waiting for each layer takes a tenth of the time.
+# (cpu_attention.py). Of a shorter one, waiting for each layer takes a tenth of the time.
 STEPWISE_TOKENS = 128
 SCORES_AT_ONCE = 1 << 20  # of the scores of such a layer
 # mlx-lm computes state-space layers in blocks of so many tokens, in which each has a score for each before it.

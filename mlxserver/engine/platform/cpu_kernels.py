@@ -1,4 +1,4 @@
-"""CPU kernels: softmax, SwiGLU, attention, RMS norm and rotary embedding for a Linux CPU.
+"""CPU kernels: softmax, SwiGLU, GELU, RMS norm and rotary embedding for a Linux CPU; cpu_attention.py has attention.
 
 MLX computes exponentials there one element at a time, so that softmax, attention and SwiGLU took four fifths of a
 prompt's time. Here exp is made of additions, multiplications and one change of type, which vectorise: the method of the
@@ -7,7 +7,7 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
 that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
-each of these is one operation, and so is attention of few tokens.
+each of these is one operation.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
@@ -17,54 +17,27 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from mlxserver.engine.mlx import mx, nn
 
 from mlx_lm.models import activations
 
-from mlxserver.engine.platform import cpu_matmul
-from mlxserver.engine.platform.attention_memory import SCORES_AT_ONCE
 from mlxserver.engine.platform.native.extension import native
 
 _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_MASKED = -1e30  # the score of a masked position
-_FEW = 2048  # elements whose exponentials MLX computes faster than several operations begin
+FEW = 2048  # elements whose exponentials MLX computes faster than several operations begin
 
 mlx_lm_swiglu = activations.swiglu
 
 
-class _Thread(threading.local):
-    is_stepwise = False
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def layer_by_layer(is_stepwise: bool) -> Iterator[None]:
-    """On this thread, compute each layer of a model before the next one is prepared, for example if other models are
-    running, or lest the layers ahead hold memory.
-
-    MLX lets all threads together have some ten tasks under way. A thread that submits a whole forward pass occupies
-    them, and each operation of another model's step waits for one of them: beside chunks of 256 tokens a step took 325
-    ms, and 54 beside the same chunks layer by layer; alone, a pass takes a tenth longer so. On a GPU nothing changes.
-    """
-    _thread.is_stepwise = is_stepwise
-    try:
-        yield
-    finally:
-        _thread.is_stepwise = False
-
-
 def softmax(a: mx.array, axis: Any = None, *, precise: bool = False, stream: Any = None) -> mx.array:
     """As mx.softmax."""
-    if a.dtype != mx.float32 or axis not in (-1, a.ndim - 1) or a.size <= _FEW:
+    if a.dtype != mx.float32 or axis not in (-1, a.ndim - 1) or a.size <= FEW:
         plain: mx.array = mx.softmax(a, axis, precise=precise, stream=stream)
         return plain
-    weights = _exp_of_difference(a, mx.max(a, axis=-1, keepdims=True))
+    weights = exp_of_difference(a, mx.max(a, axis=-1, keepdims=True))
     return weights / mx.sum(weights, axis=-1, keepdims=True)
 
 
@@ -73,7 +46,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     if (kernels := native()) and gate.dtype == x.dtype == mx.float32 and gate.shape == x.shape:
         computed: mx.array = kernels.swiglu(gate, x)
         return computed
-    if gate.dtype != mx.float32 or gate.size <= _FEW:
+    if gate.dtype != mx.float32 or gate.size <= FEW:
         plain: mx.array = mlx_lm_swiglu(gate, x)
         return plain
     mantissa, exponent = _compiled_parts(-gate)
@@ -83,79 +56,12 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 def gelu(x: mx.array) -> mx.array:
     """As nn.gelu: x times the normal distribution's share below it."""
-    if x.dtype != mx.float32 or x.size <= _FEW:
+    if x.dtype != mx.float32 or x.size <= FEW:
         plain: mx.array = nn.gelu(x)
         return plain
     mantissa, exponent = _compiled_bell(x)
     gated: mx.array = _bell_gate(mantissa, exponent.view(mx.float32), x)
     return gated
-
-
-def attention(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any
-) -> mx.array:
-    """As mx.fast.scaled_dot_product_attention: q [B, heads, L, dim], k and v [B, kv heads, T, dim]."""
-    is_stepwise = _thread.is_stepwise and _are_computed(q, k, v)
-    if q.dtype != mx.float32 or sinks is not None or options:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-    batch, heads, length, dim = q.shape
-    groups = k.shape[1]
-    if length <= cpu_matmul.NATIVE_ROWS and k.dtype == v.dtype == mx.float32 and (kernels := native()):
-        is_causal = isinstance(mask, str)
-        hidden = None if mask is None or is_causal else _additive_of_step(mask, length, k.shape[2])
-        if hidden is None or (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
-            attended: mx.array = kernels.attend(q, k, v, scale, hidden, is_causal)
-            return attended
-    if is_stepwise and batch * heads * length * k.shape[2] > SCORES_AT_ONCE and max(batch, groups, length) > 1:
-        return _in_halves(q, k, v, scale, mask)
-    # All query heads of one key head in one product.
-    rows = q.reshape(batch, groups, heads // groups * length, dim) * scale
-    scores = cpu_matmul.times_keys(rows, k)
-    if mask is not None:
-        hidden = (_additive_of_step if length == 1 else _additive)(mask, length, k.shape[2])
-        if length == 1 and (hidden.ndim < 4 or hidden.shape[1] == 1):
-            scores = scores + hidden
-        else:
-            scores = (scores.reshape(batch, heads, length, -1) + hidden).reshape(scores.shape)
-    if scores.size <= _FEW:
-        weighted = mx.softmax(scores, axis=-1) @ v
-    else:
-        weights = _exp_of_difference(scores, mx.max(scores, axis=-1, keepdims=True))
-        weighted = cpu_matmul.times_values(weights, v) / mx.sum(weights, axis=-1, keepdims=True)
-    return weighted.reshape(batch, heads, length, v.shape[3])
-
-
-def _are_computed(*arrays: mx.array) -> bool:
-    """Compute the arrays. False: they are those of a function that is being compiled."""
-    try:
-        mx.eval(arrays)
-    except ValueError:
-        return False
-    return True
-
-
-def _in_halves(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array:
-    """Attention of half the sequences, or of the key heads, or of the queries, and then of the others."""
-    axis = 0 if q.shape[0] > 1 else 1 if k.shape[1] > 1 else 2
-    middle = q.shape[axis] // 2 if axis != 1 else k.shape[1] // 2 * (q.shape[1] // k.shape[1])
-    queries = mx.split(q, [middle], axis=axis)
-    keys, values = ([own, own] if axis == 2 else mx.split(own, [own.shape[axis] // 2], axis=axis) for own in (k, v))
-    masks: Any = [mask, mask]
-    if mask is not None:
-        mask = _additive(mask, q.shape[2], k.shape[2])
-        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-        masks = mx.split(mask, [middle], axis=axis) if mask.shape[axis] > 1 else [mask, mask]
-    parts = []
-    for own_q, own_k, own_v, own_mask in zip(queries, keys, values, masks, strict=True):
-        parts.append(attention(own_q, own_k, own_v, scale=scale, mask=own_mask))
-        mx.eval(parts[-1])
-    halved: mx.array = mx.concatenate(parts, axis=axis)
-    return halved
-
-
-def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
-    """Whether all heads of a sequence have the same mask, [batch, 1, L, T]."""
-    return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
@@ -180,14 +86,9 @@ def rope(
 ) -> mx.array:
     """As mx.fast.rope: a [B, heads, L, dims], offset one for all or [B]."""
     if a.dtype != mx.float32 or a.ndim != 4 or a.shape[-1] != dims:
-        options: dict[str, Any] = {
-            "traditional": traditional,
-            "base": base,
-            "scale": scale,
-            "offset": offset,
-            "freqs": freqs,
-        }
-        return mx.fast.rope(a, dims, **options, stream=stream)
+        return mx.fast.rope(
+            a, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, stream=stream
+        )
     cosines, sines = _turns(offset, a.shape[2], dims, traditional, base, scale, freqs)
     if traditional:
         pairs = a.reshape(*a.shape[:-1], dims // 2, 2)
@@ -208,7 +109,7 @@ class _LastCall(threading.local):
     result: Any = None
 
 
-def _once_per_step(function: Callable[..., Any]) -> Callable[..., Any]:
+def once_per_step(function: Callable[..., Any]) -> Callable[..., Any]:
     """Remember the last call. Arrays are the same if they are one object."""
     last = _LastCall()
 
@@ -227,17 +128,7 @@ def _is_same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, int | float | str) and type(one) is type(other) and one == other)
 
 
-def _additive(mask: Any, length: int, total: int) -> mx.array:
-    """The mask as an addend of scores."""
-    if isinstance(mask, str):  # "causal"
-        mask = mx.arange(total - length, total)[:, None] >= mx.arange(total)[None]
-    return mx.where(mask, 0.0, _MASKED) if mask.dtype == mx.bool_ else mask
-
-
-_additive_of_step = _once_per_step(_additive)
-
-
-@_once_per_step
+@once_per_step
 def _turns(
     offset: int | mx.array,
     length: int,
@@ -305,6 +196,7 @@ def _gelu_of_bell(mantissa: mx.array, power: mx.array, x: mx.array) -> mx.array:
 _bell_gate = mx.compile(_gelu_of_bell, shapeless=True)
 
 
-def _exp_of_difference(a: mx.array, b: mx.array) -> mx.array:
+def exp_of_difference(a: mx.array, b: mx.array) -> mx.array:
+    """exp(a - b), of float32."""
     mantissa, exponent = _compiled_difference(a, b)
     return mantissa * exponent.view(mx.float32)

@@ -1,4 +1,4 @@
-"""Layers of a loaded model that compute with cpu_kernels.py and cpu_matmul.py on a Linux CPU.
+"""Layers of a loaded model that compute with cpu_kernels.py, cpu_attention.py and cpu_matmul.py on a Linux CPU.
 
 MLX's own layers (linear, embedding, RMS norm, rotary embedding) become subclasses of theirs: same parameters, another
 forward pass. What mlx-lm's model code calls by name has no layer to replace: attention, SwiGLU, the softmax of expert
@@ -18,7 +18,7 @@ from mlxserver.engine.mlx import mx
 
 import mlx.nn as nn
 
-from mlxserver.engine.platform import cpu_kernels, cpu_matmul
+from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_matmul
 
 
 class Linear(nn.Linear):  # type: ignore[misc]
@@ -100,7 +100,7 @@ def _core() -> ModuleType:
     core, fast = ModuleType(mx.__name__), ModuleType(mx.fast.__name__)
     vars(fast).update(
         vars(mx.fast),
-        scaled_dot_product_attention=cpu_kernels.attention,
+        scaled_dot_product_attention=cpu_attention.attention,
         rms_norm=cpu_kernels.rms_norm,
         rope=cpu_kernels.rope,
     )

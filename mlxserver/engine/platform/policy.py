@@ -62,7 +62,8 @@ class ExecutionPolicy:
     sampling_kernel: tokens are drawn by one kernel (cuda_sampling.py).
     layers_ahead: layers whose intermediate values exist at the same time.
     parallel_models: decode steps of other models go on during a prefill chunk.
-    replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py and cpu_matmul.py.
+    replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py, cpu_attention.py and
+        cpu_matmul.py.
     wire_memory: weights are kept resident, up to the working set that the device recommends.
     memory_share: the part of the device's memory that all models may take; the rest is for the system and Python.
 

@@ -85,14 +85,11 @@ class TextRunner:
         needs_boundaries = spec.prefix_cache_bytes > 0 and (bool(spec.shard) or needs_checkpoints(loaded.model))
         prompts = FORMATS[kind](loaded.tokenizer, loaded.config, finds_boundaries=needs_boundaries, images=images)
         grammars = Grammars(loaded.tokenizer, batch.vocab_size)
-        capabilities = _CAPABILITIES | ({"thinking"} if kind == "thinking" else set())
-        capabilities |= {"fill_in_middle"} if prompts.fills_in_middle else set()
-        capabilities -= set() if grammars.is_usable else {"json_schema"}
         self.facts = ModelFacts(
             kind,
             batch.longest(loaded.context_length),
             loaded.weight_bytes,
-            capabilities,
+            _capabilities(kind, prompts, grammars),
             batch.execution,
             batch.reserved_kv_bytes,
         )
@@ -125,11 +122,7 @@ class TextRunner:
         # A checkpoint may have fewer embeddings than its tokenizer has tokens.
         if self._last_token >= self._vocab_size or isinstance(request.prompt, TokenPrompt):
             check_tokens(prompt.tokens, self._vocab_size, param)
-        context = self._longest(self.facts.context_length)  # other models may have been pinned since
-        room = context - len(prompt.tokens)
-        if room < 0 or (room == 0 and request.max_tokens != 0):
-            raise ContextExceeded(len(prompt.tokens), context, param)
-        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        max_tokens = self._max_tokens(request, len(prompt.tokens), param)
         sampling = SamplingParams(**{**self._defaults, **request.sampling})
         grammar = self._constraints.grammar(request)
         seen = self._seen(prompt)
@@ -148,6 +141,14 @@ class TextRunner:
             )
             choices.append((sequence, self._output(request, prompt, max_tokens, index)))
         return choices
+
+    def _max_tokens(self, request: GenerationRequest, prompt_tokens: int, param: str) -> int:
+        """Most tokens of an answer: as many as are asked for, and have room. Raises ContextExceeded."""
+        context = self._longest(self.facts.context_length)  # other models may have been pinned since
+        room = context - prompt_tokens
+        if room < 0 or (room == 0 and request.max_tokens != 0):
+            raise ContextExceeded(prompt_tokens, context, param)
+        return room if request.max_tokens is None else min(request.max_tokens, room)
 
     def _seen(self, prompt: FormattedPrompt) -> PromptImages | None:
         """The images of a prompt as its sequences have them; None without."""
@@ -175,49 +176,48 @@ class TextRunner:
         return TextOutput(stream, self.tokenizer, prompt.tokens, index)
 
 
+def _capabilities(kind: str, prompts: PromptFormat, grammars: Grammars) -> frozenset[str]:
+    """What a text model can do."""
+    more = {"thinking"} if kind == "thinking" else set()
+    more |= {"fill_in_middle"} if prompts.fills_in_middle else set()
+    return (_CAPABILITIES | more) - (set() if grammars.is_usable else {"json_schema"})
+
+
+@dataclass(frozen=True, slots=True)
 class _Preprocessor:
     """The tokenizer worker's part: holds nothing of the batch."""
 
-    def __init__(
-        self,
-        key: str,
-        tokenizer: TokenizerWrapper,
-        prompts: PromptFormat,
-        constraints: RequestConstraints,
-        vocab_size: int,
-        context_length: int,
-    ) -> None:
-        self._key = key
-        self._tokenizer = tokenizer
-        self._prompts = prompts
-        self._constraints = constraints
-        self._vocab_size = vocab_size
-        self._context_length = context_length
+    key: str
+    tokenizer: TokenizerWrapper
+    prompts: PromptFormat
+    constraints: RequestConstraints
+    vocab_size: int
+    context_length: int
 
     def preprocess(self, request: EngineRequest) -> GenerationRequest:
         """The request with its prompt rendered, its grammar compiled. Raises PromptRejected, WrongKind."""
         if not isinstance(request, GenerationRequest):
-            raise WrongKind(self._key, "text")
-        grammar = self._constraints.compile(request)
+            raise WrongKind(self.key, "text")
+        grammar = self.constraints.compile(request)
         return replace(request, formatted=self._format(request), grammar=grammar)
 
     def _format(self, request: GenerationRequest) -> FormattedPrompt:
         prompt, choice = request.prompt, request.tool_choice
         if isinstance(prompt, ChatPrompt) and prompt.drops_oldest:
-            most = most_tokens(self._context_length, request.max_tokens)
-            return truncate(prompt, lambda shorter: self._prompts.format(shorter, choice), most)
-        return self._prompts.format(prompt, choice)
+            most = most_tokens(self.context_length, request.max_tokens)
+            return truncate(prompt, lambda shorter: self.prompts.format(shorter, choice), most)
+        return self.prompts.format(prompt, choice)
 
     def answer(self, question: Question) -> tuple[int, ...] | str:
         """Token ids of a prompt, text of ids, or a conversation in the model's template. Raises PromptRejected."""
         match question:
             case Detokenize(tokens):
-                check_tokens(tokens, self._vocab_size, "tokens")
-                return str(self._tokenizer.decode(list(tokens)))
+                check_tokens(tokens, self.vocab_size, "tokens")
+                return str(self.tokenizer.decode(list(tokens)))
             case Tokenize(prompt):
-                return self._prompts.format(prompt).tokens
+                return self.prompts.format(prompt).tokens
             case ApplyTemplate(prompt):
-                return self._prompts.format(prompt).text
+                return self.prompts.format(prompt).text
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ Rule 3: all calls go to functions of the request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlxserver.engine.conversation import Tool
@@ -20,6 +20,7 @@ from mlxserver.engine.sampling.tool_grammars import CallSchemas, callable_tools,
 from mlxserver.engine.sampling.vocabulary import Vocabulary, in_lark
 
 OPENING = f"{HARMONY.start}assistant"
+CHANNEL, BODY = HARMONY.new_header, HARMONY.message
 CONSTRAIN = "<|constrain|>"  # before the type of a body, which models write or leave out
 
 
@@ -71,15 +72,8 @@ def _grammar(
     def marks(text: str) -> str:
         return in_lark(vocabulary.split(text))
 
-    channel, body, end = HARMONY.new_header, HARMONY.message, vocabulary.split(HARMONY.ends[0])
+    end = vocabulary.split(HARMONY.ends[0])
     kind = f'" "? {marks(CONSTRAIN)}? (/ ?json/ | / ?code/)?'
-    functions = [
-        f"call{index}: ({marks(f' to={NAMESPACE}{tool.name}{channel}commentary')} "
-        f"| {marks(f'{channel}commentary to={NAMESPACE}{tool.name}')}) kind {marks(body)} GAP? call{index}j GAP?\n"
-        f"call{index}j: %json {calls.text(calls.arguments[index])}"
-        for index, tool in enumerate(tools)
-    ]
-    names = " | ".join(f"call{index}" for index in range(len(tools)))
     rules = [
         "%llguidance {}",
         "TEXT: /(.|\\n)*/",
@@ -90,10 +84,19 @@ def _grammar(
         f"until{'' if isinstance(end[0], int) else '[lazy]'}: TEXT {in_lark(end)}",
         "note: analysis until",
         f"kind: {kind}",
-        f"analysis: {marks(f'{channel}analysis{body}')}",
-        f"preamble: {marks(f'{channel}commentary{body}')}",
-        f"final: {marks(f'{channel}final')} kind {marks(body)}",
-        *([f"call: {names}", *functions] if tools else []),
+        f"analysis: {marks(f'{CHANNEL}analysis{BODY}')}",
+        f"preamble: {marks(f'{CHANNEL}commentary{BODY}')}",
+        f"final: {marks(f'{CHANNEL}final')} kind {marks(BODY)}",
+        *(_call_rules(tools, calls, marks) if tools else ()),
     ]
-    lark = "\n".join(rules)
-    return Grammar(lark, param, is_lark=True, documents=(*documents, *calls.documents))
+    return Grammar("\n".join(rules), param, is_lark=True, documents=(*documents, *calls.documents))
+
+
+def _call_rules(tools: Sequence[Tool], calls: CallSchemas, marks: Callable[[str], str]) -> Iterator[str]:
+    """Rules of a call of one of the tools. The recipient stands before the channel, or behind it."""
+    yield "call: " + " | ".join(f"call{index}" for index in range(len(tools)))
+    for index, tool in enumerate(tools):
+        before = marks(f" to={NAMESPACE}{tool.name}{CHANNEL}commentary")
+        behind = marks(f"{CHANNEL}commentary to={NAMESPACE}{tool.name}")
+        yield f"call{index}: ({before} | {behind}) kind {marks(BODY)} GAP? call{index}j GAP?"
+        yield f"call{index}j: %json {calls.text(calls.arguments[index])}"

@@ -121,7 +121,6 @@ def _body(
     tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary
 ) -> tuple[str, tuple[SchemaDocument, ...]]:
     """Rules of what comes behind the start tag of calls, the end tag included, and the schemas in them."""
-    strict = [tool for tool in tools if tool.is_strict]
     end = vocabulary.split(tool_format.end) if tool_format.end else []
     if tool_format.is_json:
         calls = CallSchemas(tools)
@@ -129,8 +128,15 @@ def _body(
     if not tool_format.start:
         calls = CallSchemas(tools, ARGUMENTS)
         return f"body: calls\n{calls.rule}", calls.documents
-    if not strict:
+    if not any(tool.is_strict for tool in tools):
         return _free_body(end, vocabulary), ()
+    return _strict_body(tools, tool_format, vocabulary, end)
+
+
+def _strict_body(
+    tools: Sequence[Tool], tool_format: ToolFormat, vocabulary: Vocabulary, end: Sequence[int | str]
+) -> tuple[str, tuple[SchemaDocument, ...]]:
+    """The same of tools of which some are strict, in a format that is not JSON as a whole."""
     if isinstance(reader := tool_format.reader, NamedJsonCalls):
         calls = CallSchemas(tools)
         names = [tool.name for tool in tools]

@@ -23,7 +23,7 @@ from mlxserver.engine.kv_cache.slots import (
     slot_layers,
 )
 from mlxserver.engine.loading.metadata import attention_heads, model_arguments
-from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.attention_memory import STATE_REACH, AttentionMemory
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.requests import Execution
@@ -133,7 +133,7 @@ class PlainPrefill:
 
     def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
         """Process the chunk."""
-        with cpu_kernels.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
+        with cpu_attention.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
             return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
 
     def _run_alone(self, chunk: Chunk) -> int:
@@ -149,7 +149,7 @@ class PlainPrefill:
         """Process the next tokens of the prompt."""
         tokens = prompt.next(self._attention.fit(min(budget, _SCORED), prompt.done))
         with (
-            cpu_kernels.layer_by_layer(beside_peers),
+            cpu_attention.layer_by_layer(beside_peers),
             attention_shapes.padded(self._pads_attention),
             prompt.showing(len(tokens)),
         ):

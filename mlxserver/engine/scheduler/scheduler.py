@@ -25,7 +25,7 @@ from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes
 from mlxserver.engine.kv_claims import Verdict
 from mlxserver.engine.kv_pool import KVAccount
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.platform import cpu_kernels
+from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.requests import Execution
 from mlxserver.engine.sampling.sampler import BatchSampler
@@ -158,7 +158,7 @@ class Scheduler:
             return []
         self._metrics.batch_size.observe(len(self._running.sequences))
         launched = time.monotonic()
-        with cpu_kernels.layer_by_layer(self._peer_step_seconds > 0):
+        with cpu_attention.layer_by_layer(self._peer_step_seconds > 0):
             tokens = self._running.advance()
         self._meter.end_step()
         self._meter.begin_step(launched)

@@ -19,18 +19,33 @@ struct Quantized {
   static constexpr int64_t TOGETHER = 32;
 };
 
+// Vectors of rows that are multiplied as columns. A rest that fills less than half a vector is not.
+inline int64_t vectors_of(int64_t rows, int64_t lanes) { return rows / lanes + (2 * (rows % lanes) > lanes); }
+
 // Product of float32 rows with weights as they are.
 struct Dense {
-  const float* x;      // [rows, inputs]
-  const void* weight;  // [outputs, inputs]
-  const float* bias;   // [outputs], or null
-  float* out;          // [rows, outputs]
+  const float* x;        // [rows, inputs]
+  const float* columns;  // [vectors, inputs, lanes], the same rows; null for few rows
+  const void* weight;    // [outputs, inputs]
+  const float* bias;     // [outputs], or null
+  float* out;            // [rows, outputs]
   int64_t rows, inputs, outputs;
-  int type;            // of the weights: as above
+  int type;              // of the weights: as above
 
   int64_t items() const { return outputs; }
   int64_t work() const { return rows * inputs; }
-  static constexpr int64_t TOGETHER = 32;
+  static constexpr int64_t TOGETHER = 48;
+};
+
+// Columns of rows: of as many at a time as a vector has lanes, each input's values lie beside each other.
+struct Columns {
+  const float* x;  // [rows, inputs]
+  float* out;      // [vectors, inputs, lanes]
+  int64_t rows, inputs, vectors, lanes;
+
+  int64_t items() const { return vectors; }
+  int64_t work() const { return lanes * inputs; }
+  static constexpr int64_t TOGETHER = 1;
 };
 
 // RMS norm.
@@ -70,19 +85,24 @@ struct Rotation {
   static constexpr int64_t TOGETHER = 1;
 };
 
-// Attention of few tokens per sequence. Tokens of all heads that share keys and values are the rows of a group.
+// Attention. Tokens of all heads that share keys and values are the rows of a group.
 struct Attention {
   const float* q;                                      // [batch, groups, rows, dim]
   const float *keys, *values;                          // [batch, groups, tokens, dim], a group's are contiguous
   const float* mask;                                   // [batch, length, tokens] addends of a head's rows, or null
   float *scores, *out;                                 // [batch, groups, rows, tokens], [batch, groups, rows, value_dim]
   int64_t batch, groups, rows, tokens, dim, value_dim;
-  int64_t key_strides[2], value_strides[2], mask_stride, length;
+  int64_t key_strides[2], value_strides[2], mask_strides[2], length;
   float scale;
   bool is_causal;                                      // the last `length` tokens are the queries' own
+  int64_t together;                                    // most rows of an item
 
-  static constexpr int64_t ROWS = 24;                  // of an item
-  int64_t parts() const { return (rows + ROWS - 1) / ROWS; }
+  // Scores of few rows are kept, those of many are in blocks of the kernel.
+  static constexpr int64_t FEW = 8, MOST_DIM = 256;
+  static bool keeps_scores(int64_t rows, int64_t dim, int64_t value_dim) {
+    return rows <= FEW || dim > MOST_DIM || value_dim > MOST_DIM;
+  }
+  int64_t parts() const { return (rows + together - 1) / together; }
   int64_t items() const { return batch * groups * parts(); }
   int64_t work() const { return rows / parts() * tokens * (dim + value_dim + 8); }
   static constexpr int64_t TOGETHER = 1;
@@ -96,6 +116,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
 #define KERNELS(LEVEL)                                        \
   void quantized_##LEVEL(const Quantized&, int64_t, int64_t) noexcept; \
   void dense_##LEVEL(const Dense&, int64_t, int64_t) noexcept;         \
+  void columns_##LEVEL(const Columns&, int64_t, int64_t) noexcept;     \
   void norm_##LEVEL(const Norm&, int64_t, int64_t) noexcept;           \
   void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
   void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \

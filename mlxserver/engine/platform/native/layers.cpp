@@ -12,7 +12,7 @@ class NormOperation : public Operation<Norm> {
   const char* name() const override { return "NativeNorm"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const NormOperation&>(other);
-    return eps_ == same.eps_ && kernel_ == same.kernel_;
+    return Operation::is_equivalent(other) && eps_ == same.eps_;
   }
 
  protected:
@@ -30,9 +30,6 @@ class GateOperation : public Operation<Gate> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeGate"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const GateOperation&>(other).kernel_;
-  }
 
  protected:
   Gate task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
@@ -45,9 +42,6 @@ class RotationOperation : public Operation<Rotation> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeRotation"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return kernel_ == static_cast<const RotationOperation&>(other).kernel_;
-  }
 
  protected:
   Rotation task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
@@ -67,12 +61,12 @@ mx::array by_head(const mx::array& x, Encoder& encoder) {
 
 class AttentionOperation : public Operation<Attention> {
  public:
-  AttentionOperation(float scale, bool is_causal, Kernel<Attention> kernel)
-      : Operation(kernel), scale_(scale), is_causal_(is_causal) {}
+  AttentionOperation(float scale, bool is_causal, const Level& level)
+      : Operation(level.attention), scale_(scale), is_causal_(is_causal), lanes_(level.lanes) {}
   const char* name() const override { return "NativeAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const AttentionOperation&>(other);
-    return scale_ == same.scale_ && is_causal_ == same.is_causal_ && kernel_ == same.kernel_;
+    return Operation::is_equivalent(other) && scale_ == same.scale_ && is_causal_ == same.is_causal_;
   }
 
  protected:
@@ -81,25 +75,31 @@ class AttentionOperation : public Operation<Attention> {
     const mx::array values = by_head(inputs[2], encoder);
     const int64_t batch = q.shape(0), groups = keys.shape(1), length = q.shape(2);
     const int64_t rows = q.shape(1) / groups * length, tokens = keys.shape(2);
-    mx::array scores({int(batch * groups), int(rows), int(tokens)}, mx::float32, nullptr, {});
-    scores.set_data(mx::allocator::malloc(scores.nbytes()));
-    encoder.add_temporary(scores);
+    float* kept = nullptr;
+    if (Attention::keeps_scores(rows, q.shape(3), values.shape(3))) {
+      mx::array scores({int(batch * groups), int(rows), int(tokens)}, mx::float32, nullptr, {});
+      scores.set_data(mx::allocator::malloc(scores.nbytes()));
+      encoder.add_temporary(scores);
+      kept = scores.data<float>();
+    }
     const float* mask = nullptr;
-    int64_t mask_stride = 0;
+    int64_t mask_strides[2] = {0, 0};
     if (inputs.size() > 3) {
       const mx::array addends = in_rows(inputs[3], encoder);
       mask = addends.data<float>();
-      mask_stride = addends.shape(0) > 1 ? length * tokens : 0;
+      if (addends.shape(0) > 1) mask_strides[0] = addends.shape(2) * tokens;
+      if (addends.shape(2) > 1) mask_strides[1] = tokens;
     }
-    return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores.data<float>(), out.data<float>(),
+    return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, kept, out.data<float>(),
             batch, groups, rows, tokens, q.shape(3), values.shape(3),
             {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)},
-            mask_stride, length, scale_, is_causal_};
+            {mask_strides[0], mask_strides[1]}, length, scale_, is_causal_, 3 * lanes_};
   }
 
  private:
   float scale_;
   bool is_causal_;
+  int64_t lanes_;
 };
 
 void check(bool fits) {
@@ -140,13 +140,13 @@ mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& val
   check(!is_causal || length <= tokens);
   Arrays arrays{q, keys, values};
   if (mask) {
-    const mx::Shape all{batch, 1, length, tokens}, one{1, 1, length, tokens};
-    check(is_wide(*mask) && (mask->shape() == all || mask->shape() == one));
+    check(is_wide(*mask) && mask->ndim() == 4 && mask->shape(1) == 1 && mask->shape(3) == tokens);
+    check((mask->shape(0) == 1 || mask->shape(0) == batch) && (mask->shape(2) == 1 || mask->shape(2) == length));
     arrays.push_back(*mask);
   }
   const mx::Shape shape{batch, q.shape(1), length, values.shape(3)};
   if (!q.size() || !values.size()) return mx::zeros(shape, mx::float32, cpu());
-  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name).attention);
+  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name));
   return mx::array(shape, mx::float32, operation, arrays);
 }
 

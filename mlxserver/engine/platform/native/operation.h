@@ -23,8 +23,10 @@ namespace nb = nanobind;
 // Kernels of an instruction set.
 struct Level {
   const char* name;
+  int lanes;
   Kernel<Quantized> quantized;
   Kernel<Dense> dense;
+  Kernel<Columns> columns;
   Kernel<Norm> norm;
   Kernel<Gate> gate;
   Kernel<Rotation> rotation;
@@ -61,6 +63,11 @@ template <typename Task>
 class Operation : public mx::UnaryPrimitive {
  public:
   explicit Operation(Kernel<Task> kernel) : mx::UnaryPrimitive(cpu()), kernel_(kernel) {}
+
+  // Of two operations of one class, as MLX asks it.
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return kernel_ == static_cast<const Operation&>(other).kernel_;
+  }
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
