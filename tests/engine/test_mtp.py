@@ -13,6 +13,9 @@ from mlx.utils import tree_flatten
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache.disk_tier import DiskTier
+from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity, PrefixCache
+from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.loading import loader, mtp
 from mlxserver.engine.loading.estimate import estimate
@@ -48,7 +51,7 @@ def follows(token):
     return (7 * token + 3) % VOCAB
 
 
-def make_right(weights):
+def make_right(weights, is_hidden_first=False):
     """Layers that add nothing: the next token depends on the last one alone, and the head finds the one behind it."""
     for name in weights:
         if ".o_proj." in name or ".down_proj." in name:
@@ -59,7 +62,8 @@ def make_right(weights):
     heads = np.zeros((vocab, dim), np.float32)
     heads[[follows(token) for token in range(vocab)]] = np.array(embeddings)
     weights["lm_head.weight"] = mx.array(heads)
-    weights["mtp.projection.weight"] = mx.concatenate([mx.eye(dim), mx.zeros((dim, dim))], axis=1)
+    halves = [mx.eye(dim), mx.zeros((dim, dim))]
+    weights["mtp.projection.weight"] = mx.concatenate(halves[::-1] if is_hidden_first else halves, axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def checkpoint(tmp_path_factory):
     def write(kind, is_right=False):
         if (kind, is_right) not in written:
             path = tmp_path_factory.mktemp(kind)
-            edit = make_right if is_right else lambda weights: None
+            edit = functools.partial(make_right, is_hidden_first=kind == "mimo") if is_right else lambda weights: None
             written[kind, is_right] = write_model(path, CONFIGS[kind], edit)
         return written[kind, is_right]
 
@@ -395,6 +399,24 @@ def test_drafts_do_not_depend_on_chunks_prefixes_and_neighbours(load, kind):
     shared = recorder.drafts.keys() & alone.keys()
     assert len(shared) > 20
     assert {known: recorder.drafts[known] for known in shared} == {known: alone[known] for known in shared}
+
+
+def test_a_prefix_from_disk_has_what_the_head_needs(load, tmp_path):
+    own, drafts, cached = load(), [], []
+    for _ in range(2):
+        disk = DiskTier(tmp_path, 1 << 30)
+        prefixes = PrefixCache(RamTier(), disk).open(ModelIdentity("files"), 1 << 30, "model")
+        prefixes.is_warm = True
+        process = scheduler(own, prefixes=prefixes)
+        recorder = Recorder(process)
+        driver = Driver(process, sequence(1, prompt(200), GREEDY, 12))
+        driver.finish()
+        drafts.append(recorder.drafts)
+        cached.append(driver.cached[1])
+        disk.flush()
+        disk.close()
+    assert cached == [0, 128]  # in whole blocks
+    assert drafts[0] == drafts[1]
 
 
 # What is generated

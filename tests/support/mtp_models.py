@@ -25,8 +25,9 @@ DEEPSEEK = BASE | _MOE | _MLA | {
     "num_hidden_layers": 3,
     "num_nextn_predict_layers": 1,
 }  # fmt: skip
-CONFIGS = {"glm": GLM, "deepseek": DEEPSEEK}
-_OWN_NAMES = {name: kept for kept, name in mtp._NAMES.items()}
+LITE = DEEPSEEK | {"model_type": "glm4_moe_lite"}
+MIMO = BASE | {"model_type": "mimo", "num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+CONFIGS = {"glm": GLM, "deepseek": DEEPSEEK, "lite": LITE, "mimo": MIMO}
 
 
 def write_model(path, config, edit=lambda weights: None):
@@ -56,12 +57,15 @@ def write_model(path, config, edit=lambda weights: None):
 
 def _in_layout_of_makers(weights, config):
     """Each weight by its published name: experts one by one, MLA's two projections as one, what is shared twice."""
-    behind = f"model.layers.{config['num_hidden_layers']}"
+    model_class, _ = mtp.classes_with_head(config)
+    layout = next(own for base, own in mtp.LAYOUTS.items() if issubclass(model_class, base))
+    published = {name: there for there, name in layout.names.items()}
+    behind = "model.mtp_layers.0" if config["model_type"] == "mimo" else f"model.layers.{config['num_hidden_layers']}"
     for name, array in weights.items():
         if name.startswith("mtp."):
             inner = name.removeprefix("mtp.").removeprefix("layer.")
             module, _, kind = inner.rpartition(".")
-            name = f"{behind}.{_OWN_NAMES.get(module, module)}.{kind}"
+            name = f"{behind}.{published.get(module, module)}.{kind}"
         if ".switch_mlp." in name:
             for expert in range(array.shape[0]):
                 yield name.replace("switch_mlp", f"experts.{expert}"), array[expert]
@@ -72,8 +76,9 @@ def _in_layout_of_makers(weights, config):
             yield heads.format("kv_b_proj"), both.reshape(-1, both.shape[-1])
         elif not name.endswith("unembed_out.weight"):
             yield name, array
-    yield f"{behind}.embed_tokens.weight", weights["model.embed_tokens.weight"]
-    yield f"{behind}.shared_head.head.weight", weights["lm_head.weight"]
+    if config["model_type"] != "mimo":
+        yield f"{behind}.embed_tokens.weight", weights["model.embed_tokens.weight"]
+        yield f"{behind}.shared_head.head.weight", weights["lm_head.weight"]
 
 
 def _key(heads, name, config):

@@ -31,7 +31,7 @@ _LEFT_OUT = re.compile(
     r"(?:^|\.)(?:vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|mm_projector|"
     r"audio_tower|embed_vision|embed_audio|mtp)\."
 )
-_IN_LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<name>.+)")
+_IN_LAYER = re.compile(r"model\.(?P<is_own>mtp_)?layers\.(?P<number>\d+)\.(?P<name>.+)")
 _HEADS_KEY = "num_nextn_predict_layers"
 
 
@@ -82,12 +82,13 @@ def states_head(config: Mapping[str, Any]) -> bool:
 def place_in_head(name: str, num_layers: object) -> tuple[int, str] | None:
     """Which head a checkpoint's weight belongs to, and its name there; None of any other weight.
 
-    Heads are layers behind the model's own. num_layers: of these.
+    Heads are layers behind the model's own, or have numbers of their own. num_layers: of the model.
     """
     match = _IN_LAYER.fullmatch(name)
-    if match is None or not isinstance(num_layers, int) or (number := int(match["number"])) < num_layers:
+    if match is None or not isinstance(num_layers, int):
         return None
-    return number - num_layers, match["name"]
+    number = int(match["number"]) - (0 if match["is_own"] else num_layers)
+    return (number, match["name"]) if number >= 0 else None
 
 
 def has_head(config: Mapping[str, Any], files: Iterable[Path]) -> bool:

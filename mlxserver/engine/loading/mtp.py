@@ -1,9 +1,9 @@
 """Multi-token prediction (MTP): a head that the makers have trained with a model, which predicts the token after next.
 
-DeepSeek-V3 (arXiv:2412.19437, section 2.2), and GLM-4.5 likewise: behind token t of a sequence, whose hidden state the
-model has, the embedding of token t + 1 and that hidden state, each normalised, are projected to one vector; one more
-layer of the model's own kind and a norm make a hidden state of it, of which the model's own head makes the logits of
-token t + 2. That hidden state, with the embedding of that token, predicts the one behind it in the same way.
+DeepSeek-V3 (arXiv:2412.19437, section 2.2), and GLM-4.5 and MiMo likewise: behind token t of a sequence, whose hidden
+state the model has, the embedding of token t + 1 and that hidden state, each normalised, are projected to one vector;
+one more layer of the model's own kind and a norm make a hidden state of it, of which the model's own head makes the
+logits of token t + 2. That hidden state, with the embedding of that token, predicts the one behind it in the same way.
 
 mlx-lm leaves the weights of such heads out. Here a model keeps its own as a part of it: its KV cache has two more
 layers, that of the head, in which token t + 1 has the place t + 1, and the hidden states themselves
@@ -18,12 +18,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from mlxserver.engine.mlx import mx, nn
 
 from mlx.utils import tree_flatten
-from mlx_lm.models import deepseek_v3, glm4_moe
+from mlx_lm.models import deepseek_v3, glm4_moe, glm4_moe_lite, mimo
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
@@ -40,29 +41,56 @@ ModelClasses = tuple[type[nn.Module], type[Any]]
 
 LAYERS = 2  # of the KV cache: the head's own, and the hidden states
 _HEAD = "mtp"  # the name of the head in the model
-_LAYERS_OF = {glm4_moe.Model: glm4_moe.DecoderLayer, deepseek_v3.Model: deepseek_v3.DeepseekV3DecoderLayer}
-# What a checkpoint has in the layer behind the last one, beside that layer's own weights.
-_NAMES = {"enorm": "embedding_norm", "hnorm": "hidden_norm", "eh_proj": "projection", "shared_head.norm": "norm"}
 _QUANTIZED_PARTS = ("scales", "biases", "global_scale")
 _SHARED = ("embed_tokens.", "shared_head.head.")  # copies of the model's own
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a kind of model's heads consist of. make_layer: the layer of one, from the model's arguments. names: of what
+    else it has, in a checkpoint and here. is_hidden_first: of the two vectors that are projected.
+    """
+
+    make_layer: Callable[[Any], nn.Module]
+    names: Mapping[str, str]
+    is_hidden_first: bool = False
+
+
+_NAMES = {"enorm": "embedding_norm", "hnorm": "hidden_norm", "eh_proj": "projection", "shared_head.norm": "norm"}
+_MIMO_NAMES = {
+    "token_layernorm": "embedding_norm",
+    "hidden_layernorm": "hidden_norm",
+    "input_proj": "projection",
+    "final_layernorm": "norm",
+}
+LAYOUTS = {  # by the class of the model
+    deepseek_v3.Model: Layout(lambda args: deepseek_v3.DeepseekV3DecoderLayer(args, args.num_hidden_layers), _NAMES),
+    glm4_moe.Model: Layout(lambda args: glm4_moe.DecoderLayer(args, args.num_hidden_layers), _NAMES),
+    glm4_moe_lite.Model: Layout(
+        lambda args: glm4_moe_lite.Glm4MoeLiteDecoderLayer(args, args.num_hidden_layers), _NAMES
+    ),
+    mimo.Model: Layout(mimo.TransformerBlock, _MIMO_NAMES, is_hidden_first=True),
+}
 
 
 class Head(nn.Module):  # type: ignore[misc]
     """A head: two norms, a projection, a layer, a norm. args: of the model, as mlx-lm has them."""
 
-    def __init__(self, args: Any, layer: nn.Module) -> None:
+    def __init__(self, args: Any, layout: Layout) -> None:
         super().__init__()
+        self._is_hidden_first = layout.is_hidden_first
         dim = args.hidden_size
         self.embedding_norm = nn.RMSNorm(dim, eps=args.rms_norm_eps)
         self.hidden_norm = nn.RMSNorm(dim, eps=args.rms_norm_eps)
         self.projection = nn.Linear(2 * dim, dim, bias=False)
-        self.layer = layer
+        self.layer = layout.make_layer(args)
         self.norm = nn.RMSNorm(dim, eps=args.rms_norm_eps)
 
     def __call__(self, embeddings: mx.array, hidden: mx.array, mask: Any, cache: Any) -> mx.array:
         """Hidden states behind tokens. embeddings: of the tokens; hidden: of those before them; [rows, tokens, dim]."""
-        both = mx.concatenate([self.embedding_norm(embeddings), self.hidden_norm(hidden)], axis=-1)
-        return cast(mx.array, self.norm(self.layer(self.projection(both), mask, cache)))
+        both = [self.embedding_norm(embeddings), self.hidden_norm(hidden)]
+        projected = self.projection(mx.concatenate(both[::-1] if self._is_hidden_first else both, axis=-1))
+        return cast(mx.array, self.norm(self.layer(projected, mask, cache)))
 
 
 def is_wanted(spec: ModelSpec, policy: ExecutionPolicy) -> bool:
@@ -84,7 +112,7 @@ def drop_head(model: Any) -> None:
 
 def head_bytes(model: Any) -> int:
     """Bytes of the weights that a pass of a model's head reads: its own, and those that make logits."""
-    modules = (model[_HEAD], model.lm_head)
+    modules = (model[_HEAD], model.lm_head if "lm_head" in model else model.model.embed_tokens)
     return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
 
 
@@ -95,7 +123,11 @@ def predict(model: Any, tokens: mx.array, hidden: mx.array, cache: Any) -> tuple
     """
     embeddings = model.model.embed_tokens(tokens[:, None])
     behind = model[_HEAD](embeddings, hidden, cache.make_mask(1), cache)
-    return mx.argmax(model.lm_head(behind)[:, -1], axis=-1).astype(mx.uint32), behind
+    return mx.argmax(_logits(model, behind)[:, -1], axis=-1).astype(mx.uint32), behind
+
+
+def _logits(model: Any, hidden: mx.array) -> mx.array:
+    return cast(mx.array, model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden))
 
 
 def classes_with_head(config: dict[str, Any]) -> ModelClasses:
@@ -113,16 +145,14 @@ def classes_without_head(config: dict[str, Any]) -> ModelClasses:
 def _classes(config: dict[str, Any], *, is_kept: bool) -> ModelClasses:
     model_class: Any
     model_class, arguments = model_classes(config)
-    layer_class: Any = next((own for base, own in _LAYERS_OF.items() if issubclass(model_class, base)), None)
-    if layer_class is None or not states_head(config):
+    layout = next((own for base, own in LAYOUTS.items() if issubclass(model_class, base)), None)
+    if layout is None or not states_head(config):
         return model_class, arguments
-    return _with_head(model_class, layer_class, is_kept), arguments
+    return _with_head(model_class, layout, is_kept), arguments
 
 
 @functools.cache
-def _with_head(
-    model_class: type[nn.Module], layer_class: Callable[[Any, int], nn.Module], is_kept: bool
-) -> type[nn.Module]:
+def _with_head(model_class: type[nn.Module], layout: Layout, is_kept: bool) -> type[nn.Module]:
     """A subclass that keeps its head, or leaves it out."""
     base: Any = model_class
 
@@ -130,7 +160,7 @@ def _with_head(
         def __init__(self, args: Any) -> None:
             super().__init__(args)
             if is_kept:
-                self[_HEAD] = Head(args, layer_class(args, args.num_hidden_layers))
+                self[_HEAD] = Head(args, layout)
 
         def make_cache(self) -> Cache:
             return [KVCache() for _ in range(len(self.layers) + (LAYERS if has_head(self) else 0))]
@@ -143,13 +173,13 @@ def _with_head(
             # Or else a step would leave to later ones what its logits do not need, with all that it is computed from.
             written = [array for layer in cache[-LAYERS:] for array in hidden_states.arrays(layer)]
             (hidden,) = mx.depends([hidden], written)
-            return cast(mx.array, self.lm_head(hidden))
+            return _logits(self, hidden)
 
         def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
             own, of_head = _divided(weights, self.args.num_hidden_layers)
             sanitized: dict[str, mx.array] = super().sanitize(own)
             if has_head(self):
-                sanitized |= _fitting(self, _head_weights(super().sanitize, of_head))
+                sanitized |= _fitting(self, _head_weights(super().sanitize, of_head, layout.names))
             return sanitized
 
     WithHead.__module__, WithHead.__qualname__ = model_class.__module__, model_class.__qualname__
@@ -181,14 +211,16 @@ def _divided(weights: Mapping[str, mx.array], num_layers: int) -> tuple[dict[str
     return own, of_head
 
 
-def _head_weights(sanitize: Any, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The weights of a head by their names in the model. sanitize: the model's own, which knows its layers."""
+def _head_weights(sanitize: Any, weights: Mapping[str, mx.array], names: Mapping[str, str]) -> dict[str, mx.array]:
+    """The weights of a head by their names in the model. sanitize: the model's own, which knows its layers. names: as
+    those of a Layout.
+    """
     prefix = "model.layers.0."
     named = {}
     for name, array in sanitize({prefix + name: array for name, array in weights.items()}).items():
         inner = name.removeprefix(prefix)
         layer, _, kind = inner.rpartition(".")
-        named[f"{_HEAD}.{_NAMES[layer]}.{kind}" if layer in _NAMES else f"{_HEAD}.layer.{inner}"] = array
+        named[f"{_HEAD}.{names[layer]}.{kind}" if layer in names else f"{_HEAD}.layer.{inner}"] = array
     return named
 
 
