@@ -29,6 +29,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.errors import one_line
 from mlxserver.engine.kv_cache import hidden_states
 from mlxserver.engine.kv_cache.caches import Cache
 from mlxserver.engine.loading.metadata import place_in_head, states_head
@@ -176,10 +177,11 @@ def _with_head(model_class: type[nn.Module], layout: Layout, is_kept: bool) -> t
             return _logits(self, hidden)
 
         def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+            sanitize: Any = super().sanitize
             own, of_head = _divided(weights, self.args.num_hidden_layers)
-            sanitized: dict[str, mx.array] = super().sanitize(own)
+            sanitized: dict[str, mx.array] = sanitize(own)
             if has_head(self):
-                sanitized |= _fitting(self, _head_weights(super().sanitize, of_head, layout.names))
+                sanitized |= _fitting(self, lambda: _head_weights(sanitize, of_head, layout.names))
             return sanitized
 
     WithHead.__module__, WithHead.__qualname__ = model_class.__module__, model_class.__qualname__
@@ -224,10 +226,16 @@ def _head_weights(sanitize: Any, weights: Mapping[str, mx.array], names: Mapping
     return named
 
 
-def _fitting(model: Any, weights: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+def _fitting(model: Any, read: Callable[[], Mapping[str, mx.array]]) -> Mapping[str, mx.array]:
     """The weights of a head, if they are what the model's head expects; else none, and the model loses its head."""
     expected = {f"{_HEAD}.{name}": array.shape for name, array in tree_flatten(model[_HEAD].parameters())}
-    if problem := _problem(weights, expected) if weights else "it is not in the checkpoint":
+    weights: Mapping[str, mx.array] = {}
+    try:
+        weights = read()
+        problem = _problem(weights, expected) if weights else "it is not in the checkpoint"
+    except Exception as error:  # of any kind: it is foreign code, given what it may not know
+        problem = one_line(error)
+    if problem:
         log.debug("no multi-token prediction head: %s", problem)
         drop_head(model)
         return {}

@@ -53,14 +53,14 @@ class MtpDrafter:
 
 
 def make_mtp_drafter(model: Any, target: SlotCache, policy: ExecutionPolicy) -> MtpDrafter | None:
-    """The drafter of a model with a head; None without one, or where its passes can't be built."""
+    """The drafter of a model with a head; None without one, or where its passes can't be computed."""
     if not mtp.has_head(model):
         return None
     try:
         trial = SlotCache(model, replace(policy, compile_steps=False))
         trial.join([caches.new_cache(model)] * 2)
         trial.make_room(2)
-        trial.draft(mx.zeros((2,), dtype=mx.uint32), 1, functools.partial(mtp.predict, model))  # nothing is computed
+        mx.eval(trial.draft(mx.zeros((2,), dtype=mx.uint32), 1, functools.partial(mtp.predict, model)))
     except Exception:  # of any kind: it is foreign code, given what it may not know
         log.info("its multi-token prediction head drafts nothing", exc_info=True)
         return None
