@@ -201,7 +201,7 @@ def test_a_model_whose_head_is_not_whole_is_loaded_without_it(tmp_path, caplog, 
         ("DEBUG", f"no multi-token prediction head: {reason}")
     ]
     assert scheduler(own).execution.draft is None
-    assert run(own, sequence(1, prompt(20), GREEDY, 10))
+    assert run(own, sequence(1, prompt(5), GREEDY, 2))
 
 
 @pytest.mark.parametrize("has_quantized_head", [True, False])
@@ -386,7 +386,7 @@ class Recorder:
         drafter.draft = recording
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["glm", "deepseek"])
 def test_drafts_do_not_depend_on_chunks_prefixes_and_neighbours(load, kind):
     own = load(kind)
     prompts = [prompt(200, 1), (*prompt(200, 1)[:157], *prompt(30, 2)), prompt(60, 3)]
@@ -429,9 +429,11 @@ def test_a_prefix_from_disk_has_what_the_head_needs(load, tmp_path):
 # What is generated
 
 
-@pytest.mark.parametrize("policy", [CPU, BUCKETED], ids=["slots", "bucketed"])
-@pytest.mark.parametrize("is_right", [True, False], ids=["right", "random"])
-@pytest.mark.parametrize("kind", CONFIGS)
+SLOTS = [(kind, False, CPU) for kind in CONFIGS] + [("glm", True, CPU)]
+OTHERS = [("glm", False, BUCKETED), ("deepseek", True, BUCKETED)]
+
+
+@pytest.mark.parametrize(("kind", "is_right", "policy"), SLOTS + OTHERS)
 def test_tokens_are_the_same_with_the_head_and_without(load, answered, kind, is_right, policy):
     own, metrics = load(kind, is_right), ModelMetrics("")
     tokens = run(own, *asked(), policy=policy, metrics=metrics)
@@ -441,7 +443,7 @@ def test_tokens_are_the_same_with_the_head_and_without(load, answered, kind, is_
     assert metrics.accepted_tokens > 60 or not is_right
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["glm", "mimo"])
 def test_a_head_that_is_always_right_saves_three_steps_of_four(load, kind):
     metrics, without = ModelMetrics(""), ModelMetrics("")
     own = load(kind, is_right=True)
