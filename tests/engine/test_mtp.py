@@ -23,7 +23,9 @@ from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU, CUDA
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.scheduler.chunks import make_prefill_strategy
 from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter
+from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation_controller import DraftingRow, EitherRow, Plan, SpeculationController
 from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
@@ -406,6 +408,25 @@ def test_drafts_do_not_depend_on_chunks_prefixes_and_neighbours(load, kind):
     shared = recorder.drafts.keys() & alone.keys()
     assert len(shared) > 20
     assert {known: recorder.drafts[known] for known in shared} == {known: alone[known] for known in shared}
+
+
+@pytest.mark.parametrize("policy", [CPU, BUCKETED], ids=["padded", "bucketed"])
+def test_prompts_that_share_chunks_have_the_kv_cache_that_they_have_alone(load, policy):
+    own = load()
+    strategy = make_prefill_strategy(own.model, policy)
+    prompts = [PendingPrompt([sequence(n, prompt(length, n))], 0.0) for n, length in enumerate((40, 3, 90))]
+    for pending in prompts:
+        pending.cache = caches.new_cache(own.model)
+    while waiting := [pending for pending in prompts if pending.remaining]:
+        strategy.run(strategy.choose(waiting, 60))
+    for pending in prompts:
+        alone = caches.new_cache(own.model)
+        own.model(mx.array([pending.tokens[:-1]]), cache=alone)
+        count = len(pending.tokens) - 1
+        for layer, expected in zip(pending.cache[3:], alone[3:], strict=True):
+            assert layer.offset == expected.offset == count
+            for got, wanted in ((layer.keys, expected.keys), (layer.values, expected.values)):
+                assert mx.allclose(got[:, :, 1:count], wanted[:, :, 1:count], atol=1e-4)
 
 
 def test_a_prefix_from_disk_has_what_the_head_needs(load, tmp_path):

@@ -1,4 +1,4 @@
-"""Hidden states kept as keys and values: those of each token's last layer, halves of them as a cache of one head.
+"""Hidden states of tokens, behind a model's last norm, kept as keys and values: half of each in a cache of one head.
 
 A head that predicts more tokens (loading/mtp.py) begins with the hidden state of the token before. In a layer of the
 KV cache the states follow their tokens wherever those go, into slots, prefixes and files, and leave with them.
