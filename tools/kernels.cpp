@@ -100,22 +100,36 @@ void in_two(const Task& task, Kernel<Task> kernel) {
   kernel(task, middle, task.items());
 }
 
+// The rows as columns, as products have them for more than one vector of rows.
+Values columns_of(const Values& x, int64_t rows, int64_t inputs) {
+  const int64_t vectors = vectors_of(rows, LANES);
+  Values columns(vectors > 1 ? vectors * inputs * LANES : 0);
+  if (vectors > 1) in_two(Columns{x.data(), columns.data(), rows, inputs, vectors, LANES}, KERNEL(columns));
+  return columns;
+}
+
+Product product_of(const Values& x, const Values& columns, const float* bias, float* out, int64_t rows, int64_t inputs,
+                   int64_t outputs) {
+  return {x.data(), columns.empty() ? nullptr : columns.data(), bias, out, rows, inputs, outputs};
+}
+
 void check_dense() {
   Comparison comparison("dense");
-  for (int64_t rows : {1, 2, 3, 4, 5, 7, 13, 64, 65})
+  for (int64_t rows : {1, 2, 3, 4, 5, 7, 13, 21, 64, 65, 130})
     for (int64_t inputs : {1, 3, 16, 37, 576, 1537, 3100})
       for (int64_t outputs : {1, 5, 33, 70})
         for (int type : {0, 1, 2})
           for (bool is_biased : {false, true}) {
             if (rows * inputs * outputs > 4000000) continue;
             const Values x = random_values(rows * inputs), bias = random_values(outputs);
+            const Values columns = columns_of(x, rows, inputs);
             const Typed weight = typed(random_values(outputs * inputs), type);
             const float scale = std::sqrt(float(inputs));
             comparison.add(
                 rows * outputs,
                 [&](float* out) {
-                  in_two(Dense{x.data(), weight.bytes.data(), is_biased ? bias.data() : nullptr, out, rows, inputs,
-                               outputs, type},
+                  const float* added = is_biased ? bias.data() : nullptr;
+                  in_two(Dense{product_of(x, columns, added, out, rows, inputs, outputs), weight.bytes.data(), type},
                          KERNEL(dense));
                   for (int64_t i = 0; i < rows * outputs; i++) out[i] /= scale;
                 },
@@ -136,7 +150,7 @@ void check_quantized() {
           for (int64_t outputs : {1, 5, 33, 70})
             for (int type : {0, 1, 2}) {
               const int64_t inputs = groups * group, words = inputs * bits / 32;
-              const Values x = random_values(rows * inputs);
+              const Values x = random_values(rows * inputs), columns = columns_of(x, rows, inputs);
               std::vector<uint32_t> packed(outputs * words);
               for (uint32_t& word : packed) word = generator();
               const Typed scales = typed(random_values(outputs * groups), type);
@@ -150,8 +164,8 @@ void check_quantized() {
               comparison.add(
                   rows * outputs,
                   [&](float* out) {
-                    in_two(Quantized{x.data(), packed.data(), scales.bytes.data(), biases.bytes.data(), out, rows,
-                                     inputs, outputs, bits, group, type},
+                    in_two(Quantized{product_of(x, columns, nullptr, out, rows, inputs, outputs), packed.data(),
+                                     scales.bytes.data(), biases.bytes.data(), bits, group, type},
                            KERNEL(quantized));
                     for (int64_t i = 0; i < rows * outputs; i++) out[i] /= scale;
                   },
