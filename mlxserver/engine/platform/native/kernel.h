@@ -19,18 +19,33 @@ struct Quantized {
   static constexpr int64_t TOGETHER = 32;
 };
 
+// Vectors of rows that are multiplied as columns. A rest that fills less than half a vector is not.
+inline int64_t vectors_of(int64_t rows, int64_t lanes) { return rows / lanes + (2 * (rows % lanes) > lanes); }
+
 // Product of float32 rows with weights as they are.
 struct Dense {
-  const float* x;      // [rows, inputs]
-  const void* weight;  // [outputs, inputs]
-  const float* bias;   // [outputs], or null
-  float* out;          // [rows, outputs]
+  const float* x;        // [rows, inputs]
+  const float* columns;  // [vectors, inputs, lanes], the same rows; null for few rows
+  const void* weight;    // [outputs, inputs]
+  const float* bias;     // [outputs], or null
+  float* out;            // [rows, outputs]
   int64_t rows, inputs, outputs;
-  int type;            // of the weights: as above
+  int type;              // of the weights: as above
 
   int64_t items() const { return outputs; }
   int64_t work() const { return rows * inputs; }
-  static constexpr int64_t TOGETHER = 32;
+  static constexpr int64_t TOGETHER = 48;
+};
+
+// Columns of rows: of as many at a time as a vector has lanes, each input's values lie beside each other.
+struct Columns {
+  const float* x;  // [rows, inputs]
+  float* out;      // [vectors, inputs, lanes]
+  int64_t rows, inputs, vectors, lanes;
+
+  int64_t items() const { return vectors; }
+  int64_t work() const { return lanes * inputs; }
+  static constexpr int64_t TOGETHER = 1;
 };
 
 // RMS norm.
@@ -96,6 +111,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
 #define KERNELS(LEVEL)                                        \
   void quantized_##LEVEL(const Quantized&, int64_t, int64_t) noexcept; \
   void dense_##LEVEL(const Dense&, int64_t, int64_t) noexcept;         \
+  void columns_##LEVEL(const Columns&, int64_t, int64_t) noexcept;     \
   void norm_##LEVEL(const Norm&, int64_t, int64_t) noexcept;           \
   void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
   void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \

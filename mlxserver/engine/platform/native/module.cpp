@@ -11,8 +11,11 @@
 
 namespace {
 
-#define LEVEL(TITLE, NAME) \
-  { TITLE, quantized_##NAME, dense_##NAME, norm_##NAME, gate_##NAME, rotation_##NAME, attention_##NAME }
+#define LEVEL(TITLE, LANES, NAME)                                                                          \
+  {                                                                                                        \
+    TITLE, LANES, quantized_##NAME, dense_##NAME, columns_##NAME, norm_##NAME, gate_##NAME, rotation_##NAME, \
+        attention_##NAME                                                                                   \
+  }
 
 // An array's elements in the order of its rows, whatever its strides are.
 void copy_rows(const mx::array& from, float* out) {
@@ -37,14 +40,14 @@ std::vector<Level> found() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    found.push_back(LEVEL("avx512", avx512));
+    found.push_back(LEVEL("avx512", 16, avx512));
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
-    found.push_back(LEVEL("avx2", avx2));
-  found.push_back(LEVEL("sse2", portable));
+    found.push_back(LEVEL("avx2", 8, avx2));
+  found.push_back(LEVEL("sse2", 4, portable));
 #elif defined(__aarch64__)
-  found.push_back(LEVEL("neon", portable));
+  found.push_back(LEVEL("neon", 4, portable));
 #else
-  found.push_back(LEVEL("portable", portable));
+  found.push_back(LEVEL("portable", 4, portable));
 #endif
   return found;
 }

@@ -23,8 +23,10 @@ namespace nb = nanobind;
 // Kernels of an instruction set.
 struct Level {
   const char* name;
+  int lanes;
   Kernel<Quantized> quantized;
   Kernel<Dense> dense;
+  Kernel<Columns> columns;
   Kernel<Norm> norm;
   Kernel<Gate> gate;
   Kernel<Rotation> rotation;

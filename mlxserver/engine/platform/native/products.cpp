@@ -42,7 +42,7 @@ class QuantizedProduct : public Operation<Quantized> {
 
 class DenseProduct : public Operation<Dense> {
  public:
-  using Operation::Operation;
+  explicit DenseProduct(const Level& level) : Operation(level.dense), columns_(level.columns), lanes_(level.lanes) {}
 
   const char* name() const override { return "DenseProduct"; }
 
@@ -52,8 +52,25 @@ class DenseProduct : public Operation<Dense> {
     const mx::array& weight = inputs[1];
     const float* bias = inputs.size() > 2 ? inputs[2].data<float>() : nullptr;
     const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width, outputs = weight.shape(0);
-    return {x.data<float>(), weight.data<void>(), bias, out.data<float>(), rows, width, outputs, type_of(weight)};
+    return {x.data<float>(),  columns(x, rows, width, encoder), weight.data<void>(), bias,
+            out.data<float>(), rows, width, outputs, type_of(weight)};
   }
+
+ private:
+  // The rows as columns, if they are more than one vector.
+  const float* columns(const mx::array& x, int64_t rows, int64_t width, mx::cpu::CommandEncoder& encoder) const {
+    const int64_t vectors = vectors_of(rows, lanes_);
+    if (vectors < 2) return nullptr;
+    mx::array columns({int(vectors), int(width), int(lanes_)}, mx::float32, nullptr, {});
+    columns.set_data(mx::allocator::malloc(columns.nbytes()));
+    encoder.add_temporary(columns);
+    const Columns task{x.data<float>(), columns.data<float>(), rows, width, vectors, lanes_};
+    encoder.dispatch([task, kernel = columns_] { compute(task, kernel); });
+    return columns.data<float>();
+  }
+
+  Kernel<Columns> columns_;
+  int64_t lanes_;
 };
 
 mx::array product(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
@@ -86,7 +103,7 @@ mx::array dense(const mx::array& x, const mx::array& weight, const std::optional
   if (!x.size()) return mx::zeros(shape, mx::float32, cpu());
   std::vector<mx::array> arrays{mx::astype(x, mx::float32, cpu()), in_order(weight)};
   if (bias) arrays.push_back(in_order(mx::astype(*bias, mx::float32, cpu())));
-  return mx::array(shape, mx::float32, std::make_shared<DenseProduct>(level(name).dense), arrays);
+  return mx::array(shape, mx::float32, std::make_shared<DenseProduct>(level(name)), arrays);
 }
 
 }  // namespace
