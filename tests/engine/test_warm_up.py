@@ -4,8 +4,6 @@ import asyncio
 import threading
 from contextlib import asynccontextmanager
 
-from mlxserver.engine.mlx import mx
-
 import pytest
 
 from mlxserver.config.settings import ModelSpec
@@ -23,14 +21,6 @@ from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.scripted_engine import DEADLINE, ScriptedRunner, read, request, within_deadline
 from tools.harness.models import tiny_llama
-
-
-@pytest.fixture
-def without_compilation():
-    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def warmed(policy, longest, name="llama", most_tokens=None, **fields):

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.support.requests import send_plain
+from tests.support.servers import assert_clean, clean_server
 from tools.harness.running_server import DEADLINE, chat_body, eventually, run_server, running_server
 
 HELLO = "Hello there, and hello there again."
@@ -49,16 +50,8 @@ def config(tmp_path_factory, scripted_path, tiny_llama_path, broken_path):
 @pytest.fixture(scope="module")
 def server(config):
     """One server for all tests here; it ends as cleanly as any."""
-    with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
+    with clean_server("--no-defaults", "--config", str(config)) as server:
         yield server
-        ended = server.stop(signal.SIGTERM)
-        assert_clean(ended)
-
-
-def assert_clean(ended):
-    assert ended.status == 0, ended.stderr
-    for sign_of_trouble in ("Traceback", "terminate called", "never retrieved", "never awaited"):
-        assert sign_of_trouble not in ended.stderr, ended.stderr
 
 
 def assert_answers(server):
