@@ -10,6 +10,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+import mlx_api_server
 from tools.harness.running_server import ROOT, run_server, running_server
 
 COMMAND = [sys.executable, str(ROOT / "mlx_api_server.py")]
@@ -97,16 +98,19 @@ def test_another_program_on_the_port_is_named_even_if_it_answers_nothing():
         assert "pid " in ended.stderr
 
 
-def test_the_settings_that_config_prints_are_those_it_was_given(tmp_path):
+def test_the_settings_that_config_prints_are_those_it_was_given(tmp_path, monkeypatch, capsys):
+    def printed(*arguments):
+        """What the command prints in this process, which has imported all of it already, and its exit status."""
+        monkeypatch.setattr(sys, "argv", [COMMAND[1], "config", *arguments])
+        status = mlx_api_server.main()
+        return capsys.readouterr().out, status
+
     arguments = ["--port", "9000", "--model", "qwen=org/name,context_length=65536,pin=true"]
     first = subprocess.run([*COMMAND, "config", *arguments], capture_output=True, text=True, check=True)
     path = tmp_path / "models.toml"
     path.write_text(first.stdout)
-    again = subprocess.run([*COMMAND, "config", "--config", str(path)], capture_output=True, text=True, check=True)
-    assert first.stdout == again.stdout
+    assert printed("--config", str(path)) == (first.stdout, 0)
     assert '[models.qwen]\nsource = "org/name"\ncontext_length = 65536\npin = true' in first.stdout
-    listed = subprocess.run([*COMMAND, "config", "--json", *arguments], capture_output=True, text=True, check=True)
-    settings = json.loads(listed.stdout, parse_constant=pytest.fail)
+    settings = json.loads(printed("--json", *arguments)[0], parse_constant=pytest.fail)
     assert (settings["port"], settings["ttl"], settings["models"]["qwen"]["pin"]) == (9000, None, True)
-    wrong = subprocess.run([*COMMAND, "config", "--port", "x"], capture_output=True, text=True, check=False)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert printed("--port", "x") == ("", 2)
