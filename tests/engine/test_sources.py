@@ -8,14 +8,18 @@ from pathlib import Path
 
 from mlxserver.engine.mlx import mx
 
+import gguf as gguf_package
+import numpy as np
 import pytest
+from gguf2mlx.quantize import gguf_codes as codes
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mlxserver.config.errors import abbreviate
 from mlxserver.engine.errors import SourceInvalid
-from mlxserver.engine.loading import gguf, sources
+from mlxserver.engine.loading import gguf, gguf_conversion, sources
+from mlxserver.engine.loading.gguf_reader import Reader
 from mlxserver.engine.loading.sources import GgufFile, MlxDirectory, Repository
 from mlxserver.engine.platform.policy import WeightPolicy
 from tests.support.hub import serving_hub
@@ -130,7 +134,8 @@ def test_a_gguf_file_is_converted_once(tiny_gguf, cache):
     first = sources.resolve(str(tiny_gguf), progress=lambda *report: reports.append(report))
     converted_at = first.stat().st_mtime_ns
     assert first.parent == cache
-    assert reports[-1][0] == "converting"
+    assert {stage for stage, *_ in reports} == {"converting"}
+    assert reports[0][1:] == (0, 0)
     assert reports[-1][1] == reports[-1][2] > 0
     reports.clear()
     assert sources.resolve(str(tiny_gguf), progress=lambda *report: reports.append(report)) == first
@@ -146,6 +151,43 @@ def test_a_gguf_file_is_converted_to_the_format_of_the_policy(tiny_gguf, cache):
     halves = {WeightPolicy.STORED: {mx.float16}, WeightPolicy.BFLOAT16: {mx.float16}}
     assert types == {**halves, WeightPolicy.FLOAT32: {mx.float32}, WeightPolicy.QUANTIZED: {mx.float32}}
     assert len(list(cache.glob("tiny-*/config.json"))) == 3
+
+
+def test_a_conversion_that_keeps_blocks_reports_its_progress(tmp_path, cache):
+    path, reports = write_tiny_gguf(tmp_path / "tiny.gguf", types=("Q4_0",)), []
+    sources.resolve(str(path), progress=lambda *report: reports.append(report), weights=WeightPolicy.QUANTIZED)
+    assert reports[0] == ("converting", 0, 0)
+    assert reports[-1] == ("converting", 20, 20)
+
+
+def test_a_gguf_file_is_read_as_by_gguf_itself(tmp_path):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", types=("Q4_0", "F16"))
+    own, theirs = Reader(path), gguf_package.GGUFReader(path)
+    assert {name: field.contents() for name, field in own.fields.items()} == {
+        name: field.contents() for name, field in theirs.fields.items()
+    }
+    for name, field in own.fields.items():
+        assert (field.types, field.data, len(field.parts)) == (
+            theirs.fields[name].types,
+            theirs.fields[name].data,
+            len(theirs.fields[name].parts),
+        )
+        assert all(field.contents(n) == theirs.fields[name].contents(n) for n in (0, 1) if len(field.data) > 1)
+    for tensor, other in zip(own.tensors, theirs.tensors, strict=True):
+        assert (tensor.name, tensor.data_offset) == (other.name, other.data_offset)
+        assert np.array_equal(tensor.data, other.data)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_are_packed_and_decoded_as_by_the_converter(bits):
+    random = np.random.default_rng(0)
+    values = random.integers(0, 1 << bits, (5, 96), np.uint8)
+    scales, biases = random.normal(size=(2, 5, 3)).astype(np.float16)
+    packed = gguf_conversion.pack(values, bits)
+    assert np.array_equal(packed, codes.pack_codes(values, bits))
+    assert np.array_equal(gguf_conversion.unpack(packed, bits, 96), values)
+    expected = codes.affine_decode(packed, scales, biases, bits)
+    assert np.array_equal(gguf_conversion.decode(packed, scales, biases, bits), expected)
 
 
 def test_a_changed_gguf_file_is_converted_anew(tmp_path, cache):

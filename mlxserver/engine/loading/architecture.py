@@ -32,7 +32,7 @@ class Architecture:
     layers: values per token of each layer with a KV cache, and the most tokens that it keeps per sequence (0: all).
     sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
     arguments: those that mlx-lm's model was made with (metadata.model_arguments()). has_experts: some of its layers
-    choose among experts. in_layers: weights that are those of linear and embedding layers.
+    choose among experts. in_layers: weights that are those of linear and embedding layers and of experts.
     """
 
     weights: int

@@ -178,15 +178,14 @@ def _decoder_weights(
 ) -> tuple[int, int]:
     """The weights of a model that generates, and the same in 16 bits, or 0: see Estimate."""
     values, in_layers, stored = architecture.weights, architecture.in_layers, metadata.stored_bytes
-    has_experts = architecture.has_experts
     if vision:
         values, in_layers = values + vision.weights, in_layers + vision.in_layers
         stored += metadata.tower_bytes
     if spec.adapter:
         in_layers = 0  # those that it is added to become float32
     adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else adapter_bytes(spec)  # which is fused there
-    weights = weight_bytes(values, in_layers, stored, policy.weights, metadata.config, has_experts=has_experts)
-    may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or has_experts)
+    weights = weight_bytes(values, in_layers, stored, policy.weights, metadata.config)
+    may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
     widened = values * 2 + adapter if may_widen and has_fewer_bits(values, stored) else 0
     return weights + adapter, widened
 

@@ -32,13 +32,13 @@ from mlxserver.engine.platform.policy import WeightPolicy
 
 log = logging.getLogger("engine")
 
-# The converter and its options, the best format first.
+# What the converter (gguf_converter.py) is to do and its options, the best format first.
 _FLOAT32 = ("gguf2mlx", "--dtype", "float32")
 _PRESERVED = ("--dtype", "float16", "--quant-source", "preserve")
 _AS_STORED = (("gguf2mlx", *_PRESERVED), ("gguf2mlx", "--dtype", "float16"))
 FORMATS = {
     WeightPolicy.FLOAT32: (_FLOAT32,),
-    WeightPolicy.QUANTIZED: (("mlxserver.engine.loading.gguf_blocks", *_PRESERVED), _FLOAT32),
+    WeightPolicy.QUANTIZED: (("keep-blocks", *_PRESERVED), ("keep-blocks", "--dtype", "float32")),
     WeightPolicy.STORED: _AS_STORED,
     WeightPolicy.BFLOAT16: _AS_STORED,  # dequantized once they are loaded
 }
@@ -51,8 +51,9 @@ KEPT_BLOCKS: dict[WeightPolicy, dict[str, int]] = {
     WeightPolicy.BFLOAT16: _KEPT,
 }
 KEPT_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # of all others every block becomes floats
+HALVES = {"F16": 64, "BF16": 64}  # the same for weights of 16 bits, which the kernels of a CPU take of any architecture
 CORRECTIONS = 2  # counts up with what correct_tokenizer() changes
-TENSORS_DONE = re.compile(r"Converting:.*?(\d+)/(\d+)")
+TENSORS_DONE = re.compile(r"(?:Converting|Preserving):.*?(\d+)/(\d+)")
 
 
 def destination(gguf: Path, weights: WeightPolicy) -> Path:
@@ -62,11 +63,12 @@ def destination(gguf: Path, weights: WeightPolicy) -> Path:
 
 def checkpoint_metadata(source: str, gguf: Path, weights: WeightPolicy) -> CheckpointMetadata:
     """Metadata from a GGUF file's header. Raises SourceInvalid."""
-    from gguf import GGUFReader  # here, because most processes need neither of the two
-    from gguf2mlx.gguf2mlx import build_config, detect_architecture
+    from gguf2mlx.gguf2mlx import build_config, detect_architecture  # here, because most processes need neither of them
+
+    from mlxserver.engine.loading.gguf_reader import Reader
 
     try:
-        reader = GGUFReader(gguf)
+        reader = Reader(gguf)
         architecture = detect_architecture(reader)
         config = build_config(reader, architecture, "float32" if weights.computes_in_float32 else "float16")
     except Exception as error:  # a damaged header can make the reader raise anything
@@ -89,6 +91,7 @@ def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(_beside(target, ".lock")) as lock:
             if not target.is_dir():
+                progress("converting", 0, 0)
                 _remove_leftovers(target.parent)
                 _convert(gguf, target, FORMATS[weights], lock, progress)
     except (OSError, _ConverterFailed) as error:
@@ -99,6 +102,7 @@ def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable
 def converted_bytes(elements: Mapping[str, int], architecture: str, weights: WeightPolicy) -> int:
     """Bytes of a model after the conversion. elements: number of its weights by their type in the file."""
     kept = KEPT_BLOCKS[weights] if architecture in KEPT_ARCHITECTURES else {}
+    kept = kept | HALVES if weights is WeightPolicy.QUANTIZED else kept
     each = 4 if weights.computes_in_float32 else 2
     return sum(count * kept[name] // 32 if name in kept else count * each for name, count in elements.items())
 
@@ -171,13 +175,14 @@ def _run_converter(
     gguf: Path, output: Path, format: tuple[str, ...], lock: int, progress: Callable[[str, int, int], None]
 ) -> str | None:
     """Convert in a process of its own, which keeps its memory and output out of ours. Gives its error, or None."""
-    converter_module, *options = format
-    command = [sys.executable, "-m", converter_module, "--input", str(gguf), "--output", str(output), "--offline"]
+    form, *options = format
+    converter = [sys.executable, "-m", "mlxserver.engine.loading.gguf_converter", form]
+    command = [*converter, "--input", str(gguf), "--output", str(output), "--offline", *options]
     path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": path}
     last_lines: collections.deque[str] = collections.deque(maxlen=3)
     with subprocess.Popen(
-        [*command, *options],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -185,17 +190,17 @@ def _run_converter(
         errors="replace",
         env=environment,
         pass_fds=[lock],
-    ) as converter:
-        assert converter.stdout is not None
+    ) as process:
+        assert process.stdout is not None
         try:
-            for line in converter.stdout:  # a progress bar's carriage returns end lines, too
+            for line in process.stdout:  # a progress bar's carriage returns end lines, too
                 if tensors := TENSORS_DONE.search(line):
                     progress("converting", int(tensors[1]), int(tensors[2]))
                 elif line.strip():
                     last_lines.append(line.strip().removeprefix("❌ "))
         except BaseException:  # the load was aborted
-            converter.kill()
+            process.kill()
             raise
-    if converter.returncode == 0 and (output / "config.json").is_file():
+    if process.returncode == 0 and (output / "config.json").is_file():
         return None
-    return " / ".join(last_lines) or f"the converter ended with status {converter.returncode}"
+    return " / ".join(last_lines) or f"the converter ended with status {process.returncode}"

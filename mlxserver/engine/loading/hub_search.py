@@ -13,12 +13,15 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 from mlxserver.engine.errors import SearchFailed
 from mlxserver.engine.loading import hub
 from mlxserver.engine.loading.library.facts import RUNTIME_BYTES
-from mlxserver.engine.platform.policy import WeightPolicy, current
+from mlxserver.engine.loading.weight_bytes import weight_bytes
+from mlxserver.engine.platform.policy import current
 
 FILTER = "mlx"  # tag of the models that mlx-lm can load
 FIELDS = ["safetensors", "config", "downloads", "likes", "lastModified", "gated", "tags"]
 BITS = re.compile(r"(\d)-?bit", re.IGNORECASE)
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+GROUP_SIZE = 64  # of quantized weights by default
 PACKED = "U32"  # type of arrays that hold several quantized weights per item
 
 
@@ -67,9 +70,7 @@ def _model(info: Any) -> HubModel:
     counts: Mapping[str, int] = info.safetensors.parameters if info.safetensors else {}
     size = sum(count * ITEM_BYTES.get(kind, 1) for kind, count in counts.items()) or None
     weights = sum(count * 32 // bits if bits and kind == PACKED else count for kind, count in counts.items()) or None
-    format = current().weights
-    is_dequantized = format is WeightPolicy.FLOAT32 or (format is WeightPolicy.QUANTIZED and bits not in (None, 4, 8))
-    held = weights and weights * 4 if is_dequantized else size
+    held = weights and size and weight_bytes(weights, weights, size, current().weights, _config(config, counts, bits))
     return HubModel(
         info.id,
         info.downloads or 0,
@@ -82,6 +83,17 @@ def _model(info: Any) -> HubModel:
         size,
         held and held + RUNTIME_BYTES,
     )
+
+
+def _config(config: Mapping[str, Any], counts: Mapping[str, int], bits: int | None) -> dict[str, Any]:
+    """A config.json with the type and the quantization of the weights, as far as the hub states them."""
+    floats = {kind: count for kind, count in counts.items() if kind in TYPES}
+    stated = config.get("quantization_config") or config.get("quantization") or {}
+    format = {"group_size": GROUP_SIZE, **stated, "bits": bits}
+    return {
+        "torch_dtype": TYPES[max(floats, key=lambda kind: floats[kind])] if floats else None,
+        "quantization": format if bits else None,
+    }
 
 
 def _bits(id: str, config: Mapping[str, Any], tags: Any) -> int | None:

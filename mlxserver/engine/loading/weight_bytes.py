@@ -15,27 +15,16 @@ _TYPE_BYTES = {"float32": 4}  # of a value; every other type that checkpoints st
 _FEWER_BITS = 1.1  # times as large in 16 bits: weights that are stored in fewer
 
 
-def weight_bytes(
-    values: int,
-    in_layers: int,
-    stored: int,
-    weights: WeightPolicy,
-    config: Mapping[str, Any],
-    *,
-    has_experts: bool = False,
-) -> int:
+def weight_bytes(values: int, in_layers: int, stored: int, weights: WeightPolicy, config: Mapping[str, Any]) -> int:
     """Bytes of so many weights in their loaded format. stored: in their stored one. in_layers: see Architecture."""
     if weights is WeightPolicy.FLOAT32:
         return values * 4
     if weights is WeightPolicy.QUANTIZED:
-        formats = _quantization(config)
-        return _native_bytes(values, in_layers, stored, config, formats, has_experts=has_experts)
+        return _native_bytes(values, in_layers, stored, config)
     return values * 2 if weights is WeightPolicy.BFLOAT16 and has_fewer_bits(values, stored) else stored
 
 
-def _native_bytes(
-    values: int, in_layers: int, stored: int, config: Mapping[str, Any], formats: Sequence[Format], *, has_experts: bool
-) -> int:
+def _native_bytes(values: int, in_layers: int, stored: int, config: Mapping[str, Any]) -> int:
     """Bytes of so many weights where native kernels compute with those of layers, and the others are float32.
 
     How many are quantized follows from the stored size. Where some have other bits than most, it is an upper bound.
@@ -44,8 +33,8 @@ def _native_bytes(
     if width == 4:
         return min(stored, values * 4)
     floats: float = values
-    if formats:
-        if has_experts or not all(_has_kernel(part, formats[0]) for part in formats):
+    if formats := _quantization(config):
+        if not all(_has_kernel(part, formats[0]) for part in formats):
             return values * 4
         each = formats[0]["bits"] / 8 + 2 * width / formats[0]["group_size"]
         floats = max(0, stored - values * each) / (width - each)

@@ -1,5 +1,5 @@
-"""Attention for a Linux CPU, with the exponentials of cpu_kernels.py. Where the native kernels are built, attention of
-few tokens is one operation.
+"""Attention for a Linux CPU: one operation where the native kernels are built, or else products and the exponentials of
+cpu_kernels.py.
 
 Rule: arrays that are not plain float32 are left to MLX's function.
 """
@@ -18,6 +18,8 @@ from mlxserver.engine.platform.attention_memory import SCORES_AT_ONCE
 from mlxserver.engine.platform.cpu_kernels import FEW, exp_of_difference, once_per_step
 from mlxserver.engine.platform.native.extension import native
 
+_FEW = 16  # tokens of a sequence whose attention is faster without blocks of keys
+_MOST = 64  # tokens of a sequence whose attention is faster so if keys are too wide for blocks
 _MASKED = -1e30  # the score of a masked position
 
 
@@ -63,14 +65,24 @@ def attention(
 
 def _by_native_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array | None:
     """Attention in one operation; None where it has no kernel."""
-    length = q.shape[2]
-    if length > cpu_matmul.NATIVE_ROWS or not k.dtype == v.dtype == mx.float32 or not (kernels := native()):
+    kernels = native()
+    if kernels is None or not k.dtype == v.dtype == mx.float32:
         return None
-    is_causal = isinstance(mask, str)
-    hidden = None if mask is None or is_causal else _additive_of_step(mask, length, k.shape[2])
-    if hidden is not None and not (hidden.dtype == mx.float32 and _is_one(hidden, q, k)):
+    length, total = q.shape[2], k.shape[2]
+    hidden = _additive_of_step(mask, length, total) if isinstance(mask, mx.array) else None
+    if hidden is not None:
+        if hidden.dtype != mx.float32 or hidden.shape[-1] != total:
+            return None
+        hidden = hidden.reshape(*[1] * (4 - hidden.ndim), *hidden.shape)
+    attended: mx.array
+    if length >= _FEW and max(q.shape[3], v.shape[3]) <= kernels.MOST_DIM:
+        attended = kernels.attend_in_blocks(q, k, v, scale, hidden, isinstance(mask, str))
+        return attended
+    if length > _MOST or (hidden is not None and hidden.shape[1] > 1):
         return None
-    attended: mx.array = kernels.attend(q, k, v, scale, hidden, is_causal)
+    if hidden is not None:
+        hidden = mx.broadcast_to(hidden, (hidden.shape[0], 1, length, total))
+    attended = kernels.attend(q, k, v, scale, hidden, isinstance(mask, str))
     return attended
 
 
@@ -120,11 +132,6 @@ def _in_halves(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -
         mx.eval(parts[-1])
     halved: mx.array = mx.concatenate(parts, axis=axis)
     return halved
-
-
-def _is_one(mask: mx.array, q: mx.array, keys: mx.array) -> bool:
-    """Whether all heads of a sequence have the same mask, [batch, 1, L, T]."""
-    return mask.shape in [(batch, 1, q.shape[2], keys.shape[2]) for batch in (1, q.shape[0])]
 
 
 def _additive(mask: Any, length: int, total: int) -> mx.array:

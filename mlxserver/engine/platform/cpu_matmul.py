@@ -1,7 +1,8 @@
 """CPU matmul: a weight times few rows, or many keys times few queries, on a Linux CPU.
 
-Native kernels read a weight once and where it is, for any number of rows: on one core of an AMD EPYC (AVX2), whose most is
-98 GFLOP/s, one row 7, four 28, eight 57, from sixteen on 80 to 97, where OpenBLAS has 3, 14, 24, 39 and 81. Without them few rows are many small products:
+Native kernels read a weight once and where it is, for any number of rows. On one core of an AMD EPYC (AVX2), whose
+most is 98 GFLOP/s, one row has 7, four have 28, eight 57, and from sixteen on 80 to 97; with OpenBLAS it is 3, 14, 24,
+39 and 81. Without the kernels few rows are many small products:
 
 OpenBLAS copies a weight into another layout before it multiplies, however few rows there are. It does not for products
 that are small enough (its "small matrix" kernels, for CPUs with AVX-512), which use one core. A step of one row read
@@ -24,7 +25,6 @@ from mlxserver.engine.mlx import mx
 from mlxserver.engine.platform import openblas
 from mlxserver.engine.platform.native.extension import native
 
-NATIVE_ROWS = 64  # tokens of a sequence up to which native attention is the faster one
 MOST_ROWS = 8
 PIECE = 256  # tokens of keys or values in one small product
 _MANY = 8 * PIECE  # tokens from which on keys are better in pieces

@@ -8,17 +8,19 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mlxserver.config.settings import Kind
 from mlxserver.engine.loading import gguf, kinds, metadata, safetensors_header
 from mlxserver.engine.loading.library import gguf_header
+from mlxserver.engine.loading.weight_bytes import weight_bytes
 from mlxserver.engine.platform.policy import WeightPolicy, current
 
 Format = Literal["mlx", "gguf"]
 INDEX = "model.safetensors.index.json"
+_STATED = ("torch_dtype", "dtype", "text_config", "quantization", "quantization_config")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 RUNTIME_BYTES = 256 << 20  # of a loaded model beside weights and KV cache: activations, its tokenizer
 # GGUF architectures that the converter takes (tests compare them with its own table).
@@ -38,7 +40,8 @@ class Facts:
     """Facts of a checkpoint. quantization: "4-bit", "Q4_K", "bfloat16". parameters: number of weights.
 
     context_length: tokens, None if not stated. kv_values: values in the KV cache per token. stored_bytes: the weights
-    in their stored format; of a GGUF file, in the one that it is converted to.
+    in their stored format; of a GGUF file, in the one that it is converted to. config: what config.json states of
+    their type and quantization.
     """
 
     format: Format
@@ -49,13 +52,13 @@ class Facts:
     kv_values: int
     stored_bytes: int
     kind: Kind = "text"
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def needed_bytes(self, weights: WeightPolicy, tokens: int) -> int:
         """About what the loaded model takes, with the KV cache of so many tokens; a load estimates it closely."""
-        is_float32 = weights.computes_in_float32
-        held = self.parameters * 4 if weights is WeightPolicy.FLOAT32 else self.stored_bytes
-        cached = self.kv_values * min(tokens, self.context_length or tokens) * (4 if is_float32 else 2)
-        return held + cached + RUNTIME_BYTES
+        held = weight_bytes(self.parameters, self.parameters, self.stored_bytes, weights, self.config)
+        each = 4 if weights.computes_in_float32 else 2
+        return held + self.kv_values * min(tokens, self.context_length or tokens) * each + RUNTIME_BYTES
 
 
 def read_facts(path: Path) -> Facts:
@@ -97,6 +100,7 @@ def _directory_facts(path: Path) -> Facts:
         _kv_values(config) if kind in ("text", "vision") else 0,
         sum(file.stat().st_size if kind == "vision" else metadata.text_bytes(file) for file in files),
         kind,
+        {name: config[name] for name in _STATED if name in config},
     )
 
 

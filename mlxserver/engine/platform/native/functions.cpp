@@ -1,4 +1,4 @@
-// Kernels of what lies between the products of a layer: RMS norm, SwiGLU, rotary embedding, attention of few tokens.
+// Kernels of what lies between the products of a layer: norms, SwiGLU, GELU, rotary embedding, attention of few tokens.
 // Compiled once per instruction set: LEVEL names it, LANES the floats of a vector.
 //
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
@@ -8,43 +8,6 @@
 namespace {
 
 constexpr int MOST = LANES == 16 ? 6 : 3;  // rows that are computed at once
-constexpr float LOWEST = -1e30f;
-
-// exp(x) to 1e-7: the method of the Cephes library (Moshier 1984-1992).
-inline Floats exponential(Floats x) {
-  x = x > splat(-87.0f) ? x : splat(-87.0f);
-  x = x < splat(88.0f) ? x : splat(88.0f);
-  const Floats power = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds: such floats are integers
-  const Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
-  Floats sum = splat(1.9875691500e-4f);
-  sum = sum * rest + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  const Floats mantissa = sum * (rest * rest) + rest + 1.0f;
-  const Ints exponent = (__builtin_convertvector(power, Ints) + 127) << 23;
-  return mantissa * reinterpret_cast<Floats>(exponent);
-}
-
-// LANES values, or fewer and `other` for the rest.
-inline Floats load_some(const float* from, int64_t count, float other) {
-  if (count >= LANES) return load<Floats>(from);
-  float values[LANES];
-  for (int i = 0; i < LANES; i++) values[i] = i < count ? from[i] : other;
-  return load<Floats>(values);
-}
-
-inline void store_some(Floats values, int64_t count, float* to) {
-  __builtin_memcpy(to, &values, 4 * least(count, LANES));
-}
-
-inline float most(Floats v) {
-  float values[LANES];
-  __builtin_memcpy(values, &v, sizeof v);
-  for (int i = 1; i < LANES; i++) values[0] = values[i] > values[0] ? values[i] : values[0];
-  return values[0];
-}
 
 void norm(const Norm& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row++) {
@@ -74,6 +37,42 @@ void gate(const Gate& p, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += LANES) {
     const Floats own = load_some(p.gate + i, last - i, 0.0f);
     store_some(own / (1.0f + exponential(-own)) * load_some(p.x + i, last - i, 0.0f), last - i, p.out + i);
+  }
+}
+
+void layer_norm(const LayerNorm& p, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; row++) {
+    const float* x = p.x + row * p.width;
+    float* out = p.out + row * p.width;
+    Floats sums = {}, squares = {};
+    for (int64_t i = 0; i < p.width; i += LANES) sums += load_some(x + i, p.width - i, 0.0f);
+    const float mean = total(sums) / float(p.width);
+    for (int64_t i = 0; i < p.width; i += LANES) {
+      const Floats own = load_some(x + i, p.width - i, mean) - mean;
+      squares += own * own;
+    }
+    const float scale = 1.0f / __builtin_sqrtf(total(squares) / float(p.width) + p.eps);
+    for (int64_t i = 0; i < p.width; i += LANES) {
+      const int64_t rest = p.width - i;
+      Floats own = (load_some(x + i, rest, 0.0f) - mean) * scale * load_some(p.weight + i, rest, 0.0f);
+      if (p.bias) own += load_some(p.bias + i, rest, 0.0f);
+      store_some(own, rest, out + i);
+    }
+  }
+}
+
+// x times the normal distribution's share below it, with erf() to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+void gelu(const Gelu& p, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += LANES) {
+    const Floats x = load_some(p.x + i, last - i, 0.0f), size = x < 0.0f ? -x : x;
+    const Floats t = 1.0f / (1.0f + size * (0.3275911f * 0.70710678118654752f));
+    Floats sum = splat(1.061405429f);
+    sum = sum * t - 1.453152027f;
+    sum = sum * t + 1.421413741f;
+    sum = sum * t - 0.284496736f;
+    sum = sum * t + 0.254829592f;
+    const Floats near = size < 40.0f ? size : splat(40.0f), tail = 0.5f * near * sum * t * exponential(-0.5f * x * x);
+    store_some(x > 0.0f ? x - tail : x < 0.0f ? -tail : x, last - i, p.out + i);
   }
 }
 
@@ -161,9 +160,8 @@ void attention(const Attention& p, int64_t first, int64_t last) {
     const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
     const float* mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
     float *scores = p.scores + (all * p.rows + begin) * p.tokens, *out = p.out + all * p.rows * p.value_dim;
-    const Dense product{p.q + (all * p.rows + begin) * p.dim, nullptr,
-                        p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
-                        nullptr, scores, end - begin, p.dim, p.tokens, 0};
+    const Dense product{{p.q + (all * p.rows + begin) * p.dim, nullptr, nullptr, scores, end - begin, p.dim, p.tokens},
+                        p.keys + batch * p.key_strides[0] + group * p.key_strides[1], 0};
     NAME(dense)(product, 0, p.tokens);
     for (int64_t row = begin; row < end;) {
       const int count = int(least(MOST, end - row));
@@ -184,6 +182,8 @@ void attention(const Attention& p, int64_t first, int64_t last) {
 extern "C" {
 void NAME(norm)(const Norm& p, int64_t first, int64_t last) noexcept { norm(p, first, last); }
 void NAME(gate)(const Gate& p, int64_t first, int64_t last) noexcept { gate(p, first, last); }
+void NAME(layer_norm)(const LayerNorm& p, int64_t first, int64_t last) noexcept { layer_norm(p, first, last); }
+void NAME(gelu)(const Gelu& p, int64_t first, int64_t last) noexcept { gelu(p, first, last); }
 void NAME(rotation)(const Rotation& p, int64_t first, int64_t last) noexcept { rotation(p, first, last); }
 void NAME(attention)(const Attention& p, int64_t first, int64_t last) noexcept { attention(p, first, last); }
 }

@@ -1,0 +1,289 @@
+// The native kernels beside plain loops in double precision, without MLX: for CPUs that an emulator stands for.
+// tools/check_kernels.sh compiles and runs it. A line per kernel; exit status 1 if one computes wrongly.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "kernel.h"
+
+#define JOINED(kernel, level) kernel##_##level
+#define LEVEL_NAME(kernel, level) JOINED(kernel, level)
+#define KERNEL(kernel) LEVEL_NAME(kernel, LEVEL)
+
+using Values = std::vector<float>;
+
+std::mt19937 generator(1);
+int failures = 0;
+
+Values random_values(int64_t size) {
+  std::normal_distribution<float> normal;
+  Values values(size);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+// What a kernel has computed beside what it should have; beyond the output lies what it must leave alone.
+class Comparison {
+ public:
+  explicit Comparison(const char* name) : name_(name) {}
+  ~Comparison() {
+    std::printf("%-10s %6d cases, largest error %.1e%s\n", name_, cases_, largest_, wrong_ ? "  WRONG" : "");
+    failures += wrong_ > 0;
+  }
+
+  void add(int64_t size, const std::function<void(float*)>& compute, const std::function<double(int64_t)>& exact) {
+    constexpr int64_t GUARD = 64;
+    Values out(size + GUARD, 12345.0f);
+    compute(out.data());
+    for (int64_t i = 0; i < size; i++) {
+      const double error = std::fabs(out[i] - exact(i)) / (1.0 + std::fabs(exact(i)));
+      if (!(error < 2e-5)) wrong_++;
+      if (!(error < largest_)) largest_ = error;
+    }
+    for (int64_t i = size; i < size + GUARD; i++) wrong_ += out[i] != 12345.0f;
+    cases_++;
+  }
+
+ private:
+  const char* name_;
+  int cases_ = 0, wrong_ = 0;
+  double largest_ = 0.0;
+};
+
+// Values as an array of a type, and in float32 as that array has them.
+struct Typed {
+  std::vector<char> bytes;
+  Values exact;
+};
+
+uint16_t half_of(float value) {  // normal numbers only, cut off
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const int exponent = int(bits >> 23 & 255) - 112;
+  return exponent <= 0 ? bits >> 16 & 0x8000 : (bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 1023);
+}
+
+float widened(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const float value = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(float(mantissa), -24);
+  return half & 0x8000 ? -value : value;
+}
+
+Typed typed(Values values, int type) {
+  if (type == 0) return {std::vector<char>((char*)values.data(), (char*)(values.data() + values.size())), values};
+  std::vector<uint16_t> halves;
+  for (float& value : values) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    halves.push_back(type == 1 ? half_of(value) : bits >> 16);
+    bits = uint32_t(halves.back()) << 16;
+    if (type == 1) value = widened(halves.back());
+    else std::memcpy(&value, &bits, 4);
+  }
+  return {std::vector<char>((char*)halves.data(), (char*)(halves.data() + halves.size())), values};
+}
+
+double dot(const float* a, const float* b, int64_t count) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; i++) sum += double(a[i]) * b[i];
+  return sum;
+}
+
+// In two calls, as two threads would compute it.
+template <typename Task>
+void in_two(const Task& task, Kernel<Task> kernel) {
+  const int64_t middle = task.items() / 2 / Task::TOGETHER * Task::TOGETHER;
+  kernel(task, 0, middle);
+  kernel(task, middle, task.items());
+}
+
+// The rows as columns, as products have them for more than one vector of rows.
+Values columns_of(const Values& x, int64_t rows, int64_t inputs) {
+  const int64_t vectors = vectors_of(rows, LANES);
+  Values columns(vectors > 1 ? vectors * inputs * LANES : 0);
+  if (vectors > 1) in_two(Columns{x.data(), columns.data(), rows, inputs, vectors, LANES}, KERNEL(columns));
+  return columns;
+}
+
+Product product_of(const Values& x, const Values& columns, const float* bias, float* out, int64_t rows, int64_t inputs,
+                   int64_t outputs) {
+  return {x.data(), columns.empty() ? nullptr : columns.data(), bias, out, rows, inputs, outputs};
+}
+
+void check_dense() {
+  Comparison comparison("dense");
+  for (int64_t rows : {1, 2, 3, 4, 5, 7, 13, 21, 64, 65, 130})
+    for (int64_t inputs : {1, 3, 16, 37, 576, 1537, 3100})
+      for (int64_t outputs : {1, 5, 33, 70})
+        for (int type : {0, 1, 2})
+          for (bool is_biased : {false, true}) {
+            if (rows * inputs * outputs > 4000000) continue;
+            const Values x = random_values(rows * inputs), bias = random_values(outputs);
+            const Values columns = columns_of(x, rows, inputs);
+            const Typed weight = typed(random_values(outputs * inputs), type);
+            const float scale = std::sqrt(float(inputs));
+            comparison.add(
+                rows * outputs,
+                [&](float* out) {
+                  const float* added = is_biased ? bias.data() : nullptr;
+                  in_two(Dense{product_of(x, columns, added, out, rows, inputs, outputs), weight.bytes.data(), type},
+                         KERNEL(dense));
+                  for (int64_t i = 0; i < rows * outputs; i++) out[i] /= scale;
+                },
+                [&](int64_t i) {
+                  const int64_t row = i / outputs, o = i % outputs;
+                  const double sum = dot(&x[row * inputs], &weight.exact[o * inputs], inputs);
+                  return (sum + (is_biased ? bias[o] : 0.0)) / scale;
+                });
+          }
+}
+
+void check_quantized() {
+  Comparison comparison("quantized");
+  for (int bits : {4, 8})
+    for (int group : {32, 64, 128})
+      for (int64_t rows : {1, 2, 3, 4, 7, 16, 193})
+        for (int64_t groups : {1, 3, 9})
+          for (int64_t outputs : {1, 5, 33, 70})
+            for (int type : {0, 1, 2}) {
+              const int64_t inputs = groups * group, words = inputs * bits / 32;
+              const Values x = random_values(rows * inputs), columns = columns_of(x, rows, inputs);
+              std::vector<uint32_t> packed(outputs * words);
+              for (uint32_t& word : packed) word = generator();
+              const Typed scales = typed(random_values(outputs * groups), type);
+              const Typed biases = typed(random_values(outputs * groups), type);
+              Values weight(outputs * inputs);
+              for (int64_t i = 0; i < outputs * inputs; i++) {
+                const uint32_t code = packed[i * bits / 32] >> i * bits % 32 & ((1u << bits) - 1);
+                weight[i] = scales.exact[i / group] * float(code) + biases.exact[i / group];
+              }
+              const float scale = std::sqrt(float(inputs)) * (1 << bits);
+              comparison.add(
+                  rows * outputs,
+                  [&](float* out) {
+                    in_two(Quantized{product_of(x, columns, nullptr, out, rows, inputs, outputs), packed.data(),
+                                     scales.bytes.data(), biases.bytes.data(), bits, group, type},
+                           KERNEL(quantized));
+                    for (int64_t i = 0; i < rows * outputs; i++) out[i] /= scale;
+                  },
+                  [&](int64_t i) {
+                    return dot(&x[i / outputs * inputs], &weight[i % outputs * inputs], inputs) / scale;
+                  });
+            }
+}
+
+void check_norm() {
+  Comparison comparison("norm");
+  for (int64_t rows : {1, 3})
+    for (int64_t width : {1, 3, 4, 17, 64, 576, 1030}) {
+      const Values x = random_values(rows * width), weight = random_values(width);
+      comparison.add(
+          rows * width, [&](float* out) { in_two(Norm{x.data(), weight.data(), out, rows, width, 1e-5f}, KERNEL(norm)); },
+          [&](int64_t i) {
+            const float* row = &x[i / width * width];
+            return x[i] / std::sqrt(dot(row, row, width) / width + 1e-5) * weight[i % width];
+          });
+    }
+}
+
+void check_gate() {
+  Comparison comparison("gate");
+  for (int64_t size : {1, 3, 64, 1001}) {
+    Values gate = random_values(size), x = random_values(size);
+    for (float& value : gate) value *= 20.0f;
+    comparison.add(size, [&](float* out) { in_two(Gate{gate.data(), x.data(), out, size}, KERNEL(gate)); },
+                   [&](int64_t i) { return gate[i] / (1.0 + std::exp(-double(gate[i]))) * x[i]; });
+  }
+}
+
+void check_rotation() {
+  Comparison comparison("rotation");
+  const int64_t batch = 2, heads = 3, tokens = 5;
+  for (int64_t dim : {2, 6, 64, 80})
+    for (bool is_shared : {false, true}) {
+      const int64_t half = dim / 2, angles = is_shared ? 0 : tokens * half;
+      const Values x = random_values(batch * heads * tokens * dim);
+      const Values turned = random_values((is_shared ? 1 : batch) * tokens * half);
+      Values cosines, sines;
+      for (size_t first = 0; first < turned.size(); first += half) {
+        for (int64_t i = 0; i < half; i++) cosines.push_back(std::cos(turned[first + i]));
+        for (int sign : {-1, 1})
+          for (int64_t i = 0; i < half; i++) sines.push_back(sign * std::sin(turned[first + i]));
+      }
+      // As a projection has them: the heads of a token beside each other.
+      const Rotation task{x.data(), cosines.data(), sines.data(), nullptr, batch, heads, tokens, dim,
+                          {tokens * heads * dim, dim, heads * dim}, angles};
+      comparison.add(
+          x.size(),
+          [&](float* out) {
+            Rotation own = task;
+            own.out = out;
+            in_two(own, KERNEL(rotation));
+          },
+          [&](int64_t i) {
+            const int64_t d = i % dim, token = i / dim % tokens, head = i / dim / tokens % heads, b = i / dim / tokens / heads;
+            const float* row = &x[b * task.strides[0] + head * task.strides[1] + token * task.strides[2]];
+            const float angle = turned[(is_shared ? 0 : b * tokens * half) + token * half + d % half];
+            const double one = row[d % half], other = row[half + d % half];
+            return d < half ? one * std::cos(angle) - other * std::sin(angle) : other * std::cos(angle) + one * std::sin(angle);
+          });
+    }
+}
+
+void check_attention() {
+  Comparison comparison("attention");
+  const int64_t batch = 2, groups = 2;
+  for (int64_t heads : {1, 3})
+    for (int64_t length : {1, 5, 17})
+      for (int64_t tokens : {17, 100, 257})
+        for (int64_t dim : {19, 64})
+          for (bool is_masked : {false, true})
+            for (bool is_causal : {false, true}) {
+              const int64_t rows = heads * length, value_dim = dim + 5;
+              const Values q = random_values(batch * groups * rows * dim), keys = random_values(batch * groups * tokens * dim);
+              const Values values = random_values(batch * groups * tokens * value_dim);
+              const Values mask = random_values(batch * length * tokens);
+              Values scores(batch * groups * rows * tokens);
+              const Attention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, scores.data(), nullptr,
+                                   batch, groups, rows, tokens, dim, value_dim,
+                                   {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
+                                   length * tokens, length, 0.3f, is_causal};
+              std::vector<double> exact;
+              for (int64_t row = 0; row < batch * groups * rows; row++) {
+                const int64_t head = row / rows, own = row % length, seen = is_causal ? tokens - length + own + 1 : tokens;
+                std::vector<double> weights, sums(value_dim);
+                double most = -1e300, all = 0.0;
+                for (int64_t t = 0; t < seen; t++) {
+                  weights.push_back(dot(&q[row * dim], &keys[(head * tokens + t) * dim], dim) * 0.3);
+                  if (is_masked) weights.back() += mask[(head / groups * length + own) * tokens + t];
+                  most = std::max(most, weights.back());
+                }
+                for (int64_t t = 0; t < seen; t++) {
+                  all += weights[t] = std::exp(weights[t] - most);
+                  for (int64_t d = 0; d < value_dim; d++) sums[d] += weights[t] * values[(head * tokens + t) * value_dim + d];
+                }
+                for (double sum : sums) exact.push_back(sum / all);
+              }
+              comparison.add(
+                  exact.size(),
+                  [&](float* out) {
+                    Attention own = task;
+                    own.out = out;
+                    in_two(own, KERNEL(attention));
+                  },
+                  [&](int64_t i) { return exact[i]; });
+            }
+}
+
+int main() {
+  check_dense();
+  check_quantized();
+  check_norm();
+  check_gate();
+  check_rotation();
+  check_attention();
+  return failures > 0;
+}
