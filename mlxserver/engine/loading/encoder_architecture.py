@@ -89,12 +89,13 @@ def mlp_of(config: Mapping[str, Any]) -> tuple[int, str]:
 def activation_bytes(width: int, mlp: int, activation: str, value_bytes: int, policy: ExecutionPolicy) -> int:
     """Bytes per token that an encoder computed layer by layer holds, without those of attention.
 
-    On a CPU, where arrays are made while others wait to be freed, twice those of a layer exist, and the exponentials of
-    its activation are made of several operations, each with an array of the MLP's width (cpu_kernels.py).
+    On a CPU, where arrays are made while others wait to be freed, twice those of a layer exist, and without a native
+    kernel the exponentials of its activation are made of several operations, each with an array of the MLP's width
+    (cpu_kernels.py).
     """
     if not policy.replace_kernels:
         return width * value_bytes
-    has_kernel = activation == "silu" and native() is not None
+    has_kernel = activation in _TEMPORARIES and native() is not None
     arrays = 1 if has_kernel else _TEMPORARIES.get(activation, _OTHER_TEMPORARIES)
     return (2 * width + arrays * mlp) * value_bytes
 

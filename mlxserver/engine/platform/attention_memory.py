@@ -10,9 +10,11 @@ import math
 import sys
 from dataclasses import dataclass, field
 
+from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _COPIES = 2  # the scores, and their exponentials
+_MASKS = 3  # of a batch: those of windows, and what they are made of
 _MAX_TEXT_BYTES = 1 << 30  # that the scores of one text in an encoder would take, which can't be cut into chunks
 _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least SMALLEST_CHUNK tokens even so
 # Tokens in a chunk, on every device: never fewer, so that a slow machine gets on; never more, so that a fast one stays
@@ -62,8 +64,13 @@ class AttentionMemory:
         return max(1, _MAX_BYTES // max(1, self.chunk_bytes(length, length)))
 
     def batch_bytes(self, tokens: int, context: int) -> int:
-        """Attention memory of an encoder's batches of so many tokens, of texts within the context."""
+        """Attention memory of an encoder's batches of so many tokens, of texts within the context.
+
+        Native kernels have no scores in memory: what is left are masks of the positions that a token attends to.
+        """
         pieces = self.policy.layers_ahead * _COPIES * 4 * SCORES_AT_ONCE
+        if self.policy.replace_kernels and native() is not None:
+            return min(pieces, _MASKS * 4 * tokens * context)
         return min(pieces, self.chunk_bytes(tokens, context))
 
     def longest_text(self) -> int:
