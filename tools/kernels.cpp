@@ -100,9 +100,17 @@ void in_two(const Task& task, Kernel<Task> kernel) {
   kernel(task, middle, task.items());
 }
 
+// Rows as columns, if they are more than one vector.
+Values columns_of(const Values& x, int64_t rows, int64_t inputs) {
+  const int64_t vectors = vectors_of(rows, LANES);
+  Values columns(vectors < 2 ? 0 : vectors * inputs * LANES);
+  if (vectors > 1) in_two(Columns{x.data(), columns.data(), rows, inputs, vectors, LANES}, KERNEL(columns));
+  return columns;
+}
+
 void check_dense() {
   Comparison comparison("dense");
-  for (int64_t rows : {1, 2, 3, 4, 5, 7, 13, 64, 65})
+  for (int64_t rows : {1, 2, 3, 4, 5, 7, 13, 22, 64, 65})
     for (int64_t inputs : {1, 3, 16, 37, 576, 1537, 3100})
       for (int64_t outputs : {1, 5, 33, 70})
         for (int type : {0, 1, 2})
@@ -110,12 +118,13 @@ void check_dense() {
             if (rows * inputs * outputs > 4000000) continue;
             const Values x = random_values(rows * inputs), bias = random_values(outputs);
             const Typed weight = typed(random_values(outputs * inputs), type);
+            const Values columns = columns_of(x, rows, inputs);
             const float scale = std::sqrt(float(inputs));
             comparison.add(
                 rows * outputs,
                 [&](float* out) {
-                  in_two(Dense{x.data(), weight.bytes.data(), is_biased ? bias.data() : nullptr, out, rows, inputs,
-                               outputs, type},
+                  in_two(Dense{x.data(), columns.empty() ? nullptr : columns.data(), weight.bytes.data(),
+                               is_biased ? bias.data() : nullptr, out, rows, inputs, outputs, type},
                          KERNEL(dense));
                   for (int64_t i = 0; i < rows * outputs; i++) out[i] /= scale;
                 },
@@ -167,7 +176,8 @@ void check_norm() {
     for (int64_t width : {1, 3, 4, 17, 64, 576, 1030}) {
       const Values x = random_values(rows * width), weight = random_values(width);
       comparison.add(
-          rows * width, [&](float* out) { in_two(Norm{x.data(), weight.data(), out, rows, width, 1e-5f}, KERNEL(norm)); },
+          rows * width,
+          [&](float* out) { in_two(Norm{x.data(), weight.data(), out, rows, width, 1e-5f}, KERNEL(norm)); },
           [&](int64_t i) {
             const float* row = &x[i / width * width];
             return x[i] / std::sqrt(dot(row, row, width) / width + 1e-5) * weight[i % width];
@@ -210,58 +220,64 @@ void check_rotation() {
             in_two(own, KERNEL(rotation));
           },
           [&](int64_t i) {
-            const int64_t d = i % dim, token = i / dim % tokens, head = i / dim / tokens % heads, b = i / dim / tokens / heads;
+            const int64_t d = i % dim, token = i / dim % tokens, head = i / dim / tokens % heads;
+            const int64_t b = i / dim / tokens / heads;
             const float* row = &x[b * task.strides[0] + head * task.strides[1] + token * task.strides[2]];
             const float angle = turned[(is_shared ? 0 : b * tokens * half) + token * half + d % half];
             const double one = row[d % half], other = row[half + d % half];
-            return d < half ? one * std::cos(angle) - other * std::sin(angle) : other * std::cos(angle) + one * std::sin(angle);
+            return d < half ? one * std::cos(angle) - other * std::sin(angle)
+                            : other * std::cos(angle) + one * std::sin(angle);
           });
     }
 }
 
+// A masked or causal attention of `length` tokens per head. mask: 0 none, 1 one row for all tokens, 2 a row for each.
+void check_attention(Comparison& comparison, int64_t heads, int64_t length, int64_t tokens, int64_t dim, int mask,
+                     bool is_causal) {
+  const int64_t batch = 2, groups = 2, rows = heads * length, value_dim = dim + 5, all = batch * groups;
+  const Values q = random_values(all * rows * dim), keys = random_values(all * tokens * dim);
+  const Values values = random_values(all * tokens * value_dim), addends = random_values(batch * length * tokens);
+  Values scores(Attention::keeps_scores(rows, dim, value_dim) ? all * rows * tokens : 0);
+  const int64_t stride = mask == 2 ? tokens : 0, apart = mask == 2 ? length * tokens : tokens;
+  const Attention task{q.data(), keys.data(), values.data(), mask ? addends.data() : nullptr,
+                       scores.empty() ? nullptr : scores.data(), nullptr,
+                       batch, groups, rows, tokens, dim, value_dim,
+                       {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
+                       {apart, stride}, length, 0.3f, is_causal, 3 * LANES};
+  std::vector<double> exact;
+  for (int64_t row = 0; row < all * rows; row++) {
+    const int64_t head = row / rows, own = row % rows % length, seen = is_causal ? tokens - length + own + 1 : tokens;
+    std::vector<double> weights, sums(value_dim);
+    double most = -1e300, total = 0.0;
+    for (int64_t t = 0; t < seen; t++) {
+      weights.push_back(dot(&q[row * dim], &keys[(head * tokens + t) * dim], dim) * 0.3);
+      if (mask) weights.back() += addends[head / groups * apart + own * stride + t];
+      most = std::max(most, weights.back());
+    }
+    for (int64_t t = 0; t < seen; t++) {
+      total += weights[t] = std::exp(weights[t] - most);
+      for (int64_t d = 0; d < value_dim; d++) sums[d] += weights[t] * values[(head * tokens + t) * value_dim + d];
+    }
+    for (double sum : sums) exact.push_back(sum / total);
+  }
+  comparison.add(
+      exact.size(),
+      [&](float* out) {
+        Attention own = task;
+        own.out = out;
+        in_two(own, KERNEL(attention));
+      },
+      [&](int64_t i) { return exact[i]; });
+}
+
 void check_attention() {
   Comparison comparison("attention");
-  const int64_t batch = 2, groups = 2;
   for (int64_t heads : {1, 3})
     for (int64_t length : {1, 5, 17})
       for (int64_t tokens : {17, 100, 257})
-        for (int64_t dim : {19, 64})
-          for (bool is_masked : {false, true})
-            for (bool is_causal : {false, true}) {
-              const int64_t rows = heads * length, value_dim = dim + 5;
-              const Values q = random_values(batch * groups * rows * dim), keys = random_values(batch * groups * tokens * dim);
-              const Values values = random_values(batch * groups * tokens * value_dim);
-              const Values mask = random_values(batch * length * tokens);
-              Values scores(batch * groups * rows * tokens);
-              const Attention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, scores.data(), nullptr,
-                                   batch, groups, rows, tokens, dim, value_dim,
-                                   {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
-                                   length * tokens, length, 0.3f, is_causal};
-              std::vector<double> exact;
-              for (int64_t row = 0; row < batch * groups * rows; row++) {
-                const int64_t head = row / rows, own = row % length, seen = is_causal ? tokens - length + own + 1 : tokens;
-                std::vector<double> weights, sums(value_dim);
-                double most = -1e300, all = 0.0;
-                for (int64_t t = 0; t < seen; t++) {
-                  weights.push_back(dot(&q[row * dim], &keys[(head * tokens + t) * dim], dim) * 0.3);
-                  if (is_masked) weights.back() += mask[(head / groups * length + own) * tokens + t];
-                  most = std::max(most, weights.back());
-                }
-                for (int64_t t = 0; t < seen; t++) {
-                  all += weights[t] = std::exp(weights[t] - most);
-                  for (int64_t d = 0; d < value_dim; d++) sums[d] += weights[t] * values[(head * tokens + t) * value_dim + d];
-                }
-                for (double sum : sums) exact.push_back(sum / all);
-              }
-              comparison.add(
-                  exact.size(),
-                  [&](float* out) {
-                    Attention own = task;
-                    own.out = out;
-                    in_two(own, KERNEL(attention));
-                  },
-                  [&](int64_t i) { return exact[i]; });
-            }
+        for (int64_t dim : {19, 64, 260})
+          for (int mask : {0, 1, 2})
+            for (bool is_causal : {false, true}) check_attention(comparison, heads, length, tokens, dim, mask, is_causal);
 }
 
 int main() {
