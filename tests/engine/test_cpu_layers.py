@@ -50,7 +50,13 @@ def test_other_types_are_left_to_mlx():
 
 def test_norms_and_rotary_embeddings_are_those_of_mlx():
     x = mx.random.normal((2, 4, 3, 32), key=mx.random.key(1))
-    for layer, arguments in ((nn.RMSNorm(32), ()), (nn.RoPE(32), (7,)), (nn.RoPE(32, traditional=True, scale=0.5), ())):
+    for layer, arguments in (
+        (nn.RMSNorm(32), ()),
+        (nn.LayerNorm(32), ()),
+        (nn.LayerNorm(32, affine=False), ()),
+        (nn.RoPE(32), (7,)),
+        (nn.RoPE(32, traditional=True, scale=0.5), ()),
+    ):
         expected = layer(x, *arguments)
         replace_layers(layer)
         assert type(layer).__module__ == cpu_layers.__name__

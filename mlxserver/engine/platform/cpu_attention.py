@@ -18,8 +18,8 @@ from mlxserver.engine.platform.attention_memory import SCORES_AT_ONCE
 from mlxserver.engine.platform.cpu_kernels import FEW, exp_of_difference, once_per_step
 from mlxserver.engine.platform.native.extension import native
 
-_WIDEST = 256  # values per head up to which native attention keeps no scores
-_FEW = 64  # tokens up to which it is the faster one all the same
+_FEW = 16  # tokens of a sequence whose attention is faster without blocks of keys
+_MOST = 64  # tokens of a sequence whose attention is faster so if keys are too wide for blocks
 _MASKED = -1e30  # the score of a masked position
 
 
@@ -65,13 +65,24 @@ def attention(
 
 def _by_native_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array | None:
     """Attention in one operation; None where it has no kernel."""
-    is_small = max(q.shape[3], v.shape[3]) <= _WIDEST or q.shape[2] <= _FEW
-    if not is_small or not k.dtype == v.dtype == mx.float32 or not (kernels := native()):
+    kernels = native()
+    if kernels is None or not k.dtype == v.dtype == mx.float32:
         return None
-    hidden = None
-    if isinstance(mask, mx.array) and (hidden := _of_one_head(mask, q, k)) is None:
+    length, total = q.shape[2], k.shape[2]
+    hidden = _additive_of_step(mask, length, total) if isinstance(mask, mx.array) else None
+    if hidden is not None:
+        if hidden.dtype != mx.float32 or hidden.shape[-1] != total:
+            return None
+        hidden = hidden.reshape(*[1] * (4 - hidden.ndim), *hidden.shape)
+    attended: mx.array
+    if length >= _FEW and max(q.shape[3], v.shape[3]) <= kernels.MOST_DIM:
+        attended = kernels.attend_in_blocks(q, k, v, scale, hidden, isinstance(mask, str))
+        return attended
+    if length > _MOST or (hidden is not None and hidden.shape[1] > 1):
         return None
-    attended: mx.array = kernels.attend(q, k, v, scale, hidden, isinstance(mask, str))
+    if hidden is not None:
+        hidden = mx.broadcast_to(hidden, (hidden.shape[0], 1, length, total))
+    attended = kernels.attend(q, k, v, scale, hidden, isinstance(mask, str))
     return attended
 
 
@@ -121,15 +132,6 @@ def _in_halves(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -
         mx.eval(parts[-1])
     halved: mx.array = mx.concatenate(parts, axis=axis)
     return halved
-
-
-def _of_one_head(mask: mx.array, q: mx.array, keys: mx.array) -> mx.array | None:
-    """The mask as an addend, [1 or batch, 1, 1 or L, T]; None if it is not the same for all heads, or no float32."""
-    hidden = _additive_of_step(mask, q.shape[2], keys.shape[2])
-    shape = (*[1] * (4 - mask.ndim), *mask.shape)
-    allowed = (1, q.shape[0]), (1,), (1, q.shape[2]), (keys.shape[2],)
-    fits = len(shape) == 4 and all(own in sizes for own, sizes in zip(shape, allowed, strict=True))
-    return hidden.reshape(shape) if fits and hidden.dtype == mx.float32 else None
 
 
 def _additive(mask: Any, length: int, total: int) -> mx.array:

@@ -1,4 +1,4 @@
-"""CPU kernels: softmax, SwiGLU, GELU, RMS norm and rotary embedding for a Linux CPU; cpu_attention.py has attention.
+"""CPU kernels: softmax, SwiGLU, GELU, norms and rotary embedding for a Linux CPU; cpu_attention.py has attention.
 
 MLX computes exponentials there one element at a time, so that softmax, attention and SwiGLU took four fifths of a
 prompt's time. Here exp is made of additions, multiplications and one change of type, which vectorise: the method of the
@@ -7,7 +7,7 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
 that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
-each of these is one operation.
+each of these is one operation, and so are GELU and layer norm.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
@@ -56,6 +56,9 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 def gelu(x: mx.array) -> mx.array:
     """As nn.gelu: x times the normal distribution's share below it."""
+    if x.dtype == mx.float32 and (kernels := native()):
+        computed: mx.array = kernels.gelu(x)
+        return computed
     if x.dtype != mx.float32 or x.size <= FEW:
         plain: mx.array = nn.gelu(x)
         return plain
@@ -71,6 +74,17 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = 
     kernels = native()
     normed: mx.array = kernels.rms_norm(x, weight, eps) if kernels else _norm(x.shape[-1], eps)(x, weight)
     return normed
+
+
+def layer_norm(
+    x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float, *, stream: Any = None
+) -> mx.array:
+    """As mx.fast.layer_norm: x [..., dim], weight and bias [dim]."""
+    arrays = [x, weight] if bias is None else [x, weight, bias]
+    if (kernels := native()) and all(array is not None and array.dtype == mx.float32 for array in arrays):
+        normed: mx.array = kernels.layer_norm(x, weight, bias, eps)
+        return normed
+    return mx.fast.layer_norm(x, weight, bias, eps, stream=stream)
 
 
 def rope(

@@ -1,9 +1,9 @@
 """Layers of a loaded model that compute with cpu_kernels.py, cpu_attention.py and cpu_matmul.py on a Linux CPU.
 
-MLX's own layers (linear, embedding, RMS norm, rotary embedding) become subclasses of theirs: same parameters, another
-forward pass. What mlx-lm's model code calls by name has no layer to replace: attention, SwiGLU, the softmax of expert
-gates, and the norms and rotary embeddings of its own classes. For that code, `mx` is a copy of mlx.core with our
-functions in it. MLX itself stays as it is, for everything else in the process.
+MLX's own layers (linear, embedding, norms, GELU, rotary embedding) become subclasses of theirs: same parameters,
+another forward pass. What mlx-lm's model code calls by name has no layer to replace: attention, SwiGLU, the softmax of
+expert gates, and the norms and rotary embeddings of its own classes. For that code, `mx` is a copy of mlx.core with
+our functions in it. MLX itself stays as it is, for everything else in the process.
 
 Rule: replace_functions() runs after the model's code has been imported and before its first forward pass.
 """
@@ -53,6 +53,14 @@ class RMSNorm(nn.RMSNorm):  # type: ignore[misc]
         return cpu_kernels.rms_norm(x, self["weight"], self.eps)
 
 
+class LayerNorm(nn.LayerNorm):  # type: ignore[misc]
+    """nn.LayerNorm in one operation."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., dim]."""
+        return cpu_kernels.layer_norm(x, self.get("weight"), self.get("bias"), self.eps)
+
+
 class RoPE(nn.RoPE):  # type: ignore[misc]
     """nn.RoPE with the angles of a step computed once."""
 
@@ -76,7 +84,7 @@ class GELU(nn.GELU):  # type: ignore[misc]
 
 def replace_layers(model: nn.Module) -> None:
     """Have a model's layers compute with these classes. Layers of MLX's subclasses stay as they are."""
-    classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.RoPE: RoPE, nn.GELU: GELU}
+    classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.LayerNorm: LayerNorm, nn.RoPE: RoPE, nn.GELU: GELU}
     if cpu_matmul.has_products():
         classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
     for layer in model.modules():
@@ -102,6 +110,7 @@ def _core() -> ModuleType:
         vars(mx.fast),
         scaled_dot_product_attention=cpu_attention.attention,
         rms_norm=cpu_kernels.rms_norm,
+        layer_norm=cpu_kernels.layer_norm,
         rope=cpu_kernels.rope,
     )
     vars(core).update(vars(mx), fast=fast, softmax=cpu_kernels.softmax)

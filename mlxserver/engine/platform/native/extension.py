@@ -7,7 +7,7 @@ import importlib
 import logging
 from typing import Any
 
-from mlxserver.engine.mlx import mx
+from mlxserver.engine.mlx import mx, nn
 
 from mlxserver.engine.platform.native import build
 from mlxserver.engine.platform.native.formats import BITS
@@ -62,6 +62,9 @@ def _has_right_functions(module: Any, x: mx.array) -> bool:
         (module.rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5)),
         (module.swiglu(gate, x), gate * mx.sigmoid(gate) * x),
         (turned, x * mx.cos(angle) + swapped * mx.sin(angle)),
+        (module.layer_norm(x, weight, weight, 1e-5), mx.fast.layer_norm(x, weight, weight, 1e-5)),
+        (module.gelu(x), nn.gelu(x)),
+        (module.attend_in_blocks(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
         (module.attend(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
     )
     return all(bool(mx.allclose(own, expected, rtol=1e-4, atol=1e-4)) for own, expected in pairs)

@@ -1,4 +1,4 @@
-// Kernels of what lies between the products of a layer: RMS norm, SwiGLU, rotary embedding, attention.
+// Kernels of what lies between the products of a layer: norms, SwiGLU, GELU, rotary embedding, attention of few tokens.
 // Compiled once per instruction set: LEVEL names it, LANES the floats of a vector.
 //
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
@@ -8,43 +8,6 @@
 namespace {
 
 constexpr int MOST = LANES == 16 ? 6 : 3;  // rows that are computed at once
-constexpr float LOWEST = -1e30f;
-
-// exp(x) to 1e-7: the method of the Cephes library (Moshier 1984-1992).
-inline Floats exponential(Floats x) {
-  x = x > splat(-87.0f) ? x : splat(-87.0f);
-  x = x < splat(88.0f) ? x : splat(88.0f);
-  const Floats power = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds: such floats are integers
-  const Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
-  Floats sum = splat(1.9875691500e-4f);
-  sum = sum * rest + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  const Floats mantissa = sum * (rest * rest) + rest + 1.0f;
-  const Ints exponent = (__builtin_convertvector(power, Ints) + 127) << 23;
-  return mantissa * reinterpret_cast<Floats>(exponent);
-}
-
-// LANES values, or fewer and `other` for the rest.
-inline Floats load_some(const float* from, int64_t count, float other) {
-  if (count >= LANES) return load<Floats>(from);
-  float values[LANES];
-  for (int i = 0; i < LANES; i++) values[i] = i < count ? from[i] : other;
-  return load<Floats>(values);
-}
-
-inline void store_some(Floats values, int64_t count, float* to) {
-  __builtin_memcpy(to, &values, 4 * least(count, LANES));
-}
-
-inline float most(Floats v) {
-  float values[LANES];
-  __builtin_memcpy(values, &v, sizeof v);
-  for (int i = 1; i < LANES; i++) values[0] = values[i] > values[0] ? values[i] : values[0];
-  return values[0];
-}
 
 void norm(const Norm& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row++) {
@@ -74,6 +37,42 @@ void gate(const Gate& p, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += LANES) {
     const Floats own = load_some(p.gate + i, last - i, 0.0f);
     store_some(own / (1.0f + exponential(-own)) * load_some(p.x + i, last - i, 0.0f), last - i, p.out + i);
+  }
+}
+
+void layer_norm(const LayerNorm& p, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; row++) {
+    const float* x = p.x + row * p.width;
+    float* out = p.out + row * p.width;
+    Floats sums = {}, squares = {};
+    for (int64_t i = 0; i < p.width; i += LANES) sums += load_some(x + i, p.width - i, 0.0f);
+    const float mean = total(sums) / float(p.width);
+    for (int64_t i = 0; i < p.width; i += LANES) {
+      const Floats own = load_some(x + i, p.width - i, mean) - mean;
+      squares += own * own;
+    }
+    const float scale = 1.0f / __builtin_sqrtf(total(squares) / float(p.width) + p.eps);
+    for (int64_t i = 0; i < p.width; i += LANES) {
+      const int64_t rest = p.width - i;
+      Floats own = (load_some(x + i, rest, 0.0f) - mean) * scale * load_some(p.weight + i, rest, 0.0f);
+      if (p.bias) own += load_some(p.bias + i, rest, 0.0f);
+      store_some(own, rest, out + i);
+    }
+  }
+}
+
+// x times the normal distribution's share below it, with erf() to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+void gelu(const Gelu& p, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += LANES) {
+    const Floats x = load_some(p.x + i, last - i, 0.0f), size = x < 0.0f ? -x : x;
+    const Floats t = 1.0f / (1.0f + size * (0.3275911f * 0.70710678118654752f));
+    Floats sum = splat(1.061405429f);
+    sum = sum * t - 1.453152027f;
+    sum = sum * t + 1.421413741f;
+    sum = sum * t - 0.284496736f;
+    sum = sum * t + 0.254829592f;
+    const Floats near = size < 40.0f ? size : splat(40.0f), tail = 0.5f * near * sum * t * exponential(-0.5f * x * x);
+    store_some(x > 0.0f ? x - tail : x < 0.0f ? -tail : x, last - i, p.out + i);
   }
 }
 
@@ -154,165 +153,28 @@ void weigh_rows(int count, const Attention& p, const float* weights, const float
   if constexpr (ROWS > 1) weigh_rows<ROWS - 1>(count, p, weights, values, sums, out);
 }
 
-// Attention of few rows, whose scores are all kept.
-void few(const Attention& p, int64_t item) {
-  const int64_t all = item / p.parts(), batch = all / p.groups, group = all % p.groups;
-  const int64_t begin = item % p.parts() * p.together, end = least(begin + p.together, p.rows);
-  const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
-  const float* mask = p.mask ? p.mask + batch * p.mask_strides[0] : nullptr;
-  float *scores = p.scores + (all * p.rows + begin) * p.tokens, *out = p.out + all * p.rows * p.value_dim;
-  const Dense product{p.q + (all * p.rows + begin) * p.dim, nullptr,
-                      p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
-                      nullptr, scores, end - begin, p.dim, p.tokens, 0};
-  NAME(dense)(product, 0, p.tokens);
-  for (int64_t row = begin; row < end;) {
-    const int count = int(least(MOST, end - row));
-    float sums[MOST], *weights = scores + (row - begin) * p.tokens;
-    for (int r = 0; r < count; r++) {
-      const int64_t own = (row + r) % p.length, seen = p.is_causal ? p.tokens - p.length + own + 1 : p.tokens;
-      sums[r] = soften(weights + r * p.tokens, seen, p.scale, mask ? mask + own * p.mask_strides[1] : nullptr);
-      for (int64_t t = seen; t < p.tokens; t++) weights[r * p.tokens + t] = 0.0f;
-    }
-    weigh_rows<MOST>(count, p, weights, values, sums, out + row * p.value_dim);
-    row += count;
-  }
-}
-
-// Vectors of rows as columns, x [count, VECTORS * LANES], times weights: `count` of each of `outputs`, with strides.
-// Added to out, [outputs, VECTORS * LANES], or in place of it.
-template <int VECTORS, int OUTPUTS>
-inline void multiply(const float* x, int64_t count, const float* weights, int64_t apart, int64_t step, bool adds,
-                     float* out) {
-  Floats sums[OUTPUTS][VECTORS] = {};
-  if (adds) __builtin_memcpy(sums, out, sizeof sums);
-  for (int64_t i = 0; i < count; i++, weights += step, x += VECTORS * LANES) {
-    Floats own[VECTORS];
-    for (int v = 0; v < VECTORS; v++) own[v] = load<Floats>(x + v * LANES);
-    for (int o = 0; o < OUTPUTS; o++) {
-      const Floats weight = splat(weights[o * apart]);
-      for (int v = 0; v < VECTORS; v++) sums[o][v] += weight * own[v];
-    }
-  }
-  __builtin_memcpy(out, sums, sizeof sums);
-}
-
-template <int VECTORS>
-void multiply_all(const float* x, int64_t count, const float* weights, int64_t apart, int64_t step, int64_t outputs,
-                  bool adds, float* out) {
-  constexpr int OUTPUTS = 12 / VECTORS;
-  int64_t o = 0;
-  for (; o + OUTPUTS <= outputs; o += OUTPUTS)
-    multiply<VECTORS, OUTPUTS>(x, count, weights + o * apart, apart, step, adds, out + o * VECTORS * LANES);
-  for (; o < outputs; o++)
-    multiply<VECTORS, 1>(x, count, weights + o * apart, apart, step, adds, out + o * VECTORS * LANES);
-}
-
-constexpr int64_t SOME = 64;  // tokens whose scores exist at the same time
-
-// Rows of a group, a lane each, and what they have seen: the largest score, the sum of the weights, relative to it, and
-// that of the values by weight.
-template <int VECTORS>
-struct Lanes {
-  static constexpr int64_t COUNT = VECTORS * LANES;
-  alignas(64) float queries[Attention::MOST_DIM * COUNT];
-  alignas(64) float totals[Attention::MOST_DIM * COUNT];
-  alignas(64) float scores[SOME * COUNT];
-  Floats largest[VECTORS], sums[VECTORS];
-};
-
-// Add a mask to the scores of some tokens, and hide those behind a row's own.
-template <int VECTORS>
-void hide(const Attention& p, const float* mask, int64_t row, int64_t token, int64_t count, Lanes<VECTORS>& lanes) {
-  constexpr int64_t COUNT = Lanes<VECTORS>::COUNT;
-  if (mask && !p.mask_strides[1])
-    for (int64_t t = 0; t < count; t++)
-      for (int64_t r = 0; r < COUNT; r++) lanes.scores[t * COUNT + r] += mask[token + t];
-  for (int64_t r = 0; r < COUNT; r++) {
-    const int64_t own = least(row + r, p.rows - 1) % p.length, behind = p.tokens - p.length + own + 1 - token;
-    if (mask && p.mask_strides[1])
-      for (int64_t t = 0; t < count; t++) lanes.scores[t * COUNT + r] += mask[own * p.mask_strides[1] + token + t];
-    if (p.is_causal)
-      for (int64_t t = behind > 0 ? behind : 0; t < count; t++) lanes.scores[t * COUNT + r] = LOWEST;
-  }
-}
-
-// The weights of some tokens in place of their scores, relative to the largest score so far (Milakov and Gimelshein
-// 2018, arXiv:1805.02867).
-template <int VECTORS>
-void soften_some(int64_t count, int64_t dim, Lanes<VECTORS>& lanes) {
-  constexpr int64_t COUNT = Lanes<VECTORS>::COUNT;
-  for (int v = 0; v < VECTORS; v++) {
-    float* scores = lanes.scores + v * LANES;
-    Floats top = lanes.largest[v], sum = {};
-    for (int64_t t = 0; t < count; t++) {
-      const Floats own = load<Floats>(scores + t * COUNT);
-      top = own > top ? own : top;
-    }
-    for (int64_t t = 0; t < count; t++) {
-      const Floats weight = exponential(load<Floats>(scores + t * COUNT) - top);
-      __builtin_memcpy(scores + t * COUNT, &weight, sizeof weight);
-      sum += weight;
-    }
-    const Floats share = exponential(lanes.largest[v] - top);
-    lanes.largest[v] = top;
-    lanes.sums[v] = lanes.sums[v] * share + sum;
-    for (int64_t d = 0; d < dim; d++) {
-      float* total = lanes.totals + d * COUNT + v * LANES;
-      const Floats own = load<Floats>(total) * share;
-      __builtin_memcpy(total, &own, sizeof own);
-    }
-  }
-}
-
-// Attention of rows from `row` on, in blocks of tokens (Dao et al. 2022, arXiv:2205.14135).
-template <int VECTORS>
-void some(const Attention& p, int64_t all, int64_t row, int64_t rows) {
-  constexpr int64_t COUNT = Lanes<VECTORS>::COUNT;
-  Lanes<VECTORS> lanes;
-  const int64_t batch = all / p.groups, group = all % p.groups;
-  const float* q = p.q + (all * p.rows + row) * p.dim;
-  const float* keys = p.keys + batch * p.key_strides[0] + group * p.key_strides[1];
-  const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
-  const float* mask = p.mask ? p.mask + batch * p.mask_strides[0] : nullptr;
-  int64_t seen = p.is_causal ? 0 : p.tokens, least_seen = seen;
-  for (int64_t r = 0; r < COUNT; r++) {
-    const int64_t own = least(r, rows - 1);
-    for (int64_t d = 0; d < p.dim; d++) lanes.queries[d * COUNT + r] = q[own * p.dim + d] * p.scale;
-    if (!p.is_causal) continue;
-    const int64_t of_row = p.tokens - p.length + (row + own) % p.length + 1;
-    seen = of_row > seen ? of_row : seen;
-    least_seen = r ? least(least_seen, of_row) : of_row;
-  }
-  for (int v = 0; v < VECTORS; v++) lanes.largest[v] = splat(2 * LOWEST), lanes.sums[v] = Floats{};
-  for (int64_t i = 0; i < p.value_dim * COUNT; i++) lanes.totals[i] = 0.0f;
-  for (int64_t token = 0; token < seen; token += SOME) {
-    const int64_t count = least(SOME, seen - token);
-    multiply_all<VECTORS>(lanes.queries, p.dim, keys + token * p.dim, p.dim, 1, count, false, lanes.scores);
-    if (mask || token + count > least_seen) hide(p, mask, row, token, count, lanes);
-    soften_some(count, p.value_dim, lanes);
-    multiply_all<VECTORS>(lanes.scores, count, values + token * p.value_dim, 1, p.value_dim, p.value_dim, true,
-                          lanes.totals);
-  }
-  float* out = p.out + (all * p.rows + row) * p.value_dim;
-  for (int v = 0; v < VECTORS; v++) {
-    float sums[LANES];
-    __builtin_memcpy(sums, &lanes.sums[v], sizeof sums);
-    for (int64_t r = 0; r < LANES && v * LANES + r < rows; r++)
-      for (int64_t d = 0; d < p.value_dim; d++)
-        out[(v * LANES + r) * p.value_dim + d] = lanes.totals[d * COUNT + v * LANES + r] / sums[r];
-  }
-}
-
 void attention(const Attention& p, int64_t first, int64_t last) {
   for (int64_t item = first; item < last; item++) {
-    if (p.scores) {
-      few(p, item);
-      continue;
+    const int64_t all = item / p.parts(), batch = all / p.groups, group = all % p.groups;
+    const int64_t begin = item % p.parts() * p.ROWS, end = least(begin + p.ROWS, p.rows);
+    const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
+    const float* mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
+    float *scores = p.scores + (all * p.rows + begin) * p.tokens, *out = p.out + all * p.rows * p.value_dim;
+    const Dense product{p.q + (all * p.rows + begin) * p.dim, nullptr,
+                        p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
+                        nullptr, scores, end - begin, p.dim, p.tokens, 0};
+    NAME(dense)(product, 0, p.tokens);
+    for (int64_t row = begin; row < end;) {
+      const int count = int(least(MOST, end - row));
+      float sums[MOST], *weights = scores + (row - begin) * p.tokens;
+      for (int r = 0; r < count; r++) {
+        const int64_t own = (row + r) % p.length, seen = p.is_causal ? p.tokens - p.length + own + 1 : p.tokens;
+        sums[r] = soften(weights + r * p.tokens, seen, p.scale, mask ? mask + own * p.tokens : nullptr);
+        for (int64_t t = seen; t < p.tokens; t++) weights[r * p.tokens + t] = 0.0f;
+      }
+      weigh_rows<MOST>(count, p, weights, values, sums, out + row * p.value_dim);
+      row += count;
     }
-    const int64_t row = item % p.parts() * p.together, rows = least(p.together, p.rows - row);
-    if (rows > 2 * LANES) some<3>(p, item / p.parts(), row, rows);
-    else if (rows > LANES) some<2>(p, item / p.parts(), row, rows);
-    else some<1>(p, item / p.parts(), row, rows);
   }
 }
 
@@ -321,6 +183,8 @@ void attention(const Attention& p, int64_t first, int64_t last) {
 extern "C" {
 void NAME(norm)(const Norm& p, int64_t first, int64_t last) noexcept { norm(p, first, last); }
 void NAME(gate)(const Gate& p, int64_t first, int64_t last) noexcept { gate(p, first, last); }
+void NAME(layer_norm)(const LayerNorm& p, int64_t first, int64_t last) noexcept { layer_norm(p, first, last); }
+void NAME(gelu)(const Gelu& p, int64_t first, int64_t last) noexcept { gelu(p, first, last); }
 void NAME(rotation)(const Rotation& p, int64_t first, int64_t last) noexcept { rotation(p, first, last); }
 void NAME(attention)(const Attention& p, int64_t first, int64_t last) noexcept { attention(p, first, last); }
 }

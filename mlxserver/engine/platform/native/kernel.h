@@ -1,5 +1,5 @@
-// The interface between the kernels, quantized.cpp, dense.cpp and functions.cpp, which are compiled once per instruction
-// set, and operations.cpp, which chooses one of them. Arrays are row-contiguous unless there are strides, in elements.
+// The interface between the kernels, quantized.cpp, dense.cpp, functions.cpp and attention.cpp, which are compiled once
+// per instruction set, and operations.cpp, which chooses one of them. Arrays are row-contiguous unless there are strides, in elements.
 #pragma once
 #include <cstdint>
 
@@ -60,6 +60,29 @@ struct Norm {
   static constexpr int64_t TOGETHER = 1;
 };
 
+// Layer norm.
+struct LayerNorm {
+  const float *x, *weight, *bias;  // [rows, width], [width], [width] or null
+  float* out;
+  int64_t rows, width;
+  float eps;
+
+  int64_t items() const { return rows; }
+  int64_t work() const { return 4 * width; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// GELU.
+struct Gelu {
+  const float* x;
+  float* out;
+  int64_t size;
+
+  int64_t items() const { return size; }
+  int64_t work() const { return 8; }
+  static constexpr int64_t TOGETHER = 64;
+};
+
 // silu(gate) * x.
 struct Gate {
   const float *gate, *x;
@@ -85,26 +108,40 @@ struct Rotation {
   static constexpr int64_t TOGETHER = 1;
 };
 
-// Attention. Tokens of all heads that share keys and values are the rows of a group.
+// Attention of few tokens per sequence. Tokens of all heads that share keys and values are the rows of a group.
 struct Attention {
   const float* q;                                      // [batch, groups, rows, dim]
   const float *keys, *values;                          // [batch, groups, tokens, dim], a group's are contiguous
   const float* mask;                                   // [batch, length, tokens] addends of a head's rows, or null
   float *scores, *out;                                 // [batch, groups, rows, tokens], [batch, groups, rows, value_dim]
   int64_t batch, groups, rows, tokens, dim, value_dim;
-  int64_t key_strides[2], value_strides[2], mask_strides[2], length;
+  int64_t key_strides[2], value_strides[2], mask_stride, length;
   float scale;
   bool is_causal;                                      // the last `length` tokens are the queries' own
-  int64_t together;                                    // most rows of an item
 
-  // Scores of few rows are kept, those of many are in blocks of the kernel.
-  static constexpr int64_t FEW = 8, MOST_DIM = 256;
-  static bool keeps_scores(int64_t rows, int64_t dim, int64_t value_dim) {
-    return rows <= FEW || dim > MOST_DIM || value_dim > MOST_DIM;
-  }
-  int64_t parts() const { return (rows + together - 1) / together; }
+  static constexpr int64_t ROWS = 24;                  // of an item
+  int64_t parts() const { return (rows + ROWS - 1) / ROWS; }
   int64_t items() const { return batch * groups * parts(); }
   int64_t work() const { return rows / parts() * tokens * (dim + value_dim + 8); }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// Attention of many tokens per sequence, in blocks of keys. The last dimension of each array is contiguous; strides are
+// those of a sequence, a head and a token.
+struct BlockAttention {
+  const float *q, *keys, *values;  // [batch, heads, length, dim], [batch, groups, tokens, dim], [.., value_dim]
+  const float* mask;               // [batch, heads, length, tokens] addends of scores, or null
+  float* out;                      // [batch, length, heads, value_dim]
+  int64_t batch, heads, groups, length, tokens, dim, value_dim;
+  int64_t q_strides[3], key_strides[3], value_strides[3], mask_strides[3];
+  float scale;
+  bool is_causal;                  // the last `length` tokens are the queries' own
+
+  static constexpr int64_t ROWS = 96;       // of an item
+  static constexpr int64_t MOST_DIM = 768;  // of keys and of values
+  int64_t parts() const { return (length + ROWS - 1) / ROWS; }
+  int64_t items() const { return batch * heads * parts(); }
+  int64_t work() const { return length / parts() * tokens * (dim + value_dim + 8); }
   static constexpr int64_t TOGETHER = 1;
 };
 
@@ -120,7 +157,10 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   void norm_##LEVEL(const Norm&, int64_t, int64_t) noexcept;           \
   void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
   void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \
-  void attention_##LEVEL(const Attention&, int64_t, int64_t) noexcept;
+  void attention_##LEVEL(const Attention&, int64_t, int64_t) noexcept;   \
+  void layer_norm_##LEVEL(const LayerNorm&, int64_t, int64_t) noexcept;  \
+  void gelu_##LEVEL(const Gelu&, int64_t, int64_t) noexcept;             \
+  void block_attention_##LEVEL(const BlockAttention&, int64_t, int64_t) noexcept;
 
 extern "C" {
 KERNELS(portable)

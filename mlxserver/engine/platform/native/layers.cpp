@@ -12,7 +12,7 @@ class NormOperation : public Operation<Norm> {
   const char* name() const override { return "NativeNorm"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const NormOperation&>(other);
-    return Operation::is_equivalent(other) && eps_ == same.eps_;
+    return eps_ == same.eps_ && kernel_ == same.kernel_;
   }
 
  protected:
@@ -35,6 +35,38 @@ class GateOperation : public Operation<Gate> {
   Gate task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
     const mx::array gate = in_rows(inputs[0], encoder), x = in_rows(inputs[1], encoder);
     return {gate.data<float>(), x.data<float>(), out.data<float>(), int64_t(x.size())};
+  }
+};
+
+class LayerNormOperation : public Operation<LayerNorm> {
+ public:
+  LayerNormOperation(float eps, Kernel<LayerNorm> kernel) : Operation(kernel), eps_(eps) {}
+  const char* name() const override { return "NativeLayerNorm"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& same = static_cast<const LayerNormOperation&>(other);
+    return eps_ == same.eps_ && kernel_ == same.kernel_;
+  }
+
+ protected:
+  LayerNorm task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
+    const mx::array x = in_rows(inputs[0], encoder), weight = in_rows(inputs[1], encoder);
+    const float* bias = inputs.size() > 2 ? in_rows(inputs[2], encoder).data<float>() : nullptr;
+    const int64_t width = x.shape(-1);
+    return {x.data<float>(), weight.data<float>(), bias, out.data<float>(), int64_t(x.size()) / width, width, eps_};
+  }
+
+ private:
+  float eps_;
+};
+
+class GeluOperation : public Operation<Gelu> {
+ public:
+  using Operation::Operation;
+  const char* name() const override { return "NativeGelu"; }
+
+ protected:
+  Gelu task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
+    return {in_rows(inputs[0], encoder).data<float>(), out.data<float>(), int64_t(out.size())};
   }
 };
 
@@ -61,12 +93,12 @@ mx::array by_head(const mx::array& x, Encoder& encoder) {
 
 class AttentionOperation : public Operation<Attention> {
  public:
-  AttentionOperation(float scale, bool is_causal, const Level& level)
-      : Operation(level.attention), scale_(scale), is_causal_(is_causal), lanes_(level.lanes) {}
+  AttentionOperation(float scale, bool is_causal, Kernel<Attention> kernel)
+      : Operation(kernel), scale_(scale), is_causal_(is_causal) {}
   const char* name() const override { return "NativeAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const AttentionOperation&>(other);
-    return Operation::is_equivalent(other) && scale_ == same.scale_ && is_causal_ == same.is_causal_;
+    return scale_ == same.scale_ && is_causal_ == same.is_causal_ && kernel_ == same.kernel_;
   }
 
  protected:
@@ -75,31 +107,67 @@ class AttentionOperation : public Operation<Attention> {
     const mx::array values = by_head(inputs[2], encoder);
     const int64_t batch = q.shape(0), groups = keys.shape(1), length = q.shape(2);
     const int64_t rows = q.shape(1) / groups * length, tokens = keys.shape(2);
-    float* kept = nullptr;
-    if (Attention::keeps_scores(rows, q.shape(3), values.shape(3))) {
-      mx::array scores({int(batch * groups), int(rows), int(tokens)}, mx::float32, nullptr, {});
-      scores.set_data(mx::allocator::malloc(scores.nbytes()));
-      encoder.add_temporary(scores);
-      kept = scores.data<float>();
-    }
+    mx::array scores({int(batch * groups), int(rows), int(tokens)}, mx::float32, nullptr, {});
+    scores.set_data(mx::allocator::malloc(scores.nbytes()));
+    encoder.add_temporary(scores);
     const float* mask = nullptr;
-    int64_t mask_strides[2] = {0, 0};
+    int64_t mask_stride = 0;
     if (inputs.size() > 3) {
       const mx::array addends = in_rows(inputs[3], encoder);
       mask = addends.data<float>();
-      if (addends.shape(0) > 1) mask_strides[0] = addends.shape(2) * tokens;
-      if (addends.shape(2) > 1) mask_strides[1] = tokens;
+      mask_stride = addends.shape(0) > 1 ? length * tokens : 0;
     }
-    return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, kept, out.data<float>(),
+    return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores.data<float>(), out.data<float>(),
             batch, groups, rows, tokens, q.shape(3), values.shape(3),
             {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)},
-            {mask_strides[0], mask_strides[1]}, length, scale_, is_causal_, 3 * lanes_};
+            mask_stride, length, scale_, is_causal_};
   }
 
  private:
   float scale_;
   bool is_causal_;
-  int64_t lanes_;
+};
+
+class BlockAttentionOperation : public Operation<BlockAttention> {
+ public:
+  BlockAttentionOperation(float scale, bool is_causal, Kernel<BlockAttention> kernel)
+      : Operation(kernel), scale_(scale), is_causal_(is_causal) {}
+  const char* name() const override { return "NativeBlockAttention"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& same = static_cast<const BlockAttentionOperation&>(other);
+    return scale_ == same.scale_ && is_causal_ == same.is_causal_ && kernel_ == same.kernel_;
+  }
+
+ protected:
+  BlockAttention task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
+    const mx::array q = by_token(inputs[0], encoder), keys = by_token(inputs[1], encoder);
+    const mx::array values = by_token(inputs[2], encoder);
+    BlockAttention task{q.data<float>(), keys.data<float>(), values.data<float>(), nullptr, out.data<float>(),
+                        q.shape(0), q.shape(1), keys.shape(1), q.shape(2), keys.shape(2), q.shape(3), values.shape(3),
+                        {}, {}, {}, {}, scale_, is_causal_};
+    set_strides(task.q_strides, q);
+    set_strides(task.key_strides, keys);
+    set_strides(task.value_strides, values);
+    if (inputs.size() > 3) {
+      const mx::array mask = by_token(inputs[3], encoder);
+      task.mask = mask.data<float>();
+      set_strides(task.mask_strides, mask);
+    }
+    return task;
+  }
+
+ private:
+  // The last dimension's elements beside each other.
+  static mx::array by_token(const mx::array& x, Encoder& encoder) {
+    return x.strides(3) == 1 ? x : in_rows(x, encoder);
+  }
+
+  static void set_strides(int64_t* strides, const mx::array& x) {
+    for (int i = 0; i < 3; i++) strides[i] = x.shape(i) > 1 ? x.strides(i) : 0;
+  }
+
+  float scale_;
+  bool is_causal_;
 };
 
 void check(bool fits) {
@@ -120,6 +188,23 @@ mx::array gate(const mx::array& gate, const mx::array& x, const std::string& nam
   return mx::array(x.shape(), mx::float32, std::make_shared<GateOperation>(level(name).gate), {gate, x});
 }
 
+mx::array layer_norm(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias, float eps,
+                     const std::string& name) {
+  check(is_wide(x) && is_wide(weight) && x.ndim() && weight.shape() == mx::Shape{x.shape(-1)});
+  check(!bias || (is_wide(*bias) && bias->shape() == weight.shape()));
+  if (!x.size()) return x;
+  Arrays arrays{x, weight};
+  if (bias) arrays.push_back(*bias);
+  auto operation = std::make_shared<LayerNormOperation>(eps, level(name).layer_norm);
+  return mx::array(x.shape(), mx::float32, operation, arrays);
+}
+
+mx::array gelu(const mx::array& x, const std::string& name) {
+  check(is_wide(x));
+  if (!x.size()) return x;
+  return mx::array(x.shape(), mx::float32, std::make_shared<GeluOperation>(level(name).gelu), {x});
+}
+
 mx::array rotate(const mx::array& x, const mx::array& cosines, const mx::array& sines, const std::string& name) {
   check(is_wide(x) && is_wide(cosines) && is_wide(sines) && x.ndim() == 4 && x.shape(3) % 2 == 0);
   const auto angles = size_t(x.shape(2)) * x.shape(3) / 2;
@@ -130,24 +215,50 @@ mx::array rotate(const mx::array& x, const mx::array& cosines, const mx::array& 
   return mx::array(x.shape(), mx::float32, operation, {x, cosines, sines});
 }
 
-mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, float scale,
-                 const std::optional<mx::array>& mask, bool is_causal, const std::string& name) {
-  check(is_wide(q) && is_wide(keys) && is_wide(values) && q.ndim() == 4 && keys.ndim() == 4 && values.ndim() == 4);
+// Their shape, after all shapes and types are checked. may_broadcast: a mask may have one row for all heads or tokens.
+mx::Shape attended(const Arrays& arrays, bool is_causal, bool may_broadcast) {
+  const mx::array &q = arrays[0], &keys = arrays[1], &values = arrays[2];
+  for (const mx::array& array : arrays) check(is_wide(array) && array.ndim() == 4);
   check(q.shape(0) == keys.shape(0) && keys.shape(0) == values.shape(0) && keys.shape(1) > 0 &&
         q.shape(1) % keys.shape(1) == 0 && keys.shape(1) == values.shape(1) && keys.shape(2) == values.shape(2) &&
         q.shape(3) == keys.shape(3));
-  const int batch = q.shape(0), length = q.shape(2), tokens = keys.shape(2);
+  const int batch = q.shape(0), heads = may_broadcast ? q.shape(1) : 1, length = q.shape(2), tokens = keys.shape(2);
   check(!is_causal || length <= tokens);
-  Arrays arrays{q, keys, values};
-  if (mask) {
-    check(is_wide(*mask) && mask->ndim() == 4 && mask->shape(1) == 1 && mask->shape(3) == tokens);
-    check((mask->shape(0) == 1 || mask->shape(0) == batch) && (mask->shape(2) == 1 || mask->shape(2) == length));
-    arrays.push_back(*mask);
+  if (arrays.size() > 3) {
+    const mx::Shape all{batch, heads, length, tokens};
+    for (int i = 0; i < 4; i++) {
+      const int size = arrays[3].shape(i);
+      check(size == all[i] || (size == 1 && (i == 0 || (i < 3 && may_broadcast))));
+    }
   }
-  const mx::Shape shape{batch, q.shape(1), length, values.shape(3)};
+  return {batch, q.shape(1), length, values.shape(3)};
+}
+
+Arrays arrays_of(const mx::array& q, const mx::array& keys, const mx::array& values,
+                 const std::optional<mx::array>& mask) {
+  Arrays arrays{q, keys, values};
+  if (mask) arrays.push_back(*mask);
+  return arrays;
+}
+
+mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, float scale,
+                 const std::optional<mx::array>& mask, bool is_causal, const std::string& name) {
+  const Arrays arrays = arrays_of(q, keys, values, mask);
+  const mx::Shape shape = attended(arrays, is_causal, false);
   if (!q.size() || !values.size()) return mx::zeros(shape, mx::float32, cpu());
-  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name));
+  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name).attention);
   return mx::array(shape, mx::float32, operation, arrays);
+}
+
+mx::array attend_in_blocks(const mx::array& q, const mx::array& keys, const mx::array& values, float scale,
+                           const std::optional<mx::array>& mask, bool is_causal, const std::string& name) {
+  const Arrays arrays = arrays_of(q, keys, values, mask);
+  const mx::Shape shape = attended(arrays, is_causal, true);
+  check(q.shape(3) <= BlockAttention::MOST_DIM && values.shape(3) <= BlockAttention::MOST_DIM);
+  if (!q.size() || !values.size()) return mx::zeros(shape, mx::float32, cpu());
+  auto operation = std::make_shared<BlockAttentionOperation>(scale, is_causal, level(name).block_attention);
+  const mx::array by_token({shape[0], shape[2], shape[1], shape[3]}, mx::float32, operation, arrays);
+  return mx::transpose(by_token, {0, 2, 1, 3}, cpu());
 }
 
 }  // namespace
@@ -155,7 +266,13 @@ mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& val
 void add_functions(nb::module_& m) {
   m.def("rms_norm", &norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("level") = "");
   m.def("swiglu", &gate, nb::arg("gate"), nb::arg("x"), nb::arg("level") = "");
+  m.def("layer_norm", &layer_norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"),
+        nb::arg("level") = "");
+  m.def("gelu", &gelu, nb::arg("x"), nb::arg("level") = "");
   m.def("rotate", &rotate, nb::arg("x"), nb::arg("cosines"), nb::arg("sines"), nb::arg("level") = "");
   m.def("attend", &attend, nb::arg("q"), nb::arg("keys"), nb::arg("values"), nb::arg("scale"),
         nb::arg("mask") = nb::none(), nb::arg("is_causal") = false, nb::arg("level") = "");
+  m.def("attend_in_blocks", &attend_in_blocks, nb::arg("q"), nb::arg("keys"), nb::arg("values"), nb::arg("scale"),
+        nb::arg("mask") = nb::none(), nb::arg("is_causal") = false, nb::arg("level") = "");
+  m.attr("MOST_DIM") = BlockAttention::MOST_DIM;
 }

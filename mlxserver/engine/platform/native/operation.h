@@ -31,6 +31,9 @@ struct Level {
   Kernel<Gate> gate;
   Kernel<Rotation> rotation;
   Kernel<Attention> attention;
+  Kernel<LayerNorm> layer_norm;
+  Kernel<Gelu> gelu;
+  Kernel<BlockAttention> block_attention;
 };
 
 // Instruction sets that this CPU has, the best one first.

@@ -89,4 +89,42 @@ inline Floats load_widened(const Float16* from) {
 #endif
 }
 
+constexpr float LOWEST = -1e30f;
+
+// exp(x) to 1e-7: the method of the Cephes library (Moshier 1984-1992).
+inline Floats exponential(Floats x) {
+  x = x > splat(-87.0f) ? x : splat(-87.0f);
+  x = x < splat(88.0f) ? x : splat(88.0f);
+  const Floats power = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds: such floats are integers
+  const Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
+  Floats sum = splat(1.9875691500e-4f);
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  const Floats mantissa = sum * (rest * rest) + rest + 1.0f;
+  const Ints exponent = (__builtin_convertvector(power, Ints) + 127) << 23;
+  return mantissa * reinterpret_cast<Floats>(exponent);
+}
+
+// LANES values, or fewer and `other` for the rest.
+inline Floats load_some(const float* from, int64_t count, float other) {
+  if (count >= LANES) return load<Floats>(from);
+  float values[LANES];
+  for (int i = 0; i < LANES; i++) values[i] = i < count ? from[i] : other;
+  return load<Floats>(values);
+}
+
+inline void store_some(Floats values, int64_t count, float* to) {
+  __builtin_memcpy(to, &values, 4 * least(count, LANES));
+}
+
+inline float most(Floats v) {
+  float values[LANES];
+  __builtin_memcpy(values, &v, sizeof v);
+  for (int i = 1; i < LANES; i++) values[0] = values[i] > values[0] ? values[i] : values[0];
+  return values[0];
+}
+
 }  // namespace
