@@ -1,52 +1,19 @@
 // Kernel of a product with weights of 32 or 16 bits. Compiled once per instruction set: LEVEL names it, LANES the
 // floats of a vector.
 //
-// Several rows are multiplied with several outputs at once, so that most operands stay in registers. For few rows a
+// For few rows a
 // vector has inputs of one row or one output. For many it has one input of several rows, which lie so in the columns that
 // were made of them, and a weight is in all lanes: nothing is added up across a vector. Weights are read once for all
 // rows of a block, while the next ones are fetched. Those of 16 bits are widened in registers, or for more rows into a
 // buffer: as float32 they are the same numbers, so what differs from a product with widened weights is the order of the
 // additions.
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
-#include "kernel.h"
-#include "vectors.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int PANEL = 4;                      // outputs that are computed at once
-constexpr int MOST = LANES == 16 ? 6 : 3;     // rows that are: as many as there are registers for
 constexpr int64_t DEPTH = 1536;               // inputs of a panel, which stays in a first-level cache
 constexpr int64_t STRIDE = DEPTH + 64;        // between a widened panel's outputs: caches collide at powers of two
-constexpr int WIDE = LANES == 16 ? 24 : 12;   // outputs times vectors of rows in a tile, and outputs that share its rows
-constexpr int64_t SHALLOW = 768;              // inputs of so many outputs
-constexpr int64_t TOGETHER = 96 / LANES;      // vectors of rows whose inputs stay in a second-level cache
-
-typedef float Quad __attribute__((vector_size(16)));
-
-// Some inputs of a product, and what is fetched into the cache meanwhile: `step` bytes from `ahead` on per vector.
-struct Part {
-  int64_t from, depth;
-  const char* ahead = nullptr;
-  int64_t step = 0;
-};
-
-// The sums of four vectors each.
-inline Quad totals(const Floats* sums) {
-#if LANES >= 8
-  __m128 halves[4];
-  for (int o = 0; o < 4; o++) {
-#if LANES == 16
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums[o]), _mm512_extractf32x8_ps(sums[o], 1));
-#else
-    const __m256 half = sums[o];
-#endif
-    halves[o] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-  return _mm_hadd_ps(_mm_hadd_ps(halves[0], halves[1]), _mm_hadd_ps(halves[2], halves[3]));
-#else
-  return Quad{total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3])};
-#endif
-}
 
 #if LANES == 8
 // Eight inputs of eight rows, as eight columns.
@@ -68,56 +35,6 @@ inline void turn(const float* const* rows, int64_t from, float* out) {
   }
 }
 #endif
-
-// ROWS rows times OUTPUTS outputs, for some inputs. weights: from the first output and input on.
-template <typename T, int ROWS, int OUTPUTS>
-__attribute__((noinline)) void block(const Dense& p, const T* weights, int64_t stride, int64_t row, int64_t output,
-                                     Part part) {
-  const float* x = p.x + row * p.inputs + part.from;
-  float* out = p.out + row * p.outputs + output;
-  Floats sums[ROWS][OUTPUTS] = {};
-  int64_t i = 0;
-  const char* ahead = part.ahead;
-  for (; i + LANES <= part.depth; i += LANES, ahead += part.step) {
-    __builtin_prefetch(ahead, 0, 2);
-    Floats inputs[ROWS];
-    for (int r = 0; r < ROWS; r++) inputs[r] = load<Floats>(x + r * p.inputs + i);
-    for (int o = 0; o < OUTPUTS; o++) {
-      const Floats weight = load_widened(weights + o * stride + i);
-      for (int r = 0; r < ROWS; r++) sums[r][o] += weight * inputs[r];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++) {
-    float* own = out + r * p.outputs;
-    if constexpr (OUTPUTS == 4) {
-      const Quad base = part.from ? load<Quad>(own) : p.bias ? load<Quad>(p.bias + output) : Quad{};
-      const Quad all = base + totals(sums[r]);
-      __builtin_memcpy(own, &all, sizeof all);
-    } else {
-      for (int o = 0; o < OUTPUTS; o++)
-        own[o] = (part.from ? own[o] : p.bias ? p.bias[output + o] : 0.0f) + total(sums[r][o]);
-    }
-  }
-  for (; i < part.depth; i++)
-    for (int r = 0; r < ROWS; r++)
-      for (int o = 0; o < OUTPUTS; o++)
-        out[r * p.outputs + o] += widened(weights[o * stride + i]) * x[r * p.inputs + i];
-}
-
-template <typename T, int ROWS>
-inline void outputs(const Dense& p, const T* weights, int64_t stride, int64_t row, int64_t output, int64_t count,
-                    Part part) {
-  if (count == PANEL) return block<T, ROWS, PANEL>(p, weights, stride, row, output, part);
-  for (int64_t o = 0; o < count; o++) block<T, ROWS, 1>(p, weights + o * stride, stride, row, output + o, part);
-}
-
-template <typename T, int ROWS>
-inline void rows(int64_t number, const Dense& p, const T* weights, int64_t stride, int64_t row, int64_t output,
-                 int64_t count, Part part) {
-  if (number == ROWS) return outputs<T, ROWS>(p, weights, stride, row, output, count, part);
-  if constexpr (ROWS > 1) rows<T, ROWS - 1>(number, p, weights, stride, row, output, count, part);
-}
 
 template <typename T>
 void few(const Dense& p, int64_t first, int64_t last) {
@@ -170,86 +87,19 @@ void some(const Dense& p, int64_t first, int64_t last) {
   }
 }
 
-// VECTORS vectors of rows times OUTPUTS outputs, for some inputs. part.ahead: the weights that are needed later, with
-// part.step bytes between outputs.
-template <typename T, int VECTORS, int OUTPUTS>
-__attribute__((noinline)) void tile(const Dense& p, const float* weights, int64_t stride, int64_t vector,
-                                    int64_t output, Part part) {
-  constexpr int64_t FETCHED = 16;  // inputs between two fetches: a line of a cache, or half of one
-  const float* x = p.columns + (vector * p.inputs + part.from) * LANES;
-  const int64_t apart = p.inputs * LANES;
-  Floats sums[OUTPUTS][VECTORS] = {};
-  const auto add = [&](int64_t i) {
-    Floats inputs[VECTORS];
-    for (int v = 0; v < VECTORS; v++) inputs[v] = load<Floats>(x + v * apart + i * LANES);
-    for (int o = 0; o < OUTPUTS; o++) {
-      const Floats weight = splat(weights[o * stride + i]);
-      for (int v = 0; v < VECTORS; v++) sums[o][v] += weight * inputs[v];
-    }
-  };
-  int64_t i = 0;
-  for (; i + FETCHED <= part.depth; i += FETCHED) {
-    for (int o = 0; o < OUTPUTS; o++)
-      __builtin_prefetch(part.ahead + o * part.step + i * int64_t(sizeof(T)), 0, 2);
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < FETCHED; n++) add(i + n);
-  }
-  for (; i < part.depth; i++) add(i);
-  float values[OUTPUTS][VECTORS * LANES];
-  __builtin_memcpy(values, sums, sizeof values);
-  const int64_t row = vector * LANES, count = least(VECTORS * LANES, p.rows - row);
-  float* out = p.out + row * p.outputs + output;
-  for (int64_t r = 0; r < count; r++, out += p.outputs)
-    for (int o = 0; o < OUTPUTS; o++)
-      out[o] = (part.from ? out[o] : p.bias ? p.bias[output + o] : 0.0f) + values[o][r];
-}
-
-template <typename T, int VECTORS>
-void tiles(const Dense& p, const float* weights, int64_t stride, int64_t vector, int64_t output, int64_t count,
-           Part part) {
-  constexpr int OUTPUTS = WIDE / VECTORS;
-  int64_t o = 0;
-  for (; o + OUTPUTS <= count; o += OUTPUTS, weights += OUTPUTS * stride, part.ahead += OUTPUTS * part.step)
-    tile<T, VECTORS, OUTPUTS>(p, weights, stride, vector, output + o, part);
-  for (; o < count; o++, weights += stride, part.ahead += part.step)
-    tile<T, VECTORS, 1>(p, weights, stride, vector, output + o, part);
-}
-
 // Rows in columns, and those that are left over.
 template <typename T>
 void many(const Dense& p, int64_t first, int64_t last) {
-  alignas(64) float panel[WIDE * (SHALLOW + 16)];
-  const int64_t vectors = vectors_of(p.rows, LANES), parts = (p.inputs + SHALLOW - 1) / SHALLOW;
-  const int64_t each = ((p.inputs + parts - 1) / parts + LANES - 1) / LANES * LANES;
   const bool is_copied = sizeof(T) != sizeof(float) || p.inputs % 1024 == 0;  // caches collide at powers of two
-  for (int64_t begin = 0; begin < vectors; begin += TOGETHER) {
-    const int64_t end = least(begin + TOGETHER, vectors);
-    for (Part part{0, 0}; part.from < p.inputs; part.from += each) {
-      part.depth = least(each, p.inputs - part.from);
-      part.step = p.inputs * int64_t(sizeof(T));
-      const T* weights = static_cast<const T*>(p.weight) + first * p.inputs + part.from;
-      for (int64_t output = first; output < last; output += WIDE, weights += WIDE * p.inputs) {
-        const int64_t count = least(WIDE, last - output);
-        const float* wide = panel;
-        int64_t stride = SHALLOW + 16;
-        if (is_copied) widen(weights, p.inputs, count, part.depth, panel, stride);
-        else if constexpr (sizeof(T) == sizeof(float)) wide = weights, stride = p.inputs;
-        part.ahead = reinterpret_cast<const char*>(weights + WIDE * p.inputs);
-        for (int64_t v = begin; v < end;) {
-          const int64_t left = end - v, taken = left == 4 ? 2 : least(3, left);
-          if (taken == 3) tiles<T, 3>(p, wide, stride, v, output, count, part);
-          else if (taken == 2) tiles<T, 2>(p, wide, stride, v, output, count, part);
-          else tiles<T, 1>(p, wide, stride, v, output, count, part);
-          v += taken;
-        }
-        if (end < vectors) continue;
-        for (int64_t row = vectors * LANES; row < p.rows; row += MOST)
-          for (int64_t o = 0; o < count; o += PANEL)
-            rows<float, MOST>(least(MOST, p.rows - row), p, wide + o * stride, stride, row, output + o,
-                              least(PANEL, count - o), {part.from, part.depth, part.ahead, 0});
-      }
-    }
-  }
+  many(p, first, last, LANES, [&](int64_t output, int64_t count, Part& part, float* panel) {
+    const T* weights = static_cast<const T*>(p.weight) + output * p.inputs + part.from;
+    part.ahead = reinterpret_cast<const char*>(weights + WIDE * p.inputs);
+    part.step = p.inputs * int64_t(sizeof(T)), part.bytes = FETCHED * int64_t(sizeof(T));
+    if constexpr (sizeof(T) == sizeof(float))
+      if (!is_copied) return Weights{weights, p.inputs};
+    widen(weights, p.inputs, count, part.depth, panel, SHALLOW + 16);
+    return Weights{panel, SHALLOW + 16};
+  });
 }
 
 template <typename T>

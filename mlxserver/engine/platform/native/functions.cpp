@@ -160,9 +160,8 @@ void attention(const Attention& p, int64_t first, int64_t last) {
     const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
     const float* mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
     float *scores = p.scores + (all * p.rows + begin) * p.tokens, *out = p.out + all * p.rows * p.value_dim;
-    const Dense product{p.q + (all * p.rows + begin) * p.dim, nullptr,
-                        p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
-                        nullptr, scores, end - begin, p.dim, p.tokens, 0};
+    const Dense product{{p.q + (all * p.rows + begin) * p.dim, nullptr, nullptr, scores, end - begin, p.dim, p.tokens},
+                        p.keys + batch * p.key_strides[0] + group * p.key_strides[1], 0};
     NAME(dense)(product, 0, p.tokens);
     for (int64_t row = begin; row < end;) {
       const int count = int(least(MOST, end - row));

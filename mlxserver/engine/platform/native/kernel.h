@@ -3,38 +3,35 @@
 #pragma once
 #include <cstdint>
 
-// Product of float32 rows with weights in MLX's affine format.
-struct Quantized {
-  const float* x;         // [rows, inputs]
-  const uint32_t* words;  // [outputs, inputs * bits / 32]: weights, the first one in the lowest bits
-  const void* scales;     // [outputs, inputs / group]
-  const void* biases;     // likewise; a weight is scale * quantized + bias
-  float* out;             // [rows, outputs]
-  int64_t rows, inputs, outputs;
-  int bits, group;        // 4 or 8; 32, 64 or 128
-  int type;               // of scales and biases: 0 float32, 1 float16, 2 bfloat16
-
-  int64_t items() const { return outputs; }
-  int64_t work() const { return rows * inputs; }
-  static constexpr int64_t TOGETHER = 32;
-};
-
 // Vectors of rows that are multiplied as columns. A rest that fills less than half a vector is not.
 inline int64_t vectors_of(int64_t rows, int64_t lanes) { return rows / lanes + (2 * (rows % lanes) > lanes); }
 
-// Product of float32 rows with weights as they are.
-struct Dense {
+// Product of float32 rows with weights, [outputs, inputs].
+struct Product {
   const float* x;        // [rows, inputs]
   const float* columns;  // [vectors, inputs, lanes], the same rows; null for few rows
-  const void* weight;    // [outputs, inputs]
   const float* bias;     // [outputs], or null
   float* out;            // [rows, outputs]
   int64_t rows, inputs, outputs;
-  int type;              // of the weights: as above
 
   int64_t items() const { return outputs; }
   int64_t work() const { return rows * inputs; }
   static constexpr int64_t TOGETHER = 48;
+};
+
+// With weights as they are.
+struct Dense : Product {
+  const void* weight;
+  int type;  // 0 float32, 1 float16, 2 bfloat16
+};
+
+// With weights in MLX's affine format.
+struct Quantized : Product {
+  const uint32_t* words;  // [outputs, inputs * bits / 32]: weights, the first one in the lowest bits
+  const void* scales;     // [outputs, inputs / group]
+  const void* biases;     // likewise; a weight is scale * quantized + bias
+  int bits, group;        // 4 or 8; 32, 64 or 128
+  int type;               // of scales and biases: as above
 };
 
 // Columns of rows: of as many at a time as a vector has lanes, each input's values lie beside each other.

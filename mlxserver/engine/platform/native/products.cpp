@@ -18,23 +18,76 @@ mx::array in_order(const mx::array& weights) {
   return is_ordered ? weights : mx::contiguous(weights, false, cpu());
 }
 
+Product product_of(const mx::array& x, int64_t outputs, mx::array& out) {
+  const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width;
+  return {x.data<float>(), nullptr, nullptr, out.data<float>(), rows, width, outputs};
+}
+
 Quantized task_of(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
                   mx::array& out, int bits, int group) {
-  const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width, outputs = words.shape(-2);
-  return {x.data<float>(),   words.data<uint32_t>(), scales.data<void>(), biases.data<void>(),
-          out.data<float>(), rows,                   width,               outputs,
-          bits,              group,                  type_of(scales)};
+  return {product_of(x, words.shape(-2), out), words.data<uint32_t>(), scales.data<void>(), biases.data<void>(),
+          bits, group, type_of(scales)};
 }
 
 Dense task_of(const mx::array& x, const mx::array& weight, mx::array& out) {
-  const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width, outputs = weight.shape(-2);
-  return {x.data<float>(), nullptr, weight.data<void>(), nullptr, out.data<float>(), rows, width, outputs,
-          type_of(weight)};
+  return {product_of(x, weight.shape(-2), out), weight.data<void>(), type_of(weight)};
 }
 
-class QuantizedProduct : public Operation<Quantized> {
+// What makes columns of rows.
+struct Turning {
+  Kernel<Columns> kernel;
+  int64_t lanes;
+
+  explicit Turning(const Level& level) : kernel(level.columns), lanes(level.lanes) {}
+
+  // Elements of the columns of a product's rows; 0 where they are too few.
+  int64_t size(const Product& p) const {
+    const int64_t vectors = vectors_of(p.rows, lanes);
+    return vectors < 2 ? 0 : vectors * p.inputs * lanes;
+  }
+
+  // Make them.
+  void turn(Product& p, float* columns) const noexcept {
+    if (!size(p)) return;
+    compute(Columns{p.x, columns, p.rows, p.inputs, vectors_of(p.rows, lanes), lanes}, kernel);
+    p.columns = columns;
+  }
+};
+
+float* room_for(int64_t size, mx::cpu::CommandEncoder& encoder) {
+  mx::array array({int(size)}, mx::float32, nullptr, {});
+  array.set_data(mx::allocator::malloc(array.nbytes()));
+  encoder.add_temporary(array);
+  return array.data<float>();
+}
+
+// A product whose columns are made before it.
+template <typename Task>
+class TurnedProduct : public Operation<Task> {
  public:
-  QuantizedProduct(int bits, int group, Kernel<Quantized> kernel) : Operation(kernel), bits_(bits), group_(group) {}
+  TurnedProduct(const Level& level, Kernel<Task> kernel) : Operation<Task>(kernel), turning_(level) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    auto& encoder = mx::cpu::get_command_encoder(this->stream());
+    const Task task = this->task(inputs, out, encoder);
+    const int64_t size = turning_.size(task);
+    float* columns = size ? room_for(size, encoder) : nullptr;
+    encoder.dispatch([task, columns, turning = turning_, kernel = this->kernel_] {
+      Task turned = task;
+      turning.turn(turned, columns);
+      compute(turned, kernel);
+    });
+  }
+
+ private:
+  Turning turning_;
+};
+
+class QuantizedProduct : public TurnedProduct<Quantized> {
+ public:
+  QuantizedProduct(const Level& level, int bits, int group)
+      : TurnedProduct(level, level.quantized), bits_(bits), group_(group) {}
 
   const char* name() const override { return "QuantizedProduct"; }
 
@@ -52,36 +105,18 @@ class QuantizedProduct : public Operation<Quantized> {
   int bits_, group_;
 };
 
-class DenseProduct : public Operation<Dense> {
+class DenseProduct : public TurnedProduct<Dense> {
  public:
-  explicit DenseProduct(const Level& level) : Operation(level.dense), columns_(level.columns), lanes_(level.lanes) {}
+  explicit DenseProduct(const Level& level) : TurnedProduct(level, level.dense) {}
 
   const char* name() const override { return "DenseProduct"; }
 
  protected:
   Dense task(const std::vector<mx::array>& inputs, mx::array& out, mx::cpu::CommandEncoder& encoder) const override {
-    const mx::array x = in_rows(inputs[0], encoder);
-    Dense task = task_of(x, inputs[1], out);
+    Dense task = task_of(in_rows(inputs[0], encoder), inputs[1], out);
     if (inputs.size() > 2) task.bias = inputs[2].data<float>();
-    task.columns = columns(x, task.rows, task.inputs, encoder);
     return task;
   }
-
- private:
-  // The rows as columns, if they are more than one vector.
-  const float* columns(const mx::array& x, int64_t rows, int64_t width, mx::cpu::CommandEncoder& encoder) const {
-    const int64_t vectors = vectors_of(rows, lanes_);
-    if (vectors < 2) return nullptr;
-    mx::array columns({int(vectors), int(width), int(lanes_)}, mx::float32, nullptr, {});
-    columns.set_data(mx::allocator::malloc(columns.nbytes()));
-    encoder.add_temporary(columns);
-    const Columns task{x.data<float>(), columns.data<float>(), rows, width, vectors, lanes_};
-    encoder.dispatch([task, kernel = columns_] { compute(task, kernel); });
-    return columns.data<float>();
-  }
-
-  Kernel<Columns> columns_;
-  int64_t lanes_;
 };
 
 int64_t bytes(int type) { return type == 0 ? 4 : 2; }
@@ -108,30 +143,15 @@ struct Choice {
   int64_t operator()(int64_t row) const { return std::min<int64_t>(indices[row / each], experts - 1); }
 };
 
-// Room for the columns of a run's rows, and what makes them.
-struct Turned {
-  Kernel<Columns> kernel;
-  int64_t lanes;
-  float* columns;
-};
-
-void turn(Quantized&, const Turned&) noexcept {}
-
-void turn(Dense& product, const Turned& turned) noexcept {
-  const int64_t vectors = vectors_of(product.rows, turned.lanes);
-  if (vectors < 2) return;
-  compute(Columns{product.x, turned.columns, product.rows, product.inputs, vectors, turned.lanes}, turned.kernel);
-  product.columns = turned.columns;
-}
-
 // Rows of one expert that lie together, product by product.
 template <typename Task>
-void compute_runs(const Task& all, const Choice& expert_of, const Turned& turned, Kernel<Task> kernel) noexcept {
+void compute_runs(const Task& all, const Choice& expert_of, const Turning& turning, float* columns,
+                  Kernel<Task> kernel) noexcept {
   for (int64_t row = 0, end; row < all.rows; row = end) {
     for (end = row + 1; end < all.rows && expert_of(end) == expert_of(row);) end++;
     Task own = of_expert(all, expert_of(row));
     own.x += row * all.inputs, own.out += row * all.outputs, own.rows = end - row;
-    turn(own, turned);
+    turning.turn(own, columns);
     compute(own, kernel);
   }
 }
@@ -144,8 +164,8 @@ struct Sorted {
 };
 
 template <typename Task>
-void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sorted, const Turned& turned,
-                    Kernel<Task> kernel) noexcept {
+void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sorted, const Turning& turning,
+                    float* columns, Kernel<Task> kernel) noexcept {
   int64_t n = 0;
   for (int64_t expert = 0; expert < expert_of.experts && n < all.rows; expert++)
     for (int64_t row = 0; row < all.rows; row++)
@@ -155,7 +175,7 @@ void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sort
       }
   Task ordered = all;
   ordered.x = sorted.x, ordered.out = sorted.out;
-  compute_runs(ordered, Choice{sorted.experts, 1, expert_of.experts}, turned, kernel);
+  compute_runs(ordered, Choice{sorted.experts, 1, expert_of.experts}, turning, columns, kernel);
   for (n = 0; n < all.rows; n++)
     std::memcpy(all.out + sorted.rows[n] * all.outputs, sorted.out + n * all.outputs, all.outputs * sizeof(float));
 }
@@ -165,7 +185,7 @@ template <typename Task>
 class Experts : public Operation<Task> {
  public:
   Experts(const Level& level, Kernel<Task> kernel, bool is_sorted)
-      : Operation<Task>(kernel), columns_(level.columns), lanes_(level.lanes), is_sorted_(is_sorted) {}
+      : Operation<Task>(kernel), turning_(level), is_sorted_(is_sorted) {}
 
   const char* name() const override { return "ExpertProduct"; }
 
@@ -185,24 +205,24 @@ class Experts : public Operation<Task> {
       encoder.add_temporary(array);
       return array;
     };
-    Turned turned{columns_, lanes_, nullptr};
-    const int64_t vectors = vectors_of(all.rows, lanes_);
-    if (std::is_same_v<Task, Dense> && vectors > 1)
-      turned.columns = room(vectors * all.inputs * lanes_, mx::float32).template data<float>();
+    const int64_t size = turning_.size(all);  // of all rows, or of fewer in a run
+    float* columns = size ? room_for(size, encoder) : nullptr;
     if (is_sorted_) {
-      encoder.dispatch([=, kernel = this->kernel_] { compute_runs(all, chosen, turned, kernel); });
+      encoder.dispatch([=, turning = turning_, kernel = this->kernel_] {
+        compute_runs(all, chosen, turning, columns, kernel);
+      });
       return;
     }
-    const Sorted sorted{room(all.rows * all.inputs, mx::float32).template data<float>(),
-                        room(all.rows * all.outputs, mx::float32).template data<float>(),
+    const Sorted sorted{room_for(all.rows * all.inputs, encoder), room_for(all.rows * all.outputs, encoder),
                         room(all.rows, mx::int64).template data<int64_t>(),
                         room(all.rows, mx::uint32).template data<uint32_t>()};
-    encoder.dispatch([=, kernel = this->kernel_] { compute_sorted(all, chosen, sorted, turned, kernel); });
+    encoder.dispatch([=, turning = turning_, kernel = this->kernel_] {
+      compute_sorted(all, chosen, sorted, turning, columns, kernel);
+    });
   }
 
  private:
-  Kernel<Columns> columns_;
-  int64_t lanes_;
+  Turning turning_;
   bool is_sorted_;
 };
 
@@ -254,7 +274,7 @@ mx::array product(const mx::array& x, const mx::array& words, const mx::array& s
   shape.back() = outputs;
   if (!x.size()) return mx::zeros(shape, mx::float32, cpu());
   std::vector<mx::array> arrays{mx::astype(x, mx::float32, cpu()), in_order(words), in_order(scales), in_order(biases)};
-  auto operation = std::make_shared<QuantizedProduct>(bits, group, level(name).quantized);
+  auto operation = std::make_shared<QuantizedProduct>(level(name), bits, group);
   return mx::array(shape, mx::float32, operation, arrays);
 }
 

@@ -4,17 +4,12 @@
 // A weight is dequantized as MLX does it, scale * quantized + bias in float32: what differs from a product with
 // dequantized weights is the order of the additions.
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
-#include "kernel.h"
-#include "vectors.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int PANEL = 4;                     // outputs that few rows are multiplied with at once
-constexpr int TILE = 2 * LANES;              // outputs that many rows are multiplied with at once
-constexpr int64_t DEPTH = 256;               // inputs of a tile that are dequantized at once, for a first-level cache
-constexpr int64_t SPAN = 64;                 // groups of a panel whose scales are widened at once
-constexpr int64_t BLOCK = 192;               // rows whose inputs stay in a second-level cache
-constexpr int64_t MOST_DIRECT = 3, MOST_ROWS = 6;
+constexpr int64_t SPAN = 64;         // groups of a panel whose scales are widened at once
+constexpr int64_t MOST_DIRECT = 3;  // rows for which weights are dequantized in registers
 
 template <typename T>
 void widen(const void* values, int64_t begin, int64_t count, float* out) {
@@ -92,86 +87,35 @@ void few(const Quantized& p, int64_t row, int64_t first, int64_t last) {
   for (; output < last; output++) direct<BITS, ROWS, 1>(p, row, output);
 }
 
-// LANES outputs from `output` on as columns, dequantized: out[input - from][LANES] with TILE floats between inputs.
-// What is beyond the last output repeats it.
+// Some inputs of one output's weights, dequantized.
 template <int BITS>
-void dequantize(const Quantized& p, int64_t output, int64_t last, int64_t from, int64_t to, float* out) {
-  constexpr int64_t GROUPS = DEPTH / 32;
-  const int64_t groups = p.inputs / p.group, stride = p.inputs / PER_WORD<BITS>, first = from / p.group;
-  const int64_t count = (to - from) / p.group;
-  const uint32_t* rows[LANES];
-  float scales[LANES][GROUPS], biases[LANES][GROUPS];
-  for (int lane = 0; lane < LANES; lane++) {
-    const int64_t o = least(output + lane, last - 1);
-    rows[lane] = p.words + o * stride;
-    widen(p.scales, p.type, o * groups + first, count, scales[lane]);
-    widen(p.biases, p.type, o * groups + first, count, biases[lane]);
-  }
+void dequantize(const Quantized& p, int64_t output, int64_t from, int64_t depth, float* out) {
+  constexpr int STEP = LANES < PER_WORD<BITS> ? PER_WORD<BITS> : LANES;
+  const int64_t groups = p.inputs / p.group, count = depth / p.group;
+  const uint32_t* words = p.words + (output * p.inputs + from) / PER_WORD<BITS>;
+  float scales[SHALLOW / 32], biases[SHALLOW / 32];
+  widen(p.scales, p.type, output * groups + from / p.group, count, scales);
+  widen(p.biases, p.type, output * groups + from / p.group, count, biases);
   for (int64_t g = 0; g < count; g++) {
-    Floats scale, bias;
-    for (int lane = 0; lane < LANES; lane++) scale[lane] = scales[lane][g], bias[lane] = biases[lane][g];
-    for (int64_t i = from + g * p.group; i < from + (g + 1) * p.group; i += PER_WORD<BITS>) {
-      Words words;
-      for (int lane = 0; lane < LANES; lane++) words[lane] = rows[lane][i / PER_WORD<BITS>];
-      for (int n = 0; n < PER_WORD<BITS>; n++) {
-        Words values = (words >> (BITS * n)) & ((1u << BITS) - 1);
-        Floats weight = __builtin_convertvector(reinterpret_cast<Ints>(values), Floats) * scale + bias;
-        __builtin_memcpy(out + (i - from + n) * TILE, &weight, sizeof weight);
+    const Floats scale = splat(scales[g]), bias = splat(biases[g]);
+    for (int i = 0; i < p.group; i += STEP, words += STEP / PER_WORD<BITS>)
+      for (int part = 0; part < STEP / LANES; part++, out += LANES) {
+        const Floats weight = quantized<BITS>(words, part) * scale + bias;
+        __builtin_memcpy(out, &weight, sizeof weight);
       }
-    }
   }
 }
 
-// Some rows times a dequantized tile, of which `outputs` are wanted.
-template <int ROWS>
-void tile(const Quantized& p, int64_t row, int64_t output, int64_t outputs, int64_t from, int64_t depth,
-          const float* weights) {
-  const float* x = p.x + row * p.inputs + from;
-  Floats sums[ROWS][2] = {};
-  for (int64_t i = 0; i < depth; i++) {
-    const Floats one = load<Floats>(weights + i * TILE), two = load<Floats>(weights + i * TILE + LANES);
-    for (int r = 0; r < ROWS; r++) {
-      const Floats input = splat(x[r * p.inputs + i]);
-      sums[r][0] += one * input;
-      sums[r][1] += two * input;
-    }
-  }
-  for (int r = 0; r < ROWS; r++) {
-    float* out = p.out + (row + r) * p.outputs + output;
-    float values[TILE];
-    __builtin_memcpy(values, sums[r], sizeof values);
-    if (outputs == TILE)
-      for (int o = 0; o < TILE; o++) out[o] = from ? out[o] + values[o] : values[o];
-    else
-      for (int64_t o = 0; o < outputs; o++) out[o] = from ? out[o] + values[o] : values[o];
-  }
-}
-
-template <int ROWS>
-void tiles(int64_t rows, const Quantized& p, int64_t row, int64_t output, int64_t outputs, int64_t from, int64_t depth,
-           const float* weights) {
-  if (rows == ROWS) return tile<ROWS>(p, row, output, outputs, from, depth, weights);
-  if constexpr (ROWS > 1) tiles<ROWS - 1>(rows, p, row, output, outputs, from, depth, weights);
-}
-
-// Many rows: a vector has one input of several outputs, and a dequantized tile serves a block of rows.
+// Many rows: weights are dequantized once for a block of rows.
 template <int BITS>
 void many(const Quantized& p, int64_t first, int64_t last) {
-  alignas(64) float weights[DEPTH * TILE];
-  for (int64_t begin = 0; begin < p.rows; begin += BLOCK) {
-    const int64_t end = least(begin + BLOCK, p.rows), parts = (end - begin + MOST_ROWS - 1) / MOST_ROWS;
-    for (int64_t output = first; output < last; output += TILE)
-      for (int64_t from = 0; from < p.inputs; from += DEPTH) {
-        const int64_t to = least(from + DEPTH, p.inputs);
-        for (int half = 0; half < 2; half++)
-          dequantize<BITS>(p, output + half * LANES, last, from, to, weights + half * LANES);
-        for (int64_t part = 0, row = begin; part < parts; part++) {
-          const int64_t rows = (end - row) / (parts - part);
-          tiles<MOST_ROWS>(rows, p, row, output, least(TILE, last - output), from, to - from, weights);
-          row += rows;
-        }
-      }
-  }
+  many(p, first, last, 128, [&](int64_t output, int64_t count, Part& part, float* panel) {
+    for (int64_t o = 0; o < count; o++)
+      dequantize<BITS>(p, output + o, part.from, part.depth, panel + o * (SHALLOW + 16));
+    part.step = p.inputs / PER_WORD<BITS> * 4, part.bytes = FETCHED / PER_WORD<BITS> * 4;
+    part.ahead = reinterpret_cast<const char*>(p.words + ((output + WIDE) * p.inputs + part.from) / PER_WORD<BITS>);
+    return Weights{panel, SHALLOW + 16};
+  });
 }
 
 template <int BITS>
