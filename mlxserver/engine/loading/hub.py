@@ -22,7 +22,7 @@ from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.download.download import Download, NoSpace, Report, check_disk, fetch_now, list_files
 from mlxserver.engine.loading.download.manifest import Manifest
 from mlxserver.engine.loading.download.transfer import Busy, DigestWrong
-from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config, text_bytes
+from mlxserver.engine.loading.metadata import CheckpointMetadata, has_head, read_config, text_bytes
 
 log = logging.getLogger("models")
 
@@ -95,7 +95,8 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
     stored = sum(map(text_bytes, files))
     modules = directory / kinds.MODULES
     kind = _kind(repository, config, modules if modules.is_file() else None, kinds.has_processor(directory))
-    return CheckpointMetadata(config, stored, kind, sum(file.stat().st_size for file in files) - stored)
+    towers = sum(file.stat().st_size for file in files) - stored
+    return CheckpointMetadata(config, stored, kind, towers, has_head(config, files))
 
 
 def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
@@ -106,7 +107,8 @@ def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
     stored = sum(text_bytes(link) if (link := manifest.link(file)).is_file() else file.size for file in files)
     has_processor = any(manifest.find(name) for name in kinds.PROCESSORS)
     kind = _kind(repository, config, fetch_now(manifest, modules) if modules else None, has_processor)
-    return CheckpointMetadata(config, stored, kind, sum(file.size for file in files) - stored)
+    towers = sum(file.size for file in files) - stored
+    return CheckpointMetadata(config, stored, kind, towers, has_head(config, map(manifest.link, files)))
 
 
 def known_kind(repository: str, revision: str | None) -> Kind | None:
