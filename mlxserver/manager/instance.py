@@ -260,9 +260,13 @@ class ModelInstance:
             self._memory.reconsider()
 
     async def load(self, on_progress: Callable[[LoadProgress], None] = lambda progress: None) -> None:
-        """Load the model, as Lifecycle.load(). Raises LoadFailed, LoadAborted, NoRoom, ModelUnloading."""
+        """Load the model, as Lifecycle.load(); of a loaded one it is a use. Raises LoadFailed, LoadAborted, NoRoom,
+        ModelUnloading.
+        """
         with self._loader.reporting_to(on_progress):
             await self._lifecycle.load(self.spec)
+        self._queue.last_used = time.monotonic()
+        self.restart_idle_timer()
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
         """Unload the model, as Lifecycle.unload(). Goes on if the caller leaves. Raises ModelBusy."""

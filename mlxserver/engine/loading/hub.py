@@ -6,9 +6,10 @@ Rule 2: nothing is printed; progress is reported in bytes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,32 @@ STAYS = "What has arrived stays, and the same command goes on from there"
 REFUSALS = (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
 
 
-def snapshot(source: str, repository: str, revision: str | None, progress: Report) -> Path:
-    """The local directory of a repository's model files, downloaded if needed. Raises SourceInvalid."""
+_listed: dict[tuple[str, str | None], Manifest | None] = {}  # manifests of the pulls that are being planned
+
+
+@contextlib.contextmanager
+def listing(source: str, repository: str, revision: str | None) -> Iterator[Manifest | None]:
+    """The manifest of a model, for which the hub is not asked again meanwhile; None as of a copy from before.
+
+    Raises SourceInvalid.
+    """
+    key = repository, revision
+    _listed[key] = manifest = _manifest(source, repository, revision)
     try:
-        if manifest := _manifest(source, repository, revision):
+        yield manifest
+    finally:
+        _listed.pop(key, None)
+
+
+def snapshot(
+    source: str, repository: str, revision: str | None, progress: Report, manifest: Manifest | None = None
+) -> Path:
+    """The local directory of a repository's model files, downloaded if needed. manifest: of it, if it is known.
+
+    Raises SourceInvalid.
+    """
+    try:
+        if manifest := manifest or _manifest(source, repository, revision):
             return Download(manifest.named(*_file_patterns())).run(progress)
         options = {"allow_patterns": _file_patterns(), "local_files_only": True}
         directory = Path(snapshot_download(repository, revision=revision, **options))
@@ -115,24 +138,25 @@ def cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def missing_bytes(source: str, repository: str, revision: str | None) -> int:
+def missing_bytes(source: str, manifest: Manifest | None) -> int:
     """Bytes that snapshot() would download; 0 where the hub can't be reached.
 
     Raises SourceInvalid, also if they do not fit on the disk.
     """
-    manifest = _manifest(source, repository, revision)
     if manifest is None:
         return 0
     wanted = manifest.named(*_file_patterns())
     try:
         check_disk(wanted)
     except NoSpace as error:
-        raise failure(source, error, revision) from None
+        raise failure(source, error, None) from None
     return wanted.missing_bytes
 
 
 def _manifest(source: str, repository: str, revision: str | None) -> Manifest | None:
     """The manifest of a model; None where the hub can't be reached and there is a copy. Raises SourceInvalid."""
+    if (repository, revision) in _listed:
+        return _listed[repository, revision]
     try:
         manifest = list_files(repository, revision)
     except Exception as error:
