@@ -230,7 +230,7 @@ class ModelManager:
         self, old: ModelInstance, new: ModelInstance, on_progress: Callable[[LoadProgress], None]
     ) -> ModelInstance:
         """Load the new model beside the old one, or else after it."""
-        was_loaded = old.state is ModelState.READY
+        was_loaded = old.is_loaded
         with self._registry.replacing(new):
             try:
                 await new.load(on_progress)

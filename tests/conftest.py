@@ -2,7 +2,7 @@
 
 import signal
 
-import mlxserver.engine.mlx  # noqa: F401  (prepares the process before mlx_lm imports MLX)
+from mlxserver.engine.mlx import mx
 
 import pytest
 from hypothesis import settings
@@ -27,6 +27,14 @@ def scripted_path(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_llama_path):
     return load_tokenizer(tiny_llama_path)
+
+
+@pytest.fixture
+def without_compilation():
+    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 # A shell's background jobs ignore Ctrl-C, and so would the programs that are started here to be stopped by it.

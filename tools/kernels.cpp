@@ -1,5 +1,6 @@
 // The native kernels beside plain loops in double precision, without MLX: for CPUs that an emulator stands for.
 // tools/check_kernels.sh compiles and runs it. A line per kernel; exit status 1 if one computes wrongly.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -181,12 +182,47 @@ void check_norm() {
     for (int64_t width : {1, 3, 4, 17, 64, 576, 1030}) {
       const Values x = random_values(rows * width), weight = random_values(width);
       comparison.add(
-          rows * width, [&](float* out) { in_two(Norm{x.data(), weight.data(), out, rows, width, 1e-5f}, KERNEL(norm)); },
+          rows * width,
+          [&](float* out) { in_two(Norm{x.data(), weight.data(), out, rows, width, 1e-5f}, KERNEL(norm)); },
           [&](int64_t i) {
             const float* row = &x[i / width * width];
             return x[i] / std::sqrt(dot(row, row, width) / width + 1e-5) * weight[i % width];
           });
     }
+}
+
+void check_layer_norm() {
+  Comparison comparison("layer norm");
+  for (int64_t width : {1, 3, 17, 64, 1030})
+    for (bool is_biased : {false, true}) {
+      const Values x = random_values(3 * width), weight = random_values(width), bias = random_values(width);
+      const LayerNorm task{x.data(), weight.data(), is_biased ? bias.data() : nullptr, nullptr, 3, width, 1e-5f};
+      comparison.add(
+          3 * width,
+          [&](float* out) {
+            LayerNorm own = task;
+            own.out = out;
+            in_two(own, KERNEL(layer_norm));
+          },
+          [&](int64_t i) {
+            const float* row = &x[i / width * width];
+            double mean = 0.0, squares = 0.0;
+            for (int64_t n = 0; n < width; n++) mean += row[n] / double(width);
+            for (int64_t n = 0; n < width; n++) squares += (row[n] - mean) * (row[n] - mean);
+            const double own = (x[i] - mean) / std::sqrt(squares / width + 1e-5) * weight[i % width];
+            return own + (is_biased ? bias[i % width] : 0.0);
+          });
+    }
+}
+
+void check_gelu() {
+  Comparison comparison("gelu");
+  for (int64_t size : {1, 3, 64, 1001}) {
+    Values x = random_values(size);
+    for (float& value : x) value *= 4.0f;
+    comparison.add(size, [&](float* out) { in_two(Gelu{x.data(), out, size}, KERNEL(gelu)); },
+                   [&](int64_t i) { return x[i] / 2 * (1.0 + std::erf(x[i] / std::sqrt(2.0))); });
+  }
 }
 
 void check_gate() {
@@ -224,66 +260,123 @@ void check_rotation() {
             in_two(own, KERNEL(rotation));
           },
           [&](int64_t i) {
-            const int64_t d = i % dim, token = i / dim % tokens, head = i / dim / tokens % heads, b = i / dim / tokens / heads;
+            const int64_t d = i % dim, token = i / dim % tokens, head = i / dim / tokens % heads;
+            const int64_t b = i / dim / tokens / heads;
             const float* row = &x[b * task.strides[0] + head * task.strides[1] + token * task.strides[2]];
             const float angle = turned[(is_shared ? 0 : b * tokens * half) + token * half + d % half];
             const double one = row[d % half], other = row[half + d % half];
-            return d < half ? one * std::cos(angle) - other * std::sin(angle) : other * std::cos(angle) + one * std::sin(angle);
+            return d < half ? one * std::cos(angle) - other * std::sin(angle)
+                            : other * std::cos(angle) + one * std::sin(angle);
           });
     }
 }
 
+// Attention of a row to the first `seen` tokens: the mean of their values by the softmax of their scores.
+std::vector<double> attended(const float* q, const float* keys, const float* values, const float* mask, float scale,
+                             int64_t seen, int64_t dim, int64_t value_dim) {
+  std::vector<double> weights, sums(value_dim);
+  double most = -1e300, all = 0.0;
+  for (int64_t t = 0; t < seen; t++) {
+    weights.push_back(dot(q, keys + t * dim, dim) * scale + (mask ? mask[t] : 0.0f));
+    most = std::max(most, weights.back());
+  }
+  for (int64_t t = 0; t < seen; t++) {
+    all += weights[t] = std::exp(weights[t] - most);
+    for (int64_t d = 0; d < value_dim; d++) sums[d] += weights[t] * values[t * value_dim + d];
+  }
+  for (double& sum : sums) sum /= all;
+  return sums;
+}
+
+void check_attention(Comparison& comparison, int64_t heads, int64_t length, int64_t tokens, int64_t dim, bool is_masked,
+                     bool is_causal) {
+  const int64_t batch = 2, groups = 2, rows = heads * length, value_dim = dim + 5, all = batch * groups;
+  const Values q = random_values(all * rows * dim), keys = random_values(all * tokens * dim);
+  const Values values = random_values(all * tokens * value_dim), mask = random_values(batch * length * tokens);
+  Values scores(all * rows * tokens);
+  const Attention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, scores.data(), nullptr,
+                       batch, groups, rows, tokens, dim, value_dim,
+                       {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
+                       length * tokens, length, 0.3f, is_causal};
+  std::vector<double> exact;
+  for (int64_t row = 0; row < all * rows; row++) {
+    const int64_t group = row / rows, own = row % length, seen = is_causal ? tokens - length + own + 1 : tokens;
+    const float* addends = is_masked ? &mask[(group / groups * length + own) * tokens] : nullptr;
+    const auto sums = attended(&q[row * dim], &keys[group * tokens * dim], &values[group * tokens * value_dim], addends,
+                               0.3f, seen, dim, value_dim);
+    exact.insert(exact.end(), sums.begin(), sums.end());
+  }
+  comparison.add(
+      exact.size(),
+      [&](float* out) {
+        Attention own = task;
+        own.out = out;
+        in_two(own, KERNEL(attention));
+      },
+      [&](int64_t i) { return exact[i]; });
+}
+
 void check_attention() {
   Comparison comparison("attention");
-  const int64_t batch = 2, groups = 2;
   for (int64_t heads : {1, 3})
     for (int64_t length : {1, 5, 17})
       for (int64_t tokens : {17, 100, 257})
         for (int64_t dim : {19, 64})
           for (bool is_masked : {false, true})
-            for (bool is_causal : {false, true}) {
-              const int64_t rows = heads * length, value_dim = dim + 5;
-              const Values q = random_values(batch * groups * rows * dim), keys = random_values(batch * groups * tokens * dim);
-              const Values values = random_values(batch * groups * tokens * value_dim);
-              const Values mask = random_values(batch * length * tokens);
-              Values scores(batch * groups * rows * tokens);
-              const Attention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, scores.data(), nullptr,
-                                   batch, groups, rows, tokens, dim, value_dim,
-                                   {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
-                                   length * tokens, length, 0.3f, is_causal};
-              std::vector<double> exact;
-              for (int64_t row = 0; row < batch * groups * rows; row++) {
-                const int64_t head = row / rows, own = row % length, seen = is_causal ? tokens - length + own + 1 : tokens;
-                std::vector<double> weights, sums(value_dim);
-                double most = -1e300, all = 0.0;
-                for (int64_t t = 0; t < seen; t++) {
-                  weights.push_back(dot(&q[row * dim], &keys[(head * tokens + t) * dim], dim) * 0.3);
-                  if (is_masked) weights.back() += mask[(head / groups * length + own) * tokens + t];
-                  most = std::max(most, weights.back());
-                }
-                for (int64_t t = 0; t < seen; t++) {
-                  all += weights[t] = std::exp(weights[t] - most);
-                  for (int64_t d = 0; d < value_dim; d++) sums[d] += weights[t] * values[(head * tokens + t) * value_dim + d];
-                }
-                for (double sum : sums) exact.push_back(sum / all);
-              }
-              comparison.add(
-                  exact.size(),
-                  [&](float* out) {
-                    Attention own = task;
-                    own.out = out;
-                    in_two(own, KERNEL(attention));
-                  },
-                  [&](int64_t i) { return exact[i]; });
-            }
+            for (bool is_causal : {false, true})
+              check_attention(comparison, heads, length, tokens, dim, is_masked, is_causal);
+}
+
+void check_block_attention(Comparison& comparison, int64_t length, int64_t tokens, int64_t dim, int64_t value_dim,
+                           bool is_masked, bool is_causal) {
+  const int64_t batch = 2, heads = 6, groups = 3;
+  const Values q = random_values(batch * heads * length * dim), keys = random_values(batch * groups * tokens * dim);
+  const Values values = random_values(batch * groups * tokens * value_dim), mask = random_values(length * tokens);
+  const BlockAttention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, nullptr,
+                            batch, heads, groups, length, tokens, dim, value_dim,
+                            {heads * length * dim, length * dim, dim}, {groups * tokens * dim, tokens * dim, dim},
+                            {groups * tokens * value_dim, tokens * value_dim, value_dim}, {0, 0, tokens},
+                            0.3f, is_causal};
+  std::vector<double> exact(batch * length * heads * value_dim);
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t head = 0; head < heads; head++)
+      for (int64_t row = 0; row < length; row++) {
+        const int64_t group = b * groups + head / (heads / groups);
+        const int64_t seen = is_causal ? tokens - length + row + 1 : tokens;
+        const auto sums = attended(&q[((b * heads + head) * length + row) * dim], &keys[group * tokens * dim],
+                                   &values[group * tokens * value_dim], is_masked ? &mask[row * tokens] : nullptr, 0.3f,
+                                   seen, dim, value_dim);
+        std::copy(sums.begin(), sums.end(), &exact[((b * length + row) * heads + head) * value_dim]);
+      }
+  comparison.add(
+      exact.size(),
+      [&](float* out) {
+        BlockAttention own = task;
+        own.out = out;
+        in_two(own, KERNEL(block_attention));
+      },
+      [&](int64_t i) { return exact[i]; });
+}
+
+void check_block_attention() {
+  Comparison comparison("in blocks");
+  for (int64_t length : {1, 17, 97})
+    for (int64_t tokens : {97, 300})
+      for (int64_t dim : {20, 64})
+        for (bool is_masked : {false, true})
+          for (bool is_causal : {false, true})
+            check_block_attention(comparison, length, tokens, dim, dim + 8, is_masked, is_causal);
 }
 
 int main() {
   check_dense();
   check_quantized();
   check_norm();
+  check_layer_norm();
+  check_gelu();
   check_gate();
   check_rotation();
   check_attention();
+  check_block_attention();
   return failures > 0;
 }

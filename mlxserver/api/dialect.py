@@ -131,14 +131,13 @@ class Call:
     ignored: Sequence[str] = ()
     lookups: Sequence[Lookup] = ()
     for_client: Callable[[Call, str], Call] | None = None
+    other_names: Sequence[str] = ()
 
     def limited(self, tokens: int) -> Call:
         """The call, its answers limited to so many tokens where a request states no limit. 0 changes nothing."""
         if not tokens:
             return self
         return replace(self, requests=[_limited(request, tokens) for request in self.requests])
-
-    other_names: Sequence[str] = ()
 
 
 class Dialect(Protocol):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlxserver.engine.requests import Execution, PolicyFacts
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -26,17 +28,6 @@ class MemoryEstimate:
     def total(self) -> int:
         """All of it."""
         return self.weights + self.cache + self.activations
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """Paths that serve a model. cache: of its decode batch, "slots", "merged" or "single"."""
-
-    cache: str
-    padded_prefill: bool
-    compiled: bool
-    speculation: bool = False
-    draft: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +76,6 @@ class RemoteModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """What is done in the device's own way. weights: "stored", "quantized", "bfloat16" or "float32". fixed,
-    measured: fields that a setting has fixed, or that were measured to be faster.
-    """
-
-    compile_steps: bool
-    pad_slots: bool
-    bucket_prefill: bool
-    fuse_projections: bool
-    decode_kernel: bool
-    weights: str
-    fixed: tuple[str, ...] = ()
-    measured: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One registered model.
 
@@ -121,7 +96,7 @@ class ModelStatus:
     context_length: int | None = None
     capabilities: frozenset[str] | None = None
     execution: Execution | None = None
-    policy: Policy | None = None
+    policy: PolicyFacts | None = None
     memory_bytes: int = 0
     reserved_bytes: int = 0
     estimate: MemoryEstimate | None = None

@@ -23,6 +23,7 @@ from mlxserver.client.errors import FileUnusable, SettingInvalid
 from mlxserver.client.views import print_status
 
 NAME = "mlx-server"
+PATH_FLAGS = ("--config", "--model-dirs", "--prefix-cache-dir", "--api-key-file", "--admin-key-file")
 UNITS = Path(__file__).parent / "units"
 FOLDER = Path(__file__).parents[2]  # a checkout, or where packages are installed
 LINES = 100  # of the log
@@ -120,13 +121,37 @@ def main(options: Namespace, flags: Sequence[str]) -> int:
     content = None
     if options.action == "install":
         variables = {name: os.environ[name] for name in COPIED if os.environ.get(name)}
-        content = manager.content([sys.executable, "-m", "mlxserver", "serve", *flags], variables)
+        content = manager.content([sys.executable, "-m", "mlxserver", "serve", *with_whole_paths(flags)], variables)
     elif flags:
         raise SettingInvalid("service", options.action, "install, where flags of the server follow")
     commands = manager.commands(options.action)
     if options.dry_run:
         return _print(options, manager.unit, content, commands)
     return _act(options, manager, content, commands)
+
+
+def with_whole_paths(flags: Sequence[str]) -> list[str]:
+    """Flags of the server with paths from the root on: the service starts in another directory than this one."""
+    whole, flag = [], ""
+    for word in flags:
+        name, separator, value = word.partition("=")
+        is_flag = word.startswith("--")
+        if is_flag and separator:
+            whole.append(f"{name}={_whole(name, value)}")
+        else:
+            whole.append(word if is_flag else _whole(flag, word))
+        flag = word
+    return whole
+
+
+def _whole(flag: str, value: str) -> str:
+    """The value of a flag, whose path it has from the root on."""
+    if flag == "--model":
+        key, _, source = value.partition("=")
+        path, *rest = source.split(",")
+        return f"{key}={','.join([str(Path(path).absolute()), *rest])}" if Path(path).exists() and path else value
+    is_path = flag in PATH_FLAGS and value != "auto" and not value.startswith("~")
+    return str(Path(value).absolute()) if is_path else value
 
 
 def find_manager(environ: Mapping[str, str], home: Path) -> Manager:

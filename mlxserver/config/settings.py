@@ -67,7 +67,8 @@ class ModelSpec:
     values that share a scale then. speculation: tokens are drafted from the prompt and the answer so far, and
     verified together: "auto" where that is measured to be faster, or wherever some are predicted. draft: key of a
     smaller model of the same vocabulary that drafts them, too; drafter: its own spec, which the manager finds at a
-    load. policy: what is fixed of the device's policy, by name (POLICY_FIELDS).
+    load. mtp: without a draft, a head of its own that predicts more tokens (loading/mtp.py) drafts them, too. policy:
+    what is fixed of the device's policy, by name (POLICY_FIELDS).
     """
 
     key: Annotated[str, Shared()]
@@ -95,6 +96,7 @@ class ModelSpec:
     speculation: Speculation = "auto"
     draft: str | None = None
     drafter: ModelSpec | None = None
+    mtp: bool = True
     policy: Mapping[str, bool] = field(default_factory=dict)
 
 

@@ -11,6 +11,7 @@ EngineError
 ├── PromptRejected       the prompt can't be given to this model; names the field
 │   ├── ContextExceeded  it is longer than the context
 │   ├── InputTooLong     a text is longer than an embedding model or a reranker takes
+│   ├── SeesNoImages     the conversation has images, and the model sees none
 │   └── WrongKind        the model is of another kind than the request needs
 ├── QueueFull            as many requests wait as may; try again later
 ├── ModelUnloading       the model is leaving; try again later
@@ -27,6 +28,7 @@ EngineError
 ├── ReaderTooSlow        more of a stream waits for its reader than may
 └── SourceInvalid        a model source that can't be understood or does not exist
     ├── HubUnavailable   the hub can't be reached, is busy, or broke off
+    │   └── SearchFailed it can't be searched
     ├── DiskFull         its files do not fit on the disk
     └── TooLarge         it needs more memory than models may take
 """
@@ -60,7 +62,12 @@ class Projection:
 
 
 class EngineError(Exception):
-    """Base of all that callers of the engine may meet."""
+    """Base of all that callers of the engine may meet.
+
+    retry_after: seconds until the same may go well; None where time alone changes nothing.
+    """
+
+    retry_after: float | None = None
 
 
 class ModelNotFound(EngineError):
@@ -108,11 +115,12 @@ class ModelNotLoaded(EngineError):
 
 
 class LoadAborted(EngineError):
-    """The load was called off: the model was unloaded, or the server stops. `retry_after` is in seconds."""
+    """The load was called off: the model was unloaded, or the server stops."""
 
-    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+    retry_after = 1.0
+
+    def __init__(self, key: str) -> None:
         super().__init__(f"Loading model {key!r} was called off. Try again later.")
-        self.retry_after = retry_after
 
 
 class NoRoom(EngineError):
@@ -192,19 +200,20 @@ _KINDS: dict[Kind, str] = {
 
 
 class QueueFull(EngineError):
-    """As many requests wait for this model as may. `retry_after` is in seconds."""
+    """As many requests wait for this model as may."""
 
-    def __init__(self, key: str, waiting: int, retry_after: float = 1.0) -> None:
+    def __init__(self, key: str, waiting: int, retry_after: float) -> None:
         super().__init__(f"Model {key!r} has {waiting} requests waiting, its limit. Try again later.")
         self.retry_after = retry_after
 
 
 class ModelUnloading(EngineError):
-    """The model is being unloaded. `retry_after` is in seconds."""
+    """The model is being unloaded."""
 
-    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+    retry_after = 1.0
+
+    def __init__(self, key: str) -> None:
         super().__init__(f"Model {key!r} is being unloaded. Try again later.")
-        self.retry_after = retry_after
 
 
 class RequestFailed(EngineError):
@@ -222,14 +231,15 @@ class StepFailed(EngineError):
 
 
 class OutOfMemory(EngineError):
-    """Memory ran out in a step, twice, and this request was the youngest at work. `retry_after` is in seconds."""
+    """Memory ran out in a step, twice, and this request was the youngest at work."""
 
-    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+    retry_after = 1.0
+
+    def __init__(self, key: str) -> None:
         super().__init__(
             f"Memory ran out while model {key!r} worked on this request. Try again later, with a shorter prompt or "
             "fewer requests at once, or lower the model's cache_tokens."
         )
-        self.retry_after = retry_after
 
 
 class ModelFailed(EngineError):
@@ -262,27 +272,28 @@ class ModelStalled(EngineError):
 
 
 class EngineStopped(EngineError):
-    """The engine ended before the answer was complete. `retry_after` is in seconds."""
+    """The engine ended before the answer was complete."""
 
-    def __init__(self, key: str, cause: str, retry_after: float = 1.0) -> None:
+    retry_after = 1.0
+
+    def __init__(self, key: str, cause: str) -> None:
         super().__init__(f"The engine of model {key!r} stopped: {cause}")
-        self.retry_after = retry_after
 
 
 class EngineUnloaded(EngineStopped):
-    """The model was unloaded, or the server stopped, before the answer was complete. `retry_after` is in seconds."""
+    """The model was unloaded, or the server stopped, before the answer was complete."""
 
-    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+    def __init__(self, key: str) -> None:
         super().__init__(key, "the model was unloaded")
-        self.retry_after = retry_after
 
 
 class RankLost(EngineError):
-    """A rank is gone, and with it the models that it had a share of. `retry_after` is in seconds."""
+    """A rank is gone, and with it the models that it had a share of."""
 
-    def __init__(self, cause: str, retry_after: float = 10.0) -> None:
+    retry_after = 10.0
+
+    def __init__(self, cause: str) -> None:
         super().__init__(f"{cause}. Models that several ranks share can't be used until all ranks are started again.")
-        self.retry_after = retry_after
 
 
 class ReaderTooSlow(EngineError):

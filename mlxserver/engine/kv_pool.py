@@ -80,7 +80,7 @@ class KVPool:
             if (limit, fixed, reserved) != (self.limit, self._fixed, self._reserved):
                 self.limit, self._fixed, self._reserved = limit, fixed, reserved
                 self._notify()
-            self._fit_prefixes(0)
+            self._fit_prefixes()
 
     def over(self, key: str) -> int:
         """Bytes of KV cache that a model has beyond its reservation."""
@@ -139,7 +139,7 @@ class KVPool:
             fits = self.limit is None or bytes <= self._space()
             if fits:
                 self._storing += bytes
-                self._fit_prefixes(0)
+                self._fit_prefixes()
         try:
             yield fits
         finally:
@@ -153,11 +153,11 @@ class KVPool:
         self._prefix_bytes = max(total, self._prefix_bytes) if self._storing else total
         return self._prefix_bytes
 
-    def _fit_prefixes(self, extra: int) -> None:
-        """Drop prefixes until so many bytes more are free; those that are being stored stay counted."""
+    def _fit_prefixes(self) -> None:
+        """Drop prefixes until they fit; those that are being stored stay counted."""
         if self.limit is None or self.prefixes is None:
             return
-        most = max(0, self._space() - extra)
+        most = max(0, self._space())
         if self.prefixes.total_bytes + self._storing > most:
             self.prefixes.shrink(max(0, most - self._storing))
         self._prefix_bytes = min(self.prefixes.total_bytes + self._storing, max(most, self._storing))
@@ -332,6 +332,6 @@ class KVAccount:
         is_waiting = self.share.demand is not None
         self._live, self._lacking = bytes, 0
         self.share = Share(max(0, bytes - self.floor), sequences, youngest)
-        self._pool._fit_prefixes(0)
+        self._pool._fit_prefixes()
         if is_waiting:
             self._pool._notify()

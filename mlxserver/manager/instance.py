@@ -76,6 +76,11 @@ class ModelInstance:
         return self.state.public_name
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory, and stays there as far as is known."""
+        return self.state is ModelState.READY
+
+    @property
     def is_absent(self) -> bool:
         """Whether the model is neither in memory nor about to be loaded."""
         return self._lifecycle.is_absent
@@ -230,7 +235,7 @@ class ModelInstance:
         self._lifecycle.check_admission()
         if self.requests >= self.spec.max_running + self.spec.max_waiting:
             raise QueueFull(self.key, self.spec.max_waiting, max(1.0, self.pace))
-        if self.state is ModelState.READY:
+        if self.is_loaded:
             self._queue.admit(lease)
             self.restart_idle_timer()
         else:
@@ -255,9 +260,13 @@ class ModelInstance:
             self._memory.reconsider()
 
     async def load(self, on_progress: Callable[[LoadProgress], None] = lambda progress: None) -> None:
-        """Load the model, as Lifecycle.load(). Raises LoadFailed, LoadAborted, NoRoom, ModelUnloading."""
+        """Load the model, as Lifecycle.load(); of a loaded one it is a use. Raises LoadFailed, LoadAborted, NoRoom,
+        ModelUnloading.
+        """
         with self._loader.reporting_to(on_progress):
             await self._lifecycle.load(self.spec)
+        self._queue.last_used = time.monotonic()
+        self.restart_idle_timer()
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
         """Unload the model, as Lifecycle.unload(). Goes on if the caller leaves. Raises ModelBusy."""
@@ -283,13 +292,13 @@ class ModelInstance:
         """Arm the timer of an idle model, disarm that of any other: its state, requests or settings have changed."""
         usual = self._settings().ttl if self.spec.ttl is None else self.spec.ttl
         timeout = usual if self._queue.idle_timeout is None else self._queue.idle_timeout
-        if self.spec.pin or self.state is not ModelState.READY or self._queue.num_admitted:
+        if self.spec.pin or not self.is_loaded or self._queue.num_admitted:
             timeout = math.inf
         self._idle_timer.start(max(0.0, timeout - (time.monotonic() - self._queue.last_used)))
 
     def _follow_transition(self) -> None:
         """Update the other parts after a change of the state."""
-        if self.state is ModelState.READY:
+        if self.is_loaded:
             if facts := self.facts:  # the files may have told nothing before they were fetched
                 self._known_kind = facts.kind
             self._queue.admit_waiting()
@@ -313,13 +322,12 @@ class ModelInstance:
 
     def resident(self, bytes: int) -> Resident:
         """Figures of the model for a decision on memory."""
-        is_ready = self.state is ModelState.READY
         return Resident(
             self,
             bytes,
             is_pinned=self.spec.pin,
-            is_busy=self.requests > 0 or not is_ready,
-            is_evictable=is_ready,
+            is_busy=self.requests > 0 or not self.is_loaded,
+            is_evictable=self.is_loaded,
             last_used=self._queue.last_used,
             resident_since=self._lifecycle.ready_since,
         )

@@ -32,7 +32,7 @@ def greeting(url: str, manager: ModelManager, estimate: Callable[[ModelSpec], Es
 def _model_row(
     instance: ModelInstance, manager: ModelManager, estimate: Callable[[ModelSpec], Estimate]
 ) -> tuple[str, ...]:
-    memory = _size(instance.reserved_bytes) if instance.status == "loaded" else _fit(instance.spec, manager, estimate)
+    memory = _size(instance.reserved_bytes) if instance.is_loaded else _fit(instance.spec, manager, estimate)
     return instance.key, instance.status, memory, instance.spec.source
 
 
@@ -64,7 +64,7 @@ def _fit(spec: ModelSpec, manager: ModelManager, estimate: Callable[[ModelSpec],
 
 def _lines_to_try(url: str, manager: ModelManager) -> list[str]:
     """A line for curl and one for each client."""
-    loaded = [instance.key for instance in manager.instances if instance.status == "loaded"]
+    loaded = [instance.key for instance in manager.instances if instance.is_loaded]
     key = next(iter(loaded or manager.keys), "KEY")
     body = f'{{"model":"{key}","messages":[{{"role":"user","content":"{QUESTION}"}}],"temperature":0}}'
     is_checkout = (ROOT / "Makefile").is_file()

@@ -38,7 +38,7 @@ def readiness(manager: ModelManager, key: str | None) -> tuple[int, Body]:
         missing = [instance.key for instance in shown if instance.spec.preload and not _is_serving(instance)]
     else:
         shown = [manager.instance(key)]
-        missing = [instance.key for instance in shown if instance.status != "loaded" or instance.is_stalled]
+        missing = [instance.key for instance in shown if not instance.is_loaded or instance.is_stalled]
     models = {"models": _models(shown)}
     if manager.is_closing:
         return 503, _unready("The server is stopping.") | models

@@ -29,11 +29,10 @@ Object = dict[str, Any]
 
 
 class LiveFeed:
-    """The states of one server. Used on one event loop. interval: seconds between two of them."""
+    """The states of one server. Used on one event loop."""
 
-    def __init__(self, manager: ModelManager, interval: float = INTERVAL) -> None:
+    def __init__(self, manager: ModelManager) -> None:
         self._manager = manager
-        self._interval = interval
         self._readers = 0
         self._sampling: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
@@ -75,7 +74,7 @@ class LiveFeed:
 
     async def _sample(self) -> None:
         while True:
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(INTERVAL)
             if time.monotonic() - self._disk_at > DISK_INTERVAL:
                 await self._count_disk()
             if changes := self._take():

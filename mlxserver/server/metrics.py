@@ -14,7 +14,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from mlxserver.engine.metrics import Histogram, ModelMetrics, RankReport
 from mlxserver.engine.platform import device
 from mlxserver.manager.instance import ModelInstance
-from mlxserver.manager.states import ModelState
 from model_manager import ModelManager
 
 EXPOSITION_TYPE = CONTENT_TYPE_LATEST
@@ -47,7 +46,7 @@ GAUGES: Mapping[str, tuple[str, Callable[[ModelInstance], int]]] = {
     "estimated_bytes": ("Memory that the model was expected to take.", lambda i: i.estimate.total if i.estimate else 0),
     "failed": ("Whether the model's last load failed, or its engine ended.", lambda i: int(i.status == "failed")),
     "wedged": ("Whether the engine is stalled in a step.", lambda i: int(i.is_stalled)),
-    "loaded": ("Whether the model is loaded.", lambda i: int(i.state is ModelState.READY)),
+    "loaded": ("Whether the model is loaded.", lambda i: int(i.is_loaded)),
 }
 
 

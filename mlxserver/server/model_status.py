@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mlxserver.api.model_status import Execution, LocalFiles, MemoryEstimate, ModelStatus, Policy, Progress, RemoteModel
-from mlxserver.engine import requests
+from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus, Progress, RemoteModel
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.hub_search import HubModel
 from mlxserver.engine.loading.library.scan import LocalModel
@@ -30,8 +29,8 @@ def model_status(instance: ModelInstance, manager: ModelManager | None = None) -
         type=facts.type if facts else spec.type,
         context_length=facts.context_length if facts else spec.context_length,
         capabilities=facts.capabilities if facts else None,
-        execution=_execution(facts.execution) if facts and facts.execution else None,
-        policy=Policy(**asdict(facts.policy)) if facts and facts.policy else None,
+        execution=facts.execution if facts else None,
+        policy=facts.policy if facts else None,
         memory_bytes=facts.weight_bytes if facts else 0,
         reserved_bytes=instance.reserved_bytes,
         estimate=MemoryEstimate(estimate.weights, estimate.cache, estimate.activations) if estimate else None,
@@ -107,10 +106,6 @@ def remote_status(model: HubModel, manager: ModelManager) -> RemoteModel:
     """Plain values of a model on the hub, and whether it fits in memory."""
     fits = None if model.needed_bytes is None else manager.memory.fits(model.needed_bytes)
     return RemoteModel(**asdict(model), fits=fits, is_local=manager.library.find(model.id) is not None)
-
-
-def _execution(paths: requests.Execution) -> Execution:
-    return Execution(paths.cache, paths.padded_prefill, paths.compiled, paths.speculation, paths.draft)
 
 
 def progress(load: LoadProgress) -> Progress:

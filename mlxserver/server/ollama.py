@@ -74,7 +74,7 @@ class OllamaHandlers:
 
     async def ollama_ps(self, request: Request) -> Response:
         """GET /api/ps."""
-        loaded = [each for each in self._manager.instances if each.status == "loaded"]
+        loaded = [each for each in self._manager.instances if each.is_loaded]
         described = await self._describe(loaded)
         statuses = [(model_status(each), described[each.key]) for each in loaded]
         return json_response(models.running(statuses, time.time()))

@@ -81,7 +81,7 @@ class GenerationResponse:
 
     async def _submit(self, stack: ExitStack) -> int:
         """Start the generations. The number of their prompts' tokens, once the engine has accepted all of them."""
-        note_model(self._instance.key, is_loaded=self._instance.status == "loaded")
+        note_model(self._instance.key, is_loaded=self._instance.is_loaded)
         if not self._call.requests:
             await self._instance.hold(self._call.idle_timeout)
         for lookup in self._call.lookups:
@@ -102,7 +102,7 @@ class GenerationResponse:
         return self._take_pending() + self._encoder.heartbeat(self._progress())
 
     def _progress(self) -> WaitProgress | None:
-        if not self._generations and self._instance.status != "loaded":
+        if not self._generations and not self._instance.is_loaded:
             return progress(self._instance.load_progress)
         waits = [wait for generation in self._generations if (wait := generation.progress)]
         return waits[0] if waits else None

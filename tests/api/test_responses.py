@@ -7,7 +7,7 @@ from openai.types import Model
 
 from mlxserver.api.dialect import Failure
 from mlxserver.api.endpoints import ENDPOINTS, encode_failure
-from mlxserver.api.model_status import Execution, MemoryEstimate, ModelStatus, Policy, Progress
+from mlxserver.api.model_status import MemoryEstimate, ModelStatus, Progress
 from mlxserver.api.native.apply_template import rendered
 from mlxserver.api.native.load import load_progress, loaded
 from mlxserver.api.native.tokenize import detokenized, tokenized
@@ -16,6 +16,7 @@ from mlxserver.api.openai.models import model_card, model_list
 from mlxserver.api.openai.usage import timings_object, usage_object
 from mlxserver.engine.errors import Projection
 from mlxserver.engine.events import Timings, Usage
+from mlxserver.engine.requests import Execution, PolicyFacts
 from tests.support.published import check
 
 
@@ -117,7 +118,7 @@ def test_a_loaded_model_shows_the_paths_that_serve_it():
 
 def test_a_loaded_model_shows_its_policy_and_where_that_is_from():
     assert model_card(ModelStatus("m", 1, "unloaded", "x"))["policy"] is None
-    policy = Policy(True, True, False, False, False, "stored", fixed=("pad_slots",), measured=("compile_steps",))
+    policy = PolicyFacts(True, True, False, False, False, "stored", fixed=("pad_slots",), measured=("compile_steps",))
     card = check(model_card(ModelStatus("m", 1, "loaded", "x", policy=policy)), "Model")
     assert (card["policy"]["compile_steps"], card["policy"]["weights"]) == (True, "stored")
     assert [*card["policy"]["fixed"], *card["policy"]["measured"]] == ["pad_slots", "compile_steps"]

@@ -383,6 +383,7 @@ def test_a_load_takes_what_a_models_section_takes():
     values |= {"pin": True, "ttl": 60, "defaults": {"temperature": 0.5}, "shard": "tensor", "kind": "text"}
     values |= {"unclosed_thinking": "content", "min_context": 128, "weights": "stored", "kv_bits": 8}
     values |= {"kv_group_size": 32, "speculation": "off", "draft": "small", "policy": {"pad_slots": True}}
+    values |= {"mtp": False}
     assert values.keys() == stated
     spec = parse(LoadRequest, orjson.dumps({"model": "org/name", **values})).spec
     assert {name: getattr(spec, name) for name in stated} == {**values, "aliases": ("one", "gpt-*")}

@@ -14,6 +14,8 @@ from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.platform.policy import CUDA
 from tests.support.architectures import random_model
 
+pytestmark = pytest.mark.usefixtures("without_compilation")
+
 
 @pytest.fixture(scope="module")
 def model(tiny_llama_path):
@@ -23,14 +25,6 @@ def model(tiny_llama_path):
 def padded(model):
     """Slots as a GPU has them: in powers of two, of shapes that recur, and filled together."""
     return SlotCache(model, CUDA)
-
-
-@pytest.fixture(autouse=True)
-def without_compilation():
-    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 KINDS = pytest.mark.parametrize("make", [SlotCache, padded, MergedCache], ids=["slots", "padded", "merged"])

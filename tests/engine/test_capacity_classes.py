@@ -20,20 +20,14 @@ from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import CONFIGS, random_model
 from tests.support.batch_driver import Driver, prompt, sequence
 
+pytestmark = pytest.mark.usefixtures("without_compilation")
+
 POLICIES = pytest.mark.parametrize("policy", [CPU, METAL, CUDA], ids=["cpu", "metal", "cuda"])
 
 
 @pytest.fixture(scope="module")
 def model(tiny_llama_path):
     return load(str(tiny_llama_path))[0]
-
-
-@pytest.fixture(autouse=True)
-def without_compilation():
-    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def narrow(tokens):

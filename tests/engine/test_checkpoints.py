@@ -12,7 +12,7 @@ from mlxserver.engine.kv_cache import caches, checkpoints
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import CONFIGS, random_model
 from tests.support.batch_driver import Driver, prompt, sequence
-from tests.support.prefixes import new_prefixes
+from tests.support.prefixes import Asked, new_prefixes
 
 UNTRIMMABLE = ["mamba", "nemotron_h", "jamba", "rwkv7", "olmo_hybrid", "baichuan_m1", "gemma3_text"]
 SYSTEM, OPENING = prompt(60, seed=1), (7, 8, 9)
@@ -24,26 +24,9 @@ def test_a_model_needs_checkpoints_unless_all_layers_keep_all_tokens():
     assert {name for name in names if checkpoints.needs_checkpoints(random_model(name))} == set(UNTRIMMABLE)
 
 
-class Asked:
-    """A model that is asked with a prefix cache, each answer compared with that of a scheduler without one."""
-
-    def __init__(self, model, **options):
-        self.model = model
-        self.prefixes = new_prefixes()
-        self.driver = Driver(Scheduler(model, prefixes=self.prefixes, **options))
-
-    def ask(self, tokens, boundaries=()):
-        """The answer, and how many tokens came from the cache."""
-        id = len(self.driver.tokens)
-        self.driver.add(replace(sequence(id, tokens), boundaries=boundaries))
-        answer = self.driver.finish()[id]
-        assert answer == Driver(Scheduler(self.model), sequence(0, tokens)).finish()[0]
-        return tuple(answer), self.driver.cached[id]
-
-
 @pytest.mark.parametrize("name", ["llama", *UNTRIMMABLE, "kimi_k25"])
 def test_turns_of_a_conversation_compute_what_is_new(name):
-    asked = Asked(random_model(name))
+    asked = Asked(random_model(name), new_prefixes())
     first = SYSTEM + QUESTIONS[0] + OPENING
     answer, cached = asked.ask(first, (60, 110))
     assert cached == 0
@@ -60,7 +43,7 @@ def test_turns_of_a_conversation_compute_what_is_new(name):
 
 @pytest.mark.parametrize("name", ["olmo_hybrid", "baichuan_m1", "gemma3_text", "mamba"])
 def test_a_long_prompt_has_checkpoints_at_an_interval(name):
-    asked = Asked(random_model(name), checkpoint_interval=100)
+    asked = Asked(random_model(name), new_prefixes(), checkpoint_interval=100)
     long = prompt(570)
     asked.ask(long)
     assert asked.ask(long[:450] + prompt(50, seed=3))[1] == 400
@@ -69,7 +52,7 @@ def test_a_long_prompt_has_checkpoints_at_an_interval(name):
 
 @pytest.mark.parametrize("name", ["olmo_hybrid", "gemma3_text", "baichuan_m1"])
 def test_a_prompt_that_is_left_in_the_middle_is_gone_on_from_where_it_was(name):
-    asked = Asked(random_model(name), stall_target=0.0001)
+    asked = Asked(random_model(name), new_prefixes(), stall_target=0.0001)
     long, driver = prompt(900), asked.driver
     driver.add(replace(sequence(0, long, max_tokens=100), boundaries=(30,)))
     for _ in range(3):

@@ -12,7 +12,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import estimate
-from mlxserver.engine.platform import cpu_stored
+from mlxserver.engine.platform import cpu_layers, cpu_stored
 from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import CPU, WeightPolicy
 from tests.support.architectures import BASE, CONFIGS, write_random_model
@@ -150,3 +150,13 @@ def test_tied_heads_that_read_their_weight_stay_as_they_are_stored(tmp_path, nam
     assert kept.model.model.embed_tokens["weight"].dtype == mx.bfloat16
     held = sum(array.nbytes for _, array in tree_flatten(kept.model.parameters()))
     assert held == kept.weight_bytes <= estimate(spec, NATIVE).weights
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_in_float32_have_a_product_per_expert_too(tokens):
+    layer = SwitchGLU(64, 96, num_experts=4)
+    x, chosen = mx.random.normal((1, tokens, 64)), mx.random.randint(0, 4, (1, tokens, 2))
+    expected = layer(x, chosen)
+    cpu_layers.replace_layers(layer)
+    assert type(layer.up_proj) is cpu_layers.SwitchLinear
+    assert mx.allclose(layer(x, chosen), expected, rtol=1e-4, atol=1e-4)

@@ -28,6 +28,7 @@ from mlxserver.engine.platform import device, pinned_memory
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
+from tests.support.prefixes import Asked
 
 IDENTITY = ModelIdentity("files")
 KINDS = ["llama", "mamba", "olmo_hybrid", "baichuan_m1", "gemma3_text", "kimi_k25"]
@@ -35,24 +36,15 @@ SYSTEM, QUESTION = prompt(300, seed=1), prompt(50, seed=2)
 PROMPT = SYSTEM + QUESTION
 
 
-class Process:
+class Process(Asked):
     """What one server has: a model, and its prefixes in memory and in a folder."""
 
-    def __init__(self, model, folder, identity=IDENTITY, max_bytes=1 << 30):
-        self.model = model
+    def __init__(self, model, folder, identity=IDENTITY, max_bytes=1 << 30, alone=None):
         self.disk = DiskTier(folder, max_bytes)
         self.cache = PrefixCache(RamTier(), self.disk)
-        self.prefixes = self.cache.open(identity, 1 << 30, "model")
-        self.prefixes.is_warm = True
-        self.driver = Driver(Scheduler(model, prefixes=self.prefixes))
-
-    def ask(self, tokens, boundaries=()):
-        """The answer, which is right, and how many tokens came from a cache."""
-        id = len(self.driver.tokens)
-        self.driver.add(replace(sequence(id, tokens), boundaries=boundaries))
-        answer = self.driver.finish()[id]
-        assert answer == Driver(Scheduler(self.model), sequence(0, tokens)).finish()[0]
-        return tuple(answer), self.driver.cached[id]
+        prefixes = self.cache.open(identity, 1 << 30, "model")
+        prefixes.is_warm = True
+        super().__init__(model, prefixes, alone=alone)
 
     def end(self):
         self.disk.flush()
@@ -487,13 +479,13 @@ EDITS = st.lists(
 @pytest.mark.parametrize("name", ["llama", "olmo_hybrid", "gemma3_text"])
 def test_no_sequence_of_edits_changes_an_answer(name, tmp_path_factory):
     """Every answer is compared with that of a scheduler without any cache, in Process.ask()."""
-    model = random_model(name)
+    model, alone = random_model(name), {}
 
     @settings(max_examples=12)
     @given(EDITS)
     def check(edits):
         folder = tmp_path_factory.mktemp("cache")
-        process, histories = Process(model, folder), [prompt(130, seed=9)]
+        process, histories = Process(model, folder, alone=alone), [prompt(130, seed=9)]
         for n, (kind, place, length) in enumerate(edits):
             history, new = histories[-1], prompt(length, seed=n)
             place = min(place, len(history) - 1)
@@ -512,7 +504,7 @@ def test_no_sequence_of_edits_changes_an_answer(name, tmp_path_factory):
                     process.prefixes.shrink(place * 1000)
                 case "restart":
                     process.end()
-                    process = Process(model, folder)
+                    process = Process(model, folder, alone=alone)
             process.ask(histories[-1], (place,))
         process.end()
 

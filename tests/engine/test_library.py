@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 from mlxserver.engine.mlx import mx
 
@@ -10,7 +11,7 @@ import pytest
 
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, kinds
-from mlxserver.engine.loading.library.facts import CONVERTIBLE, Unusable, read_facts
+from mlxserver.engine.loading.library.facts import CONVERTIBLE, Facts, Unusable, read_facts
 from mlxserver.engine.loading.library.layouts import Folder, folders
 from mlxserver.engine.loading.library.remove import remove
 from mlxserver.engine.loading.library.scan import Scanner
@@ -151,6 +152,22 @@ def test_packed_weights_are_counted_singly(tmp_path, mlx):
     packed = quantized(shutil.copytree(mlx, tmp_path / "packed"))
     assert read_facts(packed).quantization == "4-bit"
     assert read_facts(packed).parameters == whole
+
+
+def test_what_a_model_needs_follows_the_format_of_its_weights(tmp_path, mlx):
+    config = {"torch_dtype": "bfloat16", "quantization": {"bits": 4, "group_size": 32}}
+    facts = Facts("mlx", "llama", "4-bit", 1_000_000, None, 0, 625_000, config=config)
+    beside = facts.needed_bytes(WeightPolicy.STORED, 0) - facts.stored_bytes
+    held = {weights: facts.needed_bytes(weights, 0) - beside for weights in WeightPolicy}
+    assert held == {
+        WeightPolicy.STORED: 625_000,
+        WeightPolicy.FLOAT32: 4_000_000,
+        WeightPolicy.QUANTIZED: 625_000,
+        WeightPolicy.BFLOAT16: 2_000_000,
+    }
+    without_kernel = replace(facts, config=config | {"quantization": {"bits": 6, "group_size": 32}})
+    assert without_kernel.needed_bytes(WeightPolicy.QUANTIZED, 0) - beside == 4_000_000
+    assert read_facts(mlx).needed_bytes(WeightPolicy.QUANTIZED, 0) == 4 * read_facts(mlx).parameters + beside
 
 
 def quantized(path):

@@ -37,14 +37,6 @@ from tools.harness.models import tiny_llama
 POLICIES = pytest.mark.parametrize("policy", [CPU, METAL, CUDA], ids=["cpu", "metal", "cuda"])
 
 
-@pytest.fixture
-def without_compilation():
-    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 def conversation(model, policy):
     """Tokens of sequences that join at different times, some of them with a cached prefix."""
     prefixes = new_prefixes(1 << 24, policy=policy)

@@ -3,8 +3,7 @@
 import asyncio
 import threading
 from contextlib import asynccontextmanager
-
-from mlxserver.engine.mlx import mx
+from functools import cache
 
 import pytest
 
@@ -25,17 +24,15 @@ from tests.support.scripted_engine import DEADLINE, ScriptedRunner, read, reques
 from tools.harness.models import tiny_llama
 
 
-@pytest.fixture
-def without_compilation():
-    """Compiled functions run as they are written: their shapes would cost seconds of the C++ compiler each."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-def warmed(policy, longest, name="llama", most_tokens=None, **fields):
-    scheduler = Scheduler(random_model(name), max_running=4, policy=policy, **fields)
+def warmed(policy, longest, name="llama", most_tokens=None, num_layers=4, **fields):
+    scheduler = Scheduler(random_model(name, num_hidden_layers=num_layers), max_running=4, policy=policy, **fields)
     return scheduler, list(scheduler.warm_up(longest, most_tokens))
+
+
+@cache
+def warmed_up_on_cuda():
+    """A scheduler and all that it computes for sequences of up to 2048 tokens; the shapes are those of any depth."""
+    return warmed(CUDA, 2048, num_layers=1)
 
 
 def test_a_cpu_has_nothing_to_warm_up():
@@ -43,7 +40,7 @@ def test_a_cpu_has_nothing_to_warm_up():
 
 
 def test_short_requests_come_first_and_each_shape_once(without_compilation):
-    scheduler, shapes = warmed(CUDA, 2048)
+    scheduler, shapes = warmed_up_on_cuda()
     assert scheduler.is_empty()
     assert len(set(shapes)) == len(shapes)
     assert shapes[0] == ChunkShape(1, 256, 512)
@@ -77,7 +74,7 @@ def test_a_shape_that_does_not_fit_is_left_out_and_nothing_stays_borrowed(withou
     pool.publish(1 << 21, 0, {})
     account = pool.open("m", 0)
     shapes = warmed(CUDA, 2048, account=account)[1]
-    everything = warmed(CUDA, 2048)[1]
+    everything = warmed_up_on_cuda()[1]
     assert 0 < len(shapes) < len(everything)
     assert shapes == [shape for shape in everything if shape in shapes]
     assert pool.total_over == 0

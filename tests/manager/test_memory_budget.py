@@ -25,6 +25,16 @@ async def test_the_least_recently_used_model_is_evicted():
 
 
 @within_deadline
+async def test_a_load_of_a_loaded_model_is_a_use():
+    async with managed(capacity=2) as (manager, _):
+        for key in "ab":
+            await answered(manager, key)
+        await manager.instance("a").load()
+        await answered(manager, "c")
+        assert states(manager) == "a:loaded c:loaded"
+
+
+@within_deadline
 async def test_a_pinned_model_stays_and_counts_as_pinned_in_the_refusal():
     models = (ModelSpec("a", "x", pin=True), ModelSpec("b", "y"))
     async with managed(models) as (manager, _):

@@ -21,6 +21,7 @@ REPOSITORIES = (
     "org/whole",
     "org/twice",
     "org/left",
+    "org/listed",
     "org/followed",
     "org/wrong",
     "org/ollama",
@@ -110,6 +111,12 @@ def test_a_pull_without_a_stream_is_one_object(server):
     first = check(pull(server, "https://huggingface.co/org/whole").json, "Pulled")
     assert (first["event"], first["model"], first["download_bytes"] > 0) == ("pulled", "org/whole", True)
     assert check(pull(server, "org/whole").json, "Pulled") == {**first, "download_bytes": 0}
+
+
+def test_a_pull_asks_once_which_files_there_are(server, hub):
+    hub.asked.clear()
+    pull(server, "org/listed")
+    assert [path for method, path, _ in hub.asked if path.startswith("/api/models/")] == ["/api/models/org/listed"]
 
 
 def test_two_pulls_of_the_same_are_one(server, hub):

@@ -1,7 +1,6 @@
 """Embeddings over real sockets, in every dialect, with OpenAI's and Ollama's SDK."""
 
 import importlib.util
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +9,7 @@ import openai
 import pytest
 
 from tests.support.published import check
+from tests.support.servers import clean_server
 from tools.harness.embedding_models import HIDDEN, POSITIONS, hidden_states, tiny_bert, token_ids
 from tools.harness.running_server import eventually, running_server
 
@@ -28,10 +28,8 @@ def server(tmp_path_factory, scripted_path):
         f'[models.nested]\nsource = "{nested}"\n'
         f'[models.talker]\nsource = "{scripted_path}"\ntype = "instruction"\npreload = true\n'
     )
-    with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
+    with clean_server("--no-defaults", "--config", str(config)) as server:
         yield server
-        ended = server.stop(signal.SIGTERM)
-        assert (ended.status, "Traceback" in ended.stderr) == (0, False), ended.stderr
 
 
 @pytest.fixture(scope="module")

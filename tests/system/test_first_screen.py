@@ -10,6 +10,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+import mlx_api_server
 from tools.harness.running_server import ROOT, run_server, running_server
 
 COMMAND = [sys.executable, str(ROOT / "mlx_api_server.py")]
@@ -39,20 +40,25 @@ def screen(lines):
     raise AssertionError(shown)
 
 
-def test_the_first_screen_has_what_fits_and_three_lines_to_try(flags):
+@pytest.fixture(scope="module")
+def server(flags):
     with running_server(*flags) as server:
-        shown = screen(server.process.stdout)
-        text = "\n".join(shown)
-        assert re.search(r"Models \([\d.]+ [GM]B of [\d.]+ GB in use\):", text)
-        assert re.search(r"talker +loaded +[\d.]+ [GM]B +/", text)
-        assert re.search(r"other +unloaded +[\d.]+ [GM]B: fits +/", text)
-        assert re.search(r"far +unloaded +downloaded when asked for +org/never-downloaded", text)
-        assert [line.split()[0] for line in shown[-3:]] == ["curl", shown[-2].split()[0], shown[-1].split()[0]]
-        assert f"curl -s {server.url}/v1/chat/completions" in shown[-3]
-        for line in shown[-3:-1]:
-            tried = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
-            assert tried.returncode == 0, tried.stderr
-        assert ESCAPE not in text
+        yield server
+
+
+def test_the_first_screen_has_what_fits_and_three_lines_to_try(server):
+    shown = screen(server.process.stdout)
+    text = "\n".join(shown)
+    assert re.search(r"Models \([\d.]+ [GM]B of [\d.]+ GB in use\):", text)
+    assert re.search(r"talker +loaded +[\d.]+ [GM]B +/", text)
+    assert re.search(r"other +unloaded +[\d.]+ [GM]B: fits +/", text)
+    assert re.search(r"far +unloaded +downloaded when asked for +org/never-downloaded", text)
+    assert [line.split()[0] for line in shown[-3:]] == ["curl", shown[-2].split()[0], shown[-1].split()[0]]
+    assert f"curl -s {server.url}/v1/chat/completions" in shown[-3]
+    for line in shown[-3:-1]:
+        tried = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert tried.returncode == 0, tried.stderr
+    assert ESCAPE not in text
 
 
 def test_a_model_that_needs_the_room_of_others_or_never_fits_is_shown_as_such(flags):
@@ -79,9 +85,8 @@ def test_on_a_terminal_it_is_the_same_plain_lines_as_wide_as_it_is(flags):
     assert child.exitstatus == 0
 
 
-def test_a_second_server_says_which_one_holds_its_port(flags):
-    with running_server(*flags) as server:
-        ended = run_server("--no-defaults", "--port", str(server.port))
+def test_a_second_server_says_which_one_holds_its_port(server):
+    ended = run_server("--no-defaults", "--port", str(server.port))
     assert ended.status == 1
     assert "a Multi-Model MLX Server with talker, other, far runs on 127.0.0.1:" in ended.stderr
     assert f", pid {server.process.pid})" in ended.stderr
@@ -90,23 +95,27 @@ def test_a_second_server_says_which_one_holds_its_port(flags):
 
 def test_another_program_on_the_port_is_named_even_if_it_answers_nothing():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ended = run_server("--no-defaults", "--port", str(taken.getsockname()[1]))
+        port = str(taken.getsockname()[1])
+        ended = run_server("--no-defaults", "--port", port)
     assert (ended.status, len(ended.stderr.splitlines())) == (1, 1)
-    assert "is taken by another program" in ended.stderr
+    assert port in ended.stderr and "is taken by another program" in ended.stderr
     if Path("/proc/net/tcp").exists():
         assert "pid " in ended.stderr
 
 
-def test_the_settings_that_config_prints_are_those_it_was_given(tmp_path):
+def test_the_settings_that_config_prints_are_those_it_was_given(tmp_path, monkeypatch, capsys):
+    def printed(*arguments):
+        """What the command prints in this process, which has imported all of it already, and its exit status."""
+        monkeypatch.setattr(sys, "argv", [COMMAND[1], "config", *arguments])
+        status = mlx_api_server.main()
+        return capsys.readouterr().out, status
+
     arguments = ["--port", "9000", "--model", "qwen=org/name,context_length=65536,pin=true"]
     first = subprocess.run([*COMMAND, "config", *arguments], capture_output=True, text=True, check=True)
     path = tmp_path / "models.toml"
     path.write_text(first.stdout)
-    again = subprocess.run([*COMMAND, "config", "--config", str(path)], capture_output=True, text=True, check=True)
-    assert first.stdout == again.stdout
+    assert printed("--config", str(path)) == (first.stdout, 0)
     assert '[models.qwen]\nsource = "org/name"\ncontext_length = 65536\npin = true' in first.stdout
-    listed = subprocess.run([*COMMAND, "config", "--json", *arguments], capture_output=True, text=True, check=True)
-    settings = json.loads(listed.stdout, parse_constant=pytest.fail)
+    settings = json.loads(printed("--json", *arguments)[0], parse_constant=pytest.fail)
     assert (settings["port"], settings["ttl"], settings["models"]["qwen"]["pin"]) == (9000, None, True)
-    wrong = subprocess.run([*COMMAND, "config", "--port", "x"], capture_output=True, text=True, check=False)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert printed("--port", "x") == ("", 2)

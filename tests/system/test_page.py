@@ -536,7 +536,11 @@ def test_requests_are_polled_by_what_is_new(page, server):
     expect(page.locator("tbody tr")).to_have_count(before + 1)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+# Which rules axe looks at. In the dark only colours differ from what it has seen in the light.
+AXE_RULES = {"light": {}, "dark": {"runOnly": ["color-contrast", "link-in-text-block"]}}
+
+
+@pytest.mark.parametrize("scheme", AXE_RULES)
 def test_axe_finds_no_serious_fault_and_a_phone_needs_no_sideways_scrolling(browser, server, scheme):
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, bypass_csp=True)
     page = context.new_page()
@@ -552,7 +556,7 @@ def test_axe_finds_no_serious_fault_and_a_phone_needs_no_sideways_scrolling(brow
         boxes = page.locator("input[type=checkbox]")
         assert {round(box.bounding_box()["width"]) for box in boxes.all()} <= {18}, view
         page.evaluate(axe)
-        found = page.evaluate("axe.run()")["violations"]
+        found = page.evaluate("rules => axe.run(rules)", AXE_RULES[scheme])["violations"]
         serious = [each for each in found if each["impact"] in ("serious", "critical")]
         assert [(each["id"], each["nodes"][0]["html"], each["nodes"][0]["failureSummary"]) for each in serious] == [], (
             view

@@ -1,14 +1,14 @@
 """Rerank over real sockets: a cross-encoder and a judge beside a text model and an embedding model."""
 
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from tests.support.published import check
+from tests.support.servers import clean_server
 from tools.harness.encoder_models import POSITIONS, tiny_cross_encoder, tiny_embedder, tiny_judge
-from tools.harness.running_server import eventually, running_server
+from tools.harness.running_server import eventually
 
 QUERY = "whether the cat sat"
 DOCUMENTS = ["the cat sat on a mat", "dog", "a dog ran far away", "one two three " * 9, ""]
@@ -27,10 +27,8 @@ def server(tmp_path_factory, scripted_path):
         f'[models.vectors]\nsource = "{tiny_embedder(folder / "vectors", "modernbert")}"\n'
         f'[models.talker]\nsource = "{scripted_path}"\ntype = "instruction"\npreload = true\n'
     )
-    with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
+    with clean_server("--no-defaults", "--config", str(config)) as server:
         yield server
-        ended = server.stop(signal.SIGTERM)
-        assert (ended.status, "Traceback" in ended.stderr) == (0, False), ended.stderr
 
 
 def rerank(server, model="cross", path="/v1/rerank", **parameters):

@@ -101,6 +101,24 @@ def test_launchd(home, monkeypatch, capfd):
     assert not agent.exists()
 
 
+def test_paths_are_those_of_the_directory_where_the_command_was_typed(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "mine.gguf").touch()
+    (home / "own.toml").write_text("")
+    models = ("--model", "a=mine.gguf,context_length=4096", "--model=b=org/name")
+    flags = ("--config", "own.toml", "--model-dirs=./models", "--prefix-cache-dir", "auto", *models)
+    assert service("install", "--", *flags) == 0
+    unit = (home / ".config" / "systemd" / "user" / "mlx-server.service").read_text()
+    line = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
+    assert shlex.split(line)[4:] == [
+        "--config",
+        f"{home}/own.toml",
+        f"--model-dirs={home}/models",
+        *("--prefix-cache-dir", "auto"),
+        *("--model", f"a={home}/mine.gguf,context_length=4096", "--model=b=org/name"),
+    ]
+
+
 def test_a_dry_run_does_nothing(home, capfd):
     assert service("install", "--dry-run") == 0
     out = capfd.readouterr().out

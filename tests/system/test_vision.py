@@ -2,7 +2,6 @@
 
 import base64
 import json
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -14,7 +13,7 @@ from PIL import Image
 
 from mlxserver.engine.platform import device
 from tests.support.images import BLUE, RED, file_of, half, hostile_images, png_bomb
-from tools.harness.running_server import running_server
+from tests.support.servers import clean_server
 from tools.harness.vision_models import tiny_vision
 
 pytestmark = pytest.mark.skipif(not device.is_cpu(), reason="tiny random models answer alike only in float32")
@@ -35,10 +34,8 @@ def server(tmp_path_factory, scripted_path):
         f"[models.eyes.defaults]\ntemperature = 0.0\n"
         f'[models.talker]\nsource = "{scripted_path}"\ntype = "instruction"\npreload = true\n'
     )
-    with running_server("--no-defaults", "--config", str(config), "--log-level", "warning") as server:
+    with clean_server("--no-defaults", "--config", str(config)) as server:
         yield server
-        ended = server.stop(signal.SIGTERM)
-        assert (ended.status, "Traceback" in ended.stderr) == (0, False), ended.stderr
 
 
 def url_of(file):

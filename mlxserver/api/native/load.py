@@ -167,6 +167,9 @@ class LoadRequest(Request):
     draft: str | None = Parameter(
         str, "Key of a registered, smaller model of the same vocabulary that drafts tokens, too.", check=check_key
     )
+    mtp: bool = Parameter(
+        bool, "Whether a head of the checkpoint that predicts more tokens drafts them, without a draft.", default=True
+    )
     policy: dict[str, bool] = Parameter(
         object,
         "Fields of the device's policy that are fixed for this model.",

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus, Policy
+from mlxserver.api.model_status import LocalFiles, MemoryEstimate, ModelStatus
+from mlxserver.engine.requests import PolicyFacts
 
 OWNER = "mlx-server"
 CAPABILITIES = (
@@ -50,7 +51,7 @@ def model_card(model: ModelStatus) -> dict[str, Any]:
     }
 
 
-def _policy_object(policy: Policy) -> dict[str, Any]:
+def _policy_object(policy: PolicyFacts) -> dict[str, Any]:
     return asdict(policy) | {"fixed": [*policy.fixed], "measured": [*policy.measured]}
 
 

@@ -56,18 +56,19 @@ class RaggedLayer:
 
     def __init__(self, classes: Sequence[SlotLayer], offset: mx.array, ends: Sequence[int], has_kernel: bool) -> None:
         self.offset = offset
-        self._classes, self._ends, self._has_kernel = classes, ends, has_kernel
+        self.classes = classes
+        self._ends, self._has_kernel = ends, has_kernel
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
         """Write tokens, [rows, heads, tokens, dim], those of each class to its own slots."""
-        parts = zip(self._classes, _split(keys, self._ends), _split(values, self._ends), strict=True)
+        parts = zip(self.classes, _split(keys, self._ends), _split(values, self._ends), strict=True)
         fetched = [layer.update_and_fetch(own_keys, own_values) for layer, own_keys, own_values in parts]
         return Ragged([keys for keys, _ in fetched]), Ragged([values for _, values in fetched])
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Ragged:
         """Masks of the classes, each [batch, 1, N, visible] of bool."""
         offsets = self.offset if self._has_kernel and N <= _FEW and window_size is None else None
-        return Ragged([layer.make_mask(N, return_array, window_size) for layer in self._classes], offsets)
+        return Ragged([layer.make_mask(N, return_array, window_size) for layer in self.classes], offsets)
 
 
 def ragged_layers(classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = False) -> list[RaggedLayer]:

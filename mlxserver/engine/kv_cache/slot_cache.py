@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-from mlxserver.engine.kv_cache import caches
+from mlxserver.engine.kv_cache import caches, slot_drafts
 from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.rows import Rows
@@ -149,6 +149,16 @@ class SlotCache:
         rewind() afterwards. NaN or inf at one position may reach earlier ones of its sequence.
         """
         return self._compute_step(list(self._classes.values()), tokens, (), tokens.shape[1])
+
+    def draft(self, inputs: mx.array, count: int, predict: slot_drafts.Predict) -> mx.array:
+        """The next tokens of each sequence as a head of the model predicts them, [batch, count]; fits(count + 1)
+        beforehand. inputs: [batch], not computed yet. The sequences stay as they are. Nothing is evaluated.
+        """
+        classes = list(self._classes.values())
+        keys = [own.keys for own in classes]
+        steps = [[*self._positions([own.offsets + n for own in classes], keys, count)] for n in range(count)]
+        drafted = slot_drafts.draft(self._rows.arrange(inputs), classes, steps, predict, is_ragged=self._is_ragged)
+        return self._rows.restore(drafted)
 
     def rewind(self, counts: Sequence[int], *, erases: bool = False) -> None:
         """Take so many tokens of each sequence back. erases: what they have written may be NaN or inf."""

@@ -17,6 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.quantized import KVFormat
+from mlxserver.engine.loading import mtp
 from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.loading.metadata import model_arguments
 from mlxserver.engine.loading.weight_names import model_classes
@@ -62,12 +63,15 @@ class Architecture:
         return max((values for values, _ in self.layers), default=0)
 
 
-def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) -> Architecture:
+def inspect_architecture(
+    config: Mapping[str, Any], kv: KVFormat | None = None, *, with_head: bool = False
+) -> Architecture:
     """The architecture that a config.json describes. Raises whatever mlx-lm does for a wrong one.
 
-    kv: quantised keys and values, in which the model is to keep them; Unsupported is raised if it can't.
+    kv: quantised keys and values, in which the model is to keep them; Unsupported is raised if it can't. with_head: it
+    has the head that it describes, which predicts more tokens (mtp.py).
     """
-    model_class, arguments = model_classes(dict(config))
+    model_class, arguments = mtp.classes_with_head(dict(config)) if with_head else model_classes(dict(config))
     if current().replace_kernels:
         cpu_layers.replace_functions()
     model = model_class(arguments.from_dict(dict(config)))
@@ -83,7 +87,7 @@ def inspect_architecture(config: Mapping[str, Any], kv: KVFormat | None = None) 
         sum(array.size for array in parameters),
         layers,
         sequence_values,
-        outputs // len(cache),
+        outputs // (len(cache) - mtp.has_head(model)),  # hidden states are no layer that computes
         vocab,
         tuple(model_arguments(model)),
         any(isinstance(layer, SwitchLinear) for layer in model.modules()),

@@ -114,6 +114,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         min_context=spec.min_context,
         cache_tokens=spec.cache_tokens,
         max_running=spec.max_running,
+        mtp=False,
     )
     return own.with_draft(_estimate(drafter, policy)[0])
 
@@ -122,6 +123,7 @@ def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate
     """The memory of one model, and its context in tokens."""
     from mlxserver.engine.loading.architecture import inspect_architecture
     from mlxserver.engine.loading.kv_format import kv_format
+    from mlxserver.engine.loading.mtp import is_wanted
 
     policy = (policy or current()).with_weights(spec.weights, is_shared=spec.shard is not None)
     try:
@@ -131,7 +133,8 @@ def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate
                 return _encoder_estimate(spec, metadata, encoder, policy), 0
             kv = kv_format(spec)
             vision = _vision(spec, metadata)
-            architecture = inspect_architecture(metadata.config, kv)
+            with_head = metadata.has_head and is_wanted(spec, policy)
+            architecture = inspect_architecture(metadata.config, kv, with_head=with_head)
     except (SourceInvalid, Unsupported) as error:
         raise LoadFailed(spec.key, str(error)) from None
     except Exception as error:  # a broken config.json can make an architecture raise anything

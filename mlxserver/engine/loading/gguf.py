@@ -53,6 +53,7 @@ KEPT_BLOCKS: dict[WeightPolicy, dict[str, int]] = {
 KEPT_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # of all others every block becomes floats
 HALVES = {"F16": 64, "BF16": 64}  # the same for weights of 16 bits, which the kernels of a CPU take of any architecture
 CORRECTIONS = 2  # counts up with what correct_tokenizer() changes
+WAITING = "waiting: another load converts the same file"
 TENSORS_DONE = re.compile(r"(?:Converting|Preserving):.*?(\d+)/(\d+)")
 
 
@@ -89,7 +90,7 @@ def converted(source: str, gguf: Path, weights: WeightPolicy, progress: Callable
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(_beside(target, ".lock")) as lock:
+        with _locked(_beside(target, ".lock"), lambda: progress(WAITING, 0, 0)) as lock:
             if not target.is_dir():
                 progress("converting", 0, 0)
                 _remove_leftovers(target.parent)
@@ -122,17 +123,25 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[int]:
-    """Hold the file's lock; gives its descriptor. Raises BlockingIOError if it is taken and wait is False."""
+def _locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[int]:
+    """Hold the file's lock; gives its descriptor. on_wait: called if it is taken, and then it is waited for; without
+    it, BlockingIOError is raised.
+    """
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is None:
+                raise
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 
 def _remove_leftovers(cache: Path) -> None:
     """Delete the files of conversions that were killed; those of running ones are locked."""
     for partial in cache.glob("*.partial"):
-        with contextlib.suppress(BlockingIOError), _locked(partial.with_suffix(".lock"), wait=False):
+        with contextlib.suppress(BlockingIOError), _locked(partial.with_suffix(".lock")):
             shutil.rmtree(partial, ignore_errors=True)
 
 

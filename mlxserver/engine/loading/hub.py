@@ -6,9 +6,10 @@ Rule 2: nothing is printed; progress is reported in bytes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.download.download import Download, NoSpace, Report, check_disk, fetch_now, list_files
 from mlxserver.engine.loading.download.manifest import Manifest
 from mlxserver.engine.loading.download.transfer import Busy, DigestWrong
-from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config, text_bytes
+from mlxserver.engine.loading.metadata import CheckpointMetadata, has_head, read_config, text_bytes
 
 log = logging.getLogger("models")
 
@@ -33,10 +34,32 @@ STAYS = "What has arrived stays, and the same command goes on from there"
 REFUSALS = (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
 
 
-def snapshot(source: str, repository: str, revision: str | None, progress: Report) -> Path:
-    """The local directory of a repository's model files, downloaded if needed. Raises SourceInvalid."""
+_listed: dict[tuple[str, str | None], Manifest | None] = {}  # manifests of the pulls that are being planned
+
+
+@contextlib.contextmanager
+def listing(source: str, repository: str, revision: str | None) -> Iterator[Manifest | None]:
+    """The manifest of a model, for which the hub is not asked again meanwhile; None as of a copy from before.
+
+    Raises SourceInvalid.
+    """
+    key = repository, revision
+    _listed[key] = manifest = _manifest(source, repository, revision)
     try:
-        if manifest := _manifest(source, repository, revision):
+        yield manifest
+    finally:
+        _listed.pop(key, None)
+
+
+def snapshot(
+    source: str, repository: str, revision: str | None, progress: Report, manifest: Manifest | None = None
+) -> Path:
+    """The local directory of a repository's model files, downloaded if needed. manifest: of it, if it is known.
+
+    Raises SourceInvalid.
+    """
+    try:
+        if manifest := manifest or _manifest(source, repository, revision):
             return Download(manifest.named(*_file_patterns())).run(progress)
         options = {"allow_patterns": _file_patterns(), "local_files_only": True}
         directory = Path(snapshot_download(repository, revision=revision, **options))
@@ -72,7 +95,8 @@ def checkpoint_metadata(source: str, repository: str, revision: str | None) -> C
     stored = sum(map(text_bytes, files))
     modules = directory / kinds.MODULES
     kind = _kind(repository, config, modules if modules.is_file() else None, kinds.has_processor(directory))
-    return CheckpointMetadata(config, stored, kind, sum(file.stat().st_size for file in files) - stored)
+    towers = sum(file.stat().st_size for file in files) - stored
+    return CheckpointMetadata(config, stored, kind, towers, has_head(config, files))
 
 
 def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
@@ -83,7 +107,8 @@ def _remote_metadata(repository: str, manifest: Manifest) -> CheckpointMetadata:
     stored = sum(text_bytes(link) if (link := manifest.link(file)).is_file() else file.size for file in files)
     has_processor = any(manifest.find(name) for name in kinds.PROCESSORS)
     kind = _kind(repository, config, fetch_now(manifest, modules) if modules else None, has_processor)
-    return CheckpointMetadata(config, stored, kind, sum(file.size for file in files) - stored)
+    towers = sum(file.size for file in files) - stored
+    return CheckpointMetadata(config, stored, kind, towers, has_head(config, map(manifest.link, files)))
 
 
 def known_kind(repository: str, revision: str | None) -> Kind | None:
@@ -113,24 +138,25 @@ def cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def missing_bytes(source: str, repository: str, revision: str | None) -> int:
+def missing_bytes(source: str, manifest: Manifest | None) -> int:
     """Bytes that snapshot() would download; 0 where the hub can't be reached.
 
     Raises SourceInvalid, also if they do not fit on the disk.
     """
-    manifest = _manifest(source, repository, revision)
     if manifest is None:
         return 0
     wanted = manifest.named(*_file_patterns())
     try:
         check_disk(wanted)
     except NoSpace as error:
-        raise failure(source, error, revision) from None
+        raise failure(source, error, None) from None
     return wanted.missing_bytes
 
 
 def _manifest(source: str, repository: str, revision: str | None) -> Manifest | None:
     """The manifest of a model; None where the hub can't be reached and there is a copy. Raises SourceInvalid."""
+    if (repository, revision) in _listed:
+        return _listed[repository, revision]
     try:
         manifest = list_files(repository, revision)
     except Exception as error:

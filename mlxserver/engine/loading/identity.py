@@ -14,6 +14,7 @@ from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.prefix_cache import ModelIdentity
 from mlxserver.engine.loading.loader import LoadedModel
+from mlxserver.engine.loading.mtp import has_head
 
 
 def model_identity(spec: ModelSpec, loaded: LoadedModel) -> ModelIdentity:
@@ -25,7 +26,7 @@ def model_identity(spec: ModelSpec, loaded: LoadedModel) -> ModelIdentity:
         files=_fingerprint(loaded.path),
         adapter=_fingerprint(Path(spec.adapter).expanduser()) if spec.adapter else "",
         weights=" ".join(sorted(dtypes)),
-        kv_format=" ".join([*sorted(layers), *([str(kv)] if kv else [])]),
+        kv_format=" ".join([*sorted(layers), *([str(kv)] if kv else []), *(["mtp"] if has_head(loaded.model) else [])]),
     )
 
 

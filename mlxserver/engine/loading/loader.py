@@ -28,7 +28,7 @@ from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.kv_cache.caches import weight_bytes
-from mlxserver.engine.loading import estimate
+from mlxserver.engine.loading import estimate, mtp
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.chunk_masks import correct_chunk_masks
 from mlxserver.engine.loading.fused_projections import fuse_projections
@@ -39,7 +39,6 @@ from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
-from mlxserver.engine.loading.weight_names import model_classes
 from mlxserver.engine.platform import cpu_layers, cpu_stored, device
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
@@ -115,7 +114,8 @@ def _read(
 ) -> LoadedModel:
     """The model in `path`. files: that directory, or a corrected copy of it."""
     with naming(f"the model in {path} can't be read"), naming_what_is_missing():
-        model, config = load_model(files, lazy=True, get_model_classes=model_classes, trust_remote_code=False)
+        classes = mtp.classes_with_head if mtp.is_wanted(spec, policy) else mtp.classes_without_head
+        model, config = load_model(files, lazy=True, get_model_classes=classes, trust_remote_code=False)
     quantize_kv(model, kv_format(spec))
     if spec.adapter is not None:
         with naming(f"the adapter {spec.adapter!r} can't be used with this model"):

@@ -31,19 +31,22 @@ _LEFT_OUT = re.compile(
     r"(?:^|\.)(?:vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|mm_projector|"
     r"audio_tower|embed_vision|embed_audio|mtp)\."
 )
+_IN_LAYER = re.compile(r"model\.(?P<is_own>mtp_)?layers\.(?P<number>\d+)\.(?P<name>.+)")
+_HEADS_KEY = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
     """Metadata of a checkpoint. config: its config.json. stored_bytes: size of its weights in their stored format,
     without those of other towers than the text model where the files are at hand, which tower_bytes has then. kind: as
-    the files tell it.
+    the files tell it. has_head: it has a head that predicts more tokens (mtp.py), or may have one.
     """
 
     config: Mapping[str, Any]
     stored_bytes: int
     kind: Kind = "text"
     tower_bytes: int = 0
+    has_head: bool = False
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -69,6 +72,34 @@ def text_bytes(file: Path) -> int:
         return size - sum(int(part["data_offsets"][1]) - int(part["data_offsets"][0]) for part in left_out)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError):
         return size
+
+
+def states_head(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that there is a head that predicts more tokens, which a conversion may leave out."""
+    return isinstance(count := config.get(_HEADS_KEY), int) and count > 0
+
+
+def place_in_head(name: str, num_layers: object) -> tuple[int, str] | None:
+    """Which head a checkpoint's weight belongs to, and its name there; None of any other weight.
+
+    Heads are layers behind the model's own, or have numbers of their own. num_layers: of the model.
+    """
+    match = _IN_LAYER.fullmatch(name)
+    if match is None or not isinstance(num_layers, int):
+        return None
+    number = int(match["number"]) - (0 if match["is_own"] else num_layers)
+    return (number, match["name"]) if number >= 0 else None
+
+
+def has_head(config: Mapping[str, Any], files: Iterable[Path]) -> bool:
+    """Whether a checkpoint has such a head; one whose files can't be read may have it. No network."""
+    if not states_head(config):
+        return False
+    try:
+        names = [name for file in files for name in safetensors_header.read(file).arrays]
+    except (OSError, ValueError):
+        return True
+    return any(place_in_head(name, config.get("num_hidden_layers")) for name in names)
 
 
 def _decode_float(value: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed, SourceInvalid, TooLarge
 from mlxserver.engine.loading import hub, sources
+from mlxserver.engine.loading.download.manifest import Manifest
 from mlxserver.engine.loading.estimate import Estimate, budget
 from mlxserver.engine.loading.sources import Progress, Repository
 
@@ -23,7 +24,7 @@ HUBS = ("https://huggingface.co/", "huggingface.co/", "https://hf.co/", "hf.co/"
 class Plan:
     """What a pull takes, in bytes. needed: memory, None if this version can't load such a model. budget: of all models.
 
-    problem: why it could not be loaded; None if it could.
+    problem: why it could not be loaded; None if it could. manifest: the files; None where the hub can't be reached.
     """
 
     source: str
@@ -31,6 +32,7 @@ class Plan:
     needed_bytes: int | None
     budget_bytes: int
     problem: str | None = None
+    manifest: Manifest | None = None
 
     @property
     def fits(self) -> bool:
@@ -48,14 +50,14 @@ def source_of(name: str) -> str:
 
 def plan(source: str, memory_limit: int, estimate: Callable[[ModelSpec], Estimate]) -> Plan:
     """The plan of a pull, from the hub's metadata alone. Blocks. Raises SourceInvalid."""
-    repository = sources.parse(source)
-    assert isinstance(repository, Repository)
-    missing = hub.missing_bytes(source, repository.id, repository.revision)
-    try:
-        needed, problem = estimate(ModelSpec(repository.id, source)).total, None
-    except LoadFailed as error:
-        needed, problem = None, error.cause
-    return Plan(source, missing, needed, budget(memory_limit), problem)
+    repository = _repository(source)
+    with hub.listing(source, repository.id, repository.revision) as manifest:
+        missing = hub.missing_bytes(source, manifest)
+        try:
+            needed, problem = estimate(ModelSpec(repository.id, source)).total, None
+        except LoadFailed as error:
+            needed, problem = None, error.cause
+    return Plan(source, missing, needed, budget(memory_limit), problem, manifest)
 
 
 def check(plan: Plan) -> None:
@@ -68,4 +70,11 @@ def check(plan: Plan) -> None:
 
 def download(plan: Plan, progress: Progress) -> Path:
     """The directory of the model, downloaded. Blocks; what `progress` raises stops it. Raises SourceInvalid."""
-    return sources.resolve(plan.source, progress=progress)
+    repository = _repository(plan.source)
+    return hub.snapshot(plan.source, repository.id, repository.revision, progress, plan.manifest)
+
+
+def _repository(source: str) -> Repository:
+    repository = sources.parse(source)
+    assert isinstance(repository, Repository)
+    return repository

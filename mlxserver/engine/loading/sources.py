@@ -19,7 +19,7 @@ from pathlib import Path
 from mlxserver.config.settings import Kind
 from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, hub, kinds
-from mlxserver.engine.loading.metadata import CheckpointMetadata, read_config, text_bytes
+from mlxserver.engine.loading.metadata import CheckpointMetadata, has_head, read_config, text_bytes
 from mlxserver.engine.platform.policy import WeightPolicy, current
 
 # Called with a stage ("downloading", "converting"), the amount that is done, and the whole amount (0: not known yet).
@@ -196,7 +196,7 @@ def _directory_metadata(source: str, path: Path) -> CheckpointMetadata:
         towers = sum(file.stat().st_size for file in files) - stored
     except (OSError, ValueError) as error:
         raise SourceInvalid(source, f"the model in {path} can't be read: {error}") from None
-    return CheckpointMetadata(config, stored, kinds.kind_of(path, config), towers)
+    return CheckpointMetadata(config, stored, kinds.kind_of(path, config), towers, has_head(config, files))
 
 
 def _embedded(source: str) -> GgufFile | MlxDirectory:

@@ -10,7 +10,7 @@ Rule 4: a model that writes a call as a JSON object between its own tags is unde
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -139,10 +139,9 @@ def _check(call: Any) -> ParsedCall:
     return ParsedCall(sendable(name), sendable(text), sendable(own_id) if isinstance(own_id, str) and own_id else None)
 
 
-def json_format(start: str, end: str, others: Sequence[str] = (), **options: Any) -> ToolFormat:
+def json_format(start: str, end: str, **options: Any) -> ToolFormat:
     """A format of JSON objects, or lists of them, between tags."""
-    starts = (*filter(None, [start]), *others)
-    return ToolFormat(start, end, JsonCalls(end, starts), other_starts=tuple(others), **options)
+    return ToolFormat(start, end, JsonCalls(end, (start,) if start else ()), **options)
 
 
 PLAIN = json_format("<tool_call>", "</tool_call>", is_json=True, name="plain")

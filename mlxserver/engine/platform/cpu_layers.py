@@ -17,8 +17,10 @@ from types import ModuleType
 from mlxserver.engine.mlx import mx
 
 import mlx.nn as nn
+from mlx_lm.models import switch_layers
 
 from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_matmul
+from mlxserver.engine.platform.native.extension import native
 
 
 class Linear(nn.Linear):  # type: ignore[misc]
@@ -42,6 +44,18 @@ class Embedding(nn.Embedding):  # type: ignore[misc]
         if product is None:
             plain: mx.array = super().as_linear(x)
             return plain
+        return product
+
+
+class SwitchLinear(switch_layers.SwitchLinear):  # type: ignore[misc]
+    """mlx-lm's SwitchLinear with a product per expert, where MLX's grouped one has a product per row on a CPU."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x [..., 1, in], an expert's index for each row -> [..., 1, out]."""
+        if "bias" in self or x.dtype != mx.float32:
+            plain: mx.array = super().__call__(x, indices, sorted_indices)
+            return plain
+        product: mx.array = native().expert_dense(x, self["weight"], indices, sorted_indices)
         return product
 
 
@@ -87,6 +101,8 @@ def replace_layers(model: nn.Module) -> None:
     classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.LayerNorm: LayerNorm, nn.RoPE: RoPE, nn.GELU: GELU}
     if cpu_matmul.has_products():
         classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
+    if native():
+        classes |= {switch_layers.SwitchLinear: SwitchLinear}
     for layer in model.modules():
         layer.__class__ = classes.get(type(layer), type(layer))
 

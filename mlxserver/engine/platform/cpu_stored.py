@@ -100,7 +100,7 @@ _HALF = {nn.Linear: HalfLinear, nn.Embedding: HalfEmbedding, switch_layers.Switc
 _WIDE = {
     HalfLinear: cpu_layers.Linear,
     HalfEmbedding: cpu_layers.Embedding,
-    HalfSwitchLinear: switch_layers.SwitchLinear,
+    HalfSwitchLinear: cpu_layers.SwitchLinear,
 }
 _CLASSES = _HALF | {
     nn.QuantizedLinear: QuantizedLinear,

@@ -114,6 +114,13 @@ class ExecutionPolicy:
         is_divided = is_shared and self.weights is WeightPolicy.QUANTIZED
         return replace(self, weights=WeightPolicy.FLOAT32) if is_divided else self
 
+    def may_speculate(self, setting: Literal["auto", "off", "always"]) -> bool:
+        """Whether tokens may be drafted at a setting.
+
+        "auto" is off where steps are compiled: the shapes of verifying steps would be, while requests wait for them.
+        """
+        return setting == "always" or (setting == "auto" and not self.compile_steps)
+
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
         """The policy with these fields. A field that they leave open follows them, where it has to (rule 2).
 

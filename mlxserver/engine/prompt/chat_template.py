@@ -1,23 +1,16 @@
 """Chat template of a model: conversation -> text and tokens.
 
-Rule 1: the template is the model's own. Where it has several by name, calls and tools get "tool_use".
-Rule 2: whatever a template raises is a PromptRejected with the template's message.
-Rule 3: control tokens come from the template alone. Their text in a message is encoded as plain text.
-Rule 4: what a template can do is found out by trying.
-Rule 5: a tokenizer belongs to one thread at a time; so does a template.
+Rule 1: control tokens come from the template alone. Their text in a message is encoded as plain text.
+Rule 2: what a template can do, and in which forms it reads messages, is found out by trying.
+Rule 3: a tokenizer belongs to one thread at a time; so does a template.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from mlxserver.engine.conversation import Image, Message, Reasoning, Text, Tool
 from mlxserver.engine.errors import PromptRejected
@@ -27,27 +20,14 @@ from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, RESULT_IM
 from mlxserver.engine.prompt.content_form import ContentForm, find_content_form
 from mlxserver.engine.prompt.images import ImageProcessor, images_of
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
-from mlxserver.engine.prompt.sandbox import look_up_once
 from mlxserver.engine.prompt.segments import MARK, SegmentEncoder, unmarked
-from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.prompt.switches import Switches
+from mlxserver.engine.prompt.template_call import Forms, TemplateCall, refusal
 from mlxserver.engine.prompt.transitions import Transitions
 from mlxserver.engine.requests import ChatPrompt
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-RENDERING_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
 SYSTEM_WORD = "\u2042 probe \u2042"
 SYSTEM_PROBE = ChatPrompt((Message("system", (Text(SYSTEM_WORD),)), Message("user", (Text("Hello"),))))
@@ -61,13 +41,12 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer = tokenizer
         self._images = images
-        self._substitute = substitute(tokenizer, config)
+        self._call = TemplateCall(tokenizer, config)
 
     @property
     def source(self) -> str:
         """The Jinja text, all of it where a model has several; empty for a model that renders with code of its own."""
-        own = self._tokenizer.chat_template
-        return self._substitute or ("\n".join(own.values()) if isinstance(own, dict) else own or "")
+        return self._call.source
 
     def has_variable(self, name: str) -> bool:
         """Whether the template reads a variable. A model's own code may know any."""
@@ -104,7 +83,7 @@ class ChatTemplate:
         if not (self._images and self.call_style) or self._content_form.placeholder:
             return False
         try:
-            text = str(self._apply(RESULT_IMAGE_PROBE, self.call_style, tokenize=False))
+            text = self._call.text(RESULT_IMAGE_PROBE, self._forms(RESULT_IMAGE_PROBE, self.call_style))
         except PromptRejected:
             return False
         return CALL_WORDS[3] in text and text.count(self._images.placeholder) == 1
@@ -143,8 +122,7 @@ class ChatTemplate:
 
         def try_render(prompt: ChatPrompt, form: ReasoningForm) -> str | None:
             try:
-                style = self.call_style or CallStyle()
-                return str(self._apply(prompt, style, tokenize=False, reasoning_form=form))
+                return self._call.text(prompt, self._forms(prompt, reasoning=form))
             except PromptRejected:
                 return None
 
@@ -158,11 +136,28 @@ class ChatTemplate:
 
         def try_render(prompt: ChatPrompt, form: ContentForm) -> str | None:
             try:
-                return str(self._apply(prompt, CallStyle(), tokenize=False, content_form=form))
+                return self._call.text(prompt, self._forms(prompt, CallStyle(), content=form))
             except PromptRejected:
                 return None
 
         return find_content_form(try_render, self._images.placeholder)
+
+    def _forms(
+        self,
+        prompt: ChatPrompt,
+        style: CallStyle | None = None,
+        *,
+        reasoning: ReasoningForm | None = None,
+        content: ContentForm | None = None,
+        has_whole_tools: bool | None = None,
+    ) -> Forms:
+        """The forms for a prompt: those that are to be tried, and otherwise those that the template reads."""
+        if not reasoning and any(message.reasoning for message in prompt.conversation):
+            reasoning = self.reasoning_form
+        if has_whole_tools is None:
+            has_whole_tools = bool(prompt.tools) and self._needs_whole_tools
+        style = style or self.call_style or CallStyle()
+        return Forms(style, reasoning, content or self._content_form, has_whole_tools)
 
     def _try_render(self, prompt: ChatPrompt, opens_answer: bool) -> str | None:
         try:
@@ -172,7 +167,7 @@ class ChatTemplate:
 
     def _shows(self, words: Sequence[str], prompt: ChatPrompt, style: CallStyle) -> bool:
         try:
-            text = str(self._apply(prompt, style, tokenize=False))
+            text = self._call.text(prompt, self._forms(prompt, style))
         except PromptRejected:
             return False
         return all(word in text for word in words)
@@ -181,7 +176,7 @@ class ChatTemplate:
         """The prompt as text, up to the beginning of the answer or not. Raises PromptRejected."""
         if self._images and (images := images_of(prompt.conversation)):
             return unmarked(self._render_images(self._images, images, prompt, opens_answer=opens_answer))
-        return str(self._apply(prompt, self.call_style or CallStyle(), opens_answer=opens_answer, tokenize=False))
+        return self._call.text(prompt, self._forms(prompt), opens_answer=opens_answer)
 
     def encode(self, prompt: ChatPrompt, text: str) -> tuple[int, ...]:
         """The prompt as token ids, up to the beginning of the answer. text: it rendered. Raises PromptRejected."""
@@ -189,26 +184,25 @@ class ChatTemplate:
             return self._encode(self._render_images(self._images, images, prompt))
         if not self.source:  # the model's own code renders text only
             return self._encoder.encode(text)
-        style = self.call_style or CallStyle()
         if not self._encoder.marks_control_tokens:
-            return tuple(self._apply(prompt, style, tokenize=True, sanitize_control_tokens=True))
+            return self._call.tokens(prompt, self._forms(prompt))
         return self._encode(self._render_marked(prompt) or text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         try:
             return self._encoder.encode(text)
         except ValueError as error:  # a control token can't be encoded as text
-            raise _refusal(error) from error
+            raise refusal(error) from error
 
     def _render_marked(self, prompt: ChatPrompt, *, opens_answer: bool = True) -> str | None:
         """The prompt with the control tokens marked that stand in its messages; None if there are none."""
-        messages, options = self._arguments(prompt, self.call_style or CallStyle(), opens_answer=opens_answer)
+        messages, options = self._call.arguments(prompt, self._forms(prompt), opens_answer=opens_answer)
         given = [messages, options.get("tools"), dict(prompt.template_kwargs)]
         messages, tools, variables = marked = self._encoder.mark(given, options.get("chat_template"))
         if marked == given:
             return None
         options |= variables | ({"tools": tools} if tools else {})
-        return str(self._call(messages, {**options, "tokenize": False}))
+        return str(self._call.call(messages, {**options, "tokenize": False}))
 
     def _render_images(
         self, processor: ImageProcessor, images: Sequence[Image], prompt: ChatPrompt, *, opens_answer: bool = True
@@ -217,64 +211,12 @@ class ChatTemplate:
         can_mark = bool(self.source) and self._encoder.marks_control_tokens
         text = self._render_marked(prompt, opens_answer=opens_answer) if can_mark else None
         if text is None:
-            style = self.call_style or CallStyle()
-            text = str(self._apply(prompt, style, opens_answer=opens_answer, tokenize=False))
+            text = self._call.text(prompt, self._forms(prompt), opens_answer=opens_answer)
         return processor.expand(text, images, MARK if can_mark else "")
 
     @functools.cached_property
     def _encoder(self) -> SegmentEncoder:
         return SegmentEncoder(self._tokenizer, self.source)
-
-    def _apply(self, prompt: ChatPrompt, style: CallStyle, **options: Any) -> Any:
-        return self._call(*self._arguments(prompt, style, **options))
-
-    def _arguments(
-        self, prompt: ChatPrompt, style: CallStyle, *, opens_answer: bool = True, **options: Any
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Messages and options for the tokenizer's apply_chat_template(). Raises PromptRejected."""
-        if reserved := RESERVED.intersection(prompt.template_kwargs):
-            names = ", ".join(sorted(reserved))
-            raise PromptRejected(f"The variables of the chat template can't set {names}.", "prompt.template_kwargs")
-        form = options.pop("reasoning_form", None)
-        if not form and any(message.reasoning for message in prompt.conversation):
-            form = self.reasoning_form
-        if prompt.continues_answer:
-            options["continue_final_message"] = "content" if prompt.conversation[-1].text else form.field
-        else:
-            options["add_generation_prompt"] = opens_answer
-        if prompt.tools:
-            options["tools"] = self._tools(prompt.tools, is_whole=options.pop("has_whole_tools", None))
-        if template := self._substitute or self._named(prompt):
-            options["chat_template"] = template
-        content = options.pop("content_form", None) or self._content_form
-        messages = [_write(message, style, form, content) for message in prompt.conversation]
-        return messages, {**options, **prompt.template_kwargs}
-
-    def _call(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
-        try:
-            if isinstance(source := options.get("chat_template") or self._tokenizer.chat_template, str):
-                look_up_once(source)
-            return self._tokenizer.apply_chat_template(messages, **options)
-        except RENDERING_FAILURES as error:
-            if "tools" not in options:  # some templates go through their tools without asking whether there are any
-                with contextlib.suppress(*RENDERING_FAILURES):
-                    return self._tokenizer.apply_chat_template(messages, **options, tools=[])
-            raise _refusal(error) from error
-
-    def _named(self, prompt: ChatPrompt) -> str | None:
-        """The template for this prompt, of a model that has several by name."""
-        templates = self._tokenizer.chat_template
-        if not isinstance(templates, dict):
-            return None
-        has_calls = any(message.calls or message.result for message in prompt.conversation)
-        name = "tool_use" if prompt.tools or has_calls else "default"
-        return str(templates.get(name) or templates.get("default") or next(iter(templates.values())))
-
-    def _tools(self, tools: Sequence[Tool], *, is_whole: bool | None) -> list[dict[str, Any]]:
-        functions = [tool.function for tool in tools]
-        if self._needs_whole_tools if is_whole is None else is_whole:
-            functions = [_whole(function) for function in functions]
-        return [{"type": "function", "function": function} for function in functions]
 
     @functools.cached_property
     def _needs_whole_tools(self) -> bool:
@@ -285,23 +227,7 @@ class ChatTemplate:
     def _shows_tool(self, *, is_whole: bool) -> bool:
         prompt = ChatPrompt((Message("user", (Text("Hello"),)),), (Tool(CALL_WORDS[0]),))
         try:
-            return CALL_WORDS[0] in self._apply(prompt, CallStyle(), tokenize=False, has_whole_tools=is_whole)
+            forms = self._forms(prompt, CallStyle(), has_whole_tools=is_whole)
+            return CALL_WORDS[0] in self._call.text(prompt, forms)
         except PromptRejected:
             return False
-
-
-def _refusal(error: Exception) -> PromptRejected:
-    return PromptRejected(f"The chat template of this model refuses the messages: {error}", "prompt.conversation")
-
-
-def _write(message: Message, style: CallStyle, form: ReasoningForm | None, content: ContentForm) -> dict[str, Any]:
-    """A message as the template reads it. Raises PromptRejected."""
-    written = style.message(message)
-    written["content"] = content.content(message, written["content"])
-    return form.put(written, message.reasoning) if form and message.reasoning else written
-
-
-def _whole(function: dict[str, Any]) -> dict[str, Any]:
-    """A function with all that a template may ask for."""
-    parameters = {"type": "object", "properties": {}, **function.get("parameters", {})}
-    return {"description": "", **function, "parameters": parameters}

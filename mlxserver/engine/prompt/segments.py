@@ -45,7 +45,7 @@ class SegmentEncoder:
         self._segments: OrderedDict[str, array[int]] = OrderedDict()
         self._characters = 0
         self._is_fast = isinstance(getattr(self._tokenizer, "backend_tokenizer", None), Tokenizer)
-        self._has_own_code = tokenizer._chat_template or not _is_inherited(self._tokenizer, "apply_chat_template")
+        self._has_own_code = tokenizer._chat_template or not _renders_as_usual(self._tokenizer)
 
     @property
     def marks_control_tokens(self) -> bool:
@@ -133,5 +133,6 @@ def _overlaps(token: str, other: str) -> bool:
     return any(other.endswith(token[:length]) for length in range(1, min(len(token), len(other) + 1)))
 
 
-def _is_inherited(tokenizer: Any, method: str) -> bool:
-    return getattr(type(tokenizer), method, None) is getattr(PreTrainedTokenizerBase, method)
+def _renders_as_usual(tokenizer: Any) -> bool:
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return own is PreTrainedTokenizerBase.apply_chat_template

@@ -26,7 +26,7 @@ from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
-from mlxserver.engine.runners.drafts import load_draft
+from mlxserver.engine.runners.drafts import load_draft, without_idle_head
 from mlxserver.engine.runners.embedding import EmbeddingRunner
 from mlxserver.engine.runners.idle_steps import IdleTurns
 from mlxserver.engine.runners.kept_checks import KeptChecks
@@ -137,6 +137,7 @@ class Builder:
     ) -> Runner:
         """The runner of a loaded model that this process computes, warmed up."""
         policy = self._fitting_policy(spec, chosen, loaded)  # first: what can't be run has no cache to be measured
+        loaded = without_idle_head(spec, loaded, policy)
         kind = spec.drafter and (spec.drafter.kind or _find_kind(spec.drafter, progress))
         draft = load_draft(spec, loaded, policy, kind or "text", progress, self._kept_checks)
         if draft:

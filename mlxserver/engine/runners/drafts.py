@@ -13,7 +13,7 @@ from dataclasses import replace
 from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.loading import loader
+from mlxserver.engine.loading import loader, mtp
 from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.loading.sources import Progress
@@ -47,7 +47,7 @@ def load_draft(
         log.info("%s: its draft %s is not loaded: nothing is drafted here", spec.key, drafter.key)
         return None
     try:
-        draft = loader.load(replace(drafter, cache_tokens=None), progress=progress, policy=policy)
+        draft = loader.load(replace(drafter, cache_tokens=None, mtp=False), progress=progress, policy=policy)
         own_policy = fitting_policy(draft.model, policy, drafter.key, kept)
     except LoadFailed as error:
         raise _refusal(spec, f"could not be loaded: {error.cause}") from None
@@ -60,6 +60,15 @@ def load_draft(
         raise _refusal(spec, "can't compute several sequences, or several tokens of one, at once")
     identity = model_identity(drafter, draft)
     return DraftModel(drafter.key, draft.model, draft.limits.context, draft.weight_bytes, own_policy, identity)
+
+
+def without_idle_head(spec: ModelSpec, loaded: LoadedModel, policy: ExecutionPolicy) -> LoadedModel:
+    """The loaded model without its own head (loading/mtp.py) where it would have no use."""
+    if not mtp.has_head(loaded.model) or is_possible(loaded.model, spec.speculation, policy):
+        return loaded
+    log.info("%s: its multi-token prediction head is left out: nothing is drafted here", spec.key)
+    mtp.drop_head(loaded.model)
+    return replace(loaded, weight_bytes=caches.weight_bytes(loaded.model))
 
 
 def _refusal(spec: ModelSpec, reason: str) -> LoadFailed:

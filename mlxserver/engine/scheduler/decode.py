@@ -76,6 +76,11 @@ class DecodeBatch:
         """Whether its sequences may draft tokens."""
         return self._speculation is not None
 
+    @property
+    def draft(self) -> str | None:
+        """Key of the model that drafts for its sequences; "mtp" for a head of their own model, None for neither."""
+        return self._speculation.draft if self._speculation else None
+
     def clear(self) -> None:
         """Drop all sequences."""
         self.sequences: list[RunningSequence] = []

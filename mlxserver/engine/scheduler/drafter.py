@@ -151,8 +151,13 @@ class Drafter:
 
     # -- drafts ---------------------------------------------------------------------------------------------------
 
-    def draft(self, drafting: abc.Sequence[RunningSequence], count: int) -> dict[int, list[int]]:
-        """The next tokens of sequences that are ready, `count` of each, by id. Empty if there is no memory for them."""
+    def draft(
+        self, sequences: abc.Sequence[RunningSequence], drafting: abc.Sequence[RunningSequence], count: int
+    ) -> dict[int, list[int]]:
+        """The next tokens of sequences that are ready, `count` of each, by id. Empty if there is no memory for them.
+
+        sequences: of the batch, those that draft among them.
+        """
         self._take_back()
         ids = {running.sequence.id for running in drafting}
         tails = [self._tail(index, _MOST_BEHIND + 1) if row.running.sequence.id in ids else []

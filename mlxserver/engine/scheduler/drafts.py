@@ -1,4 +1,4 @@
-"""Drafts of the sequences of a batch: by prompt lookup or by a draft model, and what they were worth.
+"""Drafts of the sequences of a batch: by prompt lookup, by a draft model or a head of the model, and their worth.
 
 Rule: a sequence has a credit of few steps, which verifying steps take from by what they take longer, and give to by
       what they gain. Without credit it drafts nothing, and with little only a few tokens; each of its tokens adds some.
@@ -11,6 +11,7 @@ from collections import abc
 from collections.abc import Callable
 
 from mlxserver.engine.scheduler.drafter import Drafter
+from mlxserver.engine.scheduler.mtp_drafter import MtpDrafter
 from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.speculation_controller import DraftingRow, EitherRow, Plan, SpeculationController
 
@@ -18,11 +19,14 @@ _MOST_CREDIT, _CREDIT_PER_TOKEN = 6.0, 0.01  # in plain steps
 
 
 class Drafts:
-    """What sequences draft. drafter: None without a draft model. is_forced: they draft whatever it costs."""
+    """What sequences draft. drafter: of a draft model, or of a head. is_forced: they draft whatever it costs."""
 
-    def __init__(self, controller: SpeculationController, drafter: Drafter | None, *, is_forced: bool) -> None:
+    def __init__(
+        self, controller: SpeculationController, drafter: Drafter | MtpDrafter | None, *, is_forced: bool
+    ) -> None:
         self._controller = controller
         self._drafter = drafter
+        self._reader = drafter if isinstance(drafter, Drafter) else None  # it has a KV cache of its own
         self._is_forced = is_forced
 
     def plan(self, sequences: abc.Sequence[RunningSequence], fits: Callable[[int], bool]) -> Plan:
@@ -58,7 +62,7 @@ class Drafts:
             chosen = [
                 own for own in drafting if own.sequence.id in rows and rows[own.sequence.id].prefers_model(plan.tokens)
             ]
-            by_model = self._drafter.draft(chosen, plan.tokens - 1)
+            by_model = self._drafter.draft(sequences, chosen, plan.tokens - 1)
         drafts: dict[int, list[int]] = {}
         for running in drafting:
             id, most = running.sequence.id, min(plan.tokens - 1, running.most_drafted)
@@ -88,6 +92,8 @@ class Drafts:
                 for is_hit in [True] * right + [False] * (right < len(draft)):
                     running.draft_rates.note(running.draft_streak, is_hit)
                     running.draft_streak = running.draft_streak + 1 if is_hit else 0
+                if not self._reader:
+                    running.draft_streak = 0  # what matters of a head is how many drafts are before
 
     def add_credit(self, running: RunningSequence) -> None:
         """Count a token that was generated."""
@@ -97,7 +103,7 @@ class Drafts:
 
     def readers(self, sequences: abc.Sequence[RunningSequence], token_seconds: float) -> list[RunningSequence]:
         """Sequences that the draft model should read, if that pays. token_seconds: of the prefill of their own."""
-        if not (drafter := self._drafter):
+        if not (drafter := self._reader):
             return []
         drafting = [own for own in sequences if self._may_draft(own) and drafter.may_have(own)]
         readers = [running for running in drafting if not drafter.is_ready(running)]
@@ -110,23 +116,23 @@ class Drafts:
 
     def read(self, readers: abc.Sequence[RunningSequence], own_step_seconds: float, peer_step_seconds: float) -> None:
         """Have the draft model read on. The times are those of steps, which wait meanwhile."""
-        if self._drafter:
-            self._drafter.read(readers, own_step_seconds, peer_step_seconds)
+        if self._reader:
+            self._reader.read(readers, own_step_seconds, peer_step_seconds)
 
     def store(self, leaving: abc.Sequence[RunningSequence]) -> None:
         """Store what the draft model has of sequences that leave."""
-        if self._drafter:
-            self._drafter.store(leaving)
+        if self._reader:
+            self._reader.store(leaving)
 
     def keep(self, sequences: abc.Sequence[RunningSequence]) -> None:
         """Keep only these sequences."""
-        if self._drafter:
-            self._drafter.keep(sequences)
+        if self._reader:
+            self._reader.keep(sequences)
 
     def compact(self) -> None:
         """Give back memory that is not used, as the batch has done."""
-        if self._drafter:
-            self._drafter.compact()
+        if self._reader:
+            self._reader.compact()
 
 
 def _lookup_row(running: RunningSequence) -> DraftingRow | None:

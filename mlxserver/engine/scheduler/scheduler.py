@@ -98,7 +98,7 @@ class Scheduler:
         self.execution: Execution | None = replace(
             execution(model, policy or current()),
             speculation=self._running.speculates,
-            draft=draft.key if draft and self._running.speculates else None,
+            draft=self._running.draft,
         )
         self._prefill = Prefill(model, stall_target, policy)
         self._meter = LoadMeter(stall_target)

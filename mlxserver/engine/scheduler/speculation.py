@@ -6,6 +6,7 @@ A drafted token is kept only if it is the one that is sampled at its position, s
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import abc
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
+from mlxserver.engine.loading import mtp
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.sampling.logprobs import measure
 from mlxserver.engine.scheduler.drafter import Drafter, DraftModel
 from mlxserver.engine.scheduler.drafts import Drafts
+from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter, make_mtp_drafter
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.speculation_controller import HitRates, Plan, SpeculationController
@@ -56,7 +59,7 @@ class Verified:
 
 class Speculation:
     """Drafts, verifying steps and their times. model, policy: to find out at the first draft whether it can be.
-    drafter: None without a draft model. draft_cost: of its step, in plain steps, until it is measured.
+    draft: key of the model that drafts, "mtp" for the model's own head; None by lookup alone.
 
     Steps are timed from the return of the tokens of one to that of the next.
     """
@@ -67,12 +70,13 @@ class Speculation:
         cache: SlotCache,
         policy: ExecutionPolicy | None,
         setting: Setting,
-        metrics: ModelMetrics,
-        drafter: Drafter | None = None,
-        draft_cost: float = 0.0,
+        controller: SpeculationController,
+        drafter: Drafter | MtpDrafter | None = None,
+        draft: str | None = None,
     ) -> None:
-        self.controller = SpeculationController(metrics, always=setting == "always", draft_cost=draft_cost)
+        self.controller = controller
         self.drafts = Drafts(self.controller, drafter, is_forced=setting == "always")
+        self.draft = draft
         self._model = model
         self._cache = cache
         self._policy = policy or current()
@@ -184,13 +188,8 @@ class Speculation:
 
 
 def is_possible(model: Any, setting: Setting, policy: ExecutionPolicy) -> bool:
-    """Whether a decode batch of a model speculates: tokens can be taken back, and it is not off.
-
-    "auto" is off where steps are compiled: the shapes of verifying steps would be, while requests wait for them.
-    """
-    if setting == "off" or (setting == "auto" and policy.compile_steps):
-        return False
-    return policy.batch_cache == "slots" and caches.is_plain(model)
+    """Whether a decode batch of a model speculates: tokens can be taken back, and it is not off."""
+    return policy.may_speculate(setting) and policy.batch_cache == "slots" and caches.is_plain(model)
 
 
 def make_speculation(
@@ -207,11 +206,17 @@ def make_speculation(
     policy = policy or current()
     if not (is_possible(model, setting, policy) and isinstance(cache, SlotCache)):
         return None
-    if draft is None:
-        return Speculation(model, cache, policy, setting, metrics)
-    drafter = Drafter(draft, cache, vocab_size, stall_target)
-    cost = draft.weight_bytes / max(1, caches.weight_bytes(model))
-    return Speculation(model, cache, policy, setting, metrics, drafter, cost)
+    make_controller = functools.partial(SpeculationController, metrics, always=setting == "always")
+    weight_bytes = max(1, caches.weight_bytes(model))
+    if draft:
+        drafter = Drafter(draft, cache, vocab_size, stall_target)
+        controller = make_controller(draft_cost=draft.weight_bytes / weight_bytes)
+        return Speculation(model, cache, policy, setting, controller, drafter, draft.key)
+    if head := make_mtp_drafter(model, cache, policy):
+        cost = mtp.head_bytes(model) / weight_bytes
+        controller = make_controller(draft_cost=cost, draft_rates=head.rates(), draft_sizes=SIZES)
+        return Speculation(model, cache, policy, setting, controller, head, "mtp")
+    return Speculation(model, cache, policy, setting, make_controller())
 
 
 def _num_alike(draft: list[int], sampled: list[int]) -> int:

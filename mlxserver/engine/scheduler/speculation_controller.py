@@ -52,28 +52,38 @@ class HitRates:
     """How often predictions are right, by the streaks behind which they are made.
 
     model: those of all sequences, with which a sequence begins: one that edits a file does not speak for one that tells
-    a story. None for the model's own, which begin with `priors`.
+    a story. None for the model's own, which begin with `priors`. bounds: of the classes of streaks, one fewer.
     """
 
-    def __init__(self, model: HitRates | None = None, priors: abc.Sequence[float] = _PRIOR_RATES) -> None:
+    def __init__(
+        self,
+        model: HitRates | None = None,
+        priors: abc.Sequence[float] = _PRIOR_RATES,
+        bounds: abc.Sequence[int] = _STREAKS,
+    ) -> None:
         self._model = model
+        self._bounds: abc.Sequence[int] = model._bounds if model else bounds
+        self._hits: list[_Hits]
         if model:
-            self._hits = [_Hits(_MOST_OF_SEQUENCE) for _ in priors]
+            self._hits = [_Hits(_MOST_OF_SEQUENCE) for _ in model._hits]
         else:
             self._hits = [_Hits(_MOST_OF_MODEL, rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for rate in priors]
 
     def note(self, streak: int, is_hit: bool) -> None:
         """A token was predicted behind a streak, rightly or not."""
-        self._hits[_streak_class(streak)].note(is_hit)
+        self._hits[self._class_of(streak)].note(is_hit)
         if self._model:
             self._model.note(streak, is_hit)
 
     def rate(self, streak: int) -> float:
         """Share of predictions behind such a streak that are expected to be right."""
-        own = self._hits[_streak_class(streak)]
+        own = self._hits[self._class_of(streak)]
         if not self._model:
             return own.hits / own.count
         return (own.hits + _MODEL_WEIGHT * self._model.rate(streak)) / (own.count + _MODEL_WEIGHT)
+
+    def _class_of(self, streak: int) -> int:
+        return sum(streak >= bound for bound in self._bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +158,24 @@ class SpeculationController:
     """Decides for one model whether a step verifies drafted tokens, and counts these. always: if one is predicted.
 
     draft_cost: of a draft model's step, in plain steps, until it is measured along with the verifying ones.
+    draft_rates: how often it is right, None for those of any. draft_sizes: tokens of the steps that it drafts for.
     """
 
-    def __init__(self, metrics: ModelMetrics, *, always: bool = False, draft_cost: float = 0.0) -> None:
+    def __init__(
+        self,
+        metrics: ModelMetrics,
+        *,
+        always: bool = False,
+        draft_cost: float = 0.0,
+        draft_rates: HitRates | None = None,
+        draft_sizes: abc.Sequence[int] = SIZES,
+    ) -> None:
         self._metrics = metrics
         self._always = always
         self.draft_cost = draft_cost
         self.rates = HitRates()
-        self.draft_rates = HitRates(priors=_PRIOR_DRAFT_RATES)
+        self.draft_rates = draft_rates or HitRates(priors=_PRIOR_DRAFT_RATES)
+        self._draft_sizes = draft_sizes
         self._plain: dict[int, deque[float]] = {}  # seconds of plain steps, by number of sequences
         self._costs: dict[tuple[int, Plan], _Cost] = {}  # by number of sequences
         self._held_off = 0
@@ -198,7 +218,8 @@ class SpeculationController:
         if not (rows or modelled):
             return PLAIN
         if self._always:
-            tokens = next((size for size in reversed(SIZES) if size <= _ALWAYS and fits(size)), 1)
+            sizes = self._sizes(is_modelled=bool(modelled))
+            tokens = next((size for size in reversed(sizes) if size <= _ALWAYS and fits(size)), 1)
             return Plan(tokens, bool(modelled)) if tokens > 1 else PLAIN
         if not self._plain_seconds(sequences):
             return PLAIN
@@ -215,7 +236,7 @@ class SpeculationController:
             return False
         _, gain = self._best(sequences, modelled, lambda size: True, math.inf, is_modelled=True)
         if gain <= _GAIN:
-            retried = self._cost(sequences, Plan(SIZES[0], is_modelled=True))
+            retried = self._cost(sequences, Plan(self._draft_sizes[0], is_modelled=True))
             retried.num_declined += 1
             return retried.num_declined >= _RETRY and tokens <= _READ_FOR_RETRY
         left = max((min(row.model.most, _ANSWER_TOKENS) for row in modelled if row.model), default=0)
@@ -230,10 +251,11 @@ class SpeculationController:
     ) -> tuple[Plan, float]:
         """The plan with the largest expected ratio of tokens per second to those of a plain step, and that ratio."""
         best, most = PLAIN, 1.0
-        for tokens in SIZES:
+        sizes = self._sizes(is_modelled=is_modelled)
+        for tokens in sizes:
             plan = Plan(tokens, is_modelled)
             cost = self.cost(sequences, plan)
-            if tokens > SIZES[0] and cost > most_cost:
+            if tokens > sizes[0] and cost > most_cost:
                 break
             gain = (sequences + sum(row.accepted(tokens) for row in rows)) / sequences / cost
             if gain > most and fits(tokens):
@@ -244,7 +266,7 @@ class SpeculationController:
 
     def _assumed(self, sequences: int, plan: Plan) -> float:
         """Cost until it is measured: as if each more token took as long as those of the next shorter step."""
-        for shorter in reversed(SIZES):
+        for shorter in reversed(self._sizes(is_modelled=plan.is_modelled)):
             if shorter < plan.tokens and (ratio := self._cost(sequences, replace(plan, tokens=shorter)).ratio):
                 return 1 + max(ratio - 1, 0) / (shorter - 1) * (plan.tokens - 1)
         return 1 + (_ASSUMED_COST + (self.draft_cost if plan.is_modelled else 0)) * (plan.tokens - 1)
@@ -261,7 +283,7 @@ class SpeculationController:
         if (sequences + gained) / sequences > _GAIN * (1 + _ASSUMED_COST * (tokens - 1)):
             plan = Plan(tokens)
         else:
-            plan = Plan(tokens, is_modelled=True)
+            plan = Plan(self._draft_sizes[0], is_modelled=True)
         cost = self._cost(sequences, plan)
         cost.num_declined += 1
         if cost.num_declined < _RETRY or (plan.is_modelled and not has_model):
@@ -269,16 +291,16 @@ class SpeculationController:
         cost.num_declined = 0
         return plan
 
+    def _sizes(self, *, is_modelled: bool) -> abc.Sequence[int]:
+        """Tokens of a verifying step."""
+        return self._draft_sizes if is_modelled else SIZES
+
     def _plain_seconds(self, sequences: int) -> float | None:
         measured = self._plain.get(_rounded(sequences), ())
         return median(measured) if len(measured) >= _LEAST_PLAIN_STEPS else None
 
     def _cost(self, sequences: int, plan: Plan) -> _Cost:
         return self._costs.setdefault((_rounded(sequences), plan), _Cost())
-
-
-def _streak_class(streak: int) -> int:
-    return sum(streak >= bound for bound in _STREAKS)
 
 
 def _rounded(sequences: int) -> int:

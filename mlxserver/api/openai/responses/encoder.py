@@ -28,10 +28,10 @@ class ResponseEncoder:
 
     content_type = "text/event-stream; charset=utf-8"
 
-    def __init__(self, response: ResponseObject, tools: ToolSet, keep: Keep = lambda response: None) -> None:
+    def __init__(self, response: ResponseObject, tools: ToolSet) -> None:
         self._response = response
         self._output = Output(tools)
-        self.keep = keep
+        self.keep: Keep = lambda response: None
         self._number = 0
 
     def start(self, prompt_tokens: int) -> bytes:

@@ -14,7 +14,12 @@ constexpr int64_t MOST_DIRECT = 3;  // rows for which weights are dequantized in
 template <typename T>
 void widen(const void* values, int64_t begin, int64_t count, float* out) {
   const T* from = static_cast<const T*>(values) + begin;
-  for (int64_t i = 0; i < count; i++) out[i] = widened(from[i]);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Floats wide = load_widened(from + i);
+    __builtin_memcpy(out + i, &wide, sizeof wide);
+  }
+  for (; i < count; i++) out[i] = widened(from[i]);
 }
 
 // Scales or biases as float32.
