@@ -285,6 +285,11 @@ def test_a_reader_of_requests_gets_what_is_new_by_its_cursor(server):
     def ask(id):
         headers = {"x-api-key": USER, "X-Request-Id": id}
         assert server.ask("POST", "/v1/chat/completions", CHAT, headers).status == 200
+        eventually(lambda: has_ended(id))  # its answer is there before that
+
+    def has_ended(id):
+        records = [each for each in listed("")["data"] if each["id"] == id]
+        return records and records[0]["outcome"] not in ("running", "waiting")
 
     def listed(cursor):
         return check(as_admin(server, "GET", f"/v1/requests?after={cursor}"), "RequestList")
