@@ -596,14 +596,14 @@ def test_a_signal_ends_an_idle_server_cleanly(flags, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_server_with_running_streams_cleanly(flags, number):
-    with running_server(*flags) as server, ExitStack() as stack:
+    with running_server(*flags) as server, ExitStack() as stack, ThreadPoolExecutor(3) as pool:
         server.post("/v1/models/unload", {"key": "talker"})
         streams = [stack.enter_context(server.stream("talker", "forever")) for _ in range(3)]
+        reading = [pool.submit(list, stream) for stream in streams]  # one that is not read is cut off in the end
         plain = send_plain(server, "talker", "forever")
         eventually(lambda: requests_of(server, "talker") == (4, 0))
         assert_clean(server.stop(number))
-        for stream in streams:
-            payloads = list(stream)
+        for payloads in (each.result(DEADLINE) for each in reading):
             assert "[DONE]" not in payloads
             assert not any(p["choices"][0]["finish_reason"] for p in payloads if "choices" in p)
         plain.close()

@@ -54,7 +54,7 @@ def start_ranks(directory, configs, scripts=None, variables=None, wanted=None):
     scripts, variables = scripts or {}, variables or {}
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(configs))]))
-    logs = [tempfile.TemporaryFile("w+") for _ in configs]  # noqa: SIM115  (they live as long as the processes)
+    logs = [tempfile.TemporaryFile("a+") for _ in configs]  # noqa: SIM115  (they live as long as the processes)
     processes = []
     for rank, (config, log) in enumerate(list(zip(configs, logs, strict=True))[:wanted]):
         environment = server_environment() | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} | variables

@@ -74,7 +74,8 @@ def server_environment():
 
 def start_server(*flags, script="mlx_api_server.py", variables=None, **options):
     """Start a server; its process, and the file of its stderr. options: of Popen."""
-    stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
+    # The process and its reader share one place in the file; what is appended goes to the end wherever that is.
+    stderr = tempfile.TemporaryFile("a+")  # noqa: SIM115  (it lives as long as the process)
     process = subprocess.Popen(
         [sys.executable, script, *flags],
         cwd=ROOT,

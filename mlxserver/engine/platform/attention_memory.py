@@ -10,7 +10,6 @@ import math
 import sys
 from dataclasses import dataclass, field
 
-from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _COPIES = 2  # the scores, and their exponentials
@@ -68,6 +67,8 @@ class AttentionMemory:
 
         Native kernels have no scores in memory: what is left are masks of the positions that a token attends to.
         """
+        from mlxserver.engine.platform.native.extension import native  # imports MLX
+
         pieces = self.policy.layers_ahead * _COPIES * 4 * SCORES_AT_ONCE
         if self.policy.replace_kernels and native() is not None:
             return min(pieces, _MASKS * 4 * tokens * context)
