@@ -31,7 +31,7 @@ def server(tmp_path_factory, scripted_path, tiny_llama_path):
     """Keys, a scripted model that may think, one that doesn't, and a tiny one that is not loaded."""
     path = tmp_path_factory.mktemp("config") / "models.toml"
     path.write_text(
-        f'api_key = ["{USER}"]\nadmin_key = ["{ADMIN}"]\nheartbeat_interval = 0.02\n'
+        f'api_key = ["{USER}"]\nadmin_key = ["{ADMIN}"]\nheartbeat_interval = 0.005\n'
         f'[models.talker]\nsource = "{scripted_path}"\ntype = "instruction"\naliases = ["gpt-*", "mini"]\n'
         f"preload = true\n[models.talker.defaults]\ntop_p = 0.5\n"
         f'[models.thinker]\nsource = "{scripted_path}"\ntype = "thinking"\naliases = ["gpt-4*"]\n'
