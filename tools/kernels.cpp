@@ -288,6 +288,17 @@ std::vector<double> attended(const float* q, const float* keys, const float* val
   return sums;
 }
 
+template <typename Task>
+void compare(Comparison& comparison, Task task, Kernel<Task> kernel, const std::vector<double>& exact) {
+  comparison.add(
+      exact.size(),
+      [&](float* out) {
+        task.out = out;
+        in_two(task, kernel);
+      },
+      [&](int64_t i) { return exact[i]; });
+}
+
 void check_attention(Comparison& comparison, int64_t heads, int64_t length, int64_t tokens, int64_t dim, bool is_masked,
                      bool is_causal) {
   const int64_t batch = 2, groups = 2, rows = heads * length, value_dim = dim + 5, all = batch * groups;
@@ -306,14 +317,7 @@ void check_attention(Comparison& comparison, int64_t heads, int64_t length, int6
                                0.3f, seen, dim, value_dim);
     exact.insert(exact.end(), sums.begin(), sums.end());
   }
-  comparison.add(
-      exact.size(),
-      [&](float* out) {
-        Attention own = task;
-        own.out = out;
-        in_two(own, KERNEL(attention));
-      },
-      [&](int64_t i) { return exact[i]; });
+  compare(comparison, task, KERNEL(attention), exact);
 }
 
 void check_attention() {
@@ -348,14 +352,7 @@ void check_block_attention(Comparison& comparison, int64_t length, int64_t token
                                    seen, dim, value_dim);
         std::copy(sums.begin(), sums.end(), &exact[((b * length + row) * heads + head) * value_dim]);
       }
-  comparison.add(
-      exact.size(),
-      [&](float* out) {
-        BlockAttention own = task;
-        own.out = out;
-        in_two(own, KERNEL(block_attention));
-      },
-      [&](int64_t i) { return exact[i]; });
+  compare(comparison, task, KERNEL(block_attention), exact);
 }
 
 void check_block_attention() {

@@ -1,19 +1,18 @@
 // Kernel of a product with weights of 32 or 16 bits. Compiled once per instruction set: LEVEL names it, LANES the
 // floats of a vector.
 //
-// For few rows a
-// vector has inputs of one row or one output. For many it has one input of several rows, which lie so in the columns that
-// were made of them, and a weight is in all lanes: nothing is added up across a vector. Weights are read once for all
-// rows of a block, while the next ones are fetched. Those of 16 bits are widened in registers, or for more rows into a
-// buffer: as float32 they are the same numbers, so what differs from a product with widened weights is the order of the
-// additions.
+// For few rows a vector has inputs of one row or one output. For many it has one input of several rows, which lie so in
+// the columns that were made of them, and a weight is in all lanes: nothing is added up across a vector. Weights are
+// read once for all rows of a block, while the next ones are fetched. Those of 16 bits are widened in registers, or for
+// more rows into a buffer: as float32 they are the same numbers, so what differs from a product with widened weights is
+// the order of the additions.
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t DEPTH = 1536;               // inputs of a panel, which stays in a first-level cache
-constexpr int64_t STRIDE = DEPTH + 64;        // between a widened panel's outputs: caches collide at powers of two
+constexpr int64_t DEPTH = 1536;         // inputs of a panel, which stays in a first-level cache
+constexpr int64_t STRIDE = DEPTH + 64;  // between a widened panel's outputs: caches collide at powers of two
 
 #if LANES == 8
 // Eight inputs of eight rows, as eight columns.
@@ -97,8 +96,8 @@ void many(const Dense& p, int64_t first, int64_t last) {
     part.step = p.inputs * int64_t(sizeof(T)), part.bytes = FETCHED * int64_t(sizeof(T));
     if constexpr (sizeof(T) == sizeof(float))
       if (!is_copied) return Weights{weights, p.inputs};
-    widen(weights, p.inputs, count, part.depth, panel, SHALLOW + 16);
-    return Weights{panel, SHALLOW + 16};
+    widen(weights, p.inputs, count, part.depth, panel, WIDE_STRIDE);
+    return Weights{panel, WIDE_STRIDE};
   });
 }
 

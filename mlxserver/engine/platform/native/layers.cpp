@@ -107,9 +107,7 @@ class AttentionOperation : public Operation<Attention> {
     const mx::array values = by_head(inputs[2], encoder);
     const int64_t batch = q.shape(0), groups = keys.shape(1), length = q.shape(2);
     const int64_t rows = q.shape(1) / groups * length, tokens = keys.shape(2);
-    mx::array scores({int(batch * groups), int(rows), int(tokens)}, mx::float32, nullptr, {});
-    scores.set_data(mx::allocator::malloc(scores.nbytes()));
-    encoder.add_temporary(scores);
+    float* scores = room<float>(batch * groups * rows * tokens, encoder);
     const float* mask = nullptr;
     int64_t mask_stride = 0;
     if (inputs.size() > 3) {
@@ -117,7 +115,7 @@ class AttentionOperation : public Operation<Attention> {
       mask = addends.data<float>();
       mask_stride = addends.shape(0) > 1 ? length * tokens : 0;
     }
-    return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores.data<float>(), out.data<float>(),
+    return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores, out.data<float>(),
             batch, groups, rows, tokens, q.shape(3), values.shape(3),
             {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)},
             mask_stride, length, scale_, is_causal_};

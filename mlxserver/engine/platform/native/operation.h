@@ -48,6 +48,15 @@ void add_functions(nb::module_& m);
 // An array's elements in the order of its rows; a copy of them, if they lie otherwise.
 mx::array in_rows(const mx::array& x, mx::cpu::CommandEncoder& encoder);
 
+// Room for so many elements until what is dispatched has been computed.
+template <typename T>
+T* room(int64_t size, mx::cpu::CommandEncoder& encoder) {
+  mx::array array({int(size)}, mx::TypeToDtype<T>(), nullptr, {});
+  array.set_data(mx::allocator::malloc(array.nbytes()));
+  encoder.add_temporary(array);
+  return array.data<T>();
+}
+
 inline mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
 
 template <typename Task>

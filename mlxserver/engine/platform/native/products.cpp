@@ -54,13 +54,6 @@ struct Turning {
   }
 };
 
-float* room_for(int64_t size, mx::cpu::CommandEncoder& encoder) {
-  mx::array array({int(size)}, mx::float32, nullptr, {});
-  array.set_data(mx::allocator::malloc(array.nbytes()));
-  encoder.add_temporary(array);
-  return array.data<float>();
-}
-
 // A product whose columns are made before it.
 template <typename Task>
 class TurnedProduct : public Operation<Task> {
@@ -72,7 +65,7 @@ class TurnedProduct : public Operation<Task> {
     auto& encoder = mx::cpu::get_command_encoder(this->stream());
     const Task task = this->task(inputs, out, encoder);
     const int64_t size = turning_.size(task);
-    float* columns = size ? room_for(size, encoder) : nullptr;
+    float* columns = size ? room<float>(size, encoder) : nullptr;
     encoder.dispatch([task, columns, turning = turning_, kernel = this->kernel_] {
       Task turned = task;
       turning.turn(turned, columns);
@@ -84,16 +77,17 @@ class TurnedProduct : public Operation<Task> {
   Turning turning_;
 };
 
-class QuantizedProduct : public TurnedProduct<Quantized> {
+// A product with quantized weights, on top of how it is computed.
+template <typename Base>
+class WithFormat : public Base {
  public:
-  QuantizedProduct(const Level& level, int bits, int group)
-      : TurnedProduct(level, level.quantized), bits_(bits), group_(group) {}
-
-  const char* name() const override { return "QuantizedProduct"; }
+  template <typename... Others>
+  WithFormat(const Level& level, int bits, int group, Others... others)
+      : Base(level, level.quantized, others...), bits_(bits), group_(group) {}
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    auto& same = static_cast<const QuantizedProduct&>(other);
-    return Operation::is_equivalent(other) && bits_ == same.bits_ && group_ == same.group_;
+    auto& same = static_cast<const WithFormat&>(other);
+    return Base::is_equivalent(other) && bits_ == same.bits_ && group_ == same.group_;
   }
 
  protected:
@@ -103,6 +97,13 @@ class QuantizedProduct : public TurnedProduct<Quantized> {
 
  private:
   int bits_, group_;
+};
+
+class QuantizedProduct : public WithFormat<TurnedProduct<Quantized>> {
+ public:
+  using WithFormat::WithFormat;
+
+  const char* name() const override { return "QuantizedProduct"; }
 };
 
 class DenseProduct : public TurnedProduct<Dense> {
@@ -199,23 +200,16 @@ class Experts : public Operation<Task> {
     const mx::array& indices = inputs.back();
     const Task all = this->task(inputs, out, encoder);
     const Choice chosen{indices.data<uint32_t>(), all.rows / int64_t(indices.size()), inputs[1].shape(0)};
-    auto room = [&](int64_t size, mx::Dtype type) {
-      mx::array array({int(size)}, type, nullptr, {});
-      array.set_data(mx::allocator::malloc(array.nbytes()));
-      encoder.add_temporary(array);
-      return array;
-    };
     const int64_t size = turning_.size(all);  // of all rows, or of fewer in a run
-    float* columns = size ? room_for(size, encoder) : nullptr;
+    float* columns = size ? room<float>(size, encoder) : nullptr;
     if (is_sorted_) {
       encoder.dispatch([=, turning = turning_, kernel = this->kernel_] {
         compute_runs(all, chosen, turning, columns, kernel);
       });
       return;
     }
-    const Sorted sorted{room_for(all.rows * all.inputs, encoder), room_for(all.rows * all.outputs, encoder),
-                        room(all.rows, mx::int64).template data<int64_t>(),
-                        room(all.rows, mx::uint32).template data<uint32_t>()};
+    const Sorted sorted{room<float>(all.rows * all.inputs, encoder), room<float>(all.rows * all.outputs, encoder),
+                        room<int64_t>(all.rows, encoder), room<uint32_t>(all.rows, encoder)};
     encoder.dispatch([=, turning = turning_, kernel = this->kernel_] {
       compute_sorted(all, chosen, sorted, turning, columns, kernel);
     });
@@ -236,24 +230,7 @@ class DenseExperts : public Experts<Dense> {
   }
 };
 
-class QuantizedExperts : public Experts<Quantized> {
- public:
-  QuantizedExperts(const Level& level, bool is_sorted, int bits, int group)
-      : Experts(level, level.quantized, is_sorted), bits_(bits), group_(group) {}
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    auto& same = static_cast<const QuantizedExperts&>(other);
-    return Experts::is_equivalent(other) && bits_ == same.bits_ && group_ == same.group_;
-  }
-
- protected:
-  Quantized task(const std::vector<mx::array>& inputs, mx::array& out, mx::cpu::CommandEncoder& encoder) const override {
-    return task_of(in_rows(inputs[0], encoder), inputs[1], inputs[2], inputs[3], out, bits_, group_);
-  }
-
- private:
-  int bits_, group_;
-};
+using QuantizedExperts = WithFormat<Experts<Quantized>>;
 
 void check_format(const mx::array& words, const mx::array& scales, const mx::array& biases, int group, int bits) {
   const bool is_known = (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
@@ -319,7 +296,7 @@ mx::array expert_product(const mx::array& x, const mx::array& words, const mx::a
   const Rows rows = rows_of(x, indices, outputs);
   if (!rows.x.size()) return mx::zeros(rows.shape, mx::float32, cpu());
   std::vector<mx::array> arrays{rows.x, in_order(words), in_order(scales), in_order(biases), rows.indices};
-  auto operation = std::make_shared<QuantizedExperts>(level(name), is_sorted, bits, group);
+  auto operation = std::make_shared<QuantizedExperts>(level(name), bits, group, is_sorted);
   return mx::array(rows.shape, mx::float32, operation, arrays);
 }
 

@@ -116,10 +116,10 @@ template <int BITS>
 void many(const Quantized& p, int64_t first, int64_t last) {
   many(p, first, last, 128, [&](int64_t output, int64_t count, Part& part, float* panel) {
     for (int64_t o = 0; o < count; o++)
-      dequantize<BITS>(p, output + o, part.from, part.depth, panel + o * (SHALLOW + 16));
+      dequantize<BITS>(p, output + o, part.from, part.depth, panel + o * WIDE_STRIDE);
     part.step = p.inputs / PER_WORD<BITS> * 4, part.bytes = FETCHED / PER_WORD<BITS> * 4;
     part.ahead = reinterpret_cast<const char*>(p.words + ((output + WIDE) * p.inputs + part.from) / PER_WORD<BITS>);
-    return Weights{panel, SHALLOW + 16};
+    return Weights{panel, WIDE_STRIDE};
   });
 }
 

@@ -12,6 +12,7 @@ constexpr int PANEL = 4;                      // outputs that are computed at on
 constexpr int MOST = LANES == 16 ? 6 : 3;     // rows that are: as many as there are registers for
 constexpr int WIDE = LANES == 16 ? 24 : 12;   // outputs times vectors of rows in a tile, and outputs that share its rows
 constexpr int64_t SHALLOW = 768;              // inputs of so many outputs, whose weights stay in a first-level cache
+constexpr int64_t WIDE_STRIDE = SHALLOW + 16;  // between copies of their weights: caches collide at powers of two
 constexpr int64_t TOGETHER = 96 / LANES;      // vectors of rows whose inputs stay in a second-level cache
 constexpr int64_t FETCHED = 16;               // inputs of an output that are fetched at once
 
@@ -146,7 +147,7 @@ void tiles(const Product& p, const float* weights, int64_t stride, int64_t vecto
 // in `panel` if they are no float32, and sets what is fetched for the next ones. unit: inputs in whose multiples they are.
 template <typename WeightsOf>
 void many(const Product& p, int64_t first, int64_t last, int64_t unit, const WeightsOf& weights_of) {
-  alignas(64) float panel[WIDE * (SHALLOW + 16)];
+  alignas(64) float panel[WIDE * WIDE_STRIDE];
   const int64_t vectors = p.columns ? vectors_of(p.rows, LANES) : 0, parts = (p.inputs + SHALLOW - 1) / SHALLOW;
   const int64_t each = ((p.inputs + parts - 1) / parts + unit - 1) / unit * unit;
   for (int64_t begin = 0; begin == 0 || begin < vectors; begin += TOGETHER) {
