@@ -13,11 +13,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from mlxserver.config.errors import abbreviate
 from mlxserver.engine.loading.checkpoint_files import is_id, read_object
 from mlxserver.engine.loading.metadata import text_configs
+from mlxserver.engine.template_failures import TEMPLATE_FAILURES
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -40,15 +39,6 @@ KNOWN_ENDS = frozenset(
     }
 )
 HARMONY_ENDS = frozenset({"<|return|>", "<|call|>"})  # <|end|>, the end of a message, is not the end of a turn there
-PROBE_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
 ANSWER = "\u2042 probe \u2042"
 CALL = "probe_call"
 PROBE_TOOL = {"type": "function", "function": {"name": CALL, "description": "", "parameters": {"type": "object"}}}
@@ -108,7 +98,7 @@ def _after_answer(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, A
         return ""
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **options))
-    except PROBE_FAILURES:
+    except TEMPLATE_FAILURES:
         return ""
     return text.rpartition(ANSWER)[2] if ANSWER in text else ""
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mlxserver.engine.conversation import Message, Tool
@@ -23,19 +22,11 @@ from mlxserver.engine.prompt.reasoning_forms import ReasoningForm
 from mlxserver.engine.prompt.sandbox import look_up_once
 from mlxserver.engine.prompt.substitute import substitute
 from mlxserver.engine.requests import ChatPrompt
+from mlxserver.engine.template_failures import TEMPLATE_FAILURES
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
 
@@ -111,9 +102,9 @@ class TemplateCall:
             if isinstance(source := options.get("chat_template") or self._tokenizer.chat_template, str):
                 look_up_once(source)
             return self._tokenizer.apply_chat_template(messages, **options)
-        except _FAILURES as error:
+        except TEMPLATE_FAILURES as error:
             if "tools" not in options:  # some templates go through their tools without asking whether there are any
-                with contextlib.suppress(*_FAILURES):
+                with contextlib.suppress(*TEMPLATE_FAILURES):
                     return self._tokenizer.apply_chat_template(messages, **options, tools=[])
             raise refusal(error) from error
 
