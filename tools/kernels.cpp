@@ -154,6 +154,13 @@ void check_quantized() {
               const Values x = random_values(rows * inputs), columns = columns_of(x, rows, inputs);
               std::vector<uint32_t> packed(outputs * words);
               for (uint32_t& word : packed) word = generator();
+              Values spread;
+              if (rows <= Quantized::FEW) {
+                Spread task{x.data(), nullptr, rows, inputs, LANES, bits, group};
+                spread.resize(rows * task.size());
+                task.out = spread.data();
+                in_two(task, KERNEL(spread));
+              }
               const Typed scales = typed(random_values(outputs * groups), type);
               const Typed biases = typed(random_values(outputs * groups), type);
               Values weight(outputs * inputs);
@@ -166,7 +173,7 @@ void check_quantized() {
                   rows * outputs,
                   [&](float* out) {
                     in_two(Quantized{product_of(x, columns, nullptr, out, rows, inputs, outputs), packed.data(),
-                                     scales.bytes.data(), biases.bytes.data(), bits, group, type},
+                                     scales.bytes.data(), biases.bytes.data(), bits, group, type, spread.data()},
                            KERNEL(quantized));
                     for (int64_t i = 0; i < rows * outputs; i++) out[i] /= scale;
                   },

@@ -32,6 +32,25 @@ struct Quantized : Product {
   const void* biases;     // likewise; a weight is scale * quantized + bias
   int bits, group;        // 4 or 8; 32, 64 or 128
   int type;               // of scales and biases: as above
+  const float* spread = nullptr;  // of FEW rows or fewer, as Spread makes it
+
+  static constexpr int64_t FEW = 3;
+};
+
+// Few rows as a vector of words meets them: its n-th weights of all words are multiplied at once.
+struct Spread {
+  const float* x;  // [rows, inputs]
+  float* out;      // [rows, size()]: inputs in blocks of [32 / bits, lanes], scaled to weights that stay where they are
+                   // in their words; then the sums of groups, up to a whole vector of them. 0 where there are no inputs
+  int64_t rows, inputs, lanes;
+  int bits, group;
+
+  int64_t blocks() const { return (inputs * bits / 32 + lanes - 1) / lanes; }
+  int64_t sums() const { return blocks() * lanes * (32 / bits); }  // where they begin
+  int64_t size() const { return sums() + (inputs / group + lanes - 1) / lanes * lanes; }
+  int64_t items() const { return rows; }
+  int64_t work() const { return 4 * inputs; }
+  static constexpr int64_t TOGETHER = 1;
 };
 
 // Columns of rows: of as many at a time as a vector has lanes, each input's values lie beside each other.
@@ -151,6 +170,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   void quantized_##LEVEL(const Quantized&, int64_t, int64_t) noexcept; \
   void dense_##LEVEL(const Dense&, int64_t, int64_t) noexcept;         \
   void columns_##LEVEL(const Columns&, int64_t, int64_t) noexcept;     \
+  void spread_##LEVEL(const Spread&, int64_t, int64_t) noexcept;       \
   void norm_##LEVEL(const Norm&, int64_t, int64_t) noexcept;           \
   void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
   void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \

@@ -27,6 +27,7 @@ struct Level {
   Kernel<Quantized> quantized;
   Kernel<Dense> dense;
   Kernel<Columns> columns;
+  Kernel<Spread> spread;
   Kernel<Norm> norm;
   Kernel<Gate> gate;
   Kernel<Rotation> rotation;

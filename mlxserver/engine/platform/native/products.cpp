@@ -33,48 +33,65 @@ Dense task_of(const mx::array& x, const mx::array& weight, mx::array& out) {
   return {product_of(x, weight.shape(-2), out), weight.data<void>(), type_of(weight)};
 }
 
-// What makes columns of rows.
-struct Turning {
-  Kernel<Columns> kernel;
+// What arranges the rows of a product as its kernel reads them: many as columns, few beside quantized weights spread.
+struct Arranging {
+  Kernel<Columns> columns;
+  Kernel<Spread> spread;
   int64_t lanes;
 
-  explicit Turning(const Level& level) : kernel(level.columns), lanes(level.lanes) {}
+  explicit Arranging(const Level& level) : columns(level.columns), spread(level.spread), lanes(level.lanes) {}
 
-  // Elements of the columns of a product's rows; 0 where they are too few.
+  // Elements of room for so many rows or fewer.
   int64_t size(const Product& p) const {
     const int64_t vectors = vectors_of(p.rows, lanes);
     return vectors < 2 ? 0 : vectors * p.inputs * lanes;
   }
 
-  // Make them.
-  void turn(Product& p, float* columns) const noexcept {
-    if (!size(p)) return;
-    compute(Columns{p.x, columns, p.rows, p.inputs, vectors_of(p.rows, lanes), lanes}, kernel);
-    p.columns = columns;
+  int64_t size(const Quantized& p) const {
+    const int64_t few = std::min(p.rows, Quantized::FEW) * spread_of(p, nullptr).size();
+    return std::max(few, size(static_cast<const Product&>(p)));
+  }
+
+  void arrange(Product& p, float* room) const noexcept {
+    const int64_t vectors = vectors_of(p.rows, lanes);
+    if (vectors < 2) return;
+    compute(Columns{p.x, room, p.rows, p.inputs, vectors, lanes}, columns);
+    p.columns = room;
+  }
+
+  void arrange(Quantized& p, float* room) const noexcept {
+    if (p.rows > Quantized::FEW) return arrange(static_cast<Product&>(p), room);
+    compute(spread_of(p, room), spread);
+    p.spread = room;
+  }
+
+ private:
+  Spread spread_of(const Quantized& p, float* room) const {
+    return {p.x, room, p.rows, p.inputs, lanes, p.bits, p.group};
   }
 };
 
-// A product whose columns are made before it.
+// A product whose rows are arranged before it.
 template <typename Task>
-class TurnedProduct : public Operation<Task> {
+class ArrangedProduct : public Operation<Task> {
  public:
-  TurnedProduct(const Level& level, Kernel<Task> kernel) : Operation<Task>(kernel), turning_(level) {}
+  ArrangedProduct(const Level& level, Kernel<Task> kernel) : Operation<Task>(kernel), arranging_(level) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     auto& encoder = mx::cpu::get_command_encoder(this->stream());
     const Task task = this->task(inputs, out, encoder);
-    const int64_t size = turning_.size(task);
-    float* columns = size ? room<float>(size, encoder) : nullptr;
-    encoder.dispatch([task, columns, turning = turning_, kernel = this->kernel_] {
-      Task turned = task;
-      turning.turn(turned, columns);
-      compute(turned, kernel);
+    const int64_t size = arranging_.size(task);
+    float* arranged = size ? room<float>(size, encoder) : nullptr;
+    encoder.dispatch([task, arranged, arranging = arranging_, kernel = this->kernel_] {
+      Task own = task;
+      arranging.arrange(own, arranged);
+      compute(own, kernel);
     });
   }
 
  private:
-  Turning turning_;
+  Arranging arranging_;
 };
 
 // A product with quantized weights, on top of how it is computed.
@@ -99,16 +116,16 @@ class WithFormat : public Base {
   int bits_, group_;
 };
 
-class QuantizedProduct : public WithFormat<TurnedProduct<Quantized>> {
+class QuantizedProduct : public WithFormat<ArrangedProduct<Quantized>> {
  public:
   using WithFormat::WithFormat;
 
   const char* name() const override { return "QuantizedProduct"; }
 };
 
-class DenseProduct : public TurnedProduct<Dense> {
+class DenseProduct : public ArrangedProduct<Dense> {
  public:
-  explicit DenseProduct(const Level& level) : TurnedProduct(level, level.dense) {}
+  explicit DenseProduct(const Level& level) : ArrangedProduct(level, level.dense) {}
 
   const char* name() const override { return "DenseProduct"; }
 
@@ -146,13 +163,13 @@ struct Choice {
 
 // Rows of one expert that lie together, product by product.
 template <typename Task>
-void compute_runs(const Task& all, const Choice& expert_of, const Turning& turning, float* columns,
+void compute_runs(const Task& all, const Choice& expert_of, const Arranging& arranging, float* arranged,
                   Kernel<Task> kernel) noexcept {
   for (int64_t row = 0, end; row < all.rows; row = end) {
     for (end = row + 1; end < all.rows && expert_of(end) == expert_of(row);) end++;
     Task own = of_expert(all, expert_of(row));
     own.x += row * all.inputs, own.out += row * all.outputs, own.rows = end - row;
-    turning.turn(own, columns);
+    arranging.arrange(own, arranged);
     compute(own, kernel);
   }
 }
@@ -165,8 +182,8 @@ struct Sorted {
 };
 
 template <typename Task>
-void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sorted, const Turning& turning,
-                    float* columns, Kernel<Task> kernel) noexcept {
+void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sorted, const Arranging& arranging,
+                    float* arranged, Kernel<Task> kernel) noexcept {
   int64_t n = 0;
   for (int64_t expert = 0; expert < expert_of.experts && n < all.rows; expert++)
     for (int64_t row = 0; row < all.rows; row++)
@@ -176,7 +193,7 @@ void compute_sorted(const Task& all, const Choice& expert_of, const Sorted& sort
       }
   Task ordered = all;
   ordered.x = sorted.x, ordered.out = sorted.out;
-  compute_runs(ordered, Choice{sorted.experts, 1, expert_of.experts}, turning, columns, kernel);
+  compute_runs(ordered, Choice{sorted.experts, 1, expert_of.experts}, arranging, arranged, kernel);
   for (n = 0; n < all.rows; n++)
     std::memcpy(all.out + sorted.rows[n] * all.outputs, sorted.out + n * all.outputs, all.outputs * sizeof(float));
 }
@@ -186,7 +203,7 @@ template <typename Task>
 class Experts : public Operation<Task> {
  public:
   Experts(const Level& level, Kernel<Task> kernel, bool is_sorted)
-      : Operation<Task>(kernel), turning_(level), is_sorted_(is_sorted) {}
+      : Operation<Task>(kernel), arranging_(level), is_sorted_(is_sorted) {}
 
   const char* name() const override { return "ExpertProduct"; }
 
@@ -200,23 +217,23 @@ class Experts : public Operation<Task> {
     const mx::array& indices = inputs.back();
     const Task all = this->task(inputs, out, encoder);
     const Choice chosen{indices.data<uint32_t>(), all.rows / int64_t(indices.size()), inputs[1].shape(0)};
-    const int64_t size = turning_.size(all);  // of all rows, or of fewer in a run
-    float* columns = size ? room<float>(size, encoder) : nullptr;
+    const int64_t size = arranging_.size(all);  // of all rows, or of fewer in a run
+    float* arranged = size ? room<float>(size, encoder) : nullptr;
     if (is_sorted_) {
-      encoder.dispatch([=, turning = turning_, kernel = this->kernel_] {
-        compute_runs(all, chosen, turning, columns, kernel);
+      encoder.dispatch([=, arranging = arranging_, kernel = this->kernel_] {
+        compute_runs(all, chosen, arranging, arranged, kernel);
       });
       return;
     }
     const Sorted sorted{room<float>(all.rows * all.inputs, encoder), room<float>(all.rows * all.outputs, encoder),
                         room<int64_t>(all.rows, encoder), room<uint32_t>(all.rows, encoder)};
-    encoder.dispatch([=, turning = turning_, kernel = this->kernel_] {
-      compute_sorted(all, chosen, sorted, turning, columns, kernel);
+    encoder.dispatch([=, arranging = arranging_, kernel = this->kernel_] {
+      compute_sorted(all, chosen, sorted, arranging, arranged, kernel);
     });
   }
 
  private:
-  Turning turning_;
+  Arranging arranging_;
   bool is_sorted_;
 };
 
