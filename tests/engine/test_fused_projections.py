@@ -8,7 +8,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2
 
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.loading.fused_projections import fuse_projections
+from mlxserver.engine.loading.fused_projections import fuse_projections, part_projections
+from mlxserver.engine.platform import cpu_stored
+from mlxserver.engine.platform.native.extension import native
 
 SHAPE = {
     "hidden_size": 64,
@@ -80,6 +82,33 @@ def test_quantized_layers_stay():
     fuse_projections(model)
     assert not linear_layers(model)
     assert mx.array_equal(logits(model), expected)
+
+
+@pytest.mark.skipif(not native(), reason="there are no native kernels")
+@pytest.mark.parametrize("kind", [llama, qwen2])
+def test_quantized_layers_with_native_kernels_are_fused_and_parted_again(kind):
+    model = make(kind)
+    nn.quantize(model, group_size=32, bits=4)
+    cpu_stored.replace_layers(model)
+    expected, size = logits(model), parameter_bytes(model)
+    fuse_projections(model)
+    assert sum(type(layer) is cpu_stored.QuantizedLinear for layer in model.modules()) == 4 * SHAPE["num_hidden_layers"]
+    assert parameter_bytes(model) == size
+    assert mx.allclose(logits(model), expected, atol=1e-5)
+    part_projections(model)
+    assert mx.allclose(logits(model), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not native(), reason="there are no native kernels")
+def test_quantized_layers_of_different_formats_stay():
+    model = make(llama)
+    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda name, _: name.endswith("v_proj"))
+    nn.quantize(model, group_size=32, bits=4)
+    cpu_stored.replace_layers(model)
+    expected = logits(model)
+    fuse_projections(model)
+    assert type(model.layers[0].self_attn.q_proj) is cpu_stored.QuantizedLinear
+    assert mx.allclose(logits(model), expected, atol=1e-5)
 
 
 class Halfway(nn.Module):

@@ -12,6 +12,7 @@ A loaded model can be switched between both forms, to measure the other one (run
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,7 +26,7 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.platform import cpu_layers, cpu_stored
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_LINEAR = (nn.Linear, cpu_layers.Linear, cpu_stored.HalfLinear)
+_LINEAR = (nn.Linear, cpu_layers.Linear, cpu_stored.HalfLinear, cpu_stored.QuantizedLinear)
 
 
 class _Product:
@@ -148,18 +149,24 @@ def swap(layers: Sequence[Swap]) -> list[Swap]:
 
 def _like(layer: nn.Linear) -> nn.Linear:
     """A layer of the same class; its parameters are to be set."""
+    if isinstance(layer, cpu_stored.QuantizedLinear):
+        return copy.copy(layer)
     like = nn.Linear(1, 1, bias="bias" in layer)
     like.__class__ = type(layer)
     return like
 
 
 def _fusable(module: nn.Module) -> Iterator[tuple[tuple[str, ...], list[nn.Linear]]]:
-    """The projections of a module that one product can compute: no quantized, sharded or adapted layers."""
+    """The projections of a module that one product can compute: no sharded or adapted layers, and of quantized ones
+    those with a native kernel.
+    """
     for names in _FUSED:
         layers = [module.get(name) for name in names]
-        if all(type(layer) in _LINEAR for layer in layers):
-            kinds = {
-                (type(layer), layer["weight"].shape[1], layer["weight"].dtype, "bias" in layer) for layer in layers
-            }
-            if len(kinds) == 1:
-                yield names, layers
+        if all(type(layer) in _LINEAR for layer in layers) and len(set(map(_kind, layers))) == 1:
+            yield names, layers
+
+
+def _kind(layer: nn.Linear) -> tuple[object, ...]:
+    """What layers of one product have in common."""
+    arrays = tuple((name, array.shape[1:], array.dtype) for name, array in sorted(layer.items()))
+    return type(layer), getattr(layer, "bits", None), getattr(layer, "group_size", None), arrays
