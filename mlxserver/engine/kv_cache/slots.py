@@ -32,13 +32,15 @@ class StepPositions:
         self.computed = offsets[:batch]
         self.batch, self.visible = batch, visible
         self._offsets = offsets[:, None, None, None]
-        self._written: dict[int, mx.array] = {}
+        self._written: dict[tuple[int, ...], mx.array] = {}
 
-    def written(self, tokens: int) -> mx.array:
-        """Positions that so many tokens of each slot are written to, [slots, 1, tokens, 1]."""
-        if tokens not in self._written:
-            self._written[tokens] = self._offsets + mx.arange(tokens)[:, None] if tokens > 1 else self._offsets
-        return self._written[tokens]
+    def written(self, shape: tuple[int, ...]) -> mx.array:
+        """Positions that values are written to, of their shape, [slots, heads, tokens, dim]."""
+        if shape not in self._written:
+            tokens = shape[2]
+            at = self._offsets + mx.arange(tokens)[:, None] if tokens > 1 else self._offsets
+            self._written[shape] = mx.broadcast_to(at, shape)
+        return self._written[shape]
 
 
 class SlotLayer:
@@ -61,8 +63,7 @@ class SlotLayer:
     def _written(self, array: mx.array, tokens: mx.array) -> mx.array:
         if unused := array.shape[0] - self._step.batch:
             tokens = mx.pad(tokens, [(0, unused), (0, 0), (0, 0), (0, 0)])
-        at = self._step.written(tokens.shape[2])
-        return mx.put_along_axis(array, mx.broadcast_to(at, tokens.shape), tokens, axis=2)
+        return mx.put_along_axis(array, self._step.written(tokens.shape), tokens, axis=2)
 
     def _visible(self, array: mx.array) -> mx.array:
         return array[: self._step.batch, :, : self._step.visible]
