@@ -26,7 +26,16 @@ from pathlib import Path
 from mlxserver.engine.platform.openblas import is_wanted as is_wanted
 
 _SOURCES = Path(__file__).parent
-_OPERATIONS, _KERNELS = ("module", "products", "layers"), ("quantized", "dense", "functions", "attention")
+_OPERATIONS, _KERNELS = (
+    ("module", "products", "layers"),
+    (
+        "quantized",
+        "dense",
+        "functions",
+        "attention",
+        "decode_attention",
+    ),
+)
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 _X86_LEVELS = {"avx2": (8, "-mavx2 -mfma -mf16c"), "avx512": (16, _AVX512)}
 _OPTIONS = "-O3 -fPIC -std=c++20 -fvisibility=hidden -ffp-contract=fast -DNB_DOMAIN=mlx"

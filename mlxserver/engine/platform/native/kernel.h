@@ -1,5 +1,5 @@
-// The interface between the kernels, quantized.cpp, dense.cpp, functions.cpp and attention.cpp, which are compiled once
-// per instruction set, and operations.cpp, which chooses one of them. Arrays are row-contiguous unless there are strides, in elements.
+// The interface between the kernels, quantized.cpp, dense.cpp, functions.cpp, attention.cpp and decode_attention.cpp, which
+// are compiled once per instruction set, and operations.cpp, which chooses one of them. Arrays are row-contiguous unless there are strides, in elements.
 #pragma once
 #include <cstdint>
 
@@ -124,22 +124,32 @@ struct Rotation {
   static constexpr int64_t TOGETHER = 1;
 };
 
-// Attention of few tokens per sequence. Tokens of all heads that share keys and values are the rows of a group.
+// Attention of few tokens per sequence, in segments of keys. Tokens of all heads that share keys and values are the rows
+// of a group.
 struct Attention {
   const float* q;                                      // [batch, groups, rows, dim]
   const float *keys, *values;                          // [batch, groups, tokens, dim], a group's are contiguous
   const float* mask;                                   // [batch, length, tokens] addends of a head's rows, or null
-  float *scores, *out;                                 // [batch, groups, rows, tokens], [batch, groups, rows, value_dim]
+  float *partial, *out;                                // [batch, groups, segments, rows, value_dim + 2] of totals, the
+                                                       // largest score and the sum, [batch, groups, rows, value_dim]
   int64_t batch, groups, rows, tokens, dim, value_dim;
   int64_t key_strides[2], value_strides[2], mask_stride, length;
   float scale;
   bool is_causal;                                      // the last `length` tokens are the queries' own
 
-  static constexpr int64_t ROWS = 24;                  // of an item
+  static constexpr int64_t ROWS = 24, SEGMENT = 512;   // rows and tokens of an item
   int64_t parts() const { return (rows + ROWS - 1) / ROWS; }
-  int64_t items() const { return batch * groups * parts(); }
-  int64_t work() const { return rows / parts() * tokens * (dim + value_dim + 8); }
+  int64_t segments() const { return (tokens + SEGMENT - 1) / SEGMENT; }
+  int64_t partial_width() const { return value_dim + 2; }
+  int64_t items() const { return batch * groups * segments() * parts(); }
+  int64_t work() const { return rows / parts() * (tokens / segments()) * (dim + value_dim + 8); }
   static constexpr int64_t TOGETHER = 1;
+};
+
+// Attention whose segments are computed and are to be combined.
+struct SegmentedAttention : Attention {
+  int64_t items() const { return batch * groups * rows; }
+  int64_t work() const { return segments() * value_dim; }
 };
 
 // Attention of many tokens per sequence, in blocks of keys. The last dimension of each array is contiguous; strides are
@@ -175,6 +185,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
   void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \
   void attention_##LEVEL(const Attention&, int64_t, int64_t) noexcept;   \
+  void combine_##LEVEL(const SegmentedAttention&, int64_t, int64_t) noexcept; \
   void layer_norm_##LEVEL(const LayerNorm&, int64_t, int64_t) noexcept;  \
   void gelu_##LEVEL(const Gelu&, int64_t, int64_t) noexcept;             \
   void block_attention_##LEVEL(const BlockAttention&, int64_t, int64_t) noexcept;

@@ -93,12 +93,21 @@ mx::array by_head(const mx::array& x, Encoder& encoder) {
 
 class AttentionOperation : public Operation<Attention> {
  public:
-  AttentionOperation(float scale, bool is_causal, Kernel<Attention> kernel)
-      : Operation(kernel), scale_(scale), is_causal_(is_causal) {}
+  AttentionOperation(float scale, bool is_causal, const Level& level)
+      : Operation(level.attention), scale_(scale), is_causal_(is_causal), combine_(level.combine) {}
   const char* name() const override { return "NativeAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& same = static_cast<const AttentionOperation&>(other);
     return scale_ == same.scale_ && is_causal_ == same.is_causal_ && kernel_ == same.kernel_;
+  }
+
+  void eval_cpu(const Arrays& inputs, mx::array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    encoder.dispatch([task = this->task(inputs, out, encoder), kernel = kernel_, combine = combine_] {
+      compute(task, kernel);
+      if (task.partial) compute(SegmentedAttention{task}, combine);
+    });
   }
 
  protected:
@@ -107,23 +116,24 @@ class AttentionOperation : public Operation<Attention> {
     const mx::array values = by_head(inputs[2], encoder);
     const int64_t batch = q.shape(0), groups = keys.shape(1), length = q.shape(2);
     const int64_t rows = q.shape(1) / groups * length, tokens = keys.shape(2);
-    float* scores = room<float>(batch * groups * rows * tokens, encoder);
-    const float* mask = nullptr;
-    int64_t mask_stride = 0;
+    Attention task{q.data<float>(), keys.data<float>(), values.data<float>(), nullptr, nullptr, out.data<float>(),
+                   batch, groups, rows, tokens, q.shape(3), values.shape(3),
+                   {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)},
+                   0, length, scale_, is_causal_};
     if (inputs.size() > 3) {
       const mx::array addends = in_rows(inputs[3], encoder);
-      mask = addends.data<float>();
-      mask_stride = addends.shape(0) > 1 ? length * tokens : 0;
+      task.mask = addends.data<float>();
+      task.mask_stride = addends.shape(0) > 1 ? length * tokens : 0;
     }
-    return {q.data<float>(), keys.data<float>(), values.data<float>(), mask, scores, out.data<float>(),
-            batch, groups, rows, tokens, q.shape(3), values.shape(3),
-            {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)},
-            mask_stride, length, scale_, is_causal_};
+    const int64_t width = batch * groups * task.segments() * rows * task.partial_width();
+    if (task.segments() > 1) task.partial = room<float>(width, encoder);
+    return task;
   }
 
  private:
   float scale_;
   bool is_causal_;
+  Kernel<SegmentedAttention> combine_;
 };
 
 class BlockAttentionOperation : public Operation<BlockAttention> {
@@ -244,7 +254,7 @@ mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& val
   const Arrays arrays = arrays_of(q, keys, values, mask);
   const mx::Shape shape = attended(arrays, is_causal, false);
   if (!q.size() || !values.size()) return mx::zeros(shape, mx::float32, cpu());
-  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name).attention);
+  auto operation = std::make_shared<AttentionOperation>(scale, is_causal, level(name));
   return mx::array(shape, mx::float32, operation, arrays);
 }
 

@@ -32,6 +32,7 @@ struct Level {
   Kernel<Gate> gate;
   Kernel<Rotation> rotation;
   Kernel<Attention> attention;
+  Kernel<SegmentedAttention> combine;
   Kernel<LayerNorm> layer_norm;
   Kernel<Gelu> gelu;
   Kernel<BlockAttention> block_attention;
