@@ -25,6 +25,9 @@ from tools.harness.scripts import (
     words,
 )
 
+# Tokens of context: endless answers must outlast whoever looks at them, at a thousand tokens a second.
+ROOM = 65_536
+
 CHATML = """\
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
@@ -69,7 +72,7 @@ def scripted_model(
     *,
     generation_prompt: str = "",
     tokens: Sequence[str] = (),
-    context: int = 4096,
+    context: int = ROOM,
     history: str | None = None,
 ) -> Path:
     """Write a model that answers with the script whose key is in the last user message, else with the first script.
@@ -84,7 +87,7 @@ def scripted_model(
 
 
 def write_scripted(
-    path: Path, plays: Sequence[Script], template: str, *, tokens: Sequence[str] = (), context: int = 4096
+    path: Path, plays: Sequence[Script], template: str, *, tokens: Sequence[str] = (), context: int = ROOM
 ) -> Path:
     """Write a model that answers with the script whose cue the template ends in; CUES in it stands for all cues."""
     tokenizer = script_tokenizer(plays, tokens)
