@@ -22,7 +22,8 @@ from tools.harness.tiny_gguf import write_tiny_gguf
 
 ANSWER = "Hello there, and hello there again."
 SCRIPTS: dict[str, Script | str] = {"hello": ANSWER, "forever": Script(["tick ", "tock "], endless=True)}
-TOKENS = 200  # of an answer during which a fault happens
+TOKENS = 200  # of an answer within which a fault happens
+MORE = 20  # events by which a stream shows that it goes on
 DISK = 20_000  # bytes per file on the small disk
 
 
@@ -49,10 +50,9 @@ class Bench:
             (self.faults / fault).touch()
 
     def row(self, name: str, *faults: str) -> Row:
-        """Make the faults happen during a stream, and the last one again during a plain request."""
+        """Make the faults happen within a stream, and the last one again within a plain request."""
+        self.ask_for(*faults)
         with self.server.stream("m", "forever", max_tokens=TOKENS) as stream:
-            stream.read(5)
-            self.ask_for(*faults)
             met = stream_end(list(stream))
         for fault in faults[-1:]:
             self.ask_for(fault)
@@ -118,14 +118,16 @@ def in_the_engine(directory: Path) -> Iterator[Row]:
 
 
 def one_request(on: Bench, name: str, fault: str) -> Row:
-    """A fault of one request, while another one runs."""
-    with on.server.stream("m", "forever", max_tokens=TOKENS) as other:
+    """A fault of one request, while another one runs, whose stream goes on."""
+    with on.server.stream("m", "forever") as other:
         other.read(5)
         on.ask_for(fault)
         plain = on.plain("hello")
         on.ask_for(fault)
         first = streamed(on.server, "hello")
-        return Row(name, f"{first}; others: {stream_end(list(other))}", plain, on.plain("hello"))
+        after = on.plain("hello")
+        others = "going on" if all("choices" in event for event in other.read(MORE)) else "ended"
+        return Row(name, f"{first}; others: {others}", plain, after)
 
 
 def wedged(on: Bench) -> Row:

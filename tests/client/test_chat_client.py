@@ -176,7 +176,7 @@ def test_closing_a_stream_closes_its_connection(server):
             return await anext(stream)
 
     assert using(server.url, read_one).text == "For"
-    assert server.left.wait(10)
+    assert server.left.wait(60)
 
 
 def test_a_silent_stream_is_broken_after_the_read_timeout(server):

@@ -1,5 +1,7 @@
 """The line that shows what an answer waits for, and what to do where no server is."""
 
+import re
+
 import pytest
 
 from mlxserver.client import errors
@@ -35,17 +37,23 @@ def test_the_line_has_what_is_waited_for_then_the_tokens_and_the_seconds_always(
 @pytest.mark.parametrize(
     ("model", "before", "after"),
     [
-        ("mute", "Waiting for the answer · 1 s", "Waiting for the answer · 2 s"),
-        ("ponderous", "The model is being loaded: warming up · ", "about 1 token · "),
+        ("mute", "Waiting for the answer", "Waiting for the answer"),
+        ("ponderous", "The model is being loaded: warming up", "about 1 token"),
     ],
 )
 def test_the_shell_shows_the_state_of_an_answer_below_it_until_it_ends(tmp_path, model, before, after):
+    """With the seconds, of which a busy machine may leave out some."""
+
+    def seconds(text):
+        found = re.search(rf"{text} · (\d+) s", shell.shown)
+        return int(found[1]) if found else 0
+
     with scripted_server() as server, terminal("--base-url", server.url, "--model", model, home=tmp_path) as shell:
         shell.expect("\n>")
         shell.enter("Capital?")
-        shell.expect(before)
+        first = shell.until(lambda: seconds(before), before)
         server.gate.set()
-        shell.expect(after)
+        shell.until(lambda: seconds(after) > first, after)
         shell.type(CTRL_C)
         shell.expect("(stopped)")
         assert not {"Waiting", "being loaded", "about"} & {*shell.shown.split()}

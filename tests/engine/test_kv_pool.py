@@ -110,7 +110,7 @@ def test_a_waiting_thread_is_notified_of_memory():
     thread = threading.Thread(target=claim)
     thread.start()
     first.give_back(0, 0, -math.inf)
-    thread.join(10)
+    thread.join()
     assert claimed
 
 

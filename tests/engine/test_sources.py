@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from mlxserver.engine.mlx import mx
@@ -31,6 +30,13 @@ from mlxserver.engine.loading import sources
 print(sources.resolve(sys.argv[1], progress=lambda *p: print(p)))
 """
 
+# A process that stands still in the middle of a conversion.
+HALF_WAY = """
+import sys, time
+from mlxserver.engine.loading import sources
+sources.resolve(sys.argv[1], progress=lambda stage, done, total: total and (print(done, flush=True), time.sleep(600)))
+"""
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -44,9 +50,9 @@ def tiny_gguf(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def resolve_elsewhere(source):
+def resolve_elsewhere(source, script=RESOLVE):
     """Another process that resolves the source."""
-    return subprocess.Popen([sys.executable, "-c", RESOLVE, str(source)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", script, str(source)], stdout=subprocess.PIPE, text=True)
 
 
 def unfinished(cache):
@@ -206,11 +212,8 @@ def test_two_processes_at_once_convert_once(tiny_gguf, cache):
 
 
 def test_a_conversion_whose_process_was_killed_is_done_anew(tiny_gguf, cache):
-    process = resolve_elsewhere(tiny_gguf)
-    deadline = time.monotonic() + 60
-    while not unfinished(cache):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    process = resolve_elsewhere(tiny_gguf, HALF_WAY)
+    assert process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert unfinished(cache)

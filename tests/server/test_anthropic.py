@@ -11,6 +11,7 @@ from anthropic.types import MessageTokensCount, ModelInfo
 from tests.support.anthropic_types import checked, checked_error, checked_events, checked_message
 from tests.support.published import check
 from tools.harness.agents import agent_model, call, say
+from tools.harness.models import ROOM
 from tools.harness.running_server import eventually, running_server
 
 HELLO = "Hello there, and hello there again."
@@ -336,7 +337,7 @@ def wait_until_idle(server, model):
 
 
 def test_a_full_queue_and_a_failed_load_can_be_tried_again_later(server, client):
-    with client.messages.stream(**asked("forever", "narrow", max_tokens=4000)) as stream:
+    with client.messages.stream(**asked("forever", "narrow", max_tokens=ROOM - 1000)) as stream:
         next(iter(stream))
         full = refusal(client, model="narrow")
     wait_until_idle(server, "narrow")
@@ -349,7 +350,7 @@ def test_a_full_queue_and_a_failed_load_can_be_tried_again_later(server, client)
 
 def test_a_failure_within_a_stream_is_an_event(server, client):
     headers = {"x-api-key": ADMIN_KEY}
-    with client.messages.stream(**asked("forever", "narrow", max_tokens=4000)) as stream:
+    with client.messages.stream(**asked("forever", "narrow", max_tokens=ROOM - 1000)) as stream:
         next(iter(stream))
         assert server.ask("POST", "/v1/models/unload", b'{"key":"narrow","mode":"abort"}', headers).status == 200
         with pytest.raises(anthropic.APIStatusError) as caught:

@@ -15,6 +15,7 @@ from tools.harness.running_server import DEADLINE, Answer, chat_body, eventually
 
 HELLO = "Hello there, and hello there again."
 CONNECTIONS = 6
+PATIENCE = 1.2  # seconds: short, and longer than a busy machine needs to send what it has begun
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def server(tmp_path_factory, scripted_path):
     """A server that has little patience."""
     section = f'[models.talker]\nsource = "{scripted_path}"\ncontext_length = 100000000\npreload = true\n'
     limits = (
-        'memory_limit = "100TB"\nheader_timeout = 0.3\nbody_timeout = 0.3\nsend_timeout = 0.3\n'
+        f'memory_limit = "100TB"\nheader_timeout = {PATIENCE}\nbody_timeout = {PATIENCE}\nsend_timeout = {PATIENCE}\n'
         f"max_connections = {CONNECTIONS}\nmax_unread_events = 50\n"
     )
     path = tmp_path_factory.mktemp("config") / "models.toml"
@@ -99,7 +100,7 @@ def test_a_head_that_does_not_come_is_408(server, start):
     with connected(server) as connection:
         connection.sendall(start)
         answer = answer_on(connection)
-    assert (answer.status, "0.3 seconds" in answer.error["message"]) == (408, True)
+    assert (answer.status, f"{PATIENCE} seconds" in answer.error["message"]) == (408, True)
 
 
 def test_a_second_head_that_does_not_come_ends_the_connection(server):
@@ -114,7 +115,7 @@ def test_a_body_that_does_not_come_is_408(server):
     with connected(server) as connection:
         connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
         answer = answer_on(connection)
-        assert (answer.status, "0.3 seconds" in answer.error["message"]) == (408, True)
+        assert (answer.status, f"{PATIENCE} seconds" in answer.error["message"]) == (408, True)
         assert connection.recv(1) == b""
 
 
@@ -167,7 +168,7 @@ def test_a_reader_that_never_reads_is_dropped_and_its_place_is_free(server):
         body = json.dumps(chat_body("talker", "forever", stream=True)).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        eventually(lambda: not is_idle(server))
+        assert connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
         eventually(lambda: is_idle(server))  # without a byte read
     assert_well(server)
 

@@ -1,7 +1,8 @@
 """The server with faults on demand: real models, batches and threads, which fail when a file asks for it.
 
-A file in the directory $FAULTS, named after a fault, makes it happen once, and is removed by that; "wedge" holds a step
-up until the file is removed by the test, and "load" a load, which is a quarter done until then.
+A file in the directory $FAULTS, named after a fault, makes it happen once, and is removed by that; a fault of a step
+happens within an answer. Until the test removes the file, "wedge" holds a step up, and the engine with it, "hold" all
+steps, while requests come and go, and "load" a load, which is a quarter done until then.
 """
 
 import os
@@ -20,10 +21,9 @@ from mlxserver.engine.runners import builder, text  # noqa: E402
 from mlxserver.manager import lifecycle  # noqa: E402
 
 FAULTS = Path(os.environ["FAULTS"])
+STEPS_BEFORE = 5  # steps of a batch before one may fail
 RAISED = {
     "step": ValueError("a fault that was asked for"),
-    "step again": ValueError("a fault that was asked for"),
-    "step a third time": ValueError("a fault that was asked for"),
     "memory": RuntimeError("[malloc] Unable to allocate 68719476736 bytes."),
     "memory again": RuntimeError("[malloc] Unable to allocate 68719476736 bytes."),
     "death": SystemExit("a fault that was asked for"),
@@ -48,6 +48,7 @@ class FaultyBatch:
 
     def __init__(self, batch):
         self._batch = batch
+        self._steps = 0  # since it was empty
 
     def __getattr__(self, name):
         return getattr(self._batch, name)
@@ -55,8 +56,13 @@ class FaultyBatch:
     def decode(self):
         while (FAULTS / "wedge").exists() and not self._batch.is_empty():
             time.sleep(0.01)
+        if (FAULTS / "hold").exists():
+            time.sleep(0.001)
+            return []
+        self._steps = 0 if self._batch.is_empty() else self._steps + 1
         tokens = self._batch.decode()
-        fault = next((fault for fault in RAISED if tokens and is_asked_for(fault)), None)
+        may_fail = tokens and self._steps > STEPS_BEFORE
+        fault = next((fault for fault in RAISED if may_fail and is_asked_for(fault)), None)
         if fault:
             raise RAISED[fault]
         return tokens

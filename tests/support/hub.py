@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import threading
@@ -128,6 +129,8 @@ class Hub(BaseHTTPRequestHandler):
         is_cut = len(body) > LARGE and self.server.cuts > 0
         self.server.cuts -= is_cut
         for begin in range(0, len(body) // 2 if is_cut else len(body), PIECE):
+            while len(body) > LARGE and self.server.sent >= self.server.most:
+                time.sleep(0.01)
             self.wfile.write(body[begin : begin + PIECE])
             self.server.sent += min(PIECE, len(body) - begin)
             if len(body) > LARGE and self.server.delay:
@@ -149,16 +152,21 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def hub_of(files):
-    """The hub with the files of org/tiny, by name. Its attributes are the faults of what is asked next."""
+    """The hub with the files of org/tiny, by name. Its attributes are the faults of what is asked next.
+
+    most: bytes that it has sent when it holds large files up, until that is raised.
+    """
     server = _Server(("127.0.0.1", 0), Hub)
     server.files, server.cuts, server.wrong, server.delay, server.sent, server.excess = files, 0, 0, 0.0, 0, 0
     server.interrupts = server.ignores_ranges = server.is_mirror = False
+    server.most = math.inf
     server.commit, server.repositories = COMMIT, {"org/tiny", "org/private"}
     server.shown_to_cdn = set()
     server.answers, server.asked, server.listed = [], [], []
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
+    server.most = math.inf
     server.shutdown()
     server.server_close()
 

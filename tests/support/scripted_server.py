@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from tools.harness.running_server import DEADLINE
+
 USAGE = {
     "prompt_tokens": 5,
     "completion_tokens": 4,
@@ -207,7 +209,7 @@ class ScriptedServer:
             if step is CUT:
                 request.transport.abort()
             elif step is GATE:
-                await asyncio.to_thread(self.gate.wait, 60)
+                await asyncio.to_thread(self.gate.wait, DEADLINE)
             elif step is HANG:
                 await self.wait_until_left()
             else:
@@ -262,9 +264,9 @@ def scripted_server(*, cards=CARDS, has_extensions=True, api_key=None):
 
     thread = threading.Thread(target=serve)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(DEADLINE)
     try:
         yield server
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(DEADLINE)

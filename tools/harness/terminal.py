@@ -55,15 +55,20 @@ class Terminal:
 
     def expect(self, *texts, within=TIMEOUT):
         """Read until all texts are shown, in this order."""
+        self.until(lambda: self._shows(texts), texts, within)
+
+    def until(self, condition, wanted, within=TIMEOUT):
+        """Read until the condition is true; its result. wanted: what it is about."""
         deadline = monotonic() + within
-        while not self._shows(texts):
-            assert monotonic() < deadline, f"{texts} not in:\n{self.shown}"
+        while not (outcome := condition()):
+            assert monotonic() < deadline, f"{wanted} not in:\n{self.shown}"
             try:
                 self._stream.feed(self.child.read_nonblocking(65536, timeout=0.2))
             except pexpect.TIMEOUT:
                 continue
             except pexpect.EOF:
-                assert self._shows(texts), f"the program ended, and {texts} not in:\n{self.shown}"
+                assert condition(), f"the program ended, and {wanted} not in:\n{self.shown}"
+        return outcome
 
     def exit_status(self):
         """Read to the end of the program; its exit status."""
