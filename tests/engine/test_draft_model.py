@@ -18,7 +18,7 @@ from mlxserver.engine.scheduler.speculation_controller import (
     Plan,
     SpeculationController,
 )
-from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
+from tests.support.batch_driver import GREEDY, Driver, prompt, sequence, with_chunk_times
 from tests.support.prefixes import new_prefixes
 from tests.support.speculation import PADDED, asked, fits, model, sampled
 
@@ -30,6 +30,19 @@ def drafting(own, weight_bytes=1, context_length=4096):
 
 ALIKE = drafting(model())
 OTHER = drafting(model(hidden_size=64, num_hidden_layers=1))
+
+
+class Wrapped:
+    """A model that computes what another one does."""
+
+    def __init__(self, own):
+        self._own = own
+
+    def __getattr__(self, name):
+        return getattr(self._own, name)
+
+    def __call__(self, tokens, cache=None):
+        return self._own(tokens, cache=cache)
 
 
 def scheduler(own=None, speculation="always", draft=ALIKE, **options):
@@ -74,6 +87,7 @@ def test_a_draft_that_is_the_same_model_is_nearly_always_right():
 def test_prompts_are_read_in_chunks_between_the_steps():
     driver = Driver(scheduler(stall_target=0.001), sequence(1, prompt(400), GREEDY, 60))
     drafter = driver.scheduler._running._speculation.drafts._drafter
+    with_chunk_times(drafter._prefill)
     driver.until_generated(1, 1)
     seen = []
     driver.until(lambda: seen.append((len(driver.tokens[1]), bool(drafter._reading))) or drafter._rows)
@@ -187,31 +201,39 @@ def test_a_draft_of_fewer_or_more_embeddings_drafts_what_both_have():
 
 
 def test_a_draft_that_overflows_drafts_no_more():
-    class Overflowing:
-        def __init__(self, own):
-            self._own = own
-            self.fails = False
+    """It has drafted before, and most of the answers is still to come."""
 
-        def __getattr__(self, name):
-            return getattr(self._own, name)
+    class Overflowing(Wrapped):
+        num_drafted = 0
+        fails = False
 
         def __call__(self, tokens, cache=None):
-            logits = self._own(tokens, cache=cache)
+            logits = super().__call__(tokens, cache=cache)
+            self.num_drafted += tokens.shape[1] == 1
             return logits * float("inf") if self.fails else logits
 
-    own = Overflowing(model())
-    driver = Driver(scheduler(draft=drafting(own)), *asked()[:3])
-    driver.until_generated(2, 20)
+    own, sequences = Overflowing(model()), [replace(one, max_tokens=150) for one in asked()[:3]]
+    driver = Driver(scheduler(draft=drafting(own)), *sequences)
+    driver.until(lambda: own.num_drafted > 7)
     own.fails = True
-    assert driver.finish() == plain(*asked()[:3])
+    assert driver.finish() == plain(*sequences)
     assert not driver.scheduler._running._speculation.drafts._drafter._is_usable
 
 
-def test_auto_drafts_in_vain_only_for_a_short_time():
-    metrics = ModelMetrics("")
+def test_auto_drafts_in_vain_only_for_a_short_time(monkeypatch):
+    """By a clock of its own: a busy machine makes single steps long, by which no draft is worth less."""
+    metrics, clock = ModelMetrics(""), [0.0]
+
+    class Timed(Wrapped):
+        def __call__(self, tokens, cache=None):
+            clock[0] += 1.0 + 0.1 * (tokens.shape[1] - 1)
+            return super().__call__(tokens, cache=cache)
+
+    monkeypatch.setattr("mlxserver.engine.scheduler.speculation.perf_counter", lambda: clock[0])
     one = sequence(1, prompt(20), sampled(1), 200)
-    assert run(one, draft=OTHER, metrics=metrics, speculation="auto") == plain(one)
-    assert metrics.drafted_tokens < 60
+    other = drafting(Timed(model(hidden_size=64, num_hidden_layers=1)))
+    assert run(one, own=Timed(model()), draft=other, metrics=metrics, speculation="auto") == plain(one)
+    assert 0 < metrics.drafted_tokens < 60
 
 
 # The controller

@@ -10,7 +10,7 @@ from mlxserver.engine.metrics import EngineLoad
 from mlxserver.engine.scheduler.peers import FixedPeers, ProcessPeers
 from mlxserver.engine.scheduler.prefill import ChunkBudget
 from mlxserver.engine.scheduler.scheduler import Scheduler
-from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, sequence
+from tests.support.batch_driver import GREEDY, SEEDED, Driver, prompt, sequence, with_chunk_times
 from tests.support.prefixes import new_prefixes
 
 
@@ -109,7 +109,7 @@ def test_a_batch_that_emptied_takes_sequences_again(model):
 
 def test_short_prompts_pass_a_long_one_which_still_ends(model):
     scheduler = Scheduler(model, stall_target=0.001)
-    scheduler._prefill.times.each = 0.1  # seconds per token, so that chunks are of the smallest size
+    with_chunk_times(scheduler._prefill)
     driver = Driver(scheduler, sequence(1, prompt(1500, seed=1), GREEDY, 3))
     driver.step()
     driver.add(*(sequence(n, prompt(10, seed=n), GREEDY, 3) for n in (2, 3, 4)))
@@ -121,7 +121,7 @@ def test_short_prompts_pass_a_long_one_which_still_ends(model):
 def test_a_stream_goes_on_while_a_long_prompt_is_processed(model):
     """The stall target of a millisecond makes many small chunks, and each is followed by a step."""
     driver = Driver(Scheduler(model, stall_target=0.001), sequence(1, prompt(10, seed=1), GREEDY, 2000))
-    driver.until_generated(1)
+    driver.until_generated(1, 20)  # a median of steps: a busy machine makes some of them long
     driver.add(sequence(2, prompt(1800, seed=2), GREEDY, 1))
     driver.until_generated(2)
     assert len(driver.tokens[1]) > 5
