@@ -1,6 +1,8 @@
 """Several ranks on this machine, with the environment that mlx.launch gives them: a rank and the host file."""
 
+import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from tools.harness.models import tiny_llama
 from tools.harness.running_server import DEADLINE, GREETING, ROOT, RunningServer, eventually, server_environment
+
+
+UNASSIGNED = (20_000, 32_768)  # below what Linux, macOS and the IANA have for sockets that ask for no port
 
 
 @dataclass
@@ -90,10 +95,11 @@ def end(processes, logs):
 
 
 def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
+    """Ports that nothing listens on, and that no socket gets unasked: ranks take them seconds later."""
+    ports = []
+    while len(ports) < count:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(*UNASSIGNED))) as found:
+            ports.append(found.getsockname()[1])
     return ports
 
 
