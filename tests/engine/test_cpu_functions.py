@@ -76,7 +76,7 @@ def test_rotations(level, batch, offsets):
     for dim in (64, 6):
         x = random(batch, 5, 4, dim).transpose(0, 2, 1, 3)
         offset = mx.array(offsets)
-        cosines, sines = cpu_kernels._turns(offset, 5, dim, False, 10000.0, 1.0, None)
+        cosines, sines = cpu_kernels.turns(offset, 5, dim, False, 10000.0, 1.0, None)
         expected = mx.fast.rope(
             x, dim, traditional=False, base=10000.0, scale=1.0, offset=mx.broadcast_to(offset, (batch,))
         )

@@ -54,6 +54,11 @@ class SlotLayer:
         self.offset = step.computed
         self._step = step
 
+    @property
+    def classes(self) -> tuple[SlotLayer]:
+        """The capacity classes: this one."""
+        return (self,)
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Stored, Stored]:
         """Write tokens, [batch, heads, tokens, dim], those of each sequence at its own offset."""
         self.keys = tree_map(self._written, self.keys, as_stored(keys, self.keys))

@@ -39,7 +39,7 @@ from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
-from mlxserver.engine.platform import cpu_layers, cpu_stored, device
+from mlxserver.engine.platform import cpu_decoder, cpu_layers, cpu_stored, device
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 from mlxserver.engine.platform.short_convolutions import replace_convolutions
@@ -166,6 +166,7 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
     if policy.replace_kernels:
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)
+        cpu_decoder.replace_layers(model)
     model.eval()
     _read_weights(model, report)
     return model

@@ -103,7 +103,7 @@ def rope(
         return mx.fast.rope(
             a, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, stream=stream
         )
-    cosines, sines = _turns(offset, a.shape[2], dims, traditional, base, scale, freqs)
+    cosines, sines = turns(offset, a.shape[2], dims, traditional, base, scale, freqs)
     if traditional:
         pairs = a.reshape(*a.shape[:-1], dims // 2, 2)
         turned = _turned(pairs, pairs[..., ::-1], cosines, sines)
@@ -143,7 +143,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 @once_per_step
-def _turns(
+def turns(
     offset: int | mx.array,
     length: int,
     dims: int,

@@ -27,7 +27,7 @@ from mlxserver.engine.platform.openblas import is_wanted as is_wanted
 
 _SOURCES = Path(__file__).parent
 _OPERATIONS, _KERNELS = (
-    ("module", "products", "layers"),
+    ("module", "products", "layers", "decoder"),
     (
         "quantized",
         "dense",

@@ -23,7 +23,7 @@ inline void fetch(const float* from, int64_t count) {
 struct Rows {
   const float *q, *mask;  // [count, dim]; the sequence's mask, or null
   float* totals;          // of the first row, `apart` from the next one's
-  int64_t begin, count, apart;
+  int64_t begin, count, apart, tokens;  // tokens: that their sequence has
   float largest[Attention::ROWS];
   Floats sums[Attention::ROWS];
   alignas(64) float scores[Attention::ROWS * TOKENS];
@@ -46,7 +46,7 @@ void score(const Attention& p, const float* keys, const float* values, int64_t c
 // multiplied by.
 float soften(const Attention& p, int64_t token, int64_t count, int64_t row, Rows& rows) {
   float* scores = rows.scores + row * TOKENS;
-  const int64_t own = (rows.begin + row) % p.length, last = p.is_causal ? p.tokens - p.length + own + 1 : p.tokens;
+  const int64_t own = (rows.begin + row) % p.length, last = p.is_causal ? rows.tokens - p.length + own + 1 : rows.tokens;
   const int64_t seen = last > token ? least(count, last - token) : 0, end = (count + LANES - 1) / LANES * LANES;
   const float* mask = rows.mask ? rows.mask + own * p.tokens + token : nullptr;
   for (int64_t t = seen; t < end; t++) scores[t] = HIDDEN;
@@ -137,6 +137,8 @@ void attention(const Attention& p, int64_t first, int64_t last) {
     const int64_t part = item % p.parts(), segment = item / p.parts() % p.segments();
     const int64_t all = item / p.parts() / p.segments(), batch = all / p.groups, group = all % p.groups;
     const bool is_whole = p.segments() == 1;
+    rows.tokens = p.seen(batch);
+    if (segment * p.SEGMENT >= rows.tokens) continue;
     rows.begin = part * p.ROWS, rows.count = least(p.ROWS, p.rows - rows.begin);
     rows.q = p.q + (all * p.rows + rows.begin) * p.dim;
     rows.mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
@@ -145,7 +147,7 @@ void attention(const Attention& p, int64_t first, int64_t last) {
                            : p.partial + ((all * p.segments() + segment) * p.rows + rows.begin) * p.partial_width();
     attend(p, p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
            p.values + batch * p.value_strides[0] + group * p.value_strides[1], segment * p.SEGMENT,
-           least(p.tokens, (segment + 1) * p.SEGMENT), rows);
+           least(rows.tokens, (segment + 1) * p.SEGMENT), rows);
     for (int64_t row = 0; row < rows.count; row++) {
       float* own = rows.totals + row * rows.apart;
       const float sum = total(rows.sums[row]);
@@ -162,10 +164,11 @@ void combine(const SegmentedAttention& p, int64_t first, int64_t last) {
     const int64_t apart = p.rows * p.partial_width(), dim = p.value_dim;
     const float* parts = p.partial + (row / p.rows * p.segments() * p.rows + row % p.rows) * p.partial_width();
     float *out = p.out + row * dim, largest = parts[dim], sum = 0.0f;
-    for (int64_t s = 1; s < p.segments(); s++)
+    const int64_t segments = (p.seen(row / p.rows / p.groups) + p.SEGMENT - 1) / p.SEGMENT;
+    for (int64_t s = 1; s < segments; s++)
       if (parts[s * apart + dim] > largest) largest = parts[s * apart + dim];
     for (int64_t d = 0; d < dim; d++) out[d] = 0.0f;
-    for (int64_t s = 0; s < p.segments(); s++) {
+    for (int64_t s = 0; s < segments; s++) {
       const float* own = parts + s * apart;
       const float share = exponential(splat(own[dim] - largest))[0];
       sum += own[dim + 1] * share;

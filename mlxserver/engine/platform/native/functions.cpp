@@ -38,6 +38,11 @@ void gate(const Gate& p, int64_t first, int64_t last) {
   }
 }
 
+void sum(const Sum& p, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += LANES)
+    store_some(load_some(p.x + i, last - i, 0.0f) + load_some(p.y + i, last - i, 0.0f), last - i, p.out + i);
+}
+
 void layer_norm(const LayerNorm& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row++) {
     const float* x = p.x + row * p.width;
@@ -97,6 +102,7 @@ void rotation(const Rotation& p, int64_t first, int64_t last) {
 extern "C" {
 void NAME(norm)(const Norm& p, int64_t first, int64_t last) noexcept { norm(p, first, last); }
 void NAME(gate)(const Gate& p, int64_t first, int64_t last) noexcept { gate(p, first, last); }
+void NAME(sum)(const Sum& p, int64_t first, int64_t last) noexcept { sum(p, first, last); }
 void NAME(layer_norm)(const LayerNorm& p, int64_t first, int64_t last) noexcept { layer_norm(p, first, last); }
 void NAME(gelu)(const Gelu& p, int64_t first, int64_t last) noexcept { gelu(p, first, last); }
 void NAME(rotation)(const Rotation& p, int64_t first, int64_t last) noexcept { rotation(p, first, last); }

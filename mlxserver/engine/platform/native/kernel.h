@@ -110,6 +110,17 @@ struct Gate {
   static constexpr int64_t TOGETHER = 64;
 };
 
+// x + y.
+struct Sum {
+  const float *x, *y;
+  float* out;
+  int64_t size;
+
+  int64_t items() const { return size; }
+  int64_t work() const { return 1; }
+  static constexpr int64_t TOGETHER = 64;
+};
+
 // Rotary embedding of pairs of the first half and the second.
 struct Rotation {
   const float* x;                  // [batch, heads, tokens, dim], whose last dimension is contiguous
@@ -136,6 +147,9 @@ struct Attention {
   int64_t key_strides[2], value_strides[2], mask_stride, length;
   float scale;
   bool is_causal;                                      // the last `length` tokens are the queries' own
+  const int32_t* offsets = nullptr;                    // [batch] tokens before the queries' own, where they differ
+
+  int64_t seen(int64_t sequence) const { return offsets ? offsets[sequence] + length : tokens; }
 
   static constexpr int64_t ROWS = 24, SEGMENT = 512;   // rows and tokens of an item
   int64_t parts() const { return (rows + ROWS - 1) / ROWS; }
@@ -183,6 +197,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   void spread_##LEVEL(const Spread&, int64_t, int64_t) noexcept;       \
   void norm_##LEVEL(const Norm&, int64_t, int64_t) noexcept;           \
   void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
+  void sum_##LEVEL(const Sum&, int64_t, int64_t) noexcept;             \
   void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \
   void attention_##LEVEL(const Attention&, int64_t, int64_t) noexcept;   \
   void combine_##LEVEL(const SegmentedAttention&, int64_t, int64_t) noexcept; \

@@ -13,7 +13,7 @@ namespace {
 
 #define LEVEL(TITLE, LANES, NAME)                                                                          \
   {                                                                                                        \
-    TITLE, LANES, quantized_##NAME, dense_##NAME, columns_##NAME, spread_##NAME, norm_##NAME, gate_##NAME,   \
+    TITLE, LANES, quantized_##NAME, dense_##NAME, columns_##NAME, spread_##NAME, norm_##NAME, gate_##NAME, sum_##NAME, \
         rotation_##NAME, attention_##NAME, combine_##NAME, layer_norm_##NAME, gelu_##NAME, block_attention_##NAME \
   }
 
@@ -79,6 +79,7 @@ NB_MODULE(MODULE, m) {
   nb::module_::import_("mlx.core");
   add_products(m);
   add_functions(m);
+  add_decoder(m);
   m.def("is_computed", [](const mx::array& array) { return array.status() != mx::array::Status::unscheduled; });
   m.def("levels", [] {
     std::vector<std::string> names;

@@ -30,6 +30,7 @@ struct Level {
   Kernel<Spread> spread;
   Kernel<Norm> norm;
   Kernel<Gate> gate;
+  Kernel<Sum> sum;
   Kernel<Rotation> rotation;
   Kernel<Attention> attention;
   Kernel<SegmentedAttention> combine;
@@ -46,6 +47,7 @@ Level level(const std::string& name);
 
 void add_products(nb::module_& m);
 void add_functions(nb::module_& m);
+void add_decoder(nb::module_& m);
 
 // An array's elements in the order of its rows; a copy of them, if they lie otherwise.
 mx::array in_rows(const mx::array& x, mx::cpu::CommandEncoder& encoder);
@@ -61,16 +63,24 @@ T* room(int64_t size, mx::cpu::CommandEncoder& encoder) {
 
 inline mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
 
+// Pieces of a task, of 16,000 multiplications or more, some eight per thread at most.
+struct Pieces {
+  int64_t items, size, count;
+
+  template <typename Task>
+  explicit Pieces(const Task& task) : items(task.items()), size((16384 + task.work() - 1) / task.work()) {
+    if (size < items / 32) size = items / 32;
+    size = (size + Task::TOGETHER - 1) / Task::TOGETHER * Task::TOGETHER;
+    count = (items + size - 1) / size;
+  }
+
+  int64_t first(int64_t piece) const { return piece * size < items ? piece * size : items; }
+};
+
 template <typename Task>
 void compute(const Task& task, Kernel<Task> kernel) noexcept {
-  // Pieces of 16,000 multiplications or more, some eight per thread at most.
-  int64_t piece = (16384 + task.work() - 1) / task.work();
-  if (piece < task.items() / 32) piece = task.items() / 32;
-  piece = (piece + Task::TOGETHER - 1) / Task::TOGETHER * Task::TOGETHER;
-  helpers().run((task.items() + piece - 1) / piece, [&](int64_t n) noexcept {
-    const int64_t last = (n + 1) * piece;
-    kernel(task, n * piece, last < task.items() ? last : task.items());
-  });
+  const Pieces pieces(task);
+  helpers().run(pieces.count, [&](int64_t n) noexcept { kernel(task, pieces.first(n), pieces.first(n + 1)); });
 }
 
 template <typename Task>

@@ -1,22 +1,9 @@
 // Products of float32 rows with weights, quantized or not, and with those of an expert per row.
-#include "operation.h"
+#include "product_tasks.h"
 
-#include <algorithm>
 #include <cstring>
 
 namespace {
-
-int type_of(const mx::array& weights) {
-  return weights.dtype() == mx::float32 ? 0 : weights.dtype() == mx::float16 ? 1 : 2;
-}
-
-bool is_float(mx::Dtype type) { return type == mx::float32 || type == mx::float16 || type == mx::bfloat16; }
-
-// Weights in the order of their rows, which they nearly always are in.
-mx::array in_order(const mx::array& weights) {
-  const bool is_ordered = weights.is_available() && weights.flags().row_contiguous;
-  return is_ordered ? weights : mx::contiguous(weights, false, cpu());
-}
 
 Product product_of(const mx::array& x, int64_t outputs, mx::array& out) {
   const int64_t width = x.shape(-1), rows = int64_t(x.size()) / width;
@@ -32,44 +19,6 @@ Quantized task_of(const mx::array& x, const mx::array& words, const mx::array& s
 Dense task_of(const mx::array& x, const mx::array& weight, mx::array& out) {
   return {product_of(x, weight.shape(-2), out), weight.data<void>(), type_of(weight)};
 }
-
-// What arranges the rows of a product as its kernel reads them: many as columns, few beside quantized weights spread.
-struct Arranging {
-  Kernel<Columns> columns;
-  Kernel<Spread> spread;
-  int64_t lanes;
-
-  explicit Arranging(const Level& level) : columns(level.columns), spread(level.spread), lanes(level.lanes) {}
-
-  // Elements of room for so many rows or fewer.
-  int64_t size(const Product& p) const {
-    const int64_t vectors = vectors_of(p.rows, lanes);
-    return vectors < 2 ? 0 : vectors * p.inputs * lanes;
-  }
-
-  int64_t size(const Quantized& p) const {
-    const int64_t few = std::min(p.rows, Quantized::FEW) * spread_of(p, nullptr).size();
-    return std::max(few, size(static_cast<const Product&>(p)));
-  }
-
-  void arrange(Product& p, float* room) const noexcept {
-    const int64_t vectors = vectors_of(p.rows, lanes);
-    if (vectors < 2) return;
-    compute(Columns{p.x, room, p.rows, p.inputs, vectors, lanes}, columns);
-    p.columns = room;
-  }
-
-  void arrange(Quantized& p, float* room) const noexcept {
-    if (p.rows > Quantized::FEW) return arrange(static_cast<Product&>(p), room);
-    compute(spread_of(p, room), spread);
-    p.spread = room;
-  }
-
- private:
-  Spread spread_of(const Quantized& p, float* room) const {
-    return {p.x, room, p.rows, p.inputs, lanes, p.bits, p.group};
-  }
-};
 
 // A product whose rows are arranged before it.
 template <typename Task>

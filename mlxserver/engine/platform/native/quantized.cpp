@@ -155,10 +155,10 @@ inline void direct(const Quantized& p, const Few& all, int64_t output) {
   for (int r = 0; r < ROWS; r++) {
     float* out = p.out + r * p.outputs + output;
     if constexpr (OUTPUTS == 4) {
-      const Quad quad = totals(sums[r]);
+      const Quad quad = p.bias ? totals(sums[r]) + load<Quad>(p.bias + output) : totals(sums[r]);
       __builtin_memcpy(out, &quad, sizeof quad);
     } else {
-      for (int o = 0; o < OUTPUTS; o++) out[o] = total(sums[r][o]);
+      for (int o = 0; o < OUTPUTS; o++) out[o] = total(sums[r][o]) + (p.bias ? p.bias[output + o] : 0.0f);
     }
   }
 }

@@ -1,0 +1,135 @@
+"""Decoder layers of a step in few operations, on a Linux CPU with native kernels (native/decoder.cpp).
+
+A step of one sequence of SmolLM2 is nine hundred operations, on which MLX and Python spend a third of its time. A layer
+of the form that Llama, Mistral, Qwen 2 and Qwen 3 share is four here: what leads to its attention, the writing of keys
+and of values, and the rest. Its numbers are those of the operations that it replaces.
+
+Rule: a layer is known by its code, which is that of mlx-lm's llama or qwen3, and computes so where each part is of a
+      class that has a native kernel, for a few tokens of sequences in slots. All else is left to its own code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, cast
+
+from mlxserver.engine.mlx import mx
+
+import mlx.nn as nn
+from mlx_lm.models import llama, qwen3, rope_utils
+
+from mlxserver.engine.platform import cpu_kernels, cpu_layers, cpu_stored
+from mlxserver.engine.platform.native.extension import native
+
+_MOST = 8  # tokens of a sequence that are computed so
+_DENSE = (cpu_layers.Linear, cpu_stored.HalfLinear)
+_ATTENTIONS = {llama.Attention: (), qwen3.Attention: ("q_norm", "k_norm")}  # with the norms of queries and keys
+
+Linear = tuple[int, int, bool, list[mx.array]]  # bits (0: floats), group size, whether there is a bias; arrays
+
+
+class _Layer:
+    """A decoder layer in few operations; a mix-in of its class."""
+
+    def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """x [rows, tokens, width]; the mask is that of the cache, which knows each row's tokens."""
+        attention = self.self_attn
+        classes = _classes(cache) if x.shape[1] <= _MOST and x.dtype == mx.float32 else []
+        linears = _linears(self) if classes else []
+        dim = linears[1][3][0].shape[0] // attention.n_kv_heads if linears else 0
+        turns = _turns(attention.rope, cache.offset, x.shape[1], dim) if linears else None
+        if not turns:
+            return cast(mx.array, super().__call__(x, mask, cache))  # type: ignore[misc]
+        norms = [self.input_layernorm, self.post_attention_layernorm]
+        norms += [attention[name] for name in ("q_norm", "k_norm") if name in attention]
+        slots = [(own.keys, own.values, own.offset, own.offset.shape[0]) for own in classes]
+        out, keys, values = native().decoder_layer(
+            x,
+            linears,
+            [norm["weight"] for norm in norms],
+            *turns,
+            slots,
+            attention.n_heads,
+            attention.n_kv_heads,
+            dim,
+            attention.scale,
+            norms[0].eps,
+        )
+        for own, own_keys, own_values in zip(classes, keys, values, strict=True):
+            own.keys, own.values = own_keys, own_values
+        return cast(mx.array, out)
+
+
+def replace_layers(model: nn.Module) -> None:
+    """Have the layers of a model that have this form compute so. Its linear layers have been replaced before."""
+    for layer in model.modules() if native() else ():
+        if _is_known(layer):
+            layer.__class__ = _class_of(type(layer))
+
+
+@functools.cache
+def _class_of(layer_class: type) -> type:
+    return type(layer_class.__name__, (_Layer, layer_class), {"__module__": layer_class.__module__})
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether a layer has the form, as far as its code and what it is made of say it."""
+    if not _is_same(type(layer), llama.TransformerBlock) or getattr(layer, "use_sliding", False):
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    names = next((names for known, names in _ATTENTIONS.items() if _is_same(type(attention), known)), None)
+    if names is None or not _is_same(type(mlp), llama.MLP):
+        return False
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *(attention[name] for name in names)]
+    return all(type(norm) is cpu_layers.RMSNorm for norm in norms) and len({norm.eps for norm in norms}) == 1
+
+
+def _is_same(own: type, known: type) -> bool:
+    """Whether a class's forward pass is that of a known one: the same code, which calls the same functions."""
+    if own is known:
+        return True
+    a, b = (cast(FunctionType, each.__call__) for each in (own, known))
+    if not (isinstance(a, FunctionType) and isinstance(b, FunctionType)):
+        return False
+    codes = [(f.__code__.co_code, f.__code__.co_names, f.__code__.co_consts) for f in (a, b)]
+    return codes[0] == codes[1] and all(
+        a.__globals__.get(name) is b.__globals__.get(name) for name in a.__code__.co_names
+    )
+
+
+def _classes(cache: Any) -> Sequence[Any]:
+    """The cache's capacity classes, with plain keys and values; none if it is of another kind."""
+    classes: Sequence[Any] = getattr(cache, "classes", ())
+    is_plain = all(isinstance(array, mx.array) for own in classes for array in (own.keys, own.values))
+    return classes if is_plain else ()
+
+
+def _turns(rope: nn.Module, offset: mx.array, tokens: int, dim: int) -> tuple[mx.array, mx.array] | None:
+    """Cosines and sines of the rows' positions, for heads of so many dimensions; None where other ones are turned."""
+    if getattr(rope, "dims", None) != dim:
+        return None
+    if type(rope) is cpu_layers.RoPE and not rope.traditional:
+        return cpu_kernels.turns(offset, tokens, rope.dims, False, rope.base, rope.scale, None)
+    if type(rope) is rope_utils.Llama3RoPE and not rope.traditional:
+        return cpu_kernels.turns(offset, tokens, rope.dims, False, None, 1.0, rope._freqs)
+    return None
+
+
+def _linears(layer: Any) -> list[Linear]:
+    """The layer's projections in their order; none if one has no native kernel."""
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    found = [_linear(part) for part in (*parts, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    return cast(list[Linear], found) if all(found) else []
+
+
+def _linear(layer: nn.Module) -> Linear | None:
+    bias = [layer["bias"]] if "bias" in layer else []
+    if type(layer) is cpu_stored.QuantizedLinear:
+        arrays = [layer["weight"], layer["scales"], layer["biases"], *bias]
+        return layer.bits, layer.group_size, bool(bias), arrays
+    if type(layer) in _DENSE:
+        return 0, 0, bool(bias), [layer["weight"], *bias]
+    return None
