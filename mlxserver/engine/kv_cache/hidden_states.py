@@ -15,28 +15,23 @@ from mlxserver.engine.kv_cache.ragged import RaggedLayer
 from mlxserver.engine.kv_cache.slots import SlotLayer
 
 
-def append(layer: Any, hidden: mx.array) -> None:
-    """Keep the hidden states of tokens, [rows, tokens, dim], in a layer's cache; dim is even."""
-    halves = mx.split(hidden[:, None], 2, axis=-1)
-    layer.update_and_fetch(*halves)
+def append(layer: Any, hidden: mx.array) -> mx.array:
+    """Keep the hidden states of tokens, [rows, tokens, dim], in a layer's cache; dim is even.
 
-
-def last(layer: Any, like: mx.array) -> mx.array:
-    """The hidden state of the last token of each row, [rows, 1, dim]; zeros where there is none.
-
-    like: [rows, tokens, dim], whose type and dimension it has.
+    Returns that of the token before them in each row, [rows, 1, dim]; zeros where there is none. It is read from what
+    has been written: MLX copies an array that is written to while it may still be read.
     """
+    layer.update_and_fetch(*mx.split(hidden[:, None], 2, axis=-1))
     if isinstance(layer, RaggedLayer):
         return mx.concatenate([last_of_slots(own) for own in layer.classes])
     if isinstance(layer, SlotLayer):
         return last_of_slots(layer)
-    if layer.keys is None:
-        return mx.zeros((like.shape[0], 1, like.shape[2]), like.dtype)
-    end = getattr(layer, "_idx", layer.offset)  # a batched cache has its rows end together
+    tokens = hidden.shape[1]
+    end = getattr(layer, "_idx", layer.offset) - tokens  # a batched cache has its rows end together
     if not end:
-        return mx.zeros((like.shape[0], 1, like.shape[2]), like.dtype)
+        return mx.zeros((hidden.shape[0], 1, hidden.shape[2]), hidden.dtype)
     found = mx.concatenate([layer.keys[:, 0, end - 1 : end], layer.values[:, 0, end - 1 : end]], axis=-1)
-    return _but_for_none(found, mx.array(layer.offset).reshape(-1))
+    return _but_for_none(found, mx.array(layer.offset).reshape(-1) - tokens)
 
 
 def arrays(layer: Any) -> list[mx.array]:
@@ -46,7 +41,7 @@ def arrays(layer: Any) -> list[mx.array]:
 
 
 def last_of_slots(layer: SlotLayer) -> mx.array:
-    """The last hidden state of each computed slot, [batch, 1, dim]."""
+    """The hidden state before each computed slot's offset, [batch, 1, dim]; zeros where there is none."""
     offset = layer.offset
     rows = mx.arange(offset.shape[0])
     at = mx.maximum(offset - 1, 0)

@@ -25,6 +25,8 @@ _OWN, _STATES = -2, -1  # layers of the KV cache: the head's own, and the hidden
 class _HeadLayer(SlotLayer):
     """Cache of a head's layer, without the first place: no hidden state is before the first token."""
 
+    is_causal = False
+
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """As SlotLayer's; a first token attends to itself all the same, since its row has nothing else."""
         is_behind = mx.arange(self._step.visible) > 0

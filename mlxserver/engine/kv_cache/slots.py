@@ -46,8 +46,11 @@ class StepPositions:
 class SlotLayer:
     """Cache of one layer during a forward pass, with the interface that mlx-lm's models use.
 
-    keys, values: [slots, heads, capacity, dim], or quantised ones.
+    keys, values: [slots, heads, capacity, dim], or quantised ones. is_causal: each token attends to all tokens before it
+    and itself, unless it has a window.
     """
+
+    is_causal = True
 
     def __init__(self, keys: Stored, values: Stored, step: StepPositions) -> None:
         self.keys, self.values = keys, values

@@ -194,9 +194,7 @@ def _follow(model: Any, tokens: mx.array, hidden: mx.array, own: Any, states: An
 
     Of the head, only keys and values are computed: nothing needs what else is described here.
     """
-    last = hidden_states.last(states, hidden)
-    before = mx.concatenate([last, hidden[:, :-1]], axis=1)
-    hidden_states.append(states, *mx.depends([hidden], [last]))  # or else MLX might copy them to read and write at once
+    before = mx.concatenate([hidden_states.append(states, hidden), hidden[:, :-1]], axis=1)
     embeddings = model.model.embed_tokens(tokens)
     mask = create_attention_mask(embeddings, own, return_array=True)
     model[_HEAD](embeddings, before, mask, own)

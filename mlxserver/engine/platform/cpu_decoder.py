@@ -11,7 +11,7 @@ Rule: a layer is known by its code, which is that of mlx-lm's llama or qwen3, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any, cast
 
@@ -24,6 +24,10 @@ from mlxserver.engine.platform import cpu_kernels, cpu_layers, cpu_stored
 from mlxserver.engine.platform.native.extension import native
 
 _MOST = 8  # tokens of a sequence that are computed so
+_LEAST = (
+    8  # layers. MLX prepares up to a hundred tasks ahead: with fewer it would write to slots of the next step while
+)
+# those of this one are to be read, and therefore copy them.
 _DENSE = (cpu_layers.Linear, cpu_stored.HalfLinear)
 _ATTENTIONS = {llama.Attention: (), qwen3.Attention: ("q_norm", "k_norm")}  # with the norms of queries and keys
 
@@ -64,9 +68,9 @@ class _Layer:
 
 def replace_layers(model: nn.Module) -> None:
     """Have the layers of a model that have this form compute so. Its linear layers have been replaced before."""
-    for layer in model.modules() if native() else ():
-        if _is_known(layer):
-            layer.__class__ = _class_of(type(layer))
+    known = [layer for layer in model.modules() if _is_known(layer)] if native() else []
+    for layer in known if len(known) >= _LEAST else ():
+        layer.__class__ = _class_of(type(layer))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -100,21 +104,21 @@ def _is_same(own: type, known: type) -> bool:
 
 
 def _classes(cache: Any) -> Sequence[Any]:
-    """The cache's capacity classes, with plain keys and values; none if it is of another kind."""
+    """The cache's capacity classes; none if it is of another kind, or its keys are quantised."""
     classes: Sequence[Any] = getattr(cache, "classes", ())
-    is_plain = all(isinstance(array, mx.array) for own in classes for array in (own.keys, own.values))
-    return classes if is_plain else ()
+    return classes if all(own.is_causal and isinstance(own.keys, mx.array) for own in classes) else ()
 
 
 def _turns(rope: nn.Module, offset: mx.array, tokens: int, dim: int) -> tuple[mx.array, mx.array] | None:
     """Cosines and sines of the rows' positions, for heads of so many dimensions; None where other ones are turned."""
     if getattr(rope, "dims", None) != dim:
         return None
+    turns: tuple[mx.array, mx.array] | None = None
     if type(rope) is cpu_layers.RoPE and not rope.traditional:
-        return cpu_kernels.turns(offset, tokens, rope.dims, False, rope.base, rope.scale, None)
-    if type(rope) is rope_utils.Llama3RoPE and not rope.traditional:
-        return cpu_kernels.turns(offset, tokens, rope.dims, False, None, 1.0, rope._freqs)
-    return None
+        turns = cpu_kernels.turns(offset, tokens, dim, False, rope.base, rope.scale, None)
+    elif type(rope) is rope_utils.Llama3RoPE and not rope.traditional:
+        turns = cpu_kernels.turns(offset, tokens, dim, False, None, 1.0, rope._freqs)
+    return turns
 
 
 def _linears(layer: Any) -> list[Linear]:

@@ -28,6 +28,10 @@ struct Sizes {
   int64_t size() const { return values_at() + rows() * key(); }
 };
 
+void check(bool fits) {
+  if (!fits) throw std::invalid_argument("the shapes or types do not fit");
+}
+
 // A linear layer: bits of its weights, 0 if they are floats; their group; whether it has a bias; and its arrays.
 using Layer = std::tuple<int, int, bool, Arrays>;
 
@@ -37,11 +41,21 @@ struct Linear {
   bool is_biased;
   size_t at;
 
-  Linear(const Layer& layer, Arrays& inputs)
+  // Its arrays are added to the inputs. width: of its own inputs.
+  Linear(const Layer& layer, int width, Arrays& inputs)
       : bits(std::get<0>(layer)), group(std::get<1>(layer)), is_biased(std::get<2>(layer)), at(inputs.size()) {
     const Arrays& own = std::get<3>(layer);
-    outputs = own.at(0).shape(0);
-    for (const mx::array& array : own) inputs.push_back(in_order(array));
+    check(own.size() == (bits ? 3u : 1u) + is_biased && own[0].ndim() == 2);
+    outputs = own[0].shape(0);
+    if (bits) check_format(own[0], own[1], own[2], group, bits);
+    check(bits ? width % group == 0 && own[0].shape(1) == width / 32 * bits &&
+                     own[1].shape() == mx::Shape{outputs, width / group} && own[2].shape() == own[1].shape()
+               : is_float(own[0].dtype()) && own[0].shape(1) == width);
+    check(!is_biased || own.back().shape() == mx::Shape{outputs});
+    for (size_t n = 0; n < own.size(); n++) {
+      const bool is_bias = is_biased && n + 1 == own.size();
+      inputs.push_back(in_order(is_bias ? mx::astype(own[n], mx::float32, cpu()) : own[n]));
+    }
   }
 
   bool operator==(const Linear&) const = default;
@@ -235,16 +249,6 @@ class AttentionAndRest : public PureOperation {
   Level level_;
 };
 
-void check(bool fits) {
-  if (!fits) throw std::invalid_argument("the shapes or types do not fit");
-}
-
-std::vector<Linear> linear_layers(const std::vector<Layer>& layers, Arrays& inputs) {
-  std::vector<Linear> all;
-  for (const Layer& layer : layers) all.emplace_back(layer, inputs);
-  return all;
-}
-
 using Slots = std::tuple<mx::array, mx::array, mx::array, int>;
 
 // A layer of a step. x [batch, length, width]; layers: those of queries, keys, values and the output, gate, up and down;
@@ -267,17 +271,27 @@ std::tuple<mx::array, Arrays, Arrays> decoder_layer(const mx::array& x, const st
     rows += count;
   }
   check(rows == x.shape(0) && heads % groups == 0 && dim % 2 == 0);
+  const int width = x.shape(2), angles = sizes.length * dim / 2;
+  for (size_t n = 0; n < norms.size(); n++)
+    check(norms[n].dtype() == mx::float32 && norms[n].shape() == mx::Shape{n < 2 ? width : dim});
+  check(cosines.dtype() == mx::float32 && sines.dtype() == mx::float32 && cosines.ndim() && sines.ndim() &&
+        (cosines.shape(0) == 1 || cosines.shape(0) == rows) && cosines.shape(0) == sines.shape(0) &&
+        cosines.size() == size_t(cosines.shape(0)) * angles && sines.size() == 2 * cosines.size());
 
   Arrays inputs{x, cosines, sines, norms[0]};
   inputs.insert(inputs.end(), norms.begin() + 2, norms.end());
-  auto own = linear_layers({layers.begin(), layers.begin() + 3}, inputs);
+  std::vector<Linear> own;
+  for (int n = 0; n < 3; n++) own.emplace_back(layers[n], width, inputs);
   check(own[0].outputs == sizes.query() && own[1].outputs == sizes.key() && own[2].outputs == sizes.key());
   const mx::array attended({int(sizes.size())}, mx::float32,
                            std::make_shared<AttentionInputs>(sizes, eps, own, norms.size() > 2, level), inputs);
 
   Arrays rest{x, attended, norms[1]}, keys, values;
-  own = linear_layers({layers.begin() + 3, layers.end()}, rest);
-  check(own[0].outputs == x.shape(2) && own[1].outputs == own[2].outputs && own[3].outputs == x.shape(2));
+  own.clear();
+  own.emplace_back(layers[3], int(sizes.query()), rest);
+  for (int n = 4; n < 6; n++) own.emplace_back(layers[n], width, rest);
+  own.emplace_back(layers[6], own[1].outputs, rest);
+  check(own[0].outputs == width && own[1].outputs == own[2].outputs && own[3].outputs == width);
   std::vector<int> batches;
   for (const auto& [own_keys, own_values, offsets, count] : slots) {
     const int64_t first = std::accumulate(batches.begin(), batches.end(), int64_t{0});

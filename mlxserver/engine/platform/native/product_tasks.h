@@ -18,6 +18,13 @@ inline mx::array in_order(const mx::array& weights) {
   return is_ordered ? weights : mx::contiguous(weights, false, cpu());
 }
 
+inline void check_format(const mx::array& words, const mx::array& scales, const mx::array& biases, int group, int bits) {
+  const bool is_known = (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
+  const auto type = scales.dtype();
+  const bool is_typed = words.dtype() == mx::uint32 && biases.dtype() == type && is_float(type);
+  if (!is_known || !is_typed) throw std::invalid_argument("weights of this format have no kernel");
+}
+
 // What arranges the rows of a product as its kernel reads them: many as columns, few beside quantized weights spread.
 struct Arranging {
   Kernel<Columns> columns;

@@ -198,13 +198,6 @@ class DenseExperts : public Experts<Dense> {
 
 using QuantizedExperts = WithFormat<Experts<Quantized>>;
 
-void check_format(const mx::array& words, const mx::array& scales, const mx::array& biases, int group, int bits) {
-  const bool is_known = (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
-  const auto type = scales.dtype();
-  const bool is_typed = words.dtype() == mx::uint32 && biases.dtype() == type && is_float(type);
-  if (!is_known || !is_typed) throw std::invalid_argument("weights of this format have no kernel");
-}
-
 mx::array product(const mx::array& x, const mx::array& words, const mx::array& scales, const mx::array& biases,
                   int group, int bits, const std::string& name) {
   check_format(words, scales, biases, group, bits);
