@@ -46,8 +46,8 @@ class StepPositions:
 class SlotLayer:
     """Cache of one layer during a forward pass, with the interface that mlx-lm's models use.
 
-    keys, values: [slots, heads, capacity, dim], or quantised ones. is_causal: each token attends to all tokens before it
-    and itself, unless it has a window.
+    keys, values: [slots, heads, capacity, dim], or quantised ones. is_causal: each token attends to all before it and
+    itself, unless it has a window.
     """
 
     is_causal = True
