@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import time
 
 import pytest
 from playwright.sync_api import expect
@@ -660,8 +659,17 @@ def numbered(turns, text):
 
 
 def test_answers_in_view_are_rendered_first_and_the_others_later(page):
-    asked = []
-    page.on("request", lambda request: request.url.endswith("/v1/render") and asked.append(request.post_data_json))
+    asked, held, holds = [], [], True
+
+    def render(route):
+        """The first one is what is in view; the rest waits until something else is."""
+        asked.append(route.request.post_data_json)
+        if holds and len(asked) > 1:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/v1/render", render)
     import_conversation(page, numbered(30, "A line with `code` and *words*.\n\n" * 100))
     expect(page.locator(".turn.assistant").last.locator("strong").first).to_have_text("59")
     first = asked[0]["texts"]
@@ -669,6 +677,10 @@ def test_answers_in_view_are_rendered_first_and_the_others_later(page):
     assert all(int(re.search(r"\d+", text)[0]) > 50 for text in first)
     page.locator(".scroller").hover()
     page.mouse.wheel(0, -1_000_000)  # what comes into view goes before the rest
+    eventually(lambda: page.evaluate(SETTLED)[0] == 0)
+    holds = False
+    for route in held:
+        route.continue_()
     expect(page.locator(".turn.assistant").first.locator("strong").first).to_have_text("1")
     expect(page.locator(".turn.assistant .plain-text")).to_have_count(0)
     numbers = [int(re.search(r"\d+", text)[0]) for each in asked for text in each["texts"]]
@@ -770,11 +782,14 @@ def test_a_long_conversation_stays_fluent(page):
     file = {"name": "long.json", "mimeType": "application/json", "buffer": json.dumps({"messages": messages}).encode()}
     page.locator("input[type=file][accept='.json,.md']").set_input_files(file)
     expect(page.locator(".turn.assistant").last.locator("strong").first).to_be_visible()
-    page.evaluate(
-        "window.long = []; new PerformanceObserver((l) => long.push(...l.getEntries().map((e) => e.duration)))"
-        ".observe({ type: 'longtask' })"
-    )
-    started = time.monotonic()
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def computed():
+        """Seconds that the page's thread has computed, however long it had to wait for that on a busy machine."""
+        figures = devtools.send("Performance.getMetrics")["metrics"]
+        return next(each["value"] for each in figures if each["name"] == "TaskDuration")
+
+    before = computed()
     page.locator("#ask").press_sequentially("twenty characters ..")
-    assert time.monotonic() - started < 5
-    assert max(page.evaluate("long"), default=0) < 500
+    assert computed() - before < 1

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from tools.harness.models import tiny_llama
 from tools.harness.running_server import DEADLINE, GREETING, ROOT, RunningServer, eventually, server_environment
 
-
 UNASSIGNED = (20_000, 32_768)  # below what Linux, macOS and the IANA have for sockets that ask for no port
 
 
