@@ -13,7 +13,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("mlx-server"):
 if __name__ == "__main__":
     from mlxserver.__main__ import run_command
 
-    run_command()  # it needs nothing of the imports below
+    run_command()  # and what is wrong with a command line needs nothing of the imports below
 
 import asyncio
 import errno
@@ -96,7 +96,7 @@ def main() -> int:
     """The command line. 0: stopped by a signal; 2: wrong usage; 1: the address or another rank can't be had.
 
     `serve`, which may be left out, is the server; `config` prints its settings. The other commands have been run before
-    this (mlxserver/__main__.py).
+    this, and the flags checked (mlxserver/__main__.py).
 
     A signal before the server is ready, and a second one while it stops, end the process as signals do (130, 143).
     """

@@ -127,7 +127,8 @@ def one_request(on: Bench, name: str, fault: str) -> Row:
         first = streamed(on.server, "hello")
         after = on.plain("hello")
         others = "going on" if all("choices" in event for event in other.read(MORE)) else "ended"
-        return Row(name, f"{first}; others: {others}", plain, after)
+    eventually(lambda: not on.server.model("m")["running_requests"])  # the next fault is for another one
+    return Row(name, f"{first}; others: {others}", plain, after)
 
 
 def wedged(on: Bench) -> Row:

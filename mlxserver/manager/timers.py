@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-LONGEST_BACKOFF = 60.0  # seconds
+FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 60.0  # seconds
 
 
 class Backoff:
@@ -26,7 +26,8 @@ class Backoff:
         """Count a failure in a row."""
         self._failures += 1
         if self._failures > 1:
-            self._until = time.monotonic() + min(LONGEST_BACKOFF, 2.0 ** min(self._failures - 2, 10))
+            seconds = FIRST_BACKOFF * 2 ** min(self._failures - 2, 10)
+            self._until = time.monotonic() + min(LONGEST_BACKOFF, seconds)
 
     def reset(self) -> None:
         """Start over: the model works, or it was unloaded on demand."""

@@ -430,9 +430,9 @@ def test_the_seconds_of_a_wait_are_shown_on_a_terminal(server):
 
 
 def test_a_silent_server_is_still_at_work_and_exit_status_3(server):
-    status, out, err = ran(server.url, "--model", "mute", "--timeout", "0.2", "Capital?")
+    status, out, err = ran(server.url, "--model", "mute", "--timeout", "0.7", "Capital?")
     assert (status, out) == (3, "")
-    assert f"error: The server at {server.url}/v1 is still at work; it has sent nothing for 0.2 s." in err
+    assert f"error: The server at {server.url}/v1 is still at work; it has sent nothing for 0.7 s." in err
 
 
 def test_a_model_that_is_being_loaded_is_asked_before_none_is():

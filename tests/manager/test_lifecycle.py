@@ -312,7 +312,7 @@ async def test_whatever_happens_at_once_nothing_is_left_in_the_end(seed):
         await chaos.run(100)
         await until(lambda: all(instance.is_absent and not instance.requests for instance in chaos.seen))
         await until(lambda: manager.all_instances == manager.instances and not manager.memory.reserved)
-        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engine-")]
+        await until(lambda: not [each for each in threading.enumerate() if each.name.startswith("engine-")])
     assert not complaints
 
 

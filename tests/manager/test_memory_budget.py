@@ -77,7 +77,7 @@ async def test_an_evicted_model_finishes_its_running_requests():
 
 @within_deadline
 async def test_a_model_in_use_stays_for_min_residency_but_no_longer_than_max_wait():
-    async with managed(min_residency=3600, max_wait=0.2) as (manager, _):
+    async with managed(min_residency=3600, max_wait=1.0) as (manager, _):
         running = await manager.instance("a").generate(request())
         waiting = asyncio.create_task(answered(manager, "b"))
         await until(lambda: manager.instance("b").requests)

@@ -222,6 +222,7 @@ def test_models_of_the_hub_are_found(server):
 
 def test_ollamas_pull_and_delete_are_the_same(server, hub, cache):
     headers = {"Authorization": f"Bearer {ADMIN}"}
+    pull(server, "org/streamed")
     with ollama.Client(server.url, headers=headers) as admin:
         hub.delay = 0.02
         lines = [*admin.pull("hf.co/org/ollama", stream=True)]

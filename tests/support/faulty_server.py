@@ -18,7 +18,7 @@ from tokenizers import Regex, pre_tokenizers  # noqa: E402
 import mlx_api_server  # noqa: E402
 import model_manager  # noqa: E402
 from mlxserver.engine.runners import builder, text  # noqa: E402
-from mlxserver.manager import lifecycle  # noqa: E402
+from mlxserver.manager import lifecycle, timers  # noqa: E402
 
 FAULTS = Path(os.environ["FAULTS"])
 STEPS_BEFORE = 5  # steps of a batch before one may fail
@@ -113,6 +113,7 @@ def main():
     builder.Builder.build = faulty_build
     text.TextRunner.prepare = faulty_prepare
     lifecycle.STOP_PATIENCE = 0.2
+    timers.FIRST_BACKOFF = 4.0  # longer than a busy machine takes from one request to the next
     model_manager.CLOSE_GRACE = mlx_api_server.THREADS_PATIENCE = 0.5
     return mlx_api_server.main()
 

@@ -248,6 +248,10 @@ print("imported", *{"aiohttp", "mlx", "huggingface_hub", "mlx_api_server", "mode
         (["completions", "zsh"], "status 0\nimported"),
         (["frobnicate"], "status 2\nimported"),
         (["pull"], "status 2\nimported"),
+        (["serve", "--help"], "status 0\nimported"),
+        (["--port", "70000"], "status 2\nimported"),
+        (["config", "--frobnicate", "--json"], "status 2\nimported"),
+        (["--config", "/no/such/file.toml"], "status 2\nimported"),
         (["ps"], "status 3\nimported aiohttp"),
     ],
 )

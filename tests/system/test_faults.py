@@ -26,6 +26,7 @@ from mlxserver.engine.worker.engine import Engine
 from mlxserver.engine.worker.faults import is_out_of_memory
 from mlxserver.engine.worker.mailbox import Mailbox, Stop
 from mlxserver.engine.worker.thread_pool import ThreadPool
+from mlxserver.manager import timers
 from mlxserver.manager.timers import LONGEST_BACKOFF, Backoff
 from mlxserver.manager.watchdog import check
 from mlxserver.server.health import liveness, readiness
@@ -450,14 +451,15 @@ async def test_a_server_that_stops_is_not_ready():
 
 
 @within_deadline
-async def test_a_model_that_keeps_failing_is_tried_less_and_less_often():
+async def test_a_model_that_keeps_failing_is_tried_less_and_less_often(monkeypatch):
+    monkeypatch.setattr(timers, "FIRST_BACKOFF", 50.0)
     async with managed() as (manager, factory):
         instance = manager.instance("m")
         factory.failures += [LoadFailed("m", "no such file")] * 3
         assert [type(await answered(instance)) for _ in range(4)] == [LoadFailed, LoadFailed, ModelFailed, ModelFailed]
         assert factory.builds == 2
         error = await answered(instance)
-        assert 0 < error.retry_after <= 1
+        assert 0 < error.retry_after <= 50
         assert "could not be loaded: no such file" in str(error)
         with pytest.raises(LoadFailed):
             await instance.load()  # an explicit load need not wait

@@ -48,7 +48,7 @@ def server(tmp_path_factory):
     path = scripted_model(directory / "m", SCRIPTS, tokens=("<think>", "</think>"), context=2048)
     sections = [f"[models.{key}]\nsource = {json.dumps(str(path))}" for key in ("m", "n")]
     config = directory / "models.toml"
-    config.write_text("\n".join(["heartbeat_interval = 0.01", *sections]))
+    config.write_text("\n".join(["heartbeat_interval = 0.002", *sections]))
     access = ("--api-key", USER, "--api-key", OTHER, "--allow-origin", APP)
     with running_server("--no-defaults", "--config", str(config), *access, "--log-level", "warning") as server:
         yield server

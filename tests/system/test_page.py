@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import time
 
 import pytest
 from playwright.sync_api import expect
@@ -211,9 +210,9 @@ def test_a_model_is_loaded_with_progress_pinned_and_unloaded(page, server):
 def test_an_answer_is_streamed_rendered_and_kept(page):
     answer = ask(page, "hello", "talker")
     is_answered(answer)
-    assert answer.locator("strong").first.inner_text() == "bold"
-    assert answer.locator("pre .k").first.inner_text() == "def"
-    assert answer.locator("td.right").inner_text() == "2"
+    expect(answer.locator("strong").first).to_have_text("bold")
+    expect(answer.locator("pre .k").first).to_have_text("def")
+    expect(answer.locator("td.right")).to_have_text("2")
     expect(answer.locator(".figures")).to_contain_text("tokens/s")
     page.reload()
     expect(page.locator(".turn.assistant strong").first).to_have_text("bold")
@@ -234,7 +233,8 @@ def test_thinking_is_folded_and_calls_are_shown_and_answered(page):
     expect(answer.locator(".thought")).to_be_hidden()
     answer.get_by_text("Thought", exact=True).click()
     expect(answer.locator(".thought")).to_have_text("Let me think.")
-    assert "think" not in answer.locator(".text").inner_text()
+    expect(answer.locator(".text")).to_contain_text("It is four.")
+    expect(answer.locator(".text")).not_to_contain_text("think")
     page.get_by_role("button", name="Settings").click()
     page.get_by_text("Tools", exact=True).click()
     parameters = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
@@ -539,6 +539,7 @@ def test_a_refused_request_is_listed_with_what_it_named(page, server):
 
 
 def test_requests_are_polled_by_what_is_new(page, server):
+    assert server.chat("talker", "hello").status == 200
     show(page, "Requests")
     expect(page.locator("tbody tr").first).to_be_visible()
     before = page.locator("tbody tr").count()
@@ -660,8 +661,17 @@ def numbered(turns, text):
 
 
 def test_answers_in_view_are_rendered_first_and_the_others_later(page):
-    asked = []
-    page.on("request", lambda request: request.url.endswith("/v1/render") and asked.append(request.post_data_json))
+    asked, held, holds = [], [], True
+
+    def render(route):
+        """The first one is what is in view; the rest waits until something else is."""
+        asked.append(route.request.post_data_json)
+        if holds and len(asked) > 1:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/v1/render", render)
     import_conversation(page, numbered(30, "A line with `code` and *words*.\n\n" * 100))
     expect(page.locator(".turn.assistant").last.locator("strong").first).to_have_text("59")
     first = asked[0]["texts"]
@@ -669,6 +679,10 @@ def test_answers_in_view_are_rendered_first_and_the_others_later(page):
     assert all(int(re.search(r"\d+", text)[0]) > 50 for text in first)
     page.locator(".scroller").hover()
     page.mouse.wheel(0, -1_000_000)  # what comes into view goes before the rest
+    eventually(lambda: page.evaluate(SETTLED)[0] == 0)
+    holds = False
+    for route in held:
+        route.continue_()
     expect(page.locator(".turn.assistant").first.locator("strong").first).to_have_text("1")
     expect(page.locator(".turn.assistant .plain-text")).to_have_count(0)
     numbers = [int(re.search(r"\d+", text)[0]) for each in asked for text in each["texts"]]
@@ -736,7 +750,7 @@ def test_a_branch_is_chosen_in_its_place_by_the_keyboard(page):
     expect(page.locator(".turn.user").nth(2)).to_contain_text("Message **4**")
     again = page.locator(".turn.user").nth(2).get_by_label("Branch before")
     expect(again).to_be_focused()
-    assert abs(again.bounding_box()["y"] - top) <= 2
+    eventually(lambda: abs(again.bounding_box()["y"] - top) <= 2)
     page.keyboard.press("Enter")
     expect(page.locator(".turn")).to_have_count(6)
     expect(page.locator(".turn.assistant").nth(2)).to_contain_text("Some bold text.")
@@ -770,11 +784,14 @@ def test_a_long_conversation_stays_fluent(page):
     file = {"name": "long.json", "mimeType": "application/json", "buffer": json.dumps({"messages": messages}).encode()}
     page.locator("input[type=file][accept='.json,.md']").set_input_files(file)
     expect(page.locator(".turn.assistant").last.locator("strong").first).to_be_visible()
-    page.evaluate(
-        "window.long = []; new PerformanceObserver((l) => long.push(...l.getEntries().map((e) => e.duration)))"
-        ".observe({ type: 'longtask' })"
-    )
-    started = time.monotonic()
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def computed():
+        """Seconds that the page's thread has computed, however long it had to wait for that on a busy machine."""
+        figures = devtools.send("Performance.getMetrics")["metrics"]
+        return next(each["value"] for each in figures if each["name"] == "TaskDuration")
+
+    before = computed()
     page.locator("#ask").press_sequentially("twenty characters ..")
-    assert time.monotonic() - started < 5
-    assert max(page.evaluate("long"), default=0) < 500
+    assert computed() - before < 1

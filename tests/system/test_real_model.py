@@ -20,7 +20,7 @@ FRANCE = "What is the capital of France?"
 @pytest.fixture(scope="module")
 def server():
     """The server with its default models, as `make serve` starts it, but with more heartbeats."""
-    with clean_server("--heartbeat-interval", "0.1", number=signal.SIGINT) as server:
+    with clean_server("--heartbeat-interval", "0.02", number=signal.SIGINT) as server:
         yield server
 
 

@@ -17,7 +17,7 @@ from mlxserver.engine.sampling.schema_normalizer import Normalizer
 # between two tokens of JSON, so that no model can go on with white space for ever.
 WHITE_SPACE = {"whitespace_pattern": r" |\n[ \t]{0,16}"}
 
-SEARCH_SECONDS = 1.0  # after which the schema found by then is the place
+SEARCH_SECONDS = 1.0  # of computing, after which the schema found by then is the place
 UNSATISFIABLE = "Unsatisfiable"  # the beginning of llguidance's reason where no value fits
 LONGEST_REASON = 200
 
@@ -56,7 +56,7 @@ class _Search:
     def __init__(self, document: SchemaDocument, reason: Reason) -> None:
         self._document = document
         self._compile = reason
-        self._deadline = time.monotonic() + SEARCH_SECONDS
+        self._deadline = time.thread_time() + SEARCH_SECONDS
         self._seen: set[int] = set()
 
     def find(self) -> Unenforceable | None:
@@ -81,7 +81,7 @@ class _Search:
     def _inner(self, at: Subschema, reason: str) -> tuple[Subschema, str] | None:
         """A schema within this one that has the same fault. One that nothing fits is none where it is left out."""
         for child in [*at.children(), *self._targets(at)]:
-            if id(child.value) in self._seen or isinstance(child.value, bool) or time.monotonic() > self._deadline:
+            if id(child.value) in self._seen or isinstance(child.value, bool) or time.thread_time() > self._deadline:
                 continue
             self._seen.add(id(child.value))
             found = self._reason(child)
@@ -96,7 +96,7 @@ class _Search:
         """The keyword that can't be compiled by itself."""
         for keyword, value in at.keywords.items():
             alone = {keyword: value} | {name: at.keywords[name] for name in ("type",) if name in at.keywords}
-            if time.monotonic() < self._deadline and self._reason(Subschema(alone, at.base, at.path)):
+            if time.thread_time() < self._deadline and self._reason(Subschema(alone, at.base, at.path)):
                 return keyword
         return None
 
