@@ -311,11 +311,12 @@ void check_attention(Comparison& comparison, int64_t heads, int64_t length, int6
   const int64_t batch = 2, groups = 2, rows = heads * length, value_dim = dim + 5, all = batch * groups;
   const Values q = random_values(all * rows * dim), keys = random_values(all * tokens * dim);
   const Values values = random_values(all * tokens * value_dim), mask = random_values(batch * length * tokens);
-  Values scores(all * rows * tokens);
-  const Attention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, scores.data(), nullptr,
-                       batch, groups, rows, tokens, dim, value_dim,
-                       {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
-                       length * tokens, length, 0.3f, is_causal};
+  Attention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, nullptr, nullptr,
+                 batch, groups, rows, tokens, dim, value_dim,
+                 {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
+                 length * tokens, length, 0.3f, is_causal};
+  Values partial(all * task.segments() * rows * task.partial_width());
+  if (task.segments() > 1) task.partial = partial.data();
   std::vector<double> exact;
   for (int64_t row = 0; row < all * rows; row++) {
     const int64_t group = row / rows, own = row % length, seen = is_causal ? tokens - length + own + 1 : tokens;
@@ -324,14 +325,21 @@ void check_attention(Comparison& comparison, int64_t heads, int64_t length, int6
                                0.3f, seen, dim, value_dim);
     exact.insert(exact.end(), sums.begin(), sums.end());
   }
-  compare(comparison, task, KERNEL(attention), exact);
+  comparison.add(
+      exact.size(),
+      [&](float* out) {
+        task.out = out;
+        in_two(task, KERNEL(attention));
+        if (task.partial) in_two(SegmentedAttention{task}, KERNEL(combine));
+      },
+      [&](int64_t i) { return exact[i]; });
 }
 
 void check_attention() {
   Comparison comparison("attention");
   for (int64_t heads : {1, 3})
     for (int64_t length : {1, 5, 17})
-      for (int64_t tokens : {17, 100, 257})
+      for (int64_t tokens : {17, 100, 512, 1100})
         for (int64_t dim : {19, 64})
           for (bool is_masked : {false, true})
             for (bool is_causal : {false, true})

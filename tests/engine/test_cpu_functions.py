@@ -85,17 +85,36 @@ def test_rotations(level, batch, offsets):
 
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize(("heads", "groups"), [(9, 3), (4, 4), (8, 1)])
-@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (1, 7), (1, 70), (1, 300), (2, 9), (16, 100), (40, 40)])
+@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (1, 7), (1, 70), (1, 1300), (2, 9), (16, 530), (40, 40)])
 def test_attention_of_few_tokens(level, heads, groups, length, tokens):
     for dim, value_dim in ((64, 64), (20, 36), (5, 3)):
         q = random(2, length, heads, dim).transpose(0, 2, 1, 3)
-        keys, values = random(3, groups, 320, dim)[:2, :, :tokens], random(3, groups, 320, value_dim)[:2, :, :tokens]
+        keys, values = random(3, groups, 1320, dim)[:2, :, :tokens], random(3, groups, 1320, value_dim)[:2, :, :tokens]
         visible = mx.array([tokens, max(length, tokens // 2)])[:, None, None, None] - mx.arange(length)[::-1, None]
         for mask in (None, mx.where(mx.arange(tokens) < visible, 0.0, -1e30), mx.zeros((1, 1, length, tokens))):
             expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask=mask)
             assert_attends(native().attend(q, keys, values, 0.3, mask, False, level), expected)
         expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.3, mask="causal")
         assert_attends(native().attend(q, keys, values, 0.3, None, True, level), expected)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("tokens", [40, 512, 700])
+def test_a_sequence_has_the_same_attention_beside_others_and_with_hidden_tokens_behind_its_own(level, tokens):
+    q, keys, values = random(3, 6, 1, 64), random(3, 2, 1600, 64), random(3, 2, 1600, 64)
+    alone = native().attend(q[:1], keys[:1, :, :tokens], values[:1, :, :tokens], 0.125, None, False, level)
+    mask = mx.where(mx.arange(1600) < mx.array([tokens, 1600, 1])[:, None, None, None], 0.0, -1e30)
+    assert mx.array_equal(native().attend(q, keys, values, 0.125, mask, False, level)[:1], alone)
+
+
+@pytest.mark.parametrize("level", levels())
+def test_segments_with_scores_that_are_far_apart_are_combined(level):
+    q, values = mx.ones((1, 2, 1, 8)), random(1, 1, 1300, 8)
+    for scores in (mx.arange(1300.0), -mx.arange(1300.0), mx.full((1300,), -1e30), mx.full((1300,), 200.0)):
+        mask = scores[None, None, None]
+        keys = mx.zeros((1, 1, 1300, 8))
+        expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=1.0, mask=mask)
+        assert_attends(native().attend(q, keys, values, 1.0, mask, False, level), expected)
 
 
 @pytest.mark.parametrize("level", levels())

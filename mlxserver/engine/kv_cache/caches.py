@@ -21,6 +21,9 @@ from mlx_lm.models.cache import (
 )
 
 from mlxserver.engine.kv_cache.quantized import KVFormat, in_format
+from mlxserver.engine.platform import cpu_attention
+from mlxserver.engine.platform.native.extension import native
+from mlxserver.engine.platform.policy import current
 
 Cache = list[Any]
 
@@ -61,6 +64,24 @@ def keeps_state(model: Any) -> bool:
 def has_attention(model: Any) -> bool:
     """Whether a layer keeps keys and values, not all of them states."""
     return not all(isinstance(layer, ArraysCache) for layer in flat(new_cache(model)))
+
+
+def attends_in_blocks(model: Any) -> bool:
+    """Whether no score of a chunk's attention is ever in memory, in any layer. Nothing is computed.
+
+    That is so where the native kernels have all of it: not with 16 bits, sinks or soft caps, nor where the model adds
+    scores of its own, as a latent attention does.
+    """
+    if not (current().replace_kernels and native()):
+        return False
+    cache, tokens = new_cache(model), mx.zeros((1, cpu_attention.MOST_WITHOUT_BLOCKS + 1), dtype=mx.uint32)
+    with cpu_attention.watching() as calls:
+        try:
+            model(tokens, cache=cache)
+        except Exception:  # of any kind: it is foreign code
+            return False
+    layers = sum(not isinstance(layer, ArraysCache) for layer in flat(cache))
+    return len(calls) >= layers > 0 and all(calls)
 
 
 def length(cache: Cache) -> int:

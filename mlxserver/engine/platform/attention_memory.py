@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _COPIES = 2  # the scores, and their exponentials
-_MASKS = 3  # of a batch: those of windows, and what they are made of
+_MASKS = 3  # of a chunk or a batch: those of windows or of sequences, and what they are made of
+_LONGEST_IN_BLOCKS = 512  # tokens of a chunk without scores: a longer one is hardly faster, and has more activations
 _MAX_TEXT_BYTES = 1 << 30  # that the scores of one text in an encoder would take, which can't be cut into chunks
 _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least SMALLEST_CHUNK tokens even so
 # Tokens in a chunk, on every device: never fewer, so that a slow machine gets on; never more, so that a fast one stays
@@ -32,30 +34,33 @@ _DEQUANTIZED_TOKENS = 4096  # of a layer that are reserved with a model; a longe
 class AttentionMemory:
     """Attention memory of a model with `heads` query heads per layer (0: unknown, and never a limit).
 
-    reach: most tokens that one attends to, 0 for all; STATE_REACH where all layers are state-space models. dequantized:
-    bytes per token of a layer's dequantised keys and values, 0 where they are read as they are.
+    in_blocks: the layers that attend have no scores in memory (kv_cache/caches.py). reach: most tokens that one of the
+    others attends to, 0 for all; STATE_REACH where these are state-space models. dequantized: bytes per token of a
+    layer's dequantised keys and values, 0 where they are read as they are.
     """
 
     heads: int
     policy: ExecutionPolicy = field(default_factory=current)
     reach: int = 0
     dequantized: int = 0
+    in_blocks: bool = False
 
     def chunk_bytes(self, chunk: int, length: int) -> int:
         """Attention memory of a chunk of so many tokens, the last of which attends to `length` tokens."""
         if not self.policy.materialized_attention:
             return 0
-        length = min(length, self.reach) if self.reach else length
-        return self.policy.layers_ahead * _COPIES * 4 * self.heads * chunk * length
+        masks = _MASKS * 4 * chunk * length if self.in_blocks else 0
+        if self.in_blocks and not self.reach:
+            return masks
+        seen = min(length, self.reach) if self.reach else length
+        return masks + self.policy.layers_ahead * _COPIES * 4 * self.heads * chunk * seen
 
     def fit(self, wanted: int, done: int) -> int:
         """Tokens of a chunk behind `done` others: those wanted, or as many as have small enough scores."""
-        if not (one := self.chunk_bytes(1, 1)):
-            return wanted
-        most = _MAX_BYTES // one
-        longest = (math.isqrt(done * done + 4 * most) - done) // 2  # chunk * (done + chunk) scores
-        if self.reach:
-            longest = max(longest, most // self.reach)
+        if self.in_blocks:
+            wanted = min(wanted, _LONGEST_IN_BLOCKS)
+        sizes = range(wanted + 1)
+        longest = bisect_right(sizes, _MAX_BYTES, key=lambda chunk: self.chunk_bytes(chunk, done + chunk)) - 1
         return min(wanted, max(longest, SMALLEST_CHUNK))
 
     def fit_texts(self, length: int) -> int:

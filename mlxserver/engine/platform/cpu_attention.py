@@ -19,12 +19,13 @@ from mlxserver.engine.platform.cpu_kernels import FEW, exp_of_difference, once_p
 from mlxserver.engine.platform.native.extension import native
 
 _FEW = 16  # tokens of a sequence whose attention is faster without blocks of keys
-_MOST = 64  # tokens of a sequence whose attention is faster so if keys are too wide for blocks
+MOST_WITHOUT_BLOCKS = 64  # tokens of a sequence whose attention is faster so if keys are too wide for blocks
 _MASKED = -1e30  # the score of a masked position
 
 
 class _Thread(threading.local):
     is_stepwise = False
+    calls: list[bool] | None = None  # watching()
 
 
 _thread = _Thread()
@@ -46,14 +47,28 @@ def layer_by_layer(is_stepwise: bool) -> Iterator[None]:
         _thread.is_stepwise = False
 
 
+@contextmanager
+def watching() -> Iterator[list[bool]]:
+    """On this thread, record of each call of attention() whether no score of its is ever in memory."""
+    calls = _thread.calls = list[bool]()
+    try:
+        yield calls
+    finally:
+        _thread.calls = None
+
+
 def attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any
 ) -> mx.array:
     """As mx.fast.scaled_dot_product_attention: q [B, heads, L, dim], k and v [B, kv heads, T, dim]."""
     is_stepwise = _thread.is_stepwise and _are_computed(q, k, v)
-    if q.dtype != mx.float32 or sinks is not None or options:
+    is_plain = q.dtype == mx.float32 and sinks is None and not options
+    attended = _by_native_kernel(q, k, v, scale, mask) if is_plain else None
+    if _thread.calls is not None:
+        has_scores = isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1
+        _thread.calls.append(attended is not None and not has_scores)
+    if not is_plain:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-    attended = _by_native_kernel(q, k, v, scale, mask)
     if attended is not None:
         return attended
     batch, heads, length, _ = q.shape
@@ -78,7 +93,7 @@ def _by_native_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, mask:
     if length >= _FEW and max(q.shape[3], v.shape[3]) <= kernels.MOST_DIM:
         attended = kernels.attend_in_blocks(q, k, v, scale, hidden, isinstance(mask, str))
         return attended
-    if length > _MOST or (hidden is not None and hidden.shape[1] > 1):
+    if length > MOST_WITHOUT_BLOCKS or (hidden is not None and hidden.shape[1] > 1):
         return None
     if hidden is not None:
         hidden = mx.broadcast_to(hidden, (hidden.shape[0], 1, length, total))

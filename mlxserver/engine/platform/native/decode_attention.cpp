@@ -20,140 +20,140 @@ inline void fetch(const float* from, int64_t count) {
 }
 
 // Rows of a group, and what they have seen of a segment.
-struct Rows {
+struct Queries {
   const float *q, *mask;  // [count, dim]; the sequence's mask, or null
-  float* totals;          // of the first row, `apart` from the next one's
+  float* totals;          // of the first row; those of the next one lie `apart` from it
   int64_t begin, count, apart, tokens;  // tokens: that their sequence has
   float largest[Attention::ROWS];
   Floats sums[Attention::ROWS];
   alignas(64) float scores[Attention::ROWS * TOKENS];
 };
 
+// Values of a block's tokens, and the next keys, of which some are fetched per token.
+struct Values {
+  const float *values, *ahead;
+  int64_t count, dim, fetched;
+};
+
 // The scores of a block's tokens.
-void score(const Attention& p, const float* keys, const float* values, int64_t count, Rows& rows) {
-  const Product product{rows.q, nullptr, nullptr, rows.scores, rows.count, p.dim, TOKENS};
-  for (int64_t t = 0; t < count; t += PANEL) {
-    const int64_t own = least(PANEL, count - t);
-    const float* weights = keys + t * p.dim;
-    fetch(values + t * p.value_dim, own * p.value_dim);
-    for (int64_t row = 0; row < rows.count; row += MOST)
-      ::rows<float, MOST>(least(MOST, rows.count - row), product, weights, p.dim, row, t, own,
-                          {0, p.dim, reinterpret_cast<const char*>(weights), 0});
+void score(const Attention& p, const float* keys, const Values& block, Queries& queries) {
+  const Product product{queries.q, nullptr, nullptr, queries.scores, queries.count, p.dim, TOKENS};
+  for (int64_t t = 0; t < block.count; t += PANEL) {
+    const int64_t count = least(PANEL, block.count - t);
+    const float* own = keys + t * p.dim;
+    fetch(block.values + t * p.value_dim, count * p.value_dim);
+    for (int64_t row = 0; row < queries.count; row += MOST)
+      rows<float, MOST>(least(MOST, queries.count - row), product, own, p.dim, row, t, count,
+                        {0, p.dim, reinterpret_cast<const char*>(own)});
   }
 }
 
-// A row's weights of tokens in place of their scores, of which it sees the first ones. Returns what its totals are
-// multiplied by.
-float soften(const Attention& p, int64_t token, int64_t count, int64_t row, Rows& rows) {
-  float* scores = rows.scores + row * TOKENS;
-  const int64_t own = (rows.begin + row) % p.length, last = p.is_causal ? rows.tokens - p.length + own + 1 : rows.tokens;
-  const int64_t seen = last > token ? least(count, last - token) : 0, end = (count + LANES - 1) / LANES * LANES;
-  const float* mask = rows.mask ? rows.mask + own * p.tokens + token : nullptr;
-  for (int64_t t = seen; t < end; t++) scores[t] = HIDDEN;
-  Floats top = splat(rows.largest[row]);
-  for (int64_t t = 0; t < end; t += LANES) {
+// A row's weights of some tokens, of which it sees the first ones, in place of their scores. Returns what the totals of
+// earlier ones are to be multiplied by.
+float soften(const Attention& p, int64_t token, int64_t count, int64_t row, Queries& queries) {
+  float* scores = queries.scores + row * TOKENS;
+  const int64_t own = (queries.begin + row) % p.length;
+  const int64_t last = p.is_causal ? queries.tokens - p.length + own + 1 : queries.tokens;
+  const int64_t seen = last > token ? least(count, last - token) : 0;
+  const float* mask = queries.mask ? queries.mask + own * p.tokens + token : nullptr;
+  for (int64_t t = seen; t < TOKENS; t++) scores[t] = HIDDEN;
+  Floats top = splat(queries.largest[row]);
+  for (int64_t t = 0; t < count; t += LANES) {
     Floats score = load<Floats>(scores + t) * p.scale;
     if (mask) score += load_some(mask + t, count - t, 0.0f);
     __builtin_memcpy(scores + t, &score, sizeof score);
     top = score > top ? score : top;
   }
-  const float largest = most(top), share = exponential(splat(rows.largest[row] - largest))[0];
-  Floats sum = rows.sums[row] * share;
-  for (int64_t t = 0; t < end; t += LANES) {
+  const float largest = most(top), share = exponential(splat(queries.largest[row] - largest))[0];
+  Floats sum = queries.sums[row] * share;
+  for (int64_t t = 0; t < count; t += LANES) {
     const Floats weight = exponential(load<Floats>(scores + t) - largest);
     __builtin_memcpy(scores + t, &weight, sizeof weight);
     sum += weight;
   }
-  rows.largest[row] = largest, rows.sums[row] = sum;
+  queries.largest[row] = largest, queries.sums[row] = sum;
   return share;
 }
 
-// Weighted sums of VECTORS vectors of a block's values, for ROWS rows; `ahead` are keys that are fetched meanwhile.
+// Some totals of ROWS rows, with the weighted values of a block: VECTORS vectors of each row from `d` on.
 template <int ROWS, int VECTORS>
-void weigh(const float* weights, int64_t count, const float* values, int64_t dim, const float* shares, float* out,
-           int64_t apart, const float* ahead, int64_t fetched) {
+void weigh(const Values& block, const float* weights, const float* shares, int64_t d, float* out, int64_t apart) {
   Floats totals[ROWS][VECTORS];
   for (int r = 0; r < ROWS; r++)
-    for (int n = 0; n < VECTORS; n++) totals[r][n] = load<Floats>(out + r * apart + n * LANES) * shares[r];
-  for (int64_t t = 0; t < count; t++, ahead += fetched) {
+    for (int n = 0; n < VECTORS; n++) totals[r][n] = load<Floats>(out + r * apart + d + n * LANES) * shares[r];
+  const float *values = block.values + d, *ahead = block.ahead;
+  const int64_t fetched = d ? 0 : block.fetched;
+  for (int64_t t = 0; t < block.count; t++, values += block.dim, ahead += fetched) {
     fetch(ahead, fetched);
     Floats own[VECTORS];
-    for (int n = 0; n < VECTORS; n++) own[n] = load<Floats>(values + t * dim + n * LANES);
+    for (int n = 0; n < VECTORS; n++) own[n] = load<Floats>(values + n * LANES);
     for (int r = 0; r < ROWS; r++) {
       const Floats weight = splat(weights[r * TOKENS + t]);
       for (int n = 0; n < VECTORS; n++) totals[r][n] += weight * own[n];
     }
   }
-  for (int r = 0; r < ROWS; r++) __builtin_memcpy(out + r * apart, totals[r], sizeof totals[r]);
+  for (int r = 0; r < ROWS; r++) __builtin_memcpy(out + r * apart + d, totals[r], sizeof totals[r]);
 }
 
 template <int ROWS>
-void weigh(const float* weights, int64_t count, const float* values, int64_t dim, const float* shares, float* out,
-           int64_t apart, const float* ahead, int64_t fetched) {
+void weigh(int64_t count, const Values& block, const float* weights, const float* shares, float* out, int64_t apart) {
+  if constexpr (ROWS > 1)
+    if (count < ROWS) return weigh<ROWS - 1>(count, block, weights, shares, out, apart);
   int64_t d = 0;
-  for (; d + 4 * LANES <= dim; d += 4 * LANES, fetched = 0)
-    weigh<ROWS, 4>(weights, count, values + d, dim, shares, out + d, apart, ahead, fetched);
-  for (; d + LANES <= dim; d += LANES, fetched = 0)
-    weigh<ROWS, 1>(weights, count, values + d, dim, shares, out + d, apart, ahead, fetched);
-  for (; d < dim; d++)
+  for (; d + 4 * LANES <= block.dim; d += 4 * LANES) weigh<ROWS, 4>(block, weights, shares, d, out, apart);
+  for (; d + LANES <= block.dim; d += LANES) weigh<ROWS, 1>(block, weights, shares, d, out, apart);
+  for (; d < block.dim; d++)
     for (int r = 0; r < ROWS; r++) {
       float sum = out[r * apart + d] * shares[r];
-      for (int64_t t = 0; t < count; t++) sum += weights[r * TOKENS + t] * values[t * dim + d];
+      for (int64_t t = 0; t < block.count; t++) sum += weights[r * TOKENS + t] * block.values[t * block.dim + d];
       out[r * apart + d] = sum;
     }
 }
 
-template <int ROWS>
-void weigh_rows(int64_t count, const float* weights, int64_t tokens, const float* values, int64_t dim,
-                const float* shares, float* out, int64_t apart, const float* ahead, int64_t fetched) {
-  if (count == ROWS) return weigh<ROWS>(weights, tokens, values, dim, shares, out, apart, ahead, fetched);
-  if constexpr (ROWS > 1)
-    weigh_rows<ROWS - 1>(count, weights, tokens, values, dim, shares, out, apart, ahead, fetched);
-}
-
 // Attention to the tokens from `begin` to before `end`.
-void attend(const Attention& p, const float* keys, const float* values, int64_t begin, int64_t end, Rows& rows) {
-  for (int64_t row = 0; row < rows.count; row++) {
-    rows.largest[row] = LOWEST, rows.sums[row] = Floats{};
-    for (int64_t d = 0; d < p.value_dim; d++) rows.totals[row * rows.apart + d] = 0.0f;
+void attend(const Attention& p, const float* keys, const float* values, int64_t begin, int64_t end, Queries& queries) {
+  for (int64_t row = 0; row < queries.count; row++) {
+    queries.largest[row] = LOWEST, queries.sums[row] = Floats{};
+    for (int64_t d = 0; d < p.value_dim; d++) queries.totals[row * queries.apart + d] = 0.0f;
   }
   for (int64_t token = begin; token < end; token += TOKENS) {
     const int64_t count = least(TOKENS, end - token);
-    const float *own = values + token * p.value_dim, *ahead = keys + (token + count) * p.dim;
-    score(p, keys + token * p.dim, own, count, rows);
-    for (int64_t row = 0; row < rows.count; row += MOST) {
-      const int64_t taken = least(MOST, rows.count - row);
+    Values block{values + token * p.value_dim, keys + (token + count) * p.dim, count, p.value_dim,
+                 token + count < end ? p.dim : 0};
+    score(p, keys + token * p.dim, block, queries);
+    for (int64_t row = 0; row < queries.count; row += MOST, block.fetched = 0) {
+      const int64_t taken = least(MOST, queries.count - row);
       float shares[MOST];
-      for (int64_t r = 0; r < taken; r++) shares[r] = soften(p, token, count, row + r, rows);
-      weigh_rows<MOST>(taken, rows.scores + row * TOKENS, count, own, p.value_dim, shares,
-                       rows.totals + row * rows.apart, rows.apart, ahead, row || token + count == end ? 0 : p.dim);
+      for (int64_t r = 0; r < taken; r++) shares[r] = soften(p, token, count, row + r, queries);
+      weigh<MOST>(taken, block, queries.scores + row * TOKENS, shares, queries.totals + row * queries.apart,
+                  queries.apart);
     }
   }
 }
 
 void attention(const Attention& p, int64_t first, int64_t last) {
-  Rows rows;
+  Queries queries;
   for (int64_t item = first; item < last; item++) {
     const int64_t part = item % p.parts(), segment = item / p.parts() % p.segments();
     const int64_t all = item / p.parts() / p.segments(), batch = all / p.groups, group = all % p.groups;
     const bool is_whole = p.segments() == 1;
-    rows.tokens = p.seen(batch);
-    if (segment * p.SEGMENT >= rows.tokens) continue;
-    rows.begin = part * p.ROWS, rows.count = least(p.ROWS, p.rows - rows.begin);
-    rows.q = p.q + (all * p.rows + rows.begin) * p.dim;
-    rows.mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
-    rows.apart = is_whole ? p.value_dim : p.partial_width();
-    rows.totals = is_whole ? p.out + (all * p.rows + rows.begin) * p.value_dim
-                           : p.partial + ((all * p.segments() + segment) * p.rows + rows.begin) * p.partial_width();
+    queries.tokens = p.seen(batch);
+    if (segment * p.SEGMENT >= queries.tokens) continue;
+    queries.begin = part * p.ROWS, queries.count = least(p.ROWS, p.rows - queries.begin);
+    queries.q = p.q + (all * p.rows + queries.begin) * p.dim;
+    queries.mask = p.mask ? p.mask + batch * p.mask_stride : nullptr;
+    queries.apart = is_whole ? p.value_dim : p.partial_width();
+    queries.totals = is_whole ? p.out + (all * p.rows + queries.begin) * p.value_dim
+                           : p.partial + ((all * p.segments() + segment) * p.rows + queries.begin) * p.partial_width();
     attend(p, p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
            p.values + batch * p.value_strides[0] + group * p.value_strides[1], segment * p.SEGMENT,
-           least(rows.tokens, (segment + 1) * p.SEGMENT), rows);
-    for (int64_t row = 0; row < rows.count; row++) {
-      float* own = rows.totals + row * rows.apart;
-      const float sum = total(rows.sums[row]);
+           least(queries.tokens, (segment + 1) * p.SEGMENT), queries);
+    for (int64_t row = 0; row < queries.count; row++) {
+      float* own = queries.totals + row * queries.apart;
+      const float sum = total(queries.sums[row]);
       if (is_whole)
         for (int64_t d = 0; d < p.value_dim; d++) own[d] /= sum;
-      else own[p.value_dim] = rows.largest[row], own[p.value_dim + 1] = sum;
+      else own[p.value_dim] = queries.largest[row], own[p.value_dim + 1] = sum;
     }
   }
 }
@@ -163,8 +163,8 @@ void combine(const SegmentedAttention& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row++) {
     const int64_t apart = p.rows * p.partial_width(), dim = p.value_dim;
     const float* parts = p.partial + (row / p.rows * p.segments() * p.rows + row % p.rows) * p.partial_width();
-    float *out = p.out + row * dim, largest = parts[dim], sum = 0.0f;
     const int64_t segments = (p.seen(row / p.rows / p.groups) + p.SEGMENT - 1) / p.SEGMENT;
+    float *out = p.out + row * dim, largest = parts[dim], sum = 0.0f;
     for (int64_t s = 1; s < segments; s++)
       if (parts[s * apart + dim] > largest) largest = parts[s * apart + dim];
     for (int64_t d = 0; d < dim; d++) out[d] = 0.0f;
