@@ -14,7 +14,8 @@ namespace {
 #define LEVEL(TITLE, LANES, NAME)                                                                          \
   {                                                                                                        \
     TITLE, LANES, quantized_##NAME, dense_##NAME, columns_##NAME, spread_##NAME, norm_##NAME, gate_##NAME,   \
-        rotation_##NAME, attention_##NAME, combine_##NAME, layer_norm_##NAME, gelu_##NAME, block_attention_##NAME \
+        rotation_##NAME, attention_##NAME, combine_##NAME, layer_norm_##NAME, gelu_##NAME, block_attention_##NAME, \
+        draw_##NAME, penalty_##NAME, mask_##NAME, top_##NAME, log_sum_##NAME                                 \
   }
 
 // An array's elements in the order of its rows, whatever its strides are.
@@ -79,6 +80,7 @@ NB_MODULE(MODULE, m) {
   nb::module_::import_("mlx.core");
   add_products(m);
   add_functions(m);
+  add_sampling(m);
   m.def("is_computed", [](const mx::array& array) { return array.status() != mx::array::Status::unscheduled; });
   m.def("levels", [] {
     std::vector<std::string> names;

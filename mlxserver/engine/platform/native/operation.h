@@ -36,6 +36,11 @@ struct Level {
   Kernel<LayerNorm> layer_norm;
   Kernel<Gelu> gelu;
   Kernel<BlockAttention> block_attention;
+  Kernel<Draw> draw;
+  Kernel<Penalty> penalty;
+  Kernel<Mask> mask;
+  Kernel<Top> top;
+  Kernel<LogSum> log_sum;
 };
 
 // Instruction sets that this CPU has, the best one first.
@@ -46,6 +51,12 @@ Level level(const std::string& name);
 
 void add_products(nb::module_& m);
 void add_functions(nb::module_& m);
+void add_sampling(nb::module_& m);
+
+// Raise invalid_argument unless shapes and types fit.
+inline void check(bool fits) {
+  if (!fits) throw std::invalid_argument("the shapes or types do not fit");
+}
 
 // An array's elements in the order of its rows; a copy of them, if they lie otherwise.
 mx::array in_rows(const mx::array& x, mx::cpu::CommandEncoder& encoder);
