@@ -397,8 +397,10 @@ int64_t drawn(const float* logits, int64_t vocab, const Filter& filter, double u
     weights.push_back(std::exp((logits[i] - logits[best]) * double(filter.inverse_temperature)));
   std::vector<double> descending = weights;
   std::sort(descending.begin(), descending.end(), std::greater<>());
-  const double least = filter.least(descending) * (1.0 - 1e-6);
+  const double least = filter.least(descending);
   double all = 0.0, before = 0.0;
+  for (double weight : weights)
+    if (weight != least && std::fabs(weight - least) < 1e-6 * least) return -1;
   for (double& weight : weights) all += weight *= weight >= least;
   int64_t token = -1;
   for (int64_t i = 0; i < vocab; i++) {
