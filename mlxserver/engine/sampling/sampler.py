@@ -75,8 +75,8 @@ class BatchSampler:
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """Sample: logits [batch, vocab] of any float type -> token ids [batch], uint32. Nothing is evaluated.
 
-        allowed: [batch, bytes] of uint8, a bit per token, the first one in the lowest: whether its constraint allows it.
-        None allows every token.
+        allowed: [batch, bytes] of uint8, a bit per token that the sequence's constraint allows, the first one in the
+        lowest; None allows every token.
         """
         logits = self._draw.cast(logits)
         if self._bias is not None:
