@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -380,6 +381,154 @@ void check_block_attention() {
             check_block_attention(comparison, length, tokens, dim, dim + 8, is_masked, is_causal);
 }
 
+// Settings of a row of a draw, and the least weight that they keep of weights in descending order.
+struct Filter {
+  float inverse_temperature, top_p, min_p, top_k;
+
+  double least(const std::vector<double>& descending) const {
+    const double all = std::accumulate(descending.begin(), descending.end(), 0.0);
+    double before = 0.0, kept = descending[0];
+    for (size_t n = 0; n < descending.size() && (top_p >= 1 || before < top_p * all) && n < top_k; n++) {
+      kept = descending[n];
+      before += descending[n];
+    }
+    return std::max(kept, double(min_p));
+  }
+};
+
+// The token that a row draws; -1 where rounding decides.
+int64_t drawn(const float* logits, int64_t vocab, const Filter& filter, double uniform) {
+  const int64_t best = std::max_element(logits, logits + vocab) - logits;
+  if (filter.inverse_temperature == 0) return best;
+  std::vector<double> weights;
+  for (int64_t i = 0; i < vocab; i++)
+    weights.push_back(std::exp((logits[i] - logits[best]) * double(filter.inverse_temperature)));
+  std::vector<double> descending = weights;
+  std::sort(descending.begin(), descending.end(), std::greater<>());
+  const double least = filter.least(descending);
+  double all = 0.0, before = 0.0;
+  for (double weight : weights)
+    if (weight != least && std::fabs(weight - least) < 1e-6 * least) return -1;
+  for (double& weight : weights) all += weight *= weight >= least;
+  int64_t token = -1;
+  for (int64_t i = 0; i < vocab; i++) {
+    if (weights[i] > 0.0 && std::fabs(before / all - uniform) < 1e-6) return -1;
+    before += weights[i];
+    if (token < 0 && before > uniform * all) token = i;
+  }
+  return token;
+}
+
+void check_draw(Comparison& comparison, const Values& logits, const Filter& filter) {
+  std::uniform_real_distribution<float> uniform(0.001f, 0.999f);
+  const int64_t vocab = logits.size() / 2;
+  const float top_k = std::min(filter.top_k, float(vocab));
+  Values uniforms{uniform(generator), uniform(generator)}, settings;
+  for (int row : {0, 1})
+    settings.insert(settings.end(), {filter.inverse_temperature, filter.top_p, filter.min_p, top_k});
+  std::vector<uint32_t> tokens(2);
+  Draw task{logits.data(), settings.data(), uniforms.data(), nullptr, tokens.data(), 2, vocab};
+  Values weights(2 * task.space());
+  task.weights = weights.data();
+  in_two(task, KERNEL(draw));
+  comparison.add(2, [&](float* out) { std::copy(tokens.begin(), tokens.end(), out); },
+                 [&](int64_t i) {
+                   const int64_t token = drawn(&logits[i * vocab], vocab, filter, uniforms[i]);
+                   return token < 0 ? tokens[i] : token;
+                 });
+}
+
+void check_draw() {
+  Comparison comparison("draw");
+  const float all = 1e6f;
+  for (int64_t vocab : {1, 3, 64, 1000, 40001})
+    for (float scale : {0.0f, 0.01f, 2.0f, 20.0f}) {
+      Values logits = random_values(2 * vocab);
+      for (float& value : logits) value *= scale;
+      for (const Filter& filter : {Filter{0, 1, 0, all}, Filter{1, 1, 0, all}, Filter{0.7f, 0.9f, 0, all},
+                                   Filter{1, 0.999f, 0, all}, Filter{1.3f, 1, 0, 20}, Filter{1, 1, 0.1f, all},
+                                   Filter{1, 0.8f, 0.01f, 300}})
+        check_draw(comparison, logits, filter);
+    }
+}
+
+void check_penalty() {
+  Comparison comparison("penalty");
+  for (int64_t vocab : {1, 7, 17, 300, 1001}) {
+    const Values x = random_values(2 * vocab), penalties = random_values(6);
+    Values generated;
+    std::vector<uint8_t> prompted;
+    for (int64_t i = 0; i < 2 * vocab; i++) {
+      generated.push_back(generator() % 3);
+      prompted.push_back(generator() % 2);
+    }
+    comparison.add(
+        2 * vocab,
+        [&](float* out) {
+          const Penalty task{x.data(), generated.data(), prompted.data(), penalties.data(), out, 2, vocab};
+          in_two(task, KERNEL(penalty));
+        },
+        [&](int64_t i) {
+          const float* own = &penalties[i / vocab * 3];
+          const double repeated = x[i] > 0 ? double(x[i]) / own[2] : double(x[i]) * own[2];
+          const double kept = generated[i] || prompted[i] ? repeated : x[i];
+          return kept - generated[i] * own[0] - (generated[i] > 0) * own[1];
+        });
+  }
+}
+
+void check_mask() {
+  Comparison comparison("mask");
+  for (int64_t vocab : {1, 7, 17, 300, 1001}) {
+    const int64_t bytes = (vocab + 7) / 8;
+    const Values x = random_values(2 * vocab);
+    std::vector<uint8_t> allowed;
+    for (int64_t i = 0; i < 2 * bytes; i++) allowed.push_back(generator());
+    comparison.add(
+        2 * vocab,
+        [&](float* out) {
+          in_two(Mask{x.data(), allowed.data(), out, 2, vocab, bytes}, KERNEL(mask));
+          for (int64_t i = 0; i < 2 * vocab; i++) out[i] = std::max(out[i], -1000.0f);
+        },
+        [&](int64_t i) {
+          return allowed[i / vocab * bytes + i % vocab / 8] >> i % vocab % 8 & 1 ? x[i] : -1000.0;
+        });
+  }
+}
+
+void check_top() {
+  Comparison comparison("top");
+  for (int64_t width : {1, 7, 300, 1001})
+    for (int64_t count : {1, 5, 64}) {
+      if (count > width) continue;
+      Values x = random_values(2 * width);
+      for (float& value : x) value = std::round(4.0f * value);  // so that some are equal
+      std::vector<uint32_t> found(2 * count), exact;
+      in_two(Top{x.data(), found.data(), 2, width, count}, KERNEL(top));
+      for (const float* row : {&x[0], &x[width]}) {
+        std::vector<uint32_t> order(width);
+        std::iota(order.begin(), order.end(), 0u);
+        std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return row[a] > row[b]; });
+        exact.insert(exact.end(), order.begin(), order.begin() + count);
+      }
+      comparison.add(2 * count, [&](float* out) { std::copy(found.begin(), found.end(), out); },
+                     [&](int64_t i) { return exact[i]; });
+    }
+}
+
+void check_log_sum() {
+  Comparison comparison("log sum");
+  for (int64_t width : {1, 7, 300, 10001}) {
+    const Values x = random_values(2 * width);
+    comparison.add(2, [&](float* out) { in_two(LogSum{x.data(), out, 2, width}, KERNEL(log_sum)); },
+                   [&](int64_t i) {
+                     double sum = 0.0;
+                     for (int64_t n = 0; n < width; n++) sum += std::exp(double(x[i * width + n]));
+                     return std::log(sum);
+                   });
+  }
+}
+
 int main() {
   check_dense();
   check_quantized();
@@ -390,5 +539,10 @@ int main() {
   check_rotation();
   check_attention();
   check_block_attention();
+  check_draw();
+  check_penalty();
+  check_mask();
+  check_top();
+  check_log_sum();
   return failures > 0;
 }

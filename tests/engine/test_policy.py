@@ -54,7 +54,8 @@ def conversation(model, policy):
 def test_every_kind_of_device_has_a_policy():
     assert {kind: policy_for(kind) for kind in get_args(DeviceKind)} == {"cpu": CPU, "metal": METAL, "cuda": CUDA}
     own = policy_for(device.describe().kind)
-    assert current() == (replace(own, weights=WeightPolicy.QUANTIZED) if native() else own)
+    changed = {"weights": WeightPolicy.QUANTIZED, "sampling_kernel": True} if native() else {}
+    assert current() == replace(own, **changed)
 
 
 def test_compiled_steps_need_padded_slots():

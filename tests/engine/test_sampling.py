@@ -1,4 +1,7 @@
-"""The batched sampler against a plain reference; a sequence's draw does not depend on the rest of the batch."""
+"""The batched sampler against a plain reference; a sequence's draw does not depend on the rest of the batch.
+
+Where a kernel draws, MLX's functions do so in further runs of the tests that concern draws.
+"""
 
 from dataclasses import replace
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlxserver.config.sampling_params import SamplingParams
+from mlxserver.engine.platform.policy import current
 from mlxserver.engine.sampling.draw import CANDIDATES
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.sequence import Sequence
@@ -30,6 +34,11 @@ SETTINGS = [
     SamplingParams(logit_bias={3: 5.0, 0: -100.0}),
     SamplingParams(top_p=0.6, logit_bias={4: 3.0}),
 ]
+POLICIES = pytest.mark.parametrize(
+    "policy",
+    [replace(current(), sampling_kernel=is_kernel) for is_kernel in sorted({False, current().sampling_kernel})],
+    ids=lambda policy: "kernel" if policy.sampling_kernel else "arrays",
+)
 
 
 def distribution(logits, sampling):
@@ -52,8 +61,8 @@ def seeded(sampling, seed):
     return replace(sampling, seed=seed)
 
 
-def make(*samplings, vocab=VOCAB, tokens=(0,)):
-    sampler = BatchSampler(vocab)
+def make(*samplings, vocab=VOCAB, tokens=(0,), policy=None):
+    sampler = BatchSampler(vocab, policy)
     sampler.extend(sequences(*samplings, tokens=tokens))
     return sampler
 
@@ -83,11 +92,12 @@ def test_logits_may_be_of_any_float_type(dtype):
     assert sampler(mx.array([LOGITS, LOGITS], dtype=dtype)).tolist() == [0, 0]
 
 
+@POLICIES
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-def test_draws_follow_the_filtered_distribution(sampling):
+def test_draws_follow_the_filtered_distribution(sampling, policy):
     """Over 4,000 seeds: no token that is filtered out, and each other's frequency within five standard errors."""
     count = 4000
-    drawn = sample(make(*[seeded(sampling, seed) for seed in range(count)]))
+    drawn = sample(make(*[seeded(sampling, seed) for seed in range(count)], policy=policy))
     expected = distribution(LOGITS, sampling)
     frequency = np.bincount(drawn, minlength=len(LOGITS)) / count
     assert not frequency[expected == 0].any()
@@ -101,27 +111,36 @@ def test_draws_of_one_sequence_follow_the_distribution_over_its_steps():
     assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / 2000)).all()
 
 
+@POLICIES
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(top_k=40), SamplingParams(top_p=0.2), SamplingParams(min_p=0.4)], ids=str
 )
-def test_filters_are_exact_in_a_large_vocabulary(sampling):
+def test_filters_are_exact_in_a_large_vocabulary(sampling, policy):
     logits = np.random.default_rng(1).normal(size=3000).astype(np.float32).tolist()
     expected = distribution(logits, sampling)
-    drawn = sample(make(*[seeded(sampling, seed) for seed in range(200)], vocab=3000), logits)
+    drawn = sample(make(*[seeded(sampling, seed) for seed in range(200)], vocab=3000, policy=policy), logits)
     assert expected[drawn].min() > 0
 
 
-def test_a_top_k_beyond_the_candidates_is_honoured():
-    drawn = sample(make(*[SamplingParams(top_k=300, seed=n) for n in range(500)], vocab=2000), list(range(2000, 0, -1)))
+@POLICIES
+def test_a_top_k_beyond_the_candidates_is_honoured(policy):
+    drawn = sample(
+        make(*[SamplingParams(top_k=300, seed=n) for n in range(500)], vocab=2000, policy=policy),
+        list(range(2000, 0, -1)),
+    )
     assert max(drawn) < 300
     flat = [1.0 - 1e-4 * n for n in range(2000)]
-    assert max(sample(make(*[SamplingParams(top_k=300, seed=n) for n in range(500)], vocab=2000), flat)) < 300
+    assert (
+        max(sample(make(*[SamplingParams(top_k=300, seed=n) for n in range(500)], vocab=2000, policy=policy), flat))
+        < 300
+    )
 
 
+@POLICIES
 @pytest.mark.parametrize("top_k", [len(LOGITS), 10**12])
-def test_a_top_k_as_large_as_the_vocabulary_keeps_all(top_k):
-    alone = draws(make(SamplingParams(seed=3)), 0)
-    assert draws(make(SamplingParams(seed=3, top_k=top_k)), 0) == alone
+def test_a_top_k_as_large_as_the_vocabulary_keeps_all(top_k, policy):
+    alone = draws(make(SamplingParams(seed=3), policy=policy), 0)
+    assert draws(make(SamplingParams(seed=3, top_k=top_k), policy=policy), 0) == alone
 
 
 def test_the_same_seed_draws_the_same_and_another_draws_otherwise():
@@ -136,6 +155,7 @@ def test_any_64_bit_seed_is_its_own(seed):
     assert tuple(draws(make(SamplingParams(seed=seed)), 0)) not in others
 
 
+@POLICIES
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -146,20 +166,22 @@ def test_any_64_bit_seed_is_its_own(seed):
     ],
     ids=str,
 )
-def test_a_sequence_draws_the_same_alone_and_in_any_company_and_position(sampling):
-    alone = draws(make(sampling), 0)
+def test_a_sequence_draws_the_same_alone_and_in_any_company_and_position(sampling, policy):
+    alone = draws(make(sampling, policy=policy), 0)
     for neighbours in SETTINGS, [GREEDY], [SamplingParams(presence_penalty=1.0, seed=1), SamplingParams(top_k=4)]:
         for position in (0, len(neighbours)):
             company = [*neighbours[:position], sampling, *neighbours[position:]]
-            assert draws(make(*company), position) == alone
+            assert draws(make(*company, policy=policy), position) == alone
 
 
-def test_a_wide_nucleus_does_not_depend_on_the_top_k_of_a_neighbour():
+@POLICIES
+def test_a_wide_nucleus_does_not_depend_on_the_top_k_of_a_neighbour(policy):
     """A nucleus of more than CANDIDATES tokens keeps the whole tail, whatever the neighbours ask for."""
     flat = [1.0 - 1e-5 * n for n in range(8 * CANDIDATES)]
     wide = SamplingParams(top_p=0.5, seed=3)
-    alone = draws(make(wide, vocab=len(flat)), 0, logits=flat)
-    assert draws(make(wide, SamplingParams(top_k=5 * CANDIDATES), vocab=len(flat)), 0, logits=flat) == alone
+    alone = draws(make(wide, vocab=len(flat), policy=policy), 0, logits=flat)
+    both = make(wide, SamplingParams(top_k=5 * CANDIDATES), vocab=len(flat), policy=policy)
+    assert draws(both, 0, logits=flat) == alone
 
 
 def test_joining_and_leaving_sequences_do_not_disturb_a_draw():
@@ -274,37 +296,41 @@ def test_bias_follows_its_sequence_through_joins_and_leaves():
     assert sample(sampler) == [0]
 
 
+@POLICIES
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-30, 1e-6])
-def test_a_temperature_next_to_nothing_is_greedy(temperature):
+def test_a_temperature_next_to_nothing_is_greedy(temperature, policy):
     logits = [-1.0, 0.0, 2.0, 1.0]
-    assert sample(make(SamplingParams(temperature=temperature, seed=1), vocab=4), logits) == [2]
+    assert sample(make(SamplingParams(temperature=temperature, seed=1), vocab=4, policy=policy), logits) == [2]
 
 
-def test_tokens_that_are_impossible_are_never_drawn():
+@POLICIES
+def test_tokens_that_are_impossible_are_never_drawn(policy):
     masked = [-float("inf"), 0.0, -float("inf"), 0.0]
     settings = [SamplingParams(seed=n, top_p=0.99 if n % 2 else 1.0) for n in range(300)]
-    assert set(sample(make(*settings, vocab=4), masked)) == {1, 3}
+    assert set(sample(make(*settings, vocab=4, policy=policy), masked)) == {1, 3}
 
 
-def test_tokens_that_are_impossible_are_never_drawn_from_a_large_vocabulary():
+@POLICIES
+def test_tokens_that_are_impossible_are_never_drawn_from_a_large_vocabulary(policy):
     """A GPU adds up in parallel there, so that its sums may rise by a rounding error where they should not."""
     chance = np.random.default_rng(0)
     logits = np.where(chance.random((64, 50_000)) < 0.01, chance.normal(size=(64, 50_000)), -np.inf)
-    sampler = make(*[SamplingParams(seed=n) for n in range(64)], vocab=50_000)
+    sampler = make(*[SamplingParams(seed=n) for n in range(64)], vocab=50_000, policy=policy)
     for _ in range(5):
         drawn = sampler(mx.array(logits, dtype=mx.float32)).tolist()
         assert np.isfinite(logits[np.arange(64), drawn]).all()
 
 
+@POLICIES
 @pytest.mark.parametrize("logit", [float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 0.0])
 @pytest.mark.parametrize("penalty", [1.0, 1e-300, 1e300])
-def test_whatever_the_logits_are_the_token_exists_and_the_neighbours_are_spared(logit, penalty):
+def test_whatever_the_logits_are_the_token_exists_and_the_neighbours_are_spared(logit, penalty, policy):
     """A token that does not exist would be written beyond the end of the counts, and read beyond the embeddings."""
     settings = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=3, min_p=0.1), GREEDY]
     wild = [replace(s, repetition_penalty=penalty) for s in settings]
     tame = SamplingParams(seed=7, top_p=0.9)
-    alone = draws(make(tame), 0, steps=4)
-    sampler = make(*wild, tame, tokens=(0, 1))
+    alone = draws(make(tame, policy=policy), 0, steps=4)
+    sampler = make(*wild, tame, tokens=(0, 1), policy=policy)
     logits = [*([[logit] * (VOCAB - 1) + [1.0]] * len(wild)), LOGITS]
     drawn = [sample(sampler, logits) for _ in range(4)]
     assert all(0 <= token < VOCAB for step in drawn for token in step)

@@ -59,7 +59,7 @@ class ExecutionPolicy:
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
         model and its types allow it.
-    sampling_kernel: tokens are drawn by one kernel (cuda_sampling.py).
+    sampling_kernel: tokens are drawn by one kernel (sampling_kernels.py).
     layers_ahead: layers whose intermediate values exist at the same time.
     parallel_models: decode steps of other models go on during a prefill chunk.
     replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py, cpu_attention.py and
@@ -223,4 +223,5 @@ def current() -> ExecutionPolicy:
     from mlxserver.engine.platform.native.extension import native
 
     policy = policy_for(device.describe().kind)
-    return replace(policy, weights=WeightPolicy.QUANTIZED) if policy is CPU and native() else policy
+    is_native = policy is CPU and native() is not None
+    return replace(policy, weights=WeightPolicy.QUANTIZED, sampling_kernel=True) if is_native else policy

@@ -1,4 +1,4 @@
-"""Draws of tokens from the logits of a batch: by MLX's functions, or by one CUDA kernel.
+"""Draws of tokens from the logits of a batch: by MLX's functions, or by one kernel.
 
 A draw is by inverse transform: one uniform number per sequence against the cumulative distribution, in the order of
 the vocabulary. top_k, top_p (Holtzman et al. 2020, "nucleus") and min_p (Nguyen et al. 2024) become one threshold on
@@ -15,8 +15,8 @@ from typing import Protocol
 from mlxserver.engine.mlx import mx
 
 from mlxserver.config.sampling_params import SamplingParams
-from mlxserver.engine.platform import cpu_kernels, cuda_sampling
-from mlxserver.engine.platform.policy import current
+from mlxserver.engine.platform import cpu_kernels, sampling_kernels
+from mlxserver.engine.platform.policy import ExecutionPolicy
 
 # Most likely tokens among which the threshold is found. A nucleus that is larger keeps the whole tail.
 CANDIDATES = 256
@@ -41,9 +41,8 @@ class Draw(Protocol):
         """
 
 
-def new_draw(vocab_size: int) -> Draw:
-    """The way to draw that the execution policy states."""
-    policy = current()
+def new_draw(vocab_size: int, policy: ExecutionPolicy) -> Draw:
+    """The way to draw that a policy states."""
     if policy.sampling_kernel:
         return KernelDraw(vocab_size)
     return ArrayDraw(vocab_size, cpu_kernels.softmax if policy.replace_kernels else mx.softmax)
@@ -55,7 +54,7 @@ def column(values: Sequence[float]) -> mx.array:
 
 
 class KernelDraw:
-    """Draws by one CUDA kernel (platform/cuda_sampling.py)."""
+    """Draws by one kernel (platform/sampling_kernels.py)."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -70,10 +69,10 @@ class KernelDraw:
 
     def __call__(self, logits: mx.array, uniforms: mx.array) -> mx.array:
         """Draw a token per sequence."""
-        return cuda_sampling.draw(logits, self._settings, uniforms)
+        return sampling_kernels.draw(logits, self._settings, uniforms)
 
     def _row(self, sampling: SamplingParams) -> tuple[float, float, float, float]:
-        """A sequence's settings as cuda_sampling.draw() has them."""
+        """A sequence's settings as the kernel has them."""
         if sampling.temperature == 0:
             return 0.0, 1.0, 0.0, self._vocab_size
         top_k = min(sampling.top_k or self._vocab_size, self._vocab_size)

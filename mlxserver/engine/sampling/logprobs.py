@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from mlxserver.engine.mlx import mx
 
+from mlxserver.engine.platform import sampling_kernels
 from mlxserver.engine.sequence import Logprobs, Sequence
 
 _POSITIONS = 32  # of a prompt that are measured at once, in float32
@@ -62,13 +63,11 @@ def measure(sequences: abc.Sequence[Sequence], logits: mx.array, tokens: mx.arra
         return MeasuredLogprobs()
     indices = mx.array(asking, dtype=mx.uint32)
     own = logits[indices].astype(mx.float32)
-    own = own - mx.logsumexp(own, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(own, tokens[indices][:, None], axis=-1)[:, 0]
-    most = max(sequences[index].top_logprobs or 0 for index in asking)
-    ids = mx.argpartition(-own, kth=max(most - 1, 0), axis=-1)[:, :most]
-    return MeasuredLogprobs(
-        tuple(sequences[index] for index in asking), [chosen, ids, mx.take_along_axis(own, ids, axis=-1)]
-    )
+    ids = sampling_kernels.top(own, max(sequences[index].top_logprobs or 0 for index in asking))
+    total = sampling_kernels.log_sum(own)
+    chosen = mx.take_along_axis(own, tokens[indices][:, None], axis=-1) - total
+    values = mx.take_along_axis(own, ids, axis=-1) - total
+    return MeasuredLogprobs(tuple(sequences[index] for index in asking), [chosen[:, 0], ids, values])
 
 
 def measure_prompt(logits: mx.array, tokens: list[int], most: int) -> list[mx.array]:
@@ -80,12 +79,13 @@ def measure_prompt(logits: mx.array, tokens: list[int], most: int) -> list[mx.ar
     parts: list[tuple[mx.array, ...]] = []
     for start in range(0, len(tokens), _POSITIONS):
         own = logits[start : start + _POSITIONS].astype(mx.float32)
-        own = own - mx.logsumexp(own, axis=-1, keepdims=True)
+        total = sampling_kernels.log_sum(own)
         there = mx.array(tokens[start : start + _POSITIONS], dtype=mx.uint32)[:, None]
         chosen = mx.take_along_axis(own, there, axis=-1)
-        ids = mx.argpartition(-own, kth=max(most - 1, 0), axis=-1)[:, :most]
+        ids = sampling_kernels.top(own, most)
         ranks = mx.sum(own > chosen, axis=-1) + 1
-        parts.append((chosen[:, 0], ranks, ids, mx.take_along_axis(own, ids, axis=-1)))
+        values = mx.take_along_axis(own, ids, axis=-1)
+        parts.append(((chosen - total)[:, 0], ranks, ids, values - total))
     return [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
 
 

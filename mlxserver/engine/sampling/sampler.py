@@ -16,7 +16,9 @@ from collections import abc
 from mlxserver.engine.mlx import mx
 
 from mlxserver.config.sampling_params import SamplingParams
-from mlxserver.engine.sampling.draw import column, new_draw
+from mlxserver.engine.platform import sampling_kernels
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.sampling.draw import new_draw
 from mlxserver.engine.sequence import Sequence
 
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)  # what most requests use
@@ -39,9 +41,9 @@ def _is_penalized(sampling: SamplingParams) -> bool:
 class BatchSampler:
     """Samples one token per sequence; follows the sequences of the decode batch through extend() and filter()."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, policy: ExecutionPolicy | None = None) -> None:
         self._vocab_size = vocab_size
-        self._draw = new_draw(vocab_size)
+        self._draw = new_draw(vocab_size, policy or current())
         self._settings: list[SamplingParams] = []
         self._keys = mx.zeros((0, 2), dtype=mx.uint32)
         self._generated: mx.array | None = None  # [batch, vocab], how often each token was generated
@@ -73,16 +75,17 @@ class BatchSampler:
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """Sample: logits [batch, vocab] of any float type -> token ids [batch], uint32. Nothing is evaluated.
 
-        allowed: [batch, vocab] of bool, the tokens that each sequence's constraint allows; None allows every token.
+        allowed: [batch, bytes] of uint8, a bit per token that the sequence's constraint allows, the first one in the
+        lowest; None allows every token.
         """
         logits = self._draw.cast(logits)
         if self._bias is not None:
             logits = logits + self._bias
         if self._generated is not None and self._prompted is not None:
-            logits = self._penalize(logits, self._generated, self._prompted)
+            logits = sampling_kernels.penalize(logits, self._generated, self._prompted, self._penalties)
         if allowed is not None:
-            logits = mx.where(allowed, logits, -mx.inf)
-        tokens = self._draw(logits, self._uniform()) if self._is_sampled else mx.argmax(logits, axis=-1)
+            logits = sampling_kernels.mask(logits, allowed)
+        tokens = self._draw(logits, self._uniform()) if self._is_sampled else sampling_kernels.argmax(logits)
         if self._generated is not None:
             self._generated = self._generated.at[mx.arange(len(self._settings)), tokens].add(1.0)
         return tokens
@@ -104,22 +107,15 @@ class BatchSampler:
         if self._is_sampled:
             self._draw.configure(settings)
         if self._generated is not None:
-            self._frequency = column([one.frequency_penalty for one in settings])
-            self._presence = column([one.presence_penalty for one in settings])
-            self._repetition = column([one.repetition_penalty for one in settings])
+            self._penalties = mx.array(
+                [(one.frequency_penalty, one.presence_penalty, one.repetition_penalty) for one in settings]
+            )
 
     def _uniform(self) -> mx.array:
         """The next number of each sequence's random stream, [batch, 1] in [0, 1)."""
         uniform: mx.array = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
         self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
         return uniform
-
-    def _penalize(self, logits: mx.array, generated: mx.array, prompted: mx.array) -> mx.array:
-        """Apply the penalties, [batch, vocab] -> [batch, vocab]."""
-        was_generated = generated > 0
-        penalized = mx.where(logits > 0, logits / self._repetition, logits * self._repetition)
-        logits = mx.where(was_generated | prompted, penalized, logits)
-        return logits - generated * self._frequency - was_generated * self._presence
 
     def _extend_penalties(self, sequences: abc.Sequence[Sequence]) -> None:
         if self._generated is None and not any(_is_penalized(sequence.sampling) for sequence in sequences):

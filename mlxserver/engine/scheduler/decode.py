@@ -258,16 +258,15 @@ class DecodeBatch:
         self._measured = KnownLogprobs(pending)
 
     def _allowed(self) -> mx.array | None:
-        """The tokens that the constraints allow, [batch, vocab] of bool; None while every token is."""
+        """The tokens that the constraints allow, as the sampler has them; None while every token is."""
         constraints = (running.sequence.constraint for running in self.sequences)
         masks = [constraint.allowed() if constraint else None for constraint in constraints]
         if not any(masks):
             return None
         length = max(len(mask) for mask in masks if mask)
         every = b"\xff" * length
-        packed = np.frombuffer(b"".join(mask or every for mask in masks), dtype=np.uint8).reshape(len(masks), length)
-        bits = (mx.array(packed)[:, :, None] >> mx.arange(8, dtype=mx.uint8)) & 1
-        return bits.reshape(len(masks), -1)[:, : self._vocab_size].astype(mx.bool_)
+        packed = np.frombuffer(b"".join(mask or every for mask in masks), dtype=np.uint8)
+        return mx.array(packed.reshape(len(masks), length))
 
 
 def _closed_up(count: int, leaving: abc.Sequence[int]) -> list[int]:

@@ -28,10 +28,6 @@ struct Sizes {
   int64_t size() const { return values_at() + rows() * key(); }
 };
 
-void check(bool fits) {
-  if (!fits) throw std::invalid_argument("the shapes or types do not fit");
-}
-
 // A linear layer: bits of its weights, 0 if they are floats; their group; whether it has a bias; and its arrays.
 using Layer = std::tuple<int, int, bool, Arrays>;
 

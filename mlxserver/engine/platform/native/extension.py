@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 from typing import Any
 
-from mlxserver.engine.mlx import mx, nn
+from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.platform.native import build
 from mlxserver.engine.platform.native.formats import BITS
@@ -47,7 +48,7 @@ def is_right(module: Any) -> bool:
             held = weight.astype(dtype)
             if not _is_close(module.dense(x[:rows], held), x[:rows], held.astype(mx.float32)):
                 return False
-    return _has_right_functions(module, x)
+    return _has_right_functions(module, x) and _has_right_sampling(module, x)
 
 
 def _has_right_functions(module: Any, x: mx.array) -> bool:
@@ -63,9 +64,27 @@ def _has_right_functions(module: Any, x: mx.array) -> bool:
         (module.swiglu(gate, x), gate * mx.sigmoid(gate) * x),
         (turned, x * mx.cos(angle) + swapped * mx.sin(angle)),
         (module.layer_norm(x, weight, weight, 1e-5), mx.fast.layer_norm(x, weight, weight, 1e-5)),
-        (module.gelu(x), nn.gelu(x)),
+        (module.gelu(x), x * (1 + mx.erf(x * math.sqrt(0.5))) / 2),  # nn.gelu() would be compiled
         (module.attend_in_blocks(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
         (module.attend(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
+    )
+    return all(bool(mx.allclose(own, expected, rtol=1e-4, atol=1e-4)) for own, expected in pairs)
+
+
+def _has_right_sampling(module: Any, x: mx.array) -> bool:
+    """x: [7, 96]."""
+    share, every = mx.full((7, 1), 0.4), mx.full((7, 96), True)
+    plain, first = mx.array([[1.0, 1.0, 0.0, 96.0]] * 7), mx.array([[1.0, 0.9, 0.0, 1.0]] * 7)
+    likeliest, weights = mx.argmax(x, axis=-1), mx.softmax(x, axis=-1)
+    penalties, bits = mx.array([[0.5, 0.25, 2.0]] * 7), mx.full((7, 12), 0x55, mx.uint8)
+    pairs = (
+        (module.argmax(x), likeliest),
+        (module.top(x, 3), mx.argsort(-x, axis=-1)[:, :3]),
+        (module.draw(x, plain, share), mx.sum(mx.cumsum(weights, axis=-1) <= share, axis=-1)),
+        (module.draw(x, first, share), likeliest),
+        (module.log_sum(x), mx.logsumexp(x, axis=-1, keepdims=True)),
+        (module.mask(x, bits), mx.where(mx.arange(96) % 2 == 0, x, -mx.inf)),
+        (module.penalize(x, mx.ones((7, 96)), every, penalties), mx.where(x > 0, x / 2, x * 2) - 0.75),
     )
     return all(bool(mx.allclose(own, expected, rtol=1e-4, atol=1e-4)) for own, expected in pairs)
 

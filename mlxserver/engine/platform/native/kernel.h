@@ -1,5 +1,6 @@
-// The interface between the kernels, quantized.cpp, dense.cpp, functions.cpp, attention.cpp and decode_attention.cpp, which
-// are compiled once per instruction set, and operations.cpp, which chooses one of them. Arrays are row-contiguous unless there are strides, in elements.
+// The interface between the kernels, quantized.cpp, dense.cpp, functions.cpp, attention.cpp, decode_attention.cpp and
+// logits.cpp, which are compiled once per instruction set, and the operations, which choose one of them. Arrays are
+// row-contiguous unless there are strides, in elements.
 #pragma once
 #include <cstdint>
 
@@ -185,28 +186,101 @@ struct BlockAttention {
   static constexpr int64_t TOGETHER = 1;
 };
 
+// Draw of a token per row, or its likeliest one.
+struct Draw {
+  const float* logits;    // [rows, vocab]
+  const float* settings;  // [rows, 4]: 1 / temperature, 0 for the likeliest token; top_p; min_p; top_k. Or null
+  const float* uniforms;  // [rows]: where in the cumulative distribution, in [0, 1)
+  float* weights;         // [rows, space()], to work in
+  uint32_t* out;          // [rows]
+  int64_t rows, vocab;
+
+  static constexpr int64_t UNIT = 64;  // weights are looked at in so many
+  static constexpr int64_t FEW = 64;   // weights that are copied to be looked at again are one in so many, at most
+  static int64_t padded(int64_t size) { return (size + UNIT - 1) / UNIT * UNIT; }
+  int64_t space() const { return padded(vocab) + padded(vocab / FEW + 1); }
+  int64_t items() const { return rows; }
+  int64_t work() const { return (settings ? 16 : 1) * vocab; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// Penalties of tokens that were generated or are in the prompt.
+struct Penalty {
+  const float *logits, *generated;  // [rows, vocab]; how often each token was
+  const uint8_t* prompted;          // [rows, vocab], 1 or 0
+  const float* penalties;           // [rows, 3]: frequency, presence, repetition
+  float* out;
+  int64_t rows, vocab;
+
+  int64_t items() const { return rows; }
+  int64_t work() const { return 4 * vocab; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// Logits of the tokens that are allowed, and -inf.
+struct Mask {
+  const float* logits;     // [rows, vocab]
+  const uint8_t* allowed;  // [rows, bytes]: a bit per token, the first one the lowest
+  float* out;
+  int64_t rows, vocab, bytes;
+
+  int64_t items() const { return rows; }
+  int64_t work() const { return vocab; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// Indices of the largest values of a row, in order.
+struct Top {
+  const float* x;  // [rows, width]
+  uint32_t* out;   // [rows, count]
+  int64_t rows, width, count;
+
+  static constexpr int64_t MOST = 64;
+  int64_t items() const { return rows; }
+  int64_t work() const { return width; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
+// Logarithm of the sum of a row's exponentials.
+struct LogSum {
+  const float* x;  // [rows, width]
+  float* out;      // [rows]
+  int64_t rows, width;
+
+  int64_t items() const { return rows; }
+  int64_t work() const { return 8 * width; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
 // Compute items from `first` to before `last`: outputs, rows or groups.
 template <typename Task>
 using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
 
-// Kernels of an instruction set.
-#define KERNELS(LEVEL)                                        \
-  void quantized_##LEVEL(const Quantized&, int64_t, int64_t) noexcept; \
-  void dense_##LEVEL(const Dense&, int64_t, int64_t) noexcept;         \
-  void columns_##LEVEL(const Columns&, int64_t, int64_t) noexcept;     \
-  void spread_##LEVEL(const Spread&, int64_t, int64_t) noexcept;       \
-  void norm_##LEVEL(const Norm&, int64_t, int64_t) noexcept;           \
-  void gate_##LEVEL(const Gate&, int64_t, int64_t) noexcept;           \
-  void sum_##LEVEL(const Sum&, int64_t, int64_t) noexcept;             \
-  void rotation_##LEVEL(const Rotation&, int64_t, int64_t) noexcept;   \
-  void attention_##LEVEL(const Attention&, int64_t, int64_t) noexcept;   \
-  void combine_##LEVEL(const SegmentedAttention&, int64_t, int64_t) noexcept; \
-  void layer_norm_##LEVEL(const LayerNorm&, int64_t, int64_t) noexcept;  \
-  void gelu_##LEVEL(const Gelu&, int64_t, int64_t) noexcept;             \
-  void block_attention_##LEVEL(const BlockAttention&, int64_t, int64_t) noexcept;
+// All kernels and their tasks, for an instruction set.
+#define KERNELS(X, LEVEL) \
+  X(quantized, Quantized, LEVEL) \
+  X(dense, Dense, LEVEL) \
+  X(columns, Columns, LEVEL) \
+  X(spread, Spread, LEVEL) \
+  X(norm, Norm, LEVEL) \
+  X(gate, Gate, LEVEL) \
+  X(sum, Sum, LEVEL) \
+  X(rotation, Rotation, LEVEL) \
+  X(attention, Attention, LEVEL) \
+  X(combine, SegmentedAttention, LEVEL) \
+  X(layer_norm, LayerNorm, LEVEL) \
+  X(gelu, Gelu, LEVEL) \
+  X(block_attention, BlockAttention, LEVEL) \
+  X(draw, Draw, LEVEL) \
+  X(penalty, Penalty, LEVEL) \
+  X(mask, Mask, LEVEL) \
+  X(top, Top, LEVEL) \
+  X(log_sum, LogSum, LEVEL)
 
+#define DECLARED(KERNEL, TASK, LEVEL) void KERNEL##_##LEVEL(const TASK&, int64_t first, int64_t last) noexcept;
 extern "C" {
-KERNELS(portable)
-KERNELS(avx2)
-KERNELS(avx512)
+KERNELS(DECLARED, portable)
+KERNELS(DECLARED, avx2)
+KERNELS(DECLARED, avx512)
 }
+#undef DECLARED

@@ -178,10 +178,6 @@ class BlockAttentionOperation : public Operation<BlockAttention> {
   bool is_causal_;
 };
 
-void check(bool fits) {
-  if (!fits) throw std::invalid_argument("the shapes or types do not fit");
-}
-
 bool is_wide(const mx::array& x) { return x.dtype() == mx::float32; }
 
 mx::array norm(const mx::array& x, const mx::array& weight, float eps, const std::string& name) {

@@ -11,11 +11,8 @@
 
 namespace {
 
-#define LEVEL(TITLE, LANES, NAME)                                                                          \
-  {                                                                                                        \
-    TITLE, LANES, quantized_##NAME, dense_##NAME, columns_##NAME, spread_##NAME, norm_##NAME, gate_##NAME, sum_##NAME, \
-        rotation_##NAME, attention_##NAME, combine_##NAME, layer_norm_##NAME, gelu_##NAME, block_attention_##NAME \
-  }
+#define POINTER(KERNEL, TASK, LEVEL) KERNEL##_##LEVEL,
+#define LEVEL(TITLE, LANES, NAME) {TITLE, LANES, KERNELS(POINTER, NAME)}
 
 // An array's elements in the order of its rows, whatever its strides are.
 void copy_rows(const mx::array& from, float* out) {
@@ -80,6 +77,7 @@ NB_MODULE(MODULE, m) {
   add_products(m);
   add_functions(m);
   add_decoder(m);
+  add_sampling(m);
   m.def("is_computed", [](const mx::array& array) { return array.status() != mx::array::Status::unscheduled; });
   m.def("levels", [] {
     std::vector<std::string> names;

@@ -24,19 +24,9 @@ namespace nb = nanobind;
 struct Level {
   const char* name;
   int lanes;
-  Kernel<Quantized> quantized;
-  Kernel<Dense> dense;
-  Kernel<Columns> columns;
-  Kernel<Spread> spread;
-  Kernel<Norm> norm;
-  Kernel<Gate> gate;
-  Kernel<Sum> sum;
-  Kernel<Rotation> rotation;
-  Kernel<Attention> attention;
-  Kernel<SegmentedAttention> combine;
-  Kernel<LayerNorm> layer_norm;
-  Kernel<Gelu> gelu;
-  Kernel<BlockAttention> block_attention;
+#define MEMBER(KERNEL, TASK, LEVEL) Kernel<TASK> KERNEL;
+  KERNELS(MEMBER, )
+#undef MEMBER
 };
 
 // Instruction sets that this CPU has, the best one first.
@@ -48,6 +38,12 @@ Level level(const std::string& name);
 void add_products(nb::module_& m);
 void add_functions(nb::module_& m);
 void add_decoder(nb::module_& m);
+void add_sampling(nb::module_& m);
+
+// Raise invalid_argument unless shapes and types fit.
+inline void check(bool fits) {
+  if (!fits) throw std::invalid_argument("the shapes or types do not fit");
+}
 
 // An array's elements in the order of its rows; a copy of them, if they lie otherwise.
 mx::array in_rows(const mx::array& x, mx::cpu::CommandEncoder& encoder);

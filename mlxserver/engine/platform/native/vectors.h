@@ -117,7 +117,10 @@ inline Floats load_some(const float* from, int64_t count, float other) {
 }
 
 inline void store_some(Floats values, int64_t count, float* to) {
-  __builtin_memcpy(to, &values, 4 * least(count, LANES));
+  if (count >= LANES)
+    __builtin_memcpy(to, &values, sizeof values);
+  else
+    __builtin_memcpy(to, &values, 4 * count);
 }
 
 inline float most(Floats v) {
