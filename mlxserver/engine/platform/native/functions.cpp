@@ -1,4 +1,4 @@
-// Kernels of what lies between the products of a layer: norms, SwiGLU, GELU, rotary embedding, attention of few tokens.
+// Kernels of what lies between the products of a layer: norms, SwiGLU, SiLU, GELU, rotary embedding, attention of few tokens.
 // Compiled once per instruction set: LEVEL names it, LANES the floats of a vector.
 //
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
@@ -73,6 +73,13 @@ void gelu(const Gelu& p, int64_t first, int64_t last) {
     sum = sum * t + 0.254829592f;
     const Floats near = size < 40.0f ? size : splat(40.0f), tail = 0.5f * near * sum * t * exponential(-0.5f * x * x);
     store_some(x > 0.0f ? x - tail : x < 0.0f ? -tail : x, last - i, p.out + i);
+  }
+}
+
+void swish(const Swish& p, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += LANES) {
+    const Floats x = load_some(p.x + i, last - i, 0.0f);
+    store_some(x / (1.0f + exponential(-x * (p.slope + p.cubic * x * x))), last - i, p.out + i);
   }
 }
 
@@ -184,6 +191,7 @@ void NAME(norm)(const Norm& p, int64_t first, int64_t last) noexcept { norm(p, f
 void NAME(gate)(const Gate& p, int64_t first, int64_t last) noexcept { gate(p, first, last); }
 void NAME(layer_norm)(const LayerNorm& p, int64_t first, int64_t last) noexcept { layer_norm(p, first, last); }
 void NAME(gelu)(const Gelu& p, int64_t first, int64_t last) noexcept { gelu(p, first, last); }
+void NAME(swish)(const Swish& p, int64_t first, int64_t last) noexcept { swish(p, first, last); }
 void NAME(rotation)(const Rotation& p, int64_t first, int64_t last) noexcept { rotation(p, first, last); }
 void NAME(attention)(const Attention& p, int64_t first, int64_t last) noexcept { attention(p, first, last); }
 }

@@ -80,6 +80,18 @@ struct Gelu {
   static constexpr int64_t TOGETHER = 64;
 };
 
+// x times the sigmoid of slope * x + cubic * x^3: SiLU, and the approximations of GELU.
+struct Swish {
+  const float* x;
+  float* out;
+  int64_t size;
+  float slope, cubic;
+
+  int64_t items() const { return size; }
+  int64_t work() const { return 4; }
+  static constexpr int64_t TOGETHER = 64;
+};
+
 // silu(gate) * x.
 struct Gate {
   const float *gate, *x;
@@ -157,6 +169,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   void attention_##LEVEL(const Attention&, int64_t, int64_t) noexcept;   \
   void layer_norm_##LEVEL(const LayerNorm&, int64_t, int64_t) noexcept;  \
   void gelu_##LEVEL(const Gelu&, int64_t, int64_t) noexcept;             \
+  void swish_##LEVEL(const Swish&, int64_t, int64_t) noexcept;           \
   void block_attention_##LEVEL(const BlockAttention&, int64_t, int64_t) noexcept;
 
 extern "C" {

@@ -14,7 +14,7 @@ namespace {
 #define LEVEL(TITLE, LANES, NAME)                                                                          \
   {                                                                                                        \
     TITLE, LANES, quantized_##NAME, dense_##NAME, columns_##NAME, norm_##NAME, gate_##NAME, rotation_##NAME, \
-        attention_##NAME, layer_norm_##NAME, gelu_##NAME, block_attention_##NAME                            \
+        attention_##NAME, layer_norm_##NAME, gelu_##NAME, swish_##NAME, block_attention_##NAME              \
   }
 
 // An array's elements in the order of its rows, whatever its strides are.

@@ -33,6 +33,7 @@ struct Level {
   Kernel<Attention> attention;
   Kernel<LayerNorm> layer_norm;
   Kernel<Gelu> gelu;
+  Kernel<Swish> swish;
   Kernel<BlockAttention> block_attention;
 };
 
