@@ -198,6 +198,13 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
         built(path, kind="vision")
 
 
+def test_a_processor_whose_pictures_do_not_fit_the_tower_is_found_at_the_load(tmp_path):
+    path = tiny_vision(tmp_path / "m", "gemma3", files={"preprocessor_config.json": {"size": {"height": 48, "width": 48}}})
+    assert built(path).facts.kind == "text"
+    with pytest.raises(LoadFailed, match="vision part"):
+        built(path, kind="vision")
+
+
 @pytest.mark.parametrize("model_type", ["llama4", "kimi_k25", "internvl_chat", "llava_next"])
 def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_type):
     path = tiny_vision(tmp_path / "m", "llava")

@@ -52,15 +52,22 @@ class Tower:
 
     def encode(self, image: ProcessedImage) -> Features:
         """The features of an image, evaluated."""
+        with cpu_attention.layer_by_layer(True):
+            features = self._features(image)
+            mx.eval(features.embeddings, features.added)
+        return features
+
+    def check(self, image: ProcessedImage) -> None:
+        """Raise what encode() would for layers that do not fit; most of them compute nothing for it."""
+        self._features(image)
+
+    def _features(self, image: ProcessedImage) -> Features:
         tokens = mx.full((1, image.tokens), self._token, dtype=mx.int32)
         inputs = {name: mx.array(array) for name, array in image.inputs.items()}
         pixels = inputs.pop("pixel_values")
-        with cpu_attention.layer_by_layer(True):
-            found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
-            added = found.deepstack_visual_embeds
-            features = Features(found.inputs_embeds[0], () if added is None else list(added))
-            mx.eval(features.embeddings, features.added)
-        return features
+        found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
+        added = found.deepstack_visual_embeds
+        return Features(found.inputs_embeds[0], () if added is None else list(added))
 
 
 def load_tower(path: Path, config: Mapping[str, Any], report: Progress, policy: ExecutionPolicy) -> Tower:

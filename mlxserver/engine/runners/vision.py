@@ -54,7 +54,7 @@ def load_vision(spec: ModelSpec, loaded: LoadedModel, progress: Progress, policy
             token = image_token(loaded.config)
             processor = ImageProcessor(load_processor(loaded.path), token, PIXEL_BYTES, pixels)
             tower = load_tower(loaded.path, loaded.config, progress, policy)
-            tower.encode(processor.probe)
+            tower.check(processor.probe())
             sight = give_sight(loaded.model, loaded.config, tower.layers_added)
         eyes = Eyes(
             tower,
