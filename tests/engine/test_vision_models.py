@@ -16,9 +16,10 @@ from mlxserver.engine.errors import LoadFailed, PromptRejected
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import estimate
-from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
-from mlxserver.engine.loading.vision_model import image_token, load_processor, load_tower
+from mlxserver.engine.loading.vision_architecture import build_model, inspect_vision_architecture
+from mlxserver.engine.loading.vision_model import image_token, keep_last_state, load_processor, load_tower
 from mlxserver.engine.platform import device
+from mlxserver.engine.platform.environment import LARGEST_KEPT
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
 from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.runners.builder import Builder
@@ -199,7 +200,9 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
 
 
 def test_a_processor_whose_pictures_do_not_fit_the_tower_is_found_at_the_load(tmp_path):
-    path = tiny_vision(tmp_path / "m", "gemma3", files={"preprocessor_config.json": {"size": {"height": 48, "width": 48}}})
+    path = tiny_vision(
+        tmp_path / "m", "gemma3", files={"preprocessor_config.json": {"size": {"height": 48, "width": 48}}}
+    )
     assert built(path).facts.kind == "text"
     with pytest.raises(LoadFailed, match="vision part"):
         built(path, kind="vision")
@@ -287,6 +290,38 @@ def test_tiles_are_those_that_a_checkpoint_states(tmp_path):
     for stated, tiles in (({"max_dynamic_patch": 5}, 6), ({"max_dynamic_patch": None}, 13), ({}, 13)):
         whole = {name: value for name, value in config.items() if name != "max_dynamic_patch"} | stated
         assert inspect_vision_architecture(whole).tiles == tiles
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smolvlm"])
+def test_a_tower_whose_last_layer_is_read_holds_no_outputs_of_others(tmp_path, name):
+    model = build_model(json.loads((tiny_vision(tmp_path / "m", name) / "config.json").read_text()))
+    tower, pixels = model.vision_tower if name == "gemma3" else model.vision_model, mx.ones((1, 32, 32, 3))
+    before, _, states = tower(pixels, output_hidden_states=True)
+    keep_last_state(model)
+    after, _, none = tower(pixels, output_hidden_states=True)
+    assert (len(states), none) == (3, None)
+    assert mx.array_equal(before, after)
+
+
+def sizes_of(tmp_path, name, **vision):
+    path = tiny_vision(tmp_path / f"{name}{len(vision)}", name, vision=vision)
+    return inspect_vision_architecture(json.loads((path / "config.json").read_text()))
+
+
+def test_the_outputs_of_layers_and_angles_of_positions_that_a_tower_holds_are_counted(tmp_path):
+    few, many = (replace(sizes_of(tmp_path, "llava"), states=layers) for layers in (0, 2))
+    assert sizes_of(tmp_path, "llava") == many
+    assert many.activation_bytes(4, CPU) - few.activation_bytes(4, CPU) == 2 * 16 * 32 * 4  # layers, patches, values
+    assert sizes_of(tmp_path, "gemma3").states == 0
+    assert sizes_of(tmp_path, "kimi_vl").activation_bytes(4, CPU) > 512 * 512 * 16 * 18 - 1  # of positions and a head
+
+
+def test_arrays_that_are_returned_at_once_are_not_counted_twice(tmp_path):
+    tile = replace(sizes_of(tmp_path, "smolvlm"), image=4096, tiles=1)
+    patches = 512 * 512
+    kept, returned = (replace(tile, hidden=LARGEST_KEPT // (patches * 4) + more) for more in (0, 1))
+    saved = kept.activation_bytes(4, CPU) - returned.activation_bytes(4, CPU)
+    assert saved == (patches * tile.width * 4 if CPU.replace_kernels else 0)
 
 
 def test_a_large_picture_is_scaled_to_what_was_counted(tmp_path):

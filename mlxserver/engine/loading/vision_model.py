@@ -23,6 +23,9 @@ from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.requests import ProcessedImage
 
+# Types whose features are made of what the last layer of the tower gives, and of no other layer's.
+READS_LAST_STATE = frozenset({"gemma3", "idefics3", "kimi_vl", "lfm2-vl", "lfm2_vl", "smolvlm"})
+
 
 @dataclass(frozen=True, slots=True)
 class Features:
@@ -77,8 +80,21 @@ def load_tower(path: Path, config: Mapping[str, Any], report: Progress, policy: 
     refuse_code(config)
     model = load_model(path, lazy=True)
     model.language_model = _NoText(hidden_size(config))
+    if config.get("model_type") in READS_LAST_STATE:
+        keep_last_state(model)
     model = prepare(model, report, replace(policy, fuse_projections=False))
     return Tower(model, config)
+
+
+def keep_last_state(model: nn.Module) -> None:
+    """Have the tower of a model hold the output of one layer at a time: mlx-vlm asks it for those of all."""
+    tower = model.vision_tower if hasattr(model, "vision_tower") else model.vision_model
+    own: Any = type(tower)
+
+    def call(self: nn.Module, *arguments: Any, output_hidden_states: Any = None, **options: Any) -> Any:
+        return own.__call__(self, *arguments, output_hidden_states=False, **options)
+
+    tower.__class__ = type(own.__name__, (own,), {"__call__": call})
 
 
 def load_processor(path: Path) -> Any:
