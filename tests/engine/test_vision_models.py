@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 from mlxserver.engine.mlx import mx
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.conversation import Message, Text
@@ -208,7 +210,7 @@ def test_a_processor_whose_pictures_do_not_fit_the_tower_is_found_at_the_load(tm
         built(path, kind="vision")
 
 
-@pytest.mark.parametrize("model_type", ["llama4", "kimi_k25", "internvl_chat", "llava_next"])
+@pytest.mark.parametrize("model_type", ["kimi_k25", "mllama", "llava_next"])
 def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_type):
     path = tiny_vision(tmp_path / "m", "llava")
     config = json.loads((path / "config.json").read_text())
@@ -216,6 +218,28 @@ def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_
     assert sources.checkpoint_metadata(str(path)).kind == "text"
     with pytest.raises(LoadFailed, match=f"type '{model_type}' are not supported .*gemma3, .*smolvlm are"):
         estimate(ModelSpec("m", str(path), kind="vision"))
+
+
+def test_a_llama4_sees_the_tiles_of_a_picture_and_behind_them_the_whole(tmp_path):
+    runner = built(tiny_vision(tmp_path / "m", "llama4"))
+    (seen,) = runner.preprocess(question("Look", BLUE)).formatted.images
+    whole = BLUE.resize((56, 56), Image.Resampling.BICUBIC)
+    shown = np.asarray(seen.image.inputs["pixel_values"])
+    assert shown.shape == (3, 3, 56, 56)
+    np.testing.assert_allclose(shown[-1], np.asarray(whole).transpose(2, 0, 1) / 127.5 - 1, atol=1e-5)
+    (seen,) = runner.preprocess(question("Look", picture(1, 40, 40))).formatted.images
+    assert seen.image.inputs["pixel_values"].shape == (1, 3, 56, 56)
+
+
+def test_a_text_model_in_another_part_of_a_configuration_is_found(tmp_path):
+    path = tiny_vision(tmp_path / "m", "internvl_chat")
+    assert "text_config" not in json.loads((path / "config.json").read_text())
+    request = QUESTIONS[0]
+    text = built(path, kind="text")
+    assert text.facts.kind == "text"
+    assert answers(text, [request])[0] == [Reference(path).answer(request)[0]]
+    (path / "preprocessor_config.json").unlink()
+    assert sources.known_kind(str(path)) == "text"
 
 
 def test_the_kind_of_a_repository_is_found_at_its_first_load(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlxserver.engine.loading.encoder_architecture import activation_bytes
 from mlxserver.engine.loading.kinds import SEEING
+from mlxserver.engine.loading.metadata import nested_text_config
 from mlxserver.engine.loading.unsupported import Unsupported
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.cpu_stored import values_in_layers
@@ -30,7 +31,7 @@ _ANY_SIZE = frozenset(
     }
 )
 # Most tiles that a large picture is cut into, the whole of it among them.
-_TILES = {"idefics3": 17, "smolvlm": 17, "lfm2_vl": 11, "lfm2-vl": 11, "internvl": 13}
+_TILES = {"idefics3": 17, "smolvlm": 17, "lfm2_vl": 11, "lfm2-vl": 11, "internvl": 13, "internvl_chat": 13, "llama4": 5}
 # Types whose features are made of the outputs of several layers, all of which are held.
 _KEEPS_STATES = frozenset({"llava", "mistral3", "pixtral"})
 # Positions whose angles mlx-vlm computes for each picture, some arrays of a head's dimensions in all.
@@ -124,7 +125,7 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
 
 def _most_tiles(model_type: str, config: Mapping[str, Any]) -> int:
     """Most tiles of a picture, the whole of it among them; an InternVL's config.json may state those without it."""
-    stated = config.get("max_dynamic_patch") if model_type == "internvl" else None
+    stated = config.get("max_dynamic_patch") if model_type.startswith("internvl") else None
     return stated + 1 if type(stated) is int and stated > 0 else _TILES.get(model_type, 1)
 
 
@@ -138,7 +139,8 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     classes, _ = get_model_and_args(config=config)
-    for part in ("text_config", "vision_config", "audio_config"):
+    config.setdefault("text_config", nested_text_config(config))
+    for part in ("vision_config", "audio_config"):
         config.setdefault(part, {})
     parts = ["text", "vision", "perceiver", "projector", "audio"]
     arguments = update_module_configs(classes.ModelConfig.from_dict(config), classes, config, parts)

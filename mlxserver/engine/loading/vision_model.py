@@ -18,6 +18,8 @@ from mlxserver.engine.mlx import mx, nn
 from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading.checkpoint_files import refuse_code
 from mlxserver.engine.loading.loader import prepare
+from mlxserver.engine.loading.metadata import nested_text_config
+from mlxserver.engine.loading.processors import complete_processor, image_token_of
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.policy import ExecutionPolicy
@@ -102,13 +104,20 @@ def load_processor(path: Path) -> Any:
     from mlx_vlm.utils import get_model_and_args, load_config, load_image_processor
     from mlx_vlm.utils import load_processor as load
 
-    get_model_and_args(load_config(path))  # registers the model's own processor
+    config = load_config(path)
+    get_model_and_args(config)  # registers the model's own processor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parts that are not used: sound, video
         processor = load(path, add_detokenizer=False, trust_remote_code=False)
     if own := load_image_processor(path):
         processor.image_processor = own
-    return processor
+    return complete_processor(str(config.get("model_type")), processor)
+
+
+def with_image_token(config: Mapping[str, Any], processor: Any) -> Mapping[str, Any]:
+    """The config.json with the id of the token that stands for a part of an image, which its processor may state."""
+    found = image_token_of(processor)
+    return config if found is None else {"image_token_index": found, **config}
 
 
 def image_token(config: Mapping[str, Any]) -> int:
@@ -121,8 +130,7 @@ def image_token(config: Mapping[str, Any]) -> int:
 
 def hidden_size(config: Mapping[str, Any]) -> int:
     """Size of the text model's embeddings."""
-    text = config.get("text_config") or config.get("llm_config") or {}
-    return int(text.get("hidden_size") or config.get("hidden_size") or 0)
+    return int(nested_text_config(config).get("hidden_size") or config.get("hidden_size") or 0)
 
 
 class _NoText:
