@@ -314,6 +314,8 @@ def test_tiles_are_those_that_a_checkpoint_states(tmp_path):
     for stated, tiles in (({"max_dynamic_patch": 5}, 6), ({"max_dynamic_patch": None}, 13), ({}, 13)):
         whole = {name: value for name, value in config.items() if name != "max_dynamic_patch"} | stated
         assert inspect_vision_architecture(whole).tiles == tiles
+    assert sizes_of(tmp_path, "aya_vision").tiles == 4
+    assert sizes_of(tmp_path, "llava_onevision").tiles == 5  # of sizes up to two by two
 
 
 @pytest.mark.parametrize("name", ["gemma3", "smolvlm"])

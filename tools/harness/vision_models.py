@@ -293,6 +293,44 @@ def _internvl_chat(ids):
     )
 
 
+def _aya_vision(ids):
+    text = _TEXT | {"model_type": "cohere2", "layer_norm_eps": 1e-5, "logit_scale": 0.5, "tie_word_embeddings": True}
+    text |= {"sliding_window": 24, "sliding_window_pattern": 2, "attention_bias": False, "layer_norm_bias": False}
+    tiles = {"size": {"height": 32, "width": 32}, "crop_to_patches": True, "min_patches": 1, "max_patches": 3}
+    return (
+        {
+            "text_config": text,
+            "vision_config": _SIGLIP,
+            "image_token_index": ids["<|IMG_PATCH|>"],
+            "downsample_factor": 2,
+            "alignment_intermediate_size": 64,
+            "max_splits_per_img": 3,
+        },
+        {
+            "preprocessor_config.json": {"image_processor_type": "GotOcr2ImageProcessor", **tiles, **_NORMAL},
+            "processor_config.json": {"patch_size": 8, "img_size": 32, "downsample_factor": 2},
+        },
+    )
+
+
+def _llava_onevision(ids):
+    sizes = [[32, 32], [32, 64], [64, 32], [64, 64]]
+    processor = {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": sizes, **_NORMAL}
+    return (
+        {
+            "text_config": _TEXT | {"model_type": "qwen2", "num_hidden_layers": 3, "intermediate_size": 112},
+            "vision_config": _SIGLIP,
+            "image_token_index": ids["<image>"],
+            "video_token_index": ids["<video>"],
+            "image_grid_pinpoints": sizes,
+        },
+        {
+            "preprocessor_config.json": processor | {"size": {"height": 32, "width": 32}},
+            "processor_config.json": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+        },
+    )
+
+
 def _llama4(ids):
     text = _TEXT | {"model_type": "llama4_text", "num_hidden_layers": 4, "num_local_experts": 4, "use_qk_norm": True}
     text |= {"num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 128}
@@ -362,6 +400,10 @@ _LFM2_TOKENS = (
     *("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
     *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5)),
 )
+_AYA_TOKENS = (
+    *("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"),
+    *("TILE", "TILE_GLOBAL"),
+)
 _LLAMA4_TOKENS = (
     *("<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>"),
     "<|tile_y_separator|>",
@@ -400,6 +442,8 @@ FAMILIES = {
     ),
     "internvl": (_internvl, _INTERN_TOKENS, _PARTS.replace("IMAGE", "<IMG_CONTEXT>\n")),
     "internvl_chat": (_internvl_chat, _INTERN_TOKENS, _PARTS.replace("IMAGE", "<image>\n")),
+    "aya_vision": (_aya_vision, _AYA_TOKENS, _PARTS.replace("IMAGE", "<image>")),
+    "llava_onevision": (_llava_onevision, ("<image>", "<video>"), _PARTS.replace("IMAGE", "<image>\n")),
     "llama4": (_llama4, _LLAMA4_TOKENS, _PARTS.replace("IMAGE", "<|image|>")),
 }
 _TIED = ("gemma3",)  # whose output layer is their embedding, always

@@ -31,9 +31,13 @@ _ANY_SIZE = frozenset(
     }
 )
 # Most tiles that a large picture is cut into, the whole of it among them.
-_TILES = {"idefics3": 17, "smolvlm": 17, "lfm2_vl": 11, "lfm2-vl": 11, "internvl": 13, "internvl_chat": 13, "llama4": 5}
+_TILES = {
+    **{"idefics3": 17, "smolvlm": 17, "lfm2_vl": 11, "lfm2-vl": 11, "internvl": 13, "internvl_chat": 13},
+    **{"llama4": 5, "aya_vision": 13},
+}
+_STATED_TILES = dict.fromkeys(("internvl", "internvl_chat"), "max_dynamic_patch") | {"aya_vision": "max_splits_per_img"}
 # Types whose features are made of the outputs of several layers, all of which are held.
-_KEEPS_STATES = frozenset({"llava", "mistral3", "pixtral"})
+_KEEPS_STATES = frozenset({"aya_vision", "llava", "llava_onevision", "mistral3", "pixtral"})
 # Positions whose angles mlx-vlm computes for each picture, some arrays of a head's dimensions in all.
 _ANGLES, _ANGLE_BYTES = {"kimi_vl": 512 * 512}, 18
 
@@ -124,8 +128,11 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
 
 
 def _most_tiles(model_type: str, config: Mapping[str, Any]) -> int:
-    """Most tiles of a picture, the whole of it among them; an InternVL's config.json may state those without it."""
-    stated = config.get("max_dynamic_patch") if model_type.startswith("internvl") else None
+    """Most tiles of a picture, the whole of it among them; a config.json may state those without it, or sizes."""
+    if sizes := config.get("image_grid_pinpoints"):
+        side = _side(config["vision_config"].get("image_size"))
+        return 1 + int(max(map(math.prod, sizes))) // side**2
+    stated = config.get(_STATED_TILES.get(model_type, ""))
     return stated + 1 if type(stated) is int and stated > 0 else _TILES.get(model_type, 1)
 
 
