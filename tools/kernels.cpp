@@ -233,6 +233,20 @@ void check_gelu() {
   }
 }
 
+void check_swish() {
+  Comparison comparison("swish");
+  const float slope = 1.6f, cubic = 0.07f;
+  for (int64_t size : {1, 3, 64, 1001}) {
+    Values x = random_values(size);
+    for (float& value : x) value *= 4.0f;
+    comparison.add(size, [&](float* out) { in_two(Swish{x.data(), out, size, slope, cubic}, KERNEL(swish)); },
+                   [&](int64_t i) {
+                     const double own = x[i];
+                     return own / (1.0 + std::exp(-own * (double(slope) + double(cubic) * own * own)));
+                   });
+  }
+}
+
 void check_gate() {
   Comparison comparison("gate");
   for (int64_t size : {1, 3, 64, 1001}) {
@@ -535,6 +549,7 @@ int main() {
   check_norm();
   check_layer_norm();
   check_gelu();
+  check_swish();
   check_gate();
   check_rotation();
   check_attention();

@@ -145,7 +145,7 @@ VISION: dict[str, dict[str, Any]] = {
     },
     "lfm2_vl": {
         "text": {"block_dim": 512, "conv_dim": 512, "block_ff_dim": 1408}
-        | {"layer_types": ["conv", "full_attention"] * 4},
+        | {"layer_types": ["conv", "full_attention"] * 4, "max_position_embeddings": 4096},
         "vision": _TOWER | {"patch_size": 16, "num_patches": 256},
         "files": {
             "preprocessor_config.json": {"tile_size": 512, "encoder_patch_size": 16, "max_image_tokens": 256}
@@ -153,11 +153,19 @@ VISION: dict[str, dict[str, Any]] = {
         },
         **{"tile_size": 512, "encoder_patch_size": 16, "max_image_tokens": 256, "max_tiles": 10},
     },
+    "kimi_vl": {
+        "text": {"num_key_value_heads": 8, "kv_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64}
+        | {"v_head_dim": 64, "n_routed_experts": 8, "moe_intermediate_size": 352},
+        "vision": {"hidden_size": 512, "embed_dim": 512, "intermediate_size": 2048, "depth": 8, "num_heads": 8}
+        | {"patch_size": 14, "spatial_patch_size": 14, "init_pos_emb_height": 64, "init_pos_emb_width": 64},
+        "files": {"preprocessor_config.json": {"patch_size": 14}},
+    },
 }
 SIDE = 2048  # pixels of the pictures' sides
 PICTURES = 8  # which fill what is kept of them
 FACTOR = 4  # of the zoo's heads and their dimensions; hidden sizes grow with its square
 TOKENS = 2048  # of the context, and of the cache
+LONGER = {"lfm2_vl": 4096}  # of one whose picture has more tokens
 SEQUENCES, ANSWER = 8, 32
 MIB = 1 << 20
 
@@ -310,14 +318,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="the zoo as small as it is")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the context, and of the cache ({TOKENS})")
+    parser.add_argument("--tokens", type=int, help=f"of the context, and of the cache ({TOKENS}; lfm2_vl: 4096)")
     parser.add_argument("--pictures", type=int, default=PICTURES, help=f"that a vision model sees ({PICTURES})")
     parser.add_argument("--one", action="store_true", help="measure a single source here and print JSON")
     arguments = parser.parse_args()
     if arguments.one:
         one = arguments.sources[0]
         makes_text = sources.known_kind(one) in ("text", "vision")
-        measured = measure(one, arguments.tokens, arguments.pictures) if makes_text else measure_encoder(one)
+        tokens = arguments.tokens or TOKENS
+        measured = measure(one, tokens, arguments.pictures) if makes_text else measure_encoder(one)
         print(json.dumps(measured))
         return 0
     print(
@@ -334,7 +343,8 @@ def main() -> int:
                 source = tiny_vision(Path(directory) / "m", name, **fields)  # type: ignore[no-untyped-call]
             elif name in LLAMAS or name in ZOO:
                 source = write_model(Path(directory) / "m", config_of(name, is_tiny=arguments.tiny))
-            command = [sys.executable, "-m", "tools.measure_memory", "--tokens", str(arguments.tokens)]
+            tokens = arguments.tokens or LONGER.get(name, TOKENS)
+            command = [sys.executable, "-m", "tools.measure_memory", "--tokens", str(tokens)]
             command += ["--pictures", str(arguments.pictures), "--one", str(source)]
             m = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         sizes = "".join(f"{m[part]:>9.1f}" for part in ("weights", "loaded", "cache", "held"))

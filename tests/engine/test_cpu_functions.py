@@ -58,6 +58,23 @@ def test_gelu(level):
 
 
 @pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(("slope", "cubic"), [(1.0, 0.0), (1.6, 0.07)])
+def test_swish(level, slope, cubic):
+    x = mx.concatenate([mx.linspace(-40.0, 40.0, 4001), mx.array([-0.0, 1e30, -1e30])])
+    expected = x * mx.sigmoid(slope * x + (cubic * x) * x * x)
+    np.testing.assert_allclose(np.array(native().swish(x, slope, cubic, level)), np.array(expected), atol=1e-6)
+    assert mx.isnan(native().swish(mx.array([float("nan")]), slope, cubic, level)).item()
+
+
+def test_functions_are_part_of_one_that_is_compiled_for_any_shape():
+    for function in (cpu_kernels.gelu, cpu_kernels.gelu_approx):
+        gated = mx.compile(lambda gate, x, function=function: function(gate) * x, shapeless=True)
+        for shape in ((3, 5), (2, 1, 40)):
+            gate, x = random(*shape), random(*shape)
+            assert_close(gated(gate, x), function(gate) * x)
+
+
+@pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("shape", [(1, 1, 1536), (3, 5, 7), (1,), (16, 1, 1536), (0, 8)])
 def test_gates(level, shape):
     gate, x = random(*shape) * 20, random(*shape)

@@ -39,13 +39,15 @@ def test_swiglu_is_that_of_mlx_lm(scale):
     assert close(cpu_kernels.swiglu(gate, x), cpu_kernels.mlx_lm_swiglu(gate, x))
 
 
-def test_gelu_is_that_of_mlx():
+@pytest.mark.parametrize("name", ["gelu", "gelu_approx", "gelu_fast_approx", "silu"])
+def test_activations_are_those_of_mlx(name):
+    ours, theirs = getattr(cpu_kernels, name), getattr(nn, name)
     x = mx.concatenate([mx.linspace(-40.0, 40.0, 4001), mx.zeros((100,)), mx.array([float("inf")])])
-    np.testing.assert_allclose(cpu_kernels.gelu(x), nn.gelu(x), atol=1e-6)
     few = mx.array([-1.0, 0.0, 2.0])
-    np.testing.assert_allclose(cpu_kernels.gelu(few), nn.gelu(few), atol=1e-6)
+    for own in (x, few):
+        np.testing.assert_allclose(ours(own), theirs(own), atol=1e-6)
     half = x.astype(mx.bfloat16)
-    assert mx.array_equal(cpu_kernels.gelu(half), nn.gelu(half), equal_nan=True)
+    assert mx.array_equal(ours(half), theirs(half), equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64), (3, 7, 64), (2, 5, 4, 96)])

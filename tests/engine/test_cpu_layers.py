@@ -48,12 +48,14 @@ def test_other_types_are_left_to_mlx():
     assert layer(mx.ones((1, 576), mx.float16)).dtype == mx.float16
 
 
-def test_norms_and_rotary_embeddings_are_those_of_mlx():
+def test_norms_activations_and_rotary_embeddings_are_those_of_mlx():
     x = mx.random.normal((2, 4, 3, 32), key=mx.random.key(1))
     for layer, arguments in (
         (nn.RMSNorm(32), ()),
         (nn.LayerNorm(32), ()),
         (nn.LayerNorm(32, affine=False), ()),
+        *((nn.GELU(approx), ()) for approx in ("none", "precise", "tanh", "fast")),
+        (nn.SiLU(), ()),
         (nn.RoPE(32), (7,)),
         (nn.RoPE(32, traditional=True, scale=0.5), ()),
     ):
@@ -83,6 +85,7 @@ def test_a_loaded_model_uses_them(tiny_llama_path):
     assert llama.swiglu is cpu_kernels.swiglu
     assert base.mx.fast.scaled_dot_product_attention is cpu_attention.attention
     assert base.mx.softmax is cpu_kernels.softmax
+    assert llama.nn.gelu_approx is cpu_kernels.gelu_approx
 
 
 def test_layers_can_still_be_quantized(tiny_llama_path):
@@ -95,5 +98,7 @@ def test_layers_can_still_be_quantized(tiny_llama_path):
 def test_mlx_itself_stays_as_it_is(tiny_llama_path):
     loader.load(ModelSpec("tiny", str(tiny_llama_path)))
     ours = {cpu_kernels.softmax, cpu_attention.attention, cpu_kernels.rms_norm, cpu_kernels.rope}
+    ours |= {cpu_kernels.silu, cpu_kernels.gelu, cpu_kernels.gelu_approx, cpu_kernels.gelu_fast_approx}
     assert not ours & {mx.softmax, mx.fast.scaled_dot_product_attention, mx.fast.rms_norm, mx.fast.rope}
+    assert not ours & {nn.silu, nn.gelu, nn.gelu_approx, nn.gelu_fast_approx}
     assert nn.Linear.__call__.__module__ == "mlx.nn.layers.linear"

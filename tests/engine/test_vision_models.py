@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 from mlxserver.engine.mlx import mx
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.conversation import Message, Text
@@ -16,9 +18,10 @@ from mlxserver.engine.errors import LoadFailed, PromptRejected
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import estimate
-from mlxserver.engine.loading.vision_architecture import inspect_vision_architecture
-from mlxserver.engine.loading.vision_model import image_token, load_processor, load_tower
+from mlxserver.engine.loading.vision_architecture import build_model, inspect_vision_architecture
+from mlxserver.engine.loading.vision_model import image_token, keep_last_state, load_processor, load_tower
 from mlxserver.engine.platform import device
+from mlxserver.engine.platform.environment import LARGEST_KEPT
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
 from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.runners.builder import Builder
@@ -198,7 +201,16 @@ def test_a_broken_vision_part_leaves_a_text_model_unless_it_was_asked_for(tmp_pa
         built(path, kind="vision")
 
 
-@pytest.mark.parametrize("model_type", ["llama4", "kimi_k25", "internvl_chat", "llava_next"])
+def test_a_processor_whose_pictures_do_not_fit_the_tower_is_found_at_the_load(tmp_path):
+    path = tiny_vision(
+        tmp_path / "m", "gemma3", files={"preprocessor_config.json": {"size": {"height": 48, "width": 48}}}
+    )
+    assert built(path).facts.kind == "text"
+    with pytest.raises(LoadFailed, match="vision part"):
+        built(path, kind="vision")
+
+
+@pytest.mark.parametrize("model_type", ["kimi_k25", "mllama", "llava_next"])
 def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_type):
     path = tiny_vision(tmp_path / "m", "llava")
     config = json.loads((path / "config.json").read_text())
@@ -206,6 +218,28 @@ def test_a_type_whose_images_are_unsupported_is_refused_by_name(tmp_path, model_
     assert sources.checkpoint_metadata(str(path)).kind == "text"
     with pytest.raises(LoadFailed, match=f"type '{model_type}' are not supported .*gemma3, .*smolvlm are"):
         estimate(ModelSpec("m", str(path), kind="vision"))
+
+
+def test_a_llama4_sees_the_tiles_of_a_picture_and_behind_them_the_whole(tmp_path):
+    runner = built(tiny_vision(tmp_path / "m", "llama4"))
+    (seen,) = runner.preprocess(question("Look", BLUE)).formatted.images
+    whole = BLUE.resize((56, 56), Image.Resampling.BICUBIC)
+    shown = np.asarray(seen.image.inputs["pixel_values"])
+    assert shown.shape == (3, 3, 56, 56)
+    np.testing.assert_allclose(shown[-1], np.asarray(whole).transpose(2, 0, 1) / 127.5 - 1, atol=1e-5)
+    (seen,) = runner.preprocess(question("Look", picture(1, 40, 40))).formatted.images
+    assert seen.image.inputs["pixel_values"].shape == (1, 3, 56, 56)
+
+
+def test_a_text_model_in_another_part_of_a_configuration_is_found(tmp_path):
+    path = tiny_vision(tmp_path / "m", "internvl_chat")
+    assert "text_config" not in json.loads((path / "config.json").read_text())
+    request = QUESTIONS[0]
+    text = built(path, kind="text")
+    assert text.facts.kind == "text"
+    assert answers(text, [request])[0] == [Reference(path).answer(request)[0]]
+    (path / "preprocessor_config.json").unlink()
+    assert sources.known_kind(str(path)) == "text"
 
 
 def test_the_kind_of_a_repository_is_found_at_its_first_load(tmp_path, monkeypatch):
@@ -280,6 +314,40 @@ def test_tiles_are_those_that_a_checkpoint_states(tmp_path):
     for stated, tiles in (({"max_dynamic_patch": 5}, 6), ({"max_dynamic_patch": None}, 13), ({}, 13)):
         whole = {name: value for name, value in config.items() if name != "max_dynamic_patch"} | stated
         assert inspect_vision_architecture(whole).tiles == tiles
+    assert sizes_of(tmp_path, "aya_vision").tiles == 4
+    assert sizes_of(tmp_path, "llava_onevision").tiles == 5  # of sizes up to two by two
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smolvlm"])
+def test_a_tower_whose_last_layer_is_read_holds_no_outputs_of_others(tmp_path, name):
+    model = build_model(json.loads((tiny_vision(tmp_path / "m", name) / "config.json").read_text()))
+    tower, pixels = model.vision_tower if name == "gemma3" else model.vision_model, mx.ones((1, 32, 32, 3))
+    before, _, states = tower(pixels, output_hidden_states=True)
+    keep_last_state(model)
+    after, _, none = tower(pixels, output_hidden_states=True)
+    assert (len(states), none) == (3, None)
+    assert mx.array_equal(before, after)
+
+
+def sizes_of(tmp_path, name, **vision):
+    path = tiny_vision(tmp_path / f"{name}{len(vision)}", name, vision=vision)
+    return inspect_vision_architecture(json.loads((path / "config.json").read_text()))
+
+
+def test_the_outputs_of_layers_and_angles_of_positions_that_a_tower_holds_are_counted(tmp_path):
+    few, many = (replace(sizes_of(tmp_path, "llava"), states=layers) for layers in (0, 2))
+    assert sizes_of(tmp_path, "llava") == many
+    assert many.activation_bytes(4, CPU) - few.activation_bytes(4, CPU) == 2 * 16 * 32 * 4  # layers, patches, values
+    assert sizes_of(tmp_path, "gemma3").states == 0
+    assert sizes_of(tmp_path, "kimi_vl").activation_bytes(4, CPU) > 512 * 512 * 16 * 18 - 1  # of positions and a head
+
+
+def test_arrays_that_are_returned_at_once_are_not_counted_twice(tmp_path):
+    tile = replace(sizes_of(tmp_path, "smolvlm"), image=4096, tiles=1)
+    patches = 512 * 512
+    kept, returned = (replace(tile, hidden=LARGEST_KEPT // (patches * 4) + more) for more in (0, 1))
+    saved = kept.activation_bytes(4, CPU) - returned.activation_bytes(4, CPU)
+    assert saved == (patches * tile.width * 4 if CPU.replace_kernels else 0)
 
 
 def test_a_large_picture_is_scaled_to_what_was_counted(tmp_path):

@@ -9,6 +9,7 @@ from mlx_vlm.utils import load
 from PIL import Image as Picture
 
 from mlxserver.engine.conversation import Image, Message, Text
+from mlxserver.engine.loading.processors import complete_processor
 from mlxserver.engine.requests import ChatPrompt, GenerationRequest
 from tests.support.batch_driver import Driver
 
@@ -45,6 +46,7 @@ class Reference:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parts that are not used
             self._model, self._processor = load(str(path))
+        complete_processor(self._model.config.model_type, self._processor)
         if type(self._processor).__name__ == "LlavaProcessor":  # gives it options that it does not take any more
             process = self._processor.image_processor
             self._processor.image_processor = lambda images, **options: process(images)

@@ -282,6 +282,70 @@ def _internvl(ids):
     )
 
 
+def _internvl_chat(ids):
+    """As InternVL's makers publish it: llm_config, and no word of a token of images."""
+    vision = _SIGLIP | {"model_type": "intern_vit_6b", "qk_normalization": True, "norm_type": "rms_norm"}
+    text = _TEXT | {"model_type": "qwen2", "attention_bias": True}
+    tiles = {"force_image_size": 32, "max_dynamic_patch": 3, "min_dynamic_patch": 1, "use_thumbnail": True}
+    return (
+        tiles | {"llm_config": text, "vision_config": vision, "downsample_ratio": 0.5},
+        {"preprocessor_config.json": {"image_processor_type": "CLIPFeatureExtractor", "size": 32}},
+    )
+
+
+def _aya_vision(ids):
+    text = _TEXT | {"model_type": "cohere2", "layer_norm_eps": 1e-5, "logit_scale": 0.5, "tie_word_embeddings": True}
+    text |= {"sliding_window": 24, "sliding_window_pattern": 2, "attention_bias": False, "layer_norm_bias": False}
+    tiles = {"size": {"height": 32, "width": 32}, "crop_to_patches": True, "min_patches": 1, "max_patches": 3}
+    return (
+        {
+            "text_config": text,
+            "vision_config": _SIGLIP,
+            "image_token_index": ids["<|IMG_PATCH|>"],
+            "downsample_factor": 2,
+            "alignment_intermediate_size": 64,
+            "max_splits_per_img": 3,
+        },
+        {
+            "preprocessor_config.json": {"image_processor_type": "GotOcr2ImageProcessor", **tiles, **_NORMAL},
+            "processor_config.json": {"patch_size": 8, "img_size": 32, "downsample_factor": 2},
+        },
+    )
+
+
+def _llava_onevision(ids):
+    sizes = [[32, 32], [32, 64], [64, 32], [64, 64]]
+    processor = {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": sizes, **_NORMAL}
+    return (
+        {
+            "text_config": _TEXT | {"model_type": "qwen2", "num_hidden_layers": 3, "intermediate_size": 112},
+            "vision_config": _SIGLIP,
+            "image_token_index": ids["<image>"],
+            "video_token_index": ids["<video>"],
+            "image_grid_pinpoints": sizes,
+        },
+        {
+            "preprocessor_config.json": processor | {"size": {"height": 32, "width": 32}},
+            "processor_config.json": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+        },
+    )
+
+
+def _llama4(ids):
+    text = _TEXT | {"model_type": "llama4_text", "num_hidden_layers": 4, "num_local_experts": 4, "use_qk_norm": True}
+    text |= {"num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 128}
+    text |= {"attention_chunk_size": 32, "attention_bias": False, "rope_scaling": None}
+    vision = _SIGLIP | {"model_type": "llama4_vision_model", "initializer_range": 0.02, "norm_eps": 1e-5}
+    vision |= {"num_channels": 3, "pixel_shuffle_ratio": 0.5, "projector_dropout": 0.0, "rope_theta": 10000.0}
+    vision |= {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64, "hidden_size": 64}
+    vision |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "default", "intermediate_size": 256}
+    vision |= {"patch_size": 14, "image_size": 56}  # the processor knows no other size of a patch
+    return (
+        {"text_config": text, "vision_config": vision, "image_token_index": ids["<|patch|>"]},
+        {"preprocessor_config.json": {"size": {"height": 56, "width": 56}, "max_patches": 4, **_NORMAL}},
+    )
+
+
 def _gemma4(ids):
     text = _TEXT | {
         "model_type": "gemma4_text",
@@ -336,6 +400,14 @@ _LFM2_TOKENS = (
     *("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
     *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5)),
 )
+_AYA_TOKENS = (
+    *("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"),
+    *("TILE", "TILE_GLOBAL"),
+)
+_LLAMA4_TOKENS = (
+    *("<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>"),
+    "<|tile_y_separator|>",
+)
 _INTERN_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 _QWEN_TEMPLATE = _PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 # Per family: its config and processor files from the ids of its tokens, these tokens, and its chat template.
@@ -369,6 +441,10 @@ FAMILIES = {
         _PARTS.replace("IMAGE", "<|media_start|>image<|media_content|><|media_pad|><|media_end|>"),
     ),
     "internvl": (_internvl, _INTERN_TOKENS, _PARTS.replace("IMAGE", "<IMG_CONTEXT>\n")),
+    "internvl_chat": (_internvl_chat, _INTERN_TOKENS, _PARTS.replace("IMAGE", "<image>\n")),
+    "aya_vision": (_aya_vision, _AYA_TOKENS, _PARTS.replace("IMAGE", "<image>")),
+    "llava_onevision": (_llava_onevision, ("<image>", "<video>"), _PARTS.replace("IMAGE", "<image>\n")),
+    "llama4": (_llama4, _LLAMA4_TOKENS, _PARTS.replace("IMAGE", "<|image|>")),
 }
 _TIED = ("gemma3",)  # whose output layer is their embedding, always
 _NAMED = {  # what a family's processor asks of its tokenizer by name
@@ -392,15 +468,16 @@ def tiny_vision(path, family, seed=0, *, text=None, vision=None, files=None, **s
     config, own_files = make(ids)
     files = {name: content | (files or {}).get(name, {}) for name, content in own_files.items()}
     config |= {"vision_config": config["vision_config"] | (vision or {})} | sizes
-    if "text_config" in config:
-        config["text_config"] = config["text_config"] | (text or {})
+    nested = next((name for name in ("text_config", "llm_config") if name in config), None)
+    if nested:
+        config[nested] = config[nested] | (text or {})
     else:
         config |= text or {}
     vocab = max(max(ids.values()) + 1, (text or {}).get("vocab_size", 0))
     family = family.partition("-")[0]
     config |= {"model_type": family, "vocab_size": vocab, "torch_dtype": "float32", "eos_token_id": ids["<|im_end|>"]}
-    if "text_config" in config:
-        config["text_config"] = config["text_config"] | {"vocab_size": vocab}
+    if nested:
+        config[nested] = config[nested] | {"vocab_size": vocab}
     files["config.json"] = config
     for name, content in files.items():
         (path / name).write_text(json.dumps(content, indent=2))
@@ -430,7 +507,7 @@ def _add_tokens(path, tokens, named):
 def _model(config):
     classes, _ = get_model_and_args(config=dict(config))
     config = json.loads(json.dumps(config))
-    config.setdefault("text_config", {})
+    config.setdefault("text_config", config.pop("llm_config", {}))
     arguments = classes.ModelConfig.from_dict(config)
     arguments = update_module_configs(arguments, classes, config, ["text", "vision", "perceiver", "projector", "audio"])
     return classes.Model(arguments)

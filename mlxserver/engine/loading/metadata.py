@@ -122,6 +122,11 @@ def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield vars(part)
 
 
+def nested_text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested part of a config.json that describes its text model; empty without one."""
+    return next((dict(part) for name in TEXT_CONFIGS if isinstance(part := config.get(name), Mapping) and part), {})
+
+
 def model_arguments(model: Any) -> Iterator[Mapping[str, Any]]:
     """The arguments that mlx-lm's model and its parts were made with: config.json, and defaults where it has gaps."""
     seen: set[int] = set()

@@ -13,9 +13,11 @@ from mlx.utils import tree_flatten
 
 from mlxserver.engine.loading.encoder_architecture import activation_bytes
 from mlxserver.engine.loading.kinds import SEEING
+from mlxserver.engine.loading.metadata import nested_text_config
 from mlxserver.engine.loading.unsupported import Unsupported
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.cpu_stored import values_in_layers
+from mlxserver.engine.platform.environment import LARGEST_KEPT
 from mlxserver.engine.platform.policy import ExecutionPolicy
 
 FEATURE_BYTES = 64 << 20  # of the features of images that were seen, kept per model
@@ -29,7 +31,15 @@ _ANY_SIZE = frozenset(
     }
 )
 # Most tiles that a large picture is cut into, the whole of it among them.
-_TILES = {"idefics3": 17, "smolvlm": 17, "lfm2_vl": 11, "lfm2-vl": 11, "internvl": 13}
+_TILES = {
+    **{"idefics3": 17, "smolvlm": 17, "lfm2_vl": 11, "lfm2-vl": 11, "internvl": 13, "internvl_chat": 13},
+    **{"llama4": 5, "aya_vision": 13},
+}
+_STATED_TILES = dict.fromkeys(("internvl", "internvl_chat"), "max_dynamic_patch") | {"aya_vision": "max_splits_per_img"}
+# Types whose features are made of the outputs of several layers, all of which are held.
+_KEEPS_STATES = frozenset({"aya_vision", "llava", "llava_onevision", "mistral3", "pixtral"})
+# Positions whose angles mlx-vlm computes for each picture, some arrays of a head's dimensions in all.
+_ANGLES, _ANGLE_BYTES = {"kimi_vl": 512 * 512}, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,8 @@ class VisionArchitecture:
     """Sizes of a vision part. weights: number of values. width: activations per patch of a layer. heads: of attention.
 
     patch: its side in pixels. image: side of the pictures in pixels, 0 for any. tiles: that a picture is cut into.
-    in_layers: weights that are those of linear and embedding layers. mlp: width of a layer's MLP.
+    in_layers: weights that are those of linear and embedding layers. mlp: width of a layer's MLP. hidden: of what a
+    layer gives. states: layers of which that is held. angles: values of a table that is made for each picture.
     """
 
     weights: int
@@ -48,6 +59,9 @@ class VisionArchitecture:
     tiles: int = 1
     in_layers: int = 0
     mlp: int = 0
+    hidden: int = 0
+    states: int = 0
+    angles: int = 0
 
     def most_patches(self, policy: ExecutionPolicy) -> int:
         """Patches of the largest picture, or of a tile of it, that the tower is given."""
@@ -68,7 +82,13 @@ class VisionArchitecture:
         """Activations of the largest picture."""
         patches = self.most_patches(policy)
         attention = AttentionMemory(self.heads, policy).batch_bytes(self.tiles * patches, patches)
-        return self.tiles * patches * activation_bytes(self.width, self.mlp, "", value_bytes, policy) + attention
+        state = self.tiles * patches * self.hidden * value_bytes
+        layers = self.tiles * patches * activation_bytes(self.width, self.mlp, "", value_bytes, policy)
+        if (
+            policy.replace_kernels and state > LARGEST_KEPT
+        ):  # what is made ahead takes no memory before it is written to
+            layers -= self.tiles * patches * self.width * value_bytes
+        return max(layers + self.states * state + attention, self.angles * _ANGLE_BYTES)
 
 
 def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture:
@@ -89,22 +109,30 @@ def inspect_vision_architecture(config: Mapping[str, Any]) -> VisionArchitecture
     if model_type in ("lfm2_vl", "lfm2-vl"):  # image_size is that of its makers' pre-training
         image = int(config.get("tile_size") or 512)
     layers = int(vision.get("num_hidden_layers") or vision.get("depth") or vision.get("num_layers") or 24)
+    heads = int(vision.get("num_attention_heads") or vision.get("num_heads") or 16)
+    hidden = int(vision.get("embed_dim") or vision.get("hidden_size") or 0)
     outputs = sum(array.shape[0] for array in parameters if array.ndim == 2)
     return VisionArchitecture(
         sum(math.prod(array.shape) for array in parameters),
         max(1, outputs // layers),
-        int(vision.get("num_attention_heads") or vision.get("num_heads") or 16),
+        heads,
         patch or 14,
         0 if model_type in _ANY_SIZE else image or 896,
         _most_tiles(model_type, config),
         values_in_layers(model),
         int(vision.get("intermediate_size") or 0),
+        hidden,
+        layers if model_type in _KEEPS_STATES else 0,
+        _ANGLES.get(model_type, 0) * hidden // heads,
     )
 
 
 def _most_tiles(model_type: str, config: Mapping[str, Any]) -> int:
-    """Most tiles of a picture, the whole of it among them; an InternVL's config.json may state those without it."""
-    stated = config.get("max_dynamic_patch") if model_type == "internvl" else None
+    """Most tiles of a picture, the whole of it among them; a config.json may state those without it, or sizes."""
+    if sizes := config.get("image_grid_pinpoints"):
+        side = _side(config["vision_config"].get("image_size"))
+        return 1 + int(max(map(math.prod, sizes))) // side**2
+    stated = config.get(_STATED_TILES.get(model_type, ""))
     return stated + 1 if type(stated) is int and stated > 0 else _TILES.get(model_type, 1)
 
 
@@ -118,7 +146,8 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     classes, _ = get_model_and_args(config=config)
-    for part in ("text_config", "vision_config", "audio_config"):
+    config.setdefault("text_config", nested_text_config(config))
+    for part in ("vision_config", "audio_config"):
         config.setdefault(part, {})
     parts = ["text", "vision", "perceiver", "projector", "audio"]
     arguments = update_module_configs(classes.ModelConfig.from_dict(config), classes, config, parts)

@@ -18,10 +18,15 @@ from mlxserver.engine.mlx import mx, nn
 from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading.checkpoint_files import refuse_code
 from mlxserver.engine.loading.loader import prepare
+from mlxserver.engine.loading.metadata import nested_text_config
+from mlxserver.engine.loading.processors import complete_processor, image_token_of
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.requests import ProcessedImage
+
+# Types whose features are made of what the last layer of the tower gives, and of no other layer's.
+READS_LAST_STATE = frozenset({"gemma3", "idefics3", "kimi_vl", "lfm2-vl", "lfm2_vl", "smolvlm"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +57,22 @@ class Tower:
 
     def encode(self, image: ProcessedImage) -> Features:
         """The features of an image, evaluated."""
+        with cpu_attention.layer_by_layer(True):
+            features = self._features(image)
+            mx.eval(features.embeddings, features.added)
+        return features
+
+    def check(self, image: ProcessedImage) -> None:
+        """Raise what encode() would for layers that do not fit; most of them compute nothing for it."""
+        self._features(image)
+
+    def _features(self, image: ProcessedImage) -> Features:
         tokens = mx.full((1, image.tokens), self._token, dtype=mx.int32)
         inputs = {name: mx.array(array) for name, array in image.inputs.items()}
         pixels = inputs.pop("pixel_values")
-        with cpu_attention.layer_by_layer(True):
-            found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
-            added = found.deepstack_visual_embeds
-            features = Features(found.inputs_embeds[0], () if added is None else list(added))
-            mx.eval(features.embeddings, features.added)
-        return features
+        found = self._model.get_input_embeddings(tokens, pixels, mask=mx.ones_like(tokens), **inputs)
+        added = found.deepstack_visual_embeds
+        return Features(found.inputs_embeds[0], () if added is None else list(added))
 
 
 def load_tower(path: Path, config: Mapping[str, Any], report: Progress, policy: ExecutionPolicy) -> Tower:
@@ -70,8 +82,21 @@ def load_tower(path: Path, config: Mapping[str, Any], report: Progress, policy: 
     refuse_code(config)
     model = load_model(path, lazy=True)
     model.language_model = _NoText(hidden_size(config))
+    if config.get("model_type") in READS_LAST_STATE:
+        keep_last_state(model)
     model = prepare(model, report, replace(policy, fuse_projections=False))
     return Tower(model, config)
+
+
+def keep_last_state(model: nn.Module) -> None:
+    """Have the tower of a model hold the output of one layer at a time: mlx-vlm asks it for those of all."""
+    tower = model.vision_tower if hasattr(model, "vision_tower") else model.vision_model
+    own: Any = type(tower)
+
+    def call(self: nn.Module, *arguments: Any, output_hidden_states: Any = None, **options: Any) -> Any:
+        return own.__call__(self, *arguments, output_hidden_states=False, **options)
+
+    tower.__class__ = type(own.__name__, (own,), {"__call__": call})
 
 
 def load_processor(path: Path) -> Any:
@@ -79,13 +104,20 @@ def load_processor(path: Path) -> Any:
     from mlx_vlm.utils import get_model_and_args, load_config, load_image_processor
     from mlx_vlm.utils import load_processor as load
 
-    get_model_and_args(load_config(path))  # registers the model's own processor
+    config = load_config(path)
+    get_model_and_args(config)  # registers the model's own processor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parts that are not used: sound, video
         processor = load(path, add_detokenizer=False, trust_remote_code=False)
     if own := load_image_processor(path):
         processor.image_processor = own
-    return processor
+    return complete_processor(str(config.get("model_type")), processor)
+
+
+def with_image_token(config: Mapping[str, Any], processor: Any) -> Mapping[str, Any]:
+    """The config.json with the id of the token that stands for a part of an image, which its processor may state."""
+    found = image_token_of(processor)
+    return config if found is None else {"image_token_index": found, **config}
 
 
 def image_token(config: Mapping[str, Any]) -> int:
@@ -98,8 +130,7 @@ def image_token(config: Mapping[str, Any]) -> int:
 
 def hidden_size(config: Mapping[str, Any]) -> int:
     """Size of the text model's embeddings."""
-    text = config.get("text_config") or config.get("llm_config") or {}
-    return int(text.get("hidden_size") or config.get("hidden_size") or 0)
+    return int(nested_text_config(config).get("hidden_size") or config.get("hidden_size") or 0)
 
 
 class _NoText:

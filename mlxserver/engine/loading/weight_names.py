@@ -16,6 +16,8 @@ from mlxserver.engine.mlx import mx, nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
+from mlxserver.engine.loading.metadata import nested_text_config
+
 _NESTED, _OWN = "model.language_model.", "language_model.model."
 _HEAD = "lm_head."
 _BY_TEXT = {"kimi_vl": "deepseek_v3"}  # types whose published weights mlx-lm's class can't read, and its text model can
@@ -29,9 +31,9 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     try:
         model_class, arguments = _get_classes(config)
     except ValueError:
-        if not isinstance(config.get("text_config"), dict):
+        if not (nested := nested_text_config(config)):
             raise
-        return _nesting(*_get_classes(config["text_config"]))
+        return _nesting(*_get_classes(nested))
     return _renaming(model_class), arguments
 
 
@@ -58,12 +60,12 @@ class _NestedArguments:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> _NestedArguments:
         """From a config.json."""
-        return cls(str(config["model_type"]), dict(config["text_config"]))
+        return cls(str(config["model_type"]), nested_text_config(config))
 
 
 @functools.cache
 def _nesting(text_class: type[nn.Module], text_arguments: type[Any]) -> tuple[type[nn.Module], type[Any]]:
-    """Classes of a model of whose type mlx-lm has the text model alone (idefics3, smolvlm, internvl)."""
+    """Classes of a model of whose type mlx-lm has the text model alone (idefics3, smolvlm, internvl, internvl_chat)."""
 
     class Model(nn.Module):  # type: ignore[misc]
         def __init__(self, args: _NestedArguments) -> None:

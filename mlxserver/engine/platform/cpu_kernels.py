@@ -1,4 +1,4 @@
-"""CPU kernels: softmax, SwiGLU, GELU, norms and rotary embedding for a Linux CPU; cpu_attention.py has attention.
+"""CPU kernels: softmax, SwiGLU, SiLU, GELU, norms and rotary embedding for a Linux CPU; cpu_attention.py has attention.
 
 MLX computes exponentials there one element at a time, so that softmax, attention and SwiGLU took four fifths of a
 prompt's time. Here exp is made of additions, multiplications and one change of type, which vectorise: the method of the
@@ -7,7 +7,7 @@ Cephes library (Moshier 1984-1992), exact to 1e-7.
 And MLX has no RMS norm and no rotary embedding (Su et al. 2021) there: it makes them of a dozen operations and of
 thirty, in every layer. An operation costs microseconds however small it is: of a decode step of SmolLM2, 5,500 of them,
 that was half. Here what depends on positions alone is computed once per step, and where the native kernels are built,
-each of these is one operation, and so are GELU and layer norm.
+each of these is one operation, and so are SiLU, GELU and layer norm.
 
 Rule: arrays that are not plain float32 are left to MLX's and mlx-lm's functions.
 """
@@ -27,6 +27,7 @@ from mlx_lm.models import activations
 from mlxserver.engine.platform.native.extension import native
 
 _COEFFICIENTS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_TWICE_ROOT = 2 * math.sqrt(2 / math.pi)
 FEW = 2048  # elements whose exponentials MLX computes faster than several operations begin
 
 mlx_lm_swiglu = activations.swiglu
@@ -65,6 +66,28 @@ def gelu(x: mx.array) -> mx.array:
     mantissa, exponent = _compiled_bell(x)
     gated: mx.array = _bell_gate(mantissa, exponent.view(mx.float32), x)
     return gated
+
+
+def silu(x: mx.array) -> mx.array:
+    """As nn.silu."""
+    return _swish(x, 1.0, 0.0, nn.silu)
+
+
+def gelu_approx(x: mx.array) -> mx.array:
+    """As nn.gelu_approx. (1 + tanh(u)) / 2 is the sigmoid of 2 * u."""
+    return _swish(x, _TWICE_ROOT, 0.044715 * _TWICE_ROOT, nn.gelu_approx)
+
+
+def gelu_fast_approx(x: mx.array) -> mx.array:
+    """As nn.gelu_fast_approx."""
+    return _swish(x, 1.702, 0.0, nn.gelu_fast_approx)
+
+
+def _swish(x: mx.array, slope: float, cubic: float, plain: Callable[[mx.array], mx.array]) -> mx.array:
+    """x times the sigmoid of slope * x + cubic * x^3, which `plain` computes without native kernels."""
+    kernels = native() if x.dtype == mx.float32 else None
+    computed: mx.array = kernels.swish(x, slope, cubic) if kernels else plain(x)
+    return computed
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:

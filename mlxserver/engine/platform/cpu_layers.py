@@ -1,9 +1,9 @@
 """Layers of a loaded model that compute with cpu_kernels.py, cpu_attention.py and cpu_matmul.py on a Linux CPU.
 
-MLX's own layers (linear, embedding, norms, GELU, rotary embedding) become subclasses of theirs: same parameters,
-another forward pass. What mlx-lm's model code calls by name has no layer to replace: attention, SwiGLU, the softmax of
-expert gates, and the norms and rotary embeddings of its own classes. For that code, `mx` is a copy of mlx.core with
-our functions in it. MLX itself stays as it is, for everything else in the process.
+MLX's own layers (linear, embedding, norms, SiLU, GELU, rotary embedding) become subclasses of theirs: same parameters,
+another forward pass. What mlx-lm's model code calls by name has no layer to replace: attention, SwiGLU, SiLU and GELU,
+the softmax of expert gates, and the norms and rotary embeddings of its own classes. For that code, `mx` and `nn` are
+copies of mlx.core and mlx.nn with our functions in them. MLX itself stays as it is, for everything else in the process.
 
 Rule: replace_functions() runs after the model's code has been imported and before its first forward pass.
 """
@@ -86,19 +86,27 @@ class RoPE(nn.RoPE):  # type: ignore[misc]
 
 
 class GELU(nn.GELU):  # type: ignore[misc]
-    """nn.GELU in compiled operations."""
+    """nn.GELU, exact or approximated, in one operation."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., dim]."""
         if self._approx == "none":
             return cpu_kernels.gelu(x)
-        plain: mx.array = super().__call__(x)
-        return plain
+        return cpu_kernels.gelu_fast_approx(x) if self._approx == "fast" else cpu_kernels.gelu_approx(x)
+
+
+class SiLU(nn.SiLU):  # type: ignore[misc]
+    """nn.SiLU in one operation."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., dim]."""
+        return cpu_kernels.silu(x)
 
 
 def replace_layers(model: nn.Module) -> None:
     """Have a model's layers compute with these classes. Layers of MLX's subclasses stay as they are."""
-    classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.LayerNorm: LayerNorm, nn.RoPE: RoPE, nn.GELU: GELU}
+    classes: dict[type, type] = {nn.RMSNorm: RMSNorm, nn.LayerNorm: LayerNorm, nn.RoPE: RoPE}
+    classes |= {nn.GELU: GELU, nn.SiLU: SiLU}
     if cpu_matmul.has_products():
         classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
     if native():
@@ -114,6 +122,8 @@ def replace_functions() -> None:
             continue
         if getattr(module, "mx", None) is mx:
             module.mx = _core()  # type: ignore[attr-defined]
+        if getattr(module, "nn", None) is nn:
+            module.nn = _layers()  # type: ignore[attr-defined]
         if getattr(module, "swiglu", None) is cpu_kernels.mlx_lm_swiglu:
             module.swiglu = cpu_kernels.swiglu  # type: ignore[attr-defined]
 
@@ -131,3 +141,17 @@ def _core() -> ModuleType:
     )
     vars(core).update(vars(mx), fast=fast, softmax=cpu_kernels.softmax)
     return core
+
+
+@functools.cache
+def _layers() -> ModuleType:
+    """mlx.nn with our functions."""
+    layers = ModuleType(nn.__name__)
+    vars(layers).update(
+        vars(nn),
+        silu=cpu_kernels.silu,
+        gelu=cpu_kernels.gelu,
+        gelu_approx=cpu_kernels.gelu_approx,
+        gelu_fast_approx=cpu_kernels.gelu_fast_approx,
+    )
+    return layers

@@ -25,8 +25,9 @@ _CUDA = {
     "MLX_MAX_OPS_PER_BUFFER": "20",
 }
 
+LARGEST_KEPT = 32 << 20  # bytes of the largest array whose memory is kept when it is freed
 # glibc's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its highest value) and M_ARENA_MAX, from <malloc.h>.
-_MALLOPT = {-1: 2**31 - 1, -3: 32 << 20, -8: 1}
+_MALLOPT = {-1: 2**31 - 1, -3: LARGEST_KEPT, -8: 1}
 
 
 def prepare() -> None:

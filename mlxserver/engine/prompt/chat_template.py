@@ -216,7 +216,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _encoder(self) -> SegmentEncoder:
-        return SegmentEncoder(self._tokenizer, self.source)
+        return SegmentEncoder(self._tokenizer, self.source, self._images.placeholder if self._images else "")
 
     @functools.cached_property
     def _needs_whole_tools(self) -> bool:

@@ -33,7 +33,7 @@ class ImageProcessor:
 
     kept_bytes: of what was processed last. most_pixels: of a picture, which is scaled down to them; None for any.
     versions: of all that makes features of an image, which outlive the process; by default the present ones.
-    placeholder: text that stands for an image in what the chat template writes. probe: a small picture, processed.
+    placeholder: text that stands for an image in what the chat template writes.
 
     Raises whatever the processor does for a picture that it can't process.
     """
@@ -51,19 +51,22 @@ class ImageProcessor:
         self._held = 0
         self._keys: dict[tuple[int, bool], tuple[bytes, int]] = {}  # of one prompt's, by file and whether detail is low
         self._versions = versions or _versions()
-        self.placeholder, self.probe = self._find_placeholder()
+        self.placeholder = self._find_placeholder()
 
-    def _find_placeholder(self) -> tuple[str, ProcessedImage]:
-        """The text that the processor puts an image in place of, and a small grey image."""
-        picture = pillow.new("RGB", _PROBE, "grey")
+    def probe(self) -> ProcessedImage:
+        """A small grey picture as the processor makes it."""
+        return self.process_picture(pillow.new("RGB", _PROBE, "grey"))
+
+    def _find_placeholder(self) -> str:
+        """The text that the processor puts an image in place of."""
         refusal: Exception | None = None
         named = [getattr(self._processor, name, None) for name in ("image_token", "boi_token")]
         for placeholder in (*named, self._tokenizer.convert_ids_to_tokens(self._token)):
             if isinstance(placeholder, str):
                 self.placeholder = placeholder
                 try:
-                    if (probe := self.process_picture(picture)).tokens:
-                        return placeholder, probe
+                    if self.probe().tokens:
+                        return placeholder
                 except Exception as error:  # foreign code
                     refusal = refusal or error
         raise refusal or ValueError("its processor has no text that stands for an image")

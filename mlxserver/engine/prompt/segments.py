@@ -37,11 +37,15 @@ _CAN_MARK = hasattr(chat_template_utils, "mark_control_tokens")  # transformers 
 
 
 class SegmentEncoder:
-    """Encoder of the rendered prompts of one tokenizer. source: the chat template, whose control tokens it cuts at."""
+    """Encoder of the rendered prompts of one tokenizer. source: the chat template, whose control tokens it cuts at.
 
-    def __init__(self, tokenizer: TokenizerWrapper, source: str) -> None:
+    placeholder: text that stands for an image there, and is marked like a control token; "" for none.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, source: str, placeholder: str = "") -> None:
         self._tokenizer = tokenizer._tokenizer
         self._source = source
+        self._placeholder = placeholder
         self._segments: OrderedDict[str, array[int]] = OrderedDict()
         self._characters = 0
         self._is_fast = isinstance(getattr(self._tokenizer, "backend_tokenizer", None), Tokenizer)
@@ -88,6 +92,7 @@ class SegmentEncoder:
     @functools.lru_cache  # noqa: B019  (as long as the model is loaded)
     def _control_tokens(self, template: str | None) -> re.Pattern[str]:
         tokens = self._tokenizer._get_control_tokens(self._tokenizer.get_chat_template(template))
+        tokens = (*tokens, self._placeholder) if self._placeholder else tuple(tokens)
         pattern: re.Pattern[str] = chat_template_utils._get_control_token_patterns(tokens)[0]
         return pattern
 

@@ -11,7 +11,7 @@ from mlxserver.engine.loading.sight_layers import attends_within_images, give_si
 from mlxserver.engine.loading.sources import Progress
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.loading.vision_architecture import FEATURE_BYTES, PIXEL_BYTES, inspect_vision_architecture
-from mlxserver.engine.loading.vision_model import Tower, image_token, load_processor, load_tower
+from mlxserver.engine.loading.vision_model import Tower, image_token, load_processor, load_tower, with_image_token
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.requests import FormattedPrompt
@@ -51,10 +51,11 @@ def load_vision(spec: ModelSpec, loaded: LoadedModel, progress: Progress, policy
     def load() -> Vision:
         with naming(f"the vision part in {loaded.path} can't be used"), naming_what_is_missing():
             pixels = inspect_vision_architecture(loaded.config).most_pixels(policy)
-            token = image_token(loaded.config)
-            processor = ImageProcessor(load_processor(loaded.path), token, PIXEL_BYTES, pixels)
-            tower = load_tower(loaded.path, loaded.config, progress, policy)
-            tower.encode(processor.probe)
+            own = load_processor(loaded.path)
+            config = with_image_token(loaded.config, own)
+            processor = ImageProcessor(own, image_token(config), PIXEL_BYTES, pixels)
+            tower = load_tower(loaded.path, config, progress, policy)
+            tower.check(processor.probe())
             sight = give_sight(loaded.model, loaded.config, tower.layers_added)
         eyes = Eyes(
             tower,

@@ -65,6 +65,7 @@ def _has_right_functions(module: Any, x: mx.array) -> bool:
         (turned, x * mx.cos(angle) + swapped * mx.sin(angle)),
         (module.layer_norm(x, weight, weight, 1e-5), mx.fast.layer_norm(x, weight, weight, 1e-5)),
         (module.gelu(x), x * (1 + mx.erf(x * math.sqrt(0.5))) / 2),  # nn.gelu() would be compiled
+        (module.swish(x, 1.5, 0.1), x * mx.sigmoid(1.5 * x + 0.1 * x**3)),
         (module.attend_in_blocks(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
         (module.attend(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
     )

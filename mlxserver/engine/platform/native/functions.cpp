@@ -1,4 +1,4 @@
-// Kernels of what lies between the products of a layer: norms, SwiGLU, GELU, rotary embedding. Compiled once per
+// Kernels of what lies between the products of a layer: norms, SwiGLU, SiLU, GELU, rotary embedding. Compiled once per
 // instruction set: LEVEL names it, LANES the floats of a vector.
 //
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
@@ -79,6 +79,13 @@ void gelu(const Gelu& p, int64_t first, int64_t last) {
   }
 }
 
+void swish(const Swish& p, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += LANES) {
+    const Floats x = load_some(p.x + i, last - i, 0.0f);
+    store_some(x / (1.0f + exponential(-x * (p.slope + p.cubic * x * x))), last - i, p.out + i);
+  }
+}
+
 void rotation(const Rotation& p, int64_t first, int64_t last) {
   const int64_t half = p.dim / 2;
   for (int64_t row = first; row < last; row++) {
@@ -105,5 +112,6 @@ void NAME(gate)(const Gate& p, int64_t first, int64_t last) noexcept { gate(p, f
 void NAME(sum)(const Sum& p, int64_t first, int64_t last) noexcept { sum(p, first, last); }
 void NAME(layer_norm)(const LayerNorm& p, int64_t first, int64_t last) noexcept { layer_norm(p, first, last); }
 void NAME(gelu)(const Gelu& p, int64_t first, int64_t last) noexcept { gelu(p, first, last); }
+void NAME(swish)(const Swish& p, int64_t first, int64_t last) noexcept { swish(p, first, last); }
 void NAME(rotation)(const Rotation& p, int64_t first, int64_t last) noexcept { rotation(p, first, last); }
 }

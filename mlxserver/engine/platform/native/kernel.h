@@ -100,6 +100,18 @@ struct Gelu {
   static constexpr int64_t TOGETHER = 64;
 };
 
+// x times the sigmoid of slope * x + cubic * x^3: SiLU, and the approximations of GELU.
+struct Swish {
+  const float* x;
+  float* out;
+  int64_t size;
+  float slope, cubic;
+
+  int64_t items() const { return size; }
+  int64_t work() const { return 4; }
+  static constexpr int64_t TOGETHER = 64;
+};
+
 // silu(gate) * x.
 struct Gate {
   const float *gate, *x;
@@ -270,6 +282,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   X(combine, SegmentedAttention, LEVEL) \
   X(layer_norm, LayerNorm, LEVEL) \
   X(gelu, Gelu, LEVEL) \
+  X(swish, Swish, LEVEL) \
   X(block_attention, BlockAttention, LEVEL) \
   X(draw, Draw, LEVEL) \
   X(penalty, Penalty, LEVEL) \

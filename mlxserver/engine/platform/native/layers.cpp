@@ -63,11 +63,32 @@ class GeluOperation : public Operation<Gelu> {
  public:
   using Operation::Operation;
   const char* name() const override { return "NativeGelu"; }
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
 
  protected:
   Gelu task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
     return {in_rows(inputs[0], encoder).data<float>(), out.data<float>(), int64_t(out.size())};
   }
+};
+
+class SwishOperation : public Operation<Swish> {
+ public:
+  SwishOperation(float slope, float cubic, Kernel<Swish> kernel) : Operation(kernel), slope_(slope), cubic_(cubic) {}
+  const char* name() const override { return "NativeSwish"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& same = static_cast<const SwishOperation&>(other);
+    return slope_ == same.slope_ && cubic_ == same.cubic_ && kernel_ == same.kernel_;
+  }
+  // Of a function that is compiled for any shape.
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
+
+ protected:
+  Swish task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
+    return {in_rows(inputs[0], encoder).data<float>(), out.data<float>(), int64_t(out.size()), slope_, cubic_};
+  }
+
+ private:
+  float slope_, cubic_;
 };
 
 class RotationOperation : public Operation<Rotation> {
@@ -209,6 +230,12 @@ mx::array gelu(const mx::array& x, const std::string& name) {
   return mx::array(x.shape(), mx::float32, std::make_shared<GeluOperation>(level(name).gelu), {x});
 }
 
+mx::array swish(const mx::array& x, float slope, float cubic, const std::string& name) {
+  check(is_wide(x));
+  if (!x.size()) return x;
+  return mx::array(x.shape(), mx::float32, std::make_shared<SwishOperation>(slope, cubic, level(name).swish), {x});
+}
+
 mx::array rotate(const mx::array& x, const mx::array& cosines, const mx::array& sines, const std::string& name) {
   check(is_wide(x) && is_wide(cosines) && is_wide(sines) && x.ndim() == 4 && x.shape(3) % 2 == 0);
   const auto angles = size_t(x.shape(2)) * x.shape(3) / 2;
@@ -273,6 +300,7 @@ void add_functions(nb::module_& m) {
   m.def("layer_norm", &layer_norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"),
         nb::arg("level") = "");
   m.def("gelu", &gelu, nb::arg("x"), nb::arg("level") = "");
+  m.def("swish", &swish, nb::arg("x"), nb::arg("slope"), nb::arg("cubic") = 0.0f, nb::arg("level") = "");
   m.def("rotate", &rotate, nb::arg("x"), nb::arg("cosines"), nb::arg("sines"), nb::arg("level") = "");
   m.def("attend", &attend, nb::arg("q"), nb::arg("keys"), nb::arg("values"), nb::arg("scale"),
         nb::arg("mask") = nb::none(), nb::arg("is_causal") = false, nb::arg("level") = "");
