@@ -1,7 +1,5 @@
 """Weights of experts stay as they are stored on a Linux CPU; products are MLX's of float32 weights, to rounding."""
 
-from dataclasses import replace
-
 from mlxserver.engine.mlx import mx, nn
 
 import pytest
@@ -14,12 +12,11 @@ from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.platform import cpu_layers, cpu_stored
 from mlxserver.engine.platform.native.extension import native
-from mlxserver.engine.platform.policy import CPU, WeightPolicy
+from mlxserver.engine.platform.policy import CPU, NATIVE
 from tests.support.architectures import BASE, CONFIGS, write_random_model
 from tools.zoo import models
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native kernels are not built")
-NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED)
 EXPERTS, OUTPUTS, INPUTS = 5, 37, 96
 HALVES = (mx.float16, mx.bfloat16)
 

@@ -17,11 +17,10 @@ from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.platform import cpu_layers, cpu_stored, policy
 from mlxserver.engine.platform.native import build
 from mlxserver.engine.platform.native.extension import is_right, native
-from mlxserver.engine.platform.policy import CPU, WeightPolicy
+from mlxserver.engine.platform.policy import CPU, NATIVE, WeightPolicy
 from tools.harness.models import tiny_llama
 from tools.harness.tiny_gguf import write_tiny_gguf
 
-NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED)
 needs_kernels = pytest.mark.skipif(native() is None, reason="the native kernels are not built")
 
 
@@ -123,7 +122,7 @@ def test_formats_without_a_kernel_are_dequantized(tmp_path, bits, mode):
 
 def test_ranks_that_share_a_model_dequantize_it(tmp_path):
     spec = ModelSpec("m", str(write_quantized(tmp_path / "m", 4)), shard="tensor")
-    assert NATIVE.with_weights("auto", is_shared=True) == CPU
+    assert NATIVE.with_weights("auto", is_shared=True) == replace(NATIVE, weights=WeightPolicy.FLOAT32)
     assert estimate(spec, NATIVE) == estimate(spec, CPU)
 
 

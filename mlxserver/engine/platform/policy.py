@@ -161,6 +161,8 @@ CPU = ExecutionPolicy(
     memory_share=0.75,
     candidates=("fuse_projections",),
 )
+# A CPU with native kernels.
+NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED, sampling_kernel=True)
 # A GPU prefers few shapes that recur.
 METAL = ExecutionPolicy(
     compile_steps=False,
@@ -223,5 +225,4 @@ def current() -> ExecutionPolicy:
     from mlxserver.engine.platform.native.extension import native
 
     policy = policy_for(device.describe().kind)
-    is_native = policy is CPU and native() is not None
-    return replace(policy, weights=WeightPolicy.QUANTIZED, sampling_kernel=True) if is_native else policy
+    return NATIVE if policy is CPU and native() else policy
