@@ -54,8 +54,6 @@ struct Linear {
     }
   }
 
-  bool operator==(const Linear&) const = default;
-
   AnyProduct task(const Arrays& inputs, const float* x, float* out, int64_t rows, int64_t width) const {
     Product product{x, nullptr, nullptr, out, rows, width, outputs};
     const size_t arrays = bits ? 3 : 1;
