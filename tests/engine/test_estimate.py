@@ -141,11 +141,11 @@ def test_a_chunk_is_as_long_as_its_scores_allow(heads, wanted, done, reach):
     assert chunk == wanted or memory.chunk_bytes(chunk + 1, done + chunk + 1) > 128 << 20
 
 
-@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), reach=REACH, in_blocks=st.booleans(), data=st.data())
-def test_no_chunk_takes_more_than_was_counted(heads, wanted, reach, in_blocks, data):
+@given(heads=st.integers(1, 128), wanted=st.integers(16, 4096), reach=REACH, data=st.data())
+def test_no_chunk_takes_more_than_was_counted(heads, wanted, reach, data):
     context = data.draw(st.integers(1, 200_000))
     done = data.draw(st.integers(0, context - 1))
-    memory = AttentionMemory(heads, CPU, reach, in_blocks=in_blocks)
+    memory = AttentionMemory(heads, CPU, reach)
     chunk = min(memory.fit(wanted, done), context - done)
     assert chunk <= memory.fit(LARGEST_CHUNK, 0)
     assert memory.chunk_bytes(chunk, done + chunk) <= memory.max_bytes(context)

@@ -34,7 +34,6 @@ class Architecture:
     sequence_values: state of a sequence, whatever its length. width: activations per token in the widest layer.
     arguments: those that mlx-lm's model was made with (metadata.model_arguments()). has_experts: some of its layers
     choose among experts. in_layers: weights that are those of linear and embedding layers and of experts.
-    attends_in_blocks: in float32, scores of attention are never in memory on this device (kv_cache/caches.py).
     """
 
     weights: int
@@ -45,7 +44,6 @@ class Architecture:
     arguments: tuple[Mapping[str, Any], ...] = ()
     has_experts: bool = False
     in_layers: int = 0
-    attends_in_blocks: bool = False
 
     def cache_values(self, tokens: int, sequences: int) -> int:
         """Values in a full cache of so many tokens and sequences."""
@@ -84,7 +82,6 @@ def inspect_architecture(
     vocab = int(logits.shape[-1])
     outputs = sum(array.shape[-2] for array in parameters if array.ndim >= 2 and array.shape[-2] != vocab)
     layers, sequence_values = _cache_values(model, list(caches.flat(cache)))
-    attends_in_blocks = caches.attends_in_blocks(model)
     mx.random.seed(0)  # or else the weights, which are never computed, would stay in this thread's random state
     return Architecture(
         sum(array.size for array in parameters),
@@ -95,7 +92,6 @@ def inspect_architecture(
         tuple(model_arguments(model)),
         any(isinstance(layer, SwitchLinear) for layer in model.modules()),
         values_in_layers(model),
-        attends_in_blocks,
     )
 
 

@@ -155,10 +155,7 @@ def _decoder_estimate(
     value = value_bytes(metadata.config, policy)
     heads = attention_heads(metadata.config, *architecture.arguments)
     dequantized = architecture.widest_layer * value if kv else 0
-    in_blocks = architecture.attends_in_blocks and value == 4
-    only_states = in_blocks or not architecture.layers  # have scores
-    reach = STATE_REACH if only_states and architecture.sequence_values else 0
-    attention = AttentionMemory(heads, policy, reach, dequantized, in_blocks)
+    attention = AttentionMemory(heads, policy, 0 if architecture.layers else STATE_REACH, dequantized)
     own = limits(spec, context_length(spec.key, metadata.config, *architecture.arguments))
     activations = _chunk_bytes(architecture.width * value, attention, own.context)
     if vision:

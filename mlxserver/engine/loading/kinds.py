@@ -16,18 +16,7 @@ HEADLESS = frozenset({"Qwen3Model", "Gemma3TextModel", "Ministral3Model", "Lfm2M
 # Types of models that see, whose vision part mlx-vlm runs as tried here, and whose text part mlx-lm does.
 SEEING = frozenset(
     {
-        *(
-            "aya_vision",
-            "gemma3",
-            "gemma4",
-            "idefics3",
-            "internvl",
-            "internvl_chat",
-            "kimi_vl",
-            "lfm2-vl",
-            "lfm2_vl",
-            "llama4",
-        ),
+        *("aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "internvl_chat", "kimi_vl", "lfm2-vl", "lfm2_vl"),
         *("llama4", "llava", "llava_onevision", "mistral3", "pixtral", "smolvlm"),
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     }

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import sys
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 
 _COPIES = 2  # the scores, and their exponentials
 _MASKS = 3  # of a chunk or a batch: those of windows or of sequences, and what they are made of
-_LONGEST_IN_BLOCKS = 512  # tokens of a chunk without scores: a longer one is hardly faster, and has more activations
 _MAX_TEXT_BYTES = 1 << 30  # that the scores of one text in an encoder would take, which can't be cut into chunks
 _MAX_BYTES = 128 << 20  # of all scores that exist at once; a chunk has at least SMALLEST_CHUNK tokens even so
 # Tokens in a chunk, on every device: never fewer, so that a slow machine gets on; never more, so that a fast one stays
@@ -34,9 +34,11 @@ _DEQUANTIZED_TOKENS = 4096  # of a layer that are reserved with a model; a longe
 class AttentionMemory:
     """Attention memory of a model with `heads` query heads per layer (0: unknown, and never a limit).
 
-    in_blocks: the layers that attend have no scores in memory (kv_cache/caches.py). reach: most tokens that one of the
-    others attends to, 0 for all; STATE_REACH where these are state-space models. dequantized: bytes per token of a
-    layer's dequantised keys and values, 0 where they are read as they are.
+    reach: most tokens that one attends to, 0 for all; STATE_REACH where all layers are state-space models. dequantized:
+    bytes per token of a layer's dequantised keys and values, 0 where they are read as they are. in_blocks: no score is
+    in memory (kv_cache/caches.py), so that a chunk may be as long behind other tokens as at a prompt's start; what is
+    counted for a model is the same, for it has the activations of that chunk, and a prompt's keys and values exist
+    twice when it joins.
     """
 
     heads: int
@@ -49,19 +51,14 @@ class AttentionMemory:
         """Attention memory of a chunk of so many tokens, the last of which attends to `length` tokens."""
         if not self.policy.materialized_attention:
             return 0
-        masks = _MASKS * 4 * chunk * length if self.in_blocks else 0
-        if self.in_blocks and not self.reach:
-            return masks
-        seen = min(length, self.reach) if self.reach else length
-        return masks + self.policy.layers_ahead * _COPIES * 4 * self.heads * chunk * seen
+        length = min(length, self.reach) if self.reach else length
+        return self.policy.layers_ahead * _COPIES * 4 * self.heads * chunk * length
 
     def fit(self, wanted: int, done: int) -> int:
-        """Tokens of a chunk behind `done` others: those wanted, or as many as have small enough scores."""
-        if self.in_blocks:
-            wanted = min(wanted, _LONGEST_IN_BLOCKS)
-        sizes = range(wanted + 1)
-        longest = bisect_right(sizes, _MAX_BYTES, key=lambda chunk: self.chunk_bytes(chunk, done + chunk)) - 1
-        return min(wanted, max(longest, SMALLEST_CHUNK))
+        """Tokens of a chunk behind `done` others: those wanted, or as many as have small enough scores, or masks."""
+        if not self.in_blocks:
+            return _fit(wanted, done, self.chunk_bytes)
+        return _fit(_fit(wanted, 0, self.chunk_bytes), done, _mask_bytes)
 
     def fit_texts(self, length: int) -> int:
         """Texts of so many tokens that an encoder processes together, at least one."""
@@ -76,7 +73,7 @@ class AttentionMemory:
 
         pieces = self.policy.layers_ahead * _COPIES * 4 * SCORES_AT_ONCE
         if self.policy.replace_kernels and native() is not None:
-            return min(pieces, _MASKS * 4 * tokens * context)
+            return min(pieces, _mask_bytes(tokens, context))
         return min(pieces, self.chunk_bytes(tokens, context))
 
     def longest_text(self) -> int:
@@ -101,3 +98,17 @@ class AttentionMemory:
     def dequantized_bytes(self, length: int) -> int:
         """Dequantised keys and values of so many tokens, in the layers that are computed at the same time."""
         return self.policy.layers_ahead * self.dequantized * length
+
+
+def _mask_bytes(chunk: int, length: int) -> int:
+    """Masks of a chunk of so many tokens, the last of which attends to `length` tokens."""
+    return _MASKS * 4 * chunk * length
+
+
+def _fit(wanted: int, done: int, nbytes: Callable[[int, int], int]) -> int:
+    """Tokens of a chunk behind `done` others, those wanted or as many as take little enough.
+
+    nbytes: bytes of a chunk of so many tokens, the last of which attends to so many.
+    """
+    longest = bisect_right(range(wanted + 1), _MAX_BYTES, key=lambda chunk: nbytes(chunk, done + chunk)) - 1
+    return min(wanted, max(longest, SMALLEST_CHUNK))

@@ -313,9 +313,8 @@ class BucketedPrefill:
 
 def _attention_memory(model: Any, policy: ExecutionPolicy) -> AttentionMemory:
     heads = attention_heads(*model_arguments(model)) if isinstance(model, nn.Module) else 0
-    in_blocks = caches.attends_in_blocks(model)
-    only_states = in_blocks or not caches.has_attention(model)  # have scores
-    reach = STATE_REACH if only_states and caches.keeps_state(model) else 0
+    reach = 0 if caches.has_attention(model) else STATE_REACH
+    in_blocks = policy.materialized_attention and caches.attends_in_blocks(model)
     return AttentionMemory(heads, policy, reach, caches.dequantized_bytes(model), in_blocks)
 
 
