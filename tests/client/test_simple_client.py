@@ -19,6 +19,7 @@ import pytest
 import simple_client
 from mlxserver.client.errors import KEY_HINT
 from tests.support.scripted_server import CARDS, scripted_server
+from tools.harness.running_server import server_environment
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, str(ROOT / "simple_client.py")]
@@ -373,7 +374,7 @@ def real_server(settings):
     """The URL of mlx_api_server.py with the models of a configuration file."""
     command = [sys.executable, str(ROOT / "mlx_api_server.py"), "--port", "0", "--no-defaults", "--config", settings]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
+    with subprocess.Popen(command, env=ENVIRONMENT | server_environment(), **pipes) as process:
         try:
             lines = iter(process.stdout.readline, "")
             yield next(line for line in lines if line.startswith("Serving on ")).split()[-1]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.harness.running_server import running_server
+from tools.harness.running_server import DEFAULT_LIMIT, running_server
 
 DEFAULT, CONTEXT = 24, 200
 ASK = [{"role": "user", "content": "forever"}]
@@ -29,7 +29,7 @@ def server(config, scripted_path):
         f"default_max_tokens = {DEFAULT}\n"
         f'[models.m]\nsource = "{scripted_path}"\ntype = "instruction"\ncontext_length = {CONTEXT}\npreload = true\n'
     )
-    with running_server("--no-defaults", "--config", str(config)) as server:
+    with running_server("--no-defaults", "--config", str(config), variables={DEFAULT_LIMIT: None}) as server:
         yield server
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 GREETING = "Serving on http://"
+DEFAULT_LIMIT = "MLX_SERVER_DEFAULT_MAX_TOKENS"
 DEADLINE = 100.0  # seconds after which anything counts as hung, on a busy machine too
 
 
@@ -64,22 +65,25 @@ def server_environment():
     """The environment of this process without settings of the server, with the allocator of `make serve`.
 
     No prefixes are kept on disk, and no policies measured: what one run has found, the next one would use. The models
-    of this machine's user are not offered.
+    of this machine's user are not offered. An answer whose request states no limit goes to the end of its context.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLX_SERVER_")}
     own = {"PYTHONMALLOC": "malloc", "MLX_SERVER_PREFIX_CACHE_DISK_BYTES": "0", "MLX_SERVER_LIBRARY": "false"}
-    own["MLX_SERVER_MEASURE_POLICIES"] = "false"
+    own |= {"MLX_SERVER_MEASURE_POLICIES": "false", DEFAULT_LIMIT: "0"}
     return own | kept
 
 
 def start_server(*flags, script="mlx_api_server.py", variables=None, **options):
-    """Start a server; its process, and the file of its stderr. options: of Popen."""
+    """Start a server; its process, and the file of its stderr. variables: None for one that is not set. options: of
+    Popen.
+    """
     # The process and its reader share one place in the file; what is appended goes to the end wherever that is.
     stderr = tempfile.TemporaryFile("a+")  # noqa: SIM115  (it lives as long as the process)
+    environment = server_environment() | (variables or {})
     process = subprocess.Popen(
         [sys.executable, script, *flags],
         cwd=ROOT,
-        env=server_environment() | (variables or {}),
+        env={name: value for name, value in environment.items() if value is not None},
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
