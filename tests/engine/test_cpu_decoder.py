@@ -126,6 +126,7 @@ LEFT = {
     "half of a head is turned": ("llama", {}, lambda layer: setattr(layer.self_attn.rope, "dims", 8)),
     "pairs are neighbours": ("llama", {"rope_traditional": True}, None),
     "norms that differ": ("llama", {}, lambda layer: setattr(layer.input_layernorm, "eps", 1e-3)),
+    "norms of 16 bits": ("llama", {}, lambda layer: layer.input_layernorm.set_dtype(mx.float16)),
     "an adapter": ("llama", {}, lambda layer: setattr(layer.mlp, "up_proj", Doubled(layer.mlp.up_proj))),
 }
 
@@ -211,6 +212,7 @@ def test_shapes_that_do_not_fit_are_refused():
         (x, layers[:6], [norm, norm], *turns, [slots], *sizes),
         (x, layers, [norm], *turns, [slots], *sizes),
         (x, layers, [norm, norm], *turns, [slots, slots], *sizes),
+        (x[:0], layers, [norm, norm], *turns, [], *sizes),
         (x, layers, [norm, norm], *turns, [(*slots[:3], 2)], *sizes),
         (x, layers, [norm, norm], *turns, [slots], 4, 4, 8, 0.25, 1e-5),
         (x, [(0, 0, False, [weight[:32]]), *layers[1:]], [norm, norm], *turns, [slots], *sizes),

@@ -40,14 +40,15 @@ class _Layer:
     def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """x [rows, tokens, width]; the mask is that of the cache, which knows each row's tokens."""
         attention = self.self_attn
-        classes = _classes(cache) if x.shape[1] <= _MOST and x.dtype == mx.float32 else []
+        norms = [self.input_layernorm, self.post_attention_layernorm]
+        norms += [attention[name] for name in ("q_norm", "k_norm") if name in attention]
+        is_wide = _is_wide(x) and all(_is_wide(norm["weight"]) for norm in norms)
+        classes = _classes(cache) if is_wide and x.shape[1] <= _MOST else ()
         linears = _linears(self) if classes else []
         dim = linears[1][3][0].shape[0] // attention.n_kv_heads if linears else 0
         turns = _turns(attention.rope, cache.offset, x.shape[1], dim) if linears else None
         if not turns:
             return cast(mx.array, super().__call__(x, mask, cache))  # type: ignore[misc]
-        norms = [self.input_layernorm, self.post_attention_layernorm]
-        norms += [attention[name] for name in ("q_norm", "k_norm") if name in attention]
         slots = [(own.keys, own.values, own.offset, own.offset.shape[0]) for own in classes]
         out, keys, values = native().decoder_layer(
             x,
@@ -104,9 +105,13 @@ def _is_same(own: type, known: type) -> bool:
 
 
 def _classes(cache: Any) -> Sequence[Any]:
-    """The cache's capacity classes; none if it is of another kind, or its keys are quantised."""
+    """The cache's capacity classes; none if it is of another kind, or its keys are not float32."""
     classes: Sequence[Any] = getattr(cache, "classes", ())
-    return classes if all(own.is_causal and isinstance(own.keys, mx.array) for own in classes) else ()
+    return classes if all(own.is_causal and _is_wide(own.keys) for own in classes) else ()
+
+
+def _is_wide(array: Any) -> bool:
+    return isinstance(array, mx.array) and array.dtype == mx.float32
 
 
 def _turns(rope: nn.Module, offset: mx.array, tokens: int, dim: int) -> tuple[mx.array, mx.array] | None:

@@ -264,7 +264,7 @@ std::tuple<mx::array, Arrays, Arrays> decoder_layer(const mx::array& x, const st
           count <= shape[0]);
     rows += count;
   }
-  check(rows == x.shape(0) && heads % groups == 0 && dim % 2 == 0);
+  check(rows && rows == x.shape(0) && x.shape(1) && heads % groups == 0 && dim % 2 == 0);
   const int width = x.shape(2), angles = sizes.length * dim / 2;
   for (size_t n = 0; n < norms.size(); n++)
     check(norms[n].dtype() == mx::float32 && norms[n].shape() == mx::Shape{n < 2 ? width : dim});
@@ -272,15 +272,15 @@ std::tuple<mx::array, Arrays, Arrays> decoder_layer(const mx::array& x, const st
         (cosines.shape(0) == 1 || cosines.shape(0) == rows) && cosines.shape(0) == sines.shape(0) &&
         cosines.size() == size_t(cosines.shape(0)) * angles && sines.size() == 2 * cosines.size());
 
-  Arrays inputs{x, cosines, sines, norms[0]};
-  inputs.insert(inputs.end(), norms.begin() + 2, norms.end());
+  Arrays inputs{x, cosines, sines, in_order(norms[0])};
+  for (size_t n = 2; n < norms.size(); n++) inputs.push_back(in_order(norms[n]));
   std::vector<Linear> own;
   for (int n = 0; n < 3; n++) own.emplace_back(layers[n], width, inputs);
   check(own[0].outputs == sizes.query() && own[1].outputs == sizes.key() && own[2].outputs == sizes.key());
   const mx::array attended({int(sizes.size())}, mx::float32,
                            std::make_shared<AttentionInputs>(sizes, eps, own, norms.size() > 2, level), inputs);
 
-  Arrays rest{x, attended, norms[1]}, keys, values;
+  Arrays rest{x, attended, in_order(norms[1])}, keys, values;
   own.clear();
   own.emplace_back(layers[3], int(sizes.query()), rest);
   for (int n = 4; n < 6; n++) own.emplace_back(layers[n], width, rest);

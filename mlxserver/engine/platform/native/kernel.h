@@ -162,7 +162,9 @@ struct Attention {
   bool is_causal;                                      // the last `length` tokens are the queries' own
   const int32_t* offsets = nullptr;                    // [batch] tokens before the queries' own, where they differ
 
-  int64_t seen(int64_t sequence) const { return offsets ? offsets[sequence] + length : tokens; }
+  int64_t seen(int64_t sequence) const {
+    return offsets && offsets[sequence] + length < tokens ? offsets[sequence] + length : tokens;
+  }
 
   static constexpr int64_t ROWS = 24, SEGMENT = 512;   // rows and tokens of an item
   int64_t parts() const { return (rows + ROWS - 1) / ROWS; }

@@ -57,7 +57,8 @@ inline Words load_words(const uint32_t* from, int64_t count) {
   return reinterpret_cast<Words>(_mm512_maskz_loadu_epi32((1u << count) - 1, from));
 #elif LANES == 8
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return reinterpret_cast<Words>(_mm256_maskload_epi32((const int*)from, _mm256_set1_epi32(int(count)) > lanes));
+  const __m256i is_there = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes);
+  return reinterpret_cast<Words>(_mm256_maskload_epi32((const int*)from, is_there));
 #else
   Words words{};
   for (int64_t i = 0; i < count; i++) words[i] = from[i];
