@@ -144,9 +144,7 @@ def test_a_client_that_hangs_up_stops_its_pull_and_the_next_one_goes_on(server, 
     begun = Begun(server, "org/left")
     blobs = cache / "models--org--left" / "blobs"
     held = [blobs / f"{digest(name, body)}.incomplete" for name, body in hub.files.items() if len(body) > LARGE]
-    eventually(
-        lambda: any(path.exists() and path.stat().st_size for path in held)
-    )  # small files may get their names yet
+    eventually(lambda: any(path.exists() and path.stat().st_size for path in held))  # small ones may be whole soon
     begun.leave()
     eventually(lambda: begun.is_over)
     hub.most = math.inf
