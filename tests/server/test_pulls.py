@@ -159,10 +159,8 @@ def test_a_client_that_hangs_up_stops_its_pull_and_the_next_one_goes_on(server, 
     eventually(lambda: any(path.exists() and path.stat().st_size for path in held))  # small ones may be whole soon
     begun.leave()
     eventually(lambda: begun.is_over)
-    hub.delay, hub.most = (
-        0.1,
-        math.inf,
-    )  # a download ends when it is sent something; before that another pull would join it
+    hub.delay = 0.1  # a download that is to end does so when it is sent something
+    hub.most = math.inf
     eventually(lambda: not _grows(blobs))
     hub.delay = 0.0
     assert snapshots(cache, "org/left") == []
