@@ -22,10 +22,8 @@ def append(layer: Any, hidden: mx.array) -> mx.array:
     has been written: MLX copies an array that is written to while it may still be read.
     """
     layer.update_and_fetch(*mx.split(hidden[:, None], 2, axis=-1))
-    if isinstance(layer, RaggedLayer):
+    if isinstance(layer, RaggedLayer | SlotLayer):
         return mx.concatenate([last_of_slots(own) for own in layer.classes])
-    if isinstance(layer, SlotLayer):
-        return last_of_slots(layer)
     tokens = hidden.shape[1]
     end = getattr(layer, "_idx", layer.offset) - tokens  # a batched cache has its rows end together
     if not end:
