@@ -44,8 +44,7 @@ struct Linear {
     check(own.size() == (bits ? 3u : 1u) + is_biased && own[0].ndim() == 2);
     outputs = own[0].shape(0);
     if (bits) check_format(own[0], own[1], own[2], group, bits);
-    check(bits ? width % group == 0 && own[0].shape(1) == width / 32 * bits &&
-                     own[1].shape() == mx::Shape{outputs, width / group} && own[2].shape() == own[1].shape()
+    check(bits ? fits(own[0], own[1], own[2], width, group, bits)
                : is_float(own[0].dtype()) && own[0].shape(1) == width);
     check(!is_biased || own.back().shape() == mx::Shape{outputs});
     for (size_t n = 0; n < own.size(); n++) {

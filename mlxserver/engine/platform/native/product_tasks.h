@@ -25,6 +25,14 @@ inline void check_format(const mx::array& words, const mx::array& scales, const 
   if (!is_known || !is_typed) throw std::invalid_argument("weights of this format have no kernel");
 }
 
+// Whether weights of a known format, [outputs, ...], are those of so many inputs.
+inline bool fits(const mx::array& words, const mx::array& scales, const mx::array& biases, int inputs, int group,
+                 int bits) {
+  const mx::Shape groups{words.shape(0), inputs / group};
+  return inputs % group == 0 && words.shape(1) == inputs / 32 * bits && scales.shape() == groups &&
+         biases.shape() == groups;
+}
+
 // What arranges the rows of a product as its kernel reads them: many as columns, few beside quantized weights spread.
 struct Arranging {
   Kernel<Columns> columns;

@@ -202,9 +202,7 @@ mx::array product(const mx::array& x, const mx::array& words, const mx::array& s
                   int group, int bits, const std::string& name) {
   check_format(words, scales, biases, group, bits);
   const int outputs = words.ndim() == 2 ? words.shape(0) : 0, inputs = x.ndim() ? x.shape(-1) : 0;
-  const mx::Shape groups{outputs, inputs / group};
-  if (!outputs || !inputs || inputs % group || words.shape(1) != inputs / 32 * bits || scales.shape() != groups ||
-      biases.shape() != groups)
+  if (!outputs || !inputs || !fits(words, scales, biases, inputs, group, bits))
     throw std::invalid_argument("the shapes of the product do not fit");
   auto shape = x.shape();
   shape.back() = outputs;
