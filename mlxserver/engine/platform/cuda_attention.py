@@ -11,9 +11,12 @@ Rule: what supports() refuses is left to MLX.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mlxserver.engine.mlx import mx
+
+from mlxserver.engine.platform import cuda_kernels
+from mlxserver.engine.platform.cuda_kernels import Kernel
 
 _WARPS = 8  # of a block that reads keys and values
 _CHUNK = 256  # least tokens per block
@@ -21,11 +24,11 @@ _SPLITS = 64  # most blocks per row and key head
 _LANE_BYTES = 16  # that a thread reads at once
 _DIMS = (32, 64, 128, 256)
 _QUERIES = 8  # most query heads per block: each has its sums in registers
-
-_HEADER = "template <typename T> struct alignas(16) Eight { T v[8]; };"
+_SHARED_BYTES = 48 << 10  # of a block, where warps put their sums together
 
 # Block (x, y, z): x-th part of the tokens of row z, for the y-th group of G query heads that share a key head.
 _READ = """
+struct alignas(16) Eight { T v[8]; };
 constexpr int LANES = D / 8, KEYS = 32 / LANES, STEP = 4;  // lanes per key; keys per warp; of them at once
 const int row = blockIdx.z, group = blockIdx.y, splits = gridDim.x;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
@@ -34,29 +37,29 @@ const int chunk = max(CHUNK, (length + splits - 1) / splits);
 const int start = blockIdx.x * chunk, stop = min(length, start + chunk);
 if (start >= stop) return;
 const T *k = nullptr, *v = nullptr;
-int slot = row, heads = 0, capacity = 0;
+int slot = row, capacity = 0;
 CHOOSE
-const size_t base = (size_t)(slot * heads + group / SHARES) * capacity * D;
+const size_t base = (size_t)(slot * HEADS + group / SHARES) * capacity * D;
 const size_t first = ((size_t)row * gridDim.y + group) * G;  // query head of the batch
 float query[G][8], sum[G][8], most[G], total[G];
 #pragma unroll
 for (int g = 0; g < G; g++) {
-  const Eight<T> own = reinterpret_cast<const Eight<T>*>(q + (first + g) * D)[part];
+  const Eight own = reinterpret_cast<const Eight*>(q + (first + g) * D)[part];
   most[g] = -1e30f;
   total[g] = 0;
   #pragma unroll
   for (int i = 0; i < 8; i++) {
-    query[g][i] = static_cast<float>(own.v[i]) * scale[0] * 1.4426950408889634f;
+    query[g][i] = to_float(own.v[i]) * scale * 1.4426950408889634f;
     sum[g][i] = 0;
   }
 }
 for (int at = start + warp * KEYS * STEP; at < stop; at += WARPS * KEYS * STEP) {
-  Eight<T> key[STEP], value[STEP];
+  Eight key[STEP], value[STEP];
   #pragma unroll
   for (int n = 0; n < STEP; n++) {
     const size_t token = base + (size_t)min(at + n * KEYS + lane / LANES, stop - 1) * D;
-    key[n] = reinterpret_cast<const Eight<T>*>(k + token)[part];
-    value[n] = reinterpret_cast<const Eight<T>*>(v + token)[part];
+    key[n] = reinterpret_cast<const Eight*>(k + token)[part];
+    value[n] = reinterpret_cast<const Eight*>(v + token)[part];
   }
   #pragma unroll
   for (int g = 0; g < G; g++) {
@@ -65,7 +68,7 @@ for (int at = start + warp * KEYS * STEP; at < stop; at += WARPS * KEYS * STEP) 
     for (int n = 0; n < STEP; n++) {
       score[n] = 0;
       #pragma unroll
-      for (int i = 0; i < 8; i++) score[n] += query[g][i] * static_cast<float>(key[n].v[i]);
+      for (int i = 0; i < 8; i++) score[n] += query[g][i] * to_float(key[n].v[i]);
       #pragma unroll
       for (int other = LANES / 2; other; other /= 2) score[n] += __shfl_xor_sync(0xffffffffu, score[n], other);
       if (at + n * KEYS + lane / LANES >= stop) score[n] = -INFINITY;
@@ -81,7 +84,7 @@ for (int at = start + warp * KEYS * STEP; at < stop; at += WARPS * KEYS * STEP) 
       const float weight = exp2f(score[n] - peak);
       total[g] += weight;
       #pragma unroll
-      for (int i = 0; i < 8; i++) sum[g][i] += weight * static_cast<float>(value[n].v[i]);
+      for (int i = 0; i < 8; i++) sum[g][i] += weight * to_float(value[n].v[i]);
     }
   }
 }
@@ -119,10 +122,10 @@ for (int each = threadIdx.x; each < G * D; each += WARPS * 32) {
 """
 _CHOOSE = """
 if (!k) {
-  if (slot < k#_shape[0]) { k = k#; v = v#; heads = k#_shape[1]; capacity = k#_shape[2]; }
-  else slot -= k#_shape[0];
+  if (slot < slots#) { k = k#; v = v#; capacity = capacity#; }
+  else slot -= slots#;
 }"""
-_WRITE_WHOLE = "out[(first + g) * D + d] = static_cast<T>(all / weights);"
+_WRITE_WHOLE = "store(out + (first + g) * D + d, all / weights);"
 _WRITE_PART = """
   const size_t piece = (first + g) * splits + blockIdx.x;
   parts[piece * D + d] = all;
@@ -130,7 +133,7 @@ _WRITE_PART = """
 """
 # Block x: query head x of the batch; thread d: that dimension.
 _MERGE = """
-const int splits = stats_shape[1], d = threadIdx.x, length = offsets[blockIdx.x / HEADS] + 1;
+const int d = threadIdx.x, length = offsets[blockIdx.x / HEADS] + 1;
 const int chunk = max(CHUNK, (length + splits - 1) / splits), used = (length + chunk - 1) / chunk;
 const float* own = stats + (size_t)blockIdx.x * splits * 2;
 const float* from = parts + (size_t)blockIdx.x * splits * D;
@@ -142,17 +145,15 @@ for (int n = 0; n < used; n++) {
   sum += from[n * D + d] * share;
   total += own[2 * n + 1] * share;
 }
-out[(size_t)blockIdx.x * D + d] = static_cast<T>(sum / total);
+store(out + (size_t)blockIdx.x * D + d, sum / total);
 """
-
-Kernel = Callable[..., list[mx.array]]
 
 
 def supports(queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array]) -> bool:
     """Whether decode_attention() can have these, as far as their shapes and types say it."""
     dim = queries.shape[3]
     return (
-        _is_available()
+        cuda_kernels.is_available()
         and queries.shape[2] == 1
         and queries.dtype in (mx.bfloat16, mx.float16)
         and dim in _DIMS
@@ -170,68 +171,56 @@ def decode_attention(
     """
     rows, heads, _, dim = queries.shape
     kv_heads = keys[0].shape[1]
-    per_block = next(count for count in range(_QUERIES, 0, -1) if heads // kv_heads % count == 0)
+    most = min(_QUERIES, _SHARED_BYTES // (_WARPS * (dim + 2) * 4))
+    per_block = next(count for count in range(most, 0, -1) if heads // kv_heads % count == 0)
     splits = max(1, min(_SPLITS, max(own.shape[2] for own in keys) // (2 * _CHUNK)))
-    shares = heads // kv_heads // per_block  # blocks that share a key head
-    sizes = [
-        ("T", queries.dtype),
-        ("D", dim),
-        ("G", per_block),
-        ("SHARES", shares),
-        ("WARPS", _WARPS),
-        ("CHUNK", _CHUNK),
-    ]
     whole = (queries.shape, queries.dtype)
     pieces = (((rows * heads, splits, dim), mx.float32), ((rows * heads, splits, 2), mx.float32))
-    outputs = [whole] if splits == 1 else pieces
-    read = _read_kernel(len(keys), splits > 1)(
-        inputs=[queries, offsets, _constant(scale), *keys, *values],
-        template=sizes,
-        grid=(splits * _WARPS * 32, heads // per_block, rows),
-        threadgroup=(_WARPS * 32, 1, 1),
-        output_shapes=[shape for shape, _ in outputs],
-        output_dtypes=[dtype for _, dtype in outputs],
+    read = _read_kernel(len(keys), splits > 1, queries.dtype, dim, kv_heads, heads // kv_heads, per_block)(
+        [queries, offsets, *keys, *values],
+        [scale, *(size for own in keys for size in (own.shape[0], own.shape[2]))],
+        [whole] if splits == 1 else pieces,
+        blocks=(splits, heads // per_block, rows),
+        threads=_WARPS * 32,
     )
     if splits == 1:
         return read[0]
-    return _merge_kernel()(
-        inputs=[*read, offsets],
-        template=[("T", queries.dtype), ("D", dim), ("HEADS", heads), ("CHUNK", _CHUNK)],
-        grid=(rows * heads * dim, 1, 1),
-        threadgroup=(dim, 1, 1),
-        output_shapes=[queries.shape],
-        output_dtypes=[queries.dtype],
-    )[0]
+    merge = _merge_kernel(queries.dtype, dim, heads)
+    return merge([*read, offsets], [splits], [whole], blocks=(rows * heads, 1, 1), threads=dim)[0]
 
 
 @functools.cache
-def _is_available() -> bool:
-    return bool(mx.cuda.is_available()) and mx.default_device().type == mx.gpu
-
-
-@functools.cache
-def _constant(value: float) -> mx.array:
-    return mx.array([value], dtype=mx.float32)
-
-
-@functools.cache
-def _read_kernel(classes: int, is_split: bool) -> Kernel:
-    keys, values = ([f"{name}{n}" for n in range(classes)] for name in "kv")
-    choose = "".join(_CHOOSE.replace("#", str(n)) for n in range(classes))
-    return mx.fast.cuda_kernel(  # type: ignore[no-any-return, return-value]
-        name=f"decode_attention_{classes}_{'parts' if is_split else 'whole'}",
-        input_names=["q", "offsets", "scale", *keys, *values],
-        output_names=["parts", "stats"] if is_split else ["out"],
-        source=_READ.replace("CHOOSE", choose).replace("WRITE", _WRITE_PART if is_split else _WRITE_WHOLE),
-        header=_HEADER,
+def _read_kernel(
+    classes: int, is_split: bool, dtype: mx.Dtype, dim: int, kv_heads: int, shared_by: int, per_block: int
+) -> Kernel:
+    """shared_by: query heads of a key head; per_block: those that a block has."""
+    numbers = range(classes)
+    outputs = "float* parts, float* stats" if is_split else "T* out"
+    arrays = ", ".join(f"const T* {name}{number}" for name in "kv" for number in numbers)
+    sizes = ", ".join(f"int slots{number}, int capacity{number}" for number in numbers)
+    choose = "".join(_CHOOSE.replace("#", str(number)) for number in numbers)
+    return Kernel(
+        f"decode_attention_{classes}_{'parts' if is_split else 'whole'}",
+        f"const T* q, const int* offsets, {arrays}, {outputs}, float scale, {sizes}",
+        _READ.replace("CHOOSE", choose).replace("WRITE", _WRITE_PART if is_split else _WRITE_WHOLE),
+        dtype,
+        {
+            "D": dim,
+            "G": per_block,
+            "HEADS": kv_heads,
+            "SHARES": shared_by // per_block,  # blocks that share a key head
+            "WARPS": _WARPS,
+            "CHUNK": _CHUNK,
+        },
     )
 
 
 @functools.cache
-def _merge_kernel() -> Kernel:
-    return mx.fast.cuda_kernel(  # type: ignore[no-any-return, return-value]
-        name="decode_attention_merge",
-        input_names=["parts", "stats", "offsets"],
-        output_names=["out"],
-        source=_MERGE,
+def _merge_kernel(dtype: mx.Dtype, dim: int, heads: int) -> Kernel:
+    return Kernel(
+        "decode_attention_merge",
+        "const float* parts, const float* stats, const int* offsets, T* out, int splits",
+        _MERGE,
+        dtype,
+        {"D": dim, "HEADS": heads, "CHUNK": _CHUNK},
     )

@@ -14,15 +14,16 @@ import ctypes
 import functools
 import logging
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from mlxserver.engine.mlx import mx
 
 import numpy as np
 
 from mlxserver.engine.platform import device
+from mlxserver.engine.platform.cuda_kernels import Kernel
 
 log = logging.getLogger("engine")
 
@@ -45,20 +46,10 @@ if ((reinterpret_cast<size_t>(from) | reinterpret_cast<size_t>(to)) % 16 == 0) {
 }
 for (size_t n = done + first; n < bytes; n += step) to[n] = from[n];
 """
-_UPLOAD = """
-const char* from = reinterpret_cast<const char*>(address[0]);
-char* to = reinterpret_cast<char*>(out);
-"""
-_DOWNLOAD = """
-const char* from = reinterpret_cast<const char*>(data);
-char* to = reinterpret_cast<char*>(address[0]);
-"""
 _END = """
 __threadfence_system();
-if (first == 0) done_[0] = 1;
+if (first == 0) has_ended[0] = 1;
 """
-
-Kernel = Callable[..., list[mx.array]]
 
 
 class Buffer(Protocol):
@@ -176,28 +167,16 @@ def _launched(
     kernel: Kernel, inputs: Sequence[mx.array], address: int, nbytes: int, shape: Sequence[int], dtype: mx.Dtype
 ) -> mx.array:
     place, size = mx.array([address], dtype=mx.uint64), mx.array([nbytes], dtype=mx.uint64)
-    return kernel(
-        inputs=[*inputs, place, size],
-        template=[],
-        grid=(_BLOCKS * _THREADS, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
-        output_shapes=[tuple(shape)],
-        output_dtypes=[dtype],
-    )[0]
+    return kernel([*inputs, place, size], [], [(tuple(shape), dtype)], blocks=(_BLOCKS, 1, 1), threads=_THREADS)[0]
 
 
 @functools.cache
 def _upload_kernel() -> Kernel:
-    return _kernel("upload", ["address", "size"], "out", _UPLOAD + _COPY)
+    parameters = "char* const* address, const size_t* size, char* to"
+    return Kernel("pinned_upload", parameters, "const char* from = address[0];" + _COPY)
 
 
 @functools.cache
 def _download_kernel() -> Kernel:
-    return _kernel("download", ["data", "address", "size"], "done_", _DOWNLOAD + _COPY + _END)
-
-
-def _kernel(name: str, inputs: Sequence[str], output: str, source: str) -> Kernel:
-    kernel: Any = mx.fast.cuda_kernel(
-        name=f"pinned_{name}", input_names=list(inputs), output_names=[output], source=source
-    )
-    return kernel  # type: ignore[no-any-return]
+    parameters = "const char* from, char* const* address, const size_t* size, unsigned* has_ended"
+    return Kernel("pinned_download", parameters, "char* to = address[0];" + _COPY + _END)
