@@ -11,13 +11,13 @@ from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.scheduler.drafts import Drafts
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation_controller import (
     SIZES,
     DraftingRow,
-    HitRates,
     Plan,
     SpeculationController,
 )

@@ -117,9 +117,10 @@ class ExecutionPolicy:
     def may_speculate(self, setting: Literal["auto", "off", "always"]) -> bool:
         """Whether tokens may be drafted at a setting.
 
-        "auto" is off where steps are compiled: the shapes of verifying steps would be, while requests wait for them.
+        "auto" is off where steps are compiled and none is warmed up: verifying ones would be while requests wait.
         """
-        return setting == "always" or (setting == "auto" and not self.compile_steps)
+        has_shapes = not self.compile_steps or self.warm_up_all_batch_sizes
+        return setting == "always" or (setting == "auto" and has_shapes)
 
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
         """The policy with these fields. A field that they leave open follows them, where it has to (rule 2).

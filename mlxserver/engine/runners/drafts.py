@@ -43,7 +43,8 @@ def load_draft(
         return None
     if kind != "text":
         raise _refusal(spec, f"is of kind {kind}; expected a text model")
-    if not is_possible(loaded.model, spec.speculation, policy):
+    # What it computes is not warmed up.
+    if not is_possible(loaded.model, spec.speculation, policy) or (policy.compile_steps and spec.speculation == "auto"):
         log.info("%s: its draft %s is not loaded: nothing is drafted here", spec.key, drafter.key)
         return None
     try:

@@ -33,6 +33,10 @@ class PromptLookup:
         self.streak = 0
         self._find()
 
+    def __len__(self) -> int:
+        """Tokens that it knows."""
+        return len(self._tokens)
+
     def append(self, token: int) -> bool | None:
         """Add a token. Returns whether it was predicted, None if none was."""
         is_hit = None if self._at is None else self._tokens[self._at] == token

@@ -25,11 +25,18 @@ from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.sampling.logprobs import measure
 from mlxserver.engine.scheduler.drafter import Drafter, DraftModel
 from mlxserver.engine.scheduler.drafts import Drafts
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter, make_mtp_drafter
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import HitRates, Plan, SpeculationController
+from mlxserver.engine.scheduler.speculation_controller import (
+    PLAIN,
+    REHEARSED,
+    Plan,
+    SpeculationController,
+)
 from mlxserver.engine.scheduler.verification_check import verifies
+from mlxserver.engine.scheduler.verifying_shapes import VerifyingShapes
 from mlxserver.engine.sequence import Logprobs, Sequence
 
 log = logging.getLogger("engine")
@@ -81,21 +88,42 @@ class Speculation:
         self._cache = cache
         self._policy = policy or current()
         self._is_right: bool | None = None
+        self._shapes = VerifyingShapes(cache, are_limited=self._policy.compile_steps and setting != "always")
         self.pause()
 
     # -- what is drafted ------------------------------------------------------------------------------------------
 
-    def prepare(self, running: RunningSequence) -> None:
-        """Give a sequence that joins its lookup, if it may draft."""
-        if lookup := self.lookup(running.sequence):
+    def plan(self, sequences: abc.Sequence[RunningSequence]) -> Plan:
+        """Plan of the next step."""
+        if not self._shapes.has_any():
+            return PLAIN  # at once: the lookups of many sequences would take time from each of their steps
+        for running in sequences:
+            self._follow(running)
+        return self.drafts.plan(sequences, self._shapes.fits)
+
+    def _follow(self, running: RunningSequence) -> None:
+        """Add the tokens that were generated to a sequence's lookup, and measure its predictions."""
+        if running.lookup is None:
+            if not (lookup := self.lookup(running.sequence)):
+                return
             running.lookup, running.hit_rates = lookup, HitRates(self.controller.rates)
             running.draft_rates = HitRates(self.controller.draft_rates)
+        for token in running.known_from(len(running.lookup)):
+            self.drafts.add_credit(running)
+            streak = running.lookup.streak
+            if (is_hit := running.lookup.append(token)) is not None and running.hit_rates:
+                running.hit_rates.note(streak, is_hit)
 
     def lookup(self, sequence: Sequence) -> PromptLookup | None:
-        """Lookup of a sequence that joins; None of one that drafts nothing."""
-        if sequence.constraint or sequence.images or self._is_right is False:
-            return None
-        return PromptLookup(sequence.tokens)
+        """Lookup of a sequence; None of one that drafts nothing."""
+        return None if sequence.constraint or sequence.images else PromptLookup(sequence.tokens)
+
+    def plans_to_rehearse(self) -> list[Plan]:
+        """Plans of verifying steps that are not made before they are rehearsed: few, each of which costs time."""
+        if not self._shapes.are_limited:
+            return []
+        by_head = SIZES if self.draft else ()
+        return [Plan(tokens, tokens in by_head) for tokens in sorted({*REHEARSED, *by_head})]
 
     def is_right(self) -> bool:
         """Whether the model computes several tokens at once as it does one by one. Measured once."""
@@ -104,18 +132,6 @@ class Speculation:
             if not self._is_right:
                 log.info("no speculation: several tokens of a sequence at once change the model's logits")
         return self._is_right
-
-    def note_generated(self, running: RunningSequence, token: int) -> None:
-        """Add a token to a sequence's lookup, and measure its predictions."""
-        self.drafts.add_credit(running)
-        if running.lookup and running.hit_rates:
-            streak = running.lookup.streak
-            if (is_hit := running.lookup.append(token)) is not None:
-                running.hit_rates.note(streak, is_hit)
-
-    def plan(self, sequences: abc.Sequence[RunningSequence]) -> Plan:
-        """Plan of the next step."""
-        return self.drafts.plan(sequences, self._cache.fits)
 
     # -- the verifying step ---------------------------------------------------------------------------------------
 
@@ -143,6 +159,7 @@ class Speculation:
             measured.append(measure([running.sequence for running in sequences], logits[:, n], steps[n]))
         sampled = mx.stack(steps, axis=1)
         mx.eval(sampled, is_finite, [own.arrays for own in measured])
+        self._shapes.note(tokens)
         if not is_finite.item():
             self._cache.rewind([tokens] * len(sequences), erases=True)
             sampler.rewind(sampled, [0] * len(sequences))
