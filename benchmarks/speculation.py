@@ -93,13 +93,19 @@ class GivenTokens(BatchSampler):
             row[1] -= sampled.shape[1] - count
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """The next token of each answer, once one is sampled."""
+        """The next token of each answer, or its next tokens, once as many are sampled."""
         sampled = super().__call__(logits, allowed)
-        given = [(self._answers.get(id) or [0])[count : count + 1] or [0] for id, count in self._rows]
+        positions = sampled.shape[1] if sampled.ndim > 1 else 1
+        given = [self._given(id, count, positions) for id, count in self._rows]
         for row in self._rows:
-            row[1] += 1
-        tokens: mx.array = mx.depends(mx.array([own[0] for own in given], dtype=mx.uint32), sampled)
+            row[1] += positions
+        tokens: mx.array = mx.depends(mx.array(given, dtype=mx.uint32).reshape(sampled.shape), sampled)
         return tokens
+
+    def _given(self, id: int, start: int, count: int) -> list[int]:
+        """Tokens of an answer from one on, and zeros behind its end."""
+        own = [*self._answers.get(id, ())[start : start + count]]
+        return own + [0] * (count - len(own))
 
 
 class Bench:

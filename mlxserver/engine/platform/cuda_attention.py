@@ -1,9 +1,11 @@
-"""CUDA kernel for the attention of a decode step: one query per row, over slots of several capacity classes at once.
+"""CUDA kernel for the attention of a decode step: few tokens per row, over slots of several capacity classes at once.
 
 MLX's attention with a mask is cuDNN's there, which has one block of threads per row and head: beside a sequence of
 60,000 tokens a layer took 494 us, of which reading the keys and values is 26. Here the tokens of a row are split over
 many blocks, each with its own running softmax (Dao et al. 2023, Flash-Decoding), and merged by a second kernel. A row's
-time follows its own length, not the capacity of its slot, and no mask is made. Scores and sums are float32.
+time follows its own length, not the capacity of its slot, and no mask is made. Scores and sums are float32. Of several
+tokens of a row each has its own blocks, which find its keys and values in the GPU's cache: a step that verifies drafted
+tokens needs no other kernel, and no plan.
 
 Rule: what supports() refuses is left to MLX.
 """
@@ -21,15 +23,18 @@ _SPLITS = 64  # most blocks per row and key head
 _LANE_BYTES = 16  # that a thread reads at once
 _DIMS = (32, 64, 128, 256)
 _QUERIES = 8  # most query heads per block: each has its sums in registers
+_TOKENS = 16  # most tokens per row
 
 _HEADER = "template <typename T> struct alignas(16) Eight { T v[8]; };"
 
-# Block (x, y, z): x-th part of the tokens of row z, for the y-th group of G query heads that share a key head.
+# Block (x, y, z): x-th part of what the z-th token of all rows attends to, for the y-th group of G query heads that
+# share a key head.
 _READ = """
 constexpr int LANES = D / 8, KEYS = 32 / LANES, STEP = 4;  // lanes per key; keys per warp; of them at once
-const int row = blockIdx.z, group = blockIdx.y, splits = gridDim.x;
+const int tokens = q_shape[2], row = blockIdx.z / tokens, own = blockIdx.z % tokens;
+const int group = blockIdx.y, splits = gridDim.x;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
-const int length = offsets[row] + 1;
+const int length = offsets[row] + own + 1;
 const int chunk = max(CHUNK, (length + splits - 1) / splits);
 const int start = blockIdx.x * chunk, stop = min(length, start + chunk);
 if (start >= stop) return;
@@ -38,15 +43,16 @@ int slot = row, heads = 0, capacity = 0;
 CHOOSE
 const size_t base = (size_t)(slot * heads + group / SHARES) * capacity * D;
 const size_t first = ((size_t)row * gridDim.y + group) * G;  // query head of the batch
+auto query_of = [&](int g) -> size_t { return (first + g) * tokens + own; };
 float query[G][8], sum[G][8], most[G], total[G];
 #pragma unroll
 for (int g = 0; g < G; g++) {
-  const Eight<T> own = reinterpret_cast<const Eight<T>*>(q + (first + g) * D)[part];
+  const Eight<T> given = reinterpret_cast<const Eight<T>*>(q + query_of(g) * D)[part];
   most[g] = -1e30f;
   total[g] = 0;
   #pragma unroll
   for (int i = 0; i < 8; i++) {
-    query[g][i] = static_cast<float>(own.v[i]) * scale[0] * 1.4426950408889634f;
+    query[g][i] = static_cast<float>(given.v[i]) * scale[0] * 1.4426950408889634f;
     sum[g][i] = 0;
   }
 }
@@ -122,15 +128,16 @@ if (!k) {
   if (slot < k#_shape[0]) { k = k#; v = v#; heads = k#_shape[1]; capacity = k#_shape[2]; }
   else slot -= k#_shape[0];
 }"""
-_WRITE_WHOLE = "out[(first + g) * D + d] = static_cast<T>(all / weights);"
+_WRITE_WHOLE = "out[query_of(g) * D + d] = static_cast<T>(all / weights);"
 _WRITE_PART = """
-  const size_t piece = (first + g) * splits + blockIdx.x;
+  const size_t piece = query_of(g) * splits + blockIdx.x;
   parts[piece * D + d] = all;
   if (d == 0) { stats[piece * 2] = peak; stats[piece * 2 + 1] = weights; }
 """
-# Block x: query head x of the batch; thread d: that dimension.
+# Block x: query x of the batch, by row, head and token; thread d: that dimension.
 _MERGE = """
-const int splits = stats_shape[1], d = threadIdx.x, length = offsets[blockIdx.x / HEADS] + 1;
+const int splits = stats_shape[1], d = threadIdx.x, tokens = stats_shape[0] / (offsets_shape[0] * HEADS);
+const int length = offsets[blockIdx.x / (HEADS * tokens)] + blockIdx.x % tokens + 1;
 const int chunk = max(CHUNK, (length + splits - 1) / splits), used = (length + chunk - 1) / chunk;
 const float* own = stats + (size_t)blockIdx.x * splits * 2;
 const float* from = parts + (size_t)blockIdx.x * splits * D;
@@ -153,7 +160,7 @@ def supports(queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.ar
     dim = queries.shape[3]
     return (
         _is_available()
-        and queries.shape[2] == 1
+        and queries.shape[2] <= _TOKENS
         and queries.dtype in (mx.bfloat16, mx.float16)
         and dim in _DIMS
         and all(own.shape[3] == dim and own.dtype == queries.dtype for own in (*keys, *values))
@@ -163,12 +170,12 @@ def supports(queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.ar
 def decode_attention(
     queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array], offsets: mx.array, scale: float
 ) -> mx.array:
-    """Attention of each row to the tokens of its slot, up to the one at its offset: [rows, heads, 1, dim].
+    """Attention of each row's tokens to those of its slot, up to their own: [rows, heads, tokens, dim].
 
-    queries: [rows, heads, 1, dim]. keys, values: per class [slots, kv heads, capacity, dim]; the rows are the slots of
-    all classes, in order. offsets: [rows] of int32.
+    queries: [rows, heads, tokens, dim]. keys, values: per class [slots, kv heads, capacity, dim]; the rows are the
+    slots of all classes, in order. offsets: [rows] of int32, of the first token of each.
     """
-    rows, heads, _, dim = queries.shape
+    rows, heads, tokens, dim = queries.shape
     kv_heads = keys[0].shape[1]
     per_block = next(count for count in range(_QUERIES, 0, -1) if heads // kv_heads % count == 0)
     splits = max(1, min(_SPLITS, max(own.shape[2] for own in keys) // (2 * _CHUNK)))
@@ -182,12 +189,13 @@ def decode_attention(
         ("CHUNK", _CHUNK),
     ]
     whole = (queries.shape, queries.dtype)
-    pieces = (((rows * heads, splits, dim), mx.float32), ((rows * heads, splits, 2), mx.float32))
+    count = rows * heads * tokens
+    pieces = (((count, splits, dim), mx.float32), ((count, splits, 2), mx.float32))
     outputs = [whole] if splits == 1 else pieces
     read = _read_kernel(len(keys), splits > 1)(
         inputs=[queries, offsets, _constant(scale), *keys, *values],
         template=sizes,
-        grid=(splits * _WARPS * 32, heads // per_block, rows),
+        grid=(splits * _WARPS * 32, heads // per_block, rows * tokens),
         threadgroup=(_WARPS * 32, 1, 1),
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],
@@ -197,7 +205,7 @@ def decode_attention(
     return _merge_kernel()(
         inputs=[*read, offsets],
         template=[("T", queries.dtype), ("D", dim), ("HEADS", heads), ("CHUNK", _CHUNK)],
-        grid=(rows * heads * dim, 1, 1),
+        grid=(count * dim, 1, 1),
         threadgroup=(dim, 1, 1),
         output_shapes=[queries.shape],
         output_dtypes=[queries.dtype],

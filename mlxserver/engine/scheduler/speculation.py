@@ -48,10 +48,13 @@ class RewindingSampler(Protocol):
     """Samples the tokens of a batch, and takes tokens back."""
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """Logits [batch, vocab] -> token ids [batch], of those that are allowed. Nothing is evaluated."""
+        """Logits [batch, vocab] -> token ids [batch], of those that are allowed. Nothing is evaluated.
+
+        Logits of several positions of each sequence, [batch, n, vocab] -> [batch, n]; allowed: at the first one.
+        """
 
     def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
-        """Take the last n calls back, but for the first `kept` of each sequence. sampled: their tokens, [batch, n]."""
+        """Take the last n tokens back, but for the first `kept` of each sequence. sampled: these tokens, [batch, n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +156,10 @@ class Speculation:
         padded = [own + [0] * (tokens - 1 - len(own)) for own in drafts]
         logits = self._cache.verify(mx.concatenate([inputs[:, None], mx.array(padded, dtype=mx.uint32)], axis=1))
         is_finite = (logits < mx.inf).all()
-        steps, measured = [], []
-        for n in range(tokens):
-            steps.append(sampler(logits[:, n], None if n else allowed))
-            measured.append(measure([running.sequence for running in sequences], logits[:, n], steps[n]))
-        sampled = mx.stack(steps, axis=1)
-        mx.eval(sampled, is_finite, [own.arrays for own in measured])
+        sampled = sampler(logits, allowed)
+        own = [running.sequence for running in sequences]
+        measured = [measure(own, logits[:, n], sampled[:, n]) for n in range(tokens)]
+        mx.eval(sampled, is_finite, [step.arrays for step in measured])
         self._shapes.note(tokens)
         if not is_finite.item():
             self._cache.rewind([tokens] * len(sequences), erases=True)
@@ -171,7 +172,8 @@ class Speculation:
         self._cache.rewind([tokens - count for count in kept])
         sampler.rewind(sampled, kept)
         self.drafts.note(sequences, plan, drafts, accepted, modelled)
-        return Verified([row[:count] for row, count in zip(rows, kept, strict=True)], [own.read() for own in measured])
+        kept_rows = [row[:count] for row, count in zip(rows, kept, strict=True)]
+        return Verified(kept_rows, [step.read() for step in measured])
 
     # -- times ----------------------------------------------------------------------------------------------------
 
