@@ -1,7 +1,5 @@
 """Speculation: drafted tokens are verified together, and change nothing about what is generated."""
 
-from dataclasses import replace
-
 from mlxserver.engine.mlx import mx
 
 import pytest
@@ -26,9 +24,8 @@ from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.grammars import Even
 from tests.support.prefixes import new_prefixes
-from tests.support.speculation import PADDED, asked, fits, model, sampled
+from tests.support.speculation import FEW, PADDED, asked, fits, model, sampled
 
-FEW = {5: 90.0, 6: 90.0, 7: 89.5}  # tokens that an answer may have: n-grams recur, and some predictions are right
 GREEDY_FEW = SamplingParams(temperature=0.0, logit_bias=FEW)
 
 
@@ -210,12 +207,6 @@ def test_a_model_that_computes_several_tokens_otherwise_drafts_nothing():
     one = sequence(1, prompt(21), GREEDY_FEW, 30)
     assert run(Careless(model(), None), one, metrics=metrics) == run(model(), one, speculation="off")
     assert metrics.drafted_tokens == 0
-
-
-def test_where_steps_are_compiled_only_a_stated_setting_drafts():
-    compiled = replace(PADDED, compile_steps=True)
-    for setting, drafts in (("off", False), ("auto", False), ("always", True)):
-        assert scheduler(model(), policy=compiled, speculation=setting).execution.speculation == drafts
 
 
 def row(streak, most, rates=None):
