@@ -128,22 +128,15 @@ def test_verifying_steps_are_few_and_the_last_shapes_of_the_warm_up(without_comp
 
 @pytest.mark.parametrize(
     ("speculation", "policy"),
-    [("off", COMPILED), ("always", COMPILED), ("auto", replace(COMPILED, compile_steps=False))],
+    [
+        ("off", COMPILED),
+        ("always", COMPILED),
+        ("auto", replace(COMPILED, compile_steps=False)),
+        ("auto", replace(COMPILED, verifies=False)),
+    ],
 )
 def test_where_no_step_waits_for_the_warm_up_it_has_no_verifying_ones(speculation, policy, without_compilation):
     assert not verifying(scheduler(model(), speculation, policy=policy).warm_up(512))
-
-
-def test_a_model_that_computes_several_tokens_otherwise_has_none_either(without_compilation):
-    class Careless(Traced):
-        def __call__(self, tokens, cache=None):
-            logits = super().__call__(tokens, cache=cache)
-            return logits[..., ::-1] if tokens.shape[1] == SIZES[0] else logits
-
-    batch = scheduler(Careless(model()))
-    assert not verifying(batch.warm_up(512))
-    some = asked(FEW)
-    assert Driver(batch, *some).finish() == plain(*some)
 
 
 def test_auto_drafts_where_a_warm_up_computes_the_shapes_and_always_drafts_anywhere():

@@ -1,5 +1,7 @@
 """Speculation: drafted tokens are verified together, and change nothing about what is generated."""
 
+from dataclasses import replace
+
 from mlxserver.engine.mlx import mx
 
 import pytest
@@ -8,6 +10,7 @@ from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
+from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.drafts import Drafts
 from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
@@ -19,7 +22,6 @@ from mlxserver.engine.scheduler.speculation_controller import (
     Plan,
     SpeculationController,
 )
-from mlxserver.engine.scheduler.verification_check import verifies
 from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.grammars import Even
@@ -181,7 +183,6 @@ def test_a_drafted_token_at_which_the_model_overflows_does_no_harm(policy):
     asked = [sequence(n, prompt(20, n), few(n), 20) for n in (1, 2)]
     driver = Driver(scheduler(Overflowing(model(), 301), policy=policy))
     speculation = driver.scheduler._running._speculation
-    speculation._is_right = True  # the tokens of the check may be any
 
     class Wrong(PromptLookup):
         def draft(self, most):
@@ -201,11 +202,12 @@ def test_a_model_that_computes_several_tokens_otherwise_drafts_nothing():
             logits = self._own(tokens, cache=cache)
             return logits[..., ::-1] if tokens.shape[1] == SIZES[0] else logits
 
-    assert verifies(model(), CPU)
-    assert not verifies(Careless(model(), None), CPU)
-    metrics = ModelMetrics("")
-    one = sequence(1, prompt(21), GREEDY_FEW, 30)
-    assert run(Careless(model(), None), one, metrics=metrics) == run(model(), one, speculation="off")
+    assert fitting_policy(model(), CPU, "right") == CPU
+    policy = fitting_policy(Careless(model(), None), CPU, "careless")
+    assert policy == replace(CPU, verifies=False)
+    own, metrics, one = Careless(model(), None), ModelMetrics(""), sequence(1, prompt(21), GREEDY_FEW, 30)
+    assert not scheduler(own, policy=policy).execution.speculation
+    assert run(own, one, policy=policy, metrics=metrics) == run(model(), one, speculation="off")
     assert metrics.drafted_tokens == 0
 
 

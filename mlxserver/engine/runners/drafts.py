@@ -22,7 +22,6 @@ from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.speculation import is_possible
-from mlxserver.engine.scheduler.verification_check import verifies
 
 log = logging.getLogger("engine")
 
@@ -57,7 +56,7 @@ def load_draft(
     if not caches.is_plain(draft.model):
         kinds = sorted({type(layer).__name__ for layer in caches.flat(caches.new_cache(draft.model))})
         raise _refusal(spec, f"has a KV cache that can't be trimmed ({', '.join(kinds)})")
-    if own_policy.batch_cache != "slots" or not verifies(draft.model, own_policy):
+    if own_policy.batch_cache != "slots" or not own_policy.verifies:
         raise _refusal(spec, "can't compute several sequences, or several tokens of one, at once")
     identity = model_identity(drafter, draft)
     return DraftModel(drafter.key, draft.model, draft.limits.context, draft.weight_bytes, own_policy, identity)

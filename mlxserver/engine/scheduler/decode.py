@@ -215,19 +215,11 @@ class DecodeBatch:
         """Plan of the next step."""
         if not self._speculation or self._sights:
             return PLAIN
-        plan = self._speculation.plan(self.sequences)
-        return plan if plan.tokens == 1 or self._is_right() else PLAIN
-
-    def _is_right(self) -> bool:
-        """Whether drafted tokens can be verified; nothing is drafted from now on if they can't."""
-        if self._speculation and not self._speculation.is_right():
-            self._speculation = None
-        return self._speculation is not None
+        return self._speculation.plan(self.sequences)
 
     def plans_to_rehearse(self) -> abc.Sequence[Plan]:
         """Plans of verifying steps that are not made before they are rehearsed."""
-        plans = self._speculation.plans_to_rehearse() if self._speculation else ()
-        return plans if plans and self._is_right() else ()
+        return self._speculation.plans_to_rehearse() if self._speculation else ()
 
     def rehearse(self, plan: Plan) -> None:
         """Compute a verifying step of the present sequences, whose drafts and duration are of no account."""

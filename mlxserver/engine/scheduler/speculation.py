@@ -7,7 +7,6 @@ A drafted token is kept only if it is the one that is sampled at its position, s
 from __future__ import annotations
 
 import functools
-import logging
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,11 +34,8 @@ from mlxserver.engine.scheduler.speculation_controller import (
     Plan,
     SpeculationController,
 )
-from mlxserver.engine.scheduler.verification_check import verifies
 from mlxserver.engine.scheduler.verifying_shapes import VerifyingShapes
 from mlxserver.engine.sequence import Logprobs, Sequence
-
-log = logging.getLogger("engine")
 
 Setting = Literal["auto", "off", "always"]
 
@@ -68,7 +64,8 @@ class Verified:
 
 
 class Speculation:
-    """Drafts, verifying steps and their times. model, policy: to find out at the first draft whether it can be.
+    """Drafts, verifying steps and their times.
+
     draft: key of the model that drafts, "mtp" for the model's own head; None by lookup alone.
 
     Steps are timed from the return of the tokens of one to that of the next.
@@ -76,9 +73,8 @@ class Speculation:
 
     def __init__(
         self,
-        model: Any,
         cache: SlotCache,
-        policy: ExecutionPolicy | None,
+        policy: ExecutionPolicy,
         setting: Setting,
         controller: SpeculationController,
         drafter: Drafter | MtpDrafter | None = None,
@@ -87,11 +83,8 @@ class Speculation:
         self.controller = controller
         self.drafts = Drafts(self.controller, drafter, is_forced=setting == "always")
         self.draft = draft
-        self._model = model
         self._cache = cache
-        self._policy = policy or current()
-        self._is_right: bool | None = None
-        self._shapes = VerifyingShapes(cache, are_limited=self._policy.compile_steps and setting != "always")
+        self._shapes = VerifyingShapes(cache, are_limited=policy.compile_steps and setting != "always")
         self.pause()
 
     # -- what is drafted ------------------------------------------------------------------------------------------
@@ -127,14 +120,6 @@ class Speculation:
             return []
         by_head = SIZES if self.draft else ()
         return [Plan(tokens, tokens in by_head) for tokens in sorted({*REHEARSED, *by_head})]
-
-    def is_right(self) -> bool:
-        """Whether the model computes several tokens at once as it does one by one. Measured once."""
-        if self._is_right is None:
-            self._is_right = verifies(self._model, self._policy)
-            if not self._is_right:
-                log.info("no speculation: several tokens of a sequence at once change the model's logits")
-        return self._is_right
 
     # -- the verifying step ---------------------------------------------------------------------------------------
 
@@ -207,8 +192,9 @@ class Speculation:
 
 
 def is_possible(model: Any, setting: Setting, policy: ExecutionPolicy) -> bool:
-    """Whether a decode batch of a model speculates: tokens can be taken back, and it is not off."""
-    return policy.may_speculate(setting) and policy.batch_cache == "slots" and caches.is_plain(model)
+    """Whether a decode batch of a model speculates: tokens can be verified and taken back, and it is not off."""
+    can_be_verified = policy.verifies and policy.batch_cache == "slots" and caches.is_plain(model)
+    return policy.may_speculate(setting) and can_be_verified
 
 
 def make_speculation(
@@ -230,12 +216,12 @@ def make_speculation(
     if draft:
         drafter = Drafter(draft, cache, vocab_size, stall_target)
         controller = make_controller(draft_cost=draft.weight_bytes / weight_bytes)
-        return Speculation(model, cache, policy, setting, controller, drafter, draft.key)
+        return Speculation(cache, policy, setting, controller, drafter, draft.key)
     if head := make_mtp_drafter(model, cache, policy):
         cost = mtp.head_bytes(model) / weight_bytes
         controller = make_controller(draft_cost=cost, draft_rates=head.rates(), draft_sizes=SIZES)
-        return Speculation(model, cache, policy, setting, controller, head, "mtp")
-    return Speculation(model, cache, policy, setting, make_controller())
+        return Speculation(cache, policy, setting, controller, head, "mtp")
+    return Speculation(cache, policy, setting, make_controller())
 
 
 def _num_alike(draft: list[int], sampled: list[int]) -> int:
