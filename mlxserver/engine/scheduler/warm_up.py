@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class
@@ -26,6 +26,7 @@ from mlxserver.engine.scheduler.speculation_controller import PLAIN
 LONGEST = 32_768  # tokens up to which shapes are warmed up
 _SHORT = 33  # tokens of a prompt whose slot is the smallest
 _MOST_CLASSES = 4  # whose decode steps are warmed up side by side
+_STEP = 256  # tokens by which the capacities of chunks differ at least
 _COPIES = 2  # of a shape's KV cache that may exist at once
 _MOST_VERIFIED = 4  # sequences whose verifying steps are warmed up: more of them have a GPU compute enough as it is
 
@@ -92,8 +93,9 @@ class WarmUp:
         yield from self._smallest()
         if not (self._policy.compile_steps and self._rehearsal.has_slots):
             return  # the lengths of sequences make no difference
-        for length in lengths_up_to(longest):
-            yield from self._chunks(length)
+        for shorter, length in pairwise([0, *lengths_up_to(longest)]):
+            for own in range(shorter + _STEP, length + 1, _STEP):  # chunks have slots of more capacities
+                yield from self._chunks(own)
             yield from self._decodes(length)
         yield from self._verifyings(longest)
 
