@@ -5,14 +5,19 @@ from dataclasses import replace
 
 import pytest
 
+from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
+from mlxserver.engine.requests import Execution
+from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation_controller import SIZES, Plan
 from mlxserver.engine.scheduler.warm_up import DecodeShape, lengths_up_to
 from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.grammars import Even
 from tests.support.speculation import COMPILED, FEW, asked, model, sampled
+from tools.harness.models import tiny_llama
 
 GREEDY_FEW = sampled(None, logit_bias=FEW, temperature=0.0)
 
@@ -137,6 +142,26 @@ def test_verifying_steps_are_few_and_the_last_shapes_of_the_warm_up(without_comp
 )
 def test_where_no_step_waits_for_the_warm_up_it_has_no_verifying_ones(speculation, policy, without_compilation):
     assert not verifying(scheduler(model(), speculation, policy=policy).warm_up(512))
+
+
+def test_a_model_that_is_loaded_drafts_behind_its_idle_steps(tmp_path, without_compilation):
+    spec = ModelSpec("m", str(tiny_llama(tmp_path / "m", hidden=64, layers=1)), max_running=2, cache_tokens=512)
+    metrics = ModelMetrics("m")
+    runner = Builder(stall_target=10.0, policy=COMPILED).build(spec, metrics=metrics)
+    assert runner.facts.execution == Execution("slots", padded_prefill=True, compiled=True, speculation=True)
+    one = sequence(1, prompt(30), GREEDY_FEW, 90)
+    before = Driver(runner.batch, one).finish()
+    assert metrics.drafted_tokens == 0
+    assert verifying([*runner.idle_steps])
+    assert Driver(runner.batch, one).finish() == before
+    assert metrics.accepted_tokens > 30
+    runner.batch.close()
+
+
+def test_a_draft_model_whose_own_steps_are_not_warmed_up_drafts_at_any_price_alone():
+    draft = DraftModel("draft", model(), 4096, 1, COMPILED)
+    for speculation, key in (("auto", None), ("always", "draft")):
+        assert scheduler(model(), speculation, draft=draft).execution.draft == key
 
 
 def test_auto_drafts_where_a_warm_up_computes_the_shapes_and_always_drafts_anywhere():

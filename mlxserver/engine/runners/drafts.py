@@ -21,7 +21,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.drafter import DraftModel
-from mlxserver.engine.scheduler.speculation import is_possible
+from mlxserver.engine.scheduler.speculation import has_use_for_draft_model, is_possible
 
 log = logging.getLogger("engine")
 
@@ -42,9 +42,9 @@ def load_draft(
         return None
     if kind != "text":
         raise _refusal(spec, f"is of kind {kind}; expected a text model")
-    # What it computes is not warmed up.
-    if not is_possible(loaded.model, spec.speculation, policy) or (policy.compile_steps and spec.speculation == "auto"):
-        log.info("%s: its draft %s is not loaded: nothing is drafted here", spec.key, drafter.key)
+    is_useful = has_use_for_draft_model(spec.speculation, policy)
+    if not (is_useful and is_possible(loaded.model, spec.speculation, policy)):
+        log.info("%s: its draft %s is not loaded: it would draft nothing here", spec.key, drafter.key)
         return None
     try:
         draft = loader.load(replace(drafter, cache_tokens=None, mtp=False), progress=progress, policy=policy)
