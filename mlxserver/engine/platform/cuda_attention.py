@@ -3,9 +3,9 @@
 MLX's attention with a mask is cuDNN's there, which has one block of threads per row and head: beside a sequence of
 60,000 tokens a layer took 494 us, of which reading the keys and values is 26. Here the tokens of a row are split over
 many blocks, each with its own running softmax (Dao et al. 2023, Flash-Decoding), and merged by a second kernel. A row's
-time follows its own length, not the capacity of its slot, and no mask is made. Scores and sums are float32. Of several
-tokens of a row each has its own blocks, which find its keys and values in the GPU's cache: a step that verifies drafted
-tokens needs no other kernel, and no plan.
+time follows its own length, not the capacity of its slot, and no mask is made. Scores and sums are float32. Several
+tokens of a row have a block each for the same keys and values, next to each other, so that one of them reads these and
+the others find them in the GPU's cache: a step that verifies drafted tokens needs no other kernel, and no plan.
 
 Rule: what supports() refuses is left to MLX.
 """
@@ -27,16 +27,16 @@ _TOKENS = 16  # most tokens per row
 
 _HEADER = "template <typename T> struct alignas(16) Eight { T v[8]; };"
 
-# Block (x, y, z): x-th part of what the z-th token of all rows attends to, for the y-th group of G query heads that
-# share a key head.
+# Block (x, y, z): part of what each token of row z attends to, by part and token, for the y-th group of G query heads
+# that share a key head.
 _READ = """
 constexpr int LANES = D / 8, KEYS = 32 / LANES, STEP = 4;  // lanes per key; keys per warp; of them at once
-const int tokens = q_shape[2], row = blockIdx.z / tokens, own = blockIdx.z % tokens;
-const int group = blockIdx.y, splits = gridDim.x;
+const int tokens = q_shape[2], own = blockIdx.x % tokens, split = blockIdx.x / tokens, splits = gridDim.x / tokens;
+const int row = blockIdx.z, group = blockIdx.y;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
 const int length = offsets[row] + own + 1;
 const int chunk = max(CHUNK, (length + splits - 1) / splits);
-const int start = blockIdx.x * chunk, stop = min(length, start + chunk);
+const int start = split * chunk, stop = min(length, start + chunk);
 if (start >= stop) return;
 const T *k = nullptr, *v = nullptr;
 int slot = row, heads = 0, capacity = 0;
@@ -130,7 +130,7 @@ if (!k) {
 }"""
 _WRITE_WHOLE = "out[query_of(g) * D + d] = static_cast<T>(all / weights);"
 _WRITE_PART = """
-  const size_t piece = query_of(g) * splits + blockIdx.x;
+  const size_t piece = query_of(g) * splits + split;
   parts[piece * D + d] = all;
   if (d == 0) { stats[piece * 2] = peak; stats[piece * 2 + 1] = weights; }
 """
@@ -195,7 +195,7 @@ def decode_attention(
     read = _read_kernel(len(keys), splits > 1)(
         inputs=[queries, offsets, _constant(scale), *keys, *values],
         template=sizes,
-        grid=(splits * _WARPS * 32, heads // per_block, rows * tokens),
+        grid=(splits * tokens * _WARPS * 32, heads // per_block, rows),
         threadgroup=(_WARPS * 32, 1, 1),
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],

@@ -28,12 +28,7 @@ from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter, make_mtp_drafter
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import (
-    PLAIN,
-    REHEARSED,
-    Plan,
-    SpeculationController,
-)
+from mlxserver.engine.scheduler.speculation_controller import PLAIN, REHEARSED, Plan, SpeculationController
 from mlxserver.engine.scheduler.verifying_shapes import VerifyingShapes
 from mlxserver.engine.sequence import Logprobs, Sequence
 
