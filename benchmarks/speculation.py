@@ -2,6 +2,8 @@
 
 Run: python -m benchmarks.speculation [--model smollm2] [--clients 1]. Weights may be random: the answers are given.
 
+--compiled has a GPU's padded slots and compiled steps wherever it runs; on a CPU it is for a try: shapes cost seconds.
+
 --draft DIRECTORY adds a draft model of the same vocabulary. How often it is right is as it knows these texts.
 --draft self is the model itself, which costs the most.
 
@@ -10,7 +12,8 @@ text is a page of prose that goes on behind its beginning. The sampler does its 
 those of the answer: steps cost what they cost, and as many drafted tokens are accepted as if a model had written this.
 
 Rule 1: both settings take turns within one run, and keep what they have measured, as a server does.
-Rule 2: the first round of each is a warm-up.
+Rule 2: before, the shapes of both are warmed up as a server does in idle moments; the first round of each does not
+        count.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import argparse
 import json
 import sys
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -37,13 +40,15 @@ from mlx_lm.utils import load_tokenizer
 from benchmarks.machine import has_gpu, read_machine
 from benchmarks.models import EMBEDDED, SHAPES, embedded_directory, prepare_pair
 from benchmarks.servers import ROOT
+from mlxserver.engine.kv_cache.classes import capacity_for
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.metrics import ModelMetrics
-from mlxserver.engine.platform.policy import current
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.sampling.sampler import BatchSampler
 from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation import Setting
+from mlxserver.engine.scheduler.speculation_controller import SIZES
 from mlxserver.engine.sequence import Sequence
 
 FILE, PAGE = ROOT / "mlxserver" / "engine" / "worker" / "tracker.py", ROOT / "docs" / "memory.md"
@@ -93,19 +98,27 @@ class GivenTokens(BatchSampler):
             row[1] -= sampled.shape[1] - count
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """The next token of each answer, once one is sampled."""
+        """The next token of each answer, or its next tokens, once as many are sampled."""
         sampled = super().__call__(logits, allowed)
-        given = [(self._answers.get(id) or [0])[count : count + 1] or [0] for id, count in self._rows]
+        positions = sampled.shape[1] if sampled.ndim > 1 else 1
+        given = [self._given(id, count, positions) for id, count in self._rows]
         for row in self._rows:
-            row[1] += 1
-        tokens: mx.array = mx.depends(mx.array([own[0] for own in given], dtype=mx.uint32), sampled)
+            row[1] += positions
+        tokens: mx.array = mx.depends(mx.array(given, dtype=mx.uint32).reshape(sampled.shape), sampled)
         return tokens
+
+    def _given(self, id: int, start: int, count: int) -> list[int]:
+        """Tokens of an answer from one on, and zeros behind its end."""
+        own = [*self._answers.get(id, ())[start : start + count]]
+        return own + [0] * (count - len(own))
 
 
 class Bench:
     """One scheduler of a model under one setting."""
 
-    def __init__(self, model: Any, setting: Setting, clients: int, draft: DraftModel | None) -> None:
+    def __init__(
+        self, model: Any, setting: Setting, clients: int, draft: DraftModel | None, policy: ExecutionPolicy
+    ) -> None:
         self._metrics = ModelMetrics("")
         self._answers: dict[int, abc.Sequence[int]] = {}
         self._scheduler = Scheduler(
@@ -113,9 +126,14 @@ class Bench:
             max_running=clients,
             metrics=self._metrics,
             make_sampler=lambda vocab_size: GivenTokens(vocab_size, self._answers),
+            policy=policy,
             speculation=setting,
             draft=draft if setting != "off" else None,
         )
+
+    def warm_up(self, longest: int) -> int:
+        """Compute the shapes of sequences of so many tokens. Returns the number of shapes."""
+        return sum(1 for _ in self._scheduler.warm_up(longest))
 
     def round(self, tasks: abc.Sequence[Task], sampling: SamplingParams) -> Figures:
         """Decode the answers together. The time begins with the first token of all."""
@@ -180,17 +198,28 @@ def measure(
 ) -> dict[str, Any]:
     """All figures, by task."""
     sampling = SamplingParams(temperature=arguments.temperature, top_p=0.9, seed=1)
-    benches = {setting: Bench(model, setting, arguments.clients, draft) for setting in SETTINGS}
+    policy = compiled(current()) if arguments.compiled else current()
+    benches = {setting: Bench(model, setting, arguments.clients, draft, policy) for setting in SETTINGS}
     tasks = {
         "edit": edits(tokenizer, arguments.clients, arguments.file_tokens),
         "free text": free_texts(tokenizer, arguments.clients, arguments.page_tokens),
     }
+    longest = max(len(task.prompt) + len(task.answer) for own in tasks.values() for task in own)
+    for setting, bench in benches.items():
+        started = perf_counter()
+        shapes = bench.warm_up(capacity_for(longest + SIZES[-1]))
+        print(f"{setting}: {shapes} shapes warmed up in {perf_counter() - started:.1f} s", file=sys.stderr)
     rounds: dict[str, dict[str, list[Figures]]] = {name: {setting: [] for setting in SETTINGS} for name in tasks}
     for _ in range(arguments.rounds + 1):
         for name, own in tasks.items():
             for setting in SETTINGS:
                 rounds[name][setting].append(benches[setting].round(own, sampling))
     return {name: _summary(**{setting: own[1:] for setting, own in by.items()}) for name, by in rounds.items()}
+
+
+def compiled(policy: ExecutionPolicy) -> ExecutionPolicy:
+    """A policy with a GPU's compiled steps, whose shapes are warmed up."""
+    return replace(policy, pad_slots=True, bucket_prefill=True, compile_steps=True, warm_up_all_batch_sizes=True)
 
 
 def _summary(off: abc.Sequence[Figures], auto: abc.Sequence[Figures]) -> dict[str, float]:
@@ -227,6 +256,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--file-tokens", type=int, default=FILE_TOKENS)
     parser.add_argument("--page-tokens", type=int, default=PAGE_TOKENS)
+    parser.add_argument("--compiled", action="store_true", help="steps are compiled, as on CUDA")
     parser.add_argument("--draft", help="directory of a draft model, or self")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -22,9 +22,10 @@ from benchmarks.speculation import FILE_TOKENS, PAGE_PROMPT, Task, edits
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.scheduler.drafts import Drafts
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import SIZES, HitRates, SpeculationController
+from mlxserver.engine.scheduler.speculation_controller import SIZES, SpeculationController
 from mlxserver.engine.sequence import Sequence
 
 LENGTHS = (120, 512)  # tokens of a page

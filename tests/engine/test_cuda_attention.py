@@ -66,8 +66,10 @@ def test_every_row_attends_to_its_own_tokens(case, dtype):
     assert attended(*case, dtype) < 0.02
 
 
-def test_each_of_several_tokens_attends_to_those_before_it():
-    assert attended(32, 8, 64, [[200, 900, 8], [9000]], tokens=5) < 0.02
+@pytest.mark.parametrize("tokens", [2, 5, 16])
+@pytest.mark.parametrize("lengths", [[[200, 900, 18], [9000]], [[300, 16]]], ids=["parts", "whole"])
+def test_each_of_several_tokens_attends_to_those_before_it(tokens, lengths):
+    assert attended(32, 8, 64, lengths, tokens=tokens) < 0.02
 
 
 @needs_cuda
@@ -82,7 +84,7 @@ def test_the_kernel_takes_all_of_these(case):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((1, 4, 2, 64), mx.bfloat16), ((1, 4, 1, 80), mx.bfloat16), ((1, 4, 1, 64), mx.float32)]
+    ("shape", "dtype"), [((1, 4, 17, 64), mx.bfloat16), ((1, 4, 1, 80), mx.bfloat16), ((1, 4, 1, 64), mx.float32)]
 )
 def test_other_shapes_and_types_are_left_to_mlx(shape, dtype):
     keys = [mx.zeros((1, 4, 256, shape[3]), dtype=dtype)]

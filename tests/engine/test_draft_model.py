@@ -10,11 +10,11 @@ from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.scheduler.drafter import DraftModel
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation_controller import (
     DraftingRow,
     EitherRow,
-    HitRates,
     Plan,
     SpeculationController,
 )

@@ -1,6 +1,7 @@
 """Multi-token prediction: a checkpoint's own head drafts, and nothing about what is generated changes."""
 
 import functools
+import itertools
 import logging
 from dataclasses import replace
 
@@ -157,9 +158,11 @@ def test_a_head_that_would_draft_nothing_is_not_loaded(load, settings):
     assert not mtp.has_head(load(**settings).model)
 
 
-def test_where_steps_are_compiled_only_always_drafts():
-    assert not mtp.is_wanted(ModelSpec("model", "source"), CUDA)
-    assert mtp.is_wanted(ModelSpec("model", "source", speculation="always"), CUDA)
+def test_where_steps_are_compiled_and_none_is_warmed_up_only_always_drafts():
+    assert mtp.is_wanted(ModelSpec("model", "source"), CUDA)
+    for speculation, is_wanted in (("auto", False), ("always", True)):
+        spec = ModelSpec("model", "source", speculation=speculation)
+        assert mtp.is_wanted(spec, replace(CUDA, warm_up_all_batch_sizes=False)) == is_wanted
 
 
 def without(names, weights, directory):
@@ -583,6 +586,30 @@ def test_it_drafts_as_many_tokens_as_pay_by_how_often_each_is_right():
     for _ in range(2000):
         own.draft_rates.note(0, False)
     assert own.choose(1, [], fits, [row(own)]).tokens == 1
+
+
+def test_where_steps_are_compiled_a_head_drafts_in_shapes_that_were_warmed_up(load, monkeypatch):
+    ticks, metrics = itertools.count(), ModelMetrics("")
+    monkeypatch.setattr("mlxserver.engine.scheduler.speculation.perf_counter", lambda: float(next(ticks)))
+    policy = replace(COMPILED, warm_up_all_batch_sizes=True)
+    own = scheduler(load(is_right=True), "auto", policy=policy, max_running=2, metrics=metrics)
+    cache, made = own._running.cache, []
+    draft, verify = cache.draft, cache.verify
+    cache.draft = lambda inputs, count, predict: made.append((cache.shape, "draft")) or draft(inputs, count, predict)
+    cache.verify = lambda tokens: made.append((cache.shape, tokens.shape[1])) or verify(tokens)
+    some = [sequence(n, prompt(200, n), GREEDY if n == 1 else sampled(n), 100) for n in (1, 2)]
+    expected = run(load(is_right=True, mtp=False), *some, speculation="off")
+    assert Driver(own, *some).finish() == expected
+    assert (made, metrics.drafted_tokens) == ([], 0)
+    for _ in own.warm_up(512):
+        pass
+    rehearsed = {*made}
+    assert {tokens for shape, tokens in rehearsed} == {"draft", 2, 3, 4, 16}
+    made.clear()
+    assert Driver(own, *some).finish() == expected
+    assert {*made} <= rehearsed
+    assert "draft" in {kind for _, kind in made}
+    assert metrics.accepted_tokens > 20
 
 
 def bytes_of_steps(own, policy):

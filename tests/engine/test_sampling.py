@@ -359,3 +359,17 @@ def test_draws_that_were_taken_back_are_drawn_again(sampling):
     for row, count in enumerate(kept):
         assert [step[row] for step in drawn[:count]] == [step[row] for step in expected[:count]]
         assert [step[row] for step in again] == [step[row] for step in expected[count : count + 5]]
+
+
+@POLICIES
+@pytest.mark.parametrize("sampling", [*SETTINGS, SamplingParams(frequency_penalty=0.5), GREEDY], ids=str)
+def test_several_positions_at_once_are_what_single_ones_are(sampling, policy):
+    """Among greedy sequences, with steps alone before and behind them, and a mask that holds for the first position."""
+    samplings = [seeded(sampling, 1), GREEDY, seeded(sampling, 2)]
+    alone, together = make(*samplings, policy=policy), make(*samplings, policy=policy)
+    logits = mx.array(np.random.default_rng(5).normal(size=(3, 7, VOCAB)), dtype=mx.float32)
+    allowed = mx.array([[0b11110000], [0b00001111], [0b11111111]], dtype=mx.uint8)
+    for mask in (None, allowed, None):
+        expected = [alone(logits[:, n], None if n else mask).tolist() for n in range(7)]
+        assert together(logits, mask).T.tolist() == expected
+        assert together(logits[:, 0]).tolist() == alone(logits[:, 0]).tolist()

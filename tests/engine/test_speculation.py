@@ -10,25 +10,24 @@ from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
+from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.drafts import Drafts
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.speculation_controller import (
     SIZES,
     DraftingRow,
-    HitRates,
     Plan,
     SpeculationController,
 )
-from mlxserver.engine.scheduler.verification_check import verifies
 from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.grammars import Even
 from tests.support.prefixes import new_prefixes
-from tests.support.speculation import PADDED, asked, fits, model, sampled
+from tests.support.speculation import FEW, PADDED, asked, fits, model, sampled
 
-FEW = {5: 90.0, 6: 90.0, 7: 89.5}  # tokens that an answer may have: n-grams recur, and some predictions are right
 GREEDY_FEW = SamplingParams(temperature=0.0, logit_bias=FEW)
 
 
@@ -184,7 +183,6 @@ def test_a_drafted_token_at_which_the_model_overflows_does_no_harm(policy):
     asked = [sequence(n, prompt(20, n), few(n), 20) for n in (1, 2)]
     driver = Driver(scheduler(Overflowing(model(), 301), policy=policy))
     speculation = driver.scheduler._running._speculation
-    speculation._is_right = True  # the tokens of the check may be any
 
     class Wrong(PromptLookup):
         def draft(self, most):
@@ -204,18 +202,13 @@ def test_a_model_that_computes_several_tokens_otherwise_drafts_nothing():
             logits = self._own(tokens, cache=cache)
             return logits[..., ::-1] if tokens.shape[1] == SIZES[0] else logits
 
-    assert verifies(model(), CPU)
-    assert not verifies(Careless(model(), None), CPU)
-    metrics = ModelMetrics("")
-    one = sequence(1, prompt(21), GREEDY_FEW, 30)
-    assert run(Careless(model(), None), one, metrics=metrics) == run(model(), one, speculation="off")
+    assert fitting_policy(model(), CPU, "right") == CPU
+    policy = fitting_policy(Careless(model(), None), CPU, "careless")
+    assert policy == replace(CPU, verifies=False)
+    own, metrics, one = Careless(model(), None), ModelMetrics(""), sequence(1, prompt(21), GREEDY_FEW, 30)
+    assert not scheduler(own, policy=policy).execution.speculation
+    assert run(own, one, policy=policy, metrics=metrics) == run(model(), one, speculation="off")
     assert metrics.drafted_tokens == 0
-
-
-def test_where_steps_are_compiled_only_a_stated_setting_drafts():
-    compiled = replace(PADDED, compile_steps=True)
-    for setting, drafts in (("off", False), ("auto", False), ("always", True)):
-        assert scheduler(model(), policy=compiled, speculation=setting).execution.speculation == drafts
 
 
 def row(streak, most, rates=None):

@@ -13,6 +13,7 @@ from mlxserver.engine.events import Usage
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.scheduler.chunks import make_prefill_strategy
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.warm_up import ChunkShape, DecodeShape, lengths_up_to
 from mlxserver.engine.worker import engine_thread
@@ -49,6 +50,13 @@ def test_short_requests_come_first_and_each_shape_once(without_compilation):
     assert {len(shape.lengths) for shape in shapes if isinstance(shape, DecodeShape)} == {1, 2, 4}
     assert max(shape.capacity for shape in shapes if isinstance(shape, ChunkShape)) == 2048
     assert any(len(set(shape.lengths)) == 2 for shape in shapes if isinstance(shape, DecodeShape))
+
+
+def test_a_prompt_of_any_length_finds_its_chunks_warmed_up(without_compilation):
+    model = random_model("llama", num_hidden_layers=1)
+    shapes = set(Scheduler(model, max_running=1, policy=CUDA).warm_up(3072))
+    chunks = make_prefill_strategy(model, CUDA)
+    assert shapes >= {ChunkShape(*sizes) for length in range(1, 3073, 50) for sizes in chunks.shapes(length)}
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "nemotron_h"])

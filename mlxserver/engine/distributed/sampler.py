@@ -55,5 +55,5 @@ class FollowingSampler:
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """Logits [batch, vocab] -> token ids [batch]. The logits are computed first, as on rank 0."""
-        nothing = mx.depends(mx.zeros((logits.shape[0],), mx.uint32), logits)
+        nothing = mx.depends(mx.zeros(logits.shape[:-1], mx.uint32), logits)
         return mx.distributed.all_sum(nothing, group=self._group)

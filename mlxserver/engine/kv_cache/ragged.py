@@ -25,8 +25,6 @@ from mlxserver.engine.kv_cache.quantized import arrays_of
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow, slot_layers
 from mlxserver.engine.platform import cuda_attention
 
-_FEW = 16  # most tokens of a row that a kernel computes, one by one
-
 _attention = base.scaled_dot_product_attention
 
 
@@ -67,7 +65,7 @@ class RaggedLayer:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Ragged:
         """Masks of the classes, each [batch, 1, N, visible] of bool."""
-        offsets = self.offset if self._has_kernel and N <= _FEW and window_size is None else None
+        offsets = self.offset if self._has_kernel and window_size is None else None
         return Ragged([layer.make_mask(N, return_array, window_size) for layer in self.classes], offsets)
 
 
@@ -101,15 +99,9 @@ def attention(
         is_plain
         and mask.offsets is not None
         and sinks is None
-        and cuda_attention.supports(queries[:, :, :1], keys.parts, values.parts)
+        and cuda_attention.supports(queries, keys.parts, values.parts)
     ):
-        tokens = [
-            cuda_attention.decode_attention(
-                queries[:, :, n : n + 1], keys.parts, values.parts, mask.offsets + n if n else mask.offsets, scale
-            )
-            for n in range(queries.shape[2])
-        ]
-        return mx.concatenate(tokens, axis=2) if len(tokens) > 1 else tokens[0]
+        return cuda_attention.decode_attention(queries, keys.parts, values.parts, mask.offsets, scale)
     ends = [0]
     for part in mask.parts:
         ends.append(ends[-1] + part.shape[0])

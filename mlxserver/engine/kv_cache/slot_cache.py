@@ -132,6 +132,11 @@ class SlotCache:
         """Tokens of each sequence."""
         return self._lengths
 
+    @property
+    def shape(self) -> tuple[tuple[int, int], ...]:
+        """Slots and capacity of each class: a step is compiled once for each shape and number of tokens."""
+        return tuple((own.slots, own.capacity) for own in self._classes.values())
+
     def make_room(self, tokens: int) -> None:
         """Let so many tokens of each sequence fit: those that outgrow their class move."""
         self._with_room(tokens)

@@ -1,9 +1,11 @@
-"""CUDA kernel for the attention of a decode step: one query per row, over slots of several capacity classes at once.
+"""CUDA kernel for the attention of a decode step: few tokens per row, over slots of several capacity classes at once.
 
 MLX's attention with a mask is cuDNN's there, which has one block of threads per row and head: beside a sequence of
 60,000 tokens a layer took 494 us, of which reading the keys and values is 26. Here the tokens of a row are split over
 many blocks, each with its own running softmax (Dao et al. 2023, Flash-Decoding), and merged by a second kernel. A row's
-time follows its own length, not the capacity of its slot, and no mask is made. Scores and sums are float32.
+time follows its own length, not the capacity of its slot, and no mask is made. Scores and sums are float32. Several
+tokens of a row have a block each for the same keys and values, next to each other, so that one of them reads these and
+the others find them in the GPU's cache: a step that verifies drafted tokens needs no other kernel, and no plan.
 
 Rule: what supports() refuses is left to MLX.
 """
@@ -25,31 +27,35 @@ _LANE_BYTES = 16  # that a thread reads at once
 _DIMS = (32, 64, 128, 256)
 _QUERIES = 8  # most query heads per block: each has its sums in registers
 _SHARED_BYTES = 48 << 10  # of a block, where warps put their sums together
+_TOKENS = 16  # most tokens per row
 
-# Block (x, y, z): x-th part of the tokens of row z, for the y-th group of G query heads that share a key head.
+# Block (x, y, z): part of what each token of row z attends to, by part and token, for the y-th group of G query heads
+# that share a key head.
 _READ = """
 struct alignas(16) Eight { T v[8]; };
 constexpr int LANES = D / 8, KEYS = 32 / LANES, STEP = 4;  // lanes per key; keys per warp; of them at once
-const int row = blockIdx.z, group = blockIdx.y, splits = gridDim.x;
+const int own = blockIdx.x % tokens, split = blockIdx.x / tokens, splits = gridDim.x / tokens;
+const int row = blockIdx.z, group = blockIdx.y;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
-const int length = offsets[row] + 1;
+const int length = offsets[row] + own + 1;
 const int chunk = max(CHUNK, (length + splits - 1) / splits);
-const int start = blockIdx.x * chunk, stop = min(length, start + chunk);
+const int start = split * chunk, stop = min(length, start + chunk);
 if (start >= stop) return;
 const T *k = nullptr, *v = nullptr;
 int slot = row, capacity = 0;
 CHOOSE
 const size_t base = (size_t)(slot * HEADS + group / SHARES) * capacity * D;
 const size_t first = ((size_t)row * gridDim.y + group) * G;  // query head of the batch
+auto query_of = [&](int g) -> size_t { return (first + g) * tokens + own; };
 float query[G][8], sum[G][8], most[G], total[G];
 #pragma unroll
 for (int g = 0; g < G; g++) {
-  const Eight own = reinterpret_cast<const Eight*>(q + (first + g) * D)[part];
+  const Eight given = reinterpret_cast<const Eight*>(q + query_of(g) * D)[part];
   most[g] = -1e30f;
   total[g] = 0;
   #pragma unroll
   for (int i = 0; i < 8; i++) {
-    query[g][i] = to_float(own.v[i]) * scale * 1.4426950408889634f;
+    query[g][i] = to_float(given.v[i]) * scale * 1.4426950408889634f;
     sum[g][i] = 0;
   }
 }
@@ -125,15 +131,15 @@ if (!k) {
   if (slot < slots#) { k = k#; v = v#; capacity = capacity#; }
   else slot -= slots#;
 }"""
-_WRITE_WHOLE = "store(out + (first + g) * D + d, all / weights);"
+_WRITE_WHOLE = "store(out + query_of(g) * D + d, all / weights);"
 _WRITE_PART = """
-  const size_t piece = (first + g) * splits + blockIdx.x;
+  const size_t piece = query_of(g) * splits + split;
   parts[piece * D + d] = all;
   if (d == 0) { stats[piece * 2] = peak; stats[piece * 2 + 1] = weights; }
 """
-# Block x: query head x of the batch; thread d: that dimension.
+# Block x: query x of the batch, by row, head and token; thread d: that dimension.
 _MERGE = """
-const int d = threadIdx.x, length = offsets[blockIdx.x / HEADS] + 1;
+const int d = threadIdx.x, length = offsets[blockIdx.x / (HEADS * tokens)] + blockIdx.x % tokens + 1;
 const int chunk = max(CHUNK, (length + splits - 1) / splits), used = (length + chunk - 1) / chunk;
 const float* own = stats + (size_t)blockIdx.x * splits * 2;
 const float* from = parts + (size_t)blockIdx.x * splits * D;
@@ -154,7 +160,7 @@ def supports(queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.ar
     dim = queries.shape[3]
     return (
         cuda_kernels.is_available()
-        and queries.shape[2] == 1
+        and queries.shape[2] <= _TOKENS
         and queries.dtype in (mx.bfloat16, mx.float16)
         and dim in _DIMS
         and all(own.shape[3] == dim and own.dtype == queries.dtype for own in (*keys, *values))
@@ -164,29 +170,30 @@ def supports(queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.ar
 def decode_attention(
     queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array], offsets: mx.array, scale: float
 ) -> mx.array:
-    """Attention of each row to the tokens of its slot, up to the one at its offset: [rows, heads, 1, dim].
+    """Attention of each row's tokens to those of its slot, up to their own: [rows, heads, tokens, dim].
 
-    queries: [rows, heads, 1, dim]. keys, values: per class [slots, kv heads, capacity, dim]; the rows are the slots of
-    all classes, in order. offsets: [rows] of int32.
+    queries: [rows, heads, tokens, dim]. keys, values: per class [slots, kv heads, capacity, dim]; the rows are the
+    slots of all classes, in order. offsets: [rows] of int32, of the first token of each.
     """
-    rows, heads, _, dim = queries.shape
+    rows, heads, tokens, dim = queries.shape
     kv_heads = keys[0].shape[1]
     most = min(_QUERIES, _SHARED_BYTES // (_WARPS * (dim + 2) * 4))
     per_block = next(count for count in range(most, 0, -1) if heads // kv_heads % count == 0)
     splits = max(1, min(_SPLITS, max(own.shape[2] for own in keys) // (2 * _CHUNK)))
     whole = (queries.shape, queries.dtype)
-    pieces = (((rows * heads, splits, dim), mx.float32), ((rows * heads, splits, 2), mx.float32))
+    count = rows * heads * tokens
+    pieces = (((count, splits, dim), mx.float32), ((count, splits, 2), mx.float32))
     read = _read_kernel(len(keys), splits > 1, queries.dtype, dim, kv_heads, heads // kv_heads, per_block)(
         [queries, offsets, *keys, *values],
-        [scale, *(size for own in keys for size in (own.shape[0], own.shape[2]))],
+        [scale, tokens, *(size for own in keys for size in (own.shape[0], own.shape[2]))],
         [whole] if splits == 1 else pieces,
-        blocks=(splits, heads // per_block, rows),
+        blocks=(splits * tokens, heads // per_block, rows),
         threads=_WARPS * 32,
     )
     if splits == 1:
         return read[0]
     merge = _merge_kernel(queries.dtype, dim, heads)
-    return merge([*read, offsets], [splits], [whole], blocks=(rows * heads, 1, 1), threads=dim)[0]
+    return merge([*read, offsets], [splits, tokens], [whole], blocks=(count, 1, 1), threads=dim)[0]
 
 
 @functools.cache
@@ -201,7 +208,7 @@ def _read_kernel(
     choose = "".join(_CHOOSE.replace("#", str(number)) for number in numbers)
     return Kernel(
         f"decode_attention_{classes}_{'parts' if is_split else 'whole'}",
-        f"const T* q, const int* offsets, {arrays}, {outputs}, float scale, {sizes}",
+        f"const T* q, const int* offsets, {arrays}, {outputs}, float scale, int tokens, {sizes}",
         _READ.replace("CHOOSE", choose).replace("WRITE", _WRITE_PART if is_split else _WRITE_WHOLE),
         dtype,
         {
@@ -219,7 +226,7 @@ def _read_kernel(
 def _merge_kernel(dtype: mx.Dtype, dim: int, heads: int) -> Kernel:
     return Kernel(
         "decode_attention_merge",
-        "const float* parts, const float* stats, const int* offsets, T* out, int splits",
+        "const float* parts, const float* stats, const int* offsets, T* out, int splits, int tokens",
         _MERGE,
         dtype,
         {"D": dim, "HEADS": heads, "CHUNK": _CHUNK},

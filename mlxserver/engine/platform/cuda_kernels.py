@@ -104,8 +104,17 @@ class Kernel:
         digest = hashlib.sha256(f"{nvrtc.version()} {architecture} {self.source}".encode()).hexdigest()
         files = KeptFiles(cache_directory() / "cuda-binaries", suffix=".cubin")
         name = f"{self.name}-{digest[:16]}"
-        binary = files.read(name, bytes)
-        if not binary:
+        binary = files.read(name, _whole)
+        if binary is None:
             binary = nvrtc.compile(self.source, architecture)
-            files.write_bytes(name, binary)
+            files.write_bytes(name, hashlib.sha256(binary).digest() + binary)
         return binary
+
+
+def _whole(content: bytes) -> bytes:
+    """The binary of a file, behind its digest. Raises ValueError for a damaged one, which the driver might crash on."""
+    size = hashlib.sha256().digest_size
+    digest, binary = content[:size], content[size:]
+    if hashlib.sha256(binary).digest() != digest:
+        raise ValueError("the file is damaged")
+    return binary

@@ -72,6 +72,8 @@ class ExecutionPolicy:
     And what one model can't do on any device (runners/self_check.py):
     prompts: shorter prompts of a chunk are padded; or all of a chunk are of one length; or each has its own chunks.
     batch_cache: of a decode batch: slots, where all layers are plain; or mlx-lm's batched caches; or one per sequence.
+    verifies: in slots, several tokens of a sequence at once are computed as they are one by one, so that drafted ones
+        can be verified.
     """
 
     compile_steps: bool
@@ -96,6 +98,7 @@ class ExecutionPolicy:
     candidates: tuple[str, ...] = ()
     prompts: PromptSharing = "padded"
     batch_cache: CacheKind = "slots"
+    verifies: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for compiled steps without padded slots."""
@@ -117,9 +120,10 @@ class ExecutionPolicy:
     def may_speculate(self, setting: Literal["auto", "off", "always"]) -> bool:
         """Whether tokens may be drafted at a setting.
 
-        "auto" is off where steps are compiled: the shapes of verifying steps would be, while requests wait for them.
+        "auto" is off where steps are compiled and none is warmed up: verifying ones would be while requests wait.
         """
-        return setting == "always" or (setting == "auto" and not self.compile_steps)
+        has_shapes = not self.compile_steps or self.warm_up_all_batch_sizes
+        return setting == "always" or (setting == "auto" and has_shapes)
 
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
         """The policy with these fields. A field that they leave open follows them, where it has to (rule 2).

@@ -21,8 +21,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.drafter import DraftModel
-from mlxserver.engine.scheduler.speculation import is_possible
-from mlxserver.engine.scheduler.verification_check import verifies
+from mlxserver.engine.scheduler.speculation import has_use_for_draft_model, is_possible
 
 log = logging.getLogger("engine")
 
@@ -43,8 +42,9 @@ def load_draft(
         return None
     if kind != "text":
         raise _refusal(spec, f"is of kind {kind}; expected a text model")
-    if not is_possible(loaded.model, spec.speculation, policy):
-        log.info("%s: its draft %s is not loaded: nothing is drafted here", spec.key, drafter.key)
+    is_useful = has_use_for_draft_model(spec.speculation, policy)
+    if not (is_useful and is_possible(loaded.model, spec.speculation, policy)):
+        log.info("%s: its draft %s is not loaded: it would draft nothing here", spec.key, drafter.key)
         return None
     try:
         draft = loader.load(replace(drafter, cache_tokens=None, mtp=False), progress=progress, policy=policy)
@@ -56,7 +56,7 @@ def load_draft(
     if not caches.is_plain(draft.model):
         kinds = sorted({type(layer).__name__ for layer in caches.flat(caches.new_cache(draft.model))})
         raise _refusal(spec, f"has a KV cache that can't be trimmed ({', '.join(kinds)})")
-    if own_policy.batch_cache != "slots" or not verifies(draft.model, own_policy):
+    if own_policy.batch_cache != "slots" or not own_policy.verifies:
         raise _refusal(spec, "can't compute several sequences, or several tokens of one, at once")
     identity = model_identity(drafter, draft)
     return DraftModel(drafter.key, draft.model, draft.limits.context, draft.weight_bytes, own_policy, identity)

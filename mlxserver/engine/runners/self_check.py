@@ -1,7 +1,8 @@
 """Self-check of a loaded model: turns off the paths of its policy that change what the model computes.
 
 Three short prompts of two lengths are prefilled together and decode together: two at first, the third joins, the first
-leaves. Their logits must be those that mlx-lm's model gives each of them alone. Some of mlx-lm's models can't take a
+leaves. Their logits must be those that mlx-lm's model gives each of them alone. Then several tokens of a sequence are
+computed at once, as for speculation (scheduler/verification_check.py). Some of mlx-lm's models can't take a
 batch, or a mask or offsets per sequence, or can't be compiled, and some of those are wrong without an error.
 
 Rule 1: a path is turned off if it raises, or if it differs for every one of several sets of tokens: in 16 bits a close
@@ -29,6 +30,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.runners.kept_checks import KeptChecks, Outcome, check_name
 from mlxserver.engine.scheduler.chunks import execution, make_prefill_strategy
 from mlxserver.engine.scheduler.prompts import PendingPrompt
+from mlxserver.engine.scheduler.verification_check import verifies
 from mlxserver.engine.sequence import Sequence
 
 log = logging.getLogger("engine")
@@ -57,7 +59,7 @@ def fitting_policy(model: Any, policy: ExecutionPolicy, key: str, kept: KeptChec
     outcome = kept.find(name) if kept else None
     if not outcome:
         checks = [_Check(model, seed) for seed in range(_TRIALS)]
-        outcome = _outcome(checks, policy)
+        outcome = _with_verifying(model, policy, _outcome(checks, policy))
         if kept and checks[0].has_numbers:
             kept.store(name, outcome)
     fitting = outcome.applied_to(policy)
@@ -95,6 +97,15 @@ def _outcome(checks: abc.Sequence[_Check], policy: ExecutionPolicy) -> Outcome:
         batch_cache=decode.batch_cache,
     )
     return Outcome.of(fitting, *reasons)
+
+
+def _with_verifying(model: Any, policy: ExecutionPolicy, outcome: Outcome) -> Outcome:
+    """The outcome with whether drafted tokens can be verified, where there are slots for it."""
+    fitting = outcome.applied_to(policy)
+    if fitting.batch_cache != "slots" or not caches.is_plain(model) or verifies(model, fitting):
+        return outcome
+    reason = "several tokens of a sequence at once change its logits"
+    return replace(outcome, verifies=False, reasons=(*outcome.reasons, reason))
 
 
 def _prefill_paths(policy: ExecutionPolicy) -> Iterator[ExecutionPolicy]:

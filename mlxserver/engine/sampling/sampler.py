@@ -18,7 +18,7 @@ from mlxserver.engine.mlx import mx
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.platform import sampling_kernels
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
-from mlxserver.engine.sampling.draw import new_draw
+from mlxserver.engine.sampling.draw import Draw, new_draw
 from mlxserver.engine.sequence import Sequence
 
 GREEDY, SAMPLED = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.9)  # what most requests use
@@ -43,7 +43,8 @@ class BatchSampler:
 
     def __init__(self, vocab_size: int, policy: ExecutionPolicy | None = None) -> None:
         self._vocab_size = vocab_size
-        self._draw = new_draw(vocab_size, policy or current())
+        self._policy = policy or current()
+        self._draw = new_draw(vocab_size, self._policy)
         self._settings: list[SamplingParams] = []
         self._keys = mx.zeros((0, 2), dtype=mx.uint32)
         self._generated: mx.array | None = None  # [batch, vocab], how often each token was generated
@@ -75,9 +76,12 @@ class BatchSampler:
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
         """Sample: logits [batch, vocab] of any float type -> token ids [batch], uint32. Nothing is evaluated.
 
-        allowed: [batch, bytes] of uint8, a bit per token that the sequence's constraint allows, the first one in the
-        lowest; None allows every token.
+        Logits of the next positions of each sequence, [batch, n, vocab] -> [batch, n]: the tokens of n calls.
+        allowed: [batch, bytes] of uint8, a bit per token that the sequence's constraint allows at the first position,
+        the first token in the lowest; None allows every token.
         """
+        if logits.ndim > 2:
+            return self._sample_positions(logits, allowed)
         logits = self._draw.cast(logits)
         if self._bias is not None:
             logits = logits + self._bias
@@ -90,8 +94,23 @@ class BatchSampler:
             self._generated = self._generated.at[mx.arange(len(self._settings)), tokens].add(1.0)
         return tokens
 
+    def _sample_positions(self, logits: mx.array, allowed: mx.array | None) -> mx.array:
+        """Sample several positions of each sequence, all at once where none depends on the tokens before it."""
+        batch, count, vocab = logits.shape
+        if self._generated is not None or allowed is not None:
+            return mx.stack([self(logits[:, n], None if n else allowed) for n in range(count)], axis=1)
+        if self._bias is not None:
+            logits = logits + self._bias[:, None]
+        rows = self._draw.cast(logits.reshape(batch * count, vocab))
+        if not self._is_sampled:
+            return sampling_kernels.argmax(rows).reshape(batch, count)
+        if count not in self._draws:
+            self._draws[count] = new_draw(self._vocab_size, self._policy)
+            self._draws[count].configure([own for own in self._settings for _ in range(count)])
+        return self._draws[count](rows, self._uniform(count)).reshape(batch, count)
+
     def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
-        """Take the last n calls back, but for the first `kept` of each sequence. sampled: their tokens, [batch, n]."""
+        """Take the last n tokens back, but for the first `kept` of each sequence. sampled: these tokens, [batch, n]."""
         tokens, counts = sampled.shape[1], mx.array(list(kept), dtype=mx.uint32)
         if self._is_sampled:
             taken_back = mx.stack([mx.zeros_like(counts), tokens - counts], axis=1)
@@ -103,6 +122,7 @@ class BatchSampler:
     def _choose_work(self) -> None:
         """Set the arrays and flags that hold until the batch changes again."""
         settings = self._settings
+        self._draws: dict[int, Draw] = {}  # of several positions at once, by their number
         self._is_sampled = any(one.temperature > 0 for one in settings)
         if self._is_sampled:
             self._draw.configure(settings)
@@ -111,10 +131,14 @@ class BatchSampler:
                 [(one.frequency_penalty, one.presence_penalty, one.repetition_penalty) for one in settings]
             )
 
-    def _uniform(self) -> mx.array:
-        """The next number of each sequence's random stream, [batch, 1] in [0, 1)."""
-        uniform: mx.array = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys)
-        self._keys = self._keys + mx.array([0, 1], dtype=mx.uint32)
+    def _uniform(self, count: int = 1) -> mx.array:
+        """The next numbers of each sequence's random stream, [batch * count, 1] in [0, 1)."""
+        keys = self._keys
+        if count > 1:
+            positions = mx.array([(0, n) for n in range(count)], dtype=mx.uint32)
+            keys = (keys[:, None] + positions).reshape(-1, 2)
+        uniform: mx.array = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(keys)
+        self._keys = self._keys + mx.array([0, count], dtype=mx.uint32)
         return uniform
 
     def _extend_penalties(self, sequences: abc.Sequence[Sequence]) -> None:

@@ -109,8 +109,6 @@ class DecodeBatch:
         for sequence, prompt in joining:
             of_prompt = tuple(prompt.logprobs) if sequence.is_scored else None
             running = RunningSequence(sequence, prompt.cached_tokens, prompt.started, prompt_logprobs=of_prompt)
-            if self._speculation:
-                self._speculation.prepare(running)
             self.sequences.append(running)
         self._set_sights()
         self.pause()
@@ -184,8 +182,6 @@ class DecodeBatch:
             if is_fed:
                 running.fed.append(token)
             if not running.is_fresh:
-                if self._speculation:
-                    self._speculation.note_generated(running, token)
                 if running.sequence.constraint:
                     running.sequence.constraint.accept(token)
                 published.append(running.publish(token, logprobs.get(running.sequence.id)))
@@ -219,11 +215,19 @@ class DecodeBatch:
         """Plan of the next step."""
         if not self._speculation or self._sights:
             return PLAIN
-        plan = self._speculation.plan(self.sequences)
-        if plan.tokens > 1 and not self._speculation.is_right():
-            self._speculation = None
-            return PLAIN
-        return plan
+        return self._speculation.plan(self.sequences)
+
+    def plans_to_rehearse(self) -> abc.Sequence[Plan]:
+        """Plans of verifying steps that are not made before they are rehearsed."""
+        return self._speculation.plans_to_rehearse() if self._speculation else ()
+
+    def rehearse(self, plan: Plan) -> None:
+        """Compute a verifying step of the present sequences, whose drafts and duration are of no account."""
+        assert self._speculation
+        inputs, measured = self.sampled, self._measured
+        self._unpublished = self._read(inputs, measured, is_fed=True)
+        self._verify(self._speculation, inputs, plan)
+        self.pause()
 
     def _advance_by_drafts(
         self, speculation: Speculation, inputs: mx.array, measured: MeasuredLogprobs | KnownLogprobs
@@ -236,20 +240,23 @@ class DecodeBatch:
             self._sample(self.cache.advance(inputs, self._sights))
             speculation.note_plain_step(len(self.sequences))
             return
-        if verified := speculation.verify(self.sequences, inputs, plan, self._sampler, self._allowed()):
-            self._accept(speculation, verified)
-        else:
-            self._sample(self.cache.advance(inputs, self._sights))
+        self._verify(speculation, inputs, plan)
         speculation.note_verifying_step(len(self.sequences), plan)
 
-    def _accept(self, speculation: Speculation, verified: Verified) -> None:
+    def _verify(self, speculation: Speculation, inputs: mx.array, plan: Plan) -> None:
+        """Verify what is drafted, or make a plain step if that fails."""
+        if verified := speculation.verify(self.sequences, inputs, plan, self._sampler, self._allowed()):
+            self._accept(verified)
+        else:
+            self._sample(self.cache.advance(inputs, self._sights))
+
+    def _accept(self, verified: Verified) -> None:
         """Record the tokens that were kept. The last of each sequence is the next input, and published then."""
         pending: dict[int, Logprobs] = {}
         for running, tokens in zip(self.sequences, verified.tokens, strict=True):
             id = running.sequence.id
             for token, logprobs in zip(tokens[:-1], verified.logprobs, strict=False):
                 running.fed.append(token)
-                speculation.note_generated(running, token)
                 self._unpublished.append(running.publish(token, logprobs.get(id)))
             running.num_sampled += len(tokens)
             if (last := verified.logprobs[len(tokens) - 1].get(id)) is not None:

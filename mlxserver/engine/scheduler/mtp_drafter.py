@@ -14,8 +14,8 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.loading import mtp
 from mlxserver.engine.platform.policy import ExecutionPolicy
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import HitRates
 
 log = logging.getLogger("engine")
 

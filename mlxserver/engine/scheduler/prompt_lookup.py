@@ -6,8 +6,9 @@ forward pass, and is right where an answer quotes or rewrites its prompt, or rep
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
 from collections import abc
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,10 @@ class PromptLookup:
         self._broken: int | None = None  # where the last long quotation broke off
         self.streak = 0
         self._find()
+
+    def __len__(self) -> int:
+        """Tokens that it knows."""
+        return len(self._tokens)
 
     def append(self, token: int) -> bool | None:
         """Add a token. Returns whether it was predicted, None if none was."""
@@ -77,17 +82,17 @@ class PromptLookup:
         gram = self._gram()
         if found := self._later.get(gram):
             return found
-        at = int(self._grams.searchsorted(gram, side="right")) - 1
-        return int(self._behind[at]) if at >= 0 and self._grams[at] == gram else None
+        at = bisect_right(self._grams, gram) - 1
+        return self._behind[at] if at >= 0 and self._grams[at] == gram else None
 
     def _gram(self) -> int:
         first, second, third = self._tokens[-_N:]
         return first << 2 * _BITS | second << _BITS | third
 
 
-def _index(tokens: abc.Sequence[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _index(tokens: abc.Sequence[int]) -> tuple[array[int], array[int]]:
     """The n-grams of tokens in order, and the position behind each; of those that are equal, the last one is last."""
     ids = np.array(tokens, dtype=np.int64)
     grams = ids[:-_N] << 2 * _BITS | ids[1 : -_N + 1] << _BITS | ids[2 : -_N + 2]
     order = np.argsort(grams, kind="stable")
-    return grams[order], (order + _N).astype(np.int32)
+    return array("q", grams[order].tobytes()), array("q", (order.astype(np.int64) + _N).tobytes())

@@ -17,6 +17,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import GREEDY, SAMPLED
 from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.prompts import PendingPrompt
+from mlxserver.engine.scheduler.speculation_controller import PLAIN, Plan
 from mlxserver.engine.sequence import PromptImages, Sequence
 
 STEPS = 2  # until a shape is compiled: in the second one, the inputs are sampled tokens
@@ -24,11 +25,15 @@ STEPS = 2  # until a shape is compiled: in the second one, the inputs are sample
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """Steps of sequences of these lengths in tokens. is_shifted: their positions differ from their offsets."""
+    """Steps of sequences of these lengths in tokens. is_shifted: their positions differ from their offsets.
+
+    plan: of a verifying step.
+    """
 
     lengths: tuple[int, ...]
     is_greedy: bool = False
     is_shifted: bool = False
+    plan: Plan = PLAIN
 
     @property
     def kv_tokens(self) -> int:
@@ -59,6 +64,11 @@ class Rehearsal:
             yield
         finally:
             self._running.clear()
+
+    def verify(self, plan: Plan) -> None:
+        """Compute a verifying step."""
+        self._running.rehearse(plan)
+        mx.eval(self._running.sampled)
 
     def advance(self, steps: int = STEPS) -> None:
         """Compute so many steps."""

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from mlxserver.engine.kv_cache.sight import StepRow
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
-from mlxserver.engine.scheduler.speculation_controller import HitRates
 from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 
 

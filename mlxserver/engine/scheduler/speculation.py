@@ -7,7 +7,6 @@ A drafted token is kept only if it is the one that is sampled at its position, s
 from __future__ import annotations
 
 import functools
-import logging
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +24,13 @@ from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.sampling.logprobs import measure
 from mlxserver.engine.scheduler.drafter import Drafter, DraftModel
 from mlxserver.engine.scheduler.drafts import Drafts
+from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter, make_mtp_drafter
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import HitRates, Plan, SpeculationController
-from mlxserver.engine.scheduler.verification_check import verifies
+from mlxserver.engine.scheduler.speculation_controller import PLAIN, REHEARSED, Plan, SpeculationController
+from mlxserver.engine.scheduler.verifying_shapes import VerifyingShapes
 from mlxserver.engine.sequence import Logprobs, Sequence
-
-log = logging.getLogger("engine")
 
 Setting = Literal["auto", "off", "always"]
 
@@ -41,10 +39,13 @@ class RewindingSampler(Protocol):
     """Samples the tokens of a batch, and takes tokens back."""
 
     def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> mx.array:
-        """Logits [batch, vocab] -> token ids [batch], of those that are allowed. Nothing is evaluated."""
+        """Logits [batch, vocab] -> token ids [batch], of those that are allowed. Nothing is evaluated.
+
+        Logits of several positions of each sequence, [batch, n, vocab] -> [batch, n]; allowed: at the first one.
+        """
 
     def rewind(self, sampled: mx.array, kept: abc.Sequence[int]) -> None:
-        """Take the last n calls back, but for the first `kept` of each sequence. sampled: their tokens, [batch, n]."""
+        """Take the last n tokens back, but for the first `kept` of each sequence. sampled: these tokens, [batch, n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class Verified:
 
 
 class Speculation:
-    """Drafts, verifying steps and their times. model, policy: to find out at the first draft whether it can be.
+    """Drafts, verifying steps and their times.
+
     draft: key of the model that drafts, "mtp" for the model's own head; None by lookup alone.
 
     Steps are timed from the return of the tokens of one to that of the next.
@@ -66,9 +68,8 @@ class Speculation:
 
     def __init__(
         self,
-        model: Any,
         cache: SlotCache,
-        policy: ExecutionPolicy | None,
+        policy: ExecutionPolicy,
         setting: Setting,
         controller: SpeculationController,
         drafter: Drafter | MtpDrafter | None = None,
@@ -77,45 +78,43 @@ class Speculation:
         self.controller = controller
         self.drafts = Drafts(self.controller, drafter, is_forced=setting == "always")
         self.draft = draft
-        self._model = model
         self._cache = cache
-        self._policy = policy or current()
-        self._is_right: bool | None = None
+        self._shapes = VerifyingShapes(cache, are_limited=policy.compile_steps and setting != "always")
         self.pause()
 
     # -- what is drafted ------------------------------------------------------------------------------------------
 
-    def prepare(self, running: RunningSequence) -> None:
-        """Give a sequence that joins its lookup, if it may draft."""
-        if lookup := self.lookup(running.sequence):
-            running.lookup, running.hit_rates = lookup, HitRates(self.controller.rates)
-            running.draft_rates = HitRates(self.controller.draft_rates)
-
-    def lookup(self, sequence: Sequence) -> PromptLookup | None:
-        """Lookup of a sequence that joins; None of one that drafts nothing."""
-        if sequence.constraint or sequence.images or self._is_right is False:
-            return None
-        return PromptLookup(sequence.tokens)
-
-    def is_right(self) -> bool:
-        """Whether the model computes several tokens at once as it does one by one. Measured once."""
-        if self._is_right is None:
-            self._is_right = verifies(self._model, self._policy)
-            if not self._is_right:
-                log.info("no speculation: several tokens of a sequence at once change the model's logits")
-        return self._is_right
-
-    def note_generated(self, running: RunningSequence, token: int) -> None:
-        """Add a token to a sequence's lookup, and measure its predictions."""
-        self.drafts.add_credit(running)
-        if running.lookup and running.hit_rates:
-            streak = running.lookup.streak
-            if (is_hit := running.lookup.append(token)) is not None:
-                running.hit_rates.note(streak, is_hit)
-
     def plan(self, sequences: abc.Sequence[RunningSequence]) -> Plan:
         """Plan of the next step."""
-        return self.drafts.plan(sequences, self._cache.fits)
+        if not self._shapes.has_any():
+            return PLAIN  # at once: the lookups of many sequences would take time from each of their steps
+        for running in sequences:
+            self._follow(running)
+        return self.drafts.plan(sequences, self._shapes.fits)
+
+    def _follow(self, running: RunningSequence) -> None:
+        """Add the tokens that were generated to a sequence's lookup, and measure its predictions."""
+        if running.lookup is None:
+            if not (lookup := self.lookup(running.sequence)):
+                return
+            running.lookup, running.hit_rates = lookup, HitRates(self.controller.rates)
+            running.draft_rates = HitRates(self.controller.draft_rates)
+        for token in running.known_from(len(running.lookup)):
+            self.drafts.add_credit(running)
+            streak = running.lookup.streak
+            if (is_hit := running.lookup.append(token)) is not None and running.hit_rates:
+                running.hit_rates.note(streak, is_hit)
+
+    def lookup(self, sequence: Sequence) -> PromptLookup | None:
+        """Lookup of a sequence; None of one that drafts nothing."""
+        return None if sequence.constraint or sequence.images else PromptLookup(sequence.tokens)
+
+    def plans_to_rehearse(self) -> list[Plan]:
+        """Plans of verifying steps that are not made before they are rehearsed: few, each of which costs time."""
+        if not self._shapes.are_limited:
+            return []
+        by_head = SIZES if self.draft else ()
+        return [Plan(tokens, tokens in by_head) for tokens in sorted({*REHEARSED, *by_head})]
 
     # -- the verifying step ---------------------------------------------------------------------------------------
 
@@ -137,12 +136,11 @@ class Speculation:
         padded = [own + [0] * (tokens - 1 - len(own)) for own in drafts]
         logits = self._cache.verify(mx.concatenate([inputs[:, None], mx.array(padded, dtype=mx.uint32)], axis=1))
         is_finite = (logits < mx.inf).all()
-        steps, measured = [], []
-        for n in range(tokens):
-            steps.append(sampler(logits[:, n], None if n else allowed))
-            measured.append(measure([running.sequence for running in sequences], logits[:, n], steps[n]))
-        sampled = mx.stack(steps, axis=1)
-        mx.eval(sampled, is_finite, [own.arrays for own in measured])
+        sampled = sampler(logits, allowed)
+        own = [running.sequence for running in sequences]
+        measured = [measure(own, logits[:, n], sampled[:, n]) for n in range(tokens)]
+        mx.eval(sampled, is_finite, [step.arrays for step in measured])
+        self._shapes.note(tokens)
         if not is_finite.item():
             self._cache.rewind([tokens] * len(sequences), erases=True)
             sampler.rewind(sampled, [0] * len(sequences))
@@ -154,7 +152,8 @@ class Speculation:
         self._cache.rewind([tokens - count for count in kept])
         sampler.rewind(sampled, kept)
         self.drafts.note(sequences, plan, drafts, accepted, modelled)
-        return Verified([row[:count] for row, count in zip(rows, kept, strict=True)], [own.read() for own in measured])
+        kept_rows = [row[:count] for row, count in zip(rows, kept, strict=True)]
+        return Verified(kept_rows, [step.read() for step in measured])
 
     # -- times ----------------------------------------------------------------------------------------------------
 
@@ -188,8 +187,14 @@ class Speculation:
 
 
 def is_possible(model: Any, setting: Setting, policy: ExecutionPolicy) -> bool:
-    """Whether a decode batch of a model speculates: tokens can be taken back, and it is not off."""
-    return policy.may_speculate(setting) and policy.batch_cache == "slots" and caches.is_plain(model)
+    """Whether a decode batch of a model speculates: tokens can be verified and taken back, and it is not off."""
+    can_be_verified = policy.verifies and policy.batch_cache == "slots" and caches.is_plain(model)
+    return policy.may_speculate(setting) and can_be_verified
+
+
+def has_use_for_draft_model(setting: Setting, policy: ExecutionPolicy) -> bool:
+    """Whether a draft model may draft: what it computes itself is not warmed up, and may have to be compiled."""
+    return setting == "always" or not policy.compile_steps
 
 
 def make_speculation(
@@ -208,15 +213,15 @@ def make_speculation(
         return None
     make_controller = functools.partial(SpeculationController, metrics, always=setting == "always")
     weight_bytes = max(1, caches.weight_bytes(model))
-    if draft:
+    if draft and has_use_for_draft_model(setting, policy):
         drafter = Drafter(draft, cache, vocab_size, stall_target)
         controller = make_controller(draft_cost=draft.weight_bytes / weight_bytes)
-        return Speculation(model, cache, policy, setting, controller, drafter, draft.key)
+        return Speculation(cache, policy, setting, controller, drafter, draft.key)
     if head := make_mtp_drafter(model, cache, policy):
         cost = mtp.head_bytes(model) / weight_bytes
         controller = make_controller(draft_cost=cost, draft_rates=head.rates(), draft_sizes=SIZES)
-        return Speculation(model, cache, policy, setting, controller, head, "mtp")
-    return Speculation(model, cache, policy, setting, make_controller())
+        return Speculation(cache, policy, setting, controller, head, "mtp")
+    return Speculation(cache, policy, setting, make_controller())
 
 
 def _num_alike(draft: list[int], sampled: list[int]) -> int:

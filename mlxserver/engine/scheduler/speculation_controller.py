@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from statistics import median, median_low
 
 from mlxserver.engine.metrics import ModelMetrics
+from mlxserver.engine.scheduler.hit_rates import HitRates
 
 SIZES = (4, 8, 16)  # tokens of a sequence in a verifying step, the first of which is not drafted: few, for their shapes
+REHEARSED = (SIZES[0], SIZES[-1])  # where each shape is compiled: a GPU takes hardly longer for the longest
 _ALWAYS = 8  # where nothing is measured
 
 _GAIN = 1.05  # least ratio of tokens per second to those of plain steps
@@ -26,64 +28,8 @@ _RETRY = 512  # steps that did not pay, after which one is tried all the same
 _READ_FOR_RETRY = 512  # most tokens that a draft model reads for that
 _HELD_OFF = 256  # steps after one whose logits were not finite
 
-_STREAKS = (5, 9, 17)  # bounds of the classes of streaks that have a hit rate each
-_PRIOR_RATES, _PRIOR_WEIGHT = (0.2, 0.6, 0.85, 0.95), 8
 _PRIOR_DRAFT_RATES = (0.6, 0.7, 0.8, 0.85)  # of a draft model, by how many of its last tokens were right
 _ANSWER_TOKENS = 128  # that are left of an answer, if it may have as many: what reading a prompt pays off in
-_MODEL_WEIGHT = 2  # of the model's rate in that of a sequence, in predictions
-_MOST_OF_MODEL, _MOST_OF_SEQUENCE = 512, 64  # predictions that count
-
-
-@dataclass
-class _Hits:
-    """Predictions and how many were right; older ones count less."""
-
-    most: int
-    hits: float = 0.0
-    count: float = 0.0
-
-    def note(self, is_hit: bool) -> None:
-        self.hits, self.count = self.hits + is_hit, self.count + 1
-        if self.count > self.most:
-            self.hits, self.count = self.hits / 2, self.count / 2
-
-
-class HitRates:
-    """How often predictions are right, by the streaks behind which they are made.
-
-    model: those of all sequences, with which a sequence begins: one that edits a file does not speak for one that tells
-    a story. None for the model's own, which begin with `priors`. bounds: of the classes of streaks, one fewer.
-    """
-
-    def __init__(
-        self,
-        model: HitRates | None = None,
-        priors: abc.Sequence[float] = _PRIOR_RATES,
-        bounds: abc.Sequence[int] = _STREAKS,
-    ) -> None:
-        self._model = model
-        self._bounds: abc.Sequence[int] = model._bounds if model else bounds
-        self._hits: list[_Hits]
-        if model:
-            self._hits = [_Hits(_MOST_OF_SEQUENCE) for _ in model._hits]
-        else:
-            self._hits = [_Hits(_MOST_OF_MODEL, rate * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for rate in priors]
-
-    def note(self, streak: int, is_hit: bool) -> None:
-        """A token was predicted behind a streak, rightly or not."""
-        self._hits[self._class_of(streak)].note(is_hit)
-        if self._model:
-            self._model.note(streak, is_hit)
-
-    def rate(self, streak: int) -> float:
-        """Share of predictions behind such a streak that are expected to be right."""
-        own = self._hits[self._class_of(streak)]
-        if not self._model:
-            return own.hits / own.count
-        return (own.hits + _MODEL_WEIGHT * self._model.rate(streak)) / (own.count + _MODEL_WEIGHT)
-
-    def _class_of(self, streak: int) -> int:
-        return sum(streak >= bound for bound in self._bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,12 +199,14 @@ class SpeculationController:
         best, most = PLAIN, 1.0
         sizes = self._sizes(is_modelled=is_modelled)
         for tokens in sizes:
+            if not fits(tokens):
+                continue
             plan = Plan(tokens, is_modelled)
             cost = self.cost(sequences, plan)
             if tokens > sizes[0] and cost > most_cost:
                 break
             gain = (sequences + sum(row.accepted(tokens) for row in rows)) / sequences / cost
-            if gain > most and fits(tokens):
+            if gain > most:
                 best, most = plan, gain
             if self._cost(sequences, plan).ratio is None:
                 break  # a longer one costs more
@@ -277,13 +225,14 @@ class SpeculationController:
         """The shortest step now and then: by lookup if it would pay at the cost that is assumed at first; else by a
         draft model, whose rates are measured by nothing else.
         """
-        if not fits(tokens := SIZES[0]):
-            return PLAIN
+        tokens = SIZES[0]
         gained = sum(row.accepted(tokens) for row in rows)
         if (sequences + gained) / sequences > _GAIN * (1 + _ASSUMED_COST * (tokens - 1)):
             plan = Plan(tokens)
         else:
             plan = Plan(self._draft_sizes[0], is_modelled=True)
+        if not fits(plan.tokens):
+            return PLAIN
         cost = self._cost(sequences, plan)
         cost.num_declined += 1
         if cost.num_declined < _RETRY or (plan.is_modelled and not has_model):

@@ -34,13 +34,12 @@ def _difference(model: Any, policy: ExecutionPolicy, seed: int) -> float:
     """Largest root mean square difference of the logits, relative to their spread."""
     vocab = int(model(mx.zeros((1, 1), dtype=mx.uint32)).shape[-1])
     tokens = [[(1 + 131 * n + 7 * i * (i + 3) + 977 * seed) % vocab for i in range(16)] for n in range(len(_PROMPTS))]
-    batches = []
-    for _ in range(2):
-        prefilled = [caches.new_cache(model) for _ in _PROMPTS]
-        for cache, own, length in zip(prefilled, tokens, _PROMPTS, strict=True):
-            model(mx.array([own[:length]]), cache=cache)
-        batches.append(SlotCache(model, policy))
-        batches[-1].join(prefilled)
+    prefilled = [caches.new_cache(model) for _ in _PROMPTS]
+    for cache, own, length in zip(prefilled, tokens, _PROMPTS, strict=True):
+        model(mx.array([own[:length]]), cache=cache)
+    batches = [SlotCache(model, policy) for _ in range(2)]
+    for batch in batches:
+        batch.join(prefilled)
     inputs = mx.array([own[length:][:_TOKENS] for own, length in zip(tokens, _PROMPTS, strict=True)], dtype=mx.uint32)
     together = batches[0].verify(inputs).astype(mx.float32)
     single = mx.stack([batches[1].advance(inputs[:, n]) for n in range(_TOKENS)], axis=1).astype(mx.float32)

@@ -1,7 +1,7 @@
 """Warm-up of a batch: the shapes that requests will use are computed before they come.
 
 A GPU pays for a shape when it is new: kernels are compiled, graphs are traced, attention is planned. Those of short
-requests come first, then those at growing lengths.
+requests come first, then those at growing lengths, and last those of verifying steps, which requests can do without.
 
 Rule 1: a step of the iterator computes one shape. Before and after it the batch is empty; in between it may serve.
 Rule 2: a shape's memory is borrowed for the step. One that does not fit beside all else is left out.
@@ -10,7 +10,8 @@ Rule 2: a shape's memory is borrowed for the step. One that does not fit beside 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from typing import Any
 
 from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class
@@ -20,11 +21,14 @@ from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.prefill import Prefill
 from mlxserver.engine.scheduler.rehearsal import STEPS, DecodeShape, Rehearsal
+from mlxserver.engine.scheduler.speculation_controller import PLAIN
 
 LONGEST = 32_768  # tokens up to which shapes are warmed up
 _SHORT = 33  # tokens of a prompt whose slot is the smallest
 _MOST_CLASSES = 4  # whose decode steps are warmed up side by side
+_STEP = 256  # tokens by which the capacities of chunks differ at least
 _COPIES = 2  # of a shape's KV cache that may exist at once
+_MOST_VERIFIED = 4  # sequences whose verifying steps are warmed up: more of them have a GPU compute enough as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class WarmUp:
         max_running: int,
     ) -> None:
         self._model = model
+        self._running = running
         self._rehearsal = Rehearsal(model, running, policy)
         self._prefill = prefill
         self._budget = budget
@@ -68,10 +73,12 @@ class WarmUp:
 
         longest: tokens of the longest sequence. most_tokens: of KV cache in a shape; None for as many as the pool has.
         """
-        for shape in dict.fromkeys(self._shapes(min(longest, LONGEST))):
+        known: set[Shape] = set()
+        for shape in self._shapes(min(longest, LONGEST)):
             kv_tokens = _COPIES * shape.kv_tokens
-            if most_tokens is not None and kv_tokens > most_tokens:
+            if shape in known or (most_tokens is not None and kv_tokens > most_tokens):
                 continue
+            known.add(shape)
             with self._budget.borrowing(kv_tokens) as is_granted:
                 if is_granted:
                     self._compute(shape)
@@ -86,9 +93,11 @@ class WarmUp:
         yield from self._smallest()
         if not (self._policy.compile_steps and self._rehearsal.has_slots):
             return  # the lengths of sequences make no difference
-        for length in lengths_up_to(longest):
-            yield from self._chunks(length)
+        for shorter, length in pairwise([0, *lengths_up_to(longest)]):
+            for own in range(shorter + _STEP, length + 1, _STEP):  # chunks have slots of more capacities
+                yield from self._chunks(own)
             yield from self._decodes(length)
+        yield from self._verifyings(longest)
 
     def _smallest(self) -> Iterator[Shape]:
         """Shapes of short requests, of any number up to max_running."""
@@ -111,6 +120,15 @@ class WarmUp:
             yield DecodeShape((*by_class.values(), length - STEPS))
         yield from (DecodeShape((length - STEPS,) * size) for size in self._sizes())
 
+    def _verifyings(self, longest: int) -> Iterator[DecodeShape]:
+        """Verifying steps of few sequences that are alike: the more there are, the shorter they are."""
+        plans = self._running.plans_to_rehearse()
+        for size in self._sizes() if plans else ():
+            lengths = lengths_up_to(min(longest, LONGEST // size)) if size <= _MOST_VERIFIED else []
+            for length, plan in product(lengths, plans):
+                shape = DecodeShape((length - plan.tokens,) * size, plan=plan)
+                yield from (shape, replace(shape, is_greedy=True)) if length == lengths[0] else (shape,)
+
     def _sizes(self) -> list[int]:
         """Numbers of slots."""
         return [size for power in range(self._max_running.bit_length()) if (size := 1 << power) <= self._max_running]
@@ -121,7 +139,10 @@ class WarmUp:
                 self._prefill.rehearse(shape.prompts, shape.tokens, shape.capacity)
             case DecodeShape():
                 with self._rehearsal.joined(shape):
-                    self._rehearsal.advance()
+                    if shape.plan == PLAIN:
+                        self._rehearsal.advance()
+                    else:
+                        self._rehearsal.verify(shape.plan)
 
 
 def lengths_up_to(longest: int) -> list[int]:
