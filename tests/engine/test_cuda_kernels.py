@@ -1,4 +1,9 @@
-"""CUDA kernels of our own: compiled once, kept, and run. They need an NVIDIA GPU."""
+"""CUDA kernels of our own, whose binaries are put where MLX looks for them. They need an NVIDIA GPU."""
+
+import os
+import sys
+import uuid
+from pathlib import Path
 
 from mlxserver.engine.mlx import mx
 
@@ -8,51 +13,62 @@ from mlxserver.engine.platform import cuda_kernels, nvrtc
 from mlxserver.engine.platform.cuda_kernels import Kernel
 
 needs_cuda = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU")
-PARAMETERS = "const T* x, T* out, int count, float by"
-BODY = "const int n = blockIdx.x * BLOCK + threadIdx.x; if (n < count) store(out + n, to_float(x[n]) * by);"
-
-
-def scaled(x, by=0.1):
-    """x times a number, by a kernel."""
-    kernel = Kernel("scaled", PARAMETERS, BODY, x.dtype, {"BLOCK": 32})
-    (out,) = kernel([x], [x.size, by], [(x.shape, x.dtype)], blocks=(-(-x.size // 32), 1, 1), threads=32)
-    return out
+SOURCE = "const int n = blockIdx.x * BLOCK + threadIdx.x; if (n < x_shape[0]) out[n] = T(float(x[n]) * 0.1f);"
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
-    """The folder of kept binaries, empty."""
-    monkeypatch.setenv("MLX_SERVER_CACHE", str(tmp_path))
-    return tmp_path / "cuda-binaries"
+def name():
+    """A name of a kernel that no machine has a binary of; its files are removed."""
+    unique = f"scaled_{uuid.uuid4().hex}"
+    yield unique
+    for file in kept(unique):
+        file.unlink()
+
+
+def kept(name):
+    """The files of a kernel."""
+    return list(Path(os.environ["MLX_PTX_CACHE_DIR"]).glob(f"custom_kernel_{name}_*"))
+
+
+def scaled(x, name):
+    """A tenth of x, by a kernel."""
+    kernel = Kernel(name, ["x"], ["out"], SOURCE, {"T": x.dtype, "BLOCK": 32})
+    return kernel([x], [(x.shape, x.dtype)], blocks=(-(-x.size // 32), 1, 1), threads=32)[0]
 
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_values_of_each_type_are_converted_as_mlx_converts_them(kept, dtype):
+def test_values_of_each_type_are_converted_as_mlx_converts_them(name, dtype):
     x = mx.random.normal((100,)).astype(dtype)
-    assert mx.array_equal(scaled(x), (x.astype(mx.float32) * 0.1).astype(dtype))
+    assert mx.array_equal(scaled(x, name), (x.astype(mx.float32) * 0.1).astype(dtype))
+    assert len(kept(name)) == 2
 
 
 @needs_cuda
-def test_a_binary_is_kept_and_a_damaged_one_is_made_anew(kept, monkeypatch):
-    x = mx.arange(100, dtype=mx.float32)
-    mx.eval(scaled(x))
-    (file,) = kept.iterdir()
-    made, compile = [], nvrtc.compile
-    monkeypatch.setattr(nvrtc, "compile", lambda *given: made.append(given) or compile(*given))
-    mx.eval(scaled(x))
-    assert not made
-    file.write_bytes(file.read_bytes()[:-1])
-    assert mx.allclose(scaled(x), x * 0.1)
-    assert len(made) == 1
+def test_what_is_put_there_is_what_runs(name, monkeypatch):
+    compile = nvrtc.compile
+    monkeypatch.setattr(nvrtc, "compile", lambda source, *given: compile(source.replace("0.1f", "7.0f"), *given))
+    assert scaled(mx.ones((100,)), name).tolist() == [7.0] * 100
 
 
 @needs_cuda
-def test_a_program_that_is_wrong_is_refused_with_the_log(kept):
+def test_what_can_not_be_put_there_is_compiled_by_mlx(name, monkeypatch):
+    def fail(*_):
+        raise nvrtc.CompilationFailed("no compiler")
+
+    monkeypatch.setattr(nvrtc, "compile", fail)
+    assert mx.allclose(scaled(mx.ones((100,)), name), mx.full((100,), 0.1))
+    assert not kept(name)
+
+
+@needs_cuda
+def test_a_program_that_is_wrong_is_refused_with_the_log():
     with pytest.raises(nvrtc.CompilationFailed, match="nonsense"):
-        mx.eval(Kernel("wrong", "float* out", "nonsense;")([], [], [((1,), mx.float32)], blocks=(1, 1, 1), threads=1))
+        nvrtc.compile("nonsense;", mx.device_info()["architecture"])
 
 
-@pytest.mark.skipif(mx.cuda.is_available(), reason="there is an NVIDIA GPU")
-def test_without_a_gpu_there_are_none():
-    assert not cuda_kernels.is_available()
+@pytest.mark.skipif(sys.platform != "linux", reason="MLX has CUDA on Linux")
+@pytest.mark.parametrize(("text", "number"), [("", 6142509188972423790), ("hello", 2762169579135187400)])
+def test_names_have_the_hash_of_the_c_library(text, number):
+    """As a program of g++ prints it."""
+    assert cuda_kernels._hash(text) == number

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.platform import cuda_kernels
-from mlxserver.engine.platform.cuda_kernels import Kernel
+from mlxserver.engine.platform.cuda_kernels import Constants, Kernel
 
 _WARPS = 8  # of a block that reads keys and values
 _CHUNK = 256  # least tokens per block
@@ -34,7 +34,7 @@ _TOKENS = 16  # most tokens per row
 _READ = """
 struct alignas(16) Eight { T v[8]; };
 constexpr int LANES = D / 8, KEYS = 32 / LANES, STEP = 4;  // lanes per key; keys per warp; of them at once
-const int own = blockIdx.x % tokens, split = blockIdx.x / tokens, splits = gridDim.x / tokens;
+const int tokens = q_shape[2], own = blockIdx.x % tokens, split = blockIdx.x / tokens, splits = gridDim.x / tokens;
 const int row = blockIdx.z, group = blockIdx.y;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
 const int length = offsets[row] + own + 1;
@@ -42,9 +42,9 @@ const int chunk = max(CHUNK, (length + splits - 1) / splits);
 const int start = split * chunk, stop = min(length, start + chunk);
 if (start >= stop) return;
 const T *k = nullptr, *v = nullptr;
-int slot = row, capacity = 0;
+int slot = row, heads = 0, capacity = 0;
 CHOOSE
-const size_t base = (size_t)(slot * HEADS + group / SHARES) * capacity * D;
+const size_t base = (size_t)(slot * heads + group / SHARES) * capacity * D;
 const size_t first = ((size_t)row * gridDim.y + group) * G;  // query head of the batch
 auto query_of = [&](int g) -> size_t { return (first + g) * tokens + own; };
 float query[G][8], sum[G][8], most[G], total[G];
@@ -55,7 +55,7 @@ for (int g = 0; g < G; g++) {
   total[g] = 0;
   #pragma unroll
   for (int i = 0; i < 8; i++) {
-    query[g][i] = to_float(given.v[i]) * scale * 1.4426950408889634f;
+    query[g][i] = static_cast<float>(given.v[i]) * scale[0] * 1.4426950408889634f;
     sum[g][i] = 0;
   }
 }
@@ -74,7 +74,7 @@ for (int at = start + warp * KEYS * STEP; at < stop; at += WARPS * KEYS * STEP) 
     for (int n = 0; n < STEP; n++) {
       score[n] = 0;
       #pragma unroll
-      for (int i = 0; i < 8; i++) score[n] += query[g][i] * to_float(key[n].v[i]);
+      for (int i = 0; i < 8; i++) score[n] += query[g][i] * static_cast<float>(key[n].v[i]);
       #pragma unroll
       for (int other = LANES / 2; other; other /= 2) score[n] += __shfl_xor_sync(0xffffffffu, score[n], other);
       if (at + n * KEYS + lane / LANES >= stop) score[n] = -INFINITY;
@@ -90,7 +90,7 @@ for (int at = start + warp * KEYS * STEP; at < stop; at += WARPS * KEYS * STEP) 
       const float weight = exp2f(score[n] - peak);
       total[g] += weight;
       #pragma unroll
-      for (int i = 0; i < 8; i++) sum[g][i] += weight * to_float(value[n].v[i]);
+      for (int i = 0; i < 8; i++) sum[g][i] += weight * static_cast<float>(value[n].v[i]);
     }
   }
 }
@@ -128,10 +128,10 @@ for (int each = threadIdx.x; each < G * D; each += WARPS * 32) {
 """
 _CHOOSE = """
 if (!k) {
-  if (slot < slots#) { k = k#; v = v#; capacity = capacity#; }
-  else slot -= slots#;
+  if (slot < k#_shape[0]) { k = k#; v = v#; heads = k#_shape[1]; capacity = k#_shape[2]; }
+  else slot -= k#_shape[0];
 }"""
-_WRITE_WHOLE = "store(out + query_of(g) * D + d, all / weights);"
+_WRITE_WHOLE = "out[query_of(g) * D + d] = static_cast<T>(all / weights);"
 _WRITE_PART = """
   const size_t piece = query_of(g) * splits + split;
   parts[piece * D + d] = all;
@@ -139,7 +139,8 @@ _WRITE_PART = """
 """
 # Block x: query x of the batch, by row, head and token; thread d: that dimension.
 _MERGE = """
-const int d = threadIdx.x, length = offsets[blockIdx.x / (HEADS * tokens)] + blockIdx.x % tokens + 1;
+const int splits = stats_shape[1], d = threadIdx.x, tokens = stats_shape[0] / (offsets_shape[0] * HEADS);
+const int length = offsets[blockIdx.x / (HEADS * tokens)] + blockIdx.x % tokens + 1;
 const int chunk = max(CHUNK, (length + splits - 1) / splits), used = (length + chunk - 1) / chunk;
 const float* own = stats + (size_t)blockIdx.x * splits * 2;
 const float* from = parts + (size_t)blockIdx.x * splits * D;
@@ -151,7 +152,7 @@ for (int n = 0; n < used; n++) {
   sum += from[n * D + d] * share;
   total += own[2 * n + 1] * share;
 }
-store(out + (size_t)blockIdx.x * D + d, sum / total);
+out[(size_t)blockIdx.x * D + d] = static_cast<T>(sum / total);
 """
 
 
@@ -179,55 +180,41 @@ def decode_attention(
     kv_heads = keys[0].shape[1]
     most = min(_QUERIES, _SHARED_BYTES // (_WARPS * (dim + 2) * 4))
     per_block = next(count for count in range(most, 0, -1) if heads // kv_heads % count == 0)
+    shares = heads // kv_heads // per_block  # blocks that share a key head
     splits = max(1, min(_SPLITS, max(own.shape[2] for own in keys) // (2 * _CHUNK)))
-    whole = (queries.shape, queries.dtype)
     count = rows * heads * tokens
+    whole = (queries.shape, queries.dtype)
     pieces = (((count, splits, dim), mx.float32), ((count, splits, 2), mx.float32))
-    read = _read_kernel(len(keys), splits > 1, queries.dtype, dim, kv_heads, heads // kv_heads, per_block)(
-        [queries, offsets, *keys, *values],
-        [scale, tokens, *(size for own in keys for size in (own.shape[0], own.shape[2]))],
+    read = _read_kernel(len(keys), splits > 1, queries.dtype, dim, per_block, shares)(
+        [queries, offsets, _constant(scale), *keys, *values],
         [whole] if splits == 1 else pieces,
         blocks=(splits * tokens, heads // per_block, rows),
         threads=_WARPS * 32,
     )
     if splits == 1:
         return read[0]
-    merge = _merge_kernel(queries.dtype, dim, heads)
-    return merge([*read, offsets], [splits, tokens], [whole], blocks=(count, 1, 1), threads=dim)[0]
+    return _merge_kernel(queries.dtype, dim, heads)([*read, offsets], [whole], blocks=(count, 1, 1), threads=dim)[0]
 
 
 @functools.cache
-def _read_kernel(
-    classes: int, is_split: bool, dtype: mx.Dtype, dim: int, kv_heads: int, shared_by: int, per_block: int
-) -> Kernel:
-    """shared_by: query heads of a key head; per_block: those that a block has."""
-    numbers = range(classes)
-    outputs = "float* parts, float* stats" if is_split else "T* out"
-    arrays = ", ".join(f"const T* {name}{number}" for name in "kv" for number in numbers)
-    sizes = ", ".join(f"int slots{number}, int capacity{number}" for number in numbers)
-    choose = "".join(_CHOOSE.replace("#", str(number)) for number in numbers)
+def _constant(value: float) -> mx.array:
+    return mx.array([value], dtype=mx.float32)
+
+
+@functools.cache
+def _read_kernel(classes: int, is_split: bool, dtype: mx.Dtype, dim: int, per_block: int, shares: int) -> Kernel:
+    keys, values = ([f"{name}{n}" for n in range(classes)] for name in "kv")
+    choose = "".join(_CHOOSE.replace("#", str(n)) for n in range(classes))
     return Kernel(
         f"decode_attention_{classes}_{'parts' if is_split else 'whole'}",
-        f"const T* q, const int* offsets, {arrays}, {outputs}, float scale, int tokens, {sizes}",
+        ["q", "offsets", "scale", *keys, *values],
+        ["parts", "stats"] if is_split else ["out"],
         _READ.replace("CHOOSE", choose).replace("WRITE", _WRITE_PART if is_split else _WRITE_WHOLE),
-        dtype,
-        {
-            "D": dim,
-            "G": per_block,
-            "HEADS": kv_heads,
-            "SHARES": shared_by // per_block,  # blocks that share a key head
-            "WARPS": _WARPS,
-            "CHUNK": _CHUNK,
-        },
+        {"T": dtype, "D": dim, "G": per_block, "SHARES": shares, "WARPS": _WARPS, "CHUNK": _CHUNK},
     )
 
 
 @functools.cache
 def _merge_kernel(dtype: mx.Dtype, dim: int, heads: int) -> Kernel:
-    return Kernel(
-        "decode_attention_merge",
-        "const float* parts, const float* stats, const int* offsets, T* out, int splits, int tokens",
-        _MERGE,
-        dtype,
-        {"D": dim, "HEADS": heads, "CHUNK": _CHUNK},
-    )
+    constants: Constants = {"T": dtype, "D": dim, "HEADS": heads, "CHUNK": _CHUNK}
+    return Kernel("decode_attention_merge", ["parts", "stats", "offsets"], ["out"], _MERGE, constants)

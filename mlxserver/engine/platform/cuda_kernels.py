@@ -1,120 +1,193 @@
 """CUDA kernels of our own, compiled once per machine.
 
-MLX compiles a custom kernel (mx.fast.cuda_kernel) in each process anew, together with headers that take NVRTC two
-seconds. Ours need no header. They are compiled in a tenth of a second, and kept in the cache directory.
+MLX compiles a custom kernel in each process anew, with headers that take NVRTC two seconds. Before that it looks into
+its cache directory, where it never puts the binary of such a kernel itself (MLX 0.32.4, backend/cuda/jit_module.cpp).
+So it is put there: the same source, compiled in a third of a second without those headers, under the name that MLX
+looks for.
 
-Rule: a kernel has pointers to its inputs first, then to its outputs, then its scalars (int, float).
-
-MLX 0.32.4 takes no float that float32 has not.
+Rule: a source gets by with what _PRELUDE has. Where MLX looks for another name after all, it compiles the source
+      itself, which takes longer, and nothing else.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import hashlib
+import logging
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from mlxserver.engine.mlx import mx
 
-import numpy as np
-
 from mlxserver.engine.platform import nvrtc
-from mlxserver.engine.platform.folders import cache_directory
-from mlxserver.engine.platform.kept_files import KeptFiles
 
-_TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16", mx.float16: "float16"}
-_PRELUDE = """
-struct bfloat16 { unsigned short bits; };
-struct float16 { unsigned short bits; };
-#define INFINITY __int_as_float(0x7f800000)
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
-__device__ inline float to_float(float16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
+log = logging.getLogger("engine")
+
+_TYPES = {
+    mx.bool_: "bool",
+    mx.int8: "int8_t",
+    mx.int16: "int16_t",
+    mx.int32: "int32_t",
+    mx.int64: "int64_t",
+    mx.uint8: "uint8_t",
+    mx.uint16: "uint16_t",
+    mx.uint32: "uint32_t",
+    mx.uint64: "uint64_t",
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.float32: "float",
+    mx.float64: "double",
 }
-__device__ inline void store(float* to, float x) { *to = x; }
-__device__ inline void store(bfloat16* to, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
-__device__ inline void store(float16* to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
+# What MLX's headers have of this, in few lines.
+_PRELUDE = """
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long int64_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long uint64_t;
+#define INFINITY __int_as_float(0x7f800000)
+struct Shape {
+  int32_t sizes[10];
+  int32_t operator[](int n) const { return sizes[n]; }
+};
+struct __nv_bfloat16 {
+  unsigned short bits;
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+  operator float() const { return __uint_as_float((unsigned)bits << 16); }
+};
+struct __half {
+  unsigned short bits;
+  __half() = default;
+  explicit __half(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+  operator float() const {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+  }
+};
 """
+# What MLX puts around a source.
+_BEFORE = """
+#include "mlx/backend/cuda/device/utils.cuh"
 
-Output = tuple[tuple[int, ...], mx.Dtype]  # shape and type
+#include <cooperative_groups.h>
+
+namespace mlx::core::cu {
+
+namespace cg = cooperative_groups;
+
+"""
+_BEHIND = "\n}\n\n} // namespace mlx::core::cu\n"
+_SEED = 0xC70F6907  # of std::hash
+
+Constants = Mapping[str, int | mx.Dtype]
 
 
 @functools.cache
 def is_available() -> bool:
-    """Whether kernels can be compiled, and MLX computes on an NVIDIA GPU."""
-    return bool(mx.cuda.is_available()) and mx.default_device().type == mx.gpu and nvrtc.is_available()
-
-
-def supports(dtype: mx.Dtype) -> bool:
-    """Whether kernels can read and write values of a type."""
-    return dtype in _TYPES
+    """Whether MLX computes on an NVIDIA GPU."""
+    return bool(mx.cuda.is_available()) and mx.default_device().type == mx.gpu
 
 
 class Kernel:
-    """One kernel.
+    """A kernel, as mx.fast.cuda_kernel() makes it.
 
-    parameters, body: of the function in CUDA C++. dtype: what its source calls T, which is converted by to_float(x) and
-    store(pointer, x). constants: names of the source that are known when it is compiled.
+    constants: numbers and types that its source has by name. The source may have the shape of an input, `x_shape`.
     """
 
     def __init__(
         self,
         name: str,
-        parameters: str,
-        body: str,
-        dtype: mx.Dtype | None = None,
-        constants: Mapping[str, int] | None = None,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        source: str,
+        constants: Constants | None = None,
     ) -> None:
-        lines = [_PRELUDE, f"using T = {_TYPES[dtype]};"] if dtype else []
-        lines += [f"constexpr int {constant} = {value};" for constant, value in (constants or {}).items()]
-        lines += [f'extern "C" __global__ void {name}({parameters}) {{', body, "}"]
-        self.name = name
-        self.source = "\n".join(lines)
+        self._name, self._inputs, self._outputs = name, list(inputs), list(outputs)
+        self._source = "".join(_constant(*each) for each in (constants or {}).items()) + source
+        self._kept: set[str] = set()  # parameters, for each types of its inputs and outputs
 
     def __call__(
         self,
         inputs: Sequence[mx.array],
-        scalars: Sequence[int | float],
-        outputs: Sequence[Output],
+        outputs: Sequence[tuple[Sequence[int], mx.Dtype]],
         *,
         blocks: tuple[int, int, int],
         threads: int,
     ) -> list[mx.array]:
-        """Launch it. blocks: in x, y and z, each of so many threads. Raises nvrtc.CompilationFailed."""
+        """Launch it. outputs: shape and type of each. blocks: in x, y and z, each of so many threads."""
+        parameters = self._parameters(inputs, [dtype for _, dtype in outputs])
+        if parameters not in self._kept:
+            self._kept.add(parameters)
+            self._keep_binary(parameters)
         x, y, z = blocks
-        return mx.fast.precompiled_cuda_kernel(
-            name=self.name,
-            compiled_source=self.binary,
+        return self._launch(  # type: ignore[no-any-return]
             inputs=inputs,
-            output_shapes=[shape for shape, _ in outputs],
+            output_shapes=[tuple(shape) for shape, _ in outputs],
             output_dtypes=[dtype for _, dtype in outputs],
-            scalars=[float(np.float32(each)) if isinstance(each, float) else each for each in scalars],
             grid=(x * threads, y, z),
             threadgroup=(threads, 1, 1),
-            ensure_row_contiguous=True,
         )
 
     @functools.cached_property
-    def binary(self) -> bytes:
-        """What the GPU runs, from the cache directory or compiled now. Raises nvrtc.CompilationFailed."""
-        architecture = str(mx.device_info()["architecture"])
-        digest = hashlib.sha256(f"{nvrtc.version()} {architecture} {self.source}".encode()).hexdigest()
-        files = KeptFiles(cache_directory() / "cuda-binaries", suffix=".cubin")
-        name = f"{self.name}-{digest[:16]}"
-        binary = files.read(name, _whole)
-        if binary is None:
-            binary = nvrtc.compile(self.source, architecture)
-            files.write_bytes(name, hashlib.sha256(binary).digest() + binary)
-        return binary
+    def _launch(self) -> Any:
+        return mx.fast.cuda_kernel(
+            name=self._name, input_names=self._inputs, output_names=self._outputs, source=self._source
+        )
+
+    def _parameters(self, inputs: Sequence[mx.array], outputs: Sequence[mx.Dtype]) -> str:
+        """The parameters of the function, as MLX writes them."""
+        lines = []
+        for name, array in zip(self._inputs, inputs, strict=True):
+            lines.append(f"    const {_TYPES[array.dtype]}* {name}")
+            if array.ndim and f"{name}_shape" in self._source:
+                lines.append(f"    const __grid_constant__ Shape {name}_shape")
+        lines += [f"    {_TYPES[dtype]}* {name}" for name, dtype in zip(self._outputs, outputs, strict=True)]
+        return ",\n".join(lines)
+
+    def _keep_binary(self, parameters: str) -> None:
+        """Put the binary where MLX looks for it, unless it is there."""
+        function = f"custom_kernel_{self._name}"
+        definition = f"__global__ void {function}(\n{parameters}) {{\n{self._source}"
+        try:
+            file = Path(os.environ["MLX_PTX_CACHE_DIR"]) / f"{function}_{_hash(_BEFORE + definition + _BEHIND):x}.ptx"
+            if file.exists():
+                return
+            binary = nvrtc.compile(f'{_PRELUDE}extern "C" {definition}\n}}', str(mx.device_info()["architecture"]))
+            _write(file.with_suffix(".txt"), f"mlx::core::cu::{function}\t{function}\n".encode())
+            _write(file, binary)
+        except (KeyError, OSError, nvrtc.CompilationFailed) as error:
+            log.info("The CUDA kernel %s is left to MLX to compile: %s", self._name, error)
 
 
-def _whole(content: bytes) -> bytes:
-    """The binary of a file, behind its digest. Raises ValueError for a damaged one, which the driver might crash on."""
-    size = hashlib.sha256().digest_size
-    digest, binary = content[:size], content[size:]
-    if hashlib.sha256(binary).digest() != digest:
-        raise ValueError("the file is damaged")
-    return binary
+def _constant(name: str, value: int | mx.Dtype) -> str:
+    return f"using {name} = {_TYPES[value]};\n" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {value};\n"
+
+
+def _hash(text: str) -> int:
+    """std::hash<std::string> of libstdc++, which MLX is linked with. Raises OSError without it."""
+    content = text.encode()
+    hash_bytes = ctypes.CDLL("libstdc++.so.6")._ZSt11_Hash_bytesPKvmm
+    hash_bytes.restype, hash_bytes.argtypes = ctypes.c_size_t, (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t)
+    return int(hash_bytes(content, len(content), _SEED))
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file whole, or not at all. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+        try:
+            part.write(content)
+            part.flush()
+            os.fsync(part.fileno())
+            Path(part.name).replace(file)
+        except BaseException:
+            Path(part.name).unlink(missing_ok=True)
+            raise

@@ -13,7 +13,7 @@ import functools
 
 from mlxserver.engine.mlx import mx
 
-from mlxserver.engine.platform.cuda_kernels import Kernel
+from mlxserver.engine.platform.cuda_kernels import Constants, Kernel
 
 _THREADS = 1024
 SETTINGS = 4  # of a row: 1 / temperature, 0 for the likeliest token; top_p; min_p; top_k
@@ -24,6 +24,7 @@ constexpr int WARPS = THREADS / 32, AHEAD = 8;  // values that a thread reads be
 constexpr float ONE = 4294967040.0f;  // the largest float below 2^32
 typedef unsigned long long Mass;
 const int row = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+const int vocab = logits_shape[1];
 const T* own = logits + (size_t)row * vocab;
 const float inverse = settings[row * 4], top_p = settings[row * 4 + 1], min_p = settings[row * 4 + 2];
 const unsigned top_k = static_cast<unsigned>(settings[row * 4 + 3]);
@@ -39,7 +40,7 @@ for (int at = thread; at < vocab; at += THREADS * AHEAD) {
   #pragma unroll
   for (int n = 0; n < AHEAD; n++) {
     const int next = at + n * THREADS;
-    x[n] = next < vocab ? to_float(own[next]) : -INFINITY;
+    x[n] = next < vocab ? static_cast<float>(own[next]) : -INFINITY;
   }
   #pragma unroll
   for (int n = 0; n < AHEAD; n++) if (x[n] > most) { most = x[n]; best = at + n * THREADS; }
@@ -67,7 +68,7 @@ auto for_each = [&](int first, int step, int stop, auto use) {
   for (int at = first; at < stop; at += step * AHEAD) {
     float x[AHEAD];
     #pragma unroll
-    for (int n = 0; n < AHEAD; n++) x[n] = at + n * step < stop ? to_float(own[at + n * step]) : -INFINITY;
+    for (int n = 0; n < AHEAD; n++) x[n] = at + n * step < stop ? static_cast<float>(own[at + n * step]) : -INFINITY;
     #pragma unroll
     for (int n = 0; n < AHEAD; n++) use(weight_of(x[n]));
   }
@@ -157,7 +158,7 @@ Mass before = 0;
 for (int w = 0; w < warp; w++) before += totals[w];
 if (target < before || target >= before + totals[warp]) return;
 for (int at = start; at < stop; at += 32) {
-  const unsigned weight = at + lane < stop ? weight_of(to_float(own[at + lane])) : 0;
+  const unsigned weight = at + lane < stop ? weight_of(static_cast<float>(own[at + lane])) : 0;
   Mass sum = weight >= least ? weight : 0;
   #pragma unroll
   for (int other = 1; other < 32; other *= 2) {
@@ -180,14 +181,12 @@ def draw(logits: mx.array, settings: mx.array, uniforms: mx.array) -> mx.array:
     logits: [batch, vocab] of any float type. settings: [batch, SETTINGS] of float32. uniforms: [batch, 1] of float32,
     in [0, 1): where in the cumulative distribution, in the order of the vocabulary, the token is.
     """
-    batch, vocab = logits.shape
+    batch = logits.shape[0]
     outputs = [((batch,), mx.uint32)]
-    return _kernel(logits.dtype)(
-        [logits, settings, uniforms], [vocab], outputs, blocks=(batch, 1, 1), threads=_THREADS
-    )[0]
+    return _kernel(logits.dtype)([logits, settings, uniforms], outputs, blocks=(batch, 1, 1), threads=_THREADS)[0]
 
 
 @functools.cache
 def _kernel(dtype: mx.Dtype) -> Kernel:
-    parameters = "const T* logits, const float* settings, const float* uniforms, unsigned* out, int vocab"
-    return Kernel("draw_tokens", parameters, _DRAW, dtype, {"THREADS": _THREADS})
+    constants: Constants = {"T": dtype, "THREADS": _THREADS}
+    return Kernel("draw_tokens", ["logits", "settings", "uniforms"], ["out"], _DRAW, constants)

@@ -1,4 +1,4 @@
-"""Small files between loads and processes, which share their directory.
+"""Small JSON files between loads and processes, which share their directory.
 
 Rule: a file is written whole or not at all. What can't be read is not there; what can't be written is not kept.
 """
@@ -20,13 +20,12 @@ T = TypeVar("T")
 class KeptFiles:
     """Files of a directory, each with a name of its own.
 
-    most: files; those of other versions are never looked for again.
+    most: files, of some hundred bytes each; those of other versions are never looked for again.
     """
 
-    def __init__(self, directory: Path, most: int = 256, suffix: str = ".json") -> None:
+    def __init__(self, directory: Path, most: int = 256) -> None:
         self._directory = directory
         self._most = most
-        self._suffix = suffix
 
     def read(self, name: str, parse: Callable[[bytes], T]) -> T | None:
         """What a file has; None if there is none, or parse() raises ValueError, KeyError or TypeError."""
@@ -35,23 +34,19 @@ class KeptFiles:
     def read_all(self, parse: Callable[[bytes], T]) -> Iterator[T]:
         """What the files have, the latest first."""
         try:
-            files = sorted(self._directory.glob(f"*{self._suffix}"), key=_changed, reverse=True)
+            files = sorted(self._directory.glob("*.json"), key=_changed, reverse=True)
         except OSError:
             return
         yield from (content for file in files if (content := _read(file, parse)) is not None)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep an object as JSON, in place of an earlier one."""
-        self.write_bytes(name, json.dumps(content).encode())
-
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Keep bytes, in place of earlier ones."""
+        """Keep an object, in place of an earlier one."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".part", delete=False) as file:
+            with tempfile.NamedTemporaryFile("w", dir=self._directory, suffix=".part", delete=False) as file:
                 written = Path(file.name)
                 try:
-                    file.write(content)
+                    json.dump(content, file)
                     file.close()
                     written.replace(self._file(name))
                 except BaseException:
@@ -62,7 +57,7 @@ class KeptFiles:
             log.debug("%s is not kept: %s", self._file(name), error)
 
     def _file(self, name: str) -> Path:
-        return self._directory / f"{name}{self._suffix}"
+        return self._directory / f"{name}.json"
 
     def _drop_oldest(self) -> None:
         files = list(self._directory.iterdir())

@@ -46,9 +46,17 @@ if ((reinterpret_cast<size_t>(from) | reinterpret_cast<size_t>(to)) % 16 == 0) {
 }
 for (size_t n = done + first; n < bytes; n += step) to[n] = from[n];
 """
+_UPLOAD = """
+const char* from = reinterpret_cast<const char*>(address[0]);
+char* to = reinterpret_cast<char*>(out);
+"""
+_DOWNLOAD = """
+const char* from = reinterpret_cast<const char*>(data);
+char* to = reinterpret_cast<char*>(address[0]);
+"""
 _END = """
 __threadfence_system();
-if (first == 0) has_ended[0] = 1;
+if (first == 0) done_[0] = 1;
 """
 
 
@@ -167,16 +175,14 @@ def _launched(
     kernel: Kernel, inputs: Sequence[mx.array], address: int, nbytes: int, shape: Sequence[int], dtype: mx.Dtype
 ) -> mx.array:
     place, size = mx.array([address], dtype=mx.uint64), mx.array([nbytes], dtype=mx.uint64)
-    return kernel([*inputs, place, size], [], [(tuple(shape), dtype)], blocks=(_BLOCKS, 1, 1), threads=_THREADS)[0]
+    return kernel([*inputs, place, size], [(shape, dtype)], blocks=(_BLOCKS, 1, 1), threads=_THREADS)[0]
 
 
 @functools.cache
 def _upload_kernel() -> Kernel:
-    parameters = "char* const* address, const size_t* size, char* to"
-    return Kernel("pinned_upload", parameters, "const char* from = address[0];" + _COPY)
+    return Kernel("pinned_upload", ["address", "size"], ["out"], _UPLOAD + _COPY)
 
 
 @functools.cache
 def _download_kernel() -> Kernel:
-    parameters = "const char* from, char* const* address, const size_t* size, unsigned* has_ended"
-    return Kernel("pinned_download", parameters, "char* to = address[0];" + _COPY + _END)
+    return Kernel("pinned_download", ["data", "address", "size"], ["done_"], _DOWNLOAD + _COPY + _END)
