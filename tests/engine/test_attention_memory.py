@@ -12,7 +12,7 @@ from mlxserver.engine.platform import cpu_attention, cpu_layers, device
 from mlxserver.engine.platform.attention_memory import AttentionMemory
 from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import CPU, current
-from mlxserver.engine.scheduler.chunks import PlainPrefill
+from mlxserver.engine.scheduler.plain_prefill import PlainPrefill
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import Sequence
 from tests.support.architectures import random_model

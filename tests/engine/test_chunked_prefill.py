@@ -13,7 +13,8 @@ from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading.metadata import attention_heads
 from mlxserver.engine.platform.policy import CUDA
-from mlxserver.engine.scheduler.chunks import BucketedPrefill, PlainPrefill
+from mlxserver.engine.scheduler.bucketed_prefill import BucketedPrefill
+from mlxserver.engine.scheduler.plain_prefill import PlainPrefill
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.sequence import Sequence
 from tests.support.architectures import CONFIGS, random_model

@@ -24,7 +24,7 @@ from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU, CUDA
 from mlxserver.engine.runners.builder import Builder
-from mlxserver.engine.scheduler.chunks import make_prefill_strategy
+from mlxserver.engine.scheduler.execution import make_prefill_strategy
 from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.scheduler import Scheduler

@@ -19,7 +19,7 @@ from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.requests import Execution
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.runners.self_check import fitting_policy
-from mlxserver.engine.scheduler.chunks import execution
+from mlxserver.engine.scheduler.execution import execution
 from tests.support.architectures import BASE, MORE_CONFIGS, random_model
 from tools.harness.models import tiny_llama
 

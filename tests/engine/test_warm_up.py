@@ -13,7 +13,7 @@ from mlxserver.engine.events import Usage
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.platform.policy import CPU, CUDA, METAL
 from mlxserver.engine.runners.builder import Builder
-from mlxserver.engine.scheduler.chunks import make_prefill_strategy
+from mlxserver.engine.scheduler.execution import make_prefill_strategy
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.scheduler.warm_up import ChunkShape, DecodeShape, lengths_up_to
 from mlxserver.engine.worker import engine_thread

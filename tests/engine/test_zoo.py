@@ -7,7 +7,7 @@ import pytest
 from mlxserver.engine.platform import cpu_layers, device
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.runners.self_check import fitting_policy
-from mlxserver.engine.scheduler.chunks import execution
+from mlxserver.engine.scheduler.execution import execution
 from tools.zoo import models
 from tools.zoo.comparison import problems
 

@@ -15,7 +15,7 @@ from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.platform.short_convolutions import replace_convolutions
 from mlxserver.engine.runners.self_check import fitting_policy
-from mlxserver.engine.scheduler.chunks import execution
+from mlxserver.engine.scheduler.execution import execution
 from tools.zoo import models
 from tools.zoo.comparison import problems
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 
@@ -13,19 +12,18 @@ from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.distributed.batch import LeadingBatch
 from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.errors import LoadFailed, one_line
-from mlxserver.engine.kv_cache.caches import cache_sizes
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_cache.prefix_cache import ModelPrefixes, PrefixCache
 from mlxserver.engine.kv_cache.ram_tier import RamTier
 from mlxserver.engine.kv_pool import KVAccount, KVPool
 from mlxserver.engine.loading import embedding_model, loader, reranker_model, sharding, sources
-from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.kept_choices import KeptChoices
 from mlxserver.engine.loading.outcome import complete_or_nothing
 from mlxserver.engine.loading.sources import Progress, silent
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.runners import holdings
 from mlxserver.engine.runners.drafts import load_draft, without_idle_head
 from mlxserver.engine.runners.embedding import EmbeddingRunner
 from mlxserver.engine.runners.idle_steps import IdleTurns
@@ -39,7 +37,6 @@ from mlxserver.engine.runners.vision import Vision, VisionRunner, load_vision
 from mlxserver.engine.sampling.sampler import GREEDY, SAMPLED
 from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.encoder_batch import Encoder, EncoderBatch
-from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.peers import ProcessPeers
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from mlxserver.engine.sequence import Sequence
@@ -143,9 +140,9 @@ class Builder:
         if draft:
             loaded = replace(loaded, weight_bytes=loaded.weight_bytes + draft.weight_bytes)
         with (
-            self._opened_prefixes(spec, loaded) as prefixes,
-            self._opened_draft(spec, draft) as draft,
-            self._opened_account(spec, loaded, draft) as account,
+            holdings.prefixes(self.prefix_cache, spec, loaded) as prefixes,
+            holdings.draft_prefixes(self.prefix_cache, spec, draft) as draft,
+            holdings.account(self.pool, spec, loaded, draft) as account,
         ):
             scheduler = self._scheduler(spec, loaded, policy, prefixes, account, metrics, draft)
             runner = self._finish(spec, loaded, scheduler, progress, vision)
@@ -174,47 +171,6 @@ class Builder:
             log.warning("%s: loaded as a text model: %s", spec.key, failure.cause)
             vision = None
         return self._build_here(spec, chosen, loaded, progress, metrics, vision)
-
-    @contextmanager
-    def _opened_prefixes(self, spec: ModelSpec, loaded: loader.LoadedModel) -> Iterator[ModelPrefixes | None]:
-        """The model's prefixes; its scheduler closes them, or the end of the block if that fails."""
-        if not spec.prefix_cache_bytes:
-            yield None
-            return
-        prefixes = self.prefix_cache.open(model_identity(spec, loaded), spec.prefix_cache_bytes, spec.key)
-        try:
-            yield prefixes
-        except BaseException:
-            prefixes.close()
-            raise
-
-    @contextmanager
-    def _opened_draft(self, spec: ModelSpec, draft: DraftModel | None) -> Iterator[DraftModel | None]:
-        """The draft model with its prefixes, which are closed likewise."""
-        if draft is None or draft.identity is None or not spec.prefix_cache_bytes:
-            yield draft
-            return
-        prefixes = self.prefix_cache.open(draft.identity, spec.prefix_cache_bytes, draft.key)
-        try:
-            yield replace(draft, prefixes=prefixes)
-        except BaseException:
-            prefixes.close()
-            raise
-
-    @contextmanager
-    def _opened_account(
-        self, spec: ModelSpec, loaded: loader.LoadedModel, draft: DraftModel | None
-    ) -> Iterator[KVAccount]:
-        """The model's account in the pool; its scheduler closes it, or the end of the block if that fails."""
-        sizes = cache_sizes(loaded.model)
-        sizes = sizes.with_draft(draft.model) if draft else sizes
-        floor = block_bytes(sizes, loaded.limits.reserved, loaded.limits.sequences)
-        account = self.pool.open(spec.key, floor)
-        try:
-            yield account
-        except BaseException:
-            account.close()
-            raise
 
     def _scheduler(
         self,

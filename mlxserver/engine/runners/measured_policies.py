@@ -32,8 +32,8 @@ from mlxserver.engine.loading import fused_projections
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import GREEDY
-from mlxserver.engine.scheduler.chunks import make_prefill_strategy
 from mlxserver.engine.scheduler.decode import DecodeBatch
+from mlxserver.engine.scheduler.execution import make_prefill_strategy
 from mlxserver.engine.scheduler.kv_budget import block_bytes
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.rehearsal import STEPS, DecodeShape, Rehearsal

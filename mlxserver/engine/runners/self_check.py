@@ -28,7 +28,7 @@ from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import make_batch_cache
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.runners.kept_checks import KeptChecks, Outcome, check_name
-from mlxserver.engine.scheduler.chunks import execution, make_prefill_strategy
+from mlxserver.engine.scheduler.execution import execution, make_prefill_strategy
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.verification_check import verifies
 from mlxserver.engine.sequence import Sequence

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, SMALLEST_CHUNK
 from mlxserver.engine.platform.policy import ExecutionPolicy
-from mlxserver.engine.scheduler.chunks import make_prefill_strategy
+from mlxserver.engine.scheduler.execution import make_prefill_strategy
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 
 # Steps that a chunk may take the time of: streams slow down, and none stands still.

@@ -29,9 +29,9 @@ from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
 from mlxserver.engine.requests import Execution
 from mlxserver.engine.sampling.sampler import BatchSampler
-from mlxserver.engine.scheduler.chunks import execution
 from mlxserver.engine.scheduler.decode import DecodeBatch, MakeSampler
 from mlxserver.engine.scheduler.drafter import DraftModel
+from mlxserver.engine.scheduler.execution import execution
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import FixedPeers, Peers
