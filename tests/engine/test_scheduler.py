@@ -145,7 +145,7 @@ def test_no_more_sequences_run_than_may(model):
     running = []
     while not driver.scheduler.is_empty():
         driver.step()
-        running.append(len(driver.scheduler._running.sequences) + len(driver.scheduler._prefilling))
+        running.append(len(driver.scheduler._running.sequences) + len(driver.scheduler._admission.prefilling))
     assert max(running) == 3
     assert driver.tokens == {n: alone(model, driver.sequences[n]) for n in range(8)}
 
