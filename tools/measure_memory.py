@@ -92,6 +92,7 @@ _QWEN_TOWER: dict[str, Any] = {
 }
 _QWEN_TOWER |= {"patch_size": 14, "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [3, 7]}
 _QWEN_PIXELS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12_845_056}
+_PINPOINTS = [[384 * rows, 384 * columns] for rows in (1, 2) for columns in (1, 2)]
 VISION: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {
         "text": {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}},
@@ -160,12 +161,45 @@ VISION: dict[str, dict[str, Any]] = {
         | {"patch_size": 14, "spatial_patch_size": 14, "init_pos_emb_height": 64, "init_pos_emb_width": 64},
         "files": {"preprocessor_config.json": {"patch_size": 14}},
     },
+    "internvl_chat": {
+        "vision": _TOWER | {"patch_size": 14, "image_size": 448},
+        "files": {"preprocessor_config.json": {"size": 448}},
+        **{"force_image_size": 448, "max_dynamic_patch": 5},
+    },
+    "aya_vision": {
+        "text": {"sliding_window": 512},
+        "vision": _TOWER | {"patch_size": 14, "image_size": 364},
+        "files": {
+            "preprocessor_config.json": {"size": {"height": 364, "width": 364}, "max_patches": 5},
+            "processor_config.json": {"patch_size": 14, "img_size": 364},
+        },
+        **{"alignment_intermediate_size": 2048, "max_splits_per_img": 5},
+    },
+    "llava_onevision": {
+        "text": {"max_position_embeddings": 4096},
+        "vision": _TOWER | {"patch_size": 14, "image_size": 384},
+        "files": {
+            "preprocessor_config.json": {
+                "size": {"height": 384, "width": 384},
+                "image_grid_pinpoints": _PINPOINTS,
+            },
+            "processor_config.json": {"num_image_tokens": 729},
+        },
+        "image_grid_pinpoints": _PINPOINTS,
+    },
+    "llama4": {
+        "text": {"intermediate_size_mlp": 2816, "attention_chunk_size": 512},
+        "vision": _TOWER
+        | {"patch_size": 14, "image_size": 336}
+        | dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 512),
+        "files": {"preprocessor_config.json": {"size": {"height": 336, "width": 336}, "max_patches": 5}},
+    },
 }
 SIDE = 2048  # pixels of the pictures' sides
 PICTURES = 8  # which fill what is kept of them
 FACTOR = 4  # of the zoo's heads and their dimensions; hidden sizes grow with its square
 TOKENS = 2048  # of the context, and of the cache
-LONGER = {"lfm2_vl": 4096}  # of one whose picture has more tokens
+LONGER = {"lfm2_vl": 4096, "llava_onevision": 4096}  # of one whose picture has more tokens
 SEQUENCES, ANSWER = 8, 32
 MIB = 1 << 20
 
@@ -318,7 +352,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="the zoo as small as it is")
-    parser.add_argument("--tokens", type=int, help=f"of the context, and of the cache ({TOKENS}; lfm2_vl: 4096)")
+    parser.add_argument(
+        "--tokens", type=int, help=f"of the context, and of the cache ({TOKENS}; 4096 where pictures take more)"
+    )
     parser.add_argument("--pictures", type=int, default=PICTURES, help=f"that a vision model sees ({PICTURES})")
     parser.add_argument("--one", action="store_true", help="measure a single source here and print JSON")
     arguments = parser.parse_args()
