@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from mlxserver.engine.errors import LoadAborted, NoRoom
@@ -112,6 +112,17 @@ class Reservation:
         self._budget.reconsider()
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes at one moment: that models hold, with the KV cache beyond their reservations; of the prefixes of all
+    models; and of KV cache, within reservations and beyond.
+    """
+
+    held: int
+    prefixes: int
+    live_kv: int
+
+
 class MemoryBudget:
     """Ledger of all reservations. Used on one event loop. `rules` are read at every decision: a reload changes them.
 
@@ -137,14 +148,10 @@ class MemoryBudget:
         return self._in_use + self._pool.total_over
 
     @property
-    def live_kv(self) -> int:
-        """Bytes of KV cache that all models have, within their reservations and beyond."""
-        return self._pool.live_bytes
-
-    @property
-    def prefix_bytes(self) -> int:
-        """Bytes of the prefixes of all models in memory."""
-        return self._pool.prefix_bytes
+    def use(self) -> MemoryUse:
+        """What is in use. Engines turn KV cache into prefixes meanwhile: figures of two moments do not add up."""
+        with self._pool.lock:
+            return MemoryUse(self.reserved, self._pool.prefix_bytes, self._pool.live_bytes)
 
     def held(self, reservation: Reservation) -> int:
         """Bytes granted to one model, with the KV cache that it has beyond its reservation."""
@@ -158,7 +165,8 @@ class MemoryBudget:
     @property
     def unaccounted(self) -> int:
         """Bytes in use beyond all reservations, KV cache and prefixes."""
-        return max(0, self._measure_arrays() - self.reserved - self.prefix_bytes)
+        use = self.use
+        return max(0, self._measure_arrays() - use.held - use.prefixes)
 
     @property
     def free(self) -> int:

@@ -117,12 +117,13 @@ class LiveFeed:
 
     def _memory_now(self) -> Object:
         memory = self._manager.memory
+        use = memory.use
         return memory_object(
             budget=memory.budget,
             weights=sum(each.facts.weight_bytes for each in self._manager.all_instances if each.facts),
-            held=memory.reserved,
-            kv_cache=memory.live_kv,
-            prefixes=memory.prefix_bytes,
+            held=use.held,
+            kv_cache=use.live_kv,
+            prefixes=use.prefixes,
             other=memory.unaccounted,
             disk=self._disk,
         )

@@ -83,11 +83,12 @@ class Collector:
 
     def _memory(self) -> Iterator[Metric]:
         memory = self._manager.memory
+        use = memory.use
         yield GaugeMetricFamily(PREFIX + "memory_budget_bytes", "Memory that all models may take.", memory.budget)
         yield GaugeMetricFamily(
-            PREFIX + "memory_reserved_bytes", "Memory that models hold, beside their prefixes.", memory.reserved
+            PREFIX + "memory_reserved_bytes", "Memory that models hold, beside their prefixes.", use.held
         )
-        yield GaugeMetricFamily(PREFIX + "memory_prefix_bytes", "Memory of all models' prefixes.", memory.prefix_bytes)
+        yield GaugeMetricFamily(PREFIX + "memory_prefix_bytes", "Memory of all models' prefixes.", use.prefixes)
         unaccounted = "Memory of live arrays beyond what models and prefixes hold."
         yield GaugeMetricFamily(PREFIX + "memory_unaccounted_bytes", unaccounted, memory.unaccounted)
         yield GaugeMetricFamily(PREFIX + "memory_active_bytes", "Memory of live arrays.", device.active_bytes())

@@ -1,6 +1,7 @@
 """Several models and not enough memory: loads, evictions, waits and refusals."""
 
 import asyncio
+import threading
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,6 +12,9 @@ from mlxserver.engine.errors import (
     LoadAborted,
     NoRoom,
 )
+from mlxserver.engine.kv_pool import KVPool
+from mlxserver.manager.eviction import Rules
+from mlxserver.manager.memory_budget import MemoryBudget
 from tests.support.managed import ONE, answered, managed, specs, states, status_is
 from tests.support.scripted_engine import Death, request, until, within_deadline
 
@@ -164,3 +168,36 @@ async def test_closing_refuses_a_load_whose_victims_have_not_left_yet():
             await waiting
         assert states(manager) == "a:draining"
         running.close()
+
+
+class OnePrefix:
+    """Prefixes of all models: one, or none."""
+
+    total_bytes = 0
+
+    def shrink(self, max_bytes):
+        self.total_bytes = min(self.total_bytes, max_bytes)
+
+
+def test_what_is_in_use_is_read_at_one_moment():
+    """An engine thread turns KV cache into a prefix and back: there is never more than the one or the other."""
+    prefixes = OnePrefix()
+    pool = KVPool(prefixes)
+    pool.publish(limit=100, fixed=0, reserved={})
+    account = pool.open("a", floor=0)
+    budget = MemoryBudget(lambda: Rules(100, 0.0, 0.0), pool=pool)
+    seen = []
+
+    def turn():
+        for _ in range(20_000):
+            assert account.start(100, 1, 0.0, 0.0)
+            with pool.lock:
+                account.give_back(0, 0, 0.0)
+                prefixes.total_bytes = 100
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    while thread.is_alive():
+        use = budget.use
+        seen.append(use.held + use.prefixes)
+    assert max(seen) <= 100
