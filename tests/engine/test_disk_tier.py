@@ -290,6 +290,7 @@ if sys.argv[2] == "endless":
 process.ask(PROMPT)
 process.disk.flush()
 print(process.ask(PROMPT)[1], flush=True)
+process.end()
 """
 
 
