@@ -64,6 +64,7 @@ class KVPool:
         self._accounts: list[KVAccount] = []
         self._prefix_bytes = 0
         self._storing = 0
+        self._is_storing_awaited = False
 
     def open(self, key: str, floor: int) -> KVAccount:
         """Account of a model that is loaded, whose reservation holds `floor` bytes of KV cache. close() it."""
@@ -134,9 +135,12 @@ class KVPool:
 
     @contextmanager
     def storing(self, bytes: int) -> Iterator[bool]:
-        """Make room for an entry of so many bytes, which the block stores. False: there is none."""
+        """Make room for an entry of so many bytes, which the block stores. False: there is none.
+
+        Claims and loads that need the room wait for the end of the block, and have it then.
+        """
         with self.lock:
-            fits = self.limit is None or bytes <= self._space()
+            fits = self.limit is None or bytes <= self._space() - self._storing
             if fits:
                 self._storing += bytes
                 self._fit_prefixes()
@@ -146,6 +150,21 @@ class KVPool:
             with self.lock:
                 self._storing -= bytes if fits else 0
                 self._count_prefixes()
+                self._fit_prefixes()
+                self._notify_of_storing()
+
+    def stores_within(self, room: int) -> bool:
+        """Whether what is being stored takes at most so many bytes. If not, on_pressure() is called behind it."""
+        with self.lock:
+            is_over = self._storing > max(0, room)
+            self._is_storing_awaited |= is_over
+            return not is_over
+
+    def _notify_of_storing(self) -> None:
+        if self._is_storing_awaited:
+            self._is_storing_awaited = False
+            self._notify()
+            self.on_pressure()
 
     def _count_prefixes(self) -> int:
         """Update and return the bytes of prefixes; one that is being stored may be among them already, or not yet."""
@@ -241,6 +260,8 @@ class KVAccount:
             if demand and start(self.share, self._pool._others(self), demand, self._pool._space()) is Verdict.WAITING:
                 self._wait_for(demand)
                 return False
+            if demand and not self._fits_beside_stores(demand):
+                return False
             self._record(bytes, sequences, now)
             return True
 
@@ -256,6 +277,8 @@ class KVAccount:
                 verdict = grow(self.share, others, demand, self._pool._space())
             if verdict is Verdict.WAITING and demand:
                 self._wait_for(demand)
+            elif verdict is Verdict.GRANTED and demand and not self._fits_beside_stores(demand):
+                verdict = Verdict.WAITING
             elif verdict is Verdict.GRANTED:
                 self._record(bytes, sequences, youngest)
             elif sequences <= 1:
@@ -316,6 +339,11 @@ class KVAccount:
             return None
         demand, known = Demand(self._extra(bytes), since, is_growth), self.share.demand
         return known if known and replace(known, outlook=Outlook.UNKNOWN) == demand else demand
+
+    def _fits_beside_stores(self, demand: Demand) -> bool:
+        """Whether a demand leaves what is being stored its room; if not, the next one comes when it is stored."""
+        self._seen = self._pool._version
+        return demand.extra <= 0 or self._pool.stores_within(self._pool._space() - demand.extra)
 
     def _wait_for(self, demand: Demand) -> None:
         is_new = demand is not self.share.demand

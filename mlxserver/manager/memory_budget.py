@@ -233,9 +233,11 @@ class MemoryBudget:
                     for victim in victims:
                         victim.evict()
         in_use = [each for each in self.reservations if each.is_in_use]
-        if self._in_use + self._pool.total_over + pending.bytes <= self._grantable:
-            pending.is_in_use = True
-            pending.outcome.set_result(None)
+        room = self._grantable - self._in_use - self._pool.total_over - pending.bytes
+        if room >= 0:
+            if self._pool.stores_within(room):  # or else it is decided anew when that is stored
+                pending.is_in_use = True
+                pending.outcome.set_result(None)
         elif not any(each.holder.state.is_leaving for each in in_use):
             pending.bytes = 0  # its victims have left, and the memory is not there
             return self._settle(pending)

@@ -172,6 +172,7 @@ class Pool(RuleBasedStateMachine):
         self.clock = iter(range(10**9))
         self.entries = Entries()
         self.pool = KVPool(self.entries)
+        self.storing = None
         self.idle = 0
         self.fixed = 0
         self.publish()
@@ -205,9 +206,24 @@ class Pool(RuleBasedStateMachine):
         with self.pool.storing(bytes) as fits:
             self.entries.total_bytes += bytes if fits else 0
 
+    @rule(bytes=st.integers(1, 40))
+    def begin_to_store(self, bytes):
+        self.finish_storing()
+        self.storing = self.pool.storing(bytes)
+        self.stored = bytes if self.storing.__enter__() else 0
+
+    @rule()
+    def finish_storing(self):
+        """What was begun, while other models claimed memory."""
+        if self.storing:
+            self.entries.total_bytes += self.stored
+            self.storing.__exit__(None, None, None)
+            self.storing = None
+
     @rule(bytes=st.integers(1, 50))
     def load_an_idle_model(self, bytes):
-        if not self.idle and self.pool.total_over + self.fixed + bytes <= LIMIT:
+        room = LIMIT - self.fixed - self.pool.total_over - bytes
+        if not self.idle and room >= 0 and self.pool.stores_within(room):
             self.idle = bytes
             self.publish()
 
@@ -231,6 +247,7 @@ class Pool(RuleBasedStateMachine):
 
     def teardown(self):
         """Whatever happened, every sequence ends, and the oldest one that runs is never preempted."""
+        self.finish_storing()
         self.idle = 0
         self.publish()
         for _ in range(3000):
