@@ -26,7 +26,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import Peers
 from mlxserver.engine.scheduler.prefill import ChunkTimes
-from mlxserver.engine.sequence import PooledSequence, SampledToken, Sequence
+from mlxserver.engine.sequence import SampledToken, Sequence
 
 _IDLE_STALL_FACTOR = 4  # without streams there is nothing to stall; only new requests wait
 _LEAST_BASES = 2.0  # lower limit of a batch's time, in units of ChunkTimes.base: of a shorter one, most is overhead
@@ -127,7 +127,7 @@ class EncoderBatch:
         for text in texts:
             del self._sequences[text.id]
         return [
-            PooledSequence(text.id, 0, started=started, vector=vector.astype("<f4", copy=False).tobytes())
+            SampledToken(text.id, 0, started=started, vector=vector.astype("<f4", copy=False).tobytes())
             for text, vector in zip(texts, vectors, strict=True)
         ]
 
