@@ -138,15 +138,26 @@ async def until_disconnect(
             if beat:
                 await beat()
 
-    sending, leaving = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
+    responding, has_left = asyncio.current_task(), False
+    assert responding
+
+    def leave(leaving: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        has_left = not leaving.cancelled()
+        if has_left:
+            leaving.exception()  # retrieved here: it ends the response, whatever it is
+            responding.cancel()
+
+    leaving = asyncio.create_task(wait_for_disconnect())
+    leaving.add_done_callback(leave)
     try:
-        await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if sending.done():
-            await sending
+        await work
+    except asyncio.CancelledError:
+        if not has_left or responding.uncancel():  # the server stops
+            raise
     finally:
-        for task in (sending, leaving):
-            task.cancel()
-        await asyncio.gather(sending, leaving, return_exceptions=True)
+        leaving.remove_done_callback(leave)
+        leaving.cancel()
 
 
 def direct_writer(scope: Scope) -> DirectWriter | None:
