@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.engine.events import PromptProgress
@@ -88,12 +88,12 @@ class Logprobs:
     rank: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A generated token of one sequence. cached_tokens: tokens of its prompt that came from the prefix cache.
 
     started: when the sequence got its slot, by time.monotonic(). prompt_logprobs: of the prompt's tokens from the
-    second on, with the first token of a sequence that asked for them.
+    second on, with the first token of a sequence that asked for them. vector: of a sequence in an encoder, which has no
+    token; its values as little-endian float32.
     """
 
     sequence_id: int
@@ -102,10 +102,4 @@ class SampledToken:
     logprobs: Logprobs | None = None
     started: float = 0.0
     prompt_logprobs: tuple[Logprobs, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PooledSequence(SampledToken):
-    """The vector of a sequence in an encoder, in place of tokens; its values as little-endian float32."""
-
     vector: bytes = b""

@@ -46,6 +46,7 @@ class Auth:
         self._app = app
         self._manager = manager
         self._host = manager.settings.host
+        self._is_local = is_loopback(self._host)
         self._cached_keys: tuple[Settings, Keys] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +71,7 @@ class Auth:
 
     def _is_ours(self, host: str, settings: Settings) -> bool:
         """Whether the name is one of this server's: beyond loopback any is, unless some are listed."""
-        if not settings.allow_host and not is_loopback(self._host):
+        if not settings.allow_host and not self._is_local:
             return True
         name = hostname(host)
         return name in LOOPBACK_NAMES or name in {hostname(each) for each in (self._host, *settings.allow_host)}

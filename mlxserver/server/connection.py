@@ -28,6 +28,7 @@ from mlxserver.api.dialect import Failure
 from mlxserver.api.endpoints import encode_failure
 from mlxserver.config.http import HttpSettings
 from mlxserver.server.errors import failure_response
+from mlxserver.server.event_stream import DIRECT
 
 log = logging.getLogger("server")
 
@@ -113,6 +114,7 @@ class Connection(HttpToolsProtocol):
             raise PipelinedRequest
         self._receive_timer.stop()
         self._expects_head, self._head_bytes = False, 0
+        self.scope["extensions"] = {DIRECT: {"writer": self}}
         super().on_headers_complete()
         if self.cycle.keep_alive:
             timeout = b"timeout=%d" % self._settings.idle_connection_timeout
@@ -142,6 +144,17 @@ class Connection(HttpToolsProtocol):
         return True
 
     # -- sent -----------------------------------------------------------------------------------------------------
+
+    def can_write(self) -> bool:
+        """Whether write_part() can be called: the response has begun, in chunks, and its client reads."""
+        cycle = self.cycle
+        if not cycle.response_started or cycle.response_complete or cycle.disconnected or self.flow.write_paused:
+            return False
+        return bool(cycle.chunked_encoding)
+
+    def write_part(self, part: bytes) -> None:
+        """Write a part of the body of a response, not empty, as the cycle's send() does."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
     def on_response_complete(self) -> None:
         """Watch the rest of a response that the transport has in full. An unread body is read for LINGER seconds."""

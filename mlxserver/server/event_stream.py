@@ -3,6 +3,8 @@
 Rule 1: the headers leave with the first part, which may be a heartbeat.
 Rule 2: the parts are sent one after another; a client that does not read gets no heartbeats.
 Rule 3: what end() sends is the last.
+Rule 4: a part for which nothing has to wait may go straight to the connection: one call, where send() is several
+        coroutines of as many layers.
 """
 
 from __future__ import annotations
@@ -10,20 +12,41 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Receive, Scope, Send
+
+DIRECT = "mlxserver.direct"  # extension of an ASGI scope, with a DirectWriter as its "writer"
+
+
+class DirectWriter(Protocol):
+    """A connection that a streamed body can be written to at once (server/connection.py)."""
+
+    def can_write(self) -> bool:
+        """Whether a part can be written: the response has begun, and its client reads."""
+
+    def write_part(self, part: bytes) -> None:
+        """Write a part of the body."""
 
 
 class EventStream:
     """Sends one stream; an async context manager, which runs its heartbeats.
 
-    interval: seconds without a byte before a heartbeat is sent, 0 for none.
+    interval: seconds without a byte before a heartbeat is sent, 0 for none. direct: writer to the connection, if it has
+    one.
     """
 
-    def __init__(self, send: Send, headers: Mapping[str, str], interval: float, heartbeat: Callable[[], bytes]) -> None:
+    def __init__(
+        self,
+        send: Send,
+        headers: Mapping[str, str],
+        interval: float,
+        heartbeat: Callable[[], bytes],
+        direct: DirectWriter | None = None,
+    ) -> None:
         self.is_started = self._is_over = False
         self._send = send
+        self._direct = direct
         self._headers = headers
         self._interval = interval
         self._heartbeat = heartbeat
@@ -50,6 +73,18 @@ class EventStream:
             await self._start()
             await self._send(body_part(part))
             self._last_sent = time.monotonic()
+
+    def can_write(self) -> bool:
+        """Whether write_now() can be called: nothing has to wait."""
+        if self._direct is None or not self.is_started or self._is_over or self._sending.locked():
+            return False
+        return self._direct.can_write()
+
+    def write_now(self, part: bytes) -> None:
+        """Send a part of the body at once; can_write() beforehand."""
+        assert self._direct
+        self._direct.write_part(part)
+        self._last_sent = time.monotonic()
 
     async def end(self, part: bytes) -> None:
         """Send the last part of the body."""
@@ -103,15 +138,32 @@ async def until_disconnect(
             if beat:
                 await beat()
 
-    sending, leaving = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
+    responding, has_left = asyncio.current_task(), False
+    assert responding
+
+    def leave(leaving: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        has_left = not leaving.cancelled()
+        if has_left:
+            leaving.exception()  # retrieved here: it ends the response, whatever it is
+            responding.cancel()
+
+    leaving = asyncio.create_task(wait_for_disconnect())
+    leaving.add_done_callback(leave)
     try:
-        await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if sending.done():
-            await sending
+        await work
+    except asyncio.CancelledError:
+        if not has_left or responding.uncancel():  # the server stops
+            raise
     finally:
-        for task in (sending, leaving):
-            task.cancel()
-        await asyncio.gather(sending, leaving, return_exceptions=True)
+        leaving.remove_done_callback(leave)
+        leaving.cancel()
+
+
+def direct_writer(scope: Scope) -> DirectWriter | None:
+    """That of a request's connection, if it has one."""
+    writer: DirectWriter | None = scope.get("extensions", {}).get(DIRECT, {}).get("writer")
+    return writer
 
 
 def body_part(body: bytes, is_last: bool = False) -> Message:

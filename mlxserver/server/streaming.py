@@ -5,6 +5,7 @@ Rule 2: no header leaves before the engine has accepted all requests of the call
         except in a stream that has waited for a heartbeat's interval.
 Rule 3: a disconnect of the client cancels the response at any point: while the model loads, in the queue, or between
         tokens.
+Rule 4: events go to the connection as they are delivered while nothing that came before waits; a task reads the others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
+from contextvars import copy_context
+from functools import partial
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -23,9 +26,11 @@ from mlxserver.engine.requests import EngineRequest
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.manager.instance import ModelInstance
 from mlxserver.server.errors import failure_of
-from mlxserver.server.event_stream import EventStream, until_disconnect
+from mlxserver.server.event_stream import EventStream, direct_writer, until_disconnect
 from mlxserver.server.model_status import progress
 from mlxserver.server.request_log import note_error, note_events, note_generation, note_model
+
+_UNSEEN = (Accepted, Usage)  # events that are no part of a stream
 
 
 class GenerationResponse:
@@ -67,7 +72,9 @@ class GenerationResponse:
         with ExitStack() as stack:
             if self._call.streams:
                 headers = {"content-type": self._encoder.content_type, "cache-control": "no-cache", **self._headers}
-                self._event_stream = EventStream(send, headers, self._heartbeat_interval, self._heartbeat)
+                self._event_stream = EventStream(
+                    send, headers, self._heartbeat_interval, self._heartbeat, direct_writer(scope)
+                )
                 async with self._event_stream as stream:
                     await self._stream(stack, stream)
             else:
@@ -117,14 +124,11 @@ class GenerationResponse:
         try:
             self._pending = encoder.start(await self._submit(stack))
             await stream.start()
+            self._take_directly(stream)
             async with aclosing(merged_events(self._generations)) as batches:
                 async for first_choice, events in batches:
-                    note_events(events)
-                    for event in events:
-                        if isinstance(event, Usage):
-                            usages.append(event)
-                        elif not isinstance(event, Accepted):
-                            self._pending += encoder.event(event, first_choice + event.index)
+                    usages += [event for event in events if isinstance(event, Usage)]
+                    self._pending += self._encode(first_choice, events)
                     if self._pending:
                         await stream.write(self._take_pending())
             self._pending += encoder.end(total(usages))
@@ -135,6 +139,30 @@ class GenerationResponse:
             note_error(failure)
             self._pending += encoder.failed(failure)
         await stream.end(self._take_pending())
+
+    def _encode(self, first_choice: int, events: Sequence[Event]) -> bytes:
+        """Chunks of a generation's events, but for Accepted and Usage."""
+        note_events(events)
+        shown = [event for event in events if not isinstance(event, _UNSEEN)]
+        return b"".join([self._encoder.event(event, first_choice + event.index) for event in shown])
+
+    def _take_directly(self, stream: EventStream) -> None:
+        """Have events sent as they are delivered, in the context of this response, by which its record is found."""
+        for number, generation in enumerate(self._generations):
+            send = partial(self._send_now, stream, number * generation.request.n)
+            generation.take = partial(copy_context().run, send)
+
+    def _send_now(self, stream: EventStream, first_choice: int, events: Sequence[Event]) -> bool:
+        """Send events past the task of the response, if nothing that came before is to be sent."""
+        if self._pending or not stream.can_write():
+            return False
+        try:
+            chunks = self._encode(first_choice, events)
+        except Exception:
+            return False  # to be raised in that task
+        if chunks:
+            stream.write_now(chunks)
+        return True
 
     async def _collect(self) -> bytes:
         choices: list[list[Event]] = [[] for generation in self._generations for _ in range(generation.request.n)]

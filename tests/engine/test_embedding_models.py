@@ -18,6 +18,7 @@ from mlxserver.engine.platform.policy import CPU, CUDA
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.encoder_batch import EncoderBatch, length_classes
 from mlxserver.engine.scheduler.peers import FixedPeers
+from mlxserver.engine.scheduler.prefill import ChunkTimes
 from mlxserver.engine.sequence import Sequence
 from tools.harness.embedding_models import HIDDEN, hidden_states, tiny_bert, token_ids
 
@@ -133,9 +134,17 @@ class Lengths:
         return [np.array([len(text)], dtype=np.float32) for text in texts]
 
 
-def batch_of(policy=CPU, peers=0.0):
+def batch_of(policy=CPU, peers=0.0, times=None):
     model = Lengths()
-    return model, EncoderBatch(model, stall_target=0.25, peers=FixedPeers(peers), policy=policy)
+    return model, EncoderBatch(model, stall_target=0.25, peers=FixedPeers(peers), policy=policy, times=times)
+
+
+def times_of(base, each):
+    """Times of batches of `base` seconds and `each` seconds per token, as measured."""
+    times = ChunkTimes()
+    for tokens in (1000, 2000):
+        times.note(tokens, base + each * tokens)
+    return times
 
 
 def sequences(*lengths, first=0):
@@ -161,6 +170,16 @@ def test_every_text_has_its_own_vector_and_a_batch_has_texts_of_about_one_length
         longest = max(length for _, length in step)
         assert all(length >= 0.75 * longest or longest <= 16 for _, length in step)
     assert (batch.load.is_busy, batch.load.num_running) == (False, 0)
+
+
+@pytest.mark.parametrize("policy", [CPU, CUDA])
+@pytest.mark.parametrize(
+    ("base", "each", "together"), [(0.0, 1e-5, {16}), (2e-4, 2e-6, {16, 60}), (0.005, 1e-6, {16, 60, 128, 200})]
+)
+def test_texts_of_unlike_lengths_share_a_batch_where_padding_takes_less_time_than_another(policy, base, each, together):
+    _, batch = batch_of(policy, times=times_of(base, each))
+    batch.insert(sequences(16, 60, 128, 200))
+    assert {length for _, length in drained(batch)[0]} == together
 
 
 def test_one_query_does_not_wait_for_a_thousand_documents():

@@ -44,6 +44,18 @@ def test_sequences_are_the_same_alone_and_together(model, max_running):
     assert [len(tokens[one.id]) for one in MIXED] == [one.max_tokens for one in MIXED]
 
 
+@pytest.mark.parametrize("speculation", ["off", "always"])
+def test_a_batch_tells_before_it_launches_or_waits_at_every_step_with_streams(model, speculation):
+    told = []
+    scheduler = Scheduler(model, speculation=speculation)
+    scheduler.before_launch = lambda: told.append(True)
+    driver = Driver(scheduler, sequence(1, prompt(30) * 2, max_tokens=12), sequence(2, prompt(3, seed=2), SEEDED, 5))
+    while not scheduler.is_empty():
+        told.clear()
+        driver.step()
+        assert told
+
+
 def test_greedy_is_the_argmax_of_a_plain_forward_pass(model):
     from mlxserver.engine.mlx import mx
 

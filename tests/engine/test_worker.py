@@ -11,7 +11,16 @@ from mlxserver.engine.errors import EngineStopped, EngineUnloaded, LoadFailed, P
 from mlxserver.engine.events import Accepted, Delta, Finish, Usage
 from mlxserver.engine.requests import JsonFormat
 from mlxserver.engine.worker.engine import Engine
-from tests.support.scripted_engine import DEADLINE, Death, Factory, read, request, until, within_deadline
+from tests.support.scripted_engine import (
+    DEADLINE,
+    Death,
+    Factory,
+    ScriptedLaunches,
+    read,
+    request,
+    until,
+    within_deadline,
+)
 
 
 @asynccontextmanager
@@ -48,6 +57,31 @@ async def test_the_events_of_a_generation_are_accepted_deltas_finish_and_usage()
         assert await read(generation) == [Delta("0"), Delta("1"), Delta("2"), Finish("length"), Usage(5, 3)]
         assert generation.is_done
         assert await generation.events() == []
+
+
+@within_deadline
+async def test_the_events_of_a_step_arrive_while_the_next_one_that_was_launched_goes_on():
+    async with running_engine(Factory(make_batch=ScriptedLaunches)) as (engine, factory):
+        generation = engine.submit(request(max_tokens=None))
+        events = await until_events(generation, 2)
+        batch = factory.batch
+        batch.gate.clear()  # the next step is launched, and does not end
+        await until(lambda: batch.launched == batch.sequences[0] + 1)
+        while len(events) <= batch.sequences[0]:
+            events += await generation.events()
+        assert events == [Accepted(5), *(Delta(str(number)) for number in range(len(events) - 1))]
+
+
+@within_deadline
+async def test_events_that_wait_for_a_launch_are_in_order_and_before_the_end():
+    async with running_engine(Factory(make_batch=ScriptedLaunches)) as (engine, _):
+        short, long = engine.submit(request(max_tokens=2)), engine.submit(request(max_tokens=None))
+        assert await short.accepted() == Accepted(5)
+        assert await read(short) == [Delta("0"), Delta("1"), Finish("length"), Usage(5, 2)]
+        long.close()
+        assert await long.accepted() == Accepted(5)
+        events = await read(long)
+        assert events == [Delta(str(number)) for number in range(len(events))]
 
 
 @within_deadline

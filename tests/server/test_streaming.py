@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 
@@ -9,7 +10,7 @@ from mlxserver.api.dialect import Call, Lookup
 from mlxserver.api.native.load import LoadEvents
 from mlxserver.engine.errors import LoadFailed, PromptRejected
 from mlxserver.engine.requests import Detokenize, JsonFormat
-from mlxserver.server.event_stream import EventStream
+from mlxserver.server.event_stream import DIRECT, EventStream
 from mlxserver.server.load_events import LoadResponse
 from mlxserver.server.streaming import GenerationResponse
 from tests.support.managed import answered, managed, specs
@@ -73,6 +74,21 @@ class Client:
         return self.body.decode().splitlines()
 
 
+class DirectClient(Client):
+    """A client that is also written to directly, at those times that `reads` has; it begins again at its end."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self._reads, self.direct = cycle(reads), []
+
+    def can_write(self):
+        return self.status == 200 and next(self._reads)
+
+    def write_part(self, part):
+        self.direct.append(part)
+        self.body += part
+
+
 def call(text="hello", max_tokens=2, **fields):
     return Call("a", [request(text, max_tokens)], LineEncoder(), **{"streams": True, **fields})
 
@@ -81,7 +97,8 @@ def respond(manager, client, call, headers=(), interval=0.0):
     response = GenerationResponse(
         manager.instance("a"), call, dict(headers), max_unread=1000, heartbeat_interval=interval
     )
-    return asyncio.create_task(response({"type": "http"}, client.receive, client.send))
+    extensions = {DIRECT: {"writer": client}} if isinstance(client, DirectClient) else {}
+    return asyncio.create_task(response({"type": "http", "extensions": extensions}, client.receive, client.send))
 
 
 @within_deadline
@@ -92,6 +109,41 @@ async def test_a_stream_is_what_its_encoder_makes_of_the_events():
     assert client.status == 200
     assert client.headers == {"content-type": "text/plain", "cache-control": "no-cache", "x-ignored-parameters": "b"}
     assert client.lines == ["start 5 ", "Delta 0", "Delta 0", "Finish 0", "end 2"]
+
+
+@pytest.mark.parametrize("reads", [[True], [True, False], [False, False, True], [False]])
+@within_deadline
+async def test_a_stream_is_the_same_whatever_goes_directly_to_the_connection(reads):
+    client = DirectClient(reads)
+    async with managed() as (manager, _):
+        await respond(manager, client, call(max_tokens=20))
+    assert client.lines == ["start 5 ", *["Delta 0"] * 20, "Finish 0", "end 20"]
+
+
+@within_deadline
+async def test_events_of_a_stream_go_directly_to_a_client_that_reads():
+    client = DirectClient([True])
+    async with managed() as (manager, _):
+        responding = respond(manager, client, call(max_tokens=None))
+        await until(lambda: len(client.direct) > 3)
+        client.leave()
+        await responding
+
+
+class BrokenEncoder(LineEncoder):
+    def event(self, event, choice):
+        raise ValueError(event)
+
+
+@within_deadline
+async def test_an_encoder_that_fails_fails_in_its_own_response_and_no_other_stream_notices():
+    broken, client = DirectClient([True]), DirectClient([True])
+    async with managed() as (manager, _):
+        failing = respond(manager, broken, replace(call(max_tokens=20), encoder=BrokenEncoder()))
+        await respond(manager, client, call(max_tokens=20))
+        with pytest.raises(ValueError, match="Delta"):
+            await failing
+    assert client.lines[-1] == "end 20"
 
 
 @within_deadline

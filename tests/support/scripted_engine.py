@@ -9,7 +9,7 @@ import asyncio
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mlxserver.config.sampling_params import SamplingParams
@@ -192,6 +192,20 @@ class ScriptedBatch:
 
 
 @dataclass
+class ScriptedLaunches(ScriptedBatch):
+    """Each step is launched before it goes on as in a scripted batch."""
+
+    before_launch: Callable = field(default=lambda: None)
+    launched: int = 0
+
+    def decode(self):
+        if self.running:
+            self.before_launch()
+            self.launched += 1
+        return super().decode()
+
+
+@dataclass
 class ScriptedRunner:
     """While `formatting` is clear preprocess() of a JSON request waits, as for a large schema; "refuse" is rejected.
 
@@ -263,6 +277,7 @@ class Factory:
     engines: list = field(default_factory=list)
     builds: int = 0
     reports: bool = True
+    make_batch: Callable = ScriptedBatch
 
     def __post_init__(self):
         self.gate.set()
@@ -279,7 +294,7 @@ class Factory:
                 loading("reading", 1, 2)
         if self.failures:
             raise self.failures.pop(0)
-        self.runners.append(ScriptedRunner())
+        self.runners.append(ScriptedRunner(self.make_batch()))
         return self.runners[-1]
 
     def start(self, spec, on_death, loading, metrics):

@@ -64,12 +64,13 @@ class OutputStream:
         self._stops = StopStrings(stop)
         self._thinking = thinking
         self._tools = tools
+        self._is_plain = not (thinking or tools or any(stop))  # no stage but the first holds text back
         self._index = index
         self._incomplete: list[TokenLogprob] = []  # of tokens whose text is still to come
         self._counted = 0  # completion tokens of which it is known whether they are reasoning
         self._has_calls = False  # from the splitter
         self._has_answer = False  # besides reasoning; known where that may be repeated
-        self._reasoning: list[str] | None = [] if repeats_unclosed else None
+        self._reasoning: list[str] | None = [] if repeats_unclosed and thinking else None
 
     def feed(self, token: int, logprobs: TokenLogprob | None = None) -> list[OutputEvent]:
         """The events that `token` completes; the Finish is the last of all.
@@ -91,10 +92,16 @@ class OutputStream:
         if token not in self._eos:
             if logprobs:
                 self._incomplete.append(logprobs)
-            events += self._pass_on(self._split(self._detokenizer.feed(token)))
+            events = self._emit(self._detokenizer.feed(token))
         if not self.is_finished and self.completion_tokens >= self._max_tokens:
             events += self._finish("length")
         return events
+
+    def _emit(self, text: str) -> list[OutputEvent]:
+        """The events of text that a token completes."""
+        if self._is_plain and not self._incomplete:
+            return [Delta(text, "content", self._index)] if text else []
+        return self._pass_on(self._split(text))
 
     def _finish(self, reason: FinishReason) -> list[OutputEvent]:
         """The events of what the stages hold back, each passed through those behind it, and the Finish."""

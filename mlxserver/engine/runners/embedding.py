@@ -25,7 +25,7 @@ from mlxserver.engine.requests import (
     TokenPrompt,
 )
 from mlxserver.engine.runners.text import check_tokens
-from mlxserver.engine.sequence import PooledSequence, SampledToken
+from mlxserver.engine.sequence import SampledToken
 from mlxserver.engine.worker.batch import Batch
 
 UNSAMPLED = SamplingParams()  # of an encoder's sequences, which get no token
@@ -64,7 +64,6 @@ class VectorOutput:
 
     def feed(self, token: SampledToken) -> list[Event]:
         """The text's vector, and the end. A vector that is cut has the length 1 again."""
-        assert isinstance(token, PooledSequence)
         vector = token.vector
         if self.dimensions is not None and 4 * self.dimensions < len(vector):
             kept = np.frombuffer(vector, "<f4")[: self.dimensions]

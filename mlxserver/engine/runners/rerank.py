@@ -15,7 +15,7 @@ from mlxserver.engine.loading.reranker_model import RerankerFacts, RerankerModel
 from mlxserver.engine.prompt.pairs import Cut, EncoderPairs, JudgePairs, Pairs
 from mlxserver.engine.requests import EngineRequest, ModelFacts, Question, RerankRequest
 from mlxserver.engine.runners.embedding import UNSAMPLED, answer
-from mlxserver.engine.sequence import PooledSequence, SampledToken, Sequence
+from mlxserver.engine.sequence import SampledToken, Sequence
 from mlxserver.engine.worker.batch import Batch
 
 
@@ -51,7 +51,6 @@ class ScoreOutput:
 
     def feed(self, token: SampledToken) -> list[Event]:
         """The document's score, and the end."""
-        assert isinstance(token, PooledSequence)
         return [Relevance(float(np.frombuffer(token.vector, "<f4")[0]), self.index), Finish("stop", self.index)]
 
 

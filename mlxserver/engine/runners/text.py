@@ -6,6 +6,7 @@ Rule 2: the request's settings win over the model's defaults, those over Samplin
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -239,14 +240,14 @@ class TextOutput:
         """Number of those that were reasoning."""
         return self.stream.reasoning_tokens
 
-    def feed(self, token: SampledToken) -> list[Event]:
+    def feed(self, token: SampledToken) -> abc.Sequence[Event]:
         """The events of a token."""
         logprob = None
         if token.logprobs:
             logprob = token_logprob(self.tokenizer, token.token, token.logprobs.chosen, token.logprobs.top)
         events = self.stream.feed(token.token, logprob)
         if token.prompt_logprobs is None:
-            return [*events]
+            return events
         scored = prompt_tokens(self.tokenizer, self.prompt, token.prompt_logprobs)
         return [PromptLogprobs(scored, self.index), *events]
 

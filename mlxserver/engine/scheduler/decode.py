@@ -46,7 +46,10 @@ MakeSampler = Callable[[int], Sampler]  # from the size of the vocabulary
 
 
 class DecodeBatch:
-    """Running sequences of one model. `sampled`: token ids of the step under way, [batch], inputs of the next one."""
+    """Running sequences of one model. `sampled`: token ids of the step under way, [batch], inputs of the next one.
+
+    before_launch: called when a step is prepared, and before a wait for tokens alone (worker/batch.py).
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class DecodeBatch:
         self._model = model
         self._vocab_size = vocab_size
         self._make_sampler = make_sampler
+        self.before_launch: Callable[[], None] = lambda: None
         self.cache = make_batch_cache(model, policy, is_shared=is_shared)
         setting: Setting = "off" if is_shared else speculation
         self._speculation = make_speculation(
@@ -132,12 +136,15 @@ class DecodeBatch:
         """Launch one step and return the tokens of the step before."""
         inputs, measured = self.sampled, self._measured
         if not any(running.num_sampled < running.sequence.max_tokens for running in self.sequences):
+            self.before_launch()
             return self._read(inputs, measured, is_fed=False)
         if self._speculation and self._plan().tokens > 1:
+            self.before_launch()
             self._advance_by_drafts(self._speculation, inputs, measured)
             return self.take()
         logits = self.cache.advance(inputs, self._sights)
         if any(running.sequence.constraint for running in self.sequences):
+            self.before_launch()
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
             self._unpublished = self._read(inputs, measured, is_fed=True)
             self._sample(logits)
@@ -168,6 +175,7 @@ class DecodeBatch:
         """Sample the next inputs from the logits of the step, [batch, vocab], and start computing them."""
         self.sampled = self._sampler(logits, self._allowed())
         self._measured = measure([running.sequence for running in self.sequences], logits, self.sampled)
+        self.before_launch()
         mx.async_eval(self.sampled, self._measured.arrays)  # type: ignore[no-untyped-call]
         for running in self.sequences:
             running.num_sampled += 1

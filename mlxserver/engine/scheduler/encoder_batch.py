@@ -1,7 +1,8 @@
-"""Batches of an encoder, which is an embedding model or a reranker: texts of many requests, of about one length, in
-one forward pass per step.
+"""Batches of an encoder, which is an embedding model or a reranker: texts of many requests in one forward pass a step.
 
-Rule 1: the next batch has the text that is due first, and those of its length class that are due next. A text is due
+Rule 1: the next batch has the text that is due first, and those of its length class that are due next; those of other
+        classes, too, if that takes less time, as measured, than a batch of their own: on a GPU, where few texts take
+        about as long as many, and not where the time is that of the tokens, padding included. A text is due
         when all tokens of its request before it, and those of other requests in the same time, have been processed
         (start-time fair queueing, Goyal et al. 1996): one query does not wait for a thousand documents.
 Rule 2: while a peer streams, a batch takes about the stall target; where the peer's steps can't go on beside it, about
@@ -26,7 +27,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import Peers
 from mlxserver.engine.scheduler.prefill import ChunkTimes
-from mlxserver.engine.sequence import PooledSequence, SampledToken, Sequence
+from mlxserver.engine.sequence import SampledToken, Sequence
 
 _IDLE_STALL_FACTOR = 4  # without streams there is nothing to stall; only new requests wait
 _LEAST_BASES = 2.0  # lower limit of a batch's time, in units of ChunkTimes.base: of a shorter one, most is overhead
@@ -71,6 +72,7 @@ class EncoderBatch:
         peers: Peers,
         policy: ExecutionPolicy,
         metrics: ModelMetrics | None = None,
+        times: ChunkTimes | None = None,
     ) -> None:
         self._model: Encoder | None = model
         self._stall_target = stall_target
@@ -81,7 +83,7 @@ class EncoderBatch:
         self._most_tokens = most_batch_tokens(model.context_length, policy)
         self._lengths = length_classes(model.context_length)
         self._meter = LoadMeter(0.0)
-        self._times = ChunkTimes()
+        self._times = times or ChunkTimes()
         self._sequences: dict[int, Sequence] = {}
         self._due: dict[int, list[_Due]] = {}  # heap by length class; may have sequences that are removed
         self._processed = 0  # tokens of a request that has been served all the time
@@ -127,7 +129,7 @@ class EncoderBatch:
         for text in texts:
             del self._sequences[text.id]
         return [
-            PooledSequence(text.id, 0, started=started, vector=vector.astype("<f4", copy=False).tobytes())
+            SampledToken(text.id, 0, started=started, vector=vector.astype("<f4", copy=False).tobytes())
             for text, vector in zip(texts, vectors, strict=True)
         ]
 
@@ -173,18 +175,42 @@ class EncoderBatch:
         """The texts of the next batch, and its shape."""
         for length in list(self._due):
             self._drop_removed(length)
-        length = min(self._due, key=lambda each: self._due[each][0])
-        most = self._most_texts(length, self._budget(peer_step))
-        due = self._due[length]
+        first = min(self._due, key=lambda each: self._due[each][0])
+        budget = self._budget(peer_step)
+        lengths = self._together(first, budget)
+        longest = max(lengths)
+        most = self._most_texts(longest, budget)
         texts: list[Sequence] = []
-        while due and len(texts) < most:
-            at, id = heapq.heappop(due)
-            if id in self._sequences:
-                self._processed = max(self._processed, at)
-                texts.append(self._sequences[id])
+        for due in [self._due[length] for length in lengths]:
+            while due and len(texts) < most:
+                at, id = heapq.heappop(due)
+                if id in self._sequences:
+                    self._processed = max(self._processed, at)
+                    texts.append(self._sequences[id])
         if self._policy.pad_slots:
-            return texts, min(most, 1 << (len(texts) - 1).bit_length()), length
+            return texts, min(most, self._rows(len(texts))), longest
         return texts, len(texts), max(len(text.tokens) for text in texts)
+
+    def _together(self, first: int, budget: int) -> list[int]:
+        """The length classes of the next batch: the first one, and those whose texts it takes less time with."""
+        chosen = [first]
+        for other in sorted(self._due.keys() - {first}, key=lambda each: abs(each - first)):
+            joined = [*chosen, other]
+            if sum(len(self._due[each]) for each in joined) > self._most_texts(max(joined), budget):
+                break
+            padding = self._tokens(joined) - self._tokens(chosen) - self._tokens([other])
+            if padding * self._times.each >= self._times.base:
+                break
+            chosen = joined
+        return chosen
+
+    def _tokens(self, lengths: abc.Sequence[int]) -> int:
+        """Tokens of a batch with all texts of these classes, padding included."""
+        return self._rows(sum(len(self._due[length]) for length in lengths)) * max(lengths)
+
+    def _rows(self, texts: int) -> int:
+        """Rows of a batch of so many texts: a power of two where shapes have to recur."""
+        return 1 << (texts - 1).bit_length() if self._policy.pad_slots else texts
 
     def _drop_removed(self, length: int) -> None:
         due = self._due[length]

@@ -148,13 +148,16 @@ class Scheduler:
             admission.admit(budget.now)
         if not admission.prefilling:
             if self._is_held_up or (admission.waiting and not self._running.sequences):
+                self.before_launch()
                 self._budget.wait()
             elif readers := self._running.readers(self._prefill.times.each):
+                self.before_launch()
                 mx.eval(self._running.sampled)  # the step's time is not the reading's
                 self._meter.end_step()
                 self._running.read(readers, self.load.step_seconds, self._peer_step_seconds)
             return
         self._note_load()
+        self.before_launch()
         mx.eval(self._running.sampled)  # the step's time is not the chunk's
         self._meter.end_step()
         self._running.pause()
@@ -194,6 +197,15 @@ class Scheduler:
         self._budget.close()
         if self._draft_prefixes:
             self._draft_prefixes.close()
+
+    @property
+    def before_launch(self) -> abc.Callable[[], None]:
+        """Called when a step or a chunk is prepared, and before a wait."""
+        return self._running.before_launch
+
+    @before_launch.setter
+    def before_launch(self, action: abc.Callable[[], None]) -> None:
+        self._running.before_launch = action
 
     # -- for builder and ranks ----------------------------------------------------------------------------------
 

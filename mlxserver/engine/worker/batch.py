@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Callable, Collection
+from typing import Protocol, runtime_checkable
 
 from mlxserver.engine.metrics import EngineLoad
 from mlxserver.engine.sequence import SampledToken, Sequence
@@ -47,3 +47,14 @@ class Batch(Protocol):
 
     def close(self) -> None:
         """Free what the batch holds. The batch is not used afterwards."""
+
+
+@runtime_checkable
+class LaunchingBatch(Protocol):
+    """A batch whose steps are prepared on the engine thread and then launched, for which no Python runs.
+
+    before_launch: called once a step or a chunk is prepared, and before a wait. What it has other threads do takes no
+    time from the step.
+    """
+
+    before_launch: Callable[[], None]

@@ -1,7 +1,8 @@
 """The thread that owns one loaded model: it loads the model, then decodes and prefills until it is stopped.
 
 Rule 1: every MLX call for the model (load, step, free) happens on this thread.
-Rule 2: the outputs of one step cross to the event loop in one call.
+Rule 2: the outputs of one step cross to the event loop in one call. Python runs on one thread at a time: where a batch
+        tells when it launches a step (worker/batch.py), they cross then, so that no stream's bytes delay the step.
 Rule 3: a fault ends what it concerns and nothing more: a request, a step (worker/recovery.py), the thread.
 """
 
@@ -12,7 +13,7 @@ import time
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from mlxserver.engine.errors import EngineError, EngineStopped, EngineUnloaded, LoadFailed
@@ -20,7 +21,7 @@ from mlxserver.engine.events import Accepted
 from mlxserver.engine.metrics import EngineLoad, ModelMetrics
 from mlxserver.engine.requests import EngineRequest, GenerationRequest, ModelFacts
 from mlxserver.engine.sequence import SampledToken, Sequence
-from mlxserver.engine.worker.batch import Batch
+from mlxserver.engine.worker.batch import Batch, LaunchingBatch
 from mlxserver.engine.worker.faults import request_failure, without_frames
 from mlxserver.engine.worker.generation import Generation
 from mlxserver.engine.worker.mailbox import Barrier, Cancel, Mailbox, Stop, Submit
@@ -45,6 +46,7 @@ class EventLoopSide:
     subscribers: Subscribers
     on_start: Callable[[ModelFacts], None]
     on_end: Callable[[EngineError], None]
+    held: StepOutputs = field(default_factory=list)
 
     def started(self, facts: ModelFacts) -> None:
         """Report that the model is loaded."""
@@ -59,12 +61,24 @@ class EventLoopSide:
         if outputs:
             self.call(self.subscribers.deliver_all, outputs)
 
+    def hold(self, outputs: StepOutputs) -> None:
+        """Deliver the outputs of a step with the next call, or release(), at the latest."""
+        self.held.extend(outputs)
+
+    def release(self) -> None:
+        """Deliver what is held."""
+        if self.held:
+            outputs = self.held.copy()
+            self.held.clear()
+            self.deliver_all(outputs)
+
     def ended(self, error: EngineError) -> None:
         """Report that the thread ends."""
         self.call(self.on_end, error)
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function on the event loop, unless it is closed."""
+        self.release()
         try:
             self.call_soon(function, *arguments)
         except RuntimeError:  # the loop is closed, and with it every waiter gone
@@ -93,6 +107,7 @@ class EngineThread:
         self._mailbox = mailbox
         self._tokenizer_worker = tokenizer_worker
         self._event_loop = event_loop
+        self._cross = event_loop.deliver_all
         self._tracker = Tracker(metrics)
         self._recovery = Recovery(self._tracker, self._release, event_loop.deliver_all, metrics)
         self._sequence_ids = count()
@@ -123,6 +138,9 @@ class EngineThread:
         self._event_loop.started(runner.facts)
         batch = runner.batch
         self._idle_steps = runner.idle_steps
+        if isinstance(batch, LaunchingBatch):
+            batch.before_launch = self._event_loop.release
+            self._cross = self._event_loop.hold
         try:
             while self._take_messages(runner):
                 if self._idle_steps and batch.is_empty():
@@ -149,16 +167,20 @@ class EngineThread:
         self._idle_steps, self._is_paused = None, False
 
     def _step(self, batch: Batch) -> None:
-        self._publish(batch, batch.decode())
+        tokens = batch.decode()
+        self._event_loop.release()
+        self._publish(batch, tokens)
         batch.prefill()
 
     def _publish(self, batch: Batch, tokens: list[SampledToken]) -> None:
         if tokens:
             self._recovery.note_progress()
         outputs, finished = self._tracker.publish(tokens)
-        self._event_loop.deliver_all(outputs)
+        self._cross(outputs)
         if finished:
             batch.remove(finished)
+        if batch.is_empty():
+            self._event_loop.release()
 
     def _attempt(self, batch: Batch, work: Callable[[Batch], None]) -> None:
         """Call the batch. If that fails, go on with a fresh one, unless that has not helped either."""

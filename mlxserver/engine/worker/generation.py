@@ -1,6 +1,7 @@
 """Events of one request, as the event loop reads them.
 
-Rule: events are delivered on the event loop, in order, once; on_done is called after the last of them.
+Rule: events are delivered on the event loop, in order, once; on_done is called after the last of them. While none wait
+      to be read, `take` may have them at once, which spares a task its turn per token; the last ones wait to be read.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from mlxserver.engine.errors import EngineError, ReaderTooSlow
 from mlxserver.engine.events import (
@@ -27,7 +28,7 @@ class Generation:
     """Events of one request, read on the event loop. close() it, however reading ended.
 
     `on_done` is called once, on the event loop, when the engine has no more work for the request. `position` counts its
-    place in the engine's queue.
+    place in the engine's queue. `take` is given events as they are delivered; False leaves them to be read.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Generation:
         self.first_token: float | None = None  # when its first event after Accepted came, by time.monotonic()
         self.on_done: Callable[[], None] = lambda: None
         self.most_unread = sys.maxsize  # events that may wait to be read, before it fails with ReaderTooSlow
+        self.take: Callable[[Sequence[Event]], bool] | None = None
         self._cancel = cancel
         self._position = position
         self._events: list[Event] = []
@@ -79,16 +81,20 @@ class Generation:
 
     def close(self) -> None:
         """Cancel the request unless it is done. Idempotent."""
+        self.take = None
         if not self.is_done:
             self._cancel(self)
 
-    def deliver(self, events: Iterable[Event], is_done: bool = False, error: EngineError | None = None) -> None:
+    def deliver(self, events: Sequence[Event], is_done: bool = False, error: EngineError | None = None) -> None:
         """Add events of the engine; called on the event loop."""
         if self.is_done:
             return
-        self._events.extend(events)
-        if self.first_token is None and self._events and not isinstance(self._events[-1], Accepted):
+        if self.first_token is None and events and not isinstance(events[-1], Accepted):
             self.first_token = time.monotonic()
+        is_last = is_done or error or self._error
+        if self.take and not (self._events or is_last) and self.take(events):
+            return
+        self._events.extend(events)
         self._error = self._error or error
         if is_done or error:
             self.is_done = True

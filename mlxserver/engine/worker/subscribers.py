@@ -6,7 +6,7 @@ Rule: every generation that was added is notified of its end, by the thread or, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from mlxserver.engine.errors import EngineError
@@ -41,7 +41,7 @@ class Subscribers:
     def deliver(
         self,
         generation: Generation,
-        events: Iterable[Event] = (),
+        events: Sequence[Event] = (),
         is_done: bool = False,
         error: EngineError | None = None,
     ) -> None:
