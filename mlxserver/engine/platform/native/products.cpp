@@ -27,7 +27,7 @@ class ArrangedProduct : public Operation<Task> {
   ArrangedProduct(const Level& level, Kernel<Task> kernel) : Operation<Task>(kernel), arranging_(level) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     auto& encoder = mx::cpu::get_command_encoder(this->stream());
     const Task task = this->task(inputs, out, encoder);
     const int64_t size = arranging_.size(task);
@@ -161,7 +161,7 @@ class Experts : public Operation<Task> {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     auto& encoder = mx::cpu::get_command_encoder(this->stream());
     const mx::array& indices = inputs.back();
     const Task all = this->task(inputs, out, encoder);
