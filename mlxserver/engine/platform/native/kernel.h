@@ -24,6 +24,12 @@ struct Product {
   int64_t panels() const { return parts_of(outputs, OUTPUTS); }
   int64_t items() const { return parts_of(rows, block()) * panels(); }
   int64_t work() const { return (rows < block() ? rows : block()) * inputs * OUTPUTS; }
+
+  // Become the product of `count` of the rows. With columns, the first one begins a vector.
+  void take(int64_t row, int64_t count) {
+    x += row * inputs, out += row * outputs, rows = count;
+    if (columns) columns += row * inputs;
+  }
   static constexpr int64_t TOGETHER = 1;
 };
 

@@ -213,8 +213,7 @@ void by_blocks(const Task& p, int64_t first, int64_t last, const Compute& comput
     const int64_t block = item / p.panels(), begin = block * p.panels(), row = block * p.block();
     end = least(last, begin + p.panels());
     Task own = p;
-    own.x += row * p.inputs, own.out += row * p.outputs, own.rows = least(p.block(), p.rows - row);
-    if (p.columns) own.columns += row * p.inputs;
+    own.take(row, least(p.block(), p.rows - row));
     compute(own, (item - begin) * p.OUTPUTS, least((end - begin) * p.OUTPUTS, p.outputs));
   }
 }
