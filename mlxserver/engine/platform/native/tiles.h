@@ -184,12 +184,12 @@ void tiles(const Product& p, Weights weights, int64_t vector, int64_t output, in
 template <typename WeightsOf>
 void many(const Product& p, int64_t first, int64_t last, int64_t unit, const WeightsOf& weights_of) {
   alignas(64) float panel[WIDE * WIDE_STRIDE];
-  const int64_t vectors = p.columns ? vectors_of(p.rows, LANES) : 0;
+  const int64_t vectors = p.columns ? vectors_of(p.rows, LANES) : 0, wide = vectors ? WIDE : PANEL;
   const int64_t each = parts_of(parts_of(p.inputs, parts_of(p.inputs, SHALLOW)), unit) * unit;
   for (Part part{0, 0}; part.from < p.inputs; part.from += each) {
     part.depth = least(each, p.inputs - part.from);
-    for (int64_t output = first; output < last; output += WIDE) {
-      const int64_t count = least(WIDE, last - output);
+    for (int64_t output = first; output < last; output += wide) {
+      const int64_t count = least(wide, last - output);
       const Weights own = weights_of(output, count, part, panel);
       for (int64_t v = 0; v < vectors; part.ahead = nullptr) {
         const int64_t left = vectors - v, taken = left == 4 ? 2 : least(3, left);
