@@ -117,7 +117,7 @@ Product product_of(const Values& x, const Values& columns, const float* bias, fl
 
 void check_dense() {
   Comparison comparison("dense");
-  for (int64_t rows : {1, 2, 3, 4, 5, 7, 13, 21, 64, 65, 130})
+  for (int64_t rows : {1, 2, 3, 4, 5, 7, 13, 21, 64, 65, 130, 151})
     for (int64_t inputs : {1, 3, 16, 37, 576, 1537, 3100})
       for (int64_t outputs : {1, 5, 33, 70})
         for (int type : {0, 1, 2})

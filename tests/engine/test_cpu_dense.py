@@ -6,6 +6,7 @@ from mlxserver.engine.mlx import mx, nn
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlxserver.engine.platform import cpu_layers, cpu_matmul
 from mlxserver.engine.platform.native.extension import native
@@ -16,6 +17,11 @@ TYPES = [mx.float32, mx.float16, mx.bfloat16]
 
 def random(*shape):
     return mx.random.normal(shape)
+
+
+def address(array):
+    mx.eval(array)
+    return np.array(array, copy=False).__array_interface__["data"][0]
 
 
 def assert_close(product, x, weight, bias=None):
@@ -60,6 +66,38 @@ def test_weights_may_have_any_strides():
     weight, x = random(64, 18), random(5, 64)
     assert_close(native().dense(x, weight.T), x, weight.T)
     assert_close(native().dense(x[:, :18], weight[3:41:2]), x[:, :18], weight[3:41:2])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_products_of_more_rows_than_are_in_columns_at_once_are_exact_to_rounding(dtype):
+    weight, x = random(50, 1800).astype(dtype), random(300, 1800)
+    for level in native().levels():
+        for rows in (144, 145, 150, 288, 300):
+            assert_close(native().dense(x[:rows], weight, level=level), x[:rows], weight)
+
+
+def test_matrices_of_layers_begin_with_a_line_of_the_caches():
+    model = nn.Sequential(nn.Linear(96, 7), nn.Linear(16, 33), nn.LayerNorm(33), nn.Linear(3, 5))
+    model.layers[0].weight = model.layers[0].weight.astype(mx.float16)
+    expected = [array for _, array in tree_flatten(model)]
+    cpu_layers.replace_layers(model)
+    for (_, array), before in zip(tree_flatten(model), expected, strict=True):
+        assert array.dtype == before.dtype
+        assert mx.array_equal(array, before)
+    assert [address(model.layers[n].weight) % cpu_layers.LINE for n in (0, 1)] == [0, 0]
+
+
+def test_one_matrix_of_two_layers_stays_one():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model.layers[1].weight = model.layers[0].weight
+    cpu_layers.replace_layers(model)
+    assert model.layers[0].weight is model.layers[1].weight
+
+
+def test_arrays_of_any_strides_and_sizes_can_be_aligned():
+    for x in (random(3, 5).T, random(1), mx.zeros((0, 4)), random(4, 16)[1:, ::2], mx.arange(7), mx.array(2.0)):
+        assert mx.array_equal(native().aligned(x), x)
+    assert address(native().aligned(random(3, 5).T)) % cpu_layers.LINE == 0
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])

@@ -22,6 +22,8 @@ from mlx_lm.models import switch_layers
 from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_matmul
 from mlxserver.engine.platform.native.extension import native
 
+LINE = 64  # bytes
+
 
 class Linear(nn.Linear):  # type: ignore[misc]
     """nn.Linear with the products of cpu_matmul.py."""
@@ -111,8 +113,18 @@ def replace_layers(model: nn.Module) -> None:
         classes |= {nn.Linear: Linear, nn.Embedding: Embedding}
     if native():
         classes |= {switch_layers.SwitchLinear: SwitchLinear}
+        _align_weights(model)
     for layer in model.modules():
         layer.__class__ = classes.get(type(layer), type(layer))
+
+
+def _align_weights(model: nn.Module) -> None:
+    """Have matrices of whole lines of the caches begin with one, or else most vectors of them would be of two lines."""
+    aligned: dict[int, mx.array] = {}
+    for layer in model.modules():
+        for name, array in list(layer.items()):
+            if isinstance(array, mx.array) and array.ndim > 1 and array.shape[-1] * array.itemsize % LINE == 0:
+                layer[name] = aligned.setdefault(id(array), native().aligned(array))
 
 
 def replace_functions() -> None:

@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int64_t TOKENS = 64;  // of a block
-constexpr int SUMS = 12;        // vectors of sums that are computed at once
+constexpr int SUMS = LANES == 16 ? 24 : 12;  // vectors of sums that are computed at once
 
 // Vectors of queries, x [count, VECTORS * LANES], times weights: `count` for each of `outputs`, with strides. Added to
 // out, [outputs, VECTORS * LANES], or in place of it.
@@ -80,6 +80,62 @@ void soften(int64_t tokens, int64_t dim, Queries<VECTORS>& queries) {
   }
 }
 
+// Queries of a head as columns, times the scale: `count` of them, the last one in all lanes that are left.
+template <int VECTORS>
+void take(const float* q, int64_t apart, int64_t count, int64_t dim, float scale, Queries<VECTORS>& queries) {
+  constexpr int64_t COUNT = Queries<VECTORS>::COUNT;
+  for (int64_t first = 0; first < COUNT; first += LANES) {
+    const float* rows[LANES];
+    for (int64_t r = 0; r < LANES; r++) rows[r] = q + least(first + r, count - 1) * apart;
+    float* out = queries.inputs + first;
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      Floats block[LANES];
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; r++) block[r] = load<Floats>(rows[r] + d) * scale;
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; r++) __builtin_memcpy(out + (d + r) * COUNT, &block[r], sizeof block[r]);
+    }
+    for (; d < dim; d++)
+      for (int64_t r = 0; r < LANES; r++) out[d * COUNT + r] = rows[r][d] * scale;
+  }
+}
+
+// The weighted means of the values that queries have seen.
+template <int VECTORS>
+void put(const Queries<VECTORS>& queries, int64_t count, int64_t dim, float* out, int64_t apart) {
+  constexpr int64_t COUNT = Queries<VECTORS>::COUNT;
+  for (int v = 0; v < VECTORS; v++) {
+    const int64_t first = v * LANES, number = least(LANES, count - first);
+    const Floats share = 1.0f / queries.sums[v];
+    const float* totals = queries.totals + first;
+    float* own = out + first * apart;
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      Floats block[LANES];
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; r++) block[r] = load<Floats>(totals + (d + r) * COUNT) * share;
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; r++)
+        if (r < number) __builtin_memcpy(own + r * apart + d, &block[r], sizeof block[r]);
+    }
+    for (; d < dim; d++)
+      for (int64_t r = 0; r < number; r++) own[r * apart + d] = totals[d * COUNT + r] * share[r];
+  }
+}
+
+// Add a mask's addends of some tokens to scores. apart: from one row of it to the next; 0 where all have the same.
+template <int VECTORS>
+void add_mask(const float* mask, int64_t apart, int64_t begin, int64_t end, int64_t count, float* scores) {
+  constexpr int64_t COUNT = Queries<VECTORS>::COUNT;
+  for (int64_t t = 0; t < count && !apart; t++)
+    for (int64_t lane = 0; lane < COUNT; lane++) scores[t * COUNT + lane] += mask[t];
+  for (int64_t lane = 0; lane < COUNT && apart; lane++)
+    for (int64_t t = 0; t < count; t++) scores[t * COUNT + lane] += mask[least(begin + lane, end - 1) * apart + t];
+}
+
 // Queries of one head from `begin` to before `end`, of which VECTORS vectors have room.
 template <int VECTORS>
 void attend(const BlockAttention& p, int64_t batch, int64_t head, int64_t begin, int64_t end) {
@@ -90,10 +146,7 @@ void attend(const BlockAttention& p, int64_t batch, int64_t head, int64_t begin,
   const float* keys = p.keys + batch * p.key_strides[0] + group * p.key_strides[1];
   const float* values = p.values + batch * p.value_strides[0] + group * p.value_strides[1];
   const float* mask = p.mask ? p.mask + batch * p.mask_strides[0] + head * p.mask_strides[1] : nullptr;
-  for (int64_t lane = 0; lane < COUNT; lane++) {
-    const float* own = q + least(begin + lane, end - 1) * p.q_strides[2];
-    for (int64_t d = 0; d < p.dim; d++) queries.inputs[d * COUNT + lane] = own[d] * p.scale;
-  }
+  take(q + begin * p.q_strides[2], p.q_strides[2], end - begin, p.dim, p.scale, queries);
   for (int v = 0; v < VECTORS; v++) queries.largest[v] = splat(2 * LOWEST), queries.sums[v] = Floats{};
   for (int64_t i = 0; i < p.value_dim * COUNT; i++) queries.totals[i] = 0.0f;
   const int64_t last = p.is_causal ? first_seen + end - 1 : p.tokens;
@@ -101,24 +154,17 @@ void attend(const BlockAttention& p, int64_t batch, int64_t head, int64_t begin,
     const int64_t count = least(TOKENS, last - token);
     float* scores = queries.scores;
     multiply<VECTORS>(queries.inputs, p.dim, keys + token * p.key_strides[2], p.key_strides[2], 1, count, false, scores);
-    for (int64_t lane = 0; lane < COUNT; lane++) {
-      const int64_t row = least(begin + lane, end - 1);
-      if (mask)
-        for (int64_t t = 0; t < count; t++) scores[t * COUNT + lane] += mask[row * p.mask_strides[2] + token + t];
-      if (p.is_causal)
-        for (int64_t t = first_seen + row > token ? first_seen + row - token : 0; t < count; t++)
-          scores[t * COUNT + lane] = LOWEST;
+    if (mask) add_mask<VECTORS>(mask + token, p.mask_strides[2], begin, end, count, scores);
+    for (int64_t lane = 0; lane < COUNT && p.is_causal; lane++) {
+      const int64_t unseen = first_seen + least(begin + lane, end - 1) - token;
+      for (int64_t t = unseen > 0 ? unseen : 0; t < count; t++) scores[t * COUNT + lane] = LOWEST;
     }
     soften(count, p.value_dim, queries);
     multiply<VECTORS>(scores, count, values + token * p.value_strides[2], 1, p.value_strides[2], p.value_dim, true,
                       queries.totals);
   }
-  for (int64_t row = begin; row < end; row++) {
-    float* out = p.out + ((batch * p.length + row) * p.heads + head) * p.value_dim;
-    const int64_t lane = row - begin;
-    const float sum = queries.sums[lane / LANES][lane % LANES];
-    for (int64_t d = 0; d < p.value_dim; d++) out[d] = queries.totals[d * COUNT + lane] / sum;
-  }
+  put(queries, end - begin, p.value_dim, p.out + ((batch * p.length + begin) * p.heads + head) * p.value_dim,
+      p.heads * p.value_dim);
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ class AttentionInputs : public PureOperation {
 
   // inputs: x, cosines, sines, the norm of x, those of queries and keys if there are some; the layers' arrays.
   void eval_cpu(const Arrays& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     auto& encoder = mx::cpu::get_command_encoder(stream());
     const Sizes& s = sizes_;
     const mx::array x = in_rows(inputs[0], encoder), cosines = in_rows(inputs[1], encoder);
@@ -133,7 +133,7 @@ class SlotWrite : public PureOperation {
     const float* before = nullptr;
     if (slots.is_donatable() && slots.flags().row_contiguous) out.copy_shared_buffer(slots);
     else {
-      out.set_data(mx::allocator::malloc(out.nbytes()));
+      allocate(out);
       before = in_rows(slots, encoder).data<float>();
     }
     const int64_t capacity = slots.shape(2), count = slots.size();
@@ -169,7 +169,7 @@ class AttentionAndRest : public PureOperation {
 
   // inputs: x, what AttentionInputs has, the norm; the layers' arrays; keys, values and offsets of each class.
   void eval_cpu(const Arrays& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     auto& encoder = mx::cpu::get_command_encoder(stream());
     const Sizes& s = sizes_;
     const mx::array x = in_rows(inputs[0], encoder);

@@ -14,27 +14,6 @@ namespace {
 constexpr int64_t DEPTH = 1536;         // inputs of a panel, which stays in a first-level cache
 constexpr int64_t STRIDE = DEPTH + 64;  // between a widened panel's outputs: caches collide at powers of two
 
-#if LANES == 8
-// Eight inputs of eight rows, as eight columns.
-inline void turn(const float* const* rows, int64_t from, float* out) {
-  __m256 own[8], pairs[8], fours[8];
-  for (int r = 0; r < 8; r++) own[r] = _mm256_loadu_ps(rows[r] + from);
-  for (int r = 0; r < 8; r += 2) {
-    pairs[r] = _mm256_unpacklo_ps(own[r], own[r + 1]);
-    pairs[r + 1] = _mm256_unpackhi_ps(own[r], own[r + 1]);
-  }
-  for (int r = 0; r < 8; r += 4)
-    for (int n = 0; n < 2; n++) {
-      fours[r + 2 * n] = _mm256_shuffle_ps(pairs[r + n], pairs[r + n + 2], 0x44);
-      fours[r + 2 * n + 1] = _mm256_shuffle_ps(pairs[r + n], pairs[r + n + 2], 0xee);
-    }
-  for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(out + i * 8, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * 8, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
-  }
-}
-#endif
-
 template <typename T>
 void few(const Dense& p, int64_t first, int64_t last) {
   const T* weights = static_cast<const T*>(p.weight) + first * p.inputs;
@@ -89,13 +68,11 @@ void some(const Dense& p, int64_t first, int64_t last) {
 // Rows in columns, and those that are left over.
 template <typename T>
 void many(const Dense& p, int64_t first, int64_t last) {
-  const bool is_copied = sizeof(T) != sizeof(float) || p.inputs % 1024 == 0;  // caches collide at powers of two
   many(p, first, last, LANES, [&](int64_t output, int64_t count, Part& part, float* panel) {
     const T* weights = static_cast<const T*>(p.weight) + output * p.inputs + part.from;
-    part.ahead = reinterpret_cast<const char*>(weights + WIDE * p.inputs);
     part.step = p.inputs * int64_t(sizeof(T)), part.bytes = FETCHED * int64_t(sizeof(T));
-    if constexpr (sizeof(T) == sizeof(float))
-      if (!is_copied) return Weights{weights, p.inputs};
+    part.ahead = output + 2 * WIDE <= last ? reinterpret_cast<const char*>(weights) + WIDE * part.step : nullptr;
+    if constexpr (sizeof(T) == sizeof(float)) return Weights{weights, p.inputs};
     widen(weights, p.inputs, count, part.depth, panel, WIDE_STRIDE);
     return Weights{panel, WIDE_STRIDE};
   });
@@ -111,9 +88,11 @@ void product(const Dense& p, int64_t first, int64_t last) {
 }  // namespace
 
 extern "C" void NAME(dense)(const Dense& p, int64_t first, int64_t last) noexcept {
-  if (p.type == 0) product<float>(p, first, last);
-  else if (p.type == 1) product<Float16>(p, first, last);
-  else product<BFloat16>(p, first, last);
+  by_blocks(p, first, last, [](const Dense& own, int64_t begin, int64_t end) {
+    if (own.type == 0) product<float>(own, begin, end);
+    else if (own.type == 1) product<Float16>(own, begin, end);
+    else product<BFloat16>(own, begin, end);
+  });
 }
 
 // The inputs of some vectors of rows as columns, [inputs, LANES] each. What is beyond the last row repeats it.
@@ -123,9 +102,13 @@ extern "C" void NAME(columns)(const Columns& p, int64_t first, int64_t last) noe
     for (int64_t r = 0; r < LANES; r++) rows[r] = p.x + least(v * LANES + r, p.rows - 1) * p.inputs;
     float* out = p.out + v * LANES * p.inputs;
     int64_t i = 0;
-#if LANES == 8
-    for (; i + 8 <= p.inputs; i += 8) turn(rows, i, out + i * 8);
-#endif
+    for (; i + LANES <= p.inputs; i += LANES) {
+      Floats block[LANES];
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; r++) block[r] = load<Floats>(rows[r] + i);
+      transpose(block);
+      __builtin_memcpy(out + i * LANES, block, sizeof block);
+    }
     for (; i < p.inputs; i++)
       for (int64_t r = 0; r < LANES; r++) out[i * LANES + r] = rows[r][i];
   }

@@ -7,7 +7,11 @@
 // Vectors of rows that are multiplied as columns. A rest that fills less than half a vector is not.
 inline int64_t vectors_of(int64_t rows, int64_t lanes) { return rows / lanes + (2 * (rows % lanes) > lanes); }
 
-// Product of float32 rows with weights, [outputs, inputs].
+// Parts of so many, the last of which may be smaller.
+inline int64_t parts_of(int64_t all, int64_t size) { return (all + size - 1) / size; }
+
+// Product of float32 rows with weights, [outputs, inputs]. An item is some outputs of a block of rows, whose inputs stay in
+// a second-level cache.
 struct Product {
   const float* x;        // [rows, inputs]
   const float* columns;  // [vectors, inputs, lanes], the same rows; null for few rows
@@ -15,9 +19,18 @@ struct Product {
   float* out;            // [rows, outputs]
   int64_t rows, inputs, outputs;
 
-  int64_t items() const { return outputs; }
-  int64_t work() const { return rows * inputs; }
-  static constexpr int64_t TOGETHER = 48;
+  static constexpr int64_t OUTPUTS = 48, ROWS = 144;  // of an item, at most
+  int64_t block() const { return parts_of(parts_of(rows, parts_of(rows, ROWS)), 48) * 48; }  // rows of one, all alike
+  int64_t panels() const { return parts_of(outputs, OUTPUTS); }
+  int64_t items() const { return parts_of(rows, block()) * panels(); }
+  int64_t work() const { return (rows < block() ? rows : block()) * inputs * OUTPUTS; }
+
+  // Become the product of `count` of the rows. With columns, the first one begins a vector.
+  void take(int64_t row, int64_t count) {
+    x += row * inputs, out += row * outputs, rows = count;
+    if (columns) columns += row * inputs;
+  }
+  static constexpr int64_t TOGETHER = 1;
 };
 
 // With weights as they are.

@@ -123,7 +123,7 @@ class AttentionOperation : public Operation<Attention> {
   }
 
   void eval_cpu(const Arrays& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     auto& encoder = mx::cpu::get_command_encoder(stream());
     encoder.dispatch([task = this->task(inputs, out, encoder), kernel = kernel_, combine = combine_] {
       compute(task, kernel);

@@ -66,11 +66,40 @@ Level level(const std::string& name) {
 mx::array in_rows(const mx::array& x, mx::cpu::CommandEncoder& encoder) {
   if (x.flags().row_contiguous) return x;
   mx::array rows(x.shape(), mx::float32, nullptr, {});
-  rows.set_data(mx::allocator::malloc(rows.nbytes()));
+  allocate(rows);
   encoder.add_temporary(rows);
   encoder.dispatch([from = mx::array::unsafe_weak_copy(x), out = rows.data<float>()] { copy_rows(from, out); });
   return rows;
 }
+
+namespace {
+
+// A copy of an array, in memory that begins with a line of the caches.
+class Aligned : public mx::UnaryPrimitive {
+ public:
+  Aligned() : mx::UnaryPrimitive(cpu()) {}
+  const char* name() const override { return "Aligned"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    allocate(out);
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    encoder.dispatch([from = inputs[0].data<char>(), to = out.data<char>(), bytes = out.nbytes()] {
+      std::memcpy(to, from, bytes);
+    });
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
+    throw std::runtime_error("this operation is for a CPU");
+  }
+};
+
+mx::array aligned(const mx::array& x) {
+  if (!x.size()) return x;
+  return mx::array(x.shape(), x.dtype(), std::make_shared<Aligned>(), {mx::contiguous(x, false, cpu())});
+}
+
+}  // namespace
 
 NB_MODULE(MODULE, m) {
   nb::module_::import_("mlx.core");
@@ -78,6 +107,7 @@ NB_MODULE(MODULE, m) {
   add_functions(m);
   add_decoder(m);
   add_sampling(m);
+  m.def("aligned", &aligned, nb::arg("x"));
   m.def("is_computed", [](const mx::array& array) { return array.status() != mx::array::Status::unscheduled; });
   m.def("levels", [] {
     std::vector<std::string> names;

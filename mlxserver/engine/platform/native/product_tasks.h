@@ -71,6 +71,30 @@ struct Arranging {
   }
 };
 
+// Rows of a product that are arranged and multiplied at once: their columns stay in a second-level cache.
+inline int64_t rows_at_once(const Product& p) {
+  const int64_t blocks = std::max<int64_t>(1, (int64_t(1) << 18) / p.inputs / Product::ROWS);
+  return std::min(p.rows, blocks * Product::ROWS);
+}
+
+// Elements of room that compute_arranged() needs for a product or one of fewer rows.
+template <typename Task>
+int64_t room_at_once(Task product, const Arranging& arranging) {
+  product.take(0, rows_at_once(product));
+  return arranging.size(product);
+}
+
+template <typename Task>
+void compute_arranged(const Task& product, const Arranging& arranging, float* room, Kernel<Task> kernel) noexcept {
+  const int64_t most = rows_at_once(product);
+  for (int64_t row = 0; row < product.rows; row += most) {
+    Task own = product;
+    own.take(row, std::min(most, product.rows - row));
+    arranging.arrange(own, room);
+    compute(own, kernel);
+  }
+}
+
 // A product with weights of either kind.
 struct AnyProduct {
   Quantized quantized{};

@@ -27,15 +27,13 @@ class ArrangedProduct : public Operation<Task> {
   ArrangedProduct(const Level& level, Kernel<Task> kernel) : Operation<Task>(kernel), arranging_(level) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     auto& encoder = mx::cpu::get_command_encoder(this->stream());
     const Task task = this->task(inputs, out, encoder);
-    const int64_t size = arranging_.size(task);
+    const int64_t size = room_at_once(task, arranging_);
     float* arranged = size ? room<float>(size, encoder) : nullptr;
     encoder.dispatch([task, arranged, arranging = arranging_, kernel = this->kernel_] {
-      Task own = task;
-      arranging.arrange(own, arranged);
-      compute(own, kernel);
+      compute_arranged(task, arranging, arranged, kernel);
     });
   }
 
@@ -117,9 +115,8 @@ void compute_runs(const Task& all, const Choice& expert_of, const Arranging& arr
   for (int64_t row = 0, end; row < all.rows; row = end) {
     for (end = row + 1; end < all.rows && expert_of(end) == expert_of(row);) end++;
     Task own = of_expert(all, expert_of(row));
-    own.x += row * all.inputs, own.out += row * all.outputs, own.rows = end - row;
-    arranging.arrange(own, arranged);
-    compute(own, kernel);
+    own.take(row, end - row);
+    compute_arranged(own, arranging, arranged, kernel);
   }
 }
 
@@ -161,12 +158,12 @@ class Experts : public Operation<Task> {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
     auto& encoder = mx::cpu::get_command_encoder(this->stream());
     const mx::array& indices = inputs.back();
     const Task all = this->task(inputs, out, encoder);
     const Choice chosen{indices.data<uint32_t>(), all.rows / int64_t(indices.size()), inputs[1].shape(0)};
-    const int64_t size = arranging_.size(all);  // of all rows, or of fewer in a run
+    const int64_t size = room_at_once(all, arranging_);  // of all rows, or of fewer in a run
     float* arranged = size ? room<float>(size, encoder) : nullptr;
     if (is_sorted_) {
       encoder.dispatch([=, arranging = arranging_, kernel = this->kernel_] {

@@ -199,7 +199,8 @@ void many(const Quantized& p, int64_t first, int64_t last) {
     for (int64_t o = 0; o < count; o++)
       dequantize<T, BITS>(p, output + o, part.from, part.depth, panel + o * WIDE_STRIDE);
     part.step = p.inputs / PER_WORD<BITS> * 4, part.bytes = FETCHED / PER_WORD<BITS> * 4;
-    part.ahead = reinterpret_cast<const char*>(p.words + ((output + WIDE) * p.inputs + part.from) / PER_WORD<BITS>);
+    const uint32_t* next = p.words + ((output + WIDE) * p.inputs + part.from) / PER_WORD<BITS>;
+    part.ahead = output + 2 * WIDE <= last ? reinterpret_cast<const char*>(next) : nullptr;
     return Weights{panel, WIDE_STRIDE};
   });
 }
@@ -239,9 +240,11 @@ void spread(const Spread& p, int64_t row) {
 }  // namespace
 
 extern "C" void NAME(quantized)(const Quantized& p, int64_t first, int64_t last) noexcept {
-  if (p.type == 0) product<float>(p, first, last);
-  else if (p.type == 1) product<Float16>(p, first, last);
-  else product<BFloat16>(p, first, last);
+  by_blocks(p, first, last, [](const Quantized& own, int64_t begin, int64_t end) {
+    if (own.type == 0) product<float>(own, begin, end);
+    else if (own.type == 1) product<Float16>(own, begin, end);
+    else product<BFloat16>(own, begin, end);
+  });
 }
 
 extern "C" void NAME(spread)(const Spread& p, int64_t first, int64_t last) noexcept {

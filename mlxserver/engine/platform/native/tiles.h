@@ -10,16 +10,16 @@ namespace {
 
 constexpr int PANEL = 4;                      // outputs that are computed at once with rows that are no columns
 constexpr int MOST = LANES == 16 ? 6 : 3;     // rows that are: as many as there are registers for
-constexpr int WIDE = LANES == 16 ? 24 : 12;   // outputs times vectors of rows in a tile, and outputs that share its rows
-constexpr int64_t SHALLOW = 768;              // inputs of so many outputs, whose weights stay in a first-level cache
+constexpr int TILE = LANES == 16 ? 24 : 12;   // outputs times vectors of rows in a tile
+constexpr int WIDE = 2 * TILE;                // outputs that share its rows: whole tiles, and whole vectors of them
+constexpr int64_t SHALLOW = 768;              // inputs of so many outputs, whose weights stay in a second-level cache
 constexpr int64_t WIDE_STRIDE = SHALLOW + 16;  // between copies of their weights: caches collide at powers of two
-constexpr int64_t TOGETHER = 96 / LANES;      // vectors of rows whose inputs stay in a second-level cache
-constexpr int64_t FETCHED = 16;               // inputs of an output that are fetched at once
+constexpr int64_t FETCHED = 16;               // floats of a line of the caches
 
 typedef float Quad __attribute__((vector_size(16)));
 
-// Some inputs of a product, and what is fetched into the cache meanwhile: `step` bytes from `ahead` on, per vector of
-// inputs in a block; in a tile, `bytes` per FETCHED inputs of each output, with `step` bytes between outputs.
+// Some inputs of a product, and what is fetched into a cache meanwhile: `step` bytes from `ahead` on, per vector of inputs
+// in a block; in a tile, `bytes` per FETCHED inputs of each output, with `step` bytes between outputs, or nothing.
 struct Part {
   int64_t from, depth;
   const char* ahead = nullptr;
@@ -100,77 +100,121 @@ inline void rows(int64_t number, const Product& p, const T* weights, int64_t str
   if constexpr (ROWS > 1) rows<T, ROWS - 1>(number, p, weights, stride, row, output, count, part);
 }
 
-// VECTORS vectors of rows times OUTPUTS outputs, for some inputs.
+// VECTORS vectors of rows times OUTPUTS outputs, for some inputs, as [OUTPUTS, VECTORS * LANES]. x: from the first input
+// on, with `apart` between vectors.
 template <int VECTORS, int OUTPUTS>
-__attribute__((noinline)) void tile(const Product& p, const float* weights, int64_t stride, int64_t vector,
-                                    int64_t output, Part part) {
-  const float* x = p.columns + (vector * p.inputs + part.from) * LANES;
-  const int64_t apart = p.inputs * LANES;
+__attribute__((noinline)) void tile(const float* x, int64_t apart, Weights weights, Part part, float* out) {
   Floats sums[OUTPUTS][VECTORS] = {};
   const auto add = [&](int64_t i) {
     Floats inputs[VECTORS];
     for (int v = 0; v < VECTORS; v++) inputs[v] = load<Floats>(x + v * apart + i * LANES);
     for (int o = 0; o < OUTPUTS; o++) {
-      const Floats weight = splat(weights[o * stride + i]);
+      const Floats weight = splat(weights.data[o * weights.stride + i]);
       for (int v = 0; v < VECTORS; v++) sums[o][v] += weight * inputs[v];
     }
   };
   int64_t i = 0;
-  for (; i + FETCHED <= part.depth; i += FETCHED) {
-    for (int o = 0; o < OUTPUTS; o++)
-      __builtin_prefetch(part.ahead + o * part.step + i / FETCHED * part.bytes, 0, 2);
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < FETCHED; n++) add(i + n);
-  }
+  if (part.ahead)
+    for (int o = 0; o < OUTPUTS; o++) {
+      const char* line = part.ahead + o * part.step;
+      for (const int64_t end = part.depth * (o + 1) / OUTPUTS; i + 2 <= end; i += 2, line += part.bytes * OUTPUTS / 8) {
+        __builtin_prefetch(line, 0, 2);
+        add(i), add(i + 1);
+      }
+    }
   for (; i < part.depth; i++) add(i);
-  float values[OUTPUTS][VECTORS * LANES];
-  __builtin_memcpy(values, sums, sizeof values);
-  const int64_t row = vector * LANES, count = least(VECTORS * LANES, p.rows - row);
-  float* out = p.out + row * p.outputs + output;
-  for (int64_t r = 0; r < count; r++, out += p.outputs)
-    for (int o = 0; o < OUTPUTS; o++)
-      out[o] = (part.from ? out[o] : p.bias ? p.bias[output + o] : 0.0f) + values[o][r];
+  __builtin_memcpy(out, sums, sizeof sums);
 }
 
+// Sums of a vector of rows, with `apart` between outputs, into the product.
+inline void put(const Product& p, const float* sums, int64_t apart, int64_t row, int64_t output, int64_t count,
+                bool adds) {
+  const int64_t number = p.rows - row;
+  for (int64_t o = 0; o < count; o += LANES, output += LANES) {
+    const int64_t rest = count - o;
+    Floats block[LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; n++) block[n] = load<Floats>(sums + (o + n) * apart);
+    transpose(block);
+    const Floats bias = p.bias ? load_some(p.bias + output, rest, 0.0f) : Floats{};
+    float* out = p.out + row * p.outputs + output;
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++)
+      if (r < number) {
+        float* own = out + r * p.outputs;
+        store_some(block[r] + (adds ? load_some(own, rest, 0.0f) : bias), rest, own);
+      }
+  }
+}
+
+// VECTORS vectors of rows times the outputs of a panel.
 template <int VECTORS>
-void tiles(const Product& p, const float* weights, int64_t stride, int64_t vector, int64_t output, int64_t count,
-           Part part) {
-  constexpr int OUTPUTS = WIDE / VECTORS;
+void tiles(const Product& p, Weights weights, int64_t vector, int64_t output, int64_t count, Part part) {
+  constexpr int OUTPUTS = TILE / VECTORS, APART = VECTORS * LANES;
+  alignas(64) float sums[WIDE * APART];
+  const float* x = p.columns + (vector * p.inputs + part.from) * LANES;
+  const int64_t apart = p.inputs * LANES;
+  const auto at = [&](int64_t o) {
+    Part own = part;
+    if (part.ahead) own.ahead += o * part.step;
+    return own;
+  };
+  const auto from = [&](int64_t o) { return Weights{weights.data + o * weights.stride, weights.stride}; };
+  const int64_t number = least(VECTORS * LANES, p.rows - vector * LANES), share = number * OUTPUTS / count + 1;
+  float* next = p.out + vector * LANES * p.outputs + output;  // of the rows that are fetched to put sums into
+  float* const end = next + number * p.outputs;
   int64_t o = 0;
-  for (; o + OUTPUTS <= count; o += OUTPUTS, weights += OUTPUTS * stride, part.ahead += OUTPUTS * part.step)
-    tile<VECTORS, OUTPUTS>(p, weights, stride, vector, output + o, part);
-  for (; o < count; o++, weights += stride, part.ahead += part.step)
-    tile<VECTORS, 1>(p, weights, stride, vector, output + o, part);
+  for (; o + OUTPUTS <= count; o += OUTPUTS) {
+    for (int64_t row = 0; row < share && next < end; row++, next += p.outputs)
+      for (int64_t i = 0; i < count; i += FETCHED) __builtin_prefetch(next + i, 1, 2);
+    tile<VECTORS, OUTPUTS>(x, apart, from(o), at(o), sums + o * APART);
+  }
+  if (o < count && count >= OUTPUTS) {  // the last ones again
+    o = count - OUTPUTS;
+    tile<VECTORS, OUTPUTS>(x, apart, from(o), at(o), sums + o * APART);
+  } else
+    for (; o < count; o++) tile<VECTORS, 1>(x, apart, from(o), at(o), sums + o * APART);
+  for (int v = 0; v < VECTORS; v++)
+    put(p, sums + v * LANES, APART, (vector + v) * LANES, output, count, part.from > 0);
 }
 
-// Rows in columns, and those that are left over. weights_of(output, count, part, panel) has the weights of some outputs,
-// in `panel` if they are no float32, and sets what is fetched for the next ones. unit: inputs in whose multiples they are.
+// A block of rows in columns, and those that are left over. weights_of(output, count, part, panel) has the weights of
+// some outputs, in `panel` if they are no float32, and sets what is fetched for the next ones, with the first vectors.
+// unit: inputs in whose multiples they are.
 template <typename WeightsOf>
 void many(const Product& p, int64_t first, int64_t last, int64_t unit, const WeightsOf& weights_of) {
   alignas(64) float panel[WIDE * WIDE_STRIDE];
-  const int64_t vectors = p.columns ? vectors_of(p.rows, LANES) : 0, parts = (p.inputs + SHALLOW - 1) / SHALLOW;
-  const int64_t each = ((p.inputs + parts - 1) / parts + unit - 1) / unit * unit;
-  for (int64_t begin = 0; begin == 0 || begin < vectors; begin += TOGETHER) {
-    const int64_t end = least(begin + TOGETHER, vectors);
-    for (Part part{0, 0}; part.from < p.inputs; part.from += each) {
-      part.depth = least(each, p.inputs - part.from);
-      for (int64_t output = first; output < last; output += WIDE) {
-        const int64_t count = least(WIDE, last - output);
-        const Weights own = weights_of(output, count, part, panel);
-        for (int64_t v = begin; v < end;) {
-          const int64_t left = end - v, taken = left == 4 ? 2 : least(3, left);
-          if (taken == 3) tiles<3>(p, own.data, own.stride, v, output, count, part);
-          else if (taken == 2) tiles<2>(p, own.data, own.stride, v, output, count, part);
-          else tiles<1>(p, own.data, own.stride, v, output, count, part);
-          v += taken;
-        }
-        if (end < vectors) continue;
-        for (int64_t row = vectors * LANES; row < p.rows; row += MOST)
-          for (int64_t o = 0; o < count; o += PANEL)
-            rows<float, MOST>(least(MOST, p.rows - row), p, own.data + o * own.stride, own.stride, row, output + o,
-                              least(PANEL, count - o), {part.from, part.depth, part.ahead, 0});
+  const int64_t vectors = p.columns ? vectors_of(p.rows, LANES) : 0, wide = vectors ? WIDE : PANEL;
+  const int64_t each = parts_of(parts_of(p.inputs, parts_of(p.inputs, SHALLOW)), unit) * unit;
+  for (Part part{0, 0}; part.from < p.inputs; part.from += each) {
+    part.depth = least(each, p.inputs - part.from);
+    for (int64_t output = first; output < last; output += wide) {
+      const int64_t count = least(wide, last - output);
+      const Weights own = weights_of(output, count, part, panel);
+      for (int64_t v = 0; v < vectors; part.ahead = nullptr) {
+        const int64_t left = vectors - v, taken = left == 4 ? 2 : least(3, left);
+        if (taken == 3) tiles<3>(p, own, v, output, count, part);
+        else if (taken == 2) tiles<2>(p, own, v, output, count, part);
+        else tiles<1>(p, own, v, output, count, part);
+        v += taken;
       }
+      for (int64_t row = vectors * LANES; row < p.rows; row += MOST)
+        for (int64_t o = 0; o < count; o += PANEL)
+          rows<float, MOST>(least(MOST, p.rows - row), p, own.data + o * own.stride, own.stride, row, output + o,
+                            least(PANEL, count - o), {part.from, part.depth, reinterpret_cast<const char*>(own.data)});
     }
+  }
+}
+
+// Have compute(block, first, last) compute the outputs of each block of rows that some items are of.
+template <typename Task, typename Compute>
+void by_blocks(const Task& p, int64_t first, int64_t last, const Compute& compute) {
+  for (int64_t item = first, end; item < last; item = end) {
+    const int64_t block = item / p.panels(), begin = block * p.panels(), row = block * p.block();
+    end = least(last, begin + p.panels());
+    Task own = p;
+    own.take(row, least(p.block(), p.rows - row));
+    compute(own, (item - begin) * p.OUTPUTS, least((end - begin) * p.OUTPUTS, p.outputs));
   }
 }
 

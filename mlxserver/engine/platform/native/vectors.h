@@ -4,7 +4,9 @@
 // Rule: everything here is in an unnamed namespace. Of an inline function with a linker's name one copy would be kept,
 //       which may be the one for another instruction set.
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 // Name of a kernel of the instruction set LEVEL.
 #define JOINED(kernel, level) kernel##_##level
@@ -121,6 +123,22 @@ inline void store_some(Floats values, int64_t count, float* to) {
     __builtin_memcpy(to, &values, sizeof values);
   else
     __builtin_memcpy(to, &values, 4 * count);
+}
+
+template <int STEP, size_t... LANE>
+inline void exchange(Floats& a, Floats& b, std::index_sequence<LANE...>) {
+  const Floats low = __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE - STEP : LANE)...);
+  b = __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE : LANE + STEP)...);
+  a = low;
+}
+
+// Lane l of vector v becomes lane v of vector l: of squares, from the largest to the smallest, the corners are exchanged.
+template <int STEP = LANES / 2>
+inline void transpose(Floats (&vectors)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++)
+    if (!(i & STEP)) exchange<STEP>(vectors[i], vectors[i + STEP], std::make_index_sequence<LANES>());
+  if constexpr (STEP > 1) transpose<STEP / 2>(vectors);
 }
 
 inline float most(Floats v) {
