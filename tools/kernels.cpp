@@ -321,15 +321,69 @@ void compare(Comparison& comparison, Task task, Kernel<Task> kernel, const std::
       [&](int64_t i) { return exact[i]; });
 }
 
+// Random keys or values of sequences and groups, as a cache has them, and in float32. They are quantized here.
+struct Cached {
+  std::vector<uint32_t> words;
+  Values scales, biases, exact;
+  Stored stored;
+
+  Cached(int64_t batch, int64_t groups, int64_t tokens, int64_t dim, int bits, int group)
+      : exact(random_values(batch * groups * tokens * dim)), stored{bits, group, {}, {}, {}} {
+    const auto part = [&](const void* data, int64_t width) {
+      return Stored::Part{data, {groups * tokens * width, tokens * width}};
+    };
+    if (bits == 32) {
+      stored.values = part(exact.data(), dim);
+      return;
+    }
+    const int64_t count = exact.size() / group;
+    words.resize(exact.size() * bits / 32), scales.resize(count), biases.resize(count);
+    in_two(Quantization{exact.data(), words.data(), scales.data(), biases.data(), count, bits, group}, KERNEL(quantize));
+    for (size_t i = 0; i < exact.size(); i++)
+      exact[i] = scales[i / group] * float(words[i * bits / 32] >> i * bits % 32 & ((1u << bits) - 1)) + biases[i / group];
+    stored.values = part(words.data(), dim * bits / 32);
+    stored.scales = part(scales.data(), dim / group), stored.biases = part(biases.data(), dim / group);
+  }
+};
+
+void check_quantize() {
+  Comparison comparison("quantize");
+  for (int bits : {4, 8})
+    for (int group : {32, 64, 128})
+      for (float shift : {-5.0f, 0.0f, 5.0f}) {
+        const int64_t groups = 7;
+        Values x = random_values(groups * group), scales(groups), biases(groups);
+        for (float& value : x) value += shift;
+        std::fill_n(x.begin(), group, 0.0f);
+        std::vector<uint32_t> words(x.size() * bits / 32);
+        const Quantization task{x.data(), words.data(), scales.data(), biases.data(), groups, bits, group};
+        in_two(task, KERNEL(quantize));
+        for (int64_t n = 0; n < groups; n++) {  // no value is farther than a step from its own
+          const double step = std::max(std::fabs(double(scales[n])), 1e-7);
+          comparison.add(
+              group,
+              [&](float* out) {
+                for (int64_t i = 0; i < group; i++) {
+                  const int64_t at = n * group + i;
+                  const uint32_t code = words[at * bits / 32] >> at * bits % 32 & ((1u << bits) - 1);
+                  const double own = double(scales[n]) * code + biases[n];
+                  out[i] = float(std::max(0.0, std::fabs(own - x[at]) / step - 1.01));
+                }
+              },
+              [&](int64_t) { return 0.0; });
+        }
+      }
+}
+
 void check_attention(Comparison& comparison, int64_t heads, int64_t length, int64_t tokens, int64_t dim, bool is_masked,
-                     bool is_causal) {
-  const int64_t batch = 2, groups = 2, rows = heads * length, value_dim = dim + 5, all = batch * groups;
-  const Values q = random_values(all * rows * dim), keys = random_values(all * tokens * dim);
-  const Values values = random_values(all * tokens * value_dim), mask = random_values(batch * length * tokens);
-  Attention task{q.data(), keys.data(), values.data(), is_masked ? mask.data() : nullptr, nullptr, nullptr,
-                 batch, groups, rows, tokens, dim, value_dim,
-                 {groups * tokens * dim, tokens * dim}, {groups * tokens * value_dim, tokens * value_dim},
-                 length * tokens, length, 0.3f, is_causal};
+                     bool is_causal, int bits = 32, int group = 0) {
+  const int64_t batch = 2, groups = 2, rows = heads * length, all = batch * groups;
+  const int64_t value_dim = bits == 32 ? dim + 5 : dim + group;
+  const Cached held_keys(batch, groups, tokens, dim, bits, group), held(batch, groups, tokens, value_dim, bits, group);
+  const Values q = random_values(all * rows * dim), &keys = held_keys.exact, &values = held.exact;
+  const Values mask = random_values(batch * length * tokens);
+  Attention task{q.data(), held_keys.stored, held.stored, is_masked ? mask.data() : nullptr, nullptr, nullptr,
+                 batch, groups, rows, tokens, dim, value_dim, length * tokens, length, 0.3f, is_causal};
   Values partial(all * task.segments() * rows * task.partial_width());
   if (task.segments() > 1) task.partial = partial.data();
   std::vector<double> exact;
@@ -359,6 +413,16 @@ void check_attention() {
           for (bool is_masked : {false, true})
             for (bool is_causal : {false, true})
               check_attention(comparison, heads, length, tokens, dim, is_masked, is_causal);
+}
+
+void check_quantized_attention() {
+  Comparison comparison("to quants");
+  for (int bits : {4, 8})
+    for (int group : {32, 64, 128})
+      for (int64_t heads : {1, 3})
+        for (int64_t length : {1, 9})
+          for (int64_t tokens : {17, 64, 1100})
+            check_attention(comparison, heads, length, tokens, 128, length > 1, length == 1, bits, group);
 }
 
 void check_block_attention(Comparison& comparison, int64_t length, int64_t tokens, int64_t dim, int64_t value_dim,
@@ -553,6 +617,8 @@ int main() {
   check_gate();
   check_rotation();
   check_attention();
+  check_quantize();
+  check_quantized_attention();
   check_block_attention();
   check_draw();
   check_penalty();

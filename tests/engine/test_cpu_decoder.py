@@ -115,8 +115,23 @@ def test_many_tokens_of_a_sequence_are_computed_by_the_layers_own_code(counting)
     assert counting.layers == 5 * len(model.layers)
 
 
-def test_a_quantised_kv_cache_is_left_to_the_layers_own_code(counting):
-    model = made(llama, {"num_attention_heads": 2, "head_dim": 32}, FORMATS["float32"])
+@pytest.mark.parametrize("kv", [KVFormat(8, 32), KVFormat(4, 64)], ids=str)
+@pytest.mark.parametrize("lengths", [[70], [5, 300, 6, 700, 40]], ids=str)
+def test_logits_with_a_quantised_kv_cache_are_those_of_the_layers_own_code(kv, lengths, counting, monkeypatch):
+    model = made(llama, {"num_attention_heads": 4, "head_dim": 64}, FORMATS["float32"])
+    quantize_kv(model, kv)
+    logits = steps(model, lengths)
+    assert counting.layers == 6 * len(model.layers)
+    counting.layers = 0
+    expected = computed_by_their_own_code(monkeypatch, model, lengths)
+    assert not counting.layers
+    if len(lengths) == 1:
+        assert all(map(mx.array_equal, logits, expected))
+    assert all(mx.allclose(one, other, rtol=1e-5, atol=2e-6) for one, other in zip(logits, expected, strict=True))
+
+
+def test_quantised_keys_that_are_too_wide_for_the_kernel_are_left_to_the_layers_own_code(counting):
+    model = made(llama, {"num_attention_heads": 4, "head_dim": 320}, FORMATS["float32"])
     quantize_kv(model, KVFormat(8, 32))
     steps(model, [5, 40])
     assert not counting.layers
@@ -149,6 +164,25 @@ def test_steps_that_are_prepared_ahead_write_in_place(layers, is_used):
         tokens = coming
     mx.eval(tokens)
     assert mx.get_peak_memory() - before < slots
+
+
+def test_steps_that_are_prepared_ahead_write_to_quantised_slots_in_place():
+    model = made(llama, {"num_hidden_layers": cpu_decoder._LEAST, "head_dim": 32}, FORMATS["float32"])
+    quantize_kv(model, KVFormat(8, 32))
+    batch = SlotCache(model)
+    batch.join([filled(model, 5), filled(model, 6)])
+    batch.make_room(8000)
+    tokens = mx.zeros((2,), dtype=mx.uint32)
+    mx.eval(batch.advance(tokens))
+    mx.reset_peak_memory()
+    before, words = mx.get_active_memory(), 2 * 2 * 32 * 8000
+    for _ in range(30):
+        coming = mx.argmax(batch.advance(tokens), axis=-1).astype(mx.uint32)
+        mx.async_eval(coming)
+        mx.eval(tokens)
+        tokens = coming
+    mx.eval(tokens)
+    assert mx.get_peak_memory() - before < words
 
 
 class Doubled(nn.Module):

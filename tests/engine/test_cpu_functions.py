@@ -115,6 +115,36 @@ def test_attention_of_few_tokens(level, heads, groups, length, tokens):
         assert_attends(native().attend(q, keys, values, 0.3, None, True, level), expected)
 
 
+FORMATS = [(4, 32), (4, 128), (8, 64)]
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_values_are_quantized_bit_for_bit_as_mlx_does(level, bits, group, shift):
+    x = mx.concatenate(
+        [random(2, 3, 40, 128) + shift, mx.zeros((2, 3, 1, 128)), mx.full((2, 3, 1, 128), shift)], axis=2
+    )
+    for own in (x, x[:, :, ::2], x * 1e-9, x * 1e9):
+        ours, theirs = native().quantize(own, group, bits, level), mx.quantize(own, group_size=group, bits=bits)
+        assert all(map(mx.array_equal, ours, theirs))
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (1, 300), (3, 1100), (30, 70)])
+def test_attention_to_quantized_keys_and_values(level, bits, group, length, tokens):
+    q, held = random(2, 6, length, 128), []
+    for dim in (128, 256):
+        parts = mx.quantize(random(3, 2, 1200, dim), group_size=group, bits=bits)
+        held.append(tuple(part[:2, :, :tokens] for part in parts))
+    keys, values = (mx.dequantize(*parts, group_size=group, bits=bits) for parts in held)
+    mask = mx.where(mx.arange(tokens) <= mx.arange(length)[:, None], 0.0, -1e30)[None, None]
+    for own, is_causal in ((None, False), (mask, False), (None, length <= tokens)):
+        expected = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.1, mask="causal" if is_causal else own)
+        assert_attends(native().attend(q, *held, 0.1, own, is_causal, level), expected)
+
+
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("tokens", [40, 512, 700])
 def test_a_sequence_has_the_same_attention_beside_others_and_with_hidden_tokens_behind_its_own(level, tokens):
@@ -198,9 +228,16 @@ def test_keys_of_any_strides():
 
 def test_shapes_that_do_not_fit_are_refused():
     q, keys = random(1, 3, 1, 16), random(1, 2, 5, 16)
+    held, wide = (native().quantize(random(1, 2, 5, dim), 32, 8) for dim in (32, 320))
     for call in (
         lambda: native().attend(q, keys, keys, 1.0),
         lambda: native().attend(q[:, :2], keys, keys, 1.0, mx.zeros((1, 1, 1, 4))),
+        lambda: native().attend(random(1, 2, 1, 32), held, keys, 1.0),
+        lambda: native().attend(random(1, 2, 1, 64), held, held, 1.0),
+        lambda: native().attend(random(1, 2, 1, 32), held, (*held[:2], held[2][:, :, :4]), 1.0),
+        lambda: native().attend(random(1, 2, 1, 320), wide, wide, 1.0),
+        lambda: native().quantize(keys, 32, 8),
+        lambda: native().quantize(random(4, 32), 32, 3),
         lambda: native().attend_in_blocks(q, keys, keys, 1.0),
         lambda: native().attend_in_blocks(q[:, :2], keys, keys, 1.0, mx.zeros((1, 1, 1, 1))),
         lambda: native().rms_norm(q, mx.ones(15), 1e-5),

@@ -4,8 +4,9 @@ A layer's keys, or values, are then a tuple of three arrays: packed words, scale
 each. Their format follows from their shapes and the dimension of the vectors that are written to them.
 
 Rule 1: everything but attention moves these arrays as it does plain ones, along the axes of sequences and tokens.
-Rule 2: a decode step reads them as they are. Of a chunk each layer is dequantised first: MLX's quantised products take
-        four to eight times as long there on a CPU, and would write the scores out on a GPU.
+Rule 2: a decode step reads them as they are, on a CPU in a native kernel where that is built (cpu_attention.py). Of a
+        chunk each layer is dequantised first: MLX's quantised products take four to eight times as long there on a CPU,
+        and would write the scores out on a GPU.
 Rule 3: what MLX quantises or multiplies is contiguous: on CUDA it has no products of other arrays.
 """
 
@@ -18,6 +19,9 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, QuantizedKVCache
+
+from mlxserver.engine.platform.native.extension import native
+from mlxserver.engine.platform.native.formats import has_kernel
 
 Quantized = tuple[mx.array, mx.array, mx.array]  # words, scales, biases
 Stored = mx.array | Quantized
@@ -145,7 +149,9 @@ def as_stored(array: mx.array, stored: Stored) -> Stored:
 
 def quantize(array: mx.array, kv: KVFormat) -> Quantized:
     """Quantised keys or values, [batch, heads, tokens, dim]."""
-    words, scales, biases = mx.quantize(mx.contiguous(array), kv.group_size, kv.bits)
+    kernels, has_own = native(), array.dtype == mx.float32 and has_kernel("affine", kv.bits, kv.group_size)
+    quantize = kernels.quantize if kernels and has_own else mx.quantize
+    words, scales, biases = quantize(mx.contiguous(array), kv.group_size, kv.bits)
     return words, scales, biases
 
 

@@ -23,7 +23,7 @@ from mlx_lm.models import base
 from mlxserver.engine.kv_cache import attention_shapes, quantized
 from mlxserver.engine.kv_cache.quantized import arrays_of
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow, slot_layers
-from mlxserver.engine.platform import cuda_attention
+from mlxserver.engine.platform import cpu_attention, cuda_attention
 
 _attention = base.scaled_dot_product_attention
 
@@ -113,6 +113,9 @@ def _attention_of_class(
     queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None
 ) -> mx.array:
     if isinstance(keys, tuple):
+        attended = cpu_attention.of_few_tokens(queries, keys, values, scale, mask) if sinks is None else None
+        if attended is not None:
+            return attended
         if sinks is None and quantized.can_decode(queries):
             return quantized.decode_attention(queries, keys, values, scale, mask)
         kv = quantized.format_of(queries, keys)

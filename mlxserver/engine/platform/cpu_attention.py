@@ -17,6 +17,7 @@ from mlxserver.engine.platform import cpu_matmul
 from mlxserver.engine.platform.attention_memory import SCORES_AT_ONCE
 from mlxserver.engine.platform.cpu_kernels import FEW, exp_of_difference, once_per_step
 from mlxserver.engine.platform.native.extension import native
+from mlxserver.engine.platform.native.formats import has_kernel as has_format
 
 _FEW = 16  # tokens of a sequence whose attention is faster without blocks of keys
 MOST_WITHOUT_BLOCKS = 64  # tokens of a sequence whose attention is faster so if keys are too wide for blocks
@@ -78,27 +79,68 @@ def attention(
     return _by_products(q, k, v, scale, mask)
 
 
+def has_kernel(keys: Any, values: Any, dim: int) -> bool:
+    """Whether the native kernels read keys of so many dimensions, and values, in the form in which a cache has them:
+    arrays of float32, or tuples of words, scales and biases.
+    """
+    if native() is None:
+        return False
+    if not isinstance(keys, tuple):
+        return bool(keys.dtype == values.dtype == mx.float32)
+    bits = 32 * keys[0].shape[-1] // dim
+    return all(_is_known(stored, bits) for stored in (keys, values))
+
+
+def _is_known(stored: tuple[mx.array, mx.array, mx.array], bits: int) -> bool:
+    words, scales, _ = stored
+    dim = 32 * words.shape[-1] // bits
+    is_known = scales.dtype == mx.float32 and has_format("affine", bits, dim // scales.shape[-1])
+    return is_known and dim <= native().MOST_QUANTIZED_DIM
+
+
+def of_few_tokens(q: mx.array, keys: Any, values: Any, scale: float, mask: Any) -> mx.array | None:
+    """Attention of a few tokens per sequence, [B, heads, L, dim], to keys and values that has_kernel() may know;
+    None where it has no kernel.
+    """
+    length, total = q.shape[2], (keys[0] if isinstance(keys, tuple) else keys).shape[2]
+    if q.dtype != mx.float32 or length >= _FEW or not has_kernel(keys, values, q.shape[3]):
+        return None
+    hidden = _hidden(mask, length, total)
+    if hidden is not None and (hidden.dtype != mx.float32 or hidden.shape[-1] != total or hidden.shape[1] > 1):
+        return None
+    return _attended(q, keys, values, scale, hidden, isinstance(mask, str))
+
+
+def _hidden(mask: Any, length: int, total: int) -> mx.array | None:
+    """The addends of a mask that is an array, in four dimensions."""
+    if not isinstance(mask, mx.array):
+        return None
+    hidden: mx.array = _additive_of_step(mask, length, total)
+    return hidden.reshape(*[1] * (4 - hidden.ndim), *hidden.shape)
+
+
+def _attended(q: mx.array, keys: Any, values: Any, scale: float, hidden: mx.array | None, is_causal: bool) -> mx.array:
+    if hidden is not None:
+        hidden = mx.broadcast_to(hidden, (hidden.shape[0], 1, q.shape[2], hidden.shape[3]))
+    attended: mx.array = native().attend(q, keys, values, scale, hidden, is_causal)
+    return attended
+
+
 def _by_native_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array | None:
     """Attention in one operation; None where it has no kernel."""
     kernels = native()
     if kernels is None or not k.dtype == v.dtype == mx.float32:
         return None
     length, total = q.shape[2], k.shape[2]
-    hidden = _additive_of_step(mask, length, total) if isinstance(mask, mx.array) else None
-    if hidden is not None:
-        if hidden.dtype != mx.float32 or hidden.shape[-1] != total:
-            return None
-        hidden = hidden.reshape(*[1] * (4 - hidden.ndim), *hidden.shape)
-    attended: mx.array
+    hidden = _hidden(mask, length, total)
+    if hidden is not None and (hidden.dtype != mx.float32 or hidden.shape[-1] != total):
+        return None
     if length >= _FEW and max(q.shape[3], v.shape[3]) <= kernels.MOST_DIM:
-        attended = kernels.attend_in_blocks(q, k, v, scale, hidden, isinstance(mask, str))
+        attended: mx.array = kernels.attend_in_blocks(q, k, v, scale, hidden, isinstance(mask, str))
         return attended
     if length > MOST_WITHOUT_BLOCKS or (hidden is not None and hidden.shape[1] > 1):
         return None
-    if hidden is not None:
-        hidden = mx.broadcast_to(hidden, (hidden.shape[0], 1, length, total))
-    attended = kernels.attend(q, k, v, scale, hidden, isinstance(mask, str))
-    return attended
+    return _attended(q, k, v, scale, hidden, isinstance(mask, str))
 
 
 def _by_products(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) -> mx.array:

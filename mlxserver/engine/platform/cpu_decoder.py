@@ -2,7 +2,7 @@
 
 A step of one sequence of SmolLM2 is nine hundred operations, on which MLX and Python spend a third of its time. A layer
 of the form that Llama, Mistral, Qwen 2 and Qwen 3 share is four here: what leads to its attention, the writing of keys
-and of values, and the rest. Its numbers are those of the operations that it replaces.
+and of values (of words, scales and biases of each, in a quantised cache), and the rest. Its numbers are those of the operations that it replaces.
 
 Rule: a layer is known by its code, which is that of mlx-lm's llama or qwen3, and computes so where each part is of a
       class that has a native kernel, for a few tokens of sequences in slots. All else is left to its own code.
@@ -20,7 +20,7 @@ from mlxserver.engine.mlx import mx
 import mlx.nn as nn
 from mlx_lm.models import llama, qwen3, rope_utils
 
-from mlxserver.engine.platform import cpu_kernels, cpu_layers, cpu_stored
+from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_layers, cpu_stored
 from mlxserver.engine.platform.native.extension import native
 
 _MOST = 8  # tokens of a sequence that are computed so
@@ -46,7 +46,8 @@ class _Layer:
         classes = _classes(cache) if is_wide and x.shape[1] <= _MOST else ()
         linears = _linears(self) if classes else []
         dim = linears[1][3][0].shape[0] // attention.n_kv_heads if linears else 0
-        turns = _turns(attention.rope, cache.offset, x.shape[1], dim) if linears else None
+        has_kernel = linears and all(cpu_attention.has_kernel(own.keys, own.values, dim) for own in classes)
+        turns = _turns(attention.rope, cache.offset, x.shape[1], dim) if has_kernel else None
         if not turns:
             return cast(mx.array, super().__call__(x, mask, cache))  # type: ignore[misc]
         slots = [(own.keys, own.values, own.offset, own.offset.shape[0]) for own in classes]
@@ -105,9 +106,9 @@ def _is_same(own: type, known: type) -> bool:
 
 
 def _classes(cache: Any) -> Sequence[Any]:
-    """The cache's capacity classes; none if it is of another kind, or its keys are not float32."""
+    """The cache's capacity classes; none if it is of another kind."""
     classes: Sequence[Any] = getattr(cache, "classes", ())
-    return classes if all(own.is_causal and _is_wide(own.keys) for own in classes) else ()
+    return classes if all(own.is_causal for own in classes) else ()
 
 
 def _is_wide(array: Any) -> bool:

@@ -2,12 +2,13 @@
 // a vector.
 //
 // Its time is that of reading keys and values, so that those of a long sequence are cut into segments, which threads
-// share, and are fetched while others are computed with. A segment has the largest score, the sum of the weights, which
+// share, and are fetched while others are computed with. Quantized ones are dequantized block by block. A segment has the largest score, the sum of the weights, which
 // are exponentials of differences from it, and the weighted sum of the values; what was weighed before a larger score is
 // scaled down (Milakov and Gimelshein 2018, online softmax; Dao et al. 2023, Flash-Decoding).
 // Rule 1: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
 // Rule 2: where segments begin depends on nothing but the token's number: results are the same on any number of threads,
 //         and beside any other sequences.
+#include "affine.h"
 #include "tiles.h"
 
 namespace {
@@ -27,21 +28,67 @@ struct Queries {
   float largest[Attention::ROWS];
   Floats sums[Attention::ROWS];
   alignas(64) float scores[Attention::ROWS * TOKENS];
+  alignas(64) float wide[Attention::MOST_DIM * TOKENS];  // a block's keys, and then its values, if they are quantized
 };
 
-// Values of a block's tokens, and the next keys, of which some are fetched per token.
+// What is fetched, so much per token, while others are computed with.
+struct Ahead {
+  const float* from;
+  int64_t each;
+};
+
+// Keys or values of a group.
+struct Cached {
+  const char *values, *scales, *biases;
+  int bits, group;
+  int64_t dim;
+
+  Cached(const Stored& all, int64_t batch, int64_t number, int64_t dim)
+      : values(at(all.values, batch, number)), scales(at(all.scales, batch, number)),
+        biases(at(all.biases, batch, number)), bits(all.bits), group(all.group), dim(dim) {}
+
+  // Those of a token and of the next ones, as they are.
+  Ahead ahead(int64_t token) const {
+    const int64_t each = dim * bits / 32;
+    return {reinterpret_cast<const float*>(values) + token * each, each};
+  }
+
+  // Those of some tokens, where they are or in `room`.
+  const float* wide(int64_t token, int64_t count, float* room) const {
+    if (bits == 32) return ahead(token).from;
+    if (bits == 4) dequantize<4>(token, count, room);
+    else dequantize<8>(token, count, room);
+    return room;
+  }
+
+ private:
+  static const char* at(const Stored::Part& part, int64_t batch, int64_t number) {
+    return static_cast<const char*>(part.data) + 4 * (batch * part.strides[0] + number * part.strides[1]);
+  }
+
+  template <int BITS>
+  void dequantize(int64_t token, int64_t count, float* room) const {
+    const int64_t groups = dim / group, first = token * groups;
+    ::dequantize<BITS>(reinterpret_cast<const uint32_t*>(ahead(token).from),
+                       reinterpret_cast<const float*>(scales) + first, reinterpret_cast<const float*>(biases) + first,
+                       count * groups, group, room);
+  }
+};
+
+// Values of a block's tokens.
 struct Values {
-  const float *values, *ahead;
-  int64_t count, dim, fetched;
+  const float* values;
+  int64_t count, dim;
+  Ahead ahead;
 };
 
 // The scores of a block's tokens.
-void score(const Attention& p, const float* keys, const Values& block, Queries& queries) {
+void score(const Attention& p, const float* keys, int64_t tokens, const Ahead& ahead, Queries& queries) {
   const Product product{queries.q, nullptr, nullptr, queries.scores, queries.count, p.dim, TOKENS};
-  for (int64_t t = 0; t < block.count; t += PANEL) {
-    const int64_t count = least(PANEL, block.count - t);
+  for (int64_t t = 0; t < tokens; t += PANEL) {
+    const int64_t count = least(PANEL, tokens - t);
     const float* own = keys + t * p.dim;
-    fetch(block.values + t * p.value_dim, count * p.value_dim);
+    fetch(ahead.from + t * ahead.each, count * ahead.each);
     for (int64_t row = 0; row < queries.count; row += MOST)
       rows<float, MOST>(least(MOST, queries.count - row), product, own, p.dim, row, t, count,
                         {0, p.dim, reinterpret_cast<const char*>(own)});
@@ -81,8 +128,8 @@ void weigh(const Values& block, const float* weights, const float* shares, int64
   Floats totals[ROWS][VECTORS];
   for (int r = 0; r < ROWS; r++)
     for (int n = 0; n < VECTORS; n++) totals[r][n] = load<Floats>(out + r * apart + d + n * LANES) * shares[r];
-  const float *values = block.values + d, *ahead = block.ahead;
-  const int64_t fetched = d ? 0 : block.fetched;
+  const float *values = block.values + d, *ahead = block.ahead.from;
+  const int64_t fetched = d ? 0 : block.ahead.each;
   for (int64_t t = 0; t < block.count; t++, values += block.dim, ahead += fetched) {
     fetch(ahead, fetched);
     Floats own[VECTORS];
@@ -111,17 +158,17 @@ void weigh(int64_t count, const Values& block, const float* weights, const float
 }
 
 // Attention to the tokens from `begin` to before `end`.
-void attend(const Attention& p, const float* keys, const float* values, int64_t begin, int64_t end, Queries& queries) {
+void attend(const Attention& p, const Cached& keys, const Cached& values, int64_t begin, int64_t end, Queries& queries) {
   for (int64_t row = 0; row < queries.count; row++) {
     queries.largest[row] = LOWEST, queries.sums[row] = Floats{};
     for (int64_t d = 0; d < p.value_dim; d++) queries.totals[row * queries.apart + d] = 0.0f;
   }
   for (int64_t token = begin; token < end; token += TOKENS) {
     const int64_t count = least(TOKENS, end - token);
-    Values block{values + token * p.value_dim, keys + (token + count) * p.dim, count, p.value_dim,
-                 token + count < end ? p.dim : 0};
-    score(p, keys + token * p.dim, block, queries);
-    for (int64_t row = 0; row < queries.count; row += MOST, block.fetched = 0) {
+    score(p, keys.wide(token, count, queries.wide), count, values.ahead(token), queries);
+    Values block{values.wide(token, count, queries.wide), count, p.value_dim, keys.ahead(token + count)};
+    if (token + count == end) block.ahead.each = 0;
+    for (int64_t row = 0; row < queries.count; row += MOST, block.ahead.each = 0) {
       const int64_t taken = least(MOST, queries.count - row);
       float shares[MOST];
       for (int64_t r = 0; r < taken; r++) shares[r] = soften(p, token, count, row + r, queries);
@@ -145,8 +192,7 @@ void attention(const Attention& p, int64_t first, int64_t last) {
     queries.apart = is_whole ? p.value_dim : p.partial_width();
     queries.totals = is_whole ? p.out + (all * p.rows + queries.begin) * p.value_dim
                            : p.partial + ((all * p.segments() + segment) * p.rows + queries.begin) * p.partial_width();
-    attend(p, p.keys + batch * p.key_strides[0] + group * p.key_strides[1],
-           p.values + batch * p.value_strides[0] + group * p.value_strides[1], segment * p.SEGMENT,
+    attend(p, Cached(p.keys, batch, group, p.dim), Cached(p.values, batch, group, p.value_dim), segment * p.SEGMENT,
            least(queries.tokens, (segment + 1) * p.SEGMENT), queries);
     for (int64_t row = 0; row < queries.count; row++) {
       float* own = queries.totals + row * queries.apart;

@@ -2,12 +2,11 @@
 // writing of keys and values, and the rest. A step of one sequence has some nine hundred small operations otherwise, and
 // MLX spends on them a third of its time.
 #include "product_tasks.h"
+#include "stored.h"
 
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
-#include <tuple>
 
 namespace {
 
@@ -17,15 +16,23 @@ using Encoder = mx::cpu::CommandEncoder;
 // Sizes of a layer's attention, and of the rows that it computes.
 struct Sizes {
   int64_t heads, groups, dim, batch, length;
+  StoredFormat format;  // of keys and values
 
   int64_t rows() const { return batch * length; }
   int64_t query() const { return heads * dim; }
   int64_t key() const { return groups * dim; }
   // Of what leads to the attention: queries [batch, heads, length, dim], keys [batch, groups, length, dim] and values
-  // [batch, length, groups, dim], one behind the other.
+  // [batch, length, groups, dim], one behind the other; if they are quantized, then the words of keys and of values, their
+  // scales and their biases.
   int64_t keys_at() const { return rows() * query(); }
   int64_t values_at() const { return keys_at() + rows() * key(); }
-  int64_t size() const { return values_at() + rows() * key(); }
+  int64_t width(int64_t part) const { return part ? dim / format.group : dim * format.bits / 32; }
+  int64_t part_at(int64_t part, bool is_value) const {
+    int64_t at = format.is_quantized() ? values_at() + rows() * key() : keys_at();
+    for (int64_t n = 0; n < part; n++) at += 2 * rows() * groups * width(n);
+    return is_value ? at + rows() * groups * width(part) : at;
+  }
+  int64_t size() const { return part_at(format.arrays(), false); }
 };
 
 // A linear layer: bits of its weights, 0 if they are floats; their group; whether it has a bias; and its arrays.
@@ -103,11 +110,17 @@ class AttentionInputs : public PureOperation {
                            out.data<float>() + (n ? s.keys_at() : 0), s.batch, heads, s.length, s.dim,
                            {s.length * heads * s.dim, s.dim, heads * s.dim}, angles});
     }
+    const auto part = [&](int64_t n) { return out.data<float>() + s.part_at(n, false); };
+    Quantization quantization{};
+    if (s.format.is_quantized())
+      quantization = {out.data<float>() + s.keys_at(), reinterpret_cast<uint32_t*>(part(0)), part(1), part(2),
+                      2 * s.rows() * s.key() / s.format.group, s.format.bits, s.format.group};
     encoder.dispatch([=, level = level_]() mutable {
       compute(norm, level.norm);
       compute_products(products, arranging, arranged, level);
       for (const Norm& own : norms) compute(own, level.norm);
       for (const Rotation& own : rotations) compute(own, level.rotation);
+      if (quantization.groups) compute(quantization, level.quantize);
     });
   }
 
@@ -119,11 +132,11 @@ class AttentionInputs : public PureOperation {
   Level level_;
 };
 
-// Keys or values of a class's slots, [slots, groups, capacity, dim], with those of its rows behind their offsets.
+// An array of a class's slots, [slots, groups, capacity, width], with what belongs to its rows behind their offsets.
 class SlotWrite : public PureOperation {
  public:
-  SlotWrite(const Sizes& sizes, int64_t first, int64_t batch, bool is_value)
-      : sizes_(sizes), first_(first), batch_(batch), is_value_(is_value) {}
+  SlotWrite(const Sizes& sizes, int64_t part, int64_t first, int64_t batch, bool is_value)
+      : sizes_(sizes), part_(part), first_(first), batch_(batch), is_value_(is_value) {}
   const char* name() const override { return "NativeSlotWrite"; }
 
   // inputs: slots, what AttentionInputs has, offsets.
@@ -137,9 +150,9 @@ class SlotWrite : public PureOperation {
       before = in_rows(slots, encoder).data<float>();
     }
     const int64_t capacity = slots.shape(2), count = slots.size();
-    const float* from = inputs[1].data<float>() + (is_value_ ? sizes_.values_at() : sizes_.keys_at());
-    encoder.dispatch([=, s = sizes_, first = first_, batch = batch_, is_value = is_value_, to = out.data<float>(),
-                      offsets = inputs[2].data<int32_t>()] {
+    const float* from = inputs[1].data<float>() + sizes_.part_at(part_, is_value_);
+    encoder.dispatch([=, s = sizes_, width = sizes_.width(part_), first = first_, batch = batch_, is_value = is_value_,
+                      to = out.data<float>(), offsets = inputs[2].data<int32_t>()] {
       if (before) std::memcpy(to, before, count * sizeof(float));
       for (int64_t b = 0; b < batch; b++)
         for (int64_t g = 0; g < s.groups; g++)
@@ -147,14 +160,14 @@ class SlotWrite : public PureOperation {
             const int64_t row = first + b, at = offsets[b] + n;
             const int64_t own = is_value ? (row * s.length + n) * s.groups + g : (row * s.groups + g) * s.length + n;
             if (at < capacity)
-              std::memcpy(to + ((b * s.groups + g) * capacity + at) * s.dim, from + own * s.dim, s.dim * sizeof(float));
+              std::memcpy(to + ((b * s.groups + g) * capacity + at) * width, from + own * width, width * sizeof(float));
           }
     });
   }
 
  private:
   Sizes sizes_;
-  int64_t first_, batch_;
+  int64_t part_, first_, batch_;
   bool is_value_;
 };
 
@@ -219,15 +232,14 @@ class AttentionAndRest : public PureOperation {
   std::vector<Attention> attentions(const Arrays& inputs, float* out, Encoder& encoder) const {
     const Sizes& s = sizes_;
     std::vector<Attention> all;
-    const size_t at = inputs.size() - 3 * batches_.size();
+    const size_t each = s.format.arrays(), all_of_class = 2 * each + 1;
+    const mx::array* own = &inputs[inputs.size() - all_of_class * batches_.size()];
     int64_t done = 0;
-    for (size_t n = 0; n < batches_.size(); done += batches_[n], n++) {
-      const mx::array keys = in_rows(inputs[at + 3 * n], encoder), values = in_rows(inputs[at + 3 * n + 1], encoder);
+    for (size_t n = 0; n < batches_.size(); done += batches_[n], n++, own += all_of_class) {
       const int64_t rows = s.heads / s.groups * s.length, start = done * s.heads * s.length * s.dim;
-      Attention task{inputs[1].data<float>() + start, keys.data<float>(), values.data<float>(), nullptr, nullptr,
-                     out + start, batches_[n], s.groups, rows, keys.shape(2), s.dim, s.dim,
-                     {keys.strides(0), keys.strides(1)}, {values.strides(0), values.strides(1)},
-                     0, s.length, scale_, true, inputs[at + 3 * n + 2].data<int32_t>()};
+      Attention task{inputs[1].data<float>() + start, stored(s.format, own, encoder),
+                     stored(s.format, own + each, encoder), nullptr, nullptr, out + start, batches_[n], s.groups, rows,
+                     own->shape(2), s.dim, s.dim, 0, s.length, scale_, true, own[2 * each].data<int32_t>()};
       const int64_t size = task.batch * task.groups * task.segments() * rows * task.partial_width();
       if (task.segments() > 1) task.partial = room<float>(size, encoder);
       all.push_back(task);
@@ -242,25 +254,26 @@ class AttentionAndRest : public PureOperation {
   Level level_;
 };
 
-using Slots = std::tuple<mx::array, mx::array, mx::array, int>;
+using Slots = std::tuple<StoredArrays, StoredArrays, mx::array, int>;
 
 // A layer of a step. x [batch, length, width]; layers: those of queries, keys, values and the output, gate, up and down;
 // norms: that of the attention's input, of the rest's, of queries and of keys if there are some; slots: keys, values,
 // offsets and number of rows of each class. Returns the layer's output, and the keys and values of each class.
-std::tuple<mx::array, Arrays, Arrays> decoder_layer(const mx::array& x, const std::vector<Layer>& layers,
-                                                    const Arrays& norms, const mx::array& cosines,
-                                                    const mx::array& sines, const std::vector<Slots>& slots, int heads,
-                                                    int groups, int dim, float scale, float eps,
-                                                    const std::string& name) {
+std::tuple<mx::array, std::vector<StoredArrays>, std::vector<StoredArrays>> decoder_layer(
+    const mx::array& x, const std::vector<Layer>& layers, const Arrays& norms, const mx::array& cosines,
+    const mx::array& sines, const std::vector<Slots>& slots, int heads, int groups, int dim, float scale, float eps,
+    const std::string& name) {
   const Level level = ::level(name);
   check(x.dtype() == mx::float32 && x.ndim() == 3 && layers.size() == 7 && (norms.size() == 2 || norms.size() == 4));
-  const Sizes sizes{heads, groups, dim, x.shape(0), x.shape(1)};
+  check(!slots.empty());
+  const StoredFormat format(arrays_of(std::get<0>(slots[0])), dim);
+  const Sizes sizes{heads, groups, dim, x.shape(0), x.shape(1), format};
   int rows = 0;
-  for (const auto& [keys, values, offsets, count] : slots) {
-    const mx::Shape shape{keys.ndim() == 4 ? keys.shape(0) : 0, groups, keys.ndim() == 4 ? keys.shape(2) : 0, dim};
-    check(keys.shape() == shape && values.shape() == shape && keys.dtype() == mx::float32 &&
-          values.dtype() == mx::float32 && offsets.dtype() == mx::int32 && offsets.size() >= size_t(count) &&
-          count <= shape[0]);
+  for (const auto& [own_keys, own_values, offsets, count] : slots) {
+    const Arrays keys = arrays_of(own_keys), values = arrays_of(own_values);
+    check(StoredFormat(keys, dim) == format && StoredFormat(values, dim) == format &&
+          keys[0].shape() == values[0].shape() && keys[0].shape(1) == groups && offsets.dtype() == mx::int32 &&
+          offsets.size() >= size_t(count) && count <= keys[0].shape(0));
     rows += count;
   }
   check(rows && rows == x.shape(0) && x.shape(1) && heads % groups == 0 && dim % 2 == 0);
@@ -279,20 +292,27 @@ std::tuple<mx::array, Arrays, Arrays> decoder_layer(const mx::array& x, const st
   const mx::array attended({int(sizes.size())}, mx::float32,
                            std::make_shared<AttentionInputs>(sizes, eps, own, norms.size() > 2, level), inputs);
 
-  Arrays rest{x, attended, in_order(norms[1])}, keys, values;
+  Arrays rest{x, attended, in_order(norms[1])};
   own.clear();
   own.emplace_back(layers[3], int(sizes.query()), rest);
   for (int n = 4; n < 6; n++) own.emplace_back(layers[n], width, rest);
   own.emplace_back(layers[6], own[1].outputs, rest);
   check(own[0].outputs == width && own[1].outputs == own[2].outputs && own[3].outputs == width);
   std::vector<int> batches;
+  std::vector<StoredArrays> keys, values;
   for (const auto& [own_keys, own_values, offsets, count] : slots) {
     const int64_t first = std::accumulate(batches.begin(), batches.end(), int64_t{0});
-    keys.push_back({own_keys.shape(), mx::float32, std::make_shared<SlotWrite>(sizes, first, count, false),
-                    {own_keys, attended, offsets}});
-    values.push_back({own_values.shape(), mx::float32, std::make_shared<SlotWrite>(sizes, first, count, true),
-                      {own_values, attended, offsets}});
-    rest.insert(rest.end(), {keys.back(), values.back(), offsets});
+    for (const bool is_value : {false, true}) {
+      Arrays written = arrays_of(is_value ? own_values : own_keys);
+      for (size_t n = 0; n < written.size(); n++) {
+        auto write = std::make_shared<SlotWrite>(sizes, n, first, count, is_value);
+        const mx::array slots = written[n];
+        written[n] = mx::array(slots.shape(), slots.dtype(), write, {slots, attended, offsets});
+      }
+      rest.insert(rest.end(), written.begin(), written.end());
+      (is_value ? values : keys).push_back(stored_arrays(written));
+    }
+    rest.push_back(offsets);
     batches.push_back(count);
   }
   const mx::array out(x.shape(), mx::float32,

@@ -58,6 +58,8 @@ def _has_right_functions(module: Any, x: mx.array) -> bool:
     angle = mx.array(0.7)
     cosines, sines = mx.full((1, 1, 7, 1, 48), mx.cos(angle)), mx.full((1, 1, 7, 1, 48), mx.sin(angle))
     turned = module.rotate(x[None, None], cosines, mx.concatenate([-sines, sines], axis=-2))[0, 0]
+    held = mx.quantize(x[None, None], group_size=32, bits=8)
+    wide = mx.dequantize(*held, group_size=32, bits=8)
     swapped = mx.concatenate([-x[:, 48:], x[:, :48]], axis=-1)
     pairs = (
         (module.rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5)),
@@ -68,6 +70,11 @@ def _has_right_functions(module: Any, x: mx.array) -> bool:
         (module.swish(x, 1.5, 0.1), x * mx.sigmoid(1.5 * x + 0.1 * x**3)),
         (module.attend_in_blocks(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
         (module.attend(q, keys, keys, 0.2), mx.fast.scaled_dot_product_attention(q, keys, keys, scale=0.2)),
+        (
+            module.attend(x[None, None], held, held, 0.2),
+            mx.fast.scaled_dot_product_attention(x[None, None], wide, wide, scale=0.2),
+        ),
+        *zip(module.quantize(x[None, None], 32, 8), held, strict=True),
     )
     return all(bool(mx.allclose(own, expected, rtol=1e-4, atol=1e-4)) for own, expected in pairs)
 

@@ -1,5 +1,5 @@
-// The interface between the kernels, quantized.cpp, dense.cpp, functions.cpp, attention.cpp, decode_attention.cpp and
-// logits.cpp, which are compiled once per instruction set, and the operations, which choose one of them. Arrays are
+// The interface between the kernels, quantized.cpp, dense.cpp, functions.cpp, attention.cpp, decode_attention.cpp,
+// affine.cpp and logits.cpp, which are compiled once per instruction set, and the operations, which choose one of them. Arrays are
 // row-contiguous unless there are strides, in elements.
 #pragma once
 #include <cstdint>
@@ -161,16 +161,39 @@ struct Rotation {
   static constexpr int64_t TOGETHER = 1;
 };
 
+// Keys or values, [batch, groups, tokens, dim], in float32 or in MLX's affine format. A group's are contiguous.
+struct Stored {
+  struct Part {
+    const void* data;
+    int64_t strides[2];  // from one sequence to the next one, and from one group
+  };
+  int bits, group;  // of words: 4 or 8; 32, 64 or 128. Or 32 bits, which is float32
+  Part values, scales, biases;  // floats alone; or words, as above, with float32 [.., dim / group]
+};
+
+// Vectors in MLX's affine format, bit for bit as mx.quantize has them.
+struct Quantization {
+  const float* x;  // [groups, group]
+  uint32_t* words;
+  float *scales, *biases;
+  int64_t groups;
+  int bits, group;
+
+  int64_t items() const { return groups; }
+  int64_t work() const { return 4 * group; }
+  static constexpr int64_t TOGETHER = 1;
+};
+
 // Attention of few tokens per sequence, in segments of keys. Tokens of all heads that share keys and values are the rows
 // of a group.
 struct Attention {
   const float* q;                                      // [batch, groups, rows, dim]
-  const float *keys, *values;                          // [batch, groups, tokens, dim], a group's are contiguous
+  Stored keys, values;                                 // as above
   const float* mask;                                   // [batch, length, tokens] addends of a head's rows, or null
   float *partial, *out;                                // [batch, groups, segments, rows, value_dim + 2] of totals, the
                                                        // largest score and the sum, [batch, groups, rows, value_dim]
   int64_t batch, groups, rows, tokens, dim, value_dim;
-  int64_t key_strides[2], value_strides[2], mask_stride, length;
+  int64_t mask_stride, length;
   float scale;
   bool is_causal;                                      // the last `length` tokens are the queries' own
   const int32_t* offsets = nullptr;                    // [batch] tokens before the queries' own, where they differ
@@ -180,6 +203,7 @@ struct Attention {
   }
 
   static constexpr int64_t ROWS = 24, SEGMENT = 512;   // rows and tokens of an item
+  static constexpr int64_t MOST_DIM = 256;                // of quantized keys and values
   int64_t parts() const { return (rows + ROWS - 1) / ROWS; }
   int64_t segments() const { return (tokens + SEGMENT - 1) / SEGMENT; }
   int64_t partial_width() const { return value_dim + 2; }
@@ -295,6 +319,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   X(rotation, Rotation, LEVEL) \
   X(attention, Attention, LEVEL) \
   X(combine, SegmentedAttention, LEVEL) \
+  X(quantize, Quantization, LEVEL) \
   X(layer_norm, LayerNorm, LEVEL) \
   X(gelu, Gelu, LEVEL) \
   X(swish, Swish, LEVEL) \

@@ -5,6 +5,7 @@
 // up first and scaled then, and its bias is multiplied with the sum of its inputs: what differs from a product with
 // dequantized weights is the order of the operations.
 // Rule: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
+#include "affine.h"
 #include "tiles.h"
 
 namespace {
@@ -25,29 +26,6 @@ inline void widen(const void* values, int64_t begin, int64_t count, float* out) 
     __builtin_memcpy(out + count - LANES, &wide, sizeof wide);
   } else
     for (; i < count; i++) out[i] = widened(from[i]);
-}
-
-template <int BITS>
-constexpr int PER_WORD = 32 / BITS;
-
-// LANES quantized weights of one output, from the first in a word on or from the LANES * part-th.
-template <int BITS>
-inline Floats quantized(const uint32_t* row, int part) {
-#if LANES == 16
-  if constexpr (BITS == 8)
-    return __builtin_convertvector(reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(load<__m128i>(row))), Floats);
-#elif LANES == 8
-  if constexpr (BITS == 8)
-    return __builtin_convertvector(reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)row))), Floats);
-#endif
-  Words words = Words{} + row[0], shifts;
-  for (int n = 1; n < LANES / PER_WORD<BITS>; n++) {
-    Words chosen;
-    for (int lane = 0; lane < LANES; lane++) chosen[lane] = lane / PER_WORD<BITS> == n ? ~0u : 0u;
-    words = (~chosen & words) | (chosen & row[n]);
-  }
-  for (int lane = 0; lane < LANES; lane++) shifts[lane] = BITS * (lane % PER_WORD<BITS>);
-  return __builtin_convertvector(reinterpret_cast<Ints>((words >> (shifts + BITS * LANES * part)) & ((1u << BITS) - 1)), Floats);
 }
 
 // A vector of words, or the first `count` of them and 0.
@@ -176,20 +154,11 @@ void few(const Quantized& p, int64_t first, int64_t last) {
 // Some inputs of one output's weights, dequantized.
 template <typename T, int BITS>
 void dequantize(const Quantized& p, int64_t output, int64_t from, int64_t depth, float* out) {
-  constexpr int STEP = LANES < PER_WORD<BITS> ? PER_WORD<BITS> : LANES;
   const int64_t groups = p.inputs / p.group, count = depth / p.group;
-  const uint32_t* words = p.words + (output * p.inputs + from) / PER_WORD<BITS>;
   float scales[SHALLOW / 32], biases[SHALLOW / 32];
   widen<T>(p.scales, output * groups + from / p.group, count, scales);
   widen<T>(p.biases, output * groups + from / p.group, count, biases);
-  for (int64_t g = 0; g < count; g++) {
-    const Floats scale = splat(scales[g]), bias = splat(biases[g]);
-    for (int i = 0; i < p.group; i += STEP, words += STEP / PER_WORD<BITS>)
-      for (int part = 0; part < STEP / LANES; part++, out += LANES) {
-        const Floats weight = quantized<BITS>(words, part) * scale + bias;
-        __builtin_memcpy(out, &weight, sizeof weight);
-      }
-  }
+  dequantize<BITS>(p.words + (output * p.inputs + from) / PER_WORD<BITS>, scales, biases, count, p.group, out);
 }
 
 // Many rows: weights are dequantized once for a block of rows.
