@@ -2,7 +2,8 @@
 
 A step of one sequence of SmolLM2 is nine hundred operations, on which MLX and Python spend a third of its time. A layer
 of the form that Llama, Mistral, Qwen 2 and Qwen 3 share is four here: what leads to its attention, the writing of keys
-and of values (of words, scales and biases of each, in a quantised cache), and the rest. Its numbers are those of the operations that it replaces.
+and of values, and the rest; eight with a quantised cache, which has three arrays of each. Its numbers are those of the
+operations that it replaces.
 
 Rule: a layer is known by its code, which is that of mlx-lm's llama or qwen3, and computes so where each part is of a
       class that has a native kernel, for a few tokens of sequences in slots. All else is left to its own code.
