@@ -25,8 +25,8 @@ from tools.harness.scripts import (
     words,
 )
 
-# Tokens of context: endless answers must outlast whoever looks at them, at a thousand tokens a second.
-ROOM = 65_536
+# Tokens of context: endless answers must outlast whoever looks at them, at five thousand tokens a second.
+ROOM = 524_288
 
 CHATML = """\
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}
