@@ -75,6 +75,16 @@ SETTLED = f"""() => new Promise((resolve) => {{
     }}));
     wait(now()[0], 0);
 }})"""
+# The nearest to the end of some frames: thousands of tokens come in a second, some between a frame and a look at it.
+NEAREST = """() => new Promise((resolve) => {
+    const e = document.querySelector(".scroller");
+    const look = (nearest, left) => requestAnimationFrame(() => setTimeout(() => {
+        const now = Math.min(nearest, e.scrollHeight - e.scrollTop - e.clientHeight);
+        if (now < 2 || !left) resolve(now);
+        else look(now, left - 1);
+    }));
+    look(Infinity, 20);
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +383,7 @@ def test_the_end_of_an_answer_is_followed_until_the_reader_scrolls_up(page):
         return page.evaluate(SCROLL)
 
     def is_at_end():
-        return scroll()[2] < 2
+        return page.evaluate(NEAREST) < 2
 
     eventually(lambda: scroll()[0] > 300)
     for width, height in ((360, 740), (1280, 500), (1280, 800), (900, 400)):

@@ -146,7 +146,7 @@ def test_the_same_request_has_the_same_answer_alone_and_in_company(server, setti
 
     alone = ask(**settings)
     with ThreadPoolExecutor(8) as pool:
-        company = [pool.submit(ask, f"{n} and more", temperature=1.5) for n in range(5)]
+        company = [pool.submit(ask, f"{n} and more", temperature=1.5, seed=n) for n in range(5)]
         again = [pool.submit(ask, **settings) for _ in range(3)]
         assert [answer.result() for answer in again] == [alone] * 3
         assert all(answer.result() for answer in company)
