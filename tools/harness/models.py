@@ -74,20 +74,27 @@ def scripted_model(
     tokens: Sequence[str] = (),
     context: int = ROOM,
     history: str | None = None,
+    layers: int = 1,
 ) -> Path:
     """Write a model that answers with the script whose key is in the last user message, else with the first script.
 
     generation_prompt: what the template appends for the answer, such as "<think>\\n". tokens: extra special tokens of
     the vocabulary, such as "<think>" and "</think>", by which mlx-lm recognises a thinking model.
-    history: how the template writes past calls (script_template).
+    history: how the template writes past calls (script_template). layers: each takes time, and changes nothing.
     """
     plays = [script if isinstance(script, Script) else words(script) for script in scripts.values()]
     template = script_template(list(scripts), generation_prompt, history)
-    return write_scripted(path, plays, template, tokens=tokens, context=context)
+    return write_scripted(path, plays, template, tokens=tokens, context=context, layers=layers)
 
 
 def write_scripted(
-    path: Path, plays: Sequence[Script], template: str, *, tokens: Sequence[str] = (), context: int = ROOM
+    path: Path,
+    plays: Sequence[Script],
+    template: str,
+    *,
+    tokens: Sequence[str] = (),
+    context: int = ROOM,
+    layers: int = 1,
 ) -> Path:
     """Write a model that answers with the script whose cue the template ends in; CUES in it stands for all cues."""
     tokenizer = script_tokenizer(plays, tokens)
@@ -95,7 +102,7 @@ def write_scripted(
     follows = dict(successors(tokenizer, plays))
     hidden = 64 * (len(follows) // 64 + 1)
     config = _llama_config(
-        tokenizer.get_vocab_size(), hidden, heads=1, kv_heads=1, head_dim=64, width=64, layers=1, context=context
+        tokenizer.get_vocab_size(), hidden, heads=1, kv_heads=1, head_dim=64, width=64, layers=layers, context=context
     )
     weights = _successor_weights(config, follows, tokenizer.token_to_id(EOS))
     return _write(path, tokenizer, cues + template, config, weights)
@@ -140,8 +147,12 @@ def _successor_weights(config: dict, follows: Mapping[int, int], eos: int) -> di
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     }
     wide = {name: mx.zeros((hidden, 64)) for name in ("self_attn.o_proj", "mlp.down_proj")}
-    layer = {f"model.layers.0.{name}.weight": array for name, array in (narrow | wide).items()}
-    return {"model.embed_tokens.weight": embedding, "lm_head.weight": head, **layer}
+    layers = {
+        f"model.layers.{n}.{name}.weight": array
+        for n in range(config["num_hidden_layers"])
+        for name, array in (narrow | wide).items()
+    }
+    return {"model.embed_tokens.weight": embedding, "lm_head.weight": head, **layers}
 
 
 def _llama_config(
