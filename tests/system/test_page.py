@@ -491,7 +491,7 @@ def test_a_model_is_found_pulled_with_progress_and_loaded(page, hub, server):
 
 def test_models_are_compared(page):
     show(page, "Compare")
-    for key in ("talker", "thinker", "tiny", "eyes"):
+    for key in ("talker", "ticker", "thinker", "tiny", "eyes"):
         page.get_by_role("checkbox", name=key, exact=True).set_checked(key in ("talker", "thinker"))
     page.fill("#compare-ask", "hello")
     page.keyboard.press("Control+Enter")
@@ -504,7 +504,7 @@ def test_models_are_compared(page):
 
 def test_a_benchmark_is_run_and_plotted(page):
     page.goto(page.url.partition("#")[0] + "#/bench")
-    for key in ("talker", "thinker", "tiny", "eyes"):
+    for key in ("talker", "ticker", "thinker", "tiny", "eyes"):
         page.get_by_role("checkbox", name=key, exact=True).set_checked(key == "talker")
     page.fill("#b-concurrency", "1,2")
     page.fill("#b-requests", "3")
