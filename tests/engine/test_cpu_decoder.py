@@ -93,11 +93,8 @@ def computed_by_their_own_code(monkeypatch, *arguments):
         return steps(*arguments)
 
 
-@pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("lengths", [[1], [70], [5, 300, 6, 700, 40]], ids=str)
-def test_logits_are_those_of_the_layers_own_code(shape, weights, lengths, counting, monkeypatch):
-    model = made(*shape, weights)
+def assert_logits_of_their_own_code(model, lengths, counting, monkeypatch):
+    """Every layer of every step was computed by the kernel, with the logits of its own code."""
     logits = steps(model, lengths)
     assert counting.layers == 6 * len(model.layers)  # one step is built, not computed, before there are slots
     counting.layers = 0
@@ -107,6 +104,14 @@ def test_logits_are_those_of_the_layers_own_code(shape, weights, lengths, counti
         assert all(map(mx.array_equal, logits, expected))
     # Their own code attends to what is masked, too, up to the longest of a class: that is another order of additions.
     assert all(mx.allclose(one, other, rtol=1e-5, atol=2e-6) for one, other in zip(logits, expected, strict=True))
+
+
+@pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("lengths", [[1], [70], [5, 300, 6, 700, 40]], ids=str)
+def test_logits_are_those_of_the_layers_own_code(shape, weights, lengths, counting, monkeypatch):
+    model = made(*shape, weights)
+    assert_logits_of_their_own_code(model, lengths, counting, monkeypatch)
 
 
 def test_many_tokens_of_a_sequence_are_computed_by_the_layers_own_code(counting):
@@ -120,14 +125,7 @@ def test_many_tokens_of_a_sequence_are_computed_by_the_layers_own_code(counting)
 def test_logits_with_a_quantised_kv_cache_are_those_of_the_layers_own_code(kv, lengths, counting, monkeypatch):
     model = made(llama, {"num_attention_heads": 4, "head_dim": 64}, FORMATS["float32"])
     quantize_kv(model, kv)
-    logits = steps(model, lengths)
-    assert counting.layers == 6 * len(model.layers)
-    counting.layers = 0
-    expected = computed_by_their_own_code(monkeypatch, model, lengths)
-    assert not counting.layers
-    if len(lengths) == 1:
-        assert all(map(mx.array_equal, logits, expected))
-    assert all(mx.allclose(one, other, rtol=1e-5, atol=2e-6) for one, other in zip(logits, expected, strict=True))
+    assert_logits_of_their_own_code(model, lengths, counting, monkeypatch)
 
 
 def test_quantised_keys_that_are_too_wide_for_the_kernel_are_left_to_the_layers_own_code(counting):

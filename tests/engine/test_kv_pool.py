@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mlxserver.engine.kv_claims import Demand, Outlook, Share, Verdict, grow, must_yield, start
 from mlxserver.engine.kv_pool import KVPool, Reserved
+from tests.support.prefixes import Entries
 
 LIMIT, FLOOR = 100, 4
 
@@ -56,15 +57,6 @@ def test_a_last_sequence_gives_its_memory_back_to_models_that_have_to_end_before
     waiting = Share(demand=prompt(10))
     assert grow(Share(20, 1, 1.0), [waiting], growth(10), space=0) is Verdict.PREEMPT
     assert grow(Share(20, 1, 1.0), [], growth(10), space=0) is Verdict.WAITING
-
-
-class Entries:
-    """Prefixes of so many bytes."""
-
-    total_bytes = 0
-
-    def shrink(self, max_bytes):
-        self.total_bytes = min(self.total_bytes, max_bytes)
 
 
 def test_prefixes_give_way_to_sequences():

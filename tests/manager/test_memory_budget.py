@@ -16,6 +16,7 @@ from mlxserver.engine.kv_pool import KVPool
 from mlxserver.manager.eviction import Rules
 from mlxserver.manager.memory_budget import MemoryBudget
 from tests.support.managed import ONE, answered, managed, specs, states, status_is
+from tests.support.prefixes import Entries
 from tests.support.scripted_engine import Death, request, until, within_deadline
 
 
@@ -170,18 +171,9 @@ async def test_closing_refuses_a_load_whose_victims_have_not_left_yet():
         running.close()
 
 
-class OnePrefix:
-    """Prefixes of all models: one, or none."""
-
-    total_bytes = 0
-
-    def shrink(self, max_bytes):
-        self.total_bytes = min(self.total_bytes, max_bytes)
-
-
 def test_what_is_in_use_is_read_at_one_moment():
     """An engine thread turns KV cache into a prefix and back: there is never more than the one or the other."""
-    prefixes = OnePrefix()
+    prefixes = Entries()
     pool = KVPool(prefixes)
     pool.publish(limit=100, fixed=0, reserved={})
     account = pool.open("a", floor=0)

@@ -12,6 +12,15 @@ def new_prefixes(max_bytes=1 << 30, policy=None, **identity):
     return PrefixCache(RamTier(policy)).open(ModelIdentity("tiny", **identity), max_bytes)
 
 
+class Entries:
+    """Prefixes of so many bytes."""
+
+    total_bytes = 0
+
+    def shrink(self, max_bytes):
+        self.total_bytes = min(self.total_bytes, max_bytes)
+
+
 class Asked:
     """A model that is asked with a prefix cache, each answer compared with that of a scheduler without one.
 

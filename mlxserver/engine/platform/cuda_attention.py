@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from mlxserver.engine.mlx import mx
 
-from mlxserver.engine.platform import cuda_kernels
+from mlxserver.engine.platform import device
 from mlxserver.engine.platform.cuda_kernels import Constants, Kernel
 
 _WARPS = 8  # of a block that reads keys and values
@@ -160,7 +160,7 @@ def supports(queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.ar
     """Whether decode_attention() can have these, as far as their shapes and types say it."""
     dim = queries.shape[3]
     return (
-        cuda_kernels.is_available()
+        device.describe().kind == "cuda"
         and queries.shape[2] <= _TOKENS
         and queries.dtype in (mx.bfloat16, mx.float16)
         and dim in _DIMS

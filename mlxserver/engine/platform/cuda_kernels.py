@@ -15,7 +15,6 @@ import ctypes
 import functools
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.platform import nvrtc
+from mlxserver.engine.platform.kept_files import write_whole
 
 log = logging.getLogger("engine")
 
@@ -90,12 +90,6 @@ _SEED = 0xC70F6907  # of std::hash
 Constants = Mapping[str, int | mx.Dtype]
 
 
-@functools.cache
-def is_available() -> bool:
-    """Whether MLX computes on an NVIDIA GPU."""
-    return bool(mx.cuda.is_available()) and mx.default_device().type == mx.gpu
-
-
 class Kernel:
     """A kernel, as mx.fast.cuda_kernel() makes it.
 
@@ -161,8 +155,8 @@ class Kernel:
             if file.exists():
                 return
             binary = nvrtc.compile(f'{_PRELUDE}extern "C" {definition}\n}}', str(mx.device_info()["architecture"]))
-            _write(file.with_suffix(".txt"), f"mlx::core::cu::{function}\t{function}\n".encode())
-            _write(file, binary)
+            write_whole(file.with_suffix(".txt"), f"mlx::core::cu::{function}\t{function}\n".encode())
+            write_whole(file, binary)
         except (KeyError, OSError, nvrtc.CompilationFailed) as error:
             log.info("The CUDA kernel %s is left to MLX to compile: %s", self._name, error)
 
@@ -177,17 +171,3 @@ def _hash(text: str) -> int:
     hash_bytes = ctypes.CDLL("libstdc++.so.6")._ZSt11_Hash_bytesPKvmm
     hash_bytes.restype, hash_bytes.argtypes = ctypes.c_size_t, (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t)
     return int(hash_bytes(content, len(content), _SEED))
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file whole, or not at all. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-        try:
-            part.write(content)
-            part.flush()
-            os.fsync(part.fileno())
-            Path(part.name).replace(file)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise

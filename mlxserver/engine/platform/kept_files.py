@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,16 +43,7 @@ class KeptFiles:
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep an object, in place of an earlier one."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._directory, suffix=".part", delete=False) as file:
-                written = Path(file.name)
-                try:
-                    json.dump(content, file)
-                    file.close()
-                    written.replace(self._file(name))
-                except BaseException:
-                    written.unlink(missing_ok=True)
-                    raise
+            write_whole(self._file(name), json.dumps(content).encode())
             self._drop_oldest()
         except OSError as error:
             log.debug("%s is not kept: %s", self._file(name), error)
@@ -63,6 +55,21 @@ class KeptFiles:
         files = list(self._directory.iterdir())
         for file in sorted(files, key=_changed)[: max(0, len(files) - self._most)]:
             file.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file, in place of an earlier one, whole or not at all. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+        written = Path(part.name)
+        try:
+            part.write(content)
+            part.flush()
+            os.fsync(part.fileno())
+            written.replace(file)
+        except BaseException:
+            written.unlink(missing_ok=True)
+            raise
 
 
 def _read(file: Path, parse: Callable[[bytes], T]) -> T | None:

@@ -16,18 +16,6 @@ class CompilationFailed(Exception):
     """NVRTC took no program; the message has its log."""
 
 
-def is_available() -> bool:
-    """Whether the library can be loaded."""
-    return _library() is not None
-
-
-def version() -> str:
-    """Version of the library, which must be available."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _check(_need().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-    return f"{major.value}.{minor.value}"
-
-
 def compile(source: str, architecture: str) -> bytes:
     """Binary (cubin) of a program without #include lines. architecture: as in sm_90.
 

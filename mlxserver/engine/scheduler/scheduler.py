@@ -89,7 +89,7 @@ class Scheduler:
             stall_target=stall_target,
         )
         self.execution: Execution | None = replace(
-            execution(model, policy or current()),
+            execution(model, self._policy),
             speculation=self._running.speculates,
             draft=self._running.draft,
         )
