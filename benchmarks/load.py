@@ -18,16 +18,13 @@ from mlxserver.client.recorder import PreparedRequest, Recording
 
 HOST = "127.0.0.1"
 READ_TIMEOUT = 900.0  # seconds of silence: mlx_lm.server answers seeded requests one by one
-# mlx_lm.server listens with a backlog of 5: a burst of connections would wait for TCP's retry after a second, and the
-# figures would be those of the retry, not of the engine.
-CONNECT_INTERVAL = 0.002
 
 
 class Target:
-    """Server under load. Its requests open their connections CONNECT_INTERVAL apart."""
+    """Server under load. Its requests open their connections at least so many seconds apart."""
 
-    def __init__(self, client: ChatClient) -> None:
-        self._client = client
+    def __init__(self, client: ChatClient, connect_interval: float = 0.0) -> None:
+        self._client, self._connect_interval = client, connect_interval
         self._connecting = asyncio.Lock()
 
     def prepare(
@@ -38,17 +35,17 @@ class Target:
 
         async def send() -> Recording:
             async with self._connecting:
-                await asyncio.sleep(CONNECT_INTERVAL)
+                await asyncio.sleep(self._connect_interval)
             return await request()
 
-        return send
+        return send if self._connect_interval else request
 
 
 @asynccontextmanager
-async def target(port: int) -> AsyncGenerator[Target, None]:
-    """Server on a port of this machine."""
+async def target(port: int, connect_interval: float = 0.0) -> AsyncGenerator[Target, None]:
+    """Server on a port of this machine. connect_interval: least seconds between two connections."""
     async with ChatClient(f"http://{HOST}:{port}/v1", read_timeout=READ_TIMEOUT) as client:
-        yield Target(client)
+        yield Target(client, connect_interval)
 
 
 async def run_load(requests: Sequence[PreparedRequest], clients: int) -> list[Sample]:

@@ -88,7 +88,7 @@ class HttpContestant:
 
     async def _measure(self, name: str, number: int, run: Callable[[Bench], object], limit: float) -> Figures:
         prompts = Prompts(self._directory, name)
-        async with asyncio.timeout(limit), target(self._server.port) as under_load:
+        async with asyncio.timeout(limit), target(self._server.port, self._server.connect_interval) as under_load:
             bench = Bench(under_load, self._server.models, prompts, self._sizes, self._server.port, number == 0)
             return await run(bench)  # type: ignore[misc, no-any-return]
 

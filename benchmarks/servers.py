@@ -30,6 +30,9 @@ OURS, MLX_LM, LLAMA, VLLM_MLX, RAPID_MLX = "ours", "mlx_lm.server", "llama-serve
 FIRST, SECOND, GGUF, EMBEDDING = "first", "second", "gguf", "embedding"
 PROGRAMS = {LLAMA: "llama-server", VLLM_MLX: "vllm-mlx", RAPID_MLX: "rapid-mlx"}
 SLOT_TOKENS = 2048  # of a sequence in llama-server, which reserves them at its start
+# mlx_lm.server listens with a backlog of 5: a burst of connections would wait for TCP's retry after a second, and the
+# figures would be those of the retry, not of the engine.
+CONNECT_INTERVALS = {MLX_LM: 0.002}  # seconds between two connections
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 30.0
 LOG_TAIL = 4000
@@ -61,6 +64,11 @@ class Server:
     port: int
     models: Mapping[str, str]
     process: subprocess.Popen[bytes]
+
+    @property
+    def connect_interval(self) -> float:
+        """Least seconds between two connections; 0 for a server that takes many at once."""
+        return CONNECT_INTERVALS.get(self.name, 0.0)
 
     def peak_memory(self) -> int | None:
         """Peak of resident memory in bytes; None where the system does not report it."""
