@@ -528,6 +528,16 @@ def test_files_of_other_processes_are_found_though_this_one_writes(llama, tmp_pa
     other.end()
 
 
+def test_a_prompt_that_is_in_memory_waits_for_no_list_of_a_folder_that_is_being_written(llama, tmp_path):
+    process = Process(llama, tmp_path)
+    process.ask(PROMPT)
+    process.disk.flush()
+    (files(tmp_path)[0].parent / "of-the-next-turn.partial").touch()
+    assert process.prefixes.restore(PROMPT) is None
+    assert process.prefixes.restore(prompt(350, seed=3)) is None
+    process.end()
+
+
 def test_the_bytes_of_all_processes_are_bounded(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(disk_files, "_TRUSTED_SECONDS", 0.0)
     one, other = Process(llama, tmp_path), Process(llama, tmp_path)

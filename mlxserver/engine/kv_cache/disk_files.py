@@ -56,9 +56,9 @@ class DiskFiles:
             return FileIndex(folder.name)
         with self._lock:
             index = self._indexes.get(folder.name)
-        if not index or index.changed != changed:
-            return None
-        return None if index.is_noted and time.monotonic() - index.listed > _TRUSTED_SECONDS else index
+        if index and index.is_noted:  # of a change since then, this process is the likely cause: it is writing
+            return index if time.monotonic() - index.listed <= _TRUSTED_SECONDS else None
+        return index if index and index.changed == changed else None
 
     def index(self, model: ModelIdentity) -> FileIndex:
         """The index of a model's files, which are listed again if their folder has changed."""
