@@ -47,6 +47,7 @@ POLICY = exactly(
     pad_slots=BOOLEAN,
     bucket_prefill=BOOLEAN,
     fuse_projections=BOOLEAN,
+    fuse_layers=BOOLEAN,
     decode_kernel=BOOLEAN,
     weights=one_of("stored", "quantized", "bfloat16", "float32"),
     fixed=each(TEXT),

@@ -41,6 +41,7 @@ class FixedPolicy:
     pad_slots: Annotated[bool, "decode steps compute unused slots and capacity, so that shapes recur"]
     bucket_prefill: Annotated[bool, "prompts are padded to chunks of few lengths"]
     fuse_projections: Annotated[bool, "projections of one input are one product"]
+    fuse_layers: Annotated[bool, "decode steps compute a layer in few operations; CUDA"]
     decode_kernel: Annotated[bool, "attention of a decode step is one kernel for sequences of all lengths; CUDA"]
 
 

@@ -260,6 +260,7 @@ class PolicyFacts:
     pad_slots: bool
     bucket_prefill: bool
     fuse_projections: bool
+    fuse_layers: bool
     decode_kernel: bool
     weights: str
     fixed: tuple[str, ...] = ()

@@ -118,7 +118,9 @@ def test_a_loaded_model_shows_the_paths_that_serve_it():
 
 def test_a_loaded_model_shows_its_policy_and_where_that_is_from():
     assert model_card(ModelStatus("m", 1, "unloaded", "x"))["policy"] is None
-    policy = PolicyFacts(True, True, False, False, False, "stored", fixed=("pad_slots",), measured=("compile_steps",))
+    policy = PolicyFacts(
+        True, True, False, False, False, False, "stored", fixed=("pad_slots",), measured=("compile_steps",)
+    )
     card = check(model_card(ModelStatus("m", 1, "loaded", "x", policy=policy)), "Model")
     assert (card["policy"]["compile_steps"], card["policy"]["weights"]) == (True, "stored")
     assert [*card["policy"]["fixed"], *card["policy"]["measured"]] == ["pad_slots", "compile_steps"]

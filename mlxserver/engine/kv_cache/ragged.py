@@ -49,12 +49,21 @@ class RaggedLayer:
     """Cache of one layer of all classes during a step, with the interface that mlx-lm's models use.
 
     classes: cache of this layer per class. offset: [rows], of all classes. ends: row behind each class's last one.
-    has_kernel: the attention of all classes may be one kernel.
+    has_kernel: the attention of all classes may be one kernel. fuses_layers: so may other parts of the layer
+    (loading/fused_layers.py).
     """
 
-    def __init__(self, classes: Sequence[SlotLayer], offset: mx.array, ends: Sequence[int], has_kernel: bool) -> None:
+    def __init__(
+        self,
+        classes: Sequence[SlotLayer],
+        offset: mx.array,
+        ends: Sequence[int],
+        has_kernel: bool,
+        fuses_layers: bool,
+    ) -> None:
         self.offset = offset
         self.classes = classes
+        self.fuses_layers = fuses_layers
         self._ends, self._has_kernel = ends, has_kernel
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
@@ -69,14 +78,16 @@ class RaggedLayer:
         return Ragged([layer.make_mask(N, return_array, window_size) for layer in self.classes], offsets)
 
 
-def ragged_layers(classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = False) -> list[RaggedLayer]:
+def ragged_layers(
+    classes: Sequence[Sequence[SlotLayer]], has_kernel: bool = False, fuses_layers: bool = False
+) -> list[RaggedLayer]:
     """One cache per layer from those of several classes."""
     offsets = [layers[0].offset for layers in classes]
     ends = [0]
     for offset in offsets:
         ends.append(ends[-1] + offset.shape[0])
     offset = mx.concatenate(offsets)  # one object: rotary embeddings of a step are computed once for it
-    return [RaggedLayer(layers, offset, ends, has_kernel) for layers in zip(*classes, strict=True)]
+    return [RaggedLayer(layers, offset, ends, has_kernel, fuses_layers) for layers in zip(*classes, strict=True)]
 
 
 def attention(

@@ -51,6 +51,7 @@ class SlotCache:
         self._is_padded = policy.pad_slots
         self._is_compiled = policy.compile_steps
         self._has_kernel = policy.decode_kernel
+        self._fuses_layers = policy.fuse_layers
         self._step = mx.compile(self._forward) if self._is_compiled else self._forward
         self._put = mx.compile(put) if self._is_compiled else put
         self._empty = empty_layers(model)
@@ -275,16 +276,17 @@ class SlotCache:
     def _compute(self, inputs: mx.array, sights: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
         """Logits of the rows, [rows, tokens] -> [rows, tokens, vocab]."""
         logits: mx.array
-        if self._is_ragged and (len(classes) > 1 or self._has_kernel):
-            logits = step_logits(self._model, inputs, ragged_layers(classes, self._has_kernel), sights)
+        if self._is_ragged and (len(classes) > 1 or self._has_kernel or self._fuses_layers):
+            layers = ragged_layers(classes, self._has_kernel, self._fuses_layers)
+            logits = step_logits(self._model, inputs, layers, sights)
         elif len(classes) == 1:
             logits = step_logits(self._model, inputs, classes[0], sights)
         else:
             start, parts = 0, []
-            for layers in classes:
-                end = start + layers[0].offset.shape[0]
+            for own_layers in classes:
+                end = start + own_layers[0].offset.shape[0]
                 own_sights = [own[start:end] for own in sights]
-                parts.append(step_logits(self._model, inputs[start:end], layers, own_sights))
+                parts.append(step_logits(self._model, inputs[start:end], own_layers, own_sights))
                 start = end
             logits = mx.concatenate(parts)
         return logits

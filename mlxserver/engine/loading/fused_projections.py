@@ -41,13 +41,18 @@ class _Product:
         self._outputs: Sequence[mx.array] = ()
 
     @property
+    def count(self) -> int:
+        """Number of outputs."""
+        return len(self._cuts) + 1
+
+    @property
     def is_taken(self) -> bool:
         """Whether all outputs have been taken."""
         return self._input is None
 
     def parts(self) -> list[nn.Linear]:
         """A layer for each output, which shares the memory of this one."""
-        layers = [_like(self.layer) for _ in range(len(self._cuts) + 1)]
+        layers = [_like(self.layer) for _ in range(self.count)]
         for name in self.layer:
             for layer, array in zip(layers, mx.split(self.layer[name], self._cuts), strict=True):
                 layer[name] = array
@@ -110,6 +115,20 @@ def fuse_projections(model: nn.Module) -> list[Swap]:
         if not product.is_taken:
             swap(group)
     return [one for product, group in groups if product.is_taken for one in group]
+
+
+def whole_product(layers: Sequence[nn.Module], x: mx.array) -> mx.array | None:
+    """Outputs of projections beside each other, of one product: [..., in] -> [..., sum of outs].
+
+    None where these are not all the projections that a product computes, in their order.
+    """
+    parts = [(layer._product, layer._index) for layer in layers if isinstance(layer, _Part)]
+    if not parts or len(parts) != len(layers):
+        return None
+    product = parts[0][0]
+    if parts != [(product, index) for index in range(product.count)]:
+        return None
+    return cast(mx.array, product.layer(x))
 
 
 def part_projections(model: nn.Module) -> list[Swap]:

@@ -31,6 +31,7 @@ from mlxserver.engine.kv_cache.caches import weight_bytes
 from mlxserver.engine.loading import estimate, mtp
 from mlxserver.engine.loading.checkpoint_files import checked, read_object
 from mlxserver.engine.loading.chunk_masks import correct_chunk_masks
+from mlxserver.engine.loading.fused_layers import fuse_layers
 from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.kv_format import kv_format, quantize_kv
 from mlxserver.engine.loading.metadata import context_length, model_arguments, vocab_size
@@ -159,6 +160,8 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
         divide(model)
     elif policy.fuse_projections:
         fuse_projections(model)
+    if policy.fuse_layers and not divide:
+        fuse_layers(model)
     replace_expert_layers(model)
     correct_chunk_masks(model)
     if policy.sum_convolutions:

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import FunctionType
 from typing import Any, cast
 
 from mlxserver.engine.mlx import mx
 
 import mlx.nn as nn
-from mlx_lm.models import llama, qwen3, rope_utils
 
-from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_layers, cpu_stored
+from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_layers, cpu_stored, layer_forms
 from mlxserver.engine.platform.native.extension import native
 
 _MOST = 8  # tokens of a sequence that are computed so
@@ -30,7 +28,6 @@ _LEAST = (
 )
 # those of this one are to be read, and therefore copy them.
 _DENSE = (cpu_layers.Linear, cpu_stored.HalfLinear)
-_ATTENTIONS = {llama.Attention: (), qwen3.Attention: ("q_norm", "k_norm")}  # with the norms of queries and keys
 
 Linear = tuple[int, int, bool, list[mx.array]]  # bits (0: floats), group size, whether there is a bias; arrays
 
@@ -41,8 +38,7 @@ class _Layer:
     def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """x [rows, tokens, width]; the mask is that of the cache, which knows each row's tokens."""
         attention = self.self_attn
-        norms = [self.input_layernorm, self.post_attention_layernorm]
-        norms += [attention[name] for name in ("q_norm", "k_norm") if name in attention]
+        norms = [self.input_layernorm, self.post_attention_layernorm, *_head_norms(attention)]
         is_wide = _is_wide(x) and all(_is_wide(norm["weight"]) for norm in norms)
         classes = _classes(cache) if is_wide and x.shape[1] <= _MOST else ()
         linears = _linears(self) if classes else []
@@ -83,27 +79,17 @@ def _class_of(layer_class: type) -> type:
 
 def _is_known(layer: nn.Module) -> bool:
     """Whether a layer has the form, as far as its code and what it is made of say it."""
-    if not _is_same(type(layer), llama.TransformerBlock) or getattr(layer, "use_sliding", False):
+    if not layer_forms.is_block(layer) or getattr(layer, "use_sliding", False):
         return False
-    attention, mlp = layer.self_attn, layer.mlp
-    names = next((names for known, names in _ATTENTIONS.items() if _is_same(type(attention), known)), None)
-    if names is None or not _is_same(type(mlp), llama.MLP):
+    attention = layer.self_attn
+    if not layer_forms.is_attention(attention) or not layer_forms.is_mlp(layer.mlp):
         return False
-    norms = [layer.input_layernorm, layer.post_attention_layernorm, *(attention[name] for name in names)]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)]
     return all(type(norm) is cpu_layers.RMSNorm for norm in norms) and len({norm.eps for norm in norms}) == 1
 
 
-def _is_same(own: type, known: type) -> bool:
-    """Whether a class's forward pass is that of a known one: the same code, which calls the same functions."""
-    if own is known:
-        return True
-    a, b = (cast(FunctionType, each.__call__) for each in (own, known))
-    if not (isinstance(a, FunctionType) and isinstance(b, FunctionType)):
-        return False
-    codes = [(f.__code__.co_code, f.__code__.co_names, f.__code__.co_consts) for f in (a, b)]
-    return codes[0] == codes[1] and all(
-        a.__globals__.get(name) is b.__globals__.get(name) for name in a.__code__.co_names
-    )
+def _head_norms(attention: nn.Module) -> list[nn.Module]:
+    return [attention[name] for name in layer_forms.HEAD_NORMS if name in attention]
 
 
 def _classes(cache: Any) -> Sequence[Any]:
@@ -118,14 +104,8 @@ def _is_wide(array: Any) -> bool:
 
 def _turns(rope: nn.Module, offset: mx.array, tokens: int, dim: int) -> tuple[mx.array, mx.array] | None:
     """Cosines and sines of the rows' positions, for heads of so many dimensions; None where other ones are turned."""
-    if getattr(rope, "dims", None) != dim:
-        return None
-    turns: tuple[mx.array, mx.array] | None = None
-    if type(rope) is cpu_layers.RoPE and not rope.traditional:
-        turns = cpu_kernels.turns(offset, tokens, dim, False, rope.base, rope.scale, None)
-    elif type(rope) is rope_utils.Llama3RoPE and not rope.traditional:
-        turns = cpu_kernels.turns(offset, tokens, dim, False, None, 1.0, rope._freqs)
-    return turns
+    known = layer_forms.rotation(rope, cpu_layers.RoPE, dim)
+    return cpu_kernels.turns(offset, tokens, dim, False, known.base, known.scale, known.freqs) if known else None
 
 
 def _linears(layer: Any) -> list[Linear]:

@@ -87,7 +87,7 @@ namespace cg = cooperative_groups;
 _BEHIND = "\n}\n\n} // namespace mlx::core::cu\n"
 _SEED = 0xC70F6907  # of std::hash
 
-Constants = Mapping[str, int | mx.Dtype]
+Constants = Mapping[str, int | float | mx.Dtype]
 
 
 class Kernel:
@@ -161,8 +161,12 @@ class Kernel:
             log.info("The CUDA kernel %s is left to MLX to compile: %s", self._name, error)
 
 
-def _constant(name: str, value: int | mx.Dtype) -> str:
-    return f"using {name} = {_TYPES[value]};\n" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {value};\n"
+def _constant(name: str, value: int | float | mx.Dtype) -> str:
+    if isinstance(value, mx.Dtype):
+        return f"using {name} = {_TYPES[value]};\n"
+    if isinstance(value, float):
+        return f"constexpr float {name} = {ctypes.c_float(value).value.hex()}f;\n"
+    return f"constexpr int {name} = {value};\n"
 
 
 def _hash(text: str) -> int:

@@ -53,6 +53,8 @@ class ExecutionPolicy:
     warm_up_all_batch_sizes: every power of two up to max_running is warmed up in idle moments, because kernels are made
         by shape; where steps are compiled, for slots of every capacity.
     fuse_projections: projections of one input become one product (loading/fused_projections.py).
+    fuse_layers: decode steps compute what lies between the products and the attention of a layer in few operations
+        (loading/fused_layers.py).
     weights: the format in which they are computed with.
     widen_weights: quantized weights are computed with faster in 16 bits, where memory allows it; not those of experts.
     eager_prefix_copy: what the prefix cache stores is evaluated before the next step is prepared.
@@ -84,6 +86,7 @@ class ExecutionPolicy:
     round_chunks: bool
     warm_up_all_batch_sizes: bool
     fuse_projections: bool
+    fuse_layers: bool
     weights: WeightPolicy
     widen_weights: bool
     eager_prefix_copy: bool
@@ -152,6 +155,7 @@ CPU = ExecutionPolicy(
     round_chunks=False,
     warm_up_all_batch_sizes=False,
     fuse_projections=False,
+    fuse_layers=False,
     weights=WeightPolicy.FLOAT32,
     widen_weights=False,
     eager_prefix_copy=True,
@@ -177,6 +181,7 @@ METAL = ExecutionPolicy(
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=False,
+    fuse_layers=False,
     weights=WeightPolicy.STORED,
     widen_weights=False,
     eager_prefix_copy=False,
@@ -202,6 +207,7 @@ CUDA = ExecutionPolicy(
     round_chunks=True,
     warm_up_all_batch_sizes=True,
     fuse_projections=True,
+    fuse_layers=True,
     weights=WeightPolicy.STORED,
     widen_weights=True,
     eager_prefix_copy=False,
@@ -213,7 +219,7 @@ CUDA = ExecutionPolicy(
     replace_kernels=False,
     wire_memory=False,
     memory_share=0.9,
-    candidates=("decode_kernel", "compile_steps", "fuse_projections"),
+    candidates=("decode_kernel", "fuse_layers", "compile_steps", "fuse_projections"),
 )
 
 

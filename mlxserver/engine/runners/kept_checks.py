@@ -39,6 +39,7 @@ class Outcome:
     batch_cache: CacheKind
     reasons: tuple[str, ...] = ()
     bucket_attention: bool = False
+    fuse_layers: bool = False
     verifies: bool = True
 
     @staticmethod
@@ -63,7 +64,9 @@ class Outcome:
 
 
 _PATHS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("compile_steps", "pad_slots", "bucket_prefill", "bucket_attention", "verifies"), (False, True)),
+    **dict.fromkeys(
+        ("compile_steps", "pad_slots", "bucket_prefill", "bucket_attention", "fuse_layers", "verifies"), (False, True)
+    ),
     "prompts": get_args(PromptSharing),
     "batch_cache": get_args(CacheKind),
 }

@@ -28,7 +28,7 @@ from mlxserver.engine.mlx import mx
 from mlxserver.config.settings import POLICY_FIELDS
 from mlxserver.engine.errors import one_line
 from mlxserver.engine.kv_cache import caches
-from mlxserver.engine.loading import fused_projections
+from mlxserver.engine.loading import fused_layers, fused_projections
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import GREEDY
@@ -125,6 +125,8 @@ class Measurement:
         """Whether the model is computed otherwise with the other value of a field."""
         if name == "fuse_projections":
             return fused_projections.switchable_bytes(self._model, self._is_fused) > 0
+        if name == "fuse_layers" and not fused_layers.has_fused_layers(self._model):
+            return False
         return self._best.batch_cache == "slots" and caches.is_plain(self._model)
 
     def _otherwise(self, name: str) -> ExecutionPolicy:

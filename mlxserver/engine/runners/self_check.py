@@ -93,6 +93,7 @@ def _outcome(checks: abc.Sequence[_Check], policy: ExecutionPolicy) -> Outcome:
         pad_slots=decode.pad_slots,
         bucket_prefill=prefill.bucket_prefill and not is_single,
         bucket_attention=prefill.bucket_attention,
+        fuse_layers=decode.fuse_layers,
         prompts="alone" if is_single else prefill.prompts,
         batch_cache=decode.batch_cache,
     )
@@ -123,6 +124,8 @@ def _prefill_paths(policy: ExecutionPolicy) -> Iterator[ExecutionPolicy]:
 def _decode_paths(policy: ExecutionPolicy) -> Iterator[ExecutionPolicy]:
     """Policies for decoding, from the fastest to the one that any model can take."""
     yield policy
+    if policy.fuse_layers:
+        yield (policy := replace(policy, fuse_layers=False))
     if policy.compile_steps:
         yield (policy := replace(policy, compile_steps=False))
     if policy.pad_slots:

@@ -1,0 +1,155 @@
+"""Fused layers: decoder layers that compute a decode step in fewer operations (platform/cuda_layers.py).
+
+A sum is computed with the norm that reads it: that of a layer's attention with the norm behind it, and what a layer
+returns with the input norm of the next one, or the model's last norm. Queries, keys and values are split, normalised,
+rotated and laid out at once, where they are one product (fused_projections.py).
+
+Rule 1: parts are known by their code (platform/layer_forms.py), and computed so where the cache asks for it, for few
+        tokens per row. All else is left to their own code.
+Rule 2: a norm takes what was computed ahead only if its input is that very array. A model that does something else with
+        what a layer returns has its own norm of that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+from mlxserver.engine.mlx import mx
+
+import mlx.nn as nn
+
+from mlxserver.engine.kv_cache.ragged import attention
+from mlxserver.engine.loading.fused_projections import whole_product
+from mlxserver.engine.platform import layer_forms
+from mlxserver.engine.platform.cuda_layers import HeadNorms, add_norm, split_heads
+
+_MOST = 16  # tokens per row
+
+
+class _Norm(nn.RMSNorm):  # type: ignore[misc]
+    """nn.RMSNorm that may have been computed along with its input."""
+
+    _ahead: _Ahead | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., dim]."""
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead.sum is x:
+            return ahead.normed
+        return cast(mx.array, super().__call__(x))
+
+    def of_sum(self, x: mx.array, r: mx.array) -> mx.array:
+        """x + r, whose norm is there when it is asked for."""
+        self._ahead = _Ahead(*add_norm(x, r, self["weight"], self.eps))
+        return self._ahead.sum
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """A sum and its norm."""
+
+    sum: mx.array
+    normed: mx.array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Next:
+    """The norm that reads what a layer returns; not a part of the layer."""
+
+    norm: _Norm
+
+
+class _Block:
+    """A decoder layer with the norms of its sums; a mix-in of its class."""
+
+    _next: _Next | None = None
+
+    def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """x [rows, tokens, width]."""
+        if not _is_fused(x, cache):
+            return cast(mx.array, super().__call__(x, mask, cache))  # type: ignore[misc]
+        h = self.post_attention_layernorm.of_sum(x, self.self_attn(self.input_layernorm(x), mask, cache))
+        r = self.mlp(self.post_attention_layernorm(h))
+        return cast(mx.array, self._next.norm.of_sum(h, r) if self._next else h + r)
+
+
+class _Attention:
+    """Attention whose queries, keys and values are made at once of their product; a mix-in of its class."""
+
+    def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """x [rows, tokens, width]."""
+        split = _split(self, x, cache) if _is_fused(x, cache) else None
+        if split is None:
+            return cast(mx.array, super().__call__(x, mask, cache))  # type: ignore[misc]
+        queries, keys, values = split
+        keys, values = cache.update_and_fetch(keys, values)
+        output = attention(queries, keys, values, cache, self.scale, mask)
+        return cast(mx.array, self.o_proj(output.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)))
+
+
+def fuse_layers(model: nn.Module) -> None:
+    """Have the layers of a model that have this form compute so where their cache asks for it."""
+    modules = list(model.modules())
+    for module in modules:
+        if layer_forms.is_block(module) and _is_norm(module.get("post_attention_layernorm")):
+            _become(module, _Block)
+            _become_norm(module.post_attention_layernorm)
+        if layer_forms.is_attention(module):
+            _become(module, _Attention)
+    for layer, norm in (pair for module in modules for pair in _readers(module)):
+        if isinstance(layer, _Block) and _is_norm(norm):
+            _become_norm(norm)
+            layer._next = _Next(norm)
+
+
+def has_fused_layers(model: nn.Module) -> bool:
+    """Whether a model has layers that can compute so."""
+    return any(isinstance(module, _Block | _Attention) for module in model.modules())
+
+
+def _readers(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """The layers of a stack, each with the norm that reads what it returns, as far as it looks like that."""
+    layers = module.get("layers")
+    if isinstance(layers, list) and layers:
+        for layer, behind in pairwise(layers):
+            yield layer, behind.get("input_layernorm") if isinstance(behind, nn.Module) else None
+        yield layers[-1], module.get("norm")
+
+
+def _is_fused(x: mx.array, cache: Any) -> bool:
+    return getattr(cache, "fuses_layers", False) and x.shape[1] <= _MOST
+
+
+def _split(own: Any, x: mx.array, cache: Any) -> tuple[mx.array, mx.array, mx.array] | None:
+    """Queries, keys and values; None where they are left to the layer's own code."""
+    norms = [own[name] for name in layer_forms.HEAD_NORMS if name in own]
+    if not all(_is_norm(norm) and norm.eps == norms[0].eps for norm in norms):
+        return None
+    if (product := whole_product([own.q_proj, own.k_proj, own.v_proj], x)) is None:
+        return None
+    dim = product.shape[-1] // (own.n_heads + 2 * own.n_kv_heads)
+    if (rotation := layer_forms.rotation(own.rope, nn.RoPE, dim)) is None:
+        return None
+    weights = HeadNorms(*(norm["weight"] for norm in norms), norms[0].eps) if norms else None
+    return split_heads(product, own.n_heads, own.n_kv_heads, rotation, cache.offset, weights)
+
+
+def _is_norm(norm: Any) -> bool:
+    return type(norm) in (nn.RMSNorm, _Norm)
+
+
+def _become_norm(norm: nn.RMSNorm) -> None:
+    norm.__class__ = _Norm
+
+
+def _become(module: nn.Module, form: type) -> None:
+    module.__class__ = _class_of(type(module), form)
+
+
+@functools.cache
+def _class_of(own: type, form: type) -> type:
+    return type(own.__name__, (form, own), {"__module__": own.__module__})
