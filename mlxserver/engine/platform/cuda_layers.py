@@ -105,8 +105,8 @@ for (int head = threadIdx.x / LANES; head < HEADS; head += THREADS / LANES) {
     for (int i = 0; is_used && i < 8; i++) {
       const float a = static_cast<float>(low.v[i]), b = static_cast<float>(high.v[i]);
       const float c = cosines[part + i], s = sines[part + i];
-      low.v[i] = static_cast<T>(a * c - b * s);
-      high.v[i] = static_cast<T>(a * s + b * c);
+      low.v[i] = static_cast<T>(fmaf(a, c, -(b * s)));
+      high.v[i] = static_cast<T>(fmaf(a, s, b * c));
     }
   }
   T* to = head < H ? q + ((size_t)row * H + head) * tokens * D
