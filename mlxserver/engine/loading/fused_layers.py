@@ -134,8 +134,8 @@ def _split(own: Any, x: mx.array, cache: Any) -> tuple[mx.array, mx.array, mx.ar
     dim = product.shape[-1] // (own.n_heads + 2 * own.n_kv_heads)
     if (rotation := layer_forms.rotation(own.rope, nn.RoPE, dim)) is None:
         return None
-    weights = HeadNorms(*(norm["weight"] for norm in norms), norms[0].eps) if norms else None
-    return split_heads(product, own.n_heads, own.n_kv_heads, rotation, cache.offset, weights)
+    head_norms = HeadNorms(norms[0]["weight"], norms[1]["weight"], norms[0].eps) if norms else None
+    return split_heads(product, own.n_heads, own.n_kv_heads, rotation, cache.offset, head_norms)
 
 
 def _is_norm(norm: Any) -> bool:
@@ -147,7 +147,7 @@ def _become_norm(norm: nn.RMSNorm) -> None:
 
 
 def _become(module: nn.Module, form: type) -> None:
-    module.__class__ = _class_of(type(module), form)
+    module.__class__ = _class_of(type(module), form)  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -50,9 +50,10 @@ def rotation(rope: Any, plain: type, dim: int) -> Rotation | None:
     """
     if getattr(rope, "dims", None) != dim or getattr(rope, "traditional", True):
         return None
-    if type(rope) is plain:
+    own: Any = type(rope)
+    if own is plain:
         return Rotation(rope.base, rope.scale, None)
-    return Rotation(None, 1.0, rope._freqs) if type(rope) is rope_utils.Llama3RoPE else None
+    return Rotation(None, 1.0, rope._freqs) if own is rope_utils.Llama3RoPE else None
 
 
 def _is_same(own: type, known: type[nn.Module]) -> bool:
