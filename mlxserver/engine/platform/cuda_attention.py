@@ -55,7 +55,7 @@ for (int g = 0; g < G; g++) {
   total[g] = 0;
   #pragma unroll
   for (int i = 0; i < 8; i++) {
-    query[g][i] = static_cast<float>(given.v[i]) * scale[0] * 1.4426950408889634f;
+    query[g][i] = static_cast<float>(given.v[i]) * SCALE * 1.4426950408889634f;
     sum[g][i] = 0;
   }
 }
@@ -185,8 +185,8 @@ def decode_attention(
     count = rows * heads * tokens
     whole = (queries.shape, queries.dtype)
     pieces = (((count, splits, dim), mx.float32), ((count, splits, 2), mx.float32))
-    read = _read_kernel(len(keys), splits > 1, queries.dtype, dim, per_block, shares)(
-        [queries, offsets, _constant(scale), *keys, *values],
+    read = _read_kernel(len(keys), splits > 1, queries.dtype, dim, per_block, shares, scale)(
+        [queries, offsets, *keys, *values],
         [whole] if splits == 1 else pieces,
         blocks=(splits * tokens, heads // per_block, rows),
         threads=_WARPS * 32,
@@ -197,20 +197,17 @@ def decode_attention(
 
 
 @functools.cache
-def _constant(value: float) -> mx.array:
-    return mx.array([value], dtype=mx.float32)
-
-
-@functools.cache
-def _read_kernel(classes: int, is_split: bool, dtype: mx.Dtype, dim: int, per_block: int, shares: int) -> Kernel:
+def _read_kernel(
+    classes: int, is_split: bool, dtype: mx.Dtype, dim: int, per_block: int, shares: int, scale: float
+) -> Kernel:
     keys, values = ([f"{name}{n}" for n in range(classes)] for name in "kv")
     choose = "".join(_CHOOSE.replace("#", str(n)) for n in range(classes))
     return Kernel(
         f"decode_attention_{classes}_{'parts' if is_split else 'whole'}",
-        ["q", "offsets", "scale", *keys, *values],
+        ["q", "offsets", *keys, *values],
         ["parts", "stats"] if is_split else ["out"],
         _READ.replace("CHOOSE", choose).replace("WRITE", _WRITE_PART if is_split else _WRITE_WHOLE),
-        {"T": dtype, "D": dim, "G": per_block, "SHARES": shares, "WARPS": _WARPS, "CHUNK": _CHUNK},
+        {"T": dtype, "D": dim, "G": per_block, "SHARES": shares, "WARPS": _WARPS, "CHUNK": _CHUNK, "SCALE": scale},
     )
 
 

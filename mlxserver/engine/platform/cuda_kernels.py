@@ -93,7 +93,8 @@ Constants = Mapping[str, int | float | mx.Dtype]
 class Kernel:
     """A kernel, as mx.fast.cuda_kernel() makes it.
 
-    constants: numbers and types that its source has by name. The source may have the shape of an input, `x_shape`.
+    constants: integers, floats (of 32 bits) and types that its source has by name. The source may have the shape of an
+    input, `x_shape`.
     """
 
     def __init__(

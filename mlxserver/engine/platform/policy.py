@@ -195,7 +195,7 @@ METAL = ExecutionPolicy(
     memory_share=0.9,
     candidates=("compile_steps", "pad_slots", "fuse_projections"),
 )
-# A data centre GPU is bound by its host, which compiled steps and fewer, larger products relieve. MLX's products of
+# A data centre GPU is bound by its host, which compiled steps and fewer, larger operations relieve. MLX's products of
 # quantized weights are slower there than those of 16 bits (8B, 4 bits: 1.3 times for one sequence, 8 times for
 # sixteen), but for experts, whose decode steps read few of them (0.6 times for sixteen).
 CUDA = ExecutionPolicy(
