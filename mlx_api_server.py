@@ -228,7 +228,7 @@ async def running_models(settings: Settings, leader: Leader | None = None) -> As
         if not leader and spec.shard:  # before a model is evicted for it
             raise sharding.alone(spec)
         position = sharding.RankPosition(0, leader.size if leader else 1)
-        return threads.call(lambda: sharding.share(estimate(spec), spec, position))
+        return threads.call(lambda: sharding.share(estimate(spec, builder.policies.for_estimate(spec)), spec, position))
 
     disk, pool = prefix_store(settings), KVPool()
     kept_checks = KeptChecks(cache_directory() / "self-checks")

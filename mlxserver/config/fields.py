@@ -72,11 +72,15 @@ class Identity:
     """Mark of a model's setting that makes it another model: two specs of one key that both state it must agree."""
 
 
+class Internal:
+    """Mark of a model's field that is no setting: the manager finds it at a load."""
+
+
 class PerRequest:
     """Mark of a sampling parameter of single requests, which has no default of a model."""
 
 
-Mark = Size | Secret | Live | Shared | Identity | PerRequest
+Mark = Size | Secret | Live | Shared | Identity | Internal | PerRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +149,12 @@ class Setting:
 
 @cache
 def settings_of(schema: type) -> Mapping[str, Setting]:
-    """Settings of a dataclass by field name, its own before inherited ones, without fields of other types."""
+    """Settings of a dataclass by field name, its own before inherited ones, without fields of other types and internal
+    ones.
+    """
     found = {name: _setting(*_declaration(hint)) for name, hint in _hints(schema).items()}
-    return {name: setting for name, setting in found.items() if setting is not None}
+    internal = marked(schema, Internal)
+    return {name: setting for name, setting in found.items() if setting is not None and name not in internal}
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
-from mlxserver.config.fields import Identity, Live, Range, Setting, Shared, Size, settings_of
+from mlxserver.config.fields import Identity, Internal, Live, Range, Setting, Shared, Size, settings_of
 from mlxserver.config.http import FILES, HttpSettings
 
 ModelType = Literal["thinking", "instruction"]
@@ -69,7 +69,8 @@ class ModelSpec:
     verified together: "auto" where that is measured to be faster, or wherever some are predicted. draft: key of a
     smaller model of the same vocabulary that drafts them, too; drafter: its own spec, which the manager finds at a
     load. mtp: without a draft, a head of its own that predicts more tokens (loading/mtp.py) drafts them, too. policy:
-    what is fixed of the device's policy, by name (POLICY_FIELDS).
+    what is fixed of the device's policy, by name (POLICY_FIELDS). is_widened: its `weights` were "auto", and a load has
+    made 16 bits of them.
     """
 
     key: Annotated[str, Shared()]
@@ -96,9 +97,10 @@ class ModelSpec:
     kv_group_size: Annotated[KVGroupSize, Shared(), Identity()] = 64
     speculation: Speculation = "auto"
     draft: str | None = None
-    drafter: ModelSpec | None = None
+    drafter: Annotated[ModelSpec | None, Internal()] = None
     mtp: bool = True
     policy: Mapping[str, bool] = field(default_factory=dict)
+    is_widened: Annotated[bool, Internal()] = False
 
 
 @dataclass(frozen=True, slots=True)

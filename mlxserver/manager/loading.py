@@ -112,7 +112,7 @@ class Loader:
         wide = replace(estimate, weights=estimate.widened, widened=0)
         if not estimate.widened or not self._reservation.leaves_room(wide.total):
             return spec, estimate
-        return replace(spec, weights="bfloat16"), wide
+        return replace(spec, weights="bfloat16", is_widened=True), wide
 
     async def _started_engine(
         self, spec: ModelSpec, on_death: Callable[[EngineError], None]

@@ -377,7 +377,13 @@ def test_a_load_needs_only_a_source():
 
 
 def test_a_load_takes_what_a_models_section_takes():
-    stated = {each.name for each in dataclasses.fields(ModelSpec)} - {"key", "source", "preload", "drafter"}
+    stated = {each.name for each in dataclasses.fields(ModelSpec)} - {
+        "key",
+        "source",
+        "preload",
+        "drafter",
+        "is_widened",
+    }
     values = {"type": "thinking", "adapter": "d", "context_length": 512, "max_running": 2, "max_waiting": 3}
     values |= {"prefix_cache_bytes": 5, "checkpoint_interval": 64, "cache_tokens": 600, "aliases": ["one", "gpt-*"]}
     values |= {"pin": True, "ttl": 60, "defaults": {"temperature": 0.5}, "shard": "tensor", "kind": "text"}

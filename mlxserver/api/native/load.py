@@ -16,6 +16,7 @@ from mlxserver.api.openai.generation import KEEP_ALIVE, SamplingRequest
 from mlxserver.api.openai.models import estimate_object
 from mlxserver.api.schema.parameters import Parameter, Request, ValidationFailed, abbreviate, invalid, parse
 from mlxserver.api.schema.validators import check_keep_alive, check_key, check_path
+from mlxserver.config.fields import Internal, marked
 from mlxserver.config.load import is_alias
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
 from mlxserver.config.settings import (
@@ -190,7 +191,7 @@ class LoadRequest(Request):
 
 
 # Fields of ModelSpec that a load may state, but for these; `preload` concerns the start.
-_NOT_STATED = ("key", "source", "preload", "drafter")
+_NOT_STATED = ("key", "source", "preload", *marked(ModelSpec, Internal))
 SPEC_FIELDS = tuple(each.name for each in fields(ModelSpec) if each.name not in _NOT_STATED)
 
 

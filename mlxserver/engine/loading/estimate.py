@@ -53,7 +53,7 @@ class Limits:
 class Estimate:
     """Memory of a model: its weights in their loaded format, the reserved KV cache, the activations of a step.
 
-    widened: of the weights in 16 bits, where the device computes faster with them than as they are stored; 0 elsewhere.
+    widened: of the weights in 16 bits, where products are faster with them than as they are stored; 0 elsewhere.
     """
 
     weights: int
@@ -188,7 +188,7 @@ def _decoder_weights(
         in_layers = 0  # those that it is added to become float32
     adapter = 0 if policy.weights is WeightPolicy.FLOAT32 else adapter_bytes(spec)  # which is fused there
     weights = weight_bytes(values, in_layers, stored, policy.weights, metadata.config)
-    may_widen = policy.widen_weights and spec.weights == "auto" and not (spec.shard or architecture.has_experts)
+    may_widen = spec.weights == "auto" and not spec.shard and policy.widens(architecture.has_experts)
     widened = values * 2 + adapter if may_widen and has_fewer_bits(values, stored) else 0
     return weights + adapter, widened
 

@@ -17,7 +17,9 @@ from mlxserver.config.settings import POLICY_FIELDS
 from mlxserver.engine.platform.kept_files import KeptFiles
 
 CHOICES = "policies"  # folder in the cache directory
+WEIGHTS = "widen_weights"  # beside POLICY_FIELDS, and no field of a model's `policy`: its setting `weights` fixes it
 _FORM = 1  # of the files
+_FIELDS = {*POLICY_FIELDS, WEIGHTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class Choice:
     """What a measurement has chosen. model, device: for people.
 
     fields: of the policy, by name, that differ from the device's. speedups: of each candidate, by the field that it
-    has otherwise, over the policy that was the best before; 0 where it failed.
+    has otherwise, over the policy that was the best before; 0 where it failed. WEIGHTS: of weights in the chosen format
+    over the other one.
     """
 
     model: str
@@ -40,9 +43,9 @@ class Choice:
         if stated["form"] != _FORM:
             raise ValueError(f"form is {stated['form']!r}")
         fields, speedups = dict(stated["fields"]), dict(stated["speedups"])
-        if not all(name in POLICY_FIELDS and type(value) is bool for name, value in fields.items()):
+        if not all(name in _FIELDS and type(value) is bool for name, value in fields.items()):
             raise ValueError(f"fields are {fields!r}")
-        if not all(name in POLICY_FIELDS and 0 <= float(ratio) < math.inf for name, ratio in speedups.items()):
+        if not all(name in _FIELDS and 0 <= float(ratio) < math.inf for name, ratio in speedups.items()):
             raise ValueError(f"speedups are {speedups!r}")
         return Choice(str(stated["model"]), str(stated["device"]), fields, speedups)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from mlxserver.engine.loading.fused_projections import fuse_projections
 from mlxserver.engine.loading.kv_format import kv_format, quantize_kv
 from mlxserver.engine.loading.metadata import context_length, model_arguments, vocab_size
 from mlxserver.engine.loading.outcome import complete_or_nothing, naming
+from mlxserver.engine.loading.quantized_products import QuantizedProduct, half_type, quantized_products
 from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.loading.turn_ends import find_turn_ends
@@ -57,7 +58,8 @@ class LoadedModel:
     """A model that is ready to run.
 
     config: config.json as mlx-lm reads it. path: the local MLX directory. limits: of its requests.
-    generation_defaults: the sampling parameters that the model's makers recommend. weight_bytes: in memory.
+    generation_defaults: the sampling parameters that the model's makers recommend. weight_bytes: in memory. products:
+    those with weights that the checkpoint has quantized, by shape.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class LoadedModel:
     limits: estimate.Limits
     generation_defaults: Mapping[str, float]
     weight_bytes: int
+    products: Mapping[QuantizedProduct, int] = field(default_factory=dict)
 
     @property
     def context_length(self) -> int:
@@ -121,6 +124,7 @@ def _read(
     if spec.adapter is not None:
         with naming(f"the adapter {spec.adapter!r} can't be used with this model"):
             model = load_adapters(model, str(Path(spec.adapter).expanduser()))
+    products = quantized_products(model)
     with naming(f"the weights in {path} can't be used"):
         model = prepare(model, report, policy, divide)
     with naming(f"the tokenizer in {path} can't be read"):
@@ -135,6 +139,7 @@ def _read(
         limits=estimate.limits(spec, context_length(spec.key, config, *model_arguments(model))),
         generation_defaults={**recommended_sampling(spec.source), **generation_defaults(path)},
         weight_bytes=weight_bytes(model),
+        products=products,
     )
 
 
@@ -232,15 +237,11 @@ def _dequantized(model: nn.Module) -> nn.Module:
 
 
 def _widened(model: nn.Module) -> nn.Module:
-    """The model with quantized weights in 16 bits: the type of their scales if it has so many, or else bfloat16.
-
-    They are dequantized in float32, so that each is rounded once.
-    """
+    """The model with quantized weights in 16 bits. They are dequantized in float32, so that each is rounded once."""
     types = {}
     for name, layer in model.named_modules():
         if isinstance(layer, _QUANTIZED):
-            is_half = layer.scales.dtype in (mx.float16, mx.bfloat16)
-            types[name] = layer.scales.dtype if is_half else mx.bfloat16
+            types[name] = half_type(layer)
             layer.set_dtype(mx.float32)
     model = _dequantized(model)
     for name, layer in model.named_modules():

@@ -17,6 +17,7 @@ from typing import Literal
 DeviceKind = Literal["cpu", "metal", "cuda"]
 PromptSharing = Literal["padded", "unpadded", "alone"]
 CacheKind = Literal["slots", "merged", "single"]
+Widening = Literal["never", "without_experts", "always"]
 
 
 class WeightPolicy(Enum):
@@ -56,7 +57,7 @@ class ExecutionPolicy:
     fuse_layers: decode steps compute what lies between the products and the attention of a layer in few operations
         (loading/fused_layers.py).
     weights: the format in which they are computed with.
-    widen_weights: quantized weights are computed with faster in 16 bits, where memory allows it; not those of experts.
+    widen_weights: quantized weights are held in 16 bits, where memory allows it; or those of models without experts.
     eager_prefix_copy: what the prefix cache stores is evaluated before the next step is prepared.
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
@@ -69,7 +70,8 @@ class ExecutionPolicy:
     wire_memory: weights are kept resident, up to the working set that the device recommends.
     memory_share: the part of the device's memory that all models may take; the rest is for the system and Python.
 
-    candidates: fields that a measurement may choose otherwise for a model (runners/measured_policies.py).
+    candidates: fields that a measurement may choose otherwise for a model (runners/measured_policies.py, and
+        measured_weights.py for widen_weights).
 
     And what one model can't do on any device (runners/self_check.py):
     prompts: shorter prompts of a chunk are padded; or all of a chunk are of one length; or each has its own chunks.
@@ -88,7 +90,7 @@ class ExecutionPolicy:
     fuse_projections: bool
     fuse_layers: bool
     weights: WeightPolicy
-    widen_weights: bool
+    widen_weights: Widening
     eager_prefix_copy: bool
     materialized_attention: bool
     decode_kernel: bool
@@ -119,6 +121,10 @@ class ExecutionPolicy:
             return replace(self, weights=_STATED[setting])
         is_divided = is_shared and self.weights is WeightPolicy.QUANTIZED
         return replace(self, weights=WeightPolicy.FLOAT32) if is_divided else self
+
+    def widens(self, has_experts: bool) -> bool:
+        """Whether quantized weights of a model, with experts or without, are to be held in 16 bits."""
+        return self.widen_weights == "always" or (self.widen_weights == "without_experts" and not has_experts)
 
     def may_speculate(self, setting: Literal["auto", "off", "always"]) -> bool:
         """Whether tokens may be drafted at a setting.
@@ -157,7 +163,7 @@ CPU = ExecutionPolicy(
     fuse_projections=False,
     fuse_layers=False,
     weights=WeightPolicy.FLOAT32,
-    widen_weights=False,
+    widen_weights="never",
     eager_prefix_copy=True,
     materialized_attention=True,
     decode_kernel=False,
@@ -171,7 +177,8 @@ CPU = ExecutionPolicy(
 )
 # A CPU with native kernels.
 NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED, sampling_kernel=True)
-# A GPU prefers few shapes that recur.
+# A GPU prefers few shapes that recur. MLX's products of quantized weights are at their best on Metal, and 16 bits would
+# take four times the memory that the whole machine shares: `weights` is no candidate there.
 METAL = ExecutionPolicy(
     compile_steps=False,
     pad_slots=True,
@@ -183,7 +190,7 @@ METAL = ExecutionPolicy(
     fuse_projections=False,
     fuse_layers=False,
     weights=WeightPolicy.STORED,
-    widen_weights=False,
+    widen_weights="never",
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=False,
@@ -197,7 +204,7 @@ METAL = ExecutionPolicy(
 )
 # A data centre GPU is bound by its host, which compiled steps and fewer, larger operations relieve. MLX's products of
 # quantized weights are slower there than those of 16 bits (8B, 4 bits: 1.3 times for one sequence, 8 times for
-# sixteen), but for experts, whose decode steps read few of them (0.6 times for sixteen).
+# sixteen), but for experts, whose decode steps read few of them (0.6 times for sixteen): so until that is measured.
 CUDA = ExecutionPolicy(
     compile_steps=True,
     pad_slots=True,
@@ -209,7 +216,7 @@ CUDA = ExecutionPolicy(
     fuse_projections=True,
     fuse_layers=True,
     weights=WeightPolicy.STORED,
-    widen_weights=True,
+    widen_weights="without_experts",
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=True,
@@ -219,7 +226,7 @@ CUDA = ExecutionPolicy(
     replace_kernels=False,
     wire_memory=False,
     memory_share=0.9,
-    candidates=("decode_kernel", "fuse_layers", "compile_steps", "fuse_projections"),
+    candidates=("decode_kernel", "fuse_layers", "compile_steps", "fuse_projections", "widen_weights"),
 )
 
 

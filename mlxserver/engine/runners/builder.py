@@ -29,6 +29,7 @@ from mlxserver.engine.runners.embedding import EmbeddingRunner
 from mlxserver.engine.runners.idle_steps import IdleTurns
 from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.measured_policies import Measurement
+from mlxserver.engine.runners.measured_weights import WeightMeasurement
 from mlxserver.engine.runners.model_policy import ModelPolicy, Policies
 from mlxserver.engine.runners.rerank import RerankRunner
 from mlxserver.engine.runners.self_check import fitting_policy
@@ -74,7 +75,7 @@ class Builder:
         self._stall_target = stall_target
         self._leader = leader
         self._kept_checks = kept_checks
-        self._policies = Policies(self._policy, kept_choices)
+        self.policies = Policies(self._policy, kept_choices)
         self._clock = clock
         self._turns = IdleTurns()
         self._peers = ProcessPeers()
@@ -86,7 +87,7 @@ class Builder:
     def build_text(self, spec: ModelSpec, progress: Progress, metrics: ModelMetrics | None) -> Runner:
         """Load a text model and warm it up."""
         if spec.shard is None:
-            chosen = self._policies.find(spec)
+            chosen = self.policies.find(spec)
             loaded = loader.load(spec, progress=progress, policy=chosen.policy)
             return self._build_here(spec, chosen, loaded, progress, metrics)
         if spec.policy:
@@ -161,7 +162,7 @@ class Builder:
             raise LoadFailed(spec.key, "it is a vision model, which ranks can't share")
         if spec.shard:
             return self.build_text(spec, progress, metrics)
-        chosen = self._policies.find(spec)
+        chosen = self.policies.find(spec)
         loaded = loader.load(spec, progress=progress, policy=chosen.policy)
         try:
             vision = load_vision(spec, loaded, progress, chosen.policy.with_weights(spec.weights))
@@ -216,23 +217,30 @@ class Builder:
         account: KVAccount,
         load: EngineLoad,
     ) -> Iterator[object]:
-        """Steps that measure the candidates that are left. policy: as the self-check has left it."""
-        before = chosen.choice
+        """Steps that measure what is left: candidates, and the weights' format. policy: as the self-check left it."""
         names = [name for name in chosen.candidates if getattr(policy, name) == getattr(chosen.policy, name)]
-        if before is None or not names:
-            return
-        yield from Measurement(
-            spec.key,
-            loaded.model,
-            policy,
-            names,
-            spec.max_running,
-            borrowing=account.borrowing,
-            is_right=lambda own: fitting_policy(loaded.model, own, spec.key, self._kept_checks) == own,
-            is_quiet=lambda: self._peers.are_idle(load),
-            keep=lambda result: self._policies.keep(spec, before, result),
-            clock=self._clock,
-        ).steps()
+        if (before := chosen.choice) and names:
+            yield from Measurement(
+                spec.key,
+                loaded.model,
+                policy,
+                names,
+                spec.max_running,
+                borrowing=account.borrowing,
+                is_right=lambda own: fitting_policy(loaded.model, own, spec.key, self._kept_checks) == own,
+                is_quiet=lambda: self._peers.are_idle(load),
+                keep=lambda result: self.policies.keep(spec, before, result),
+                clock=self._clock,
+            ).steps()
+        if (weights := chosen.weights) and chosen.measures_weights and loaded.products:
+            yield from WeightMeasurement(
+                spec.key,
+                loaded.products,
+                borrowing=account.borrowing,
+                is_quiet=lambda: self._peers.are_idle(load),
+                keep=lambda result: self.policies.keep_weights(spec, weights, result),
+                clock=self._clock,
+            ).steps()
 
     def _in_turn(self, steps: Iterator[object], load: EngineLoad) -> Iterator[object]:
         """Idle steps of a model, while no other one computes."""

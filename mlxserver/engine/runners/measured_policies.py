@@ -43,7 +43,7 @@ from mlxserver.engine.worker.runner import PAUSE
 log = logging.getLogger("engine")
 
 LEAST_SPEEDUP = 1.05  # of a candidate that is adopted: less is noise, or not worth the change
-_ROUNDS = 5  # samples of each policy
+ROUNDS = 5  # samples of each policy
 _SEVERAL = 8  # sequences that decode together
 _LENGTH = 200  # tokens of each, where a KV cache can be made up; else of a prompt that has to be computed
 _SHORT = 32
@@ -162,7 +162,7 @@ class Measurement:
         """Speedups of the candidates that could be timed; 0 of those that failed."""
         times: dict[str, list[list[float]]] = {name: [[] for _ in self._work] for name in ("", *candidates)}
         failed: dict[str, float] = {}
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             for number in range(len(self._work)):
                 for name in list(times):
                     policy = candidates.get(name, self._best)
