@@ -22,24 +22,10 @@ from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.worker.runner import PAUSE
 from tests.support.architectures import random_model
 from tests.support.batch_driver import Driver, prompt, sequence
+from tests.support.measurements import Clock, granted, refused
 from tools.harness.models import tiny_llama
 
 PADDED = replace(CPU, candidates=("pad_slots",))
-CALLS = 2  # of the clock in a sample that takes long enough
-
-
-class Clock:
-    """Samples take the durations in turns: of the present policy and of each candidate."""
-
-    def __init__(self, *durations):
-        self.durations = durations
-        self.calls = self.now = 0
-
-    def __call__(self):
-        if self.calls % 2:
-            self.now += self.durations[self.calls // CALLS % len(self.durations)]
-        self.calls += 1
-        return self.now
 
 
 class Loads:
@@ -202,16 +188,6 @@ def test_a_choice_is_shown_in_one_line():
 
 
 # -- one measurement ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def granted(bytes):
-    yield True
-
-
-@contextmanager
-def refused(bytes):
-    yield False
 
 
 def measurement(model, policy=CPU, clock=None, results=None, borrowing=granted, **fields):
