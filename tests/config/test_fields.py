@@ -6,7 +6,7 @@ from typing import Annotated
 import pytest
 
 from mlxserver.config.errors import ConfigInvalid
-from mlxserver.config.fields import Identity, Live, Range, Secret, Several, Shared, Size, marked, settings_of
+from mlxserver.config.fields import Identity, Internal, Live, Range, Secret, Several, Shared, Size, marked, settings_of
 from mlxserver.config.settings import ModelSpec, Settings
 
 
@@ -25,6 +25,11 @@ class Schema(Base):
 
 def test_own_settings_come_before_inherited_ones_and_fields_of_other_types_are_none():
     assert list(settings_of(Schema)) == ["size", "plain", "secret", "port"]
+
+
+def test_what_a_load_finds_is_no_setting():
+    assert marked(ModelSpec, Internal) == ("drafter", "is_widened")
+    assert not {"drafter", "is_widened"} & settings_of(ModelSpec).keys()
 
 
 def test_a_setting_has_all_that_its_annotation_says():

@@ -224,10 +224,26 @@ async def test_the_kind_of_a_model_stays_known_after_its_first_load():
 @within_deadline
 async def test_weights_are_widened_where_half_of_the_free_memory_stays_free(capacity, is_wide):
     stored = replace(ESTIMATE, widened=2 * ONE)
-    async with managed(capacity=capacity, estimate=lambda spec: stored) as (manager, _):
+    async with managed(capacity=capacity, estimate=lambda spec: stored) as (manager, factory):
         instance = manager.instance("a")
         await instance.load()
         assert instance.estimate == (replace(stored, weights=2 * ONE, widened=0) if is_wide else stored)
+        (loaded,) = factory.specs
+        assert (loaded.weights, loaded.is_widened) == (("bfloat16", True) if is_wide else ("auto", False))
+        assert instance.spec.weights == "auto"
+
+
+@within_deadline
+async def test_wide_weights_are_given_back_before_another_model_is_refused():
+    def estimate(spec):
+        return replace(ESTIMATE, widened=2 * ONE) if spec.key == "a" else replace(ESTIMATE, cache=5 * ONE)
+
+    async with managed(capacity=6, estimate=estimate) as (manager, factory):
+        for key in "aba":
+            await manager.instance(key).load()
+            assert manager.instance(key).status == "loaded"
+        loads = [(spec.key, spec.is_widened) for spec in factory.specs]
+        assert loads == [("a", True), ("b", False), ("a", False)]
 
 
 # All at once

@@ -275,6 +275,7 @@ class Factory:
     start_failures: list = field(default_factory=list)
     runners: list = field(default_factory=list)
     engines: list = field(default_factory=list)
+    specs: list = field(default_factory=list)
     builds: int = 0
     reports: bool = True
     make_batch: Callable = ScriptedBatch
@@ -300,5 +301,6 @@ class Factory:
     def start(self, spec, on_death, loading, metrics):
         if self.start_failures:
             raise self.start_failures.pop(0)
+        self.specs.append(spec)
         self.engines.append(Engine(spec.key, lambda: self.build(loading), on_death=on_death, metrics=metrics))
         return self.engines[-1]

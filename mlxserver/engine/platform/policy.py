@@ -177,8 +177,8 @@ CPU = ExecutionPolicy(
 )
 # A CPU with native kernels.
 NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED, sampling_kernel=True)
-# A GPU prefers few shapes that recur. MLX's products of quantized weights are at their best on Metal, and 16 bits would
-# take four times the memory that the whole machine shares: `weights` is no candidate there.
+# A GPU prefers few shapes that recur. Memory is shared with the whole machine here: weights in 16 bits, which take four
+# times as much of it, and of its bandwidth, are no candidate.
 METAL = ExecutionPolicy(
     compile_steps=False,
     pad_slots=True,
