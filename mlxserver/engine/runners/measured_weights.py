@@ -74,6 +74,7 @@ class WeightMeasurement:
         except Exception as error:  # of any kind: it is foreign code, and may have no memory
             log.warning("%s: %s is dropped: %s: %s", self._key, WEIGHTS, type(error).__name__, one_line(error))
             self._keep(Result({}, {WEIGHTS: 0.0}))
+            device.clear_cache()
         else:
             self._choose(*([*zip(*own, strict=True)] for own in rounds.values()))
 
@@ -112,10 +113,13 @@ class WeightMeasurement:
             if not is_granted:
                 return None
             try:
-                weights = [_weights(product, is_wide) for _ in range(number)]
-                return [self._seconds(product, weights, tokens) / number for tokens in TOKENS]
+                return self._times(product, is_wide, number)
             finally:
                 device.clear_cache()
+
+    def _times(self, product: QuantizedProduct, is_wide: bool, number: int) -> list[float]:
+        weights = [_weights(product, is_wide) for _ in range(number)]
+        return [self._seconds(product, weights, tokens) / number for tokens in TOKENS]
 
     def _seconds(self, product: QuantizedProduct, weights: Sequence[Weights], tokens: int) -> float:
         """Seconds of a product with each of the weights, behind a first one that is not timed."""
