@@ -11,19 +11,24 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from mlxserver.config.settings import ModelSpec
+from mlx_api_server import engine_starter
+from mlxserver.config.settings import ModelSpec, Settings
 from mlxserver.engine.loading import loader, sources
 from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.loading.kept_choices import WEIGHTS, Choice, KeptChoices
 from mlxserver.engine.loading.quantized_products import quantized_products
+from mlxserver.engine.platform import device, streams
 from mlxserver.engine.platform.policy import CPU, WeightPolicy
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.runners.measured_policies import ROUNDS, Result
 from mlxserver.engine.runners.measured_weights import WeightMeasurement
 from mlxserver.engine.runners.model_policy import choice_name, weights_name
 from mlxserver.engine.worker.runner import PAUSE
+from mlxserver.engine.worker.thread_pool import ThreadPool
+from model_manager import ModelManager
 from tests.support.architectures import CONFIGS, MORE_CONFIGS, write_random_model
 from tests.support.measurements import Clock, granted, refused
+from tests.support.scripted_engine import until, within_deadline
 
 GPU = replace(
     CPU, weights=WeightPolicy.STORED, widen_weights="without_experts", replace_kernels=False, candidates=(WEIGHTS,)
@@ -211,6 +216,29 @@ def test_a_choice_is_shown_in_one_line(loads):
     assert str(loads.choice) == "a model: widen_weights on, 2.00 times as fast"
     loads.know(False)
     assert str(loads.choice) == "a model: widen_weights off, 2.00 times as fast"
+
+
+@within_deadline
+async def test_a_server_loads_what_was_measured_and_its_settings_stay(loads):
+    threads = ThreadPool(streams.thread_stream)
+    builder = loads.builder(Clock(*FASTER), replace(GPU, widen_weights="never"))
+    manager = ModelManager(
+        Settings(models=(loads.spec,), memory_limit=1 << 30),
+        engine_starter(builder, threads),
+        device.process_bytes,
+        lambda spec: threads.call(lambda: estimate(spec, builder.policies.for_estimate(spec))),
+    )
+    instance, seen = manager.instance("m"), []
+    try:
+        for _ in range(2):
+            await instance.load()
+            seen.append((instance.facts.policy.weights, instance.facts.policy.measured, instance.spec.weights))
+            await until(lambda: loads.choice and loads.choice.speedups.get(WEIGHTS))
+            await instance.unload("drain")
+    finally:
+        await manager.close(0)
+        threads.close()
+    assert seen == [("stored", (), "auto"), ("bfloat16", ("weights",), "auto")]
 
 
 # -- products -------------------------------------------------------------------------------------------------------
