@@ -41,7 +41,7 @@ from mlxserver.engine.loading.sharding import Divide
 from mlxserver.engine.loading.sources import Progress, recommended_sampling, resolve, silent
 from mlxserver.engine.loading.turn_ends import find_turn_ends
 from mlxserver.engine.loading.unsupported import naming_what_is_missing
-from mlxserver.engine.platform import cpu_decoder, cpu_layers, cpu_stored, device
+from mlxserver.engine.platform import cpu_decoder, cpu_layers, cpu_stored, device, recurrences
 from mlxserver.engine.platform.expert_layers import replace_expert_layers
 from mlxserver.engine.platform.policy import ExecutionPolicy, WeightPolicy, current
 from mlxserver.engine.platform.short_convolutions import replace_convolutions
@@ -171,6 +171,8 @@ def prepare(model: nn.Module, report: Progress, policy: ExecutionPolicy, divide:
     correct_chunk_masks(model)
     if policy.sum_convolutions:
         replace_convolutions(model)
+    if policy.scan_kernel:
+        recurrences.replace_functions()
     if policy.replace_kernels:
         cpu_layers.replace_functions()
         cpu_layers.replace_layers(model)

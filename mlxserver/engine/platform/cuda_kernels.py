@@ -56,6 +56,10 @@ struct Shape {
   int32_t sizes[10];
   int32_t operator[](int n) const { return sizes[n]; }
 };
+struct Strides {
+  int64_t sizes[10];
+  int64_t operator[](int n) const { return sizes[n]; }
+};
 struct __nv_bfloat16 {
   unsigned short bits;
   __nv_bfloat16() = default;
@@ -94,7 +98,7 @@ class Kernel:
     """A kernel, as mx.fast.cuda_kernel() makes it.
 
     constants: integers, floats (of 32 bits) and types that its source has by name. The source may have the shape of an
-    input, `x_shape`.
+    input, `x_shape`, and its strides, `x_strides`. copies: inputs whose values do not lie in order are copied.
     """
 
     def __init__(
@@ -104,8 +108,10 @@ class Kernel:
         outputs: Sequence[str],
         source: str,
         constants: Constants | None = None,
+        *,
+        copies: bool = True,
     ) -> None:
-        self._name, self._inputs, self._outputs = name, list(inputs), list(outputs)
+        self._name, self._inputs, self._outputs, self._copies = name, list(inputs), list(outputs), copies
         self._source = "".join(_constant(*each) for each in (constants or {}).items()) + source
         self._kept: set[str] = set()  # parameters, for each types of its inputs and outputs
 
@@ -134,7 +140,11 @@ class Kernel:
     @functools.cached_property
     def _launch(self) -> Any:
         return mx.fast.cuda_kernel(
-            name=self._name, input_names=self._inputs, output_names=self._outputs, source=self._source
+            name=self._name,
+            input_names=self._inputs,
+            output_names=self._outputs,
+            source=self._source,
+            ensure_row_contiguous=self._copies,
         )
 
     def _parameters(self, inputs: Sequence[mx.array], outputs: Sequence[mx.Dtype]) -> str:
@@ -142,8 +152,9 @@ class Kernel:
         lines = []
         for name, array in zip(self._inputs, inputs, strict=True):
             lines.append(f"    const {_TYPES[array.dtype]}* {name}")
-            if array.ndim and f"{name}_shape" in self._source:
-                lines.append(f"    const __grid_constant__ Shape {name}_shape")
+            for info in ("shape", "strides"):
+                if array.ndim and f"{name}_{info}" in self._source:
+                    lines.append(f"    const __grid_constant__ {info.capitalize()} {name}_{info}")
         lines += [f"    {_TYPES[dtype]}* {name}" for name, dtype in zip(self._outputs, outputs, strict=True)]
         return ",\n".join(lines)
 

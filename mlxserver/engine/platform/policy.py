@@ -63,6 +63,7 @@ class ExecutionPolicy:
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
         model and its types allow it.
     sampling_kernel: tokens are drawn by one kernel (sampling_kernels.py).
+    scan_kernel: recurrences of hybrid models are one kernel (recurrences.py).
     layers_ahead: layers whose intermediate values exist at the same time.
     parallel_models: decode steps of other models go on during a prefill chunk.
     replace_kernels: slow functions of MLX are replaced by those of cpu_kernels.py, cpu_attention.py and
@@ -95,6 +96,7 @@ class ExecutionPolicy:
     materialized_attention: bool
     decode_kernel: bool
     sampling_kernel: bool
+    scan_kernel: bool
     layers_ahead: int
     parallel_models: bool
     replace_kernels: bool
@@ -168,6 +170,7 @@ CPU = ExecutionPolicy(
     materialized_attention=True,
     decode_kernel=False,
     sampling_kernel=False,
+    scan_kernel=False,
     layers_ahead=4,
     parallel_models=True,
     replace_kernels=sys.platform == "linux",
@@ -195,6 +198,7 @@ METAL = ExecutionPolicy(
     materialized_attention=False,
     decode_kernel=False,
     sampling_kernel=False,
+    scan_kernel=False,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,
@@ -221,6 +225,7 @@ CUDA = ExecutionPolicy(
     materialized_attention=False,
     decode_kernel=True,
     sampling_kernel=True,
+    scan_kernel=True,
     layers_ahead=1,
     parallel_models=False,
     replace_kernels=False,

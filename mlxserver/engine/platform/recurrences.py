@@ -1,0 +1,126 @@
+"""Recurrences of hybrid models, Mamba-2 and the gated delta rule, as mlx-lm's functions, with the kernel of
+cuda_recurrence.py.
+
+mlx-lm has kernels for Metal. Elsewhere the gated delta rule is a loop over the tokens, of ten operations each: a chunk
+of 1,024 tokens is 10,000 operations per layer, at some ten microseconds of the host each.
+
+Rule: what supports() refuses is left to mlx-lm's functions.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mlxserver.engine.mlx import mx
+
+from mlx_lm.models import gated_delta, ssm
+
+from mlxserver.engine.platform import cuda_recurrence, device
+
+_FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+
+mlx_lm_ssm_update = ssm.ssm_update
+mlx_lm_gated_delta_update = gated_delta.gated_delta_update
+
+
+def ssm_update(
+    hidden_states: mx.array,
+    A_log: mx.array,
+    B: mx.array,
+    C: mx.array,
+    D: mx.array,
+    dt: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    time_step_limit: tuple[float, float] = (0.001, 100.0),
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """As mlx_lm.models.ssm.ssm_update. lengths: as the mask has them."""
+    heads = hidden_states.shape[2:3]
+    if (
+        supports(B, C, hidden_states, state, mask, [A_log, D, dt, dt_bias])
+        and D.shape == A_log.shape == dt_bias.shape == heads
+        and (lengths is None or mask is not None)
+    ):
+        parameters, limits = (A_log, dt_bias, D), (time_step_limit[0], time_step_limit[1])
+        return cuda_recurrence.mamba(hidden_states, B, C, dt, parameters, limits, state, mask)
+    return mlx_lm_ssm_update(  # type: ignore[no-any-return]
+        hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths
+    )
+
+
+def gated_delta_update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """As mlx_lm.models.gated_delta.gated_delta_update."""
+    heads, key_dim = v.shape[2], k.shape[3]
+    sizes = a.shape[2:], dt_bias.shape, A_log.shape
+    if (
+        use_kernel
+        and supports(k, q, v, state, mask, [a, b, A_log, dt_bias])
+        and sizes in (((heads,),) * 3, ((heads, key_dim), (heads, key_dim), (heads, 1)))
+    ):
+        most = 2 if allow_neg_eigval else 1
+        gates, parameters = (a, b), (A_log, dt_bias)
+        return cuda_recurrence.gated_delta(q, k, v, gates, parameters, state, mask, lower_bound=lower_bound, most=most)
+    return mlx_lm_gated_delta_update(  # type: ignore[no-any-return]
+        q,
+        k,
+        v,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+        mask,
+        use_kernel=use_kernel,
+        lower_bound=lower_bound,
+        allow_neg_eigval=allow_neg_eigval,
+    )
+
+
+def supports(
+    keys: mx.array,
+    queries: mx.array,
+    values: mx.array,
+    state: mx.array | None,
+    mask: mx.array | None,
+    others: list[mx.array],
+) -> bool:
+    """Whether the kernel can have these, as far as their shapes and types say it.
+
+    keys, queries: [B, T, groups, key dim]. values: [B, T, heads, dim]. others: of any float type.
+    """
+    return (
+        device.describe().kind == "cuda"
+        and keys.shape == queries.shape
+        and values.shape[2] % keys.shape[2] == 0
+        and cuda_recurrence.lanes(keys.shape[3]) is not None
+        and all(array.dtype in _FLOATS for array in (keys, queries, values, *others))
+        and (state is None or state.dtype == mx.float32)
+        and (mask is None or (mask.dtype == mx.bool_ and mask.shape == values.shape[:2]))
+    )
+
+
+def replace_functions() -> None:
+    """Have the model code of mlx-lm, as far as it is imported, call these functions in place of its own."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("mlx_lm.models."):
+            continue
+        if getattr(module, "ssm_update", None) is mlx_lm_ssm_update:
+            module.ssm_update = ssm_update  # type: ignore[attr-defined]
+        if getattr(module, "gated_delta_update", None) is mlx_lm_gated_delta_update:
+            module.gated_delta_update = gated_delta_update  # type: ignore[attr-defined]
