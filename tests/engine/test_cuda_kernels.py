@@ -45,6 +45,18 @@ def test_values_of_each_type_are_converted_as_mlx_converts_them(name, dtype):
 
 
 @needs_cuda
+def test_a_kernel_may_read_by_strides_what_does_not_lie_in_order(name):
+    x = mx.random.normal((8, 6, 5)).swapaxes(0, 2)[:, 1:]
+    source = """
+    const int n = threadIdx.x, a = n / (x_shape[1] * x_shape[2]), b = n / x_shape[2] % x_shape[1], c = n % x_shape[2];
+    if (n < SIZE) out[n] = x[a * x_strides[0] + b * x_strides[1] + c * x_strides[2]];
+    """
+    kernel = Kernel(name, ["x"], ["out"], source, {"SIZE": x.size}, copies=False)
+    assert mx.array_equal(kernel([x], [(x.shape, x.dtype)], blocks=(1, 1, 1), threads=256)[0], x)
+    assert len(kept(name)) == 2
+
+
+@needs_cuda
 def test_what_is_put_there_is_what_runs(name, monkeypatch):
     compile = nvrtc.compile
     monkeypatch.setattr(nvrtc, "compile", lambda source, *given: compile(source.replace("0.1f", "7.0f"), *given))

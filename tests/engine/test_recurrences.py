@@ -3,6 +3,7 @@ mlx-lm's.
 """
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 from mlxserver.engine.mlx import mx
@@ -11,7 +12,9 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.gated_delta import normalize_qk
 
+from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.platform import recurrences
+from mlxserver.engine.platform.policy import METAL
 from mlxserver.engine.platform.recurrences import (
     gated_delta_update,
     mlx_lm_gated_delta_update,
@@ -200,6 +203,15 @@ def test_a_model_says_what_it_says_with_mlx_lm_s_functions(name):
         said, scores = greedy(model)
     assert said == wanted
     assert mx.allclose(scores, their_scores, rtol=0.01, atol=0.01 if mx.cuda.is_available() else 1e-4)
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_the_policy_decides_what_the_model_s_code_calls(monkeypatch, has_kernel):
+    model = models.build("mamba2")
+    code = sys.modules[type(model).__module__]
+    monkeypatch.setattr(code, "ssm_update", mlx_lm_ssm_update)
+    prepare(model, lambda *_: None, replace(METAL, scan_kernel=has_kernel))
+    assert code.ssm_update is (ssm_update if has_kernel else mlx_lm_ssm_update)
 
 
 def greedy(model, count=12):

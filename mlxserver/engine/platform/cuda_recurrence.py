@@ -27,6 +27,7 @@ _SHARE = 2  # rows per thread, which use the same part of a key
 _WIDTH = 16  # most values of a row per thread
 _TOKENS = 8  # most that are read ahead
 _SHARED_BYTES = 40 << 10  # of a block, for their keys, queries and gates
+_MOST = 3.4028234e38  # of float32, in place of infinity
 
 # Block (x, y, z): the x-th rows of head y of sequence z.
 _SCAN = """
@@ -193,7 +194,7 @@ _MAMBA = {
     "PREPARE": "",
     "READ": "",
     "WRITE": "",
-    "DECAY": """const float step = fminf(fmaxf(softplus(x), limits[0]), limits[1]);
+    "DECAY": """const float step = fminf(fmaxf(softplus(x), LEAST), MOST);
     decay = expf(-rate * step);
     factors[now][t] = step;""",
     "DELTA": "value",
@@ -202,7 +203,7 @@ _MAMBA = {
 _DELTA = {
     "PREPARE": "const B* const own_b = b + batch * b_strides[0] + head * b_strides[2];\nB read_b;\n",
     "READ": "read_b = own_b[(from + thread) * b_strides[1]]; ",
-    "WRITE": "factors[now][thread] = sigmoid(static_cast<float>(read_b)) * MOST; ",
+    "WRITE": "factors[now][thread] = sigmoid(static_cast<float>(read_b)) * LARGEST; ",
     "DECAY": "decay = expf(-rate * softplus(x));",
     "DELTA": "value - product(state[r], key)",
     "RESULT": "product(state[r], query)",
@@ -210,7 +211,7 @@ _DELTA = {
 _RULES: Mapping[Rule, Mapping[str, str]] = {
     "mamba": _MAMBA,
     "delta": _DELTA,
-    "bounded delta": {**_DELTA, "DECAY": "decay = expf(limits[0] * sigmoid(rate * x));"},
+    "bounded delta": {**_DELTA, "DECAY": "decay = expf(BOUND * sigmoid(rate * x));"},
 }
 
 
@@ -237,8 +238,8 @@ def mamba(
     """
     a_log, bias, weight = parameters
     inputs = {"k": keys, "q": queries, "v": x, "a": steps, "A_log": a_log, "dt_bias": bias, "D": weight}
-    inputs["limits"] = _constants(*limits)
-    return _launch("mamba", inputs, state, mask, mx.result_type(x, weight), {})
+    constants: Constants = {"LEAST": float(limits[0]), "MOST": min(float(limits[1]), _MOST)}
+    return _launch("mamba", inputs, state, mask, mx.result_type(x, weight), constants)
 
 
 def gated_delta(
@@ -262,11 +263,10 @@ def gated_delta(
     """
     inputs = {"k": keys, "q": queries, "v": values, "a": gates[0], "b": gates[1]}
     inputs |= {"A_log": parameters[0], "dt_bias": parameters[1]}
-    constants: Constants = {"B": gates[1].dtype, "MOST": most}
+    constants: Constants = {"B": gates[1].dtype, "LARGEST": most}
     if lower_bound is None:
         return _launch("delta", inputs, state, mask, queries.dtype, constants)
-    inputs["limits"] = _constants(lower_bound)
-    return _launch("bounded delta", inputs, state, mask, queries.dtype, constants)
+    return _launch("bounded delta", inputs, state, mask, queries.dtype, {**constants, "BOUND": float(lower_bound)})
 
 
 def _launch(
@@ -301,12 +301,7 @@ def _launch(
 
 
 @functools.cache
-def _constants(*values: float) -> mx.array:
-    return mx.array(values, dtype=mx.float32)
-
-
-@functools.cache
-def _kernel(rule: Rule, inputs: tuple[str, ...], constants: tuple[tuple[str, int | mx.Dtype], ...]) -> Kernel:
+def _kernel(rule: Rule, inputs: tuple[str, ...], constants: tuple[tuple[str, int | float | mx.Dtype], ...]) -> Kernel:
     parts = {"SKIP": "", **_RULES[rule], "READ_STATE": _STATE if "state_in" in inputs else ""}
     if "mask" in inputs:
         parts |= {name: parts[name] + text for name, text in _MASK.items()}
