@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxserver.config.settings import ModelSpec, Settings
-from mlxserver.engine.errors import ModelLoaded, ModelNotFound, SourceInvalid
+from mlxserver.engine.errors import ModelLoaded, ModelNotFound
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.library.remove import remove
 from mlxserver.engine.loading.library.scan import LocalModel, Scan
 from mlxserver.manager.instance import ModelInstance
