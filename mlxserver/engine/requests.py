@@ -55,7 +55,7 @@ class EmbeddingRequest:
 
     dimensions: leading values of each vector to keep, None for all. truncates: a text that is too long is cut.
     prompt_name: the checkpoint's prompt that is put before each text; requires_prompt: it has to have one of that name.
-    origin: where the client wrote the texts; is_list: as a list. tokens: of each text, once they are known.
+    origin: where the client wrote the texts. tokens: of each text, once they are known.
     """
 
     texts: tuple[TextPrompt | TokenPrompt, ...]
@@ -64,7 +64,6 @@ class EmbeddingRequest:
     prompt_name: str | None = None
     requires_prompt: bool = False
     origin: str = "input"
-    is_list: bool = True
     tokens: tuple[tuple[int, ...], ...] = ()
     kinds: ClassVar[tuple[Kind, ...]] = ("embedding",)
 
@@ -74,8 +73,8 @@ class EmbeddingRequest:
         return len(self.texts)
 
     def place(self, index: int) -> str:
-        """Where the client wrote a text."""
-        return f"{self.origin}[{index}]" if self.is_list else self.origin
+        """Where the client wrote a text; one alone may be no item of a list."""
+        return f"{self.origin}[{index}]" if len(self.texts) > 1 else self.origin
 
 
 @dataclass(frozen=True, slots=True)
