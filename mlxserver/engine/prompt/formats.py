@@ -14,7 +14,7 @@ Rule 6: text and token ids have no conversation in them, so nothing is added but
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -246,10 +246,14 @@ def format_text(tokenizer: TokenizerWrapper, text: str) -> FormattedPrompt:
 
 def format_tokens(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> FormattedPrompt:
     """Prompt of token ids as they are. Raises PromptRejected."""
-    last = len(tokenizer) - 1
-    for token in tokens:
-        if not 0 <= token <= last:
-            raise PromptRejected(f"prompt: this model has no token {token}; expected 0 to {last}.", "prompt")
+    check_tokens(tokens, len(tokenizer), "prompt")
     if not tokens:
         raise PromptRejected("The prompt is empty; expected at least one token.", "prompt")
     return FormattedPrompt(tuple(tokens), tokenizer.decode(list(tokens)))
+
+
+def check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
+    """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)
