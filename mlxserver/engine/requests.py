@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mlxserver.config.settings import Kind
-from mlxserver.engine.conversation import Message, Tool
+from mlxserver.engine.conversation import Image, Message, Tool
 
 NO_LIMIT = 2**63 - 1  # as max_tokens: an answer may fill the context, however long
 
@@ -25,6 +25,11 @@ class ChatPrompt:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues_answer: bool = False
     drops_oldest: bool = False
+
+    @property
+    def images(self) -> list[Image]:
+        """The images of the conversation, in order."""
+        return [image for message in self.conversation for image in message.images]
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,11 +211,9 @@ class ModelInstance:
         """Raise WrongKind or SeesNoImages as far as the kind is known before the model is loaded."""
         if self.kind is not None and self.kind not in request.kinds:
             raise WrongKind(self.key, self.kind)
-        if self.may_see or not isinstance(request, GenerationRequest) or not isinstance(request.prompt, ChatPrompt):
-            return
-        for message in request.prompt.conversation:
-            if message.images:
-                raise SeesNoImages(message.images[0].origin)
+        prompt = request.prompt if isinstance(request, GenerationRequest) else None
+        if not self.may_see and isinstance(prompt, ChatPrompt) and prompt.images:
+            raise SeesNoImages(prompt.images[0].origin)
 
     async def hold(self, idle_timeout: float | None = None) -> None:
         """Load the model if need be, as a request without a question; it then stays for idle_timeout seconds.
@@ -265,16 +263,16 @@ class ModelInstance:
         """
         with self._loader.reporting_to(on_progress):
             await self._lifecycle.load(self.spec)
-        self._queue.last_used = time.monotonic()
+        self._queue.note_use()
         self.restart_idle_timer()
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
-        """Unload the model, as Lifecycle.unload(). Goes on if the caller leaves. Raises ModelBusy."""
+        """Unload the model, as Lifecycle.start_unload(). Goes on if the caller leaves. Raises ModelBusy."""
         return await asyncio.shield(self.start_unload(mode, patience))
 
     def start_unload(self, mode: UnloadMode, patience: float | None) -> asyncio.Task[UnloadReport]:
         """Start to unload the model. Raises ModelBusy at once."""
-        return self._lifecycle.unload(mode, patience)
+        return self._lifecycle.start_unload(mode, patience)
 
     async def close(self, patience: float) -> None:
         """Unload the model for good: a load is aborted, running requests get `patience` seconds."""
@@ -291,10 +289,8 @@ class ModelInstance:
     def restart_idle_timer(self) -> None:
         """Arm the timer of an idle model, disarm that of any other: its state, requests or settings have changed."""
         usual = self._settings().ttl if self.spec.ttl is None else self.spec.ttl
-        timeout = usual if self._queue.idle_timeout is None else self._queue.idle_timeout
-        if self.spec.pin or not self.is_loaded or self._queue.num_admitted:
-            timeout = math.inf
-        self._idle_timer.start(max(0.0, timeout - (time.monotonic() - self._queue.last_used)))
+        may_leave = self.is_loaded and not self.spec.pin
+        self._idle_timer.start(self._queue.idle_left(usual) if may_leave else math.inf)
 
     def _follow_transition(self) -> None:
         """Update the other parts after a change of the state."""

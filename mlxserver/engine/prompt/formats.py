@@ -27,7 +27,7 @@ from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
 from mlxserver.engine.prompt.boundaries import Boundaries
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.fill_in_middle import FillInMiddle
-from mlxserver.engine.prompt.images import ImageProcessor, images_of, show_result_images
+from mlxserver.engine.prompt.images import ImageProcessor, show_result_images
 from mlxserver.engine.prompt.switches import EFFORT, THINKING
 from mlxserver.engine.prompt.tool_text import describe, write_plain, write_reasoning
 from mlxserver.engine.prompt.transitions import StrictTable, Table
@@ -107,7 +107,7 @@ class PromptFormat:
 
     def _with_images(self, prompt: ChatPrompt) -> ChatPrompt:
         """The prompt with its images where a template can show them, each of them processed. Raises PromptRejected."""
-        if not (images := images_of(prompt.conversation)):
+        if not (images := prompt.images):
             return prompt
         if self._images is None:
             raise SeesNoImages(images[0].origin)
@@ -193,7 +193,7 @@ class PromptFormat:
             opens_thinking = appended.rstrip().endswith(self._tags[0])
         tokens = self._template.encode(prompt, text)
         boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
-        images = images_of(prompt.conversation) if self._images else []
+        images = prompt.images if self._images else []
         placed = self._images.place(tokens, images) if self._images and images else ()
         return FormattedPrompt(tokens, text, opens_thinking, boundaries, images=placed)
 
