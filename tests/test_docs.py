@@ -15,7 +15,7 @@ from mlxserver.client.shell.commands import COMMANDS
 from mlxserver.config.fields import Live, marked, settings_of
 from mlxserver.config.load import CACHE_VARIABLE, MODEL_FIELDS
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import Settings
+from mlxserver.config.settings import POLICY_FIELDS, Settings
 from mlxserver.manager.states import TRANSITIONS
 from mlxserver.server.errors import ERRORS
 from mlxserver.server.metrics import GAUGES, HISTOGRAMS, KINDS, TOTALS
@@ -77,7 +77,7 @@ def test_the_readme_is_short_and_leads_to_every_page():
 
 def test_every_setting_is_explained():
     named = code_in("docs/configuration.md")
-    expected = {*settings_of(Settings), *MODEL_FIELDS, *MODEL_DEFAULTS, "aliases", CACHE_VARIABLE}
+    expected = {*settings_of(Settings), *MODEL_FIELDS, *MODEL_DEFAULTS, *POLICY_FIELDS, "aliases", CACHE_VARIABLE}
     assert expected - named == set()
 
 
