@@ -21,7 +21,7 @@ EngineError
 ├── ModelFailed          the model has failed several times, and is not loaded again before some time
 ├── ModelBusy            the model has requests, and the caller asked not to wait for them
 ├── ModelLoaded          the model is loaded, and its files are to be removed
-├── ModelStalled          the model can't be unloaded: its engine is stuck in a step
+├── ModelStalled         the model can't be unloaded: its engine is stuck in a step
 ├── EngineStopped        the engine ended before the answer was complete
 │   └── EngineUnloaded   because the model was unloaded, or the server stops
 ├── RankLost             a rank is gone that computed the model together with others
