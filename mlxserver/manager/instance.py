@@ -149,11 +149,6 @@ class ModelInstance:
         return self._queue.pace
 
     @property
-    def reserved_bytes(self) -> int:
-        """Memory that the model holds: what is reserved for it, and the KV cache beyond that."""
-        return self._memory.held(self._reservation)
-
-    @property
     def expires_in(self) -> float | None:
         """Seconds until the model is unloaded for being idle; None: never, or not while it has requests."""
         return self._idle_timer.remaining
@@ -162,10 +157,7 @@ class ModelInstance:
     def _engine(self) -> Engine | None:
         return self._lifecycle.engine
 
-    async def settled(self) -> None:
-        """Wait until the engine, if there is one, is through with the requests that have ended."""
-        if self._engine:
-            await self._engine.settled()
+    # -- requests -------------------------------------------------------------------------------------------------
 
     async def generate(
         self, request: EngineRequest, idle_timeout: float | None = None, dialect: str = ""
@@ -207,14 +199,6 @@ class ModelInstance:
         finally:
             self._exit(lease)
 
-    def _check_kind(self, request: EngineRequest) -> None:
-        """Raise WrongKind or SeesNoImages as far as the kind is known before the model is loaded."""
-        if self.kind is not None and self.kind not in request.kinds:
-            raise WrongKind(self.key, self.kind)
-        prompt = request.prompt if isinstance(request, GenerationRequest) else None
-        if not self.may_see and isinstance(prompt, ChatPrompt) and prompt.images:
-            raise SeesNoImages(prompt.images[0].origin)
-
     async def hold(self, idle_timeout: float | None = None) -> None:
         """Load the model if need be, as a request without a question; it then stays for idle_timeout seconds.
 
@@ -227,6 +211,14 @@ class ModelInstance:
             await self._enter(lease)
         finally:
             self._exit(lease)
+
+    def _check_kind(self, request: EngineRequest) -> None:
+        """Raise WrongKind or SeesNoImages as far as the kind is known before the model is loaded."""
+        if self.kind is not None and self.kind not in request.kinds:
+            raise WrongKind(self.key, self.kind)
+        prompt = request.prompt if isinstance(request, GenerationRequest) else None
+        if not self.may_see and isinstance(prompt, ChatPrompt) and prompt.images:
+            raise SeesNoImages(prompt.images[0].origin)
 
     async def _enter(self, lease: Lease) -> Engine:
         """Take a request in. The engine that serves it, once there is one."""
@@ -256,6 +248,13 @@ class ModelInstance:
         if self._queue.remove(lease):
             self.restart_idle_timer()
             self._memory.reconsider()
+
+    async def settled(self) -> None:
+        """Wait until the engine, if there is one, is through with the requests that have ended."""
+        if self._engine:
+            await self._engine.settled()
+
+    # -- load and unload ------------------------------------------------------------------------------------------
 
     async def load(self, on_progress: Callable[[LoadProgress], None] = lambda progress: None) -> None:
         """Load the model, as Lifecycle.load(); of a loaded one it is a use. Raises LoadFailed, LoadAborted, NoRoom,
@@ -300,6 +299,14 @@ class ModelInstance:
             self._queue.admit_waiting()
         self.restart_idle_timer()
 
+    def pin(self, is_pinned: bool) -> None:
+        """Keep the model in memory, or no longer, until its settings are read again."""
+        self.spec = replace(self.spec, pin=is_pinned)
+        self.restart_idle_timer()
+        self._memory.reconsider()
+
+    # -- for the memory budget ------------------------------------------------------------------------------------
+
     @property
     def waiting_since(self) -> float | None:
         """Arrival of the oldest request that waits for the model, by time.monotonic(); None without one."""
@@ -310,11 +317,10 @@ class ModelInstance:
         """Whether it is never evicted."""
         return self.spec.pin
 
-    def pin(self, is_pinned: bool) -> None:
-        """Keep the model in memory, or no longer, until its settings are read again."""
-        self.spec = replace(self.spec, pin=is_pinned)
-        self.restart_idle_timer()
-        self._memory.reconsider()
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory that the model holds: what is reserved for it, and the KV cache beyond that."""
+        return self._memory.held(self._reservation)
 
     def resident(self, bytes: int) -> Resident:
         """Figures of the model for a decision on memory."""
