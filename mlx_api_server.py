@@ -40,10 +40,11 @@ from mlxserver.engine.distributed import follower, launch
 from mlxserver.engine.distributed.launch import RanksDiffer
 from mlxserver.engine.distributed.leader import Leader
 from mlxserver.engine.distributed.link import LinkLost
-from mlxserver.engine.errors import EngineError, SourceInvalid
+from mlxserver.engine.errors import EngineError
 from mlxserver.engine.kv_cache.disk_tier import DiskTier
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sharding, sources
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.estimate import Estimate, estimate
 from mlxserver.engine.loading.kept_choices import CHOICES, KeptChoices
 from mlxserver.engine.loading.library.scan import Scanner

@@ -7,7 +7,8 @@ Invariants
 1. Only registered sources are loaded, and models of the library (manager/library.py). A request registers nothing else,
    unless allow_any_model is set; a model that it registered then and that could not be loaded is removed when the next
    one comes.
-2. A model that was replaced or removed is retired at once; its running requests have shutdown_timeout to finish.
+2. A model that was replaced (manager/replacements.py) or removed is retired at once; its running requests have
+   shutdown_timeout to finish.
 3. close() finds every model that may have an engine, registered or not.
 4. Work that a caller asked for goes on when the caller has left.
 """
@@ -17,10 +18,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from mlxserver.config.settings import ModelSpec, Settings
-from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound, NoRoom
+from mlxserver.engine.errors import EngineError, ModelExists, ModelNotFound
 from mlxserver.engine.kv_pool import KVPool
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.estimate import Estimate, budget
@@ -34,6 +35,7 @@ from mlxserver.manager.memory_budget import MemoryBudget
 from mlxserver.manager.pulls import Pulls
 from mlxserver.manager.registry import Registry
 from mlxserver.manager.reload import Reload, changes, contradicts, is_live
+from mlxserver.manager.replacements import Replacements, load_all
 from mlxserver.manager.states import LoadProgress, ModelState, UnloadMode, UnloadReport
 from mlxserver.manager.tasks import Tasks
 
@@ -79,6 +81,7 @@ class ModelManager:
             lambda: {instance.key: instance.spec for instance in self._registry.instances},
         )
         self._tasks = Tasks()
+        self._replacements = Replacements(self._registry, lambda: self.settings, self._tasks)
         self.library = Library(scan, lambda: self.settings, self._registry, self.register, self._tasks)
         self.pulls = Pulls(self.library, lambda: self.settings, estimate, self._tasks)
         for spec in settings.models:
@@ -199,7 +202,7 @@ class ModelManager:
         if known is None or replaces:
             self._registry.check_aliases(spec)
         if known and replaces and contradicts(spec, known.spec):
-            load = self._replace(known, self._new(spec), on_progress)
+            load = self._replacements.replace(known, self._new(spec), on_progress)
         elif known is None and (other := self._registry.with_alias(spec.key)):
             raise ModelExists(spec.key, other.spec.source, spec.source)
         else:
@@ -208,7 +211,7 @@ class ModelManager:
 
     async def preload(self) -> None:
         """Load the models that are marked for it; one that fails is logged and does not stop the others."""
-        await self._load_all(instance for instance in self.instances if instance.spec.preload)
+        await load_all(instance for instance in self.instances if instance.spec.preload)
 
     async def _load(
         self, instance: ModelInstance, on_progress: Callable[[LoadProgress], None], *, is_new: bool
@@ -221,46 +224,6 @@ class ModelManager:
             raise
         return instance
 
-    async def _load_all(self, instances: Iterable[ModelInstance]) -> None:
-        for outcome in await asyncio.gather(*(instance.load() for instance in instances), return_exceptions=True):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineError):
-                raise outcome
-
-    async def _replace(
-        self, old: ModelInstance, new: ModelInstance, on_progress: Callable[[LoadProgress], None]
-    ) -> ModelInstance:
-        """Load the new model beside the old one, or else after it."""
-        was_loaded = old.is_loaded
-        with self._registry.replacing(new):
-            try:
-                await new.load(on_progress)
-                self._put(new)
-            except NoRoom:
-                if not was_loaded:
-                    raise
-                await self._load_after(old, new, on_progress)
-        return new
-
-    async def _load_after(
-        self, old: ModelInstance, new: ModelInstance, on_progress: Callable[[LoadProgress], None]
-    ) -> None:
-        """Unload the old model, then load the new one; if that fails, put the old one back."""
-        self._put(new)  # requests from here on wait for it
-        await old.unload("drain", self.settings.shutdown_timeout)
-        try:
-            await new.load(on_progress)
-        except EngineError:
-            if self._registry.get(new.key) is new:
-                self._unregister(new, "abort", None)  # it may have been asked for again at once
-                self._registry.put(old)
-                self._tasks.keep(self._load_all([old]))
-            raise
-
-    def _put(self, new: ModelInstance) -> None:
-        """Register a model in place of the one that has its key now."""
-        if former := self._registry.put(new):
-            self._unregister(former, "drain", self.settings.shutdown_timeout)
-
     # -- unload ---------------------------------------------------------------------------------------------------
 
     async def unload(self, name: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
@@ -269,15 +232,7 @@ class ModelManager:
 
     async def forget(self, name: str, mode: UnloadMode = "drain", patience: float | None = None) -> UnloadReport:
         """Remove a model's key at once, and unload it. Raises ModelNotFound, ModelBusy."""
-        return await asyncio.shield(self._unregister(self.instance(name), mode, patience))
-
-    def _unregister(
-        self, instance: ModelInstance, mode: UnloadMode, patience: float | None
-    ) -> asyncio.Task[UnloadReport]:
-        """Remove a model from the registry, and start to unload it. Raises ModelBusy at once."""
-        unload = instance.start_unload(mode, patience)
-        self._registry.remove_leaving(instance, unload)
-        return unload
+        return await asyncio.shield(self._replacements.unregister(self.instance(name), mode, patience))
 
     # -- reload, close --------------------------------------------------------------------------------------------
 
@@ -289,11 +244,11 @@ class ModelManager:
         specs = {spec.key: spec for spec in settings.models}
         self.settings = settings
         for key in found.removed:
-            self._unregister(self.instance(key), "drain", settings.shutdown_timeout)
+            self._replacements.unregister(self.instance(key), "drain", settings.shutdown_timeout)
         added = [self.register(specs[key]) for key in found.added]
         wanted = [instance for instance in added if instance.spec.preload]
         wanted += [changed for key in found.changed if (changed := self._change(specs[key]))]
-        self._tasks.keep(self._load_all(wanted))
+        self._tasks.keep(load_all(wanted))
         self._tasks.keep(self.library.refresh())
         self.memory.reconsider()
         for instance in self.instances:
@@ -307,7 +262,7 @@ class ModelManager:
             known.spec = spec
             return None
         was_loaded = known.state in (ModelState.READY, ModelState.LOADING)
-        self._put(new := self._new(spec))
+        self._replacements.put(new := self._new(spec))
         return new if was_loaded or spec.preload else None
 
     async def close(self, patience: float) -> None:

@@ -42,8 +42,8 @@ from benchmarks.servers import (
 )
 from benchmarks.settings import RAW, Sizes
 from benchmarks.worker import Worker
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.errors import SourceInvalid
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP_LIMIT = 600.0  # seconds

@@ -12,10 +12,10 @@ from mlx_api_server import DEFAULT_MODELS
 from mlxserver.api import openapi
 from mlxserver.api.endpoints import ENDPOINTS
 from mlxserver.client.shell.commands import COMMANDS
-from mlxserver.config.fields import settings_of
+from mlxserver.config.fields import Live, marked, settings_of
 from mlxserver.config.load import CACHE_VARIABLE, MODEL_FIELDS
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import Settings
+from mlxserver.config.settings import POLICY_FIELDS, Settings
 from mlxserver.manager.states import TRANSITIONS
 from mlxserver.server.errors import ERRORS
 from mlxserver.server.metrics import GAUGES, HISTOGRAMS, KINDS, TOTALS
@@ -77,8 +77,14 @@ def test_the_readme_is_short_and_leads_to_every_page():
 
 def test_every_setting_is_explained():
     named = code_in("docs/configuration.md")
-    expected = {*settings_of(Settings), *MODEL_FIELDS, *MODEL_DEFAULTS, "aliases", CACHE_VARIABLE}
+    expected = {*settings_of(Settings), *MODEL_FIELDS, *MODEL_DEFAULTS, *POLICY_FIELDS, "aliases", CACHE_VARIABLE}
     assert expected - named == set()
+
+
+def test_the_settings_that_take_effect_at_a_reload_are_listed():
+    listed = text_of("docs/configuration.md").partition("\n## Reload\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", listed))
+    assert named & set(settings_of(Settings)) == set(marked(Settings, Live)) - {"models"}
 
 
 def test_the_defaults_of_plain_settings_are_stated():

@@ -31,9 +31,9 @@ from mlxserver.config import load
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.config.settings import Settings
 from mlxserver.engine.conversation import Tool
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.events import Delta, ToolCallDelta
 from mlxserver.engine.loading import sources
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.output.call_families import FAMILIES
 from mlxserver.engine.output.channels import ChannelParser
 from mlxserver.engine.output.marked_text import TokenText

@@ -97,7 +97,7 @@ double dot(const float* a, const float* b, int64_t count) {
 // In two calls, as two threads would compute it.
 template <typename Task>
 void in_two(const Task& task, Kernel<Task> kernel) {
-  const int64_t middle = task.items() / 2 / Task::TOGETHER * Task::TOGETHER;
+  const int64_t middle = task.items() / 2 / together<Task>() * together<Task>();
   kernel(task, 0, middle);
   kernel(task, middle, task.items());
 }

@@ -83,6 +83,36 @@ class Encoder(Protocol):
         """Body of a whole answer, from the events of each choice."""
 
 
+class UnstreamedEncoder:
+    """Encoder of answers that are never streamed; what inherits it has complete()."""
+
+    content_type = "application/json"
+
+    def start(self, prompt_tokens: int) -> bytes:
+        """Nothing."""
+        return b""
+
+    def event(self, event: Event, choice: int) -> bytes:
+        """Nothing."""
+        return b""
+
+    def end(self, usage: Usage) -> bytes:
+        """Nothing."""
+        return b""
+
+    def failed(self, failure: Failure) -> bytes:
+        """Nothing."""
+        return b""
+
+    def heartbeat(self, progress: WaitProgress | None) -> bytes:
+        """Nothing."""
+        return b""
+
+    def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
+        """Body of the answer."""
+        raise NotImplementedError
+
+
 class LoadEncoder(Protocol):
     """Encoder of a load's progress: start(), then progress() of any number of steps, then loaded() or failed()."""
 

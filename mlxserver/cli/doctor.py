@@ -19,8 +19,8 @@ from rich.text import Text
 from mlxserver import __version__
 from mlxserver.client.views import console, wrapped
 from mlxserver.config.settings import Settings
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import estimate, sources
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.platform import openblas
 from mlxserver.engine.platform.folders import cache_directory
 from mlxserver.engine.platform.native import build

@@ -48,7 +48,6 @@ class ServerUnreachable(ClientError):
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(f"No answer from a server at {url}: {cause}. {start_hint(url)}")
         self.url = url
-        self.cause = cause
 
 
 class ServerSilent(ClientError):
@@ -58,8 +57,6 @@ class ServerSilent(ClientError):
         state = "is still at work" if is_there else "does not answer other requests either"
         hint = "A streamed answer shows its progress, --max-tokens makes it shorter, --timeout waits longer."
         super().__init__(f"The server at {url} {state}; it has sent nothing for {seconds:g} s. {hint}")
-        self.url = url
-        self.is_there = is_there
 
 
 class ApiError(ClientError):

@@ -21,24 +21,18 @@ EngineError
 ├── ModelFailed          the model has failed several times, and is not loaded again before some time
 ├── ModelBusy            the model has requests, and the caller asked not to wait for them
 ├── ModelLoaded          the model is loaded, and its files are to be removed
-├── ModelStalled          the model can't be unloaded: its engine is stuck in a step
+├── ModelStalled         the model can't be unloaded: its engine is stuck in a step
 ├── EngineStopped        the engine ended before the answer was complete
 │   └── EngineUnloaded   because the model was unloaded, or the server stops
 ├── RankLost             a rank is gone that computed the model together with others
 ├── ReaderTooSlow        more of a stream waits for its reader than may
-└── SourceInvalid        a model source that can't be understood or does not exist
-    ├── HubUnavailable   the hub can't be reached, is busy, or broke off
-    │   └── SearchFailed it can't be searched
-    ├── DiskFull         its files do not fit on the disk
-    └── TooLarge         it needs more memory than models may take
+└── SourceInvalid        a source of models is at fault (engine/loading/errors.py)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-
-from rich.filesize import decimal
 
 from mlxserver.config.errors import abbreviate
 from mlxserver.config.settings import Kind
@@ -301,35 +295,3 @@ class ReaderTooSlow(EngineError):
 
     def __init__(self, most: int) -> None:
         super().__init__(f"The stream was ended: more than {most} of its events waited to be read.")
-
-
-class SourceInvalid(EngineError):
-    """A model source that can't be understood or does not exist."""
-
-    def __init__(self, source: str, expected: str) -> None:
-        super().__init__(f"Model source {abbreviate(source)}: {expected}")
-        self.expected = expected
-
-
-class HubUnavailable(SourceInvalid):
-    """The hub can't be reached, is busy, or broke off."""
-
-
-class SearchFailed(HubUnavailable):
-    """The hub can't be searched. reason: why."""
-
-    def __init__(self, words: str, reason: str) -> None:
-        EngineError.__init__(self, f"Search for {abbreviate(words)}: {reason}")
-        self.expected = reason
-
-
-class DiskFull(SourceInvalid):
-    """The files of a model do not fit on the disk."""
-
-
-class TooLarge(SourceInvalid):
-    """A model needs more memory than all models may take."""
-
-    def __init__(self, source: str, needed: int, budget: int) -> None:
-        sizes = f"it needs {decimal(needed)} of memory, and models may take {decimal(budget)}"
-        super().__init__(source, f"{sizes} (it can be downloaded with force)")

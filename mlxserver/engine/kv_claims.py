@@ -40,9 +40,9 @@ class Outlook(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """A claim that waits. extra: bytes out of the pool, beyond those that the model has. is_growth: running sequences
-    need them; otherwise a prompt does, which waits since then.
+class Claim:
+    """A claim of one model. extra: bytes out of the pool, beyond those that the model has. is_growth: running sequences
+    need them, the youngest of which started at `since`; otherwise a prompt does, which arrived then.
     """
 
     extra: int
@@ -53,52 +53,57 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a model has of the pool: bytes beyond its reservation, sequences, the start of the youngest, a claim."""
+    """What a model has of the pool: bytes beyond its reservation, sequences, the start of the youngest.
+
+    claim: the one that waits.
+    """
 
     over: int = 0
     sequences: int = 0
     youngest: float = -math.inf
-    demand: Demand | None = None
+    claim: Claim | None = None
 
 
-def can_have(demand: Demand, others: Sequence[Share], space: int) -> bool:
-    """Whether a demand could be met if the other models gave all back that they have of the pool."""
-    return demand.extra <= space + sum(other.over for other in others)
+def can_have(claim: Claim, others: Sequence[Share], space: int) -> bool:
+    """Whether a claim could be met if the other models gave all back that they have of the pool."""
+    return claim.extra <= space + sum(other.over for other in others)
 
 
-def start(own: Share, others: Sequence[Share], demand: Demand, space: int) -> Verdict:
+def start(own: Share, others: Sequence[Share], claim: Claim, space: int) -> Verdict:
     """Whether a prompt may start. space: bytes that are free once all prefixes are dropped."""
-    if demand.extra <= 0:
+    if claim.extra <= 0:
         return Verdict.GRANTED
-    if any(_goes_first(other, demand, [own, *others], space) for other in others):
+    if any(_goes_first(other, claim, [own, *others], space) for other in others):
         return Verdict.WAITING
-    if demand.extra <= space:
+    if claim.extra <= space:
         return Verdict.GRANTED
     is_alone = not (own.sequences or any(other.over for other in others))
-    return Verdict.GRANTED if is_alone and demand.outlook is Outlook.NEVER else Verdict.WAITING
+    return Verdict.GRANTED if is_alone and claim.outlook is Outlook.NEVER else Verdict.WAITING
 
 
-def _goes_first(other: Share, demand: Demand, every: Sequence[Share], space: int) -> bool:
-    """Whether another model's demand comes before that of a prompt."""
-    waiting = other.demand
+def _goes_first(other: Share, claim: Claim, every: Sequence[Share], space: int) -> bool:
+    """Whether another model's claim comes before that of a prompt."""
+    waiting = other.claim
     if waiting is None or waiting.is_growth:
         return waiting is not None
     rest = [share for share in every if share is not other]
-    return waiting.since < demand.since and can_have(waiting, rest, space)
+    return waiting.since < claim.since and can_have(waiting, rest, space)
 
 
-def grow(own: Share, others: Sequence[Share], demand: Demand, space: int) -> Verdict:
+def grow(own: Share, others: Sequence[Share], claim: Claim, space: int) -> Verdict:
     """Whether a model's running sequences may grow."""
-    if demand.extra <= max(0, space):
+    if must_yield(own, others, space):
+        return Verdict.PREEMPT
+    if claim.extra <= max(0, space):
         return Verdict.GRANTED
-    if demand.outlook in (Outlook.UNKNOWN, Outlook.COMING):
+    if claim.outlook in (Outlook.UNKNOWN, Outlook.COMING):
         return Verdict.WAITING
     holders = [other for other in others if other.over > 0]
     if any(other.youngest > own.youngest for other in holders):
         return Verdict.WAITING  # must_yield() there
     if own.sequences > 1 or holders:
         return Verdict.PREEMPT
-    if demand.outlook is Outlook.NEVER:
+    if claim.outlook is Outlook.NEVER:
         return Verdict.GRANTED  # a limit was lowered, or a model pinned, since the request was taken
     is_awaited = any(_is_awaited_by(own, other) for other in others)
     return Verdict.PREEMPT if is_awaited else Verdict.WAITING
@@ -106,7 +111,7 @@ def grow(own: Share, others: Sequence[Share], demand: Demand, space: int) -> Ver
 
 def _is_awaited_by(own: Share, other: Share) -> bool:
     """Whether another model can't end, and leave, before this one gives its memory back."""
-    return other.demand is not None and (not other.demand.is_growth or other.youngest < own.youngest)
+    return other.claim is not None and (not other.claim.is_growth or other.youngest < own.youngest)
 
 
 def must_yield(own: Share, others: Sequence[Share], space: int) -> bool:
@@ -114,10 +119,10 @@ def must_yield(own: Share, others: Sequence[Share], space: int) -> bool:
     if own.over <= 0 or any(other.over > 0 and other.youngest > own.youngest for other in others):
         return False
     return any(
-        other.demand is not None
-        and other.demand.is_growth
-        and other.demand.outlook in (Outlook.LATER, Outlook.NEVER)
-        and other.demand.extra > space
+        other.claim is not None
+        and other.claim.is_growth
+        and other.claim.outlook in (Outlook.LATER, Outlook.NEVER)
+        and other.claim.extra > space
         and other.youngest < own.youngest
         for other in others
     )

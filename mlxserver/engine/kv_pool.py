@@ -4,8 +4,8 @@ A model's reservation holds its weights and a working set: the KV cache up to it
 the prefixes of all models, come out of the pool.
 
 Invariants
-1. Reservations, KV cache beyond them, and prefixes stay within the limit. A claim is decided and recorded under one
-   lock (engine/kv_claims.py decides).
+1. Reservations, KV cache beyond them, and prefixes (engine/kv_prefixes.py) stay within the limit. A claim is decided
+   and recorded under one lock (engine/kv_claims.py decides).
 2. The lock is taken before that of the prefixes, never the other way round, and nothing waits for the device under it.
 3. Any thread may use the pool. An account is used on the engine thread of its model, which waits in wait() alone.
 """
@@ -13,26 +13,15 @@ Invariants
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from mlxserver.engine.kv_claims import Demand, Outlook, Share, Verdict, can_have, grow, must_yield, start
+from mlxserver.engine.kv_claims import Claim, Outlook, Share, Verdict, can_have, grow, start
+from mlxserver.engine.kv_prefixes import Prefixes, PrefixShare
 
 _BORROWED = 2  # so many times what is borrowed must be free
 WAIT_SECONDS = 0.05  # that an engine thread waits for memory before it looks into its mailbox again
-
-
-class Prefixes(Protocol):
-    """The prefixes of all models in memory. May be called on any thread."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all entries."""
-
-    def shrink(self, max_bytes: int) -> None:
-        """Drop the least recently used entries of all models until at most this many bytes are left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +42,7 @@ class KVPool:
 
     def __init__(self, prefixes: Prefixes | None = None, wait_seconds: float = WAIT_SECONDS) -> None:
         self.lock = threading.RLock()
-        self.prefixes = prefixes
+        self.prefixes = PrefixShare(prefixes)
         self.on_pressure: Callable[[], None] = lambda: None
         self.limit: int | None = None
         self.wait_seconds = wait_seconds
@@ -62,9 +51,6 @@ class KVPool:
         self._fixed = 0
         self._reserved: Mapping[str, Reserved] = {}
         self._accounts: list[KVAccount] = []
-        self._prefix_bytes = 0
-        self._storing = 0
-        self._is_storing_awaited = False
 
     def open(self, key: str, floor: int) -> KVAccount:
         """Account of a model that is loaded, whose reservation holds `floor` bytes of KV cache. close() it."""
@@ -104,31 +90,31 @@ class KVPool:
     def prefix_bytes(self) -> int:
         """Bytes of all prefixes in memory, with those that are being stored."""
         with self.lock:
-            return self._count_prefixes()
+            return self.prefixes.count()
 
     @property
-    def demands(self) -> list[tuple[KVAccount, Demand]]:
-        """The demands that wait, the oldest first."""
+    def waiting(self) -> list[tuple[KVAccount, Claim]]:
+        """The claims that wait: those of running sequences, then those of prompts, the oldest first."""
         with self.lock:
-            found = [(account, account.share.demand) for account in self._accounts]
+            found = [(account, account.share.claim) for account in self._accounts]
         return sorted(
-            ((account, demand) for account, demand in found if demand),
+            ((account, claim) for account, claim in found if claim),
             key=lambda each: (not each[1].is_growth, each[1].since),
         )
 
-    def is_had_without(self, account: KVAccount, demand: Demand) -> bool:
-        """Whether the demand can be met in time although no model leaves: sequences end, or are preempted."""
+    def is_met_in_time(self, account: KVAccount, claim: Claim) -> bool:
+        """Whether a claim can be met although no model leaves: sequences end, or are preempted."""
         with self.lock:
-            if demand.is_growth and account.share.sequences > 1:
+            if claim.is_growth and account.share.sequences > 1:
                 return True
-            every = [other.share for other in self._accounts if not (demand.is_growth and other is account)]
-            return can_have(demand, every, self._space())
+            every = [other.share for other in self._accounts if not (claim.is_growth and other is account)]
+            return can_have(claim, every, self._space())
 
-    def answer(self, account: KVAccount, demand: Demand, outlook: Outlook) -> None:
-        """Set the outlook of a demand, unless there is another one by now."""
+    def set_outlook(self, account: KVAccount, claim: Claim, outlook: Outlook) -> None:
+        """Set the outlook of a claim, unless another one waits by now."""
         with self.lock:
-            if account.share.demand == demand and demand.outlook is not outlook:
-                account.share = replace(account.share, demand=replace(demand, outlook=outlook))
+            if account.share.claim == claim and claim.outlook is not outlook:
+                account.share = replace(account.share, claim=replace(claim, outlook=outlook))
                 self._notify()
 
     # -- prefixes -----------------------------------------------------------------------------------------------
@@ -140,46 +126,22 @@ class KVPool:
         Claims and loads that need the room wait for the end of the block, and have it then.
         """
         with self.lock:
-            fits = self.limit is None or bytes <= self._space() - self._storing
-            if fits:
-                self._storing += bytes
+            if fits := self.prefixes.begin(bytes, None if self.limit is None else self._space()):
                 self._fit_prefixes()
         try:
             yield fits
         finally:
             with self.lock:
-                self._storing -= bytes if fits else 0
-                self._count_prefixes()
+                was_awaited = self.prefixes.end(bytes if fits else 0)
                 self._fit_prefixes()
-                self._notify_of_storing()
+                if was_awaited:
+                    self._notify()
+                    self.on_pressure()
 
     def stores_within(self, room: int) -> bool:
         """Whether what is being stored takes at most so many bytes. If not, on_pressure() is called behind it."""
         with self.lock:
-            is_over = self._storing > max(0, room)
-            self._is_storing_awaited |= is_over
-            return not is_over
-
-    def _notify_of_storing(self) -> None:
-        if self._is_storing_awaited:
-            self._is_storing_awaited = False
-            self._notify()
-            self.on_pressure()
-
-    def _count_prefixes(self) -> int:
-        """Update and return the bytes of prefixes; one that is being stored may be among them already, or not yet."""
-        total = self.prefixes.total_bytes if self.prefixes else 0
-        self._prefix_bytes = max(total, self._prefix_bytes) if self._storing else total
-        return self._prefix_bytes
-
-    def _fit_prefixes(self) -> None:
-        """Drop prefixes until they fit; those that are being stored stay counted."""
-        if self.limit is None or self.prefixes is None:
-            return
-        most = max(0, self._space())
-        if self.prefixes.total_bytes + self._storing > most:
-            self.prefixes.shrink(max(0, most - self._storing))
-        self._prefix_bytes = min(self.prefixes.total_bytes + self._storing, max(most, self._storing))
+            return self.prefixes.stores_within(room)
 
     # -- under the lock -----------------------------------------------------------------------------------------
 
@@ -187,6 +149,10 @@ class KVPool:
         """Bytes that are free once all prefixes are dropped."""
         assert self.limit is not None
         return self.limit - self._fixed - sum(account.share.over for account in self._accounts)
+
+    def _fit_prefixes(self) -> None:
+        if self.limit is not None:
+            self.prefixes.fit(max(0, self._space()))
 
     def _others(self, account: KVAccount) -> list[Share]:
         return [other.share for other in self._accounts if other is not account]
@@ -241,7 +207,7 @@ class KVAccount:
         pool = self._pool
         with pool.lock:
             over = max(0, bytes - self.floor)
-            fits = pool.limit is None or not over or _BORROWED * over <= pool._space() - pool._count_prefixes()
+            fits = pool.limit is None or not over or _BORROWED * over <= pool._space() - pool.prefixes.count()
             if fits:
                 self.share = replace(self.share, over=over)
         try:
@@ -256,32 +222,20 @@ class KVAccount:
         """Claim bytes for the model with one more prompt, which arrived then, and starts now."""
         with self._pool.lock:
             wanted = bytes if self.share.sequences else max(bytes, self._lacking)
-            demand = self._demand(wanted, arrived, is_growth=False)
-            if demand and start(self.share, self._pool._others(self), demand, self._pool._space()) is Verdict.WAITING:
-                self._wait_for(demand)
-                return False
-            if demand and not self._fits_beside_stores(demand):
-                return False
-            self._record(bytes, sequences, now)
-            return True
+            verdict = self._decide(start, self._claim(wanted, arrived, is_growth=False))
+            if verdict is Verdict.GRANTED:
+                self._record(bytes, sequences, now)
+            return verdict is Verdict.GRANTED
 
     def grow(self, bytes: int, sequences: int, youngest: float) -> Verdict:
         """Claim bytes for the running sequences, the youngest of which started then."""
         with self._pool.lock:
-            demand = self._demand(bytes, youngest, is_growth=True)
-            verdict, others = Verdict.GRANTED, self._pool._others(self)
+            claim = self._claim(bytes, youngest, is_growth=True)
             self.share = replace(self.share, sequences=sequences, youngest=youngest)
-            if demand and must_yield(self.share, others, self._pool._space()):
-                verdict = Verdict.PREEMPT
-            elif demand:
-                verdict = grow(self.share, others, demand, self._pool._space())
-            if verdict is Verdict.WAITING and demand:
-                self._wait_for(demand)
-            elif verdict is Verdict.GRANTED and demand and not self._fits_beside_stores(demand):
-                verdict = Verdict.WAITING
-            elif verdict is Verdict.GRANTED:
+            verdict = self._decide(grow, claim)
+            if verdict is Verdict.GRANTED:
                 self._record(bytes, sequences, youngest)
-            elif sequences <= 1:
+            elif verdict is Verdict.PREEMPT and sequences <= 1:
                 self._lacking = bytes
             return verdict
 
@@ -291,15 +245,15 @@ class KVAccount:
             if bytes >= self._live and (sequences, youngest) == (self.share.sequences, self.share.youngest):
                 return
             self._live = min(self._live, bytes)
-            waiting = self.share.demand if self.share.demand and not self.share.demand.is_growth else None
+            waiting = self.share.claim if self.share.claim and not self.share.claim.is_growth else None
             self.share = Share(max(0, self._live - self.floor), sequences, youngest, waiting)
             self._pool._notify()
 
     def withdraw(self) -> None:
         """No prompt waits any more."""
-        if self.share.demand and not self.share.demand.is_growth:
+        if self.share.claim and not self.share.claim.is_growth:
             with self._pool.lock:
-                self.share = replace(self.share, demand=None)
+                self.share = replace(self.share, claim=None)
                 self._lacking = 0
                 self._pool._notify()
 
@@ -313,13 +267,13 @@ class KVAccount:
     @property
     def is_stuck(self) -> bool:
         """Whether the model is being unloaded, and its waiting prompt does not fit beside the other models."""
-        demand = self.share.demand
-        if demand is None or demand.is_growth or self.share.sequences:
+        claim = self.share.claim
+        if claim is None or claim.is_growth or self.share.sequences:
             return False
         with self._pool.lock:
             reserved = self._pool._reserved.get(self.key)
             is_leaving = reserved is None or reserved.is_leaving
-            return is_leaving and not can_have(demand, self._pool._others(self), self._pool._space())
+            return is_leaving and not can_have(claim, self._pool._others(self), self._pool._space())
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -329,26 +283,34 @@ class KVAccount:
             self._live, self.share = 0, Share()
             self._pool._notify()
 
+    # -- under the lock -----------------------------------------------------------------------------------------
+
     def _extra(self, bytes: int) -> int:
         """Bytes out of the pool that the claim adds."""
         return max(0, bytes - self.floor) - self.share.over
 
-    def _demand(self, bytes: int, since: float, *, is_growth: bool) -> Demand | None:
-        """The claim as a demand, with the outlook of the same one if it waits already; None without a limit."""
-        if self._pool.limit is None:
-            return None
-        demand, known = Demand(self._extra(bytes), since, is_growth), self.share.demand
-        return known if known and replace(known, outlook=Outlook.UNKNOWN) == demand else demand
+    def _claim(self, bytes: int, since: float, *, is_growth: bool) -> Claim:
+        """A claim, with the outlook of the same one if it waits already."""
+        claim, known = Claim(self._extra(bytes), since, is_growth), self.share.claim
+        return known if known and replace(known, outlook=Outlook.UNKNOWN) == claim else claim
 
-    def _fits_beside_stores(self, demand: Demand) -> bool:
-        """Whether a demand leaves what is being stored its room; if not, the next one comes when it is stored."""
-        self._seen = self._pool._version
-        return demand.extra <= 0 or self._pool.stores_within(self._pool._space() - demand.extra)
+    def _decide(self, rule: Callable[[Share, Sequence[Share], Claim, int], Verdict], claim: Claim) -> Verdict:
+        """Verdict on a claim. One that waits is recorded, unless it waits for what is being stored alone."""
+        pool = self._pool
+        if pool.limit is None:
+            return Verdict.GRANTED
+        self._seen, space = pool._version, pool._space()
+        verdict = rule(self.share, pool._others(self), claim, space)
+        if verdict is Verdict.WAITING:
+            self._wait_for(claim)
+        elif verdict is Verdict.GRANTED and claim.extra > 0 and not pool.stores_within(space - claim.extra):
+            return Verdict.WAITING
+        return verdict
 
-    def _wait_for(self, demand: Demand) -> None:
-        is_new = demand is not self.share.demand
+    def _wait_for(self, claim: Claim) -> None:
+        is_new = claim is not self.share.claim
         if is_new:
-            self.share = replace(self.share, demand=demand)
+            self.share = replace(self.share, claim=claim)
             self._pool._notify()
         self._seen = self._pool._version
         if is_new or self._has_waited:
@@ -357,9 +319,9 @@ class KVAccount:
 
     def _record(self, bytes: int, sequences: int, youngest: float) -> None:
         """Record a granted claim; prefixes make room for it."""
-        is_waiting = self.share.demand is not None
+        has_waited = self.share.claim is not None
         self._live, self._lacking = bytes, 0
         self.share = Share(max(0, bytes - self.floor), sequences, youngest)
         self._pool._fit_prefixes()
-        if is_waiting:
+        if has_waited:
             self._pool._notify()

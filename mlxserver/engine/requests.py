@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mlxserver.config.settings import Kind
-from mlxserver.engine.conversation import Message, Tool
+from mlxserver.engine.conversation import Image, Message, Tool
 
 NO_LIMIT = 2**63 - 1  # as max_tokens: an answer may fill the context, however long
 
@@ -25,6 +25,11 @@ class ChatPrompt:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues_answer: bool = False
     drops_oldest: bool = False
+
+    @property
+    def images(self) -> list[Image]:
+        """The images of the conversation, in order."""
+        return [image for message in self.conversation for image in message.images]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class EmbeddingRequest:
 
     dimensions: leading values of each vector to keep, None for all. truncates: a text that is too long is cut.
     prompt_name: the checkpoint's prompt that is put before each text; requires_prompt: it has to have one of that name.
-    origin: where the client wrote the texts; is_list: as a list. tokens: of each text, once they are known.
+    origin: where the client wrote the texts. tokens: of each text, once they are known.
     """
 
     texts: tuple[TextPrompt | TokenPrompt, ...]
@@ -64,7 +69,6 @@ class EmbeddingRequest:
     prompt_name: str | None = None
     requires_prompt: bool = False
     origin: str = "input"
-    is_list: bool = True
     tokens: tuple[tuple[int, ...], ...] = ()
     kinds: ClassVar[tuple[Kind, ...]] = ("embedding",)
 
@@ -74,8 +78,8 @@ class EmbeddingRequest:
         return len(self.texts)
 
     def place(self, index: int) -> str:
-        """Where the client wrote a text."""
-        return f"{self.origin}[{index}]" if self.is_list else self.origin
+        """Where the client wrote a text; one alone may be no item of a list."""
+        return f"{self.origin}[{index}]" if len(self.texts) > 1 else self.origin
 
 
 @dataclass(frozen=True, slots=True)

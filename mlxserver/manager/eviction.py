@@ -35,7 +35,11 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class MemoryRequest:
-    """Memory that a load asks for. waiting_since None: no request waits for it, so that no model in use is evicted."""
+    """Memory that a load or a claim asks for.
+
+    waiting_since: since when a request has waited for it; None where models in use stay, since no request waits, or it
+    can be met without them.
+    """
 
     bytes: int
     waiting_since: float | None = None

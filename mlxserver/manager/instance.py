@@ -149,11 +149,6 @@ class ModelInstance:
         return self._queue.pace
 
     @property
-    def reserved_bytes(self) -> int:
-        """Memory that the model holds: what is reserved for it, and the KV cache beyond that."""
-        return self._memory.held(self._reservation)
-
-    @property
     def expires_in(self) -> float | None:
         """Seconds until the model is unloaded for being idle; None: never, or not while it has requests."""
         return self._idle_timer.remaining
@@ -162,10 +157,7 @@ class ModelInstance:
     def _engine(self) -> Engine | None:
         return self._lifecycle.engine
 
-    async def settled(self) -> None:
-        """Wait until the engine, if there is one, is through with the requests that have ended."""
-        if self._engine:
-            await self._engine.settled()
+    # -- requests -------------------------------------------------------------------------------------------------
 
     async def generate(
         self, request: EngineRequest, idle_timeout: float | None = None, dialect: str = ""
@@ -207,16 +199,6 @@ class ModelInstance:
         finally:
             self._exit(lease)
 
-    def _check_kind(self, request: EngineRequest) -> None:
-        """Raise WrongKind or SeesNoImages as far as the kind is known before the model is loaded."""
-        if self.kind is not None and self.kind not in request.kinds:
-            raise WrongKind(self.key, self.kind)
-        if self.may_see or not isinstance(request, GenerationRequest) or not isinstance(request.prompt, ChatPrompt):
-            return
-        for message in request.prompt.conversation:
-            if message.images:
-                raise SeesNoImages(message.images[0].origin)
-
     async def hold(self, idle_timeout: float | None = None) -> None:
         """Load the model if need be, as a request without a question; it then stays for idle_timeout seconds.
 
@@ -229,6 +211,14 @@ class ModelInstance:
             await self._enter(lease)
         finally:
             self._exit(lease)
+
+    def _check_kind(self, request: EngineRequest) -> None:
+        """Raise WrongKind or SeesNoImages as far as the kind is known before the model is loaded."""
+        if self.kind is not None and self.kind not in request.kinds:
+            raise WrongKind(self.key, self.kind)
+        prompt = request.prompt if isinstance(request, GenerationRequest) else None
+        if not self.may_see and isinstance(prompt, ChatPrompt) and prompt.images:
+            raise SeesNoImages(prompt.images[0].origin)
 
     async def _enter(self, lease: Lease) -> Engine:
         """Take a request in. The engine that serves it, once there is one."""
@@ -259,22 +249,29 @@ class ModelInstance:
             self.restart_idle_timer()
             self._memory.reconsider()
 
+    async def settled(self) -> None:
+        """Wait until the engine, if there is one, is through with the requests that have ended."""
+        if self._engine:
+            await self._engine.settled()
+
+    # -- load and unload ------------------------------------------------------------------------------------------
+
     async def load(self, on_progress: Callable[[LoadProgress], None] = lambda progress: None) -> None:
         """Load the model, as Lifecycle.load(); of a loaded one it is a use. Raises LoadFailed, LoadAborted, NoRoom,
         ModelUnloading.
         """
         with self._loader.reporting_to(on_progress):
             await self._lifecycle.load(self.spec)
-        self._queue.last_used = time.monotonic()
+        self._queue.note_use()
         self.restart_idle_timer()
 
     async def unload(self, mode: UnloadMode, patience: float | None = None) -> UnloadReport:
-        """Unload the model, as Lifecycle.unload(). Goes on if the caller leaves. Raises ModelBusy."""
+        """Unload the model, as Lifecycle.start_unload(). Goes on if the caller leaves. Raises ModelBusy."""
         return await asyncio.shield(self.start_unload(mode, patience))
 
     def start_unload(self, mode: UnloadMode, patience: float | None) -> asyncio.Task[UnloadReport]:
         """Start to unload the model. Raises ModelBusy at once."""
-        return self._lifecycle.unload(mode, patience)
+        return self._lifecycle.start_unload(mode, patience)
 
     async def close(self, patience: float) -> None:
         """Unload the model for good: a load is aborted, running requests get `patience` seconds."""
@@ -291,10 +288,8 @@ class ModelInstance:
     def restart_idle_timer(self) -> None:
         """Arm the timer of an idle model, disarm that of any other: its state, requests or settings have changed."""
         usual = self._settings().ttl if self.spec.ttl is None else self.spec.ttl
-        timeout = usual if self._queue.idle_timeout is None else self._queue.idle_timeout
-        if self.spec.pin or not self.is_loaded or self._queue.num_admitted:
-            timeout = math.inf
-        self._idle_timer.start(max(0.0, timeout - (time.monotonic() - self._queue.last_used)))
+        may_leave = self.is_loaded and not self.spec.pin
+        self._idle_timer.start(self._queue.idle_left(usual) if may_leave else math.inf)
 
     def _follow_transition(self) -> None:
         """Update the other parts after a change of the state."""
@@ -303,6 +298,14 @@ class ModelInstance:
                 self._known_kind = facts.kind
             self._queue.admit_waiting()
         self.restart_idle_timer()
+
+    def pin(self, is_pinned: bool) -> None:
+        """Keep the model in memory, or no longer, until its settings are read again."""
+        self.spec = replace(self.spec, pin=is_pinned)
+        self.restart_idle_timer()
+        self._memory.reconsider()
+
+    # -- for the memory budget ------------------------------------------------------------------------------------
 
     @property
     def waiting_since(self) -> float | None:
@@ -314,11 +317,10 @@ class ModelInstance:
         """Whether it is never evicted."""
         return self.spec.pin
 
-    def pin(self, is_pinned: bool) -> None:
-        """Keep the model in memory, or no longer, until its settings are read again."""
-        self.spec = replace(self.spec, pin=is_pinned)
-        self.restart_idle_timer()
-        self._memory.reconsider()
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory that the model holds: what is reserved for it, and the KV cache beyond that."""
+        return self._memory.held(self._reservation)
 
     def resident(self, bytes: int) -> Resident:
         """Figures of the model for a decision on memory."""

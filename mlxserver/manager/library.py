@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxserver.config.settings import ModelSpec, Settings
-from mlxserver.engine.errors import ModelLoaded, ModelNotFound, SourceInvalid
+from mlxserver.engine.errors import ModelLoaded, ModelNotFound
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.library.remove import remove
 from mlxserver.engine.loading.library.scan import LocalModel, Scan
 from mlxserver.manager.instance import ModelInstance
@@ -183,8 +184,8 @@ class Library:
     async def _run(self) -> None:
         settings = self._settings()
         try:
-            is_on = self._scan and settings.library
-            self.models = await asyncio.to_thread(self._scan, settings.model_dirs) if is_on and self._scan else ()
+            scan = self._scan if settings.library else None
+            self.models = await asyncio.to_thread(scan, settings.model_dirs) if scan else ()
             self._seen = await asyncio.to_thread(self._look)
         except Exception as error:
             log.warning("The models of this machine could not be listed: %s: %s", type(error).__name__, error)

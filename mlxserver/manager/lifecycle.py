@@ -145,7 +145,7 @@ class Lifecycle:
         self._deadline = asyncio.Event()
         self._drain_task = asyncio.create_task(self._drain())
 
-    def unload(self, mode: UnloadMode, patience: float | None) -> asyncio.Task[UnloadReport]:
+    def start_unload(self, mode: UnloadMode, patience: float | None) -> asyncio.Task[UnloadReport]:
         """Start to unload the model; the task ends when that is done. Raises ModelBusy.
 
         drain: running requests have `patience` seconds to finish. abort: they are ended at once. reject: not at all
@@ -158,7 +158,7 @@ class Lifecycle:
     async def close(self, patience: float) -> None:
         """Unload the model for good: a load is aborted, running requests get `patience` seconds."""
         await self._abort_load()
-        await self.unload("drain", patience)
+        await self.start_unload("drain", patience)
 
     async def _unload(self, mode: UnloadMode, patience: float | None) -> UnloadReport:
         started = time.monotonic()

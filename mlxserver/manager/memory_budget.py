@@ -248,26 +248,26 @@ class MemoryBudget:
     def _answer_claims(self) -> Iterator[float]:
         """Evict models for the claims that wait, and tell the pool what comes of it. Times to decide again."""
         promised = 0
-        for account, demand in self._pool.demands:
+        for account, claim in self._pool.waiting:
             residents = [
                 each.holder.resident(self.held(each)) for each in self._staying if each.holder.key != account.key
             ]
             own = [each for each in self._staying if each.holder.key == account.key]
             if not own:  # it is being unloaded: its requests end, one way or another
-                self._pool.answer(account, demand, Outlook.LATER)
+                self._pool.set_outlook(account, claim, Outlook.LATER)
                 continue
-            fits_in_time = self._pool.is_had_without(account, demand)
-            request = MemoryRequest(demand.extra, None if fits_in_time else demand.since)
+            fits_in_time = self._pool.is_met_in_time(account, claim)
+            request = MemoryRequest(claim.extra, None if fits_in_time else claim.since)
             budget = self._grantable - promised - sum(self.held(each) for each in own)
             match decide(request, residents, replace(self._rules(), budget=budget), time.monotonic()):
                 case Postponed(until):
-                    self._pool.answer(account, demand, Outlook.LATER)
+                    self._pool.set_outlook(account, claim, Outlook.LATER)
                     yield until
                 case Refused():
-                    self._pool.answer(account, demand, Outlook.LATER if fits_in_time else Outlook.NEVER)
+                    self._pool.set_outlook(account, claim, Outlook.LATER if fits_in_time else Outlook.NEVER)
                 case Granted(victims):
-                    promised += demand.extra
-                    self._pool.answer(account, demand, Outlook.COMING)
+                    promised += claim.extra
+                    self._pool.set_outlook(account, claim, Outlook.COMING)
                     for victim in victims:
                         victim.evict()
 

@@ -8,6 +8,7 @@ Invariants
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -26,15 +27,12 @@ class Lease:
 
 
 class RequestQueue:
-    """Leases of one model. Times by time.monotonic().
-
-    idle_timeout: that of the lease admitted last. pace: running average of the seconds between two answers.
-    """
+    """Leases of one model. Times by time.monotonic(). pace: running average of the seconds between two answers."""
 
     def __init__(self) -> None:
         self.last_used = time.monotonic()
-        self.idle_timeout: float | None = None
         self.pace = 0.0
+        self._idle_timeout: float | None = None  # of the lease admitted last
         self._waiting: dict[Lease, None] = {}
         self._admitted: dict[Lease, None] = {}
         self._idle = asyncio.Event()
@@ -61,13 +59,13 @@ class RequestQueue:
         """Admit a request to the engine."""
         self._waiting.pop(lease, None)
         self._admitted[lease] = None
-        self.idle_timeout = lease.idle_timeout
+        self._idle_timeout = lease.idle_timeout
         self._idle.clear()
 
     def admit_waiting(self) -> None:
         """Admit what waited for the model, which has been loaded. Its idle timeout is as its settings have it again."""
-        self.last_used = time.monotonic()
-        self.idle_timeout = None
+        self.note_use()
+        self._idle_timeout = None
         for lease in list(self._waiting):
             self.admit(lease)
 
@@ -77,10 +75,23 @@ class RequestQueue:
         if lease not in self._admitted:
             return False
         del self._admitted[lease]
-        self.last_used = time.monotonic()
+        self.note_use()
         if not self._admitted:
             self._idle.set()
         return not self._admitted
+
+    def note_use(self) -> None:
+        """Count the model as used up to now."""
+        self.last_used = time.monotonic()
+
+    def idle_left(self, usual: float) -> float:
+        """Seconds until the model has been idle for the timeout of the last lease, or for the usual one; inf while the
+        engine has a request.
+        """
+        if self._admitted:
+            return math.inf
+        timeout = usual if self._idle_timeout is None else self._idle_timeout
+        return max(0.0, self.last_used + timeout - time.monotonic())
 
     def note_answer(self, lease: Lease) -> None:
         """Measure the pace by a request that was answered completely. Call it before remove()."""

@@ -20,11 +20,9 @@ from mlxserver.api.schema.parameters import ValidationFailed, abbreviate
 from mlxserver.config.errors import ConfigInvalid
 from mlxserver.engine.errors import (
     ContextExceeded,
-    DiskFull,
     EngineError,
     EngineStopped,
     EngineUnloaded,
-    HubUnavailable,
     LoadAborted,
     LoadFailed,
     ModelBusy,
@@ -42,10 +40,9 @@ from mlxserver.engine.errors import (
     QueueFull,
     RankLost,
     ReaderTooSlow,
-    SourceInvalid,
     StepFailed,
-    TooLarge,
 )
+from mlxserver.engine.loading.errors import DiskFull, HubUnavailable, SourceInvalid, TooLarge
 from mlxserver.server.keys import Forbidden
 from mlxserver.server.request_log import note_error, request_id
 

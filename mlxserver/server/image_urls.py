@@ -83,9 +83,8 @@ class ImageUrls:
         """The prompt with all its images' bytes. Raises PromptRejected."""
         if not isinstance(prompt, ChatPrompt):
             return prompt
-        images = [image for message in prompt.conversation for image in message.images]
-        _check(images, settings)
-        urls = {image.url: image for image in images if image.url and not image.data}
+        _check(prompt.images, settings)
+        urls = {image.url: image for image in prompt.images if image.url and not image.data}
         if not urls:
             return prompt
         files = await self._fetch_all(urls, settings)

@@ -12,8 +12,9 @@ from mlxserver.api.openai.generation import one_of
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import ValidationFailed, parse
 from mlxserver.config.errors import ABBREVIATED_LENGTH
-from mlxserver.engine.errors import ModelNotFound, ReaderTooSlow, SourceInvalid
+from mlxserver.engine.errors import ModelNotFound, ReaderTooSlow
 from mlxserver.engine.events import Accepted, Delta
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.worker.generation import Generation
 from tests.support.scripted_engine import request
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid
+from mlxserver.engine.errors import LoadAborted
 from mlxserver.engine.loading import sources
 from mlxserver.engine.loading.download import transfer
 from mlxserver.engine.loading.download.download import fetch_now, list_files
+from mlxserver.engine.loading.errors import DiskFull, HubUnavailable, SourceInvalid
 from tests.support.hub import TOKEN, digest, hub_of, serving_hub
 from tools.harness.running_server import eventually
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlxserver.engine.kv_claims import Demand, Outlook, Share, Verdict, grow, must_yield, start
+from mlxserver.engine.kv_claims import Claim, Outlook, Share, Verdict, grow, must_yield, start
 from mlxserver.engine.kv_pool import KVPool, Reserved
 from tests.support.prefixes import Entries
 
@@ -15,11 +15,11 @@ LIMIT, FLOOR = 100, 4
 
 
 def growth(extra, outlook=Outlook.LATER, since=0.0):
-    return Demand(extra, since, is_growth=True, outlook=outlook)
+    return Claim(extra, since, is_growth=True, outlook=outlook)
 
 
 def prompt(extra, outlook=Outlook.LATER, since=0.0):
-    return Demand(extra, since, is_growth=False, outlook=outlook)
+    return Claim(extra, since, is_growth=False, outlook=outlook)
 
 
 def test_a_prompt_waits_while_another_model_s_sequences_wait_to_grow():
@@ -28,15 +28,15 @@ def test_a_prompt_waits_while_another_model_s_sequences_wait_to_grow():
 
 
 def test_a_prompt_waits_behind_an_older_one_that_the_pool_could_hold():
-    older = Share(demand=prompt(30, since=1.0))
+    older = Share(claim=prompt(30, since=1.0))
     running = Share(25, 1, 0.5)
     assert start(Share(), [older, running], prompt(5, since=2.0), space=8) is Verdict.WAITING
     assert start(Share(), [older], prompt(5, since=2.0), space=8) is Verdict.GRANTED  # it waits for models to leave
 
 
 def test_idle_models_leave_before_a_sequence_is_preempted():
-    own, demand = Share(20, 2, 2.0), growth(10, Outlook.UNKNOWN)
-    assert grow(own, [], demand, space=0) is Verdict.WAITING
+    own, claim = Share(20, 2, 2.0), growth(10, Outlook.UNKNOWN)
+    assert grow(own, [], claim, space=0) is Verdict.WAITING
     assert grow(own, [], growth(10, Outlook.COMING), space=0) is Verdict.WAITING
     assert grow(own, [], growth(10, Outlook.LATER), space=0) is Verdict.PREEMPT
 
@@ -54,7 +54,7 @@ def test_a_last_sequence_goes_on_when_nothing_can_leave_any_more():
 
 
 def test_a_last_sequence_gives_its_memory_back_to_models_that_have_to_end_before_they_leave():
-    waiting = Share(demand=prompt(10))
+    waiting = Share(claim=prompt(10))
     assert grow(Share(20, 1, 1.0), [waiting], growth(10), space=0) is Verdict.PREEMPT
     assert grow(Share(20, 1, 1.0), [], growth(10), space=0) is Verdict.WAITING
 
@@ -222,14 +222,14 @@ class Pool(RuleBasedStateMachine):
     @rule()
     def answer_the_claims(self):
         """As the manager does: an idle model leaves for a claim that it is enough for."""
-        for account, demand in self.pool.demands:
-            missing = demand.extra - (LIMIT - self.fixed - self.idle - self.pool.total_over)
+        for account, claim in self.pool.waiting:
+            missing = claim.extra - (LIMIT - self.fixed - self.idle - self.pool.total_over)
             if self.idle and missing <= self.idle:
-                self.pool.answer(account, demand, Outlook.COMING)
+                self.pool.set_outlook(account, claim, Outlook.COMING)
                 self.idle = 0
                 self.publish()
             else:
-                self.pool.answer(account, demand, Outlook.LATER)
+                self.pool.set_outlook(account, claim, Outlook.LATER)
 
     @invariant()
     def no_more_is_held_than_the_limit(self):

@@ -9,8 +9,8 @@ from mlxserver.engine.mlx import mx
 
 import pytest
 
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, kinds
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.library.facts import CONVERTIBLE, Facts, Unusable, read_facts
 from mlxserver.engine.loading.library.layouts import Folder, folders
 from mlxserver.engine.loading.library.remove import remove

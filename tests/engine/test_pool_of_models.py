@@ -44,8 +44,8 @@ class Pool:
         return Scheduler(self._model, account=self.pool.open(key, self._floor), prefixes=opened)
 
     def answer(self):
-        for account, demand in self.pool.demands:
-            self.pool.answer(account, demand, Outlook.LATER)
+        for account, claim in self.pool.waiting:
+            self.pool.set_outlook(account, claim, Outlook.LATER)
 
     @property
     def held(self):
@@ -140,6 +140,6 @@ def test_a_sequence_that_leaves_while_it_waits_for_memory_leaves_no_claim_behind
     long.until_generated(0)
     waiting = Driver(pool.scheduler("b"), sequence(1, prompt(1700), max_tokens=5))
     waiting.step()
-    assert len(pool.pool.demands) == 1
+    assert len(pool.pool.waiting) == 1
     waiting.scheduler.remove([1])
-    assert not pool.pool.demands
+    assert not pool.pool.waiting

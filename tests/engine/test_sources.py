@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mlxserver.config.errors import abbreviate
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, gguf_conversion, sources
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.gguf_reader import Reader
 from mlxserver.engine.loading.sources import GgufFile, MlxDirectory, Repository
 from mlxserver.engine.platform.policy import WeightPolicy

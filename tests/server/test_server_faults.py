@@ -9,8 +9,9 @@ from mlxserver.engine.mlx import mx
 import pytest
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import LoadFailed, SourceInvalid
+from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.loading import loader
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.sources import resolve
 from tests.support.published import check
 from tools import faults

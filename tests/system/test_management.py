@@ -15,7 +15,7 @@ from mlx_api_server import DEFAULT_MODELS
 from mlxserver.config.fields import settings_of
 from mlxserver.config.load import MODEL_FIELDS, build
 from mlxserver.config.sampling_params import MODEL_DEFAULTS
-from mlxserver.config.settings import ModelSpec, Settings
+from mlxserver.config.settings import POLICY_FIELDS, ModelSpec, Settings
 from mlxserver.engine.loading import estimate
 from tests.support.scripts import SCRIPTS
 from tools.harness.running_server import ROOT, eventually, run_server, running_server
@@ -274,7 +274,7 @@ def test_the_settings_can_be_checked_alone(tmp_path):
 
 def test_the_example_file_names_every_setting_with_its_default():
     text = (ROOT / "models.example.toml").read_text()
-    for name in [*settings_of(Settings), *MODEL_FIELDS, *MODEL_DEFAULTS, "aliases"]:
+    for name in [*settings_of(Settings), *MODEL_FIELDS, *MODEL_DEFAULTS, *POLICY_FIELDS, "aliases"]:
         assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), name
     scalars = text.partition("[models.small]")[0]
     text = re.sub(r"^# (\w+ = )", r"\1", scalars, flags=re.MULTILINE)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import orjson
 
-from mlxserver.api.dialect import Call
-from mlxserver.api.openai.embeddings import MAX_TEXTS, VectorsEncoder
+from mlxserver.api.dialect import Call, UnstreamedEncoder
+from mlxserver.api.openai.embeddings import MAX_TEXTS
 from mlxserver.api.openai.generation import ModelRequest, keep_alive_parameter
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, ValidationFailed, invalid, parse
@@ -117,7 +117,7 @@ class RerankDialect:
         return Call(request.model, [asked], encoder, idle_timeout=request.keep_alive, ignored=request.ignored)
 
 
-class RerankEncoder(VectorsEncoder):
+class RerankEncoder(UnstreamedEncoder):
     """Encoder of one answer. top_n: most results, None for all. documents: to be repeated, or none."""
 
     def __init__(self, model: str, top_n: int | None, documents: Sequence[str]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import orjson
 
-from mlxserver.api.dialect import Call
+from mlxserver.api.dialect import Call, UnstreamedEncoder
 from mlxserver.api.ollama.names import names_of
 from mlxserver.api.ollama.options import OPTIONS, Options, check_options
-from mlxserver.api.openai.embeddings import VectorsEncoder, vectors
+from mlxserver.api.openai.embeddings import vectors
 from mlxserver.api.openai.generation import ModelRequest, keep_alive_parameter
 from mlxserver.api.schema.limits import Limits
 from mlxserver.api.schema.parameters import Parameter, invalid, parse
@@ -62,7 +62,7 @@ class OllamaEmbedDialect:
         """Read a request. Raises ValidationFailed."""
         request = parse(OllamaEmbedRequest, body, self._limits)
         texts = tuple(map(TextPrompt, request.input)) if request.input != ("",) else ()
-        asked = EmbeddingRequest(texts, request.dimensions, truncates=request.truncate, is_list=len(texts) > 1)
+        asked = EmbeddingRequest(texts, request.dimensions, truncates=request.truncate)
         return _call(request, [asked] if texts else [], _EmbedEncoder(request.model))
 
 
@@ -76,11 +76,11 @@ class OllamaEmbeddingsDialect:
         """Read a request. Raises ValidationFailed."""
         request = parse(OllamaEmbeddingsRequest, body, self._limits)
         text = TextPrompt(request.prompt)
-        asked = EmbeddingRequest((text,), truncates=True, origin="prompt", is_list=False)
+        asked = EmbeddingRequest((text,), truncates=True, origin="prompt")
         return _call(request, [asked] if request.prompt else [], _EmbeddingEncoder())
 
 
-class _EmbedEncoder(VectorsEncoder):
+class _EmbedEncoder(UnstreamedEncoder):
     """Encoder of one answer of /api/embed."""
 
     def __init__(self, model: str) -> None:
@@ -98,7 +98,7 @@ class _EmbedEncoder(VectorsEncoder):
         return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-class _EmbeddingEncoder(VectorsEncoder):
+class _EmbeddingEncoder(UnstreamedEncoder):
     """Encoder of one answer of /api/embeddings."""
 
     def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
@@ -107,6 +107,6 @@ class _EmbeddingEncoder(VectorsEncoder):
         return orjson.dumps({"embedding": found[0] if found else []}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _call(request: VectorRequest, asked: Sequence[EmbeddingRequest], encoder: VectorsEncoder) -> Call:
+def _call(request: VectorRequest, asked: Sequence[EmbeddingRequest], encoder: UnstreamedEncoder) -> Call:
     name, *other_names = names_of(request.model)
     return Call(name, asked, encoder, idle_timeout=request.keep_alive, ignored=request.ignored, other_names=other_names)

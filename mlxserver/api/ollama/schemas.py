@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from mlxserver.api.schema.response_shapes import COUNT, NUMBER, TEXT, Schema, each, exactly, named, one_of
+from mlxserver.api.schema.response_shapes import BOOLEAN, COUNT, NUMBER, TEXT, Schema, each, exactly, named, one_of
 
-FLAG: Schema = {"type": "boolean"}
 CALL = exactly(id=TEXT, function=exactly(index=COUNT, name=TEXT, arguments={"type": "object"}))
 ENDING = {
     "done_reason_": one_of("stop", "length", "load", "unload"),
@@ -15,7 +14,7 @@ ENDING = {
     "eval_count_": COUNT,
     "eval_duration_": COUNT,
 }
-HEAD = {"model": TEXT, "created_at": TEXT, "done": FLAG, "logprobs_": each(named("TokenLogprob"))}
+HEAD = {"model": TEXT, "created_at": TEXT, "done": BOOLEAN, "logprobs_": each(named("TokenLogprob"))}
 DETAILS = exactly(
     parent_model=TEXT,
     format=TEXT,

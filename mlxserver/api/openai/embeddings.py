@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from mlxserver.api.dialect import Call, Failure, WaitProgress
+from mlxserver.api.dialect import Call, UnstreamedEncoder
 from mlxserver.api.openai.completions import TOKEN_IDS, TOKENS, BarePrompt, check_tokens
 from mlxserver.api.openai.generation import ModelRequest, keep_alive_parameter
 from mlxserver.api.schema.limits import Limits
@@ -98,11 +98,6 @@ class EmbeddingsRequest(ModelRequest):
     )
     keep_alive: float | None = keep_alive_parameter()
 
-    @property
-    def is_list(self) -> bool:
-        """Whether the client wrote a list of texts."""
-        return len(self.input) > 1
-
 
 class EmbeddingsDialect:
     """Dialect of POST /v1/embeddings."""
@@ -119,43 +114,12 @@ class EmbeddingsDialect:
             truncates=request.truncate,
             prompt_name=request.prompt_name or PROMPT_NAMES.get(request.input_type or ""),
             requires_prompt=request.prompt_name is not None,
-            is_list=request.is_list,
         )
         encoder = EmbeddingsEncoder(request.model, in_base64=request.encoding_format == "base64")
         return Call(request.model, [embedding], encoder, idle_timeout=request.keep_alive, ignored=request.ignored)
 
 
-class VectorsEncoder:
-    """Encoder of an answer with vectors, which is never streamed."""
-
-    content_type = "application/json"
-
-    def start(self, prompt_tokens: int) -> bytes:
-        """Nothing."""
-        return b""
-
-    def event(self, event: Event, choice: int) -> bytes:
-        """Nothing."""
-        return b""
-
-    def end(self, usage: Usage) -> bytes:
-        """Nothing."""
-        return b""
-
-    def failed(self, failure: Failure) -> bytes:
-        """Nothing."""
-        return b""
-
-    def heartbeat(self, progress: WaitProgress | None) -> bytes:
-        """Nothing."""
-        return b""
-
-    def complete(self, choices: Sequence[Sequence[Event]], usage: Usage) -> bytes:
-        """Body of the answer."""
-        raise NotImplementedError
-
-
-class EmbeddingsEncoder(VectorsEncoder):
+class EmbeddingsEncoder(UnstreamedEncoder):
     """Encoder of one answer of OpenAI's API."""
 
     def __init__(self, model: str, *, in_base64: bool) -> None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxserver.engine.description import Description
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import safetensors_header, sources
 from mlxserver.engine.loading.checkpoint_files import read_object
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.metadata import (
     HEAD_KEYS,
     KV_HEAD_KEYS,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxserver.config.settings import Kind, ModelSpec
-from mlxserver.engine.errors import LoadFailed, SourceInvalid, one_line
+from mlxserver.engine.errors import LoadFailed, one_line
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata, attention_heads, context_length
 from mlxserver.engine.loading.sources import checkpoint_metadata
 from mlxserver.engine.loading.unsupported import Unsupported, naming_what_is_missing

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf_splits
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata
 from mlxserver.engine.platform.folders import cache_directory
 from mlxserver.engine.platform.policy import WeightPolicy

@@ -17,11 +17,12 @@ from huggingface_hub import constants, errors, snapshot_download, try_to_load_fr
 from huggingface_hub.utils import httpx
 
 from mlxserver.config.settings import Kind
-from mlxserver.engine.errors import DiskFull, HubUnavailable, LoadAborted, SourceInvalid, one_line
+from mlxserver.engine.errors import LoadAborted, one_line
 from mlxserver.engine.loading import kinds
 from mlxserver.engine.loading.download.download import Download, NoSpace, Report, check_disk, fetch_now, list_files
 from mlxserver.engine.loading.download.manifest import Manifest
 from mlxserver.engine.loading.download.transfer import Busy, DigestWrong
+from mlxserver.engine.loading.errors import DiskFull, HubUnavailable, SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata, has_head, read_config, text_bytes
 
 log = logging.getLogger("models")

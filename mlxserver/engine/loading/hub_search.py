@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelInfo, constants, errors, get_session
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
-from mlxserver.engine.errors import SearchFailed
 from mlxserver.engine.loading import hub
+from mlxserver.engine.loading.errors import SearchFailed
 from mlxserver.engine.loading.library.facts import RUNTIME_BYTES
 from mlxserver.engine.loading.weight_bytes import weight_bytes
 from mlxserver.engine.platform.policy import current

@@ -11,7 +11,8 @@ from typing import TypeVar
 from mlxserver.engine.mlx import mx
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed, SourceInvalid
+from mlxserver.engine.errors import EngineError, LoadAborted, LoadFailed
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.unsupported import Unsupported
 from mlxserver.engine.platform import device, openblas
 

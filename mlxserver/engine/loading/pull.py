@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.errors import LoadFailed, SourceInvalid, TooLarge
+from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.loading import hub, sources
 from mlxserver.engine.loading.download.manifest import Manifest
+from mlxserver.engine.loading.errors import SourceInvalid, TooLarge
 from mlxserver.engine.loading.estimate import Estimate, budget
 from mlxserver.engine.loading.sources import Progress, Repository
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxserver.config.settings import Kind
-from mlxserver.engine.errors import SourceInvalid
 from mlxserver.engine.loading import gguf, hub, kinds
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.metadata import CheckpointMetadata, has_head, read_config, text_bytes
 from mlxserver.engine.platform.policy import WeightPolicy, current
 

@@ -18,7 +18,7 @@ from mlxserver.engine.output.call_families import find_format
 from mlxserver.engine.output.tool_formats import PLAIN, ToolFormat
 from mlxserver.engine.prompt.call_style import CALL_PROBE, CALL_WORDS, RESULT_IMAGE_PROBE, STYLES, CallStyle
 from mlxserver.engine.prompt.content_form import ContentForm, find_content_form
-from mlxserver.engine.prompt.images import ImageProcessor, images_of
+from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.prompt.reasoning_forms import ReasoningForm, find_form
 from mlxserver.engine.prompt.segments import MARK, SegmentEncoder, unmarked
 from mlxserver.engine.prompt.switches import Switches
@@ -174,13 +174,13 @@ class ChatTemplate:
 
     def render(self, prompt: ChatPrompt, *, opens_answer: bool = True) -> str:
         """The prompt as text, up to the beginning of the answer or not. Raises PromptRejected."""
-        if self._images and (images := images_of(prompt.conversation)):
+        if self._images and (images := prompt.images):
             return unmarked(self._render_images(self._images, images, prompt, opens_answer=opens_answer))
         return self._call.text(prompt, self._forms(prompt), opens_answer=opens_answer)
 
     def encode(self, prompt: ChatPrompt, text: str) -> tuple[int, ...]:
         """The prompt as token ids, up to the beginning of the answer. text: it rendered. Raises PromptRejected."""
-        if self._images and (images := images_of(prompt.conversation)):
+        if self._images and (images := prompt.images):
             return self._encode(self._render_images(self._images, images, prompt))
         if not self.source:  # the model's own code renders text only
             return self._encoder.encode(text)

@@ -14,7 +14,7 @@ Rule 6: text and token ids have no conversation in them, so nothing is added but
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +27,7 @@ from mlxserver.engine.prompt.arrangement import arrange, begin, split_calls
 from mlxserver.engine.prompt.boundaries import Boundaries
 from mlxserver.engine.prompt.chat_template import ChatTemplate
 from mlxserver.engine.prompt.fill_in_middle import FillInMiddle
-from mlxserver.engine.prompt.images import ImageProcessor, images_of, show_result_images
+from mlxserver.engine.prompt.images import ImageProcessor, show_result_images
 from mlxserver.engine.prompt.switches import EFFORT, THINKING
 from mlxserver.engine.prompt.tool_text import describe, write_plain, write_reasoning
 from mlxserver.engine.prompt.transitions import StrictTable, Table
@@ -107,7 +107,7 @@ class PromptFormat:
 
     def _with_images(self, prompt: ChatPrompt) -> ChatPrompt:
         """The prompt with its images where a template can show them, each of them processed. Raises PromptRejected."""
-        if not (images := images_of(prompt.conversation)):
+        if not (images := prompt.images):
             return prompt
         if self._images is None:
             raise SeesNoImages(images[0].origin)
@@ -193,7 +193,7 @@ class PromptFormat:
             opens_thinking = appended.rstrip().endswith(self._tags[0])
         tokens = self._template.encode(prompt, text)
         boundaries = self._boundaries.find(prompt, text, tokens) if self._boundaries else ()
-        images = images_of(prompt.conversation) if self._images else []
+        images = prompt.images if self._images else []
         placed = self._images.place(tokens, images) if self._images and images else ()
         return FormattedPrompt(tokens, text, opens_thinking, boundaries, images=placed)
 
@@ -246,10 +246,14 @@ def format_text(tokenizer: TokenizerWrapper, text: str) -> FormattedPrompt:
 
 def format_tokens(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> FormattedPrompt:
     """Prompt of token ids as they are. Raises PromptRejected."""
-    last = len(tokenizer) - 1
-    for token in tokens:
-        if not 0 <= token <= last:
-            raise PromptRejected(f"prompt: this model has no token {token}; expected 0 to {last}.", "prompt")
+    check_tokens(tokens, len(tokenizer), "prompt")
     if not tokens:
         raise PromptRejected("The prompt is empty; expected at least one token.", "prompt")
     return FormattedPrompt(tuple(tokens), tokenizer.decode(list(tokens)))
+
+
+def check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
+    """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -172,11 +172,6 @@ class _Recorder:
 @functools.cache
 def _versions() -> str:
     return " ".join(f"{package} {metadata.version(package)}" for package in ("mlx-vlm", "transformers", "pillow"))
-
-
-def images_of(messages: Iterable[Message]) -> list[Image]:
-    """The images of a conversation, in order."""
-    return [image for message in messages for image in message.images]
 
 
 def show_result_images(prompt: ChatPrompt) -> ChatPrompt:

@@ -69,7 +69,7 @@ class Builder:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pool = pool or KVPool()
-        self.pool.prefixes = tier = RamTier(policy)
+        self.pool.prefixes.tier = tier = RamTier(policy)
         self.prefix_cache = PrefixCache(tier, disk, self.pool)
         self._policy = policy or current()
         self._stall_target = stall_target

@@ -14,6 +14,7 @@ from mlxserver.engine import sequence
 from mlxserver.engine.errors import InputTooLong, PromptRejected, WrongKind
 from mlxserver.engine.events import Embedding, Event, Finish
 from mlxserver.engine.loading.embedding_model import EmbeddingFacts, EmbeddingModel
+from mlxserver.engine.prompt.formats import check_tokens
 from mlxserver.engine.requests import (
     Detokenize,
     EmbeddingRequest,
@@ -24,7 +25,6 @@ from mlxserver.engine.requests import (
     Tokenize,
     TokenPrompt,
 )
-from mlxserver.engine.runners.text import check_tokens
 from mlxserver.engine.sequence import SampledToken
 from mlxserver.engine.worker.batch import Batch
 

@@ -7,7 +7,7 @@ Rule 2: the request's settings win over the model's defaults, those over Samplin
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.output.reasoning_formats import turn_ends
 from mlxserver.engine.output.stream import OutputStream
 from mlxserver.engine.output.token_bytes import prompt_tokens, token_logprob
-from mlxserver.engine.prompt.formats import FORMATS, PromptFormat, find_type
+from mlxserver.engine.prompt.formats import FORMATS, PromptFormat, check_tokens, find_type
 from mlxserver.engine.prompt.images import ImageProcessor
 from mlxserver.engine.prompt.truncation import most_tokens, truncate
 from mlxserver.engine.requests import (
@@ -250,10 +250,3 @@ class TextOutput:
             return events
         scored = prompt_tokens(self.tokenizer, self.prompt, token.prompt_logprobs)
         return [PromptLogprobs(scored, self.index), *events]
-
-
-def check_tokens(tokens: Iterable[int], vocab_size: int, param: str) -> None:
-    """Refuse tokens that do not exist: MLX would read or write beyond the end of an array."""
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            raise PromptRejected(f"{param}: this model has no token {token}; expected 0 to {vocab_size - 1}.", param)

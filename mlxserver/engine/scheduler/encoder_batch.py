@@ -26,11 +26,9 @@ from mlxserver.engine.platform.attention_memory import SMALLEST_CHUNK, Attention
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.scheduler.load_meter import LoadMeter
 from mlxserver.engine.scheduler.peers import Peers
-from mlxserver.engine.scheduler.prefill import ChunkTimes
+from mlxserver.engine.scheduler.prefill import IDLE_STALL_FACTOR, LEAST_BASES, ChunkTimes
 from mlxserver.engine.sequence import SampledToken, Sequence
 
-_IDLE_STALL_FACTOR = 4  # without streams there is nothing to stall; only new requests wait
-_LEAST_BASES = 2.0  # lower limit of a batch's time, in units of ChunkTimes.base: of a shorter one, most is overhead
 _STEPS_PER_DOUBLING = 4  # length classes: padding is a fifth of a text at most
 
 
@@ -226,9 +224,9 @@ class EncoderBatch:
 
     def _budget(self, peer_step: float) -> int:
         """Tokens of the next batch."""
-        seconds = self._stall_target if peer_step else _IDLE_STALL_FACTOR * self._stall_target
+        seconds = self._stall_target if peer_step else IDLE_STALL_FACTOR * self._stall_target
         if peer_step and not self._policy.parallel_models:
-            seconds = min(seconds, max(peer_step, _LEAST_BASES * self._times.base))
+            seconds = min(seconds, max(peer_step, LEAST_BASES * self._times.base))
         return min(max(int(self._times.tokens_in(seconds)), SMALLEST_CHUNK), self._most_tokens)
 
     def _begin(self, texts: abc.Sequence[Sequence]) -> None:

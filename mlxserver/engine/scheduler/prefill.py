@@ -24,9 +24,9 @@ from mlxserver.engine.scheduler.prompts import PendingPrompt
 # Steps that a chunk may take the time of: streams slow down, and none stands still.
 _OWN_STEPS, _PEER_STEPS = 3.0, 1.0
 _LEAST_SECONDS = 0.016  # of a chunk, however short the steps: a frame of a screen
-_BASES = 2.0  # lower limit of a chunk's time, in units of ChunkTimes.base: of a shorter one, most would be overhead
+LEAST_BASES = 2.0  # lower limit of a chunk's time, in units of ChunkTimes.base: of a shorter one, most is overhead
 # Without streams there is nothing to stall; only cancellations and new requests wait.
-_IDLE_STALL_FACTOR = 4
+IDLE_STALL_FACTOR = 4
 _ASSUMED_TOKEN_SECONDS = 0.001  # until measured
 _CHUNKS_MEASURED = 15
 _UNLIKE = 1.25  # least ratio of two chunks' lengths for the slope between them to count
@@ -104,10 +104,12 @@ class Prefill:
     def _seconds(self, own_step_seconds: float, peer_step_seconds: float, waiting_ratio: float) -> float:
         """Duration of the next chunk. A stream waits for the chunk and for the step behind it."""
         if not (own_step_seconds or peer_step_seconds):
-            return _IDLE_STALL_FACTOR * self._stall_target
+            return IDLE_STALL_FACTOR * self._stall_target
         limits = [max(self._stall_target - own_step_seconds, own_step_seconds)]
         if own_step_seconds:
-            limits.append(max(_OWN_STEPS * own_step_seconds * waiting_ratio, _BASES * self.times.base, _LEAST_SECONDS))
+            limits.append(
+                max(_OWN_STEPS * own_step_seconds * waiting_ratio, LEAST_BASES * self.times.base, _LEAST_SECONDS)
+            )
         if peer_step_seconds and not self._strategy.yields_cores:
             limits.append(_PEER_STEPS * peer_step_seconds)
         return min(limits)

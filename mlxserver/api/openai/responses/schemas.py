@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlxserver.api.schema.response_shapes import (
+    BOOLEAN,
     COUNT,
     NUMBER,
     TEXT,
@@ -16,7 +17,6 @@ from mlxserver.api.schema.response_shapes import (
 )
 
 ANY: Schema = {"type": "object"}
-BOOLEAN: Schema = {"type": "boolean"}
 ITEM_STATUS = one_of("in_progress", "completed", "incomplete")
 ITEM = {"id": TEXT, "status": ITEM_STATUS}
 INPUT_TEXT = exactly(type=one_of("input_text"), text=TEXT)

@@ -11,7 +11,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from mlxserver.engine.errors import SourceInvalid
+from mlxserver.engine.loading.errors import SourceInvalid
 from mlxserver.engine.loading.library.scan import LocalModel
 
 

@@ -27,7 +27,7 @@ from mlxserver.engine.platform.openblas import is_wanted as is_wanted
 
 _SOURCES = Path(__file__).parent
 _OPERATIONS, _KERNELS = (
-    ("module", "products", "layers", "decoder", "sampling"),
+    ("module", "products", "layers", "sdpa", "decoder", "sampling"),
     ("quantized", "dense", "functions", "attention", "decode_attention", "affine", "logits"),
 )
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"

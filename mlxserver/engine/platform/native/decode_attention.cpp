@@ -2,9 +2,10 @@
 // a vector.
 //
 // Its time is that of reading keys and values, so that those of a long sequence are cut into segments, which threads
-// share, and are fetched while others are computed with. Quantized ones are dequantized block by block. A segment has the largest score, the sum of the weights, which
-// are exponentials of differences from it, and the weighted sum of the values; what was weighed before a larger score is
-// scaled down (Milakov and Gimelshein 2018, online softmax; Dao et al. 2023, Flash-Decoding).
+// share, and are fetched while others are computed with. Quantized ones are dequantized block by block. A segment has the
+// largest score, the sum of the weights, which are exponentials of differences from it, and the weighted sum of the
+// values; what was weighed before a larger score is scaled down (Milakov and Gimelshein 2018, online softmax; Dao et al.
+// 2023, Flash-Decoding).
 // Rule 1: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
 // Rule 2: where segments begin depends on nothing but the token's number: results are the same on any number of threads,
 //         and beside any other sequences.

@@ -105,6 +105,7 @@ NB_MODULE(MODULE, m) {
   nb::module_::import_("mlx.core");
   add_products(m);
   add_functions(m);
+  add_attention(m);
   add_decoder(m);
   add_sampling(m);
   m.def("aligned", &aligned, nb::arg("x"));

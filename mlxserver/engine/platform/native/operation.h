@@ -38,6 +38,7 @@ Level level(const std::string& name);
 
 void add_products(nb::module_& m);
 void add_functions(nb::module_& m);
+void add_attention(nb::module_& m);
 void add_decoder(nb::module_& m);
 void add_sampling(nb::module_& m);
 
@@ -45,6 +46,13 @@ void add_sampling(nb::module_& m);
 inline void check(bool fits) {
   if (!fits) throw std::invalid_argument("the shapes or types do not fit");
 }
+
+// Whether there are kernels for MLX's affine format of so many bits, in groups of so many values.
+inline bool is_known_format(int bits, int group) {
+  return (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
+}
+
+inline bool is_wide(const mx::array& x) { return x.dtype() == mx::float32; }
 
 // An array's elements in the order of its rows; a copy of them, if they lie otherwise.
 mx::array in_rows(const mx::array& x, mx::cpu::CommandEncoder& encoder);
@@ -77,7 +85,7 @@ struct Pieces {
   template <typename Task>
   explicit Pieces(const Task& task) : items(task.items()), size((16384 + task.work() - 1) / task.work()) {
     if (size < items / 32) size = items / 32;
-    size = (size + Task::TOGETHER - 1) / Task::TOGETHER * Task::TOGETHER;
+    size = parts_of(size, together<Task>()) * together<Task>();
     count = (items + size - 1) / size;
   }
 

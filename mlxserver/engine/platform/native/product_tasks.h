@@ -3,7 +3,6 @@
 #include "operation.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 inline int type_of(const mx::array& weights) {
@@ -19,10 +18,9 @@ inline mx::array in_order(const mx::array& weights) {
 }
 
 inline void check_format(const mx::array& words, const mx::array& scales, const mx::array& biases, int group, int bits) {
-  const bool is_known = (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
   const auto type = scales.dtype();
   const bool is_typed = words.dtype() == mx::uint32 && biases.dtype() == type && is_float(type);
-  if (!is_known || !is_typed) throw std::invalid_argument("weights of this format have no kernel");
+  if (!is_known_format(bits, group) || !is_typed) throw std::invalid_argument("weights of this format have no kernel");
 }
 
 // Whether weights of a known format, [outputs, ...], are those of so many inputs.

@@ -1,4 +1,5 @@
-// Keys and values of a cache, as operations have them: an array of float32, or words, scales and biases.
+// Keys and values of a cache, as operations have them, an array of float32, or words, scales and biases; and attention to
+// them.
 #pragma once
 #include "operation.h"
 
@@ -42,15 +43,15 @@ struct StoredFormat {
     const mx::array& first = arrays[0];
     mx::Shape shape = first.shape();
     if (arrays.size() == 1) {
-      check(first.dtype() == mx::float32 && shape[3] == dim);
+      check(is_wide(first) && shape[3] == dim);
       return;
     }
     check(dim > 0 && dim <= Attention::MOST_DIM && arrays[1].shape(3) > 0);
     bits = 32 * shape[3] / dim, group = dim / arrays[1].shape(3);
-    check((bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128) && dim % group == 0);
+    check(is_known_format(bits, group) && dim % group == 0);
     check(first.dtype() == mx::uint32 && shape[3] == dim / 32 * bits);
     shape[3] = dim / group;
-    for (int n = 1; n < 3; n++) check(arrays[n].dtype() == mx::float32 && arrays[n].shape() == shape);
+    for (int n = 1; n < 3; n++) check(is_wide(arrays[n]) && arrays[n].shape() == shape);
   }
 };
 
@@ -66,4 +67,15 @@ inline Stored stored(const StoredFormat& format, const mx::array* arrays, mx::cp
   Stored own{format.bits, format.group, by_group(arrays[0], encoder), {}, {}};
   if (format.is_quantized()) own.scales = by_group(arrays[1], encoder), own.biases = by_group(arrays[2], encoder);
   return own;
+}
+
+// Give attention in segments the room for what they come to.
+inline void make_room(Attention& task, mx::cpu::CommandEncoder& encoder) {
+  if (task.partial_size()) task.partial = room<float>(task.partial_size(), encoder);
+}
+
+inline void compute_attention(const Attention& task, Kernel<Attention> attend,
+                              Kernel<SegmentedAttention> combine) noexcept {
+  compute(task, attend);
+  if (task.partial) compute(SegmentedAttention{task}, combine);
 }
