@@ -86,7 +86,7 @@ def test_weights_that_lie_anywhere_are_read(dtype, monkeypatch):
 def test_other_types_are_left_to_mlx(launched):
     x = mx.ones((1, 1, 64))
     add_norm(x, x, mx.ones((64,)), 1e-5)
-    split_heads(x, 2, 1, Rotation(10000.0, 1.0, None), mx.zeros((1,), dtype=mx.int32), None)
+    split_heads(x[0], 2, 1, Rotation(10000.0, 1.0, None), mx.zeros((1,), dtype=mx.int32), None)
     add_norm(x, x.astype(mx.float16), mx.ones((64,), dtype=mx.float16), 1e-5)
     assert not launched
 
@@ -126,7 +126,7 @@ def rotation(kind, dim):
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), HEADS.values(), ids=HEADS)
 def test_heads_are_those_of_mlx(dim, heads, kv_heads, offsets, tokens, has_norms, kind, dtype, monkeypatch, launched):
     mx.random.seed(dim)
-    product = noise(dtype, len(offsets), tokens, (heads + 2 * kv_heads) * dim)
+    product = noise(dtype, len(offsets) * tokens, (heads + 2 * kv_heads) * dim)
     norms = None
     if has_norms:
         norms = HeadNorms((1 + 0.1 * noise(dtype, dim)).astype(dtype), (1 + noise(dtype, dim)).astype(dtype), 1e-6)
@@ -143,6 +143,6 @@ def test_heads_are_those_of_mlx(dim, heads, kv_heads, offsets, tokens, has_norms
 
 @needs_cuda
 def test_heads_of_other_sizes_are_left_to_mlx(launched):
-    product = mx.zeros((1, 1, 4 * 24), dtype=mx.bfloat16)
+    product = mx.zeros((1, 4 * 24), dtype=mx.bfloat16)
     split_heads(product, 2, 1, Rotation(10_000.0, 1.0, None), mx.zeros((1,), dtype=mx.int32), None)
     assert not launched

@@ -20,6 +20,7 @@ from mlxserver.engine.loading.fused_layers import fuse_layers, has_fused_layers
 from mlxserver.engine.loading.fused_projections import fuse_projections, part_projections
 from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.platform.policy import CUDA
+from mlxserver.engine.platform.turned_linear import turn_linears
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import BASE, random_model
 from tests.support.batch_driver import Driver, prompt, sequence
@@ -229,3 +230,14 @@ def test_parameters_and_modules_have_the_names_that_they_had():
 def test_layers_are_those_of_the_policy(tmp_path, policy, is_fused):
     path = tiny_llama(tmp_path / "m", hidden=64, layers=2)
     assert has_fused_layers(loader.load(ModelSpec("m", str(path)), policy=policy).model) == is_fused
+
+
+def test_a_linear_layer_that_is_given_another_matrix_has_its_products():
+    """As an adapter, another form of the projections, or a format of the weights does it."""
+    layer, x = nn.Linear(8, 4), mx.random.normal((3, 8))
+    turn_linears(nn.Sequential(layer))
+    step = mx.compile(lambda x: layer(x))
+    assert mx.allclose(step(x), x @ layer.weight.T + layer.bias, atol=1e-6)
+    layer.weight = mx.random.normal((4, 8))
+    assert mx.allclose(layer(x), x @ layer.weight.T + layer.bias, atol=1e-6)
+    assert set(layer.parameters()) == {"weight", "bias"}

@@ -8,6 +8,10 @@ Rule 1: parts are known by their code (platform/layer_forms.py), and computed so
         tokens per row. All else is left to their own code.
 Rule 2: a norm takes what was computed ahead only if its input is that very array. A model that does something else with
         what a layer returns has its own norm of that.
+
+On CUDA MLX takes a third as long for an operation that only looks at an array in another way as for one that launches a
+kernel, and a product of [rows, tokens, width] with a transposed matrix has three of these around it. So the tokens of
+all rows lie in one dimension within a layer, and linear layers keep their matrices transposed (turned_linear.py).
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ from mlxserver.engine.kv_cache.ragged import attention
 from mlxserver.engine.loading.fused_projections import whole_product
 from mlxserver.engine.platform import layer_forms
 from mlxserver.engine.platform.cuda_layers import HeadNorms, add_norm, split_heads
+from mlxserver.engine.platform.turned_linear import turn_linears
 
 _MOST = 16  # tokens per row
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class _Norm(nn.RMSNorm):  # type: ignore[misc]
@@ -37,13 +43,19 @@ class _Norm(nn.RMSNorm):  # type: ignore[misc]
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., dim]."""
+        normed = self._taken(x)
+        return normed if normed.ndim == x.ndim else normed.reshape(x.shape)
+
+    def flat(self, x: mx.array) -> mx.array:
+        """x [..., dim] -> [tokens, dim]."""
+        return _flat(self._taken(x))
+
+    def _taken(self, x: mx.array) -> mx.array:
         ahead, self._ahead = self._ahead, None
-        if ahead and ahead.sum is x:
-            return ahead.normed
-        return cast(mx.array, super().__call__(x))
+        return ahead.normed if ahead and ahead.sum is x else cast(mx.array, super().__call__(x))
 
     def of_sum(self, x: mx.array, r: mx.array) -> mx.array:
-        """x + r, whose norm is there when it is asked for."""
+        """x + r, whose norm is there when it is asked for. r: [tokens, dim], or as x."""
         self._ahead = _Ahead(*add_norm(x, r, self["weight"], self.eps))
         return self._ahead.sum
 
@@ -72,32 +84,40 @@ class _Block:
         """x [rows, tokens, width]."""
         if not _is_fused(x, cache):
             return cast(mx.array, super().__call__(x, mask, cache))  # type: ignore[misc]
-        h = self.post_attention_layernorm.of_sum(x, self.self_attn(self.input_layernorm(x), mask, cache))
-        r = self.mlp(self.post_attention_layernorm(h))
-        return cast(mx.array, self._next.norm.of_sum(h, r) if self._next else h + r)
+        attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
+        is_flat = isinstance(attention, _Attention)
+        h = norm.of_sum(x, attention((self.input_layernorm.flat if is_flat else self.input_layernorm)(x), mask, cache))
+        r = mlp((norm.flat if layer_forms.is_mlp(mlp) else norm)(h))
+        return cast(mx.array, self._next.norm.of_sum(h, r) if self._next else h + r.reshape(h.shape))
 
 
 class _Attention:
     """Attention whose queries, keys and values are made at once of their product; a mix-in of its class."""
 
     def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """x [rows, tokens, width]."""
-        split = _split(self, x, cache) if _is_fused(x, cache) else None
+        """x [rows, tokens, width], or [rows * tokens, width] of a layer that is computed so."""
+        is_flat = x.ndim == 2
+        split = _split(self, _flat(x), cache) if is_flat or _is_fused(x, cache) else None
         if split is None:
-            return cast(mx.array, super().__call__(x, mask, cache))  # type: ignore[misc]
+            whole = x.reshape(cache.offset.shape[0], -1, x.shape[-1]) if is_flat else x
+            return cast(mx.array, super().__call__(whole, mask, cache))  # type: ignore[misc]
         queries, keys, values = split
         keys, values = cache.update_and_fetch(keys, values)
         output = attention(queries, keys, values, cache, self.scale, mask)
-        return cast(mx.array, self.o_proj(output.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)))
+        if output.shape[2] > 1:
+            output = output.transpose(0, 2, 1, 3)
+        return cast(mx.array, self.o_proj(output.reshape(*x.shape[:-1], -1)))
 
 
 def fuse_layers(model: nn.Module) -> None:
     """Have the layers of a model that have this form compute so where their cache asks for it."""
     modules = list(model.modules())
     for module in modules:
-        if layer_forms.is_block(module) and _is_norm(module.get("post_attention_layernorm")):
+        if layer_forms.is_block(module) and all(_is_norm(module.get(name)) for name in _NORMS):
             _become(module, _Block)
-            _become_norm(module.post_attention_layernorm)
+            turn_linears(module)
+            for name in _NORMS:
+                _become_norm(module[name])
         if layer_forms.is_attention(module):
             _become(module, _Attention)
     for layer, norm in (pair for module in modules for pair in _readers(module)):
@@ -118,6 +138,11 @@ def _readers(module: nn.Module) -> Iterator[tuple[Any, Any]]:
         for layer, behind in pairwise(layers):
             yield layer, behind.get("input_layernorm") if isinstance(behind, nn.Module) else None
         yield layers[-1], module.get("norm")
+
+
+def _flat(x: mx.array) -> mx.array:
+    """[..., dim] -> [tokens, dim], without an operation if it is so."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _is_fused(x: mx.array, cache: Any) -> bool:

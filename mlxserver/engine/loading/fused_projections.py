@@ -24,9 +24,10 @@ import mlx.nn as nn
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.platform import cpu_layers, cpu_stored
+from mlxserver.engine.platform.turned_linear import TurnedLinear
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_LINEAR = (nn.Linear, cpu_layers.Linear, cpu_stored.HalfLinear, cpu_stored.QuantizedLinear)
+_LINEAR = (nn.Linear, TurnedLinear, cpu_layers.Linear, cpu_stored.HalfLinear, cpu_stored.QuantizedLinear)
 
 
 class _Product:

@@ -151,14 +151,15 @@ class HeadNorms:
 
 
 def add_norm(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    """x + r, and the RMS norm of it. x, r: [..., width] of one shape; weight: [width]."""
+    """x + r as x [..., width] is, and the RMS norm of it as [tokens, width]. r: of either shape; weight: [width]."""
     width = x.shape[-1]
     if not _has_kernel(x, r, weight) or -(-width // _LANE) > _WIDE:
-        total = x + r
-        return total, mx.fast.rms_norm(total, weight, eps)
+        total = x + r.reshape(x.shape)
+        return total, mx.fast.rms_norm(total, weight, eps).reshape(-1, width)
     threads, kernel = _add_norm_kernel(x.dtype, width, eps)
-    whole = (x.shape, x.dtype)
-    total, normed = kernel([x, r, weight], [whole, whole], blocks=(x.size // width, 1, 1), threads=threads)
+    tokens = x.size // width
+    outputs = [(x.shape, x.dtype), ((tokens, width), x.dtype)]
+    total, normed = kernel([x, r, weight], outputs, blocks=(tokens, 1, 1), threads=threads)
     return total, normed
 
 
@@ -167,10 +168,11 @@ def split_heads(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries [rows, heads, tokens, dim], keys and values [rows, KV heads, tokens, dim] of their common product.
 
-    product: [rows, tokens, (heads + 2 * kv_heads) * dim], queries first. Queries and keys are normalised, if there are
+    product: [rows * tokens, (heads + 2 * kv_heads) * dim], queries first. Queries and keys are normalised, if there are
     norms, and then rotated to their positions. offsets: [rows] of int32, of the first token of each.
     """
-    rows, tokens, width = product.shape
+    rows, width = offsets.shape[0], product.shape[-1]
+    tokens = product.shape[0] // rows
     dim = width // (heads + 2 * kv_heads)
     weights = [norms.queries, norms.keys] if norms else []
     if not _has_kernel(product, *weights) or dim % (2 * _LANE) or dim > _MOST_DIM or not product.size:
@@ -236,8 +238,7 @@ def _split_kernel(
 def _split_by_mlx(
     product: mx.array, heads: int, kv_heads: int, rotation: Rotation, offsets: mx.array, norms: HeadNorms | None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    rows, tokens, _ = product.shape
-    by_head = product.reshape(rows, tokens, heads + 2 * kv_heads, -1)
+    by_head = product.reshape(offsets.shape[0], -1, heads + 2 * kv_heads, product.shape[-1] // (heads + 2 * kv_heads))
     q, k, v = mx.split(by_head, [heads, heads + kv_heads], axis=2)
     if norms:
         q, k = (mx.fast.rms_norm(x, by, norms.eps) for x, by in ((q, norms.queries), (k, norms.keys)))
