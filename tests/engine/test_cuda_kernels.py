@@ -2,14 +2,16 @@
 
 import os
 import sys
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mlxserver.engine.mlx import mx
 
 import pytest
 
-from mlxserver.engine.platform import cuda_kernels, nvrtc
+from mlxserver.engine.platform import cuda_kernels, nvrtc, streams
 from mlxserver.engine.platform.cuda_kernels import Kernel
 
 needs_cuda = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -61,6 +63,25 @@ def test_what_is_put_there_is_what_runs(name, monkeypatch):
     compile = nvrtc.compile
     monkeypatch.setattr(nvrtc, "compile", lambda source, *given: compile(source.replace("0.1f", "7.0f"), *given))
     assert scaled(mx.ones((100,)), name).tolist() == [7.0] * 100
+
+
+@needs_cuda
+def test_threads_that_need_a_kernel_at_once_wait_for_one_binary(name, monkeypatch):
+    compile, compiled = nvrtc.compile, []
+
+    def slow(*given):
+        compiled.append(given)
+        time.sleep(0.5)
+        return compile(*given)
+
+    def compute(_):
+        with streams.thread_stream():
+            return scaled(mx.ones((100,)), name).tolist()
+
+    monkeypatch.setattr(nvrtc, "compile", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(compute, range(4))] == [scaled(mx.ones((100,)), name).tolist()] * 4
+    assert len(compiled) == 1
 
 
 @needs_cuda

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ namespace cg = cooperative_groups;
 _BEHIND = "\n}\n\n} // namespace mlx::core::cu\n"
 _SEED = 0xC70F6907  # of std::hash
 
+_compiling = threading.Lock()
+
 Constants = Mapping[str, int | float | mx.Dtype]
 
 
@@ -126,8 +129,10 @@ class Kernel:
         """Launch it. outputs: shape and type of each. blocks: in x, y and z, each of so many threads."""
         parameters = self._parameters(inputs, [dtype for _, dtype in outputs])
         if parameters not in self._kept:
-            self._kept.add(parameters)
-            self._keep_binary(parameters)
+            with _compiling:  # or else another thread would have MLX compile what this one is compiling
+                if parameters not in self._kept:
+                    self._keep_binary(parameters)
+                    self._kept.add(parameters)
         x, y, z = blocks
         return self._launch(  # type: ignore[no-any-return]
             inputs=inputs,

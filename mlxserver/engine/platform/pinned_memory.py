@@ -5,7 +5,8 @@ it saves by way of managed memory, which it then reuses for arrays of models. A 
 page-locked at the speed of the bus.
 
 Rule 1: one thread has a buffer at a time, and does not change it before what it uploads from it is evaluated.
-Rule 2: where there is none (another device, no driver, a first copy that comes out wrong), MLX's own ways are taken.
+Rule 2: a copy is one of bytes, of any type: one kernel in each direction, which the check of the first copy compiles.
+Rule 3: where there is none (another device, no driver, a first copy that comes out wrong), MLX's own ways are taken.
 """
 
 from __future__ import annotations
@@ -82,11 +83,13 @@ class PinnedBuffer:
     def upload(self, start: int, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """As Buffer.upload()."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.size
-        return _launched(_upload_kernel(), [], self._address + start, nbytes, shape, dtype)
+        content = _launched(_upload_kernel(), [], self._address + start, nbytes, (nbytes,), mx.uint8)
+        return content.view(dtype).reshape(shape)
 
     def download(self, array: mx.array, start: int) -> mx.array:
         """As Buffer.download()."""
-        return _launched(_download_kernel(), [array], self._address + start, array.nbytes, (1,), mx.uint32)
+        content = array.reshape(-1).view(mx.uint8)
+        return _launched(_download_kernel(), [content], self._address + start, array.nbytes, (1,), mx.uint32)
 
 
 @contextmanager
