@@ -1,5 +1,7 @@
 """Batched KV caches: each of them computes for a sequence what its own cache does."""
 
+import random
+
 from mlxserver.engine.mlx import mx
 
 import pytest
@@ -95,6 +97,34 @@ def test_many_sequences_come_and_go(model, make):
     while len(batch.tokens) > 1:
         batch.keep(*range(1, len(batch.tokens)))
         batch.advance()
+
+
+@KINDS
+def test_those_that_join_take_the_places_of_those_that_left(model, make):
+    batch, dice = Reference(model, make(model)), random.Random(3)
+    batch.join(*([n] * (n + 1) for n in range(13)))
+    for traffic in range(12):
+        staying = sorted(dice.sample(range(len(batch.tokens)), dice.randint(1, len(batch.tokens))))
+        batch.keep(*staying)
+        if traffic % 5 == 4:
+            batch.cache.compact()
+        batch.advance()
+        batch.join(*([dice.randrange(300)] * dice.randint(1, 40) for _ in range(dice.randint(1, 6))))
+        batch.advance()
+
+
+def test_a_sequence_keeps_its_slot_until_slots_are_given_back(model):
+    batch = Reference(model, padded(model))
+    batch.join(*([n] * 5 for n in range(8)))
+    batch.advance()
+    (slot_class,) = batch.cache._classes.values()
+    batch.keep(*range(4, 8))
+    assert slot_class.holders == [None] * 4 + [0, 1, 2, 3]
+    batch.join(*([n] * 5 for n in range(3)))
+    assert slot_class.holders == [4, 5, 6, None, 0, 1, 2, 3]
+    batch.keep(2, 3)
+    assert slot_class.slots == slot_class.slots_for(2) == len(slot_class.holders) == 2
+    batch.advance()
 
 
 @KINDS

@@ -2,7 +2,7 @@
 
 Rule 1: every sequence has a slot in the class of its own length, so that a step writes one token per sequence and
         copies nothing, shapes change seldom, and no sequence pays for a much longer one. A compiled step needs that.
-Rule 2: in a class, the last sequence takes the slot of one that leaves. One that outgrows its class moves to the next.
+Rule 2: a sequence that outgrows its class moves to the next.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class SlotCache:
     def _grown(self, name: int, members: Sequence[int], coming: int = 0, tokens: int = 1) -> SlotClass:
         """A class with slots for more members, with so many next tokens, and for so many members that come."""
         if name not in self._classes:
-            self._classes[name] = SlotClass(self._empty, self._put, self._is_compiled)
+            compiled, padded = self._is_compiled, self._is_padded
+            self._classes[name] = SlotClass(self._empty, self._put, shares_work=compiled, leaves_gaps=padded)
             self._classes = dict(sorted(self._classes.items()))
         slot_class = self._classes[name]
         count = len(slot_class.members) + len(members) + coming
@@ -296,6 +297,6 @@ class SlotCache:
         rows: list[int | None] = []
         for slot_class in self._classes.values():
             slot_class.set_offsets(self._lengths)
-            unused = slot_class.slots - len(slot_class.members) if self._is_padded else 0
-            rows += [*slot_class.members, *[None] * unused]
+            unused = slot_class.slots - len(slot_class.holders) if self._is_padded else 0
+            rows += [*slot_class.holders, *[None] * unused]
         self._rows = Rows(rows)

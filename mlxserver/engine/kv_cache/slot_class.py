@@ -1,9 +1,13 @@
-"""Slots of one capacity class: arrays [slots, heads, capacity, dim], with unused slots behind the last sequence."""
+"""Slots of one capacity class: arrays [slots, heads, capacity, dim].
+
+Rule: sequences keep their slots, and those that join take free ones. They close up where slots are given back, and
+      where only the first slots are computed: a move waits for the device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 
 from mlxserver.engine.mlx import mx
 
@@ -14,17 +18,23 @@ Put = Callable[[mx.array, Layers, Layers, Sequence[Layers], Sequence[Layers]], S
 
 
 class SlotClass:
-    """Keys and values of sequences, and which sequence of the batch has each slot (`members`).
+    """Keys and values of sequences, and which sequence of the batch has each slot (`holders`).
 
-    offsets: [slots], tokens in each. shares_work: sequences are put into their slots together, in few numbers, which
-    saves a GPU work.
+    holders: up to the last sequence; None has a slot that is free. offsets: [slots], tokens in each. shares_work:
+    sequences are put into their slots together, in few numbers, which saves a GPU work. leaves_gaps: slots between
+    those of sequences may be free.
     """
 
-    def __init__(self, empty: SlotArrays, put: Put, shares_work: bool) -> None:
+    def __init__(self, empty: SlotArrays, put: Put, *, shares_work: bool, leaves_gaps: bool) -> None:
         self.keys, self.values = list(empty[0]), list(empty[1])
-        self.members: list[int] = []
+        self.holders: list[int | None] = []
         self.offsets = mx.zeros((0,), dtype=mx.int32)
-        self._put, self._shares_work = put, shares_work
+        self._put, self._shares_work, self._leaves_gaps = put, shares_work, leaves_gaps
+
+    @property
+    def members(self) -> list[int]:
+        """The sequences, in the order of their slots."""
+        return [holder for holder in self.holders if holder is not None]
 
     @property
     def slots(self) -> int:
@@ -47,13 +57,26 @@ class SlotClass:
         self.values = [grow(values, slots, capacity) for values in self.values]
 
     def add(self, members: Sequence[int], arrays: Sequence[SlotArrays]) -> None:
-        """Put sequences into slots behind the present ones; grow() beforehand, set_offsets() afterwards."""
-        slot = len(self.members)
-        self.members += members
+        """Put sequences into free slots; grow() beforehand, set_offsets() afterwards."""
+        joining = iter(members)
         for group in self._groups(arrays):
-            at = mx.array([slot], dtype=mx.int32)
-            self.keys, self.values = self._put(at, self.keys, self.values, *zip(*group, strict=True))
-            slot += len(group)
+            while group:
+                slot, count = self._free_run(len(group))
+                at = mx.array([slot], dtype=mx.int32)
+                self.keys, self.values = self._put(at, self.keys, self.values, *zip(*group[:count], strict=True))
+                self.holders += [None] * (slot + count - len(self.holders))
+                self.holders[slot : slot + count] = islice(joining, count)
+                group = group[count:]
+
+    def _free_run(self, most: int) -> tuple[int, int]:
+        """First of neighbouring free slots, and their number: `most`, a power of two, or else half as many."""
+        free = 0
+        for slot, holder in enumerate(self.holders):
+            free = free + 1 if holder is None else 0
+            if free == most:
+                return slot + 1 - most, most
+        end = len(self.holders)
+        return (end, most) if end + most <= self.slots else self._free_run(most // 2)
 
     def _groups(self, arrays: Sequence[SlotArrays]) -> Iterator[list[SlotArrays]]:
         for _, alike in groupby(arrays, lambda own: own[0][0].shape[2]):
@@ -64,16 +87,28 @@ class SlotClass:
                 group = group[count:]
 
     def keep(self, members: dict[int, int]) -> None:
-        """Keep only the slots of these members, and give these their new index. The last slots fill the gaps."""
-        staying = [slot for slot, member in enumerate(self.members) if member in members]
-        count = len(staying)
-        last = iter([slot for slot in staying if slot >= count])
-        order = [slot if self.members[slot] in members else next(last) for slot in range(count)]
-        self.members = [members[self.members[slot]] for slot in order]
-        self._move([(slot, former) for slot, former in enumerate(order) if slot != former])
-        if count and (slots := self.slots_for(count)) < self.slots:
+        """Keep only the slots of these members, and give these their new index."""
+        self.holders = [None if holder is None else members.get(holder) for holder in self.holders]
+        while self.holders and self.holders[-1] is None:
+            self.holders.pop()
+        count = len(self.members)
+        gives_back = count > 0 and self.slots_for(count) < self.slots
+        if gives_back or not self._leaves_gaps:
+            self._close_up()
+        if gives_back:
+            slots = self.slots_for(count)
             self.keys = [mx.contiguous(keys[:slots]) for keys in self.keys]
             self.values = [mx.contiguous(values[:slots]) for values in self.values]
+
+    def _close_up(self) -> None:
+        """Have the last sequences fill the gaps."""
+        count = len(self.members)
+        last = iter([slot for slot in range(count, len(self.holders)) if self.holders[slot] is not None])
+        moves = [(slot, next(last)) for slot in range(count) if self.holders[slot] is None]
+        for slot, former in moves:
+            self.holders[slot] = self.holders[former]
+        del self.holders[count:]
+        self._move(moves)
 
     def _move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Move sequences to other slots: (to, from) pairs."""
@@ -88,7 +123,7 @@ class SlotClass:
 
     def copy(self, member: int, length: int | None = None) -> SlotArrays:
         """A copy of a sequence's keys and values: its first `length` tokens, or its whole slot."""
-        slot = self.members.index(member)
+        slot = self.holders.index(member)
         return (
             [mx.contiguous(keys[slot : slot + 1, :, :length]) for keys in self.keys],
             [mx.contiguous(values[slot : slot + 1, :, :length]) for values in self.values],
@@ -96,7 +131,7 @@ class SlotClass:
 
     def set_offsets(self, lengths: Sequence[int]) -> None:
         """Set the offsets from the tokens of all sequences of the batch."""
-        own = [lengths[member] for member in self.members]
+        own = [0 if holder is None else lengths[holder] for holder in self.holders]
         self.offsets = mx.array(own + [0] * (self.slots - len(own)), dtype=mx.int32)
 
     def erase_unwritten(self) -> None:
@@ -110,6 +145,8 @@ class SlotClass:
         slots, capacity = min(slots_for(len(self.members)), self.slots), min(capacity, self.capacity)
         if (slots, capacity) == (self.slots, self.capacity):
             return
+        if slots < len(self.holders):
+            self._close_up()
         for arrays in (self.keys, self.values):
             for n in range(len(arrays)):  # one by one, so that only one exists twice
                 arrays[n] = mx.contiguous(arrays[n][:slots, :, :capacity])
