@@ -58,6 +58,7 @@ class ExecutionPolicy:
         (loading/fused_layers.py).
     weights: the format in which they are computed with.
     widen_weights: quantized weights are held in 16 bits, where memory allows it; or those of models without experts.
+    async_chunks: what follows a chunk of a prompt is prepared while the device computes the chunk.
     eager_prefix_copy: what the prefix cache stores is evaluated before the next step is prepared.
     materialized_attention: attention scores exist in memory, so a chunk's length is held to them.
     decode_kernel: attention of a decode step is one kernel for sequences of all lengths (cuda_attention.py), where the
@@ -92,6 +93,7 @@ class ExecutionPolicy:
     fuse_layers: bool
     weights: WeightPolicy
     widen_weights: Widening
+    async_chunks: bool
     eager_prefix_copy: bool
     materialized_attention: bool
     decode_kernel: bool
@@ -166,6 +168,7 @@ CPU = ExecutionPolicy(
     fuse_layers=False,
     weights=WeightPolicy.FLOAT32,
     widen_weights="never",
+    async_chunks=False,
     eager_prefix_copy=True,
     materialized_attention=True,
     decode_kernel=False,
@@ -194,6 +197,7 @@ METAL = ExecutionPolicy(
     fuse_layers=False,
     weights=WeightPolicy.STORED,
     widen_weights="never",
+    async_chunks=False,
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=False,
@@ -221,6 +225,7 @@ CUDA = ExecutionPolicy(
     fuse_layers=True,
     weights=WeightPolicy.STORED,
     widen_weights="without_experts",
+    async_chunks=True,
     eager_prefix_copy=False,
     materialized_attention=False,
     decode_kernel=True,

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -268,7 +268,7 @@ class Samples:
 
     def prefill(self, policy: ExecutionPolicy) -> float:
         """Seconds of a chunk; where chunks are compiled, of the second one."""
-        strategy, seconds = make_prefill_strategy(self._model, policy), 0.0
+        strategy, seconds = make_prefill_strategy(self._model, replace(policy, async_chunks=False)), 0.0
         for number in range(2 if policy.compile_steps else 1):
             sequence = TokenSequence(-1, (number,) * (_PROMPT + 1), GREEDY, 1)
             prompt = PendingPrompt([sequence], 0.0, cache=caches.new_cache(self._model))

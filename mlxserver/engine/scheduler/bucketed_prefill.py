@@ -18,7 +18,15 @@ from mlxserver.engine.kv_cache.slots import (
     slot_layers,
 )
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
-from mlxserver.engine.scheduler.chunks import SCORED, Chunk, attention_memory, may_share, measure_chunk, record_chunk
+from mlxserver.engine.scheduler.chunks import (
+    SCORED,
+    Chunk,
+    LaunchedChunk,
+    attention_memory,
+    may_share,
+    measure_chunk,
+    record_chunk,
+)
 from mlxserver.engine.scheduler.plain_prefill import PlainPrefill
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 
@@ -42,6 +50,7 @@ class BucketedPrefill:
         self._empty = empty_layers(model)
         policy = policy or current()
         self._attention = attention_memory(model, policy)
+        self._evaluate: Any = mx.async_eval if policy.async_chunks else mx.eval
         is_compiled = policy.compile_steps
         self._forward = mx.compile(self._advance) if is_compiled else self._advance
         self._scoring_forward = mx.compile(self._advance_scored) if is_compiled else self._advance_scored
@@ -62,16 +71,16 @@ class BucketedPrefill:
         together = max(1, min(len(alike), most // length, _MOST_TOGETHER))
         return Chunk(alike[: 1 << (together.bit_length() - 1)], length)
 
-    def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
+    def run(self, chunk: Chunk, beside_peers: bool = False) -> LaunchedChunk:
         """Process the chunk."""
         if chunk.prompts[0].images:
             return self._seeing.run(chunk, beside_peers)
         keys, values = self._forward(*self._inputs(chunk))
-        mx.eval(keys, values)
+        self._evaluate(keys, values)
         for slot, prompt in enumerate(chunk.prompts):
             prompt.done += len(prompt.next(chunk.length))
             _give_back(prompt, keys, values, slot)
-        return len(chunk.prompts) * chunk.length
+        return LaunchedChunk(len(chunk.prompts) * chunk.length, values[-1])
 
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt, in one shape."""

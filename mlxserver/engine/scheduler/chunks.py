@@ -29,6 +29,16 @@ class Chunk:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedChunk:
+    """A chunk that the device computes, or has computed. tokens: their number, padding included. last: its last array,
+    which is there when all of it is.
+    """
+
+    tokens: int
+    last: Any
+
+
 class PrefillStrategy(Protocol):
     """Chooses and runs chunks. yields_cores: peers' decode steps go on during a chunk, however long it is."""
 
@@ -37,8 +47,8 @@ class PrefillStrategy(Protocol):
     def choose(self, waiting: abc.Sequence[PendingPrompt], budget: int) -> Chunk:
         """The next chunk, of about `budget` tokens; the first of the waiting prompts is always in it."""
 
-    def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
-        """Process a chunk into its prompts' caches. Returns the number of tokens computed, padding included.
+    def run(self, chunk: Chunk, beside_peers: bool = False) -> LaunchedChunk:
+        """Process a chunk into its prompts' caches; where the policy has async_chunks, it is launched and no more.
 
         beside_peers: other models stream meanwhile.
         """

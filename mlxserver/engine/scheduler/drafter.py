@@ -57,7 +57,7 @@ class Drafter:
     """Drafts tokens for the running sequences. target: the KV cache of their batch. vocab_size: of its model."""
 
     def __init__(self, draft: DraftModel, target: SlotCache, vocab_size: int, stall_target: float) -> None:
-        policy = replace(draft.policy, compile_steps=False)
+        policy = replace(draft.policy, compile_steps=False, async_chunks=False)
         self._draft = draft
         self._prefixes = draft.prefixes
         self._target = target

@@ -46,6 +46,11 @@ class LoadMeter:
         """A step was launched then; the device begins with it when the step before has ended."""
         self._began = max(launched, self._ended)
 
+    def delay_step(self) -> None:
+        """The device begins only now with the step under way, if there is one."""
+        if self._began is not None:
+            self._began = time.monotonic()
+
     def end_step(self) -> None:
         """The tokens of the step under way are there, now or since an earlier call."""
         if self._began is not None:

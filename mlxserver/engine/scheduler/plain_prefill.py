@@ -10,7 +10,15 @@ from mlxserver.engine.mlx import mx
 from mlxserver.engine.kv_cache import attention_shapes, caches, ragged
 from mlxserver.engine.platform import cpu_attention
 from mlxserver.engine.platform.policy import ExecutionPolicy, current
-from mlxserver.engine.scheduler.chunks import SCORED, Chunk, attention_memory, may_share, measure_chunk, record_chunk
+from mlxserver.engine.scheduler.chunks import (
+    SCORED,
+    Chunk,
+    LaunchedChunk,
+    attention_memory,
+    may_share,
+    measure_chunk,
+    record_chunk,
+)
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 
 _SLACK = 1.25  # most that a chunk may exceed its budget by, lest the end of a prompt be left over
@@ -27,6 +35,7 @@ class PlainPrefill:
         policy = policy or current()
         self._model = model
         self._attention = attention_memory(model, policy)
+        self._evaluate: Any = mx.async_eval if policy.async_chunks else mx.eval
         self._rounds = policy.round_chunks
         self._pads_attention = policy.bucket_attention
         if self._pads_attention:
@@ -57,19 +66,19 @@ class PlainPrefill:
             length = longest
         return Chunk(prompts, length)
 
-    def run(self, chunk: Chunk, beside_peers: bool = False) -> int:
+    def run(self, chunk: Chunk, beside_peers: bool = False) -> LaunchedChunk:
         """Process the chunk."""
         with cpu_attention.layer_by_layer(beside_peers), attention_shapes.padded(self._pads_attention):
             return self._run_together(chunk) if len(chunk.prompts) > 1 else self._run_alone(chunk)
 
-    def _run_alone(self, chunk: Chunk) -> int:
+    def _run_alone(self, chunk: Chunk) -> LaunchedChunk:
         prompt = chunk.prompts[0]  # in place: a long prompt's cache must not be copied per chunk
         tokens = prompt.next(chunk.length)
         with prompt.showing(len(tokens)):
             self._model(mx.array([tokens]), cache=prompt.cache)
-        mx.eval([layer.state for layer in prompt.cache])
+        self._evaluate([layer.state for layer in prompt.cache])
         prompt.done += len(tokens)
-        return len(tokens)
+        return LaunchedChunk(len(tokens), prompt.cache[-1].state)
 
     def score(self, prompt: PendingPrompt, budget: int, beside_peers: bool = False) -> None:
         """Process the next tokens of the prompt."""
@@ -99,7 +108,7 @@ class PlainPrefill:
     def rehearse(self, prompts: int, tokens: int, capacity: int) -> None:
         """Nothing to do."""
 
-    def _run_together(self, chunk: Chunk) -> int:
+    def _run_together(self, chunk: Chunk) -> LaunchedChunk:
         """One forward pass for several prompts, the shorter ones padded on the right."""
         cache = caches.merge([prompt.cache for prompt in chunk.prompts])
         tokens = [prompt.next(chunk.length) for prompt in chunk.prompts]
@@ -111,8 +120,8 @@ class PlainPrefill:
         self._model(mx.array([part + [0] * (longest - len(part)) for part in tokens]), cache=cache)
         for layer in cache:
             layer.finalize()
-        mx.eval([layer.state for layer in cache])
+        self._evaluate([layer.state for layer in cache])
         for index, (prompt, length) in enumerate(zip(chunk.prompts, lengths, strict=True)):
             prompt.done += length
             prompt.cache = caches.extract(cache, index, prompt.done)
-        return longest * len(lengths)
+        return LaunchedChunk(longest * len(lengths), cache[-1].state)

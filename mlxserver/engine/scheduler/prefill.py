@@ -2,7 +2,9 @@
 
 Rule 1: while a stream runs, a chunk takes about as long as a few steps, longer where many sequences wait and few run.
         With the step behind it, it takes about the stall target at most. Its size in tokens follows the measured times.
-Rule 2: the prompt served first is the one that would be done first had it started at its arrival. Short prompts pass
+Rule 2: where the policy has async_chunks, a chunk is launched, and so is the step behind it, before the chunk is done;
+        the next chunk waits for it. The host's work is done meanwhile, and the device does not wait for that.
+Rule 3: the prompt served first is the one that would be done first had it started at its arrival. Short prompts pass
         a long one, and the long one still ends.
 """
 
@@ -16,8 +18,11 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
+from mlxserver.engine.mlx import mx
+
 from mlxserver.engine.platform.attention_memory import LARGEST_CHUNK, SMALLEST_CHUNK
-from mlxserver.engine.platform.policy import ExecutionPolicy
+from mlxserver.engine.platform.policy import ExecutionPolicy, current
+from mlxserver.engine.scheduler.chunks import LaunchedChunk
 from mlxserver.engine.scheduler.execution import make_prefill_strategy
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 
@@ -89,6 +94,8 @@ class Prefill:
     def __init__(self, model: Any, stall_target: float, policy: ExecutionPolicy | None = None) -> None:
         self._strategy = make_prefill_strategy(model, policy)
         self._stall_target = stall_target
+        self._waits = not (policy or current()).async_chunks
+        self._under_way: tuple[LaunchedChunk, float] | None = None  # and when it was launched, by time.monotonic()
         self.times = ChunkTimes()
 
     def budget(self, own_step_seconds: float, peer_step_seconds: float, waiting_ratio: float = 1.0) -> ChunkBudget:
@@ -115,7 +122,8 @@ class Prefill:
         return min(limits)
 
     def advance(self, prompts: Sequence[PendingPrompt], budget: ChunkBudget) -> None:
-        """Process one chunk of these prompts. The device has no other work of this model meanwhile."""
+        """Process one chunk of these prompts. The device has no other work of this model now; settle() afterwards."""
+        self.settle()
         waiting = [prompt for prompt in prompts if prompt.remaining]
         if not waiting:
             return
@@ -128,8 +136,22 @@ class Prefill:
             return
         chunk = self._strategy.choose([prompt for prompt in waiting if not prompt.is_scored], budget.tokens)
         started = time.monotonic()
-        tokens = self._strategy.run(chunk, budget.beside_peers)
-        self.times.note(tokens, time.monotonic() - started)
+        self._under_way = self._strategy.run(chunk, budget.beside_peers), started
+        if self._waits:
+            self.settle()
+
+    def settle(self) -> bool:
+        """Wait for the chunk under way and measure it; returns whether there was one."""
+        if not self._under_way:
+            return False
+        (chunk, started), self._under_way = self._under_way, None  # with a reference left, it could not be written to
+        mx.eval(chunk.last)
+        self.times.note(chunk.tokens, time.monotonic() - started)
+        return True
+
+    def forget(self) -> None:
+        """Forget the chunk under way, which has failed or is of no use any more."""
+        self._under_way = None
 
     def tokens_for(self, length: int) -> int:
         """Tokens of KV cache that a prompt of so many tokens takes while it is processed."""

@@ -142,7 +142,12 @@ class Scheduler:
         return tokens
 
     def prefill(self, budget: ChunkBudget | None = None) -> None:
-        """Process one chunk of the waiting prompts and let those that are ready join the running sequences."""
+        """Process one chunk of the waiting prompts and let those that are ready join the running sequences.
+
+        A chunk that was launched and is not done yet is waited for: the step under way is behind it.
+        """
+        if self._prefill.settle():
+            self._meter.delay_step()
         budget, admission = budget or self.chunk_budget(), self._admission
         if not self._is_held_up:
             admission.admit(budget.now)
@@ -184,6 +189,7 @@ class Scheduler:
         unpublished = self._running.take()
         gone = self._admission.restart(staying)
         self._is_held_up = False
+        self._prefill.forget()
         self.shrink_prefixes(0)
         self._budget.settle(())
         self._budget.withdraw()
