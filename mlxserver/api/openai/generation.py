@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from math import inf, isfinite
 from types import new_class
 from typing import Any, ClassVar
@@ -201,14 +202,14 @@ class GeneratingRequest(SamplingRequest):
         """Most tokens to generate, by each name that such a limit has."""
         return {"max_tokens": self.max_tokens, "num_predict": self.num_predict}
 
-    @property
+    @cached_property
     def token_limit(self) -> int | None:
         """Most tokens to generate; None where none is stated. Raises ValidationFailed if limits differ."""
         limits = self.token_limits
         stated = one_of({name: limit for name, limit in limits.items() if limit not in UNLIMITED})
         return NO_LIMIT if stated is None and any(limit in UNLIMITED for limit in limits.values()) else stated
 
-    @property
+    @cached_property
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that were given, by name. Raises ValidationFailed if two names of one differ."""
         stated = super().sampling

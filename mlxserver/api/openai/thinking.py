@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from mlxserver.api.openai.generation import ModelRequest
@@ -153,7 +154,7 @@ class ThinkingRequest(ModelRequest):
             **{name: stated for name, stated in named.items() if stated is not None},
         }
 
-    @property
+    @cached_property
     def switches(self) -> Thinking:
         """What the request states about thinking, under all names. Raises ValidationFailed if they differ."""
         return agreed(self.named_switches)

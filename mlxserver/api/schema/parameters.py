@@ -165,6 +165,8 @@ def parse(schema: type[R], body: bytes, limits: Bounds | None = None) -> R:
         request = schema.model_validate(typed)
     except ModelValidationError as error:
         raise _translated(error, parameters, values) from None
+    attributes = vars(request)
+    attributes.update(dict.fromkeys(parameters) | attributes)  # satya looks for one that is missing, at every read
     if ignored:
         request.ignored = tuple(ignored)
     for name, value in typed.items():
