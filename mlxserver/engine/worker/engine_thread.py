@@ -1,9 +1,12 @@
 """The thread that owns one loaded model: it loads the model, then decodes and prefills until it is stopped.
 
 Rule 1: every MLX call for the model (load, step, free) happens on this thread.
-Rule 2: the outputs of one step cross to the event loop in one call. Python runs on one thread at a time: where a batch
-        tells when it launches a step (worker/batch.py), they cross then, so that no stream's bytes delay the step.
-Rule 3: a fault ends what it concerns and nothing more: a request, a step (worker/recovery.py), the thread.
+Rule 2: the outputs of one step, and the first events of requests, cross to the event loop in one call. Python runs on
+        one thread at a time: where a batch tells when it launches a step (worker/batch.py), they cross then, so that
+        no stream's bytes delay the step.
+Rule 3: messages are taken between a step and a chunk, too: the next request comes while the step behind the last token
+        of an answer is computed, and it does not have to wait for one step more.
+Rule 4: a fault ends what it concerns and nothing more: a request, a step (worker/recovery.py), the thread.
 """
 
 from __future__ import annotations
@@ -52,9 +55,9 @@ class EventLoopSide:
         """Report that the model is loaded."""
         self.call(self.on_start, facts)
 
-    def deliver(self, generation: Generation, event: Accepted | None = None, error: EngineError | None = None) -> None:
-        """Deliver the first event of a generation, or its end."""
-        self.call(self.subscribers.deliver, generation, [event] if event else [], event is None, error)
+    def end(self, generation: Generation, error: EngineError | None) -> None:
+        """Deliver the end of a generation."""
+        self.call(self.subscribers.deliver, generation, [], True, error)
 
     def deliver_all(self, outputs: StepOutputs) -> None:
         """Deliver the outputs of a step, if there are any."""
@@ -62,7 +65,7 @@ class EventLoopSide:
             self.call(self.subscribers.deliver_all, outputs)
 
     def hold(self, outputs: StepOutputs) -> None:
-        """Deliver the outputs of a step with the next call, or release(), at the latest."""
+        """Deliver outputs with the next call, or release(), at the latest."""
         self.held.extend(outputs)
 
     def release(self) -> None:
@@ -142,11 +145,14 @@ class EngineThread:
             batch.before_launch = self._event_loop.release
             self._cross = self._event_loop.hold
         try:
-            while self._take_messages(runner):
+            while self._take_messages(runner, *self._wait(batch)):
                 if self._idle_steps and batch.is_empty():
                     self._idle_step()
-                else:
-                    self._attempt(batch, self._step)
+                    continue
+                self._attempt(batch, self._step)
+                if not self._take_messages(runner):
+                    break
+                self._attempt(batch, lambda batch: batch.prefill())
         finally:
             self.load = EngineLoad()
             self._idle_steps = None  # what is left of them holds the batch
@@ -170,7 +176,6 @@ class EngineThread:
         tokens = batch.decode()
         self._event_loop.release()
         self._publish(batch, tokens)
-        batch.prefill()
 
     def _publish(self, batch: Batch, tokens: list[SampledToken]) -> None:
         if tokens:
@@ -198,9 +203,8 @@ class EngineThread:
                 self._key, f"{MOST_IN_A_ROW} steps in a row failed, the last with {type(cause).__name__}: {cause}"
             )
 
-    def _take_messages(self, runner: Runner) -> bool:
-        """Handle the messages of the event loop; waits for one while there is nothing to do. False: the end."""
-        waits, seconds = self._wait(runner.batch)
+    def _take_messages(self, runner: Runner, waits: bool = False, seconds: float | None = None) -> bool:
+        """Handle the messages of the event loop; waits for one, for so many seconds at most. False: the end."""
         for message in self._mailbox.take(waits, seconds):
             match message:
                 case Submit(generation):
@@ -232,7 +236,7 @@ class EngineThread:
         except BaseException as error:
             self._drop(runner.batch, generation, request_failure(self._key, error))
             return
-        self._event_loop.deliver(generation, Accepted(tracked.prompt_tokens))
+        self._cross([(generation, [Accepted(tracked.prompt_tokens)], False, None)])
 
     def _drop(self, batch: Batch, generation: Generation, error: EngineError | None = None) -> None:
         """Remove a generation from the batch, and deliver its end."""
@@ -240,7 +244,7 @@ class EngineThread:
             if sequence_ids := self._tracker.forget(generation):
                 self._attempt(batch, lambda batch: batch.remove(sequence_ids))
         finally:  # the thread may end over it, and the tracker has forgotten the generation
-            self._event_loop.deliver(generation, error=error)
+            self._event_loop.end(generation, error)
 
     def _load_model(self) -> Runner:
         try:
