@@ -15,6 +15,7 @@ from tests.support.scripted_engine import (
     DEADLINE,
     Death,
     Factory,
+    ScriptedBatch,
     ScriptedLaunches,
     read,
     request,
@@ -82,6 +83,42 @@ async def test_events_that_wait_for_a_launch_are_in_order_and_before_the_end():
         assert await long.accepted() == Accepted(5)
         events = await read(long)
         assert events == [Delta(str(number)) for number in range(len(events))]
+
+
+class Recorded(ScriptedBatch):
+    """Keeps the names of its calls. holds: steps that begin wait for `released`; is_held: one does."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.calls, self.holds, self.is_held, self.released = [], False, False, threading.Event()
+
+    def insert(self, sequences):
+        self.calls.append("insert")
+        super().insert(sequences)
+
+    def decode(self):
+        self.calls.append("decode")
+        if self.holds:
+            self.is_held = True
+            assert self.released.wait(DEADLINE)
+        return super().decode()
+
+    def prefill(self):
+        self.calls.append("prefill")
+        super().prefill()
+
+
+@within_deadline
+async def test_the_prompt_of_a_request_that_comes_during_a_step_is_processed_before_the_next_step():
+    async with running_engine(Factory(make_batch=Recorded)) as (engine, factory):
+        await until_events(engine.submit(request(max_tokens=None)), 3)
+        batch = factory.batch
+        batch.holds = True
+        await until(lambda: batch.is_held)
+        later, calls = engine.submit(request(max_tokens=2)), len(batch.calls)
+        batch.released.set()
+        assert (await read(later))[-1] == Usage(5, 2)
+        assert batch.calls[calls : calls + 3] == ["insert", "prefill", "decode"]
 
 
 @within_deadline
