@@ -30,7 +30,7 @@ class DirectWriter(Protocol):
 
 
 class EventStream:
-    """Sends one stream; an async context manager, which runs its heartbeats.
+    """Sends one stream; an async context manager, which sends its heartbeats.
 
     interval: seconds without a byte before a heartbeat is sent, 0 for none. direct: writer to the connection, if it has
     one.
@@ -52,11 +52,11 @@ class EventStream:
         self._heartbeat = heartbeat
         self._sending = asyncio.Lock()
         self._last_sent = time.monotonic()
-        self._heartbeats: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of the next look at whether a heartbeat is due
+        self._beating: asyncio.Task[None] | None = None  # the last heartbeat
 
     async def __aenter__(self) -> Self:
-        if self._interval:
-            self._heartbeats = asyncio.create_task(self._send_heartbeats())
+        self._look_in(self._interval)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -106,23 +106,34 @@ class EventStream:
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         self.is_started = True
 
-    async def _send_heartbeats(self) -> None:
-        while True:
-            silence = time.monotonic() - self._last_sent
-            if silence < self._interval:
-                await asyncio.sleep(self._interval - silence)
-            elif self._sending.locked():
-                await asyncio.sleep(self._interval)
-            else:
-                await self.write(self._heartbeat())
+    def _look_in(self, seconds: float) -> None:
+        if self._interval:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """Send a heartbeat if one is due. A task of its own has it alone: most streams need none."""
+        silence = time.monotonic() - self._last_sent
+        if silence < self._interval:
+            self._look_in(self._interval - silence)
+        elif self._sending.locked():
+            self._look_in(self._interval)
+        else:
+            self._beating = asyncio.create_task(self._send_heartbeat())
+
+    async def _send_heartbeat(self) -> None:
+        await self.write(self._heartbeat())
+        self._look_in(self._interval)
 
     async def _stop_heartbeats(self) -> None:
-        if self._heartbeats:
-            self._heartbeats.cancel()
-            (outcome,) = await asyncio.gather(self._heartbeats, return_exceptions=True)
-            self._heartbeats = None
+        if self._beating:
+            self._beating.cancel()
+            (outcome,) = await asyncio.gather(self._beating, return_exceptions=True)
+            self._beating = None
             if isinstance(outcome, Exception):
                 raise outcome
+        if self._timer:  # which a heartbeat may have set
+            self._timer.cancel()
+            self._timer = None
 
 
 async def until_disconnect(

@@ -143,8 +143,8 @@ class GenerationResponse:
     def _encode(self, first_choice: int, events: Sequence[Event]) -> bytes:
         """Chunks of a generation's events, but for Accepted and Usage."""
         note_events(events)
-        shown = [event for event in events if not isinstance(event, _UNSEEN)]
-        return b"".join([self._encoder.event(event, first_choice + event.index) for event in shown])
+        encode = self._encoder.event
+        return b"".join([encode(e, first_choice + e.index) for e in events if not isinstance(e, _UNSEEN)])
 
     def _take_directly(self, stream: EventStream) -> None:
         """Have events sent as they are delivered, in the context of this response, by which its record is found."""

@@ -154,10 +154,10 @@ class ChatEncoder(OpenAIEncoder):
 
     def _chunk(self, event: Event, choice: int) -> bytes:
         match event:
+            case Delta(text, "content") if not self._has_logprobs:  # first, as most are
+                return self._delta(b'"content":' + orjson.dumps(text), choice)
             case Delta(text, "reasoning"):
                 return self._delta(self._reasoning_start + orjson.dumps(text), choice)
-            case Delta(text) if not self._has_logprobs:
-                return self._delta(b'"content":' + orjson.dumps(text), choice)
             case Delta(text, logprobs=tokens):
                 logprobs = b',"logprobs":' + orjson.dumps(chat_logprobs(tokens))
                 return self._delta(b'"content":' + orjson.dumps(text), choice, logprobs)

@@ -95,6 +95,8 @@ class KVBudget:
         joins first one of the two counts.
         """
         running = [running.length for running in self._running.sequences]
+        if not prompts:
+            return self._running.cache.tokens_for(running)
         own = [self._prefill.tokens_for(len(prompt.tokens)) for prompt in prompts]
         joined = running + [prompt.length for prompt in prompts for _ in prompt.sequences]
         tokens_for = self._running.cache.tokens_for
