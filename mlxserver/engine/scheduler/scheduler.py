@@ -148,6 +148,7 @@ class Scheduler:
         """
         if self._prefill.settle():
             self._meter.delay_step()
+            self._running.pause()
         budget, admission = budget or self.chunk_budget(), self._admission
         if not self._is_held_up:
             admission.admit(budget.now)
