@@ -91,9 +91,8 @@ class SlotCache:
     def _grown(self, name: int, members: Sequence[int], coming: int = 0, tokens: int = 1) -> SlotClass:
         """A class with slots for more members, with so many next tokens, and for so many members that come."""
         if name not in self._classes:
-            compiled, padded = self._is_compiled, self._is_padded
-            self._classes[name] = SlotClass(self._empty, self._put, shares_work=compiled, leaves_gaps=padded)
-            self._classes = dict(sorted(self._classes.items()))
+            made = SlotClass(self._empty, self._put, shares_work=self._is_compiled, leaves_gaps=self._is_padded)
+            self._classes = dict(sorted({**self._classes, name: made}.items()))
         slot_class = self._classes[name]
         count = len(slot_class.members) + len(members) + coming
         capacity = capacity_for(max(self._lengths[member] for member in members) + tokens)
