@@ -150,7 +150,8 @@ class KVBudget:
 
     def _bytes(self, kv_tokens: int, prompts: Prompts) -> int:
         """Bytes of so much KV cache, of the running sequences and these prompts, and of the prompts' chunks."""
-        beyond = max((self._prefill.bytes_beyond(len(prompt.tokens)) for prompt in prompts), default=0)
+        longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+        beyond = self._prefill.bytes_beyond(longest) if longest else 0
         return block_bytes(self._sizes, kv_tokens, self._count(prompts)) + beyond
 
     def _count(self, prompts: Prompts) -> int:
