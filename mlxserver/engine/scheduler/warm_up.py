@@ -21,7 +21,7 @@ from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.prefill import Prefill
 from mlxserver.engine.scheduler.rehearsal import STEPS, DecodeShape, Rehearsal
-from mlxserver.engine.scheduler.speculation_controller import PLAIN
+from mlxserver.engine.scheduler.step_costs import PLAIN
 
 LONGEST = 32_768  # tokens up to which shapes are warmed up
 _SHORT = 33  # tokens of a prompt whose slot is the smallest
