@@ -170,11 +170,6 @@ def is_possible(model: Any, setting: Setting, policy: ExecutionPolicy) -> bool:
     return policy.may_speculate(setting) and can_be_verified
 
 
-def has_use_for_draft_model(setting: Setting, policy: ExecutionPolicy) -> bool:
-    """Whether a draft model may draft: what it computes itself is not warmed up, and may have to be compiled."""
-    return setting == "always" or not policy.compile_steps
-
-
 def make_speculation(
     model: Any,
     vocab_size: int,
@@ -191,7 +186,7 @@ def make_speculation(
         return None
     make_controller = functools.partial(SpeculationController, metrics, always=setting == "always")
     weight_bytes = max(1, caches.weight_bytes(model))
-    if draft and has_use_for_draft_model(setting, policy):
+    if draft and policy.may_draft_by_model(setting):
         drafter = Drafter(draft, cache, vocab_size, stall_target)
         controller = make_controller(draft_cost=draft.weight_bytes / weight_bytes)
         return Speculation(cache, policy, setting, controller, drafter, draft.key)
