@@ -276,8 +276,8 @@ def test_a_draft_model_that_is_wrong_is_switched_off_and_tried_again_after_a_whi
         chosen.append(own.choose(1, [], fits, [row(own)]))
         if chosen[-1].is_modelled:
             own.note_verified(1, chosen[-1], 1.5)
-    assert sum(plan.is_modelled for plan in chosen) == 2
-    assert not any(own.may_read(1, [row(own)], 10, 0.001) for _ in range(400))
+    assert sum(plan.is_modelled for plan in chosen) == 4
+    assert not any(own.may_read(1, [row(own)], 10, 0.001) for _ in range(300))
 
 
 def test_a_long_prompt_is_read_only_if_its_answer_may_pay_that_off():

@@ -284,16 +284,27 @@ def test_many_sequences_draft_only_if_enough_of_them_do():
     assert own.choose(8, [row(40, 100)] * 8, fits).tokens > 1
 
 
-def test_a_step_that_did_not_pay_is_tried_again_after_a_while():
+def test_a_step_that_did_not_pay_is_tried_again_after_a_while_and_then_after_longer_ones():
     own = controller(costs=[(4, 4.5)])
-    chosen = []
-    for _ in range(1100):
+    declined = [0]
+    while len(declined) < 7:
         plan = own.choose(1, [row(40, 100)], fits)
-        chosen.append(plan.tokens)
+        declined[-1] += plan.tokens == 1
         if plan.tokens > 1:
             assert own.choose(1, [row(40, 100)], fits) == plan  # until it is made
             own.note_verified(1, plan, 4.5)
-    assert sorted(chosen)[-3:] == [1, 4, 4]
+            declined.append(0)
+    assert declined[:-1] == [63, 127, 255, 511, 511, 511]
+
+
+def test_a_step_that_was_dear_for_once_is_tried_until_it_is_not():
+    own = controller(costs=[(4, 9.0)])
+    made = 0
+    for _ in range(1000):
+        if (plan := own.choose(1, [row(40, 100)], fits)).tokens > 1:
+            own.note_verified(1, plan, 1.3)
+            made += 1
+    assert made > 500
 
 
 def promising():

@@ -22,7 +22,7 @@ REHEARSED = (SIZES[0], SIZES[-1])  # where each shape is compiled: a GPU takes h
 _ALWAYS = 8  # where nothing is measured
 
 _GAIN = 1.05  # least ratio of tokens per second to those of plain steps
-_RETRY = 512  # steps that did not pay, after which one is tried all the same
+_FIRST_RETRY, _RETRY = 64, 512  # steps that did not pay, after which one is tried all the same: each time twice as many
 _READ_FOR_RETRY = 512  # most tokens that a draft model reads for that
 _HELD_OFF = 256  # steps after one whose logits were not finite
 
@@ -54,6 +54,7 @@ class SpeculationController:
         self._draft_sizes = draft_sizes
         self._costs: dict[int, StepCosts] = {}  # by number of sequences, a power of two
         self._declined: Counter[tuple[int, Plan]] = Counter()  # since such a step was made, likewise
+        self._patience: dict[tuple[int, Plan], int] = {}  # how many are declined before one is tried, likewise
         self._held_off = 0
 
     def costs(self, sequences: int) -> StepCosts:
@@ -69,7 +70,9 @@ class SpeculationController:
 
     def note_verified(self, sequences: int, plan: Plan, seconds: float | None) -> None:
         """A verifying step was made. seconds: its duration; None if it is not known."""
-        self._declined[_rounded(sequences), plan] = 0
+        kind = _rounded(sequences), plan
+        was_tried = self._declined.pop(kind, 0) >= self._patience.get(kind, _FIRST_RETRY)
+        self._patience[kind] = min(2 * self._patience.get(kind, _FIRST_RETRY), _RETRY) if was_tried else _FIRST_RETRY
         if seconds is not None:
             self.costs(sequences).note_verified(plan, seconds)
 
@@ -176,8 +179,9 @@ class SpeculationController:
 
     def _is_due(self, sequences: int, plan: Plan) -> bool:
         """Count a step that was declined. Returns whether it is to be tried all the same, until it is made."""
-        self._declined[_rounded(sequences), plan] += 1
-        return self._declined[_rounded(sequences), plan] >= _RETRY
+        kind = _rounded(sequences), plan
+        self._declined[kind] += 1
+        return self._declined[kind] >= self._patience.get(kind, _FIRST_RETRY)
 
     def _sizes(self, *, is_modelled: bool) -> abc.Sequence[int]:
         """Tokens of a verifying step."""
