@@ -19,6 +19,7 @@ struct Quantization {
   float *scales, *biases;
   int64_t groups;
   int bits, group;
+  static constexpr int MOST_GROUP = 128;
 
   int64_t items() const { return groups; }
   int64_t work() const { return 4 * group; }
