@@ -13,7 +13,14 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches, slot_drafts
-from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
+from mlxserver.engine.kv_cache.classes import (
+    ClassOf,
+    capacity_for,
+    coarse_capacity_for,
+    grouped,
+    narrow_class,
+    wide_classes,
+)
 from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
 from mlxserver.engine.kv_cache.rows import Rows
 from mlxserver.engine.kv_cache.sight import step_logits
@@ -69,8 +76,10 @@ class SlotCache:
         """Add sequences behind the present ones; slots are made for those that come, too, as if they were alike."""
         first = len(self._lengths)
         self._lengths += [cache[0].offset for cache in joining]
-        for name, members in grouped(range(first, len(self._lengths)), self._class_for).items():
-            slot_class = self._grown(name, members, coming)
+        groups = grouped(range(first, len(self._lengths)), self._class_for)
+        num_classes = len({*self._classes, *groups})
+        for name, members in groups.items():
+            slot_class = self._grown(name, members, num_classes, coming)
             slot_class.add(members, [self._own(joining[member - first], slot_class.capacity) for member in members])
             coming = 0
         self._set_rows()
@@ -88,16 +97,26 @@ class SlotCache:
         """The class of a sequence, with its next tokens."""
         return self._class_of(self._lengths[member] + tokens)
 
-    def _grown(self, name: int, members: Sequence[int], coming: int = 0, tokens: int = 1) -> SlotClass:
-        """A class with slots for more members, with so many next tokens, and for so many members that come."""
+    def _grown(
+        self, name: int, members: Sequence[int], num_classes: int, coming: int = 0, tokens: int = 1
+    ) -> SlotClass:
+        """A class with slots for more members, with so many next tokens, and for so many members that come.
+
+        num_classes: of all there will be.
+        """
         if name not in self._classes:
             self._classes[name] = SlotClass(self._empty, self._put, self._is_compiled)
             self._classes = dict(sorted(self._classes.items()))
         slot_class = self._classes[name]
         count = len(slot_class.members) + len(members) + coming
-        capacity = capacity_for(max(self._lengths[member] for member in members) + tokens)
-        slot_class.grow(slot_class.slots_for(count), capacity)
+        longest = max(self._lengths[member] for member in members) + tokens
+        slot_class.grow(slot_class.slots_for(count), self._capacity_for(longest, num_classes))
         return slot_class
+
+    def _capacity_for(self, tokens: int, num_classes: int) -> int:
+        """Capacity of the slots of one of so many classes, whose longest sequence has so many tokens."""
+        is_coarse = self._is_compiled and self._is_ragged and num_classes > 1
+        return coarse_capacity_for(tokens) if is_coarse else capacity_for(tokens)
 
     def keep(self, order: Sequence[int]) -> None:
         """Keep only these sequences."""
@@ -145,7 +164,7 @@ class SlotCache:
     def fits(self, tokens: int) -> bool:
         """Whether so many tokens of each sequence can be written without a slot that grows or moves."""
         for name, slot_class in self._classes.items():
-            longest = max(self._lengths[member] for member in slot_class.members) + tokens
+            longest = slot_class.longest(self._lengths) + tokens
             if longest > slot_class.capacity or self._class_of(longest) > name:
                 return False
         return True
@@ -192,33 +211,33 @@ class SlotCache:
 
     def _with_room(self, tokens: int = 1) -> list[SlotClass]:
         """The classes, each with room for the next tokens of its members: those that outgrew theirs have moved."""
-        moving = []
-        for name, slot_class in self._classes.items():
-            longest = max(self._lengths[member] for member in slot_class.members) + tokens
-            if self._class_of(longest) > name:
-                moving.append(name)
-            elif longest > slot_class.capacity:
-                slot_class.grow(0, capacity_for(longest))
-        for name in reversed(moving):  # the next class first
-            self._move(name, tokens)
+        for name in [*reversed(self._classes)]:  # the next class first
+            if self._class_of(self._classes[name].longest(self._lengths) + tokens) > name:
+                self._move(name, tokens)
+        for slot_class in self._classes.values():
+            capacity = self._capacity_for(slot_class.longest(self._lengths) + tokens, len(self._classes))
+            if capacity > slot_class.capacity:
+                slot_class.grow(0, capacity)
         return list(self._classes.values())
 
     def _move(self, name: int, tokens: int) -> None:
         """Move the members that outgrew a class with their next tokens."""
         by_class = grouped(self._classes[name].members, lambda member: self._class_for(member, tokens))
         staying = by_class.pop(name, [])
+        num_classes = len({*self._classes, *by_class}) - (not staying)
         for other, members in by_class.items():
             arrays = [self._classes[name].copy(member) for member in members]
             mx.eval(arrays)  # or else an array that is written to would also be read from, and be copied whole
-            self._grown(other, members, tokens=tokens).add(members, arrays)
+            self._grown(other, members, num_classes, tokens=tokens).add(members, arrays)
         self._keep({name: {member: member for member in staying}})
 
     def tokens_for(self, lengths: Sequence[int]) -> int:
         """Tokens that the slots of such sequences hold."""
-        return sum(self._class_tokens(name, own) for name, own in grouped(lengths, self._class_of).items())
+        groups = grouped(lengths, self._class_of)
+        return sum(self._class_tokens(name, own, len(groups)) for name, own in groups.items())
 
-    def _class_tokens(self, name: int, lengths: Sequence[int]) -> int:
-        capacity = capacity_for(max(lengths))
+    def _class_tokens(self, name: int, lengths: Sequence[int], num_classes: int) -> int:
+        capacity = self._capacity_for(max(lengths), num_classes)
         if not (present := self._classes.get(name)):
             return slots_for(len(lengths)) * capacity
         return max(present.slots_for(len(lengths)), present.slots) * max(present.capacity, capacity)
@@ -235,7 +254,7 @@ class SlotCache:
     def compact(self) -> None:
         """Give back slots and capacity that the present sequences do not need."""
         for slot_class in self._classes.values():
-            slot_class.compact(capacity_for(max(self._lengths[member] for member in slot_class.members) + 1))
+            slot_class.compact(self._capacity_for(slot_class.longest(self._lengths) + 1, len(self._classes)))
         self._set_rows()
 
     def _forward(
@@ -269,7 +288,7 @@ class SlotCache:
                 yield StepPositions(offset, offset.shape[0], own_keys[0].shape[2])
             return
         for offset, slot_class in zip(offsets, self._classes.values(), strict=True):
-            longest = max(self._lengths[member] for member in slot_class.members) + tokens
+            longest = slot_class.longest(self._lengths) + tokens
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
 
