@@ -143,7 +143,6 @@ class DecodeBatch:
             is_read = self._speculation.times.is_read
             promising = [] if is_read else self._speculation.promising(self.sequences)
             if is_read or promising:
-                self.before_launch()
                 self._advance_by_drafts(self._speculation, promising, inputs, measured)
                 return self.take()
         logits = self.cache.advance(inputs, self._sights)
@@ -243,6 +242,8 @@ class DecodeBatch:
         measured: MeasuredLogprobs | KnownLogprobs,
     ) -> None:
         """Read the tokens of the step before, and verify what is drafted behind them, if that is still promising."""
+        if promising:
+            self.before_launch()  # the tokens are waited for
         with speculation.times.reading():
             self._unpublished = self._read(inputs, measured, is_fed=True)
         plan = speculation.plan(self.sequences, promising)
@@ -250,6 +251,7 @@ class DecodeBatch:
             self._sample(self.cache.advance(inputs, self._sights))
             speculation.times.note_plain(len(self.sequences))
             return
+        self.before_launch()
         self._verify(speculation, inputs, plan)
         speculation.times.note_verifying(len(self.sequences), plan)
 
