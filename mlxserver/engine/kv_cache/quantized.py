@@ -167,15 +167,20 @@ def as_stored(array: mx.array, stored: Stored) -> Stored:
 
 def quantize(array: mx.array, kv: KVFormat) -> Quantized:
     """Quantised keys or values, [batch, heads, tokens, dim]."""
-    kernels, has_own = native(), array.dtype == mx.float32 and has_kernel("affine", kv.bits, kv.group_size)
-    quantize = kernels.quantize if kernels and has_own else mx.quantize
-    words, scales, biases = quantize(mx.contiguous(array), kv.group_size, kv.bits)
+    kernels = _kernels(array.dtype, kv)
+    words, scales, biases = (kernels or mx).quantize(mx.contiguous(array), kv.group_size, kv.bits)
     return words, scales, biases
 
 
 def dequantized(stored: Quantized, kv: KVFormat) -> mx.array:
     """Keys or values, [batch, heads, tokens, dim]."""
-    return mx.dequantize(*stored, group_size=kv.group_size, bits=kv.bits)
+    array: mx.array = (_kernels(stored[1].dtype, kv) or mx).dequantize(*stored, kv.group_size, kv.bits)
+    return array
+
+
+def _kernels(dtype: mx.Dtype, kv: KVFormat) -> Any | None:
+    """The native kernels, where they have the format of values of this type."""
+    return native() if dtype == mx.float32 and has_kernel("affine", kv.bits, kv.group_size) else None
 
 
 def can_decode(queries: mx.array) -> bool:

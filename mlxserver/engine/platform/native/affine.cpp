@@ -1,11 +1,11 @@
-// Kernel that quantizes vectors in MLX's affine format. Compiled once per instruction set: LEVEL names it, LANES the floats
-// of a vector.
+// Kernels of vectors in MLX's affine format. Compiled once per instruction set: LEVEL names it, LANES the floats of a
+// vector.
 //
 // A group's value of the larger magnitude, its edge, is a whole number of scales away from 0, or is taken for 0.
-// Rule 1: each operation is MLX's, in its order: what a cache holds does not depend on who has written it.
+// Rule 1: each operation of quantize() is MLX's, in its order: what a cache holds does not depend on who has written it.
 // Rule 2: nothing is allocated and nothing is thrown: a kernel runs on threads that have no one to catch it.
+#include "affine.h"
 #include "kernel.h"
-#include "vectors.h"
 
 namespace {
 
@@ -60,4 +60,12 @@ extern "C" void NAME(quantize)(const Quantization& p, int64_t first, int64_t las
   for (int64_t n = first; n < last; n++)
     if (p.bits == 4) quantize<4>(p, n);
     else quantize<8>(p, n);
+}
+
+extern "C" void NAME(dequantize)(const Dequantization& p, int64_t first, int64_t last) noexcept {
+  const uint32_t* words = p.words + first * p.group * p.bits / 32;
+  const float *scales = p.scales + first, *biases = p.biases + first;
+  float* out = p.out + first * p.group;
+  if (p.bits == 4) dequantize<4>(words, scales, biases, last - first, p.group, out);
+  else dequantize<8>(words, scales, biases, last - first, p.group, out);
 }
