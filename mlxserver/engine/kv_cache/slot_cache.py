@@ -13,6 +13,7 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches, slot_drafts
+from mlxserver.engine.kv_cache.class_passes import ClassPasses
 from mlxserver.engine.kv_cache.classes import (
     ClassOf,
     capacity_for,
@@ -21,13 +22,11 @@ from mlxserver.engine.kv_cache.classes import (
     narrow_class,
     wide_classes,
 )
-from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
+from mlxserver.engine.kv_cache.ragged import can_be_ragged
 from mlxserver.engine.kv_cache.rows import Rows
-from mlxserver.engine.kv_cache.sight import step_logits
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
 from mlxserver.engine.kv_cache.slots import (
     Layers,
-    SlotLayer,
     StepPositions,
     empty_layers,
     fill,
@@ -57,12 +56,11 @@ class SlotCache:
         self._model = model
         self._is_padded = policy.pad_slots
         self._is_compiled = policy.compile_steps
-        self._has_kernel = policy.decode_kernel
-        self._fuses_layers = policy.fuse_layers
         self._step = mx.compile(self._forward) if self._is_compiled else self._forward
         self._put = mx.compile(put) if self._is_compiled else put
         self._empty = empty_layers(model)
         self._is_ragged = can_be_ragged(model, self._empty)
+        self._passes = ClassPasses(model, self._is_ragged, policy.decode_kernel, policy.fuse_layers)
         self._class_of = narrow if self._is_ragged else wide or wide_classes(caches.pass_tokens(model))
         self.clear()
 
@@ -275,9 +273,9 @@ class SlotCache:
             for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys, tokens), strict=True)
         ]
         if inputs.ndim > 1:
-            logits = self._compute(inputs, sights, classes)
+            logits = self._passes.logits(inputs, sights, classes)
         else:
-            logits = self._compute(inputs[:, None], sights, classes)[:, -1, :]
+            logits = self._passes.logits(inputs[:, None], sights, classes)[:, -1, :]
         written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
         return logits, [offset + tokens for offset in offsets], list(written_keys), list(written_values)
 
@@ -291,24 +289,6 @@ class SlotCache:
             longest = slot_class.longest(self._lengths) + tokens
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
-
-    def _compute(self, inputs: mx.array, sights: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
-        """Logits of the rows, [rows, tokens] -> [rows, tokens, vocab]."""
-        logits: mx.array
-        if self._is_ragged and (len(classes) > 1 or self._has_kernel or self._fuses_layers):
-            layers = ragged_layers(classes, self._has_kernel, self._fuses_layers)
-            logits = step_logits(self._model, inputs, layers, sights)
-        elif len(classes) == 1:
-            logits = step_logits(self._model, inputs, classes[0], sights)
-        else:
-            start, parts = 0, []
-            for own_layers in classes:
-                end = start + own_layers[0].offset.shape[0]
-                own_sights = [own[start:end] for own in sights]
-                parts.append(step_logits(self._model, inputs[start:end], own_layers, own_sights))
-                start = end
-            logits = mx.concatenate(parts)
-        return logits
 
     def _set_rows(self) -> None:
         """Set the classes' offsets, and the rows: those of each class, with its unused slots if they are computed."""
