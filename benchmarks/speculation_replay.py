@@ -90,11 +90,9 @@ class Answer:
     def __init__(self, server: Server, task: Task) -> None:
         self._server = server
         self._answer = task.answer
-        self._lookup, self._rates = PromptLookup(task.prompt), HitRates(server.controller.rates)
-        self.running = RunningSequence(
-            Sequence(1, task.prompt, SamplingParams(), len(task.answer)),
-            0, 0.0, lookup=self._lookup, hit_rates=self._rates,
-        )  # fmt: skip
+        self._lookup, rates = PromptLookup(task.prompt), HitRates(server.controller.rates)
+        sequence = Sequence(1, task.prompt, SamplingParams(), len(task.answer))
+        self.running = RunningSequence(sequence, 0, 0.0, lookup=self._lookup, hit_rates=rates)
 
     def promising(self) -> list[RunningSequence]:
         """The sequence, if its drafts are worth a break of the pipeline."""
@@ -104,10 +102,7 @@ class Answer:
     def read(self) -> None:
         """Read the tokens that are sampled."""
         for token in self._answer[len(self._lookup) - len(self.running.sequence.tokens) : self.running.num_sampled]:
-            self._server.drafts.add_credit(self.running)
-            streak = self._lookup.streak
-            if (is_hit := self._lookup.append(token)) is not None:
-                self._rates.note(streak, is_hit)
+            self._server.drafts.follow(self.running, token)
 
     def plan(self) -> Plan:
         """Plan of the next step."""

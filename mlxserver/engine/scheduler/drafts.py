@@ -2,8 +2,8 @@
 
 Rule: a sequence has a credit of few steps. Verifying steps and breaks of the pipeline take from it by what they take
       longer, and verifying steps give to it by what they gain. Without credit it drafts nothing, and with little only a
-      few tokens; each of its tokens adds some. So drafts that are never right cost it the first ones and one step in
-      two hundred, whatever was expected of them.
+      few tokens; each of its tokens adds some, and one that it copies more. So drafts that are never right cost a text
+      that copies nothing the first ones and one step in two hundred, whatever was expected of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.speculation_controller import SpeculationController
 from mlxserver.engine.scheduler.step_costs import Plan
 
-_MOST_CREDIT, _CREDIT_PER_TOKEN = 6.0, 0.005  # in plain steps
+_MOST_CREDIT, _CREDIT_PER_TOKEN, _CREDIT_PER_COPIED = 6.0, 0.005, 0.1  # in plain steps
+_LONG = 9  # tokens of a streak that a text which copies nothing seldom has
 
 
 class Drafts:
@@ -115,9 +116,19 @@ class Drafts:
         for running in promising:
             running.credit -= longer
 
-    def add_credit(self, running: RunningSequence) -> None:
-        """Count a token that was generated."""
-        running.credit = min(running.credit + _CREDIT_PER_TOKEN, _MOST_CREDIT)
+    def follow(self, running: RunningSequence, token: int) -> None:
+        """Add a token that was generated to the lookup of its sequence, and measure what was predicted."""
+        assert running.lookup and running.hit_rates
+        streak = running.lookup.streak
+        is_hit = running.lookup.append(token)
+        if is_hit is not None:
+            running.hit_rates.note(streak, is_hit)
+        self.add_credit(running, is_copied=bool(is_hit) and streak >= _LONG)
+
+    def add_credit(self, running: RunningSequence, *, is_copied: bool = False) -> None:
+        """Count a token that was generated. is_copied: it was predicted behind a long streak."""
+        earned = _CREDIT_PER_COPIED if is_copied else _CREDIT_PER_TOKEN
+        running.credit = min(running.credit + earned, _MOST_CREDIT)
 
     # -- the draft model ------------------------------------------------------------------------------------------
 

@@ -108,10 +108,7 @@ class Speculation:
             running.lookup, running.hit_rates = lookup, HitRates(self.controller.rates)
             running.draft_rates = HitRates(self.controller.draft_rates)
         for token in running.known_from(len(running.lookup)):
-            self.drafts.add_credit(running)
-            streak = running.lookup.streak
-            if (is_hit := running.lookup.append(token)) is not None and running.hit_rates:
-                running.hit_rates.note(streak, is_hit)
+            self.drafts.follow(running, token)
 
     def lookup(self, sequence: Sequence) -> PromptLookup | None:
         """Lookup of a sequence; None of one that drafts nothing."""
