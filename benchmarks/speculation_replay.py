@@ -1,9 +1,11 @@
 """Gain of speculation by prompt lookup on given texts, replayed without a model: what its decisions gain and lose.
 
-Run: python -m benchmarks.speculation_replay [--costs 1.8 2.7 4.6] [--noise 0.3]. The tokenizer is the embedded model's.
+Run: python -m benchmarks.speculation_replay [--costs 1.8 2.7 4.6] [--break-cost 0] [--noise 0.3]. The tokenizer is the
+embedded model's. An H200 with a model of 1B: --costs 1.43 1.43 1.5 --break-cost 0.7 --noise 0.1
 
-A replay has the answers of benchmarks/speculation.py, edits and pages of prose in turn, and costs of verifying steps in
-plain ones. It takes seconds, and no other process disturbs it. The gain is that of one sequence alone.
+A replay has the answers of benchmarks/speculation.py, edits and pages of prose in turn, and costs of verifying steps
+and of breaks of the pipeline in plain steps. It takes seconds, and no other process disturbs it. The gain is that of
+one sequence alone.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import random
 import sys
 from collections import abc
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,52 +29,99 @@ from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.speculation_controller import SIZES, SpeculationController
+from mlxserver.engine.scheduler.step_costs import PLAIN, Plan
 from mlxserver.engine.sequence import Sequence
 
 LENGTHS = (120, 512)  # tokens of a page
 ROUNDS, PAGES = 6, 4  # edits of a server, and the pages behind each
 
 
-class Server:
-    """Controller of one model, and its clock. costs: of steps that verify so many tokens. noise: of all durations."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Durations in plain steps. verifying: of steps that verify so many tokens. broken: what a break of the pipeline
+    costs. noise: of what is measured, relative to it.
+    """
 
-    def __init__(self, costs: abc.Mapping[int, float], noise: float, seed: int) -> None:
-        self._costs = costs
-        self._noise = noise
+    verifying: abc.Mapping[int, float]
+    broken: float
+    noise: float
+
+
+class Server:
+    """Controller of one model, and its clock."""
+
+    def __init__(self, times: Times, seed: int) -> None:
+        self._times = times
         self._random = random.Random(seed)
-        self._controller = SpeculationController(ModelMetrics(""))
-        self._drafts = Drafts(self._controller, None, is_forced=False)
+        self.controller = SpeculationController(ModelMetrics(""))
+        self.drafts = Drafts(self.controller, None, is_forced=False)
 
     def gain(self, task: Task) -> float:
         """Tokens per plain step."""
-        sequence = Sequence(1, task.prompt, SamplingParams(), len(task.answer))
-        lookup, rates = PromptLookup(task.prompt), HitRates(self._controller.rates)
-        running = RunningSequence(sequence, 0, 0.0, lookup=lookup, hit_rates=rates)
-        seconds = 0.0
-        while running.num_sampled < len(task.answer):
-            plan = self._drafts.plan([running], lambda tokens: True)
-            kept = 1
-            if plan.tokens > 1:
-                draft = lookup.draft(min(plan.tokens - 1, running.most_drafted))
-                answer = task.answer[running.num_sampled :]
-                right = next((n for n, (a, b) in enumerate(zip(draft, answer, strict=False)) if a != b), len(draft))
-                seconds += self._costs[plan.tokens]
-                self._controller.note_verified(1, plan, self._costs[plan.tokens] * self._disturbance())
-                self._drafts.note([running], plan, [draft], [right], ())
-                kept += right
+        answer = Answer(self, task)
+        seconds, is_read = 0.0, True
+        while answer.running.num_sampled < len(task.answer):
+            promising = [] if is_read else answer.promising()
+            if is_read or promising:
+                answer.read()
+                plan = answer.plan()
+                if promising:
+                    seconds += self._times.broken
+                    self.controller.costs(1).note_breaks(1, self._measured(2 + self._times.broken))
+                    self.drafts.note_break(promising, 1)
+                is_read = plan.tokens > 1
             else:
-                seconds += 1
-                self._controller.note_plain(1, self._disturbance())
-            for token in task.answer[running.num_sampled : running.num_sampled + kept]:
-                self._drafts.add_credit(running)
-                streak = lookup.streak
-                if (is_hit := lookup.append(token)) is not None:
-                    rates.note(streak, is_hit)
-            running.num_sampled += kept
+                plan, is_read = PLAIN, False
+                self.controller.costs(1).note_plain(self._measured(1))
+            taken = self._times.verifying.get(plan.tokens, 1.0)
+            if is_read:
+                self.controller.note_verified(1, plan, self._measured(taken))
+            seconds += taken
+            answer.advance(plan)
         return len(task.answer) / seconds
 
-    def _disturbance(self) -> float:
-        return self._random.uniform(1 - self._noise, 1 + self._noise)
+    def _measured(self, seconds: float) -> float:
+        return seconds * self._random.uniform(1 - self._times.noise, 1 + self._times.noise)
+
+
+class Answer:
+    """An answer that a server generates."""
+
+    def __init__(self, server: Server, task: Task) -> None:
+        self._server = server
+        self._answer = task.answer
+        self._lookup, rates = PromptLookup(task.prompt), HitRates(server.controller.rates)
+        sequence = Sequence(1, task.prompt, SamplingParams(), len(task.answer))
+        self.running = RunningSequence(sequence, 0, 0.0, lookup=self._lookup, hit_rates=rates)
+
+    def promising(self) -> list[RunningSequence]:
+        """The sequence, if its drafts are worth a break of the pipeline."""
+        plan = self._server.drafts.plan([self.running], _fits, is_pending=True)
+        return [self.running] if plan.tokens > 1 else []
+
+    def read(self) -> None:
+        """Read the tokens that are sampled."""
+        for token in self._answer[len(self._lookup) - len(self.running.sequence.tokens) : self.running.num_sampled]:
+            self._server.drafts.follow(self.running, token)
+
+    def plan(self) -> Plan:
+        """Plan of the next step."""
+        return self._server.drafts.plan([self.running], _fits)
+
+    def advance(self, plan: Plan) -> None:
+        """Sample what such a step does. A plain one reads the tokens before."""
+        right = 0
+        if plan.tokens > 1:
+            draft = self._lookup.draft(min(plan.tokens - 1, self.running.most_drafted))
+            rest = self._answer[self.running.num_sampled :]
+            right = next((n for n, (a, b) in enumerate(zip(draft, rest, strict=False)) if a != b), len(draft))
+            self._server.drafts.note([self.running], plan, [draft], [right], ())
+        self.read()
+        self.running.num_sampled += right + 1
+
+
+def _fits(tokens: int) -> bool:
+    return True
 
 
 def pages(tokenizer: Any, length: int, rng: random.Random) -> list[Task]:
@@ -90,19 +140,20 @@ def main() -> int:
     """Replay and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--costs", type=float, nargs=len(SIZES), default=(1.8, 2.7, 4.6), help="in plain steps")
+    parser.add_argument("--break-cost", type=float, default=0.0, help="in plain steps")
     parser.add_argument("--noise", type=float, default=0.3, help="of a duration, relative to it")
     parser.add_argument("--seeds", type=int, default=6)
     arguments = parser.parse_args()
     from mlx_lm.utils import load_tokenizer
 
     tokenizer = load_tokenizer(Path(embedded_directory(ROOT / "build" / "benchmarks", "float32")))
-    costs = dict(zip(SIZES, arguments.costs, strict=True))
+    times = Times(dict(zip(SIZES, arguments.costs, strict=True)), arguments.break_cost, arguments.noise)
     print("| tokens of a page | edit | free text, mean | median | 10th percentile | worst |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for length in LENGTHS:
         edited, free = [], []
         for seed in range(arguments.seeds):
-            server, rng = Server(costs, arguments.noise, seed), random.Random(seed)
+            server, rng = Server(times, seed), random.Random(seed)
             tasks = pages(tokenizer, length, rng)
             for edit in edits(tokenizer, ROUNDS, FILE_TOKENS):
                 edited.append(server.gain(edit))

@@ -1,5 +1,6 @@
 """Sequences of very different lengths decode together: each generates what it generates alone, and pays for itself."""
 
+import random
 from itertools import pairwise
 
 from mlxserver.engine.mlx import mx
@@ -10,7 +11,7 @@ from mlx_lm.generate import generate_step
 
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.batched import make_batch_cache
-from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class, wide_classes
+from mlxserver.engine.kv_cache.classes import capacity_for, coarse_capacity_for, narrow_class, wide_classes
 from mlxserver.engine.kv_cache.merged import MergedCache
 from mlxserver.engine.kv_cache.ragged import can_be_ragged
 from mlxserver.engine.kv_cache.slot_cache import SlotCache
@@ -143,6 +144,44 @@ def test_short_sequences_run_together_beside_a_long_one(model, policy):
 def test_a_long_sequence_takes_no_more_beside_short_ones(model):
     cache = make_batch_cache(model, CPU)
     assert cache.tokens_for([6000] + [200] * 8) == cache.tokens_for([6000]) + cache.tokens_for([200] * 8)
+
+
+def test_slots_of_several_classes_have_few_capacities_where_steps_are_compiled(model):
+    def shape(policy, *lengths):
+        cache = SlotCache(model, policy)
+        cache.join([Alone(model, prompt(length)).filled() for length in lengths])
+        cache.advance(mx.zeros((len(lengths),), dtype=mx.uint32))
+        return cache.shape
+
+    assert shape(CUDA, 300) == shape(METAL, 300) == ((1, 512),)
+    assert shape(CUDA, 1030) == shape(METAL, 1030) == ((1, 1536),)
+    assert shape(METAL, 300, 1030) == ((1, 512), (1, 1536))
+    assert shape(CUDA, 300, 1030) == shape(CUDA, 700, 1030) == ((1, 1024), (1, 2048))
+    assert shape(CUDA, 30, 1030) == ((1, 256), (1, 2048))
+    assert [coarse_capacity_for(tokens) for tokens in (8193, 20_000)] == [capacity_for(8193), capacity_for(20_000)]
+
+
+@POLICIES
+def test_no_step_takes_more_than_was_claimed_before_it(model, policy):
+    """Sequences of all lengths join, grow out of their class, and leave."""
+    cache, rng, claims = SlotCache(model, policy), random.Random(5), []
+    for number in range(12):
+        lengths = [rng.choice((3, 255, 500, 1019, 1022, 1300)) for _ in range(rng.randrange(1, 4))]
+        cache.join([filled(model, length) for length in lengths])
+        for _ in range(4):
+            claims.append(cache.tokens_for([length + 1 for length in cache.lengths]))
+            cache.advance(mx.zeros((len(cache.lengths),), dtype=mx.uint32))
+            assert cache.held_tokens <= claims[-1], number
+        kept = [n for n in range(len(cache.lengths)) if rng.random() < 0.6] or [0]
+        cache.keep(kept)
+        if rng.random() < 0.5:
+            cache.compact()
+            assert cache.held_tokens <= cache.tokens_for([length + 1 for length in cache.lengths])
+
+
+def filled(model, length):
+    """A cache of so many tokens."""
+    return Alone(model, prompt(length)).filled()
 
 
 @pytest.mark.parametrize("name", ["kimi_k25", "gemma3_text"])

@@ -1,18 +1,19 @@
 """Speculation where steps are compiled: tokens are drafted in shapes that the warm-up has computed, in no others."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 
 from mlxserver.config.settings import ModelSpec
+from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.requests import Execution
 from mlxserver.engine.runners.builder import Builder
 from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.scheduler import Scheduler
-from mlxserver.engine.scheduler.speculation_controller import SIZES, Plan
+from mlxserver.engine.scheduler.speculation_controller import SIZES
+from mlxserver.engine.scheduler.step_costs import Plan
 from mlxserver.engine.scheduler.warm_up import DecodeShape, lengths_up_to
 from tests.support.batch_driver import Driver, prompt, sequence
 from tests.support.grammars import Even
@@ -25,8 +26,19 @@ GREEDY_FEW = sampled(None, logit_bias=FEW, temperature=0.0)
 @pytest.fixture(autouse=True)
 def steady_clock(monkeypatch):
     """A clock by which a plain step takes one second, and a verifying step two, of whatever number of tokens."""
-    ticks = itertools.count()
-    monkeypatch.setattr("mlxserver.engine.scheduler.speculation.perf_counter", lambda: float(next(ticks)))
+    clock = 0.0
+
+    def timed(step, seconds):
+        def run(*arguments):
+            nonlocal clock
+            clock += seconds
+            return step(*arguments)
+
+        return run
+
+    for name, seconds in (("advance", 1.0), ("verify", 2.0)):
+        monkeypatch.setattr(SlotCache, name, timed(getattr(SlotCache, name), seconds))
+    monkeypatch.setattr("mlxserver.engine.scheduler.step_times.perf_counter", lambda: clock)
 
 
 class Traced:

@@ -132,6 +132,15 @@ def test_values_are_quantized_bit_for_bit_as_mlx_does(level, bits, group, shift)
 
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_values_are_dequantized_as_mlx_does(level, bits, group):
+    parts = mx.quantize(random(2, 3, 41, 256), group_size=group, bits=bits)
+    for own in (parts, [part[:, :, 3:30] for part in parts], [part[:, :, ::2] for part in parts]):
+        expected = mx.dequantize(*own, group_size=group, bits=bits)
+        assert mx.allclose(native().dequantize(*own, group, bits, level), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
 @pytest.mark.parametrize(("length", "tokens"), [(1, 1), (1, 300), (3, 1100), (30, 70)])
 def test_attention_to_quantized_keys_and_values(level, bits, group, length, tokens):
     q, held = random(2, 6, length, 128), []
@@ -238,6 +247,8 @@ def test_shapes_that_do_not_fit_are_refused():
         lambda: native().attend(random(1, 2, 1, 320), wide, wide, 1.0),
         lambda: native().quantize(keys, 32, 8),
         lambda: native().quantize(random(4, 32), 32, 3),
+        lambda: native().dequantize(*held, 32, 4),
+        lambda: native().dequantize(*held[:2], held[2][:, :, :4], 32, 8),
         lambda: native().attend_in_blocks(q, keys, keys, 1.0),
         lambda: native().attend_in_blocks(q[:, :2], keys, keys, 1.0, mx.zeros((1, 1, 1, 1))),
         lambda: native().rms_norm(q, mx.ones(15), 1e-5),

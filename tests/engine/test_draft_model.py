@@ -10,14 +10,11 @@ from mlxserver.engine.kv_cache.quantized import KVFormat
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.scheduler.drafter import DraftModel
+from mlxserver.engine.scheduler.drafting_rows import DraftingRow, EitherRow
 from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.scheduler import Scheduler
-from mlxserver.engine.scheduler.speculation_controller import (
-    DraftingRow,
-    EitherRow,
-    Plan,
-    SpeculationController,
-)
+from mlxserver.engine.scheduler.speculation_controller import SpeculationController
+from mlxserver.engine.scheduler.step_costs import Plan
 from tests.support.batch_driver import GREEDY, Driver, prompt, sequence, with_chunk_times
 from tests.support.prefixes import new_prefixes
 from tests.support.speculation import PADDED, asked, fits, model, sampled
@@ -229,7 +226,7 @@ def test_auto_drafts_in_vain_only_for_a_short_time(monkeypatch):
             clock[0] += 1.0 + 0.1 * (tokens.shape[1] - 1)
             return super().__call__(tokens, cache=cache)
 
-    monkeypatch.setattr("mlxserver.engine.scheduler.speculation.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mlxserver.engine.scheduler.step_times.perf_counter", lambda: clock[0])
     one = sequence(1, prompt(20), sampled(1), 200)
     other = drafting(Timed(model(hidden_size=64, num_hidden_layers=1)))
     assert run(one, own=Timed(model()), draft=other, metrics=metrics, speculation="auto") == plain(one)
@@ -243,7 +240,7 @@ def controller(costs=(), draft_cost=0.1):
     """A controller that has measured plain steps of a second, and the costs of others."""
     own = SpeculationController(ModelMetrics(""), draft_cost=draft_cost)
     for _ in range(3):
-        own.note_plain(1, 1.0)
+        own.costs(1).note_plain(1.0)
     for plan, ratio in costs:
         for _ in range(3):
             own.note_verified(1, plan, ratio)
@@ -274,9 +271,13 @@ def test_a_draft_model_that_is_wrong_is_switched_off_and_tried_again_after_a_whi
     assert own.choose(1, [], fits, [row(own)]).is_modelled
     for _ in range(30):
         own.draft_rates.note(0, False)
-    chosen = [own.choose(1, [], fits, [row(own)]) for _ in range(1100)]
-    assert sum(plan.is_modelled for plan in chosen) == 2
-    assert not any(own.may_read(1, [row(own)], 10, 0.001) for _ in range(400))
+    chosen = []
+    for _ in range(1100):
+        chosen.append(own.choose(1, [], fits, [row(own)]))
+        if chosen[-1].is_modelled:
+            own.note_verified(1, chosen[-1], 1.5)
+    assert sum(plan.is_modelled for plan in chosen) == 4
+    assert not any(own.may_read(1, [row(own)], 10, 0.001) for _ in range(300))
 
 
 def test_a_long_prompt_is_read_only_if_its_answer_may_pay_that_off():

@@ -11,10 +11,13 @@ import pytest
 from mlxserver.config.sampling_params import SamplingParams
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.errors import LoadFailed
+from mlxserver.engine.loading import loader
 from mlxserver.engine.loading.estimate import estimate
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform import device
+from mlxserver.engine.platform.policy import CPU
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.runners.drafts import load_draft
 from mlxserver.engine.sequence import Sequence
 from mlxserver.engine.worker.engine import Engine
 from tests.support.architectures import CONFIGS, write_random_model
@@ -85,6 +88,35 @@ def test_both_models_are_counted(target):
     assert facts.execution.draft == "d"
     assert facts.weight_bytes == own.weights
     assert facts.reserved_kv_bytes == own.cache
+
+
+def test_a_draft_that_is_not_loaded_is_not_counted(target):
+    compiled, plain = replace(CPU, compile_steps=True, pad_slots=True, warm_up_all_batch_sizes=True), CPU
+    fields = {"cache_tokens": 1024, "max_running": 2}
+    alone = {policy: estimate(ModelSpec("m", str(target), **fields), policy) for policy in (compiled, plain)}
+    for speculation, policy, fixed, is_loaded in [
+        ("off", plain, {}, False),
+        ("auto", plain, {}, True),
+        ("auto", plain, {"compile_steps": True}, False),
+        ("auto", plain, {"compile_steps": True, "pad_slots": False}, True),  # which can't be had; the load fails
+        ("auto", compiled, {}, False),
+        ("auto", compiled, {"compile_steps": False}, True),
+        ("always", compiled, {}, True),
+    ]:
+        own = estimate(spec(target, target, speculation=speculation, policy=fixed), policy)
+        assert (own.weights, own.cache) == (
+            (1 + is_loaded) * alone[policy].weights,
+            (1 + is_loaded) * alone[policy].cache,
+        )
+
+
+def test_a_draft_that_was_not_counted_is_not_loaded_whatever_was_measured_of_the_model(target, without_compilation):
+    compiled = replace(CPU, compile_steps=True, pad_slots=True, warm_up_all_batch_sizes=True)
+    model = spec(target, target, speculation="auto")
+    loaded = loader.load(model)
+    for device_policy, draft in ((compiled, None), (CPU, "d")):
+        found = load_draft(model, loaded, CPU, device_policy, "text", lambda *_: None)
+        assert (found and found.key) == draft
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="only a CPU writes the scores out")

@@ -24,11 +24,13 @@ from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.metrics import ModelMetrics
 from mlxserver.engine.platform.policy import CPU, CUDA
 from mlxserver.engine.runners.builder import Builder
+from mlxserver.engine.scheduler.drafting_rows import DraftingRow, EitherRow
 from mlxserver.engine.scheduler.execution import make_prefill_strategy
 from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.scheduler import Scheduler
-from mlxserver.engine.scheduler.speculation_controller import DraftingRow, EitherRow, Plan, SpeculationController
+from mlxserver.engine.scheduler.speculation_controller import SpeculationController
+from mlxserver.engine.scheduler.step_costs import Plan
 from tests.support.batch_driver import GREEDY, Driver, prompt, sequence
 from tests.support.grammars import Even
 from tests.support.mtp_models import CONFIGS, write_model
@@ -550,7 +552,7 @@ def test_auto_drafts_in_vain_only_for_a_short_time(load, monkeypatch):
         return compute(self, tokens, *rest, **options)
 
     monkeypatch.setattr(type(own.model.model), "__call__", timed)
-    monkeypatch.setattr("mlxserver.engine.scheduler.speculation.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mlxserver.engine.scheduler.step_times.perf_counter", lambda: clock[0])
     one = sequence(1, prompt(20), sampled(1), 100)
     assert run(own, one, metrics=metrics, speculation="auto") == run(load(), one, speculation="off")
     assert 0 < metrics.drafted_tokens < 60
@@ -566,7 +568,7 @@ def test_it_drafts_as_many_tokens_as_pay_by_how_often_each_is_right():
             ModelMetrics(""), draft_rates=MtpDrafter.rates(), draft_sizes=SIZES, draft_cost=0.02
         )
         for _ in range(3):
-            own.note_plain(1, 1.0)
+            own.costs(1).note_plain(1.0)
         for _ in range(3):
             for tokens, cost in costs:
                 own.note_verified(1, Plan(tokens, is_modelled=True), cost)
@@ -590,7 +592,7 @@ def test_it_drafts_as_many_tokens_as_pay_by_how_often_each_is_right():
 
 def test_where_steps_are_compiled_a_head_drafts_in_shapes_that_were_warmed_up(load, monkeypatch):
     ticks, metrics = itertools.count(), ModelMetrics("")
-    monkeypatch.setattr("mlxserver.engine.scheduler.speculation.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("mlxserver.engine.scheduler.step_times.perf_counter", lambda: float(next(ticks)))
     policy = replace(COMPILED, warm_up_all_batch_sizes=True)
     own = scheduler(load(is_right=True), "auto", policy=policy, max_running=2, metrics=metrics)
     cache, made = own._running.cache, []

@@ -45,11 +45,13 @@ def test_short_requests_come_first_and_each_shape_once(without_compilation):
     assert scheduler.is_empty()
     assert len(set(shapes)) == len(shapes)
     assert shapes[0] == ChunkShape(1, 256, 512)
-    decodes = [max(shape.lengths) for shape in shapes if isinstance(shape, DecodeShape)]
-    assert decodes == sorted(decodes)
-    assert {len(shape.lengths) for shape in shapes if isinstance(shape, DecodeShape)} == {1, 2, 4}
+    decodes = [shape.lengths for shape in shapes if isinstance(shape, DecodeShape)]
+    assert [max(lengths) for lengths in decodes] == sorted(max(lengths) for lengths in decodes)
+    assert {len(lengths) for lengths in decodes if len(set(lengths)) == 1} == {1, 2, 4}
     assert max(shape.capacity for shape in shapes if isinstance(shape, ChunkShape)) == 2048
-    assert any(len(set(shape.lengths)) == 2 for shape in shapes if isinstance(shape, DecodeShape))
+    assert {lengths for lengths in decodes if len(set(lengths)) > 1} == {
+        (*(short,) * count, 2046) for short in (33, 1022) for count in (1, 2)
+    }
 
 
 def test_a_prompt_of_any_length_finds_its_chunks_warmed_up(without_compilation):
@@ -57,6 +59,53 @@ def test_a_prompt_of_any_length_finds_its_chunks_warmed_up(without_compilation):
     shapes = set(Scheduler(model, max_running=1, policy=CUDA).warm_up(3072))
     chunks = make_prefill_strategy(model, CUDA)
     assert shapes >= {ChunkShape(*sizes) for length in range(1, 3073, 50) for sizes in chunks.shapes(length)}
+
+
+def decode_shapes(scheduler):
+    """The shapes of the decode steps that a scheduler makes from now on."""
+    shapes, cache = set(), scheduler._running.cache
+    advance = cache.advance
+
+    def recorded(*arguments):
+        logits = advance(*arguments)
+        shapes.add(cache.shape)
+        return logits
+
+    cache.advance = recorded
+    return shapes
+
+
+def test_a_long_conversation_beside_short_ones_finds_its_steps_warmed_up(without_compilation):
+    scheduler = Scheduler(random_model("llama", num_hidden_layers=1), max_running=12, policy=CUDA)
+    shapes = decode_shapes(scheduler)
+    for _ in scheduler.warm_up(4096):
+        pass
+    known = {*shapes}
+    for long, others in [(1100, (30, 200)), (2000, (20, 25, 230)), (3000, (900, 1000, 40, 300)), (1020, (250,))]:
+        lengths = (long, *others)
+        Driver(scheduler, *(sequence(n, prompt(length, n), max_tokens=8) for n, length in enumerate(lengths))).finish()
+    assert shapes == known
+
+
+@pytest.mark.parametrize("max_running", [1, 3, 4, 6])
+def test_any_number_of_requests_finds_its_steps_warmed_up(max_running, without_compilation):
+    scheduler = Scheduler(random_model("llama", num_hidden_layers=1), max_running=max_running, policy=CUDA)
+    shapes = decode_shapes(scheduler)
+    for _ in scheduler.warm_up(256):
+        pass
+    known = {*shapes}
+    for count in range(1, max_running + 1):
+        Driver(scheduler, *(sequence(n, prompt(20, n), max_tokens=4) for n in range(count))).finish()
+    assert shapes == known
+
+
+def test_steps_of_each_number_of_classes_are_warmed_up(without_compilation):
+    """The kernel of their attention is another one for each number."""
+    scheduler = Scheduler(random_model("llama", num_hidden_layers=1), max_running=8, policy=CUDA)
+    shapes = decode_shapes(scheduler)
+    for _ in scheduler.warm_up(8192):
+        pass
+    assert {len(shape) for shape in shapes} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "nemotron_h"])

@@ -14,6 +14,7 @@ _LEAST = 256  # tokens of the smallest slot
 _NARROW = 1024  # tokens of the sequences that always share a class
 _SHORT = 4096  # up to here there are two classes per power of two; beyond, where each is much memory, four
 _WIDE, _RATIO = 2048, 8  # least limit of the first wide class, and the ratio of the others
+_COARSE = 8192  # tokens up to which a class has one capacity beside others, but for the smallest slots
 _TOGETHER = 8  # sequences of a batch for which wide classes are made
 
 
@@ -27,6 +28,15 @@ def capacity_for(tokens: int) -> int:
 def narrow_class(tokens: int) -> int:
     """Class for so many tokens where a class costs little: a power of two."""
     return max(_NARROW, 1 << (tokens - 1).bit_length())
+
+
+def coarse_capacity_for(tokens: int) -> int:
+    """Capacity of a slot for so many tokens beside slots of other narrow classes: of fewer ones, but not of more memory
+    where it is much. A step of several classes has a shape for each combination of theirs.
+    """
+    if tokens > _COARSE:
+        return capacity_for(tokens)
+    return _LEAST if tokens <= _LEAST else narrow_class(tokens)
 
 
 def wide_classes(pass_tokens: int) -> ClassOf:

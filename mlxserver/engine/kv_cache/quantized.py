@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mlxserver.engine.mlx import mx
 
@@ -58,9 +58,27 @@ class QuantizedCache(QuantizedKVCache):  # type: ignore[misc]
         self.keys, self.values = keys and tuple(keys), values and tuple(values)  # lists, if they were in a file
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Quantized, Quantized]:
-        """Write tokens, [1, heads, tokens, dim]."""
-        fetched: tuple[Quantized, Quantized] = super().update_and_fetch(mx.contiguous(keys), mx.contiguous(values))
+        """Write tokens, [1, heads, tokens, dim]: as mlx-lm's, but that has them quantised by MLX."""
+        kv, tokens = KVFormat(self.bits, self.group_size), keys.shape[2]
+        self.keys = self._written(self.keys, quantize(keys, kv))
+        self.values = self._written(self.values, quantize(values, kv))
+        self.offset += tokens
+        fetched: tuple[Quantized, Quantized] = self.keys_and_values()
         return fetched
+
+    def _written(self, stored: Quantized | None, tokens: Quantized) -> Quantized:
+        """What is stored, and more tokens behind it."""
+        parts = stored or (None, None, None)
+        return cast(Quantized, tuple(self._written_part(part, own) for part, own in zip(parts, tokens, strict=True)))
+
+    def _written_part(self, part: mx.array | None, tokens: mx.array) -> mx.array:
+        start, end = self.offset, self.offset + tokens.shape[2]
+        if part is None or part.shape[2] < end:
+            heads, added, dim = tokens.shape[1], -(-(end - start) // self.step) * self.step, tokens.shape[3]
+            room = mx.zeros((tokens.shape[0], heads, added, dim), tokens.dtype)
+            part = room if part is None else mx.concatenate([part[:, :, :start], room], axis=2)
+        part[:, :, start:end] = tokens
+        return part
 
     def size(self) -> int:
         """Tokens."""
@@ -149,15 +167,20 @@ def as_stored(array: mx.array, stored: Stored) -> Stored:
 
 def quantize(array: mx.array, kv: KVFormat) -> Quantized:
     """Quantised keys or values, [batch, heads, tokens, dim]."""
-    kernels, has_own = native(), array.dtype == mx.float32 and has_kernel("affine", kv.bits, kv.group_size)
-    quantize = kernels.quantize if kernels and has_own else mx.quantize
-    words, scales, biases = quantize(mx.contiguous(array), kv.group_size, kv.bits)
+    kernels = _kernels(array.dtype, kv)
+    words, scales, biases = (kernels or mx).quantize(mx.contiguous(array), kv.group_size, kv.bits)
     return words, scales, biases
 
 
 def dequantized(stored: Quantized, kv: KVFormat) -> mx.array:
     """Keys or values, [batch, heads, tokens, dim]."""
-    return mx.dequantize(*stored, group_size=kv.group_size, bits=kv.bits)
+    array: mx.array = (_kernels(stored[1].dtype, kv) or mx).dequantize(*stored, kv.group_size, kv.bits)
+    return array
+
+
+def _kernels(dtype: mx.Dtype, kv: KVFormat) -> Any | None:
+    """The native kernels, where they have the format of values of this type."""
+    return native() if dtype == mx.float32 and has_kernel("affine", kv.bits, kv.group_size) else None
 
 
 def can_decode(queries: mx.array) -> bool:

@@ -13,14 +13,20 @@ from typing import Any
 from mlxserver.engine.mlx import mx
 
 from mlxserver.engine.kv_cache import caches, slot_drafts
-from mlxserver.engine.kv_cache.classes import ClassOf, capacity_for, grouped, narrow_class, wide_classes
-from mlxserver.engine.kv_cache.ragged import can_be_ragged, ragged_layers
+from mlxserver.engine.kv_cache.class_passes import ClassPasses
+from mlxserver.engine.kv_cache.classes import (
+    ClassOf,
+    capacity_for,
+    coarse_capacity_for,
+    grouped,
+    narrow_class,
+    wide_classes,
+)
+from mlxserver.engine.kv_cache.ragged import can_be_ragged
 from mlxserver.engine.kv_cache.rows import Rows
-from mlxserver.engine.kv_cache.sight import step_logits
 from mlxserver.engine.kv_cache.slot_class import SlotArrays, SlotClass, put, slots_for
 from mlxserver.engine.kv_cache.slots import (
     Layers,
-    SlotLayer,
     StepPositions,
     empty_layers,
     fill,
@@ -50,12 +56,11 @@ class SlotCache:
         self._model = model
         self._is_padded = policy.pad_slots
         self._is_compiled = policy.compile_steps
-        self._has_kernel = policy.decode_kernel
-        self._fuses_layers = policy.fuse_layers
         self._step = mx.compile(self._forward) if self._is_compiled else self._forward
         self._put = mx.compile(put) if self._is_compiled else put
         self._empty = empty_layers(model)
         self._is_ragged = can_be_ragged(model, self._empty)
+        self._passes = ClassPasses(model, self._is_ragged, policy.decode_kernel, policy.fuse_layers)
         self._class_of = narrow if self._is_ragged else wide or wide_classes(caches.pass_tokens(model))
         self.clear()
 
@@ -69,8 +74,10 @@ class SlotCache:
         """Add sequences behind the present ones; slots are made for those that come, too, as if they were alike."""
         first = len(self._lengths)
         self._lengths += [cache[0].offset for cache in joining]
-        for name, members in grouped(range(first, len(self._lengths)), self._class_for).items():
-            slot_class = self._grown(name, members, coming)
+        groups = grouped(range(first, len(self._lengths)), self._class_for)
+        num_classes = len({*self._classes, *groups})
+        for name, members in groups.items():
+            slot_class = self._grown(name, members, num_classes, coming)
             slot_class.add(members, [self._own(joining[member - first], slot_class.capacity) for member in members])
             coming = 0
         self._set_rows()
@@ -88,16 +95,26 @@ class SlotCache:
         """The class of a sequence, with its next tokens."""
         return self._class_of(self._lengths[member] + tokens)
 
-    def _grown(self, name: int, members: Sequence[int], coming: int = 0, tokens: int = 1) -> SlotClass:
-        """A class with slots for more members, with so many next tokens, and for so many members that come."""
+    def _grown(
+        self, name: int, members: Sequence[int], num_classes: int, coming: int = 0, tokens: int = 1
+    ) -> SlotClass:
+        """A class with slots for more members, with so many next tokens, and for so many members that come.
+
+        num_classes: of all there will be.
+        """
         if name not in self._classes:
             made = SlotClass(self._empty, self._put, shares_work=self._is_compiled, leaves_gaps=self._is_padded)
             self._classes = dict(sorted({**self._classes, name: made}.items()))
         slot_class = self._classes[name]
         count = len(slot_class.members) + len(members) + coming
-        capacity = capacity_for(max(self._lengths[member] for member in members) + tokens)
-        slot_class.grow(slot_class.slots_for(count), capacity)
+        longest = max(self._lengths[member] for member in members) + tokens
+        slot_class.grow(slot_class.slots_for(count), self._capacity_for(longest, num_classes))
         return slot_class
+
+    def _capacity_for(self, tokens: int, num_classes: int) -> int:
+        """Capacity of the slots of one of so many classes, whose longest sequence has so many tokens."""
+        is_coarse = self._is_compiled and self._is_ragged and num_classes > 1
+        return coarse_capacity_for(tokens) if is_coarse else capacity_for(tokens)
 
     def keep(self, order: Sequence[int]) -> None:
         """Keep only these sequences."""
@@ -145,7 +162,7 @@ class SlotCache:
     def fits(self, tokens: int) -> bool:
         """Whether so many tokens of each sequence can be written without a slot that grows or moves."""
         for name, slot_class in self._classes.items():
-            longest = max(self._lengths[member] for member in slot_class.members) + tokens
+            longest = slot_class.longest(self._lengths) + tokens
             if longest > slot_class.capacity or self._class_of(longest) > name:
                 return False
         return True
@@ -192,33 +209,33 @@ class SlotCache:
 
     def _with_room(self, tokens: int = 1) -> list[SlotClass]:
         """The classes, each with room for the next tokens of its members: those that outgrew theirs have moved."""
-        moving = []
-        for name, slot_class in self._classes.items():
-            longest = max(self._lengths[member] for member in slot_class.members) + tokens
-            if self._class_of(longest) > name:
-                moving.append(name)
-            elif longest > slot_class.capacity:
-                slot_class.grow(0, capacity_for(longest))
-        for name in reversed(moving):  # the next class first
-            self._move(name, tokens)
+        for name in [*reversed(self._classes)]:  # the next class first
+            if self._class_of(self._classes[name].longest(self._lengths) + tokens) > name:
+                self._move(name, tokens)
+        for slot_class in self._classes.values():
+            capacity = self._capacity_for(slot_class.longest(self._lengths) + tokens, len(self._classes))
+            if capacity > slot_class.capacity:
+                slot_class.grow(0, capacity)
         return list(self._classes.values())
 
     def _move(self, name: int, tokens: int) -> None:
         """Move the members that outgrew a class with their next tokens."""
         by_class = grouped(self._classes[name].members, lambda member: self._class_for(member, tokens))
         staying = by_class.pop(name, [])
+        num_classes = len({*self._classes, *by_class}) - (not staying)
         for other, members in by_class.items():
             arrays = [self._classes[name].copy(member) for member in members]
             mx.eval(arrays)  # or else an array that is written to would also be read from, and be copied whole
-            self._grown(other, members, tokens=tokens).add(members, arrays)
+            self._grown(other, members, num_classes, tokens=tokens).add(members, arrays)
         self._keep({name: {member: member for member in staying}})
 
     def tokens_for(self, lengths: Sequence[int]) -> int:
         """Tokens that the slots of such sequences hold."""
-        return sum(self._class_tokens(name, own) for name, own in grouped(lengths, self._class_of).items())
+        groups = grouped(lengths, self._class_of)
+        return sum(self._class_tokens(name, own, len(groups)) for name, own in groups.items())
 
-    def _class_tokens(self, name: int, lengths: Sequence[int]) -> int:
-        capacity = capacity_for(max(lengths))
+    def _class_tokens(self, name: int, lengths: Sequence[int], num_classes: int) -> int:
+        capacity = self._capacity_for(max(lengths), num_classes)
         if not (present := self._classes.get(name)):
             return slots_for(len(lengths)) * capacity
         return max(present.slots_for(len(lengths)), present.slots) * max(present.capacity, capacity)
@@ -235,7 +252,7 @@ class SlotCache:
     def compact(self) -> None:
         """Give back slots and capacity that the present sequences do not need."""
         for slot_class in self._classes.values():
-            slot_class.compact(capacity_for(max(self._lengths[member] for member in slot_class.members) + 1))
+            slot_class.compact(self._capacity_for(slot_class.longest(self._lengths) + 1, len(self._classes)))
         self._set_rows()
 
     def _forward(
@@ -256,9 +273,9 @@ class SlotCache:
             for own_keys, own_values, step in zip(keys, values, self._positions(offsets, keys, tokens), strict=True)
         ]
         if inputs.ndim > 1:
-            logits = self._compute(inputs, sights, classes)
+            logits = self._passes.logits(inputs, sights, classes)
         else:
-            logits = self._compute(inputs[:, None], sights, classes)[:, -1, :]
+            logits = self._passes.logits(inputs[:, None], sights, classes)[:, -1, :]
         written_keys, written_values = zip(*map(flat_arrays, classes), strict=True)
         return logits, [offset + tokens for offset in offsets], list(written_keys), list(written_values)
 
@@ -269,27 +286,9 @@ class SlotCache:
                 yield StepPositions(offset, offset.shape[0], own_keys[0].shape[2])
             return
         for offset, slot_class in zip(offsets, self._classes.values(), strict=True):
-            longest = max(self._lengths[member] for member in slot_class.members) + tokens
+            longest = slot_class.longest(self._lengths) + tokens
             visible = min(cpu_matmul.whole_pieces(longest), slot_class.capacity)
             yield StepPositions(offset, len(slot_class.members), visible)
-
-    def _compute(self, inputs: mx.array, sights: list[mx.array], classes: list[list[SlotLayer]]) -> mx.array:
-        """Logits of the rows, [rows, tokens] -> [rows, tokens, vocab]."""
-        logits: mx.array
-        if self._is_ragged and (len(classes) > 1 or self._has_kernel or self._fuses_layers):
-            layers = ragged_layers(classes, self._has_kernel, self._fuses_layers)
-            logits = step_logits(self._model, inputs, layers, sights)
-        elif len(classes) == 1:
-            logits = step_logits(self._model, inputs, classes[0], sights)
-        else:
-            start, parts = 0, []
-            for own_layers in classes:
-                end = start + own_layers[0].offset.shape[0]
-                own_sights = [own[start:end] for own in sights]
-                parts.append(step_logits(self._model, inputs[start:end], own_layers, own_sights))
-                start = end
-            logits = mx.concatenate(parts)
-        return logits
 
     def _set_rows(self) -> None:
         """Set the classes' offsets, and the rows: those of each class, with its unused slots if they are computed."""

@@ -46,6 +46,10 @@ class SlotClass:
         """Tokens that a slot has room for."""
         return int(self.keys[0].shape[2])
 
+    def longest(self, lengths: Sequence[int]) -> int:
+        """Tokens of its longest sequence. lengths: of all sequences of the batch."""
+        return max(lengths[member] for member in self.members)
+
     def slots_for(self, count: int) -> int:
         """Slots to have for so many sequences: the next power of two, without shrinking for a few."""
         needed, present = slots_for(count), self.slots

@@ -8,6 +8,7 @@ Rule 3: importing this module does not import MLX: the manager needs only its ty
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,7 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         LoadFailed
     """
     own, context = _estimate(spec, policy)
-    if spec.drafter is None or spec.speculation == "off":
+    if spec.drafter is None or not counts_draft(spec, policy or current()):
         return own
     drafter = replace(
         spec.drafter,
@@ -118,6 +119,15 @@ def estimate(spec: ModelSpec, policy: ExecutionPolicy | None = None) -> Estimate
         mtp=False,
     )
     return own.with_draft(_estimate(drafter, policy)[0])
+
+
+def counts_draft(spec: ModelSpec, policy: ExecutionPolicy) -> bool:
+    """Whether a draft model is a part of the estimate, by the settings and the device. No other is loaded, whatever was
+    measured of the model since.
+    """
+    with suppress(ValueError):  # of settings that contradict each other, which the load reports
+        policy = policy.with_fields(spec.policy)
+    return policy.may_draft_by_model(spec.speculation)
 
 
 def _estimate(spec: ModelSpec, policy: ExecutionPolicy | None) -> tuple[Estimate, int]:

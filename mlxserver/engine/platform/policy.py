@@ -138,6 +138,12 @@ class ExecutionPolicy:
         has_shapes = not self.compile_steps or self.warm_up_all_batch_sizes
         return setting == "always" or (setting == "auto" and has_shapes)
 
+    def may_draft_by_model(self, setting: Literal["auto", "off", "always"]) -> bool:
+        """Whether a draft model may draft at a setting: "auto" uses none where steps are compiled, as its own are not
+        warmed up.
+        """
+        return self.may_speculate(setting) and (setting == "always" or not self.compile_steps)
+
     def with_fields(self, fields: Mapping[str, bool]) -> ExecutionPolicy:
         """The policy with these fields. A field that they leave open follows them, where it has to (rule 2).
 

@@ -137,7 +137,7 @@ class Builder:
         policy = self._fitting_policy(spec, chosen, loaded)  # first: what can't be run has no cache to be measured
         loaded = without_idle_head(spec, loaded, policy)
         kind = spec.drafter and (spec.drafter.kind or _find_kind(spec.drafter, progress))
-        draft = load_draft(spec, loaded, policy, kind or "text", progress, self._kept_checks)
+        draft = load_draft(spec, loaded, policy, self._policy, kind or "text", progress, self._kept_checks)
         if draft:
             loaded = replace(loaded, weight_bytes=loaded.weight_bytes + draft.weight_bytes)
         with (

@@ -14,6 +14,7 @@ from mlxserver.config.settings import Kind, ModelSpec
 from mlxserver.engine.errors import LoadFailed
 from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.loading import loader, mtp
+from mlxserver.engine.loading.estimate import counts_draft
 from mlxserver.engine.loading.identity import model_identity
 from mlxserver.engine.loading.loader import LoadedModel
 from mlxserver.engine.loading.sources import Progress
@@ -21,7 +22,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.runners.kept_checks import KeptChecks
 from mlxserver.engine.runners.self_check import fitting_policy
 from mlxserver.engine.scheduler.drafter import DraftModel
-from mlxserver.engine.scheduler.speculation import has_use_for_draft_model, is_possible
+from mlxserver.engine.scheduler.speculation import is_possible
 
 log = logging.getLogger("engine")
 
@@ -30,19 +31,20 @@ def load_draft(
     spec: ModelSpec,
     loaded: LoadedModel,
     policy: ExecutionPolicy,
+    device_policy: ExecutionPolicy,
     kind: Kind,
     progress: Progress,
     kept: KeptChecks | None = None,
 ) -> DraftModel | None:
     """The draft model of a loaded one, of this kind; None where it would have no use. Raises LoadFailed.
 
-    policy: that of the model that it drafts for.
+    policy: that of the model that it drafts for. device_policy: what that was estimated with.
     """
     if (drafter := spec.drafter) is None:
         return None
     if kind != "text":
         raise _refusal(spec, f"is of kind {kind}; expected a text model")
-    is_useful = has_use_for_draft_model(spec.speculation, policy)
+    is_useful = counts_draft(spec, device_policy) and policy.may_draft_by_model(spec.speculation)
     if not (is_useful and is_possible(loaded.model, spec.speculation, policy)):
         log.info("%s: its draft %s is not loaded: it would draft nothing here", spec.key, drafter.key)
         return None

@@ -4,8 +4,9 @@ Rule 1: a sequence joins with its last prompt token as input, so that its first 
         advances all others. There is no separate first step.
 Rule 2: a step is launched before the tokens of the one before it are read: the device works while Python publishes.
         Where a constraint must see those tokens first, the forward pass is launched and only the sampling waits.
-Rule 3: where drafted tokens are verified (scheduler/speculation.py), the tokens of the step before are read first. The
-        tokens of each sequence, their log-probabilities and their order are the same as without.
+Rule 3: where drafted tokens are verified (scheduler/speculation.py), the tokens of the step before are read first,
+        which breaks this pipeline unless that was a verifying step, too. The tokens of each sequence, their
+        log-probabilities and their order are the same as without.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mlxserver.engine.scheduler.drafter import DraftModel
 from mlxserver.engine.scheduler.prompts import PendingPrompt
 from mlxserver.engine.scheduler.running import RunningSequence
 from mlxserver.engine.scheduler.speculation import RewindingSampler, Setting, Speculation, Verified, make_speculation
-from mlxserver.engine.scheduler.speculation_controller import PLAIN, Plan
+from mlxserver.engine.scheduler.step_costs import Plan
 from mlxserver.engine.sequence import Logprobs, SampledToken, Sequence
 
 
@@ -101,7 +102,7 @@ class DecodeBatch:
     def pause(self) -> None:
         """Something else is computed before the next step, whose duration is no sample then."""
         if self._speculation:
-            self._speculation.pause()
+            self._speculation.times.pause()
 
     def join(self, prompts: abc.Sequence[PendingPrompt], coming: int = 0) -> None:
         """Add the sequences of prompts that are processed. coming: number of sequences that are soon to join, too."""
@@ -138,10 +139,12 @@ class DecodeBatch:
         if not any(running.num_sampled < running.sequence.max_tokens for running in self.sequences):
             self.before_launch()
             return self._read(inputs, measured, is_fed=False)
-        if self._speculation and self._plan().tokens > 1:
-            self.before_launch()
-            self._advance_by_drafts(self._speculation, inputs, measured)
-            return self.take()
+        if self._speculation and not self._sights:
+            is_read = self._speculation.times.is_read
+            promising = [] if is_read else self._speculation.promising(self.sequences)
+            if is_read or promising:
+                self._advance_by_drafts(self._speculation, promising, inputs, measured)
+                return self.take()
         logits = self.cache.advance(inputs, self._sights)
         if any(running.sequence.constraint for running in self.sequences):
             self.before_launch()
@@ -152,7 +155,7 @@ class DecodeBatch:
             self._sample(logits)
             self._unpublished = self._read(inputs, measured, is_fed=True)
         if self._speculation:
-            self._speculation.note_plain_step(len(self.sequences))
+            self._speculation.times.note_plain(len(self.sequences))
         return self.take()
 
     def take(self) -> list[SampledToken]:
@@ -219,12 +222,6 @@ class DecodeBatch:
             self.pause()
             self._speculation.drafts.read(readers, own_step_seconds, peer_step_seconds)
 
-    def _plan(self) -> Plan:
-        """Plan of the next step."""
-        if not self._speculation or self._sights:
-            return PLAIN
-        return self._speculation.plan(self.sequences)
-
     def plans_to_rehearse(self) -> abc.Sequence[Plan]:
         """Plans of verifying steps that are not made before they are rehearsed."""
         return self._speculation.plans_to_rehearse() if self._speculation else ()
@@ -238,18 +235,25 @@ class DecodeBatch:
         self.pause()
 
     def _advance_by_drafts(
-        self, speculation: Speculation, inputs: mx.array, measured: MeasuredLogprobs | KnownLogprobs
+        self,
+        speculation: Speculation,
+        promising: abc.Sequence[RunningSequence],
+        inputs: mx.array,
+        measured: MeasuredLogprobs | KnownLogprobs,
     ) -> None:
         """Read the tokens of the step before, and verify what is drafted behind them, if that is still promising."""
-        with speculation.reading():
+        if promising:
+            self.before_launch()  # the tokens are waited for
+        with speculation.times.reading():
             self._unpublished = self._read(inputs, measured, is_fed=True)
-        plan = self._plan()
+        plan = speculation.plan(self.sequences, promising)
         if plan.tokens == 1:
             self._sample(self.cache.advance(inputs, self._sights))
-            speculation.note_plain_step(len(self.sequences))
+            speculation.times.note_plain(len(self.sequences))
             return
+        self.before_launch()
         self._verify(speculation, inputs, plan)
-        speculation.note_verifying_step(len(self.sequences), plan)
+        speculation.times.note_verifying(len(self.sequences), plan)
 
     def _verify(self, speculation: Speculation, inputs: mx.array, plan: Plan) -> None:
         """Verify what is drafted, or make a plain step if that fails."""

@@ -1,8 +1,9 @@
 """Drafts of the sequences of a batch: by prompt lookup, by a draft model or a head of the model, and their worth.
 
-Rule: a sequence has a credit of few steps, which verifying steps take from by what they take longer, and give to by
-      what they gain. Without credit it drafts nothing, and with little only a few tokens; each of its tokens adds some.
-      So drafts that are never right cost it the first ones and one step in a hundred, whatever was expected of them.
+Rule: a sequence has a credit of few steps. Verifying steps and breaks of the pipeline take from it by what they take
+      longer, and verifying steps give to it by what they gain. Without credit it drafts nothing, and with little only a
+      few tokens; each of its tokens adds some, and one that it copies more. So drafts that are never right cost a text
+      that copies nothing the first ones and one step in two hundred, whatever was expected of them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections import abc
 from collections.abc import Callable
 
 from mlxserver.engine.scheduler.drafter import Drafter
+from mlxserver.engine.scheduler.drafting_rows import DraftingRow, EitherRow
 from mlxserver.engine.scheduler.mtp_drafter import MtpDrafter
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import DraftingRow, EitherRow, Plan, SpeculationController
+from mlxserver.engine.scheduler.speculation_controller import SpeculationController
+from mlxserver.engine.scheduler.step_costs import Plan
 
-_MOST_CREDIT, _CREDIT_PER_TOKEN = 6.0, 0.01  # in plain steps
+_MOST_CREDIT, _CREDIT_PER_TOKEN, _CREDIT_PER_COPIED = 6.0, 0.005, 0.1  # in plain steps
+_LONG = 9  # tokens of a streak that a text which copies nothing seldom has
 
 
 class Drafts:
@@ -29,25 +33,36 @@ class Drafts:
         self._reader = drafter if isinstance(drafter, Drafter) else None  # it has a KV cache of its own
         self._is_forced = is_forced
 
-    def plan(self, sequences: abc.Sequence[RunningSequence], fits: Callable[[int], bool]) -> Plan:
-        """Plan of the next step. fits: whether so many tokens of each sequence have room."""
+    def plan(
+        self, sequences: abc.Sequence[RunningSequence], fits: Callable[[int], bool], *, is_pending: bool = False
+    ) -> Plan:
+        """Plan of the next step. fits: whether so many tokens of each sequence have room. is_pending: their last tokens
+        are not read, and to read them would break the pipeline.
+        """
         drafting = [running for running in sequences if self._may_draft(running)]
-        rows = [row for running in drafting if (row := _lookup_row(running))]
-        modelled = self._modelled(drafting)
+        rows = [row for running in drafting if (row := _lookup_row(running, is_pending=is_pending))]
+        modelled = self._modelled(drafting, is_pending=is_pending)
         credit = max((running.credit for running in drafting), default=0.0)
         most_cost = 1 + credit * len(drafting) / max(1, len(sequences))
-        return self._controller.choose(len(sequences), rows, fits, [*modelled.values()], most_cost)
+        return self._controller.choose(len(sequences), rows, fits, [*modelled.values()], most_cost, breaks=is_pending)
+
+    def predicted(self, sequences: abc.Sequence[RunningSequence]) -> list[RunningSequence]:
+        """Those that may draft now, as far as they have a prediction or a draft model."""
+        drafting = [running for running in sequences if self._may_draft(running)]
+        modelled = self._modelled(drafting)
+        return [own for own in drafting if _lookup_row(own) or own.sequence.id in modelled]
 
     def _may_draft(self, running: RunningSequence) -> bool:
         return running.lookup is not None and running.most_drafted > 0 and (self._is_forced or running.credit > 0)
 
-    def _modelled(self, drafting: abc.Sequence[RunningSequence]) -> dict[int, EitherRow]:
+    def _modelled(self, drafting: abc.Sequence[RunningSequence], *, is_pending: bool = False) -> dict[int, EitherRow]:
         """What sequences may draft with the draft model, by id; empty if it is ready for none of them."""
         if not self._drafter:
             return {}
         rows = {
             running.sequence.id: EitherRow(
-                _lookup_row(running), _model_row(running) if self._drafter.is_ready(running) else None
+                _lookup_row(running, is_pending=is_pending),
+                _model_row(running) if self._drafter.is_ready(running) else None,
             )
             for running in drafting
         }
@@ -95,9 +110,25 @@ class Drafts:
                 if not self._reader:
                     running.draft_streak = 0  # what matters of a head is how many drafts are before
 
-    def add_credit(self, running: RunningSequence) -> None:
-        """Count a token that was generated."""
-        running.credit = min(running.credit + _CREDIT_PER_TOKEN, _MOST_CREDIT)
+    def note_break(self, promising: abc.Sequence[RunningSequence], sequences: int) -> None:
+        """Charge sequences for a break of the pipeline. sequences: number of all in the batch."""
+        longer = self._controller.costs(sequences).of_break * sequences / len(promising)
+        for running in promising:
+            running.credit -= longer
+
+    def follow(self, running: RunningSequence, token: int) -> None:
+        """Add a token that was generated to the lookup of its sequence, and measure what was predicted."""
+        assert running.lookup and running.hit_rates
+        streak = running.lookup.streak
+        is_hit = running.lookup.append(token)
+        if is_hit is not None:
+            running.hit_rates.note(streak, is_hit)
+        self.add_credit(running, is_copied=bool(is_hit) and streak >= _LONG)
+
+    def add_credit(self, running: RunningSequence, *, is_copied: bool = False) -> None:
+        """Count a token that was generated. is_copied: it was predicted behind a long streak."""
+        earned = _CREDIT_PER_COPIED if is_copied else _CREDIT_PER_TOKEN
+        running.credit = min(running.credit + earned, _MOST_CREDIT)
 
     # -- the draft model ------------------------------------------------------------------------------------------
 
@@ -135,11 +166,11 @@ class Drafts:
             self._reader.compact()
 
 
-def _lookup_row(running: RunningSequence) -> DraftingRow | None:
+def _lookup_row(running: RunningSequence, *, is_pending: bool = False) -> DraftingRow | None:
     """What a sequence may draft by lookup; None without a prediction."""
     if not (running.lookup and running.hit_rates and running.lookup.streak):
         return None
-    return DraftingRow(running.lookup.streak, running.most_drafted, running.hit_rates)
+    return DraftingRow(running.lookup.streak, running.most_drafted, running.hit_rates, is_pending)
 
 
 def _model_row(running: RunningSequence) -> DraftingRow | None:

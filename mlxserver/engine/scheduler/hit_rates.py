@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import abc
 from dataclasses import dataclass
 
@@ -60,4 +61,4 @@ class HitRates:
         return (own.hits + _MODEL_WEIGHT * self._model.rate(streak)) / (own.count + _MODEL_WEIGHT)
 
     def _class_of(self, streak: int) -> int:
-        return sum(streak >= bound for bound in self._bounds)
+        return bisect_right(self._bounds, streak)

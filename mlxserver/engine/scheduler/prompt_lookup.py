@@ -71,11 +71,10 @@ class PromptLookup:
         """The position behind the n-gram not far from where a long quotation broke off."""
         if self._broken is None:
             return None
-        gram = self._tokens[-_N:]
-        for start in range(self._broken, min(self._broken + _NEARBY, len(self._tokens) - _N)):
-            if self._tokens[start : start + _N] == gram:
-                return start + _N
-        return None
+        tokens, gram = self._tokens, self._tokens[-_N:]
+        end = min(self._broken + _NEARBY, len(tokens) - _N)
+        starts = (start for start in range(self._broken, end) if tokens[start] == gram[0])  # first, as few are
+        return next((start + _N for start in starts if tokens[start : start + _N] == gram), None)
 
     def _latest(self) -> int | None:
         """The position behind the n-gram where it was seen the last time."""

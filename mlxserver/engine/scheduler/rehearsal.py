@@ -17,7 +17,7 @@ from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.sampling.sampler import GREEDY, SAMPLED
 from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.prompts import PendingPrompt
-from mlxserver.engine.scheduler.speculation_controller import PLAIN, Plan
+from mlxserver.engine.scheduler.step_costs import PLAIN, Plan
 from mlxserver.engine.sequence import PromptImages, Sequence
 
 STEPS = 2  # until a shape is compiled: in the second one, the inputs are sampled tokens

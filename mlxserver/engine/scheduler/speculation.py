@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import abc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, Literal, Protocol, cast
 
 from mlxserver.engine.mlx import mx
@@ -28,7 +25,9 @@ from mlxserver.engine.scheduler.hit_rates import HitRates
 from mlxserver.engine.scheduler.mtp_drafter import SIZES, MtpDrafter, make_mtp_drafter
 from mlxserver.engine.scheduler.prompt_lookup import PromptLookup
 from mlxserver.engine.scheduler.running import RunningSequence
-from mlxserver.engine.scheduler.speculation_controller import PLAIN, REHEARSED, Plan, SpeculationController
+from mlxserver.engine.scheduler.speculation_controller import REHEARSED, SpeculationController
+from mlxserver.engine.scheduler.step_costs import PLAIN, Plan
+from mlxserver.engine.scheduler.step_times import StepTimes
 from mlxserver.engine.scheduler.verifying_shapes import VerifyingShapes
 from mlxserver.engine.sequence import Logprobs, Sequence
 
@@ -62,8 +61,6 @@ class Speculation:
     """Drafts, verifying steps and their times.
 
     draft: key of the model that drafts, "mtp" for the model's own head; None by lookup alone.
-
-    Steps are timed from the return of the tokens of one to that of the next.
     """
 
     def __init__(
@@ -77,20 +74,31 @@ class Speculation:
     ) -> None:
         self.controller = controller
         self.drafts = Drafts(self.controller, drafter, is_forced=setting == "always")
+        self.times = StepTimes(self.controller)
         self.draft = draft
         self._cache = cache
         self._shapes = VerifyingShapes(cache, are_limited=policy.compile_steps and setting != "always")
-        self.pause()
 
     # -- what is drafted ------------------------------------------------------------------------------------------
 
-    def plan(self, sequences: abc.Sequence[RunningSequence]) -> Plan:
-        """Plan of the next step."""
+    def promising(self, sequences: abc.Sequence[RunningSequence]) -> list[RunningSequence]:
+        """Those whose drafts are worth a break of the pipeline: their last tokens are sampled and not read."""
+        plan = self._plan(sequences, is_pending=True)
+        return self.drafts.predicted(sequences) if plan.tokens > 1 else []
+
+    def plan(self, sequences: abc.Sequence[RunningSequence], promising: abc.Sequence[RunningSequence] = ()) -> Plan:
+        """Plan of the next step, once the last tokens are read. promising: those that the pipeline was broken for."""
+        plan = self._plan(sequences, is_pending=False)
+        if promising:
+            self.drafts.note_break(promising, len(sequences))
+        return plan
+
+    def _plan(self, sequences: abc.Sequence[RunningSequence], *, is_pending: bool) -> Plan:
         if not self._shapes.has_any():
             return PLAIN  # at once: the lookups of many sequences would take time from each of their steps
         for running in sequences:
             self._follow(running)
-        return self.drafts.plan(sequences, self._shapes.fits)
+        return self.drafts.plan(sequences, self._shapes.fits, is_pending=is_pending)
 
     def _follow(self, running: RunningSequence) -> None:
         """Add the tokens that were generated to a sequence's lookup, and measure its predictions."""
@@ -100,10 +108,7 @@ class Speculation:
             running.lookup, running.hit_rates = lookup, HitRates(self.controller.rates)
             running.draft_rates = HitRates(self.controller.draft_rates)
         for token in running.known_from(len(running.lookup)):
-            self.drafts.add_credit(running)
-            streak = running.lookup.streak
-            if (is_hit := running.lookup.append(token)) is not None and running.hit_rates:
-                running.hit_rates.note(streak, is_hit)
+            self.drafts.follow(running, token)
 
     def lookup(self, sequence: Sequence) -> PromptLookup | None:
         """Lookup of a sequence; None of one that drafts nothing."""
@@ -155,46 +160,11 @@ class Speculation:
         kept_rows = [row[:count] for row, count in zip(rows, kept, strict=True)]
         return Verified(kept_rows, [step.read() for step in measured])
 
-    # -- times ----------------------------------------------------------------------------------------------------
-
-    def pause(self) -> None:
-        """Something else is computed before the next step, whose duration is no sample then."""
-        self._is_pipelined = False  # the last step was launched before its tokens were read
-        self._returned: float | None = None  # when the last step's tokens were returned, by perf_counter()
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """The block waits for the tokens of the step before, which is no part of the next step's duration."""
-        started = perf_counter()
-        yield
-        if self._returned is not None:
-            self._returned += perf_counter() - started
-        self._is_pipelined = False
-
-    def note_plain_step(self, sequences: int) -> None:
-        """Measure a plain step of so many sequences, if the one before was plain, too."""
-        now = perf_counter()
-        if self._returned and self._is_pipelined:
-            self.controller.note_plain(sequences, now - self._returned)
-        self._returned, self._is_pipelined = now, True
-
-    def note_verifying_step(self, sequences: int, plan: Plan) -> None:
-        """Measure a verifying step of so many sequences, its drafts included."""
-        now = perf_counter()
-        seconds = now - self._returned if self._returned is not None else None
-        self.controller.note_verified(sequences, plan, seconds)
-        self._returned, self._is_pipelined = now, False
-
 
 def is_possible(model: Any, setting: Setting, policy: ExecutionPolicy) -> bool:
     """Whether a decode batch of a model speculates: tokens can be verified and taken back, and it is not off."""
     can_be_verified = policy.verifies and policy.batch_cache == "slots" and caches.is_plain(model)
     return policy.may_speculate(setting) and can_be_verified
-
-
-def has_use_for_draft_model(setting: Setting, policy: ExecutionPolicy) -> bool:
-    """Whether a draft model may draft: what it computes itself is not warmed up, and may have to be compiled."""
-    return setting == "always" or not policy.compile_steps
 
 
 def make_speculation(
@@ -213,7 +183,7 @@ def make_speculation(
         return None
     make_controller = functools.partial(SpeculationController, metrics, always=setting == "always")
     weight_bytes = max(1, caches.weight_bytes(model))
-    if draft and has_use_for_draft_model(setting, policy):
+    if draft and policy.may_draft_by_model(setting):
         drafter = Drafter(draft, cache, vocab_size, stall_target)
         controller = make_controller(draft_cost=draft.weight_bytes / weight_bytes)
         return Speculation(cache, policy, setting, controller, drafter, draft.key)

@@ -14,18 +14,20 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
-from mlxserver.engine.kv_cache.classes import capacity_for, narrow_class
+from mlxserver.engine.kv_cache.classes import capacity_for
+from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.platform import device
 from mlxserver.engine.platform.policy import ExecutionPolicy
 from mlxserver.engine.scheduler.decode import DecodeBatch
 from mlxserver.engine.scheduler.kv_budget import KVBudget
 from mlxserver.engine.scheduler.prefill import Prefill
 from mlxserver.engine.scheduler.rehearsal import STEPS, DecodeShape, Rehearsal
-from mlxserver.engine.scheduler.speculation_controller import PLAIN
+from mlxserver.engine.scheduler.step_costs import PLAIN
 
 LONGEST = 32_768  # tokens up to which shapes are warmed up
 _SHORT = 33  # tokens of a prompt whose slot is the smallest
-_MOST_CLASSES = 4  # whose decode steps are warmed up side by side
+_FEW = (1, 2, 4, 8)  # short sequences whose decode steps are warmed up beside one of up to so many tokens
+_LONG = 8192
 _STEP = 256  # tokens by which the capacities of chunks differ at least
 _COPIES = 2  # of a shape's KV cache that may exist at once
 _MOST_VERIFIED = 4  # sequences whose verifying steps are warmed up: more of them have a GPU compute enough as it is
@@ -75,7 +77,7 @@ class WarmUp:
         """
         known: set[Shape] = set()
         for shape in self._shapes(min(longest, LONGEST)):
-            kv_tokens = _COPIES * shape.kv_tokens
+            kv_tokens = _COPIES * self._kv_tokens(shape)
             if shape in known or (most_tokens is not None and kv_tokens > most_tokens):
                 continue
             known.add(shape)
@@ -85,6 +87,12 @@ class WarmUp:
             if is_granted:
                 yield shape
         device.clear_cache()  # of the shapes' arrays
+
+    def _kv_tokens(self, shape: Shape) -> int:
+        """Tokens of KV cache that a shape takes."""
+        if isinstance(shape, DecodeShape):
+            return self._running.cache.tokens_for([length + STEPS for length in shape.lengths])
+        return shape.kv_tokens
 
     def _shapes(self, longest: int) -> Iterator[Shape]:
         """The shapes, in the order in which they are likely to be used."""
@@ -114,11 +122,23 @@ class WarmUp:
 
     def _decodes(self, length: int) -> Iterator[DecodeShape]:
         """Decode steps of sequences that have a slot for so many tokens: beside much shorter ones, and alike."""
-        shorter = [own for own in (_SHORT, *lengths_up_to(length // 2)) if narrow_class(own) < narrow_class(length)]
-        by_class = {narrow_class(own): own - STEPS if own > _SHORT else own for own in shorter}
-        if 0 < len(by_class) < _MOST_CLASSES and self._max_running > len(by_class):
-            yield DecodeShape((*by_class.values(), length - STEPS))
+        shapes = [DecodeShape(lengths) for lengths in self._beside_shorter(length)]
+        yield from (shape for shape in shapes if len(shape.lengths) <= self._max_running)
         yield from (DecodeShape((length - STEPS,) * size) for size in self._sizes())
+
+    def _beside_shorter(self, length: int) -> Iterator[tuple[int, ...]]:
+        """Lengths of a sequence that fills its class, and others: few short ones, or one of every shorter class.
+
+        There are more combinations than can be computed. These are the likely ones, and each number of classes.
+        """
+        assert isinstance(self._running.cache, SlotCache)
+        class_of = self._running.cache.class_of
+        first, *others = [own for own in lengths_up_to(length) if class_of(own) == own] or [length]
+        if class_of(length) != length or not others:
+            return
+        for short, size in product((_SHORT, first - STEPS), _FEW if length <= _LONG else ()):
+            yield (short,) * size + (length - STEPS,)
+        yield tuple(own - STEPS for own in (first, *others))
 
     def _verifyings(self, longest: int) -> Iterator[DecodeShape]:
         """Verifying steps of few sequences that are alike: the more there are, the shorter they are."""
@@ -130,8 +150,8 @@ class WarmUp:
                 yield from (shape, replace(shape, is_greedy=True)) if length == lengths[0] else (shape,)
 
     def _sizes(self) -> list[int]:
-        """Numbers of slots."""
-        return [size for power in range(self._max_running.bit_length()) if (size := 1 << power) <= self._max_running]
+        """Numbers of sequences, each with another number of slots."""
+        return [min(1 << power, self._max_running) for power in range((self._max_running - 1).bit_length() + 1)]
 
     def _compute(self, shape: Shape) -> None:
         match shape:

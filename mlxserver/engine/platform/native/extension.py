@@ -75,6 +75,7 @@ def _has_right_functions(module: Any, x: mx.array) -> bool:
             mx.fast.scaled_dot_product_attention(x[None, None], wide, wide, scale=0.2),
         ),
         *zip(module.quantize(x[None, None], 32, 8), held, strict=True),
+        (module.dequantize(*held, 32, 8), wide),
     )
     return all(bool(mx.allclose(own, expected, rtol=1e-4, atol=1e-4)) for own, expected in pairs)
 

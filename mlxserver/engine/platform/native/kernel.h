@@ -31,6 +31,7 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   X(attention, Attention, LEVEL) \
   X(combine, SegmentedAttention, LEVEL) \
   X(quantize, Quantization, LEVEL) \
+  X(dequantize, Dequantization, LEVEL) \
   X(layer_norm, LayerNorm, LEVEL) \
   X(gelu, Gelu, LEVEL) \
   X(swish, Swish, LEVEL) \

@@ -19,9 +19,22 @@ struct Quantization {
   float *scales, *biases;
   int64_t groups;
   int bits, group;
+  static constexpr int MOST_GROUP = 128;
 
   int64_t items() const { return groups; }
   int64_t work() const { return 4 * group; }
+};
+
+// Vectors in MLX's affine format as float32.
+struct Dequantization {
+  const uint32_t* words;
+  const float *scales, *biases;
+  float* out;  // [groups, group]
+  int64_t groups;
+  int bits, group;
+
+  int64_t items() const { return groups; }
+  int64_t work() const { return group; }
 };
 
 // Attention of few tokens per sequence, in segments of keys. Tokens of all heads that share keys and values are the rows

@@ -77,6 +77,29 @@ class QuantizeOperation : public mx::Primitive {
   Kernel<Quantization> kernel_;
 };
 
+// And back, as float32.
+class DequantizeOperation : public Operation<Dequantization> {
+ public:
+  DequantizeOperation(int bits, int group, Kernel<Dequantization> kernel)
+      : Operation(kernel), bits_(bits), group_(group) {}
+  const char* name() const override { return "NativeDequantize"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    auto& same = static_cast<const DequantizeOperation&>(other);
+    return bits_ == same.bits_ && group_ == same.group_ && kernel_ == same.kernel_;
+  }
+
+ protected:
+  Dequantization task(const Arrays& inputs, mx::array& out, Encoder& encoder) const override {
+    const mx::array words = in_rows(inputs[0], encoder), scales = in_rows(inputs[1], encoder);
+    const mx::array biases = in_rows(inputs[2], encoder);
+    return {words.data<uint32_t>(), scales.data<float>(), biases.data<float>(), out.data<float>(),
+            int64_t(scales.size()), bits_,                group_};
+  }
+
+ private:
+  int bits_, group_;
+};
+
 class BlockAttentionOperation : public Operation<BlockAttention> {
  public:
   BlockAttentionOperation(float scale, bool is_causal, Kernel<BlockAttention> kernel)
@@ -166,6 +189,17 @@ QuantizedArrays quantize(const mx::array& x, int group, int bits, const std::str
   return {parts[0], parts[1], parts[2]};
 }
 
+mx::array dequantize(const mx::array& words, const mx::array& scales, const mx::array& biases, int group, int bits,
+                     const std::string& name) {
+  check(scales.ndim() && scales.size() && is_known_format(bits, group));
+  mx::Shape shape = scales.shape(), packed = shape;
+  shape.back() *= group, packed.back() = shape.back() / 32 * bits;
+  check(words.dtype() == mx::uint32 && words.shape() == packed);
+  check(is_wide(scales) && is_wide(biases) && biases.shape() == scales.shape());
+  auto operation = std::make_shared<DequantizeOperation>(bits, group, level(name).dequantize);
+  return mx::array(shape, mx::float32, operation, {words, scales, biases});
+}
+
 mx::array attend_in_blocks(const mx::array& q, const mx::array& keys, const mx::array& values, float scale,
                            const Mask& mask, bool is_causal, const std::string& name) {
   mx::Shape shape = attended(q, keys, values, mask, is_causal, true);
@@ -186,6 +220,8 @@ void add_attention(nb::module_& m) {
   m.def("attend", &attend, nb::arg("q"), nb::arg("keys"), nb::arg("values"), nb::arg("scale"),
         nb::arg("mask") = nb::none(), nb::arg("is_causal") = false, nb::arg("level") = "");
   m.def("quantize", &quantize, nb::arg("x"), nb::arg("group_size"), nb::arg("bits"), nb::arg("level") = "");
+  m.def("dequantize", &dequantize, nb::arg("words"), nb::arg("scales"), nb::arg("biases"), nb::arg("group_size"),
+        nb::arg("bits"), nb::arg("level") = "");
   m.def("attend_in_blocks", &attend_in_blocks, nb::arg("q"), nb::arg("keys"), nb::arg("values"), nb::arg("scale"),
         nb::arg("mask") = nb::none(), nb::arg("is_causal") = false, nb::arg("level") = "");
   m.attr("MOST_DIM") = BlockAttention::MOST_DIM;
