@@ -188,7 +188,7 @@ CPU = ExecutionPolicy(
     candidates=("fuse_projections",),
 )
 # A CPU with native kernels.
-NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED, sampling_kernel=True)
+NATIVE = replace(CPU, weights=WeightPolicy.QUANTIZED, sampling_kernel=True, scan_kernel=True)
 # A GPU prefers few shapes that recur. Memory is shared with the whole machine here: weights in 16 bits, which take four
 # times as much of it, and of its bandwidth, are no candidate.
 METAL = ExecutionPolicy(

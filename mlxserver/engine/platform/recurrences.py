@@ -16,8 +16,7 @@ from mlxserver.engine.mlx import mx
 from mlx_lm.models import gated_delta, ssm
 
 from mlxserver.engine.platform import cuda_recurrence, device
-
-_FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+from mlxserver.engine.platform.native.extension import native
 
 mlx_lm_ssm_update = ssm.ssm_update
 mlx_lm_gated_delta_update = gated_delta.gated_delta_update
@@ -43,7 +42,12 @@ def ssm_update(
         and D.shape == A_log.shape == dt_bias.shape == heads
         and (lengths is None or mask is not None)
     ):
-        parameters, limits = (A_log, dt_bias, D), (time_step_limit[0], time_step_limit[1])
+        limits = time_step_limit[0], time_step_limit[1]
+        if kernels := native():
+            return kernels.mamba(  # type: ignore[no-any-return]
+                hidden_states, B, C, dt, A_log, dt_bias, D, *limits, state, mask
+            )
+        parameters = (A_log, dt_bias, D)
         return cuda_recurrence.mamba(hidden_states, B, C, dt, parameters, limits, state, mask)
     return mlx_lm_ssm_update(  # type: ignore[no-any-return]
         hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths
@@ -74,6 +78,10 @@ def gated_delta_update(
         and sizes in (((heads,),) * 3, ((heads, key_dim), (heads, key_dim), (heads, 1)))
     ):
         most = 2 if allow_neg_eigval else 1
+        if kernels := native():
+            return kernels.gated_delta(  # type: ignore[no-any-return]
+                q, k, v, a, b, A_log, dt_bias, most, lower_bound, state, mask
+            )
         gates, parameters = (a, b), (A_log, dt_bias)
         return cuda_recurrence.gated_delta(q, k, v, gates, parameters, state, mask, lower_bound=lower_bound, most=most)
     return mlx_lm_gated_delta_update(  # type: ignore[no-any-return]
@@ -104,15 +112,23 @@ def supports(
 
     keys, queries: [B, T, groups, key dim]. values: [B, T, heads, dim]. others: of any float type.
     """
+    types = _types()
     return (
-        device.describe().kind == "cuda"
+        bool(types)
         and keys.shape == queries.shape
         and values.shape[2] % keys.shape[2] == 0
         and cuda_recurrence.lanes(keys.shape[3]) is not None
-        and all(array.dtype in _FLOATS for array in (keys, queries, values, *others))
+        and all(array.dtype in types for array in (keys, queries, values, *others))
         and (state is None or state.dtype == mx.float32)
         and (mask is None or (mask.dtype == mx.bool_ and mask.shape == values.shape[:2]))
     )
+
+
+def _types() -> tuple[mx.Dtype, ...]:
+    """The types of numbers that a kernel of this device can have; none where there is no kernel."""
+    if device.describe().kind == "cuda":
+        return mx.float32, mx.bfloat16, mx.float16
+    return (mx.float32,) if native() else ()
 
 
 def replace_functions() -> None:

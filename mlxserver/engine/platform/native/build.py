@@ -27,8 +27,8 @@ from mlxserver.engine.platform.openblas import is_wanted as is_wanted
 
 _SOURCES = Path(__file__).parent
 _OPERATIONS, _KERNELS = (
-    ("module", "products", "layers", "sdpa", "decoder", "sampling"),
-    ("quantized", "dense", "functions", "attention", "decode_attention", "affine", "logits"),
+    ("module", "products", "layers", "sdpa", "decoder", "sampling", "scan"),
+    ("quantized", "dense", "functions", "attention", "decode_attention", "affine", "logits", "recurrence"),
 )
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 _X86_LEVELS = {"avx2": (8, "-mavx2 -mfma -mf16c"), "avx512": (16, _AVX512)}

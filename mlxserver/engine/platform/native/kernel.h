@@ -6,6 +6,7 @@
 #include "kernel_functions.h"
 #include "kernel_logits.h"
 #include "kernel_products.h"
+#include "kernel_recurrence.h"
 
 // Items that a thread takes together: a multiple of this.
 template <typename Task>
@@ -40,7 +41,9 @@ using Kernel = void (*)(const Task&, int64_t first, int64_t last) noexcept;
   X(penalty, Penalty, LEVEL) \
   X(mask, Mask, LEVEL) \
   X(top, Top, LEVEL) \
-  X(log_sum, LogSum, LEVEL)
+  X(log_sum, LogSum, LEVEL) \
+  X(gates, Gates, LEVEL) \
+  X(recurrence, Recurrence, LEVEL)
 
 #define DECLARED(KERNEL, TASK, LEVEL) void KERNEL##_##LEVEL(const TASK&, int64_t first, int64_t last) noexcept;
 extern "C" {

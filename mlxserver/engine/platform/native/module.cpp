@@ -108,6 +108,7 @@ NB_MODULE(MODULE, m) {
   add_attention(m);
   add_decoder(m);
   add_sampling(m);
+  add_recurrences(m);
   m.def("aligned", &aligned, nb::arg("x"));
   m.def("is_computed", [](const mx::array& array) { return array.status() != mx::array::Status::unscheduled; });
   m.def("levels", [] {

@@ -41,6 +41,7 @@ void add_functions(nb::module_& m);
 void add_attention(nb::module_& m);
 void add_decoder(nb::module_& m);
 void add_sampling(nb::module_& m);
+void add_recurrences(nb::module_& m);
 
 // Raise invalid_argument unless shapes and types fit.
 inline void check(bool fits) {
