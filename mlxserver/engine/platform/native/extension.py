@@ -48,7 +48,7 @@ def is_right(module: Any) -> bool:
             held = weight.astype(dtype)
             if not _is_close(module.dense(x[:rows], held), x[:rows], held.astype(mx.float32)):
                 return False
-    return _has_right_functions(module, x) and _has_right_sampling(module, x)
+    return _has_right_functions(module, x) and _has_right_recurrences(module, x) and _has_right_sampling(module, x)
 
 
 def _has_right_functions(module: Any, x: mx.array) -> bool:
@@ -78,6 +78,29 @@ def _has_right_functions(module: Any, x: mx.array) -> bool:
         (module.dequantize(*held, 32, 8), wide),
     )
     return all(bool(mx.allclose(own, expected, rtol=1e-4, atol=1e-4)) for own, expected in pairs)
+
+
+def _has_right_recurrences(module: Any, x: mx.array) -> bool:
+    """x: [7, 96]. Of a state of zeros, behind one token and behind seven."""
+    keys, values, gates = x[:, None, :20], x[:, None, 20:59], x[:, 60:61]
+    rate, bias = x[0, :1], x[1, :1]
+    step, beta = mx.logaddexp(gates + bias, 0), mx.sigmoid(gates)
+    mamba = delta = mx.zeros((1, 39, 20))
+    for n in range(7):
+        decay = mx.exp(-mx.exp(rate) * step[n])
+        mamba = decay * mamba + step[n] * values[n, :, :, None] * keys[n, :, None]
+        delta = decay * delta
+        known = (delta * keys[n, :, None]).sum(axis=-1, keepdims=True)
+        delta = delta + beta[n] * (values[n, :, :, None] - known) * keys[n, :, None]
+        if n in (0, 6):
+            own = [part[None, : n + 1] for part in (keys, values, gates)]
+            scanned = module.mamba(own[1], own[0], own[0], own[2], rate, bias, bias, 0.0, 100.0, None, None)
+            ruled = module.gated_delta(own[0], own[0], own[1], own[2], own[2], rate, bias, 1.0, None, None, None)
+            found = (mamba * keys[n, :, None]).sum(axis=-1) + bias * values[n]
+            pairs = (scanned[1][0], mamba), (scanned[0][0, n], found), (ruled[1][0], delta)
+            if not all(bool(mx.allclose(one, other, rtol=1e-4, atol=1e-4)) for one, other in pairs):
+                return False
+    return True
 
 
 def _has_right_sampling(module: Any, x: mx.array) -> bool:
