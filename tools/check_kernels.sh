@@ -8,7 +8,7 @@ sources=../mlxserver/engine/platform/native
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for source in kernels.cpp $sources/quantized.cpp $sources/dense.cpp $sources/functions.cpp $sources/attention.cpp \
-    $sources/decode_attention.cpp $sources/affine.cpp $sources/logits.cpp; do
+    $sources/decode_attention.cpp $sources/affine.cpp $sources/logits.cpp $sources/recurrence.cpp; do
     ${CXX-aarch64-linux-gnu-g++} -O3 -std=c++20 -ffp-contract=fast -DLEVEL=portable -DLANES=${LANES-4} ${FLAGS-} -I$sources \
         -c $source -o "$folder/$(basename $source).o"
 done

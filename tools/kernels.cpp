@@ -607,6 +607,96 @@ void check_log_sum() {
   }
 }
 
+void check_gates() {
+  Comparison comparison("gates");
+  for (Rule rule : {Rule::MAMBA, Rule::DELTA, Rule::BOUNDED_DELTA})
+    for (int64_t heads : {1, 3, 21})
+      for (int64_t width : {1, 20}) {
+        if (rule == Rule::MAMBA && width > 1) continue;
+        const int64_t tokens = 3, size = tokens * heads * width;
+        const float least = rule == Rule::BOUNDED_DELTA ? -5.0f : 0.1f, most = 2.0f;
+        const Values decays = random_values(size), factors = random_values(tokens * heads);
+        const Values rates = random_values(heads), biases = random_values(heads * width);
+        auto step = [&](int64_t i) {
+          const double step = std::log1p(std::exp(double(decays[i]) + biases[i % (heads * width)]));
+          return rule == Rule::MAMBA ? std::min(std::max(step, double(least)), double(most)) : step;
+        };
+        auto sigmoid = [](double x) { return 1.0 / (1.0 + std::exp(-x)); };
+        comparison.add(
+            size + tokens * heads,
+            [&](float* out) {
+              in_two(Gates{decays.data(), factors.data(), rates.data(), biases.data(), out, out + size, tokens, heads, width,
+                           rule, least, most},
+                     KERNEL(gates));
+            },
+            [&](int64_t i) {
+              if (i >= size) return rule == Rule::MAMBA ? step(i - size) : most * sigmoid(factors[i - size]);
+              const double rate = std::exp(double(rates[i / width % heads]));
+              if (rule != Rule::BOUNDED_DELTA) return std::exp(-rate * step(i));
+              return std::exp(least * sigmoid(rate * (double(decays[i]) + biases[i % (heads * width)])));
+            });
+      }
+}
+
+// Two sequences, with a mask or without, and with a state before them or without.
+void check_recurrence(Rule rule, bool is_per_key, int64_t tokens, int64_t dim, int64_t key_dim, bool has_all,
+                      Comparison& comparison) {
+  const int64_t batch = 2, heads = 4, groups = 2, size = batch * tokens * heads * dim, whole = batch * heads * dim * key_dim;
+  const Values keys = random_values(batch * tokens * groups * key_dim), queries = random_values(keys.size());
+  const Values values = random_values(size), weights = random_values(heads), before = random_values(whole);
+  Values decays = random_values(batch * tokens * heads * (is_per_key ? key_dim : 1)), factors(batch * tokens * heads, 0.02f);
+  for (float& decay : decays) decay = 1.0f / (1.0f + decay * decay);
+  std::vector<char> mask(batch * tokens);
+  for (char& is_kept : mask) is_kept = generator() % 4 > 0;
+  Recurrence task{keys.data(), queries.data(), values.data(), decays.data(), factors.data(),
+                  rule == Rule::MAMBA ? weights.data() : nullptr, has_all ? before.data() : nullptr,
+                  has_all ? reinterpret_cast<const bool*>(mask.data()) : nullptr, nullptr, nullptr,
+                  batch, tokens, heads, groups, dim, key_dim, {}, {}, {}, rule, is_per_key};
+  for (auto* strides : {task.key_strides, task.query_strides})
+    strides[2] = key_dim, strides[1] = groups * key_dim, strides[0] = tokens * strides[1];
+  task.value_strides[2] = dim, task.value_strides[1] = heads * dim, task.value_strides[0] = tokens * heads * dim;
+
+  std::vector<double> exact(size + whole);
+  for (int64_t i = 0; i < whole; i++) exact[size + i] = has_all ? before[i] : 0.0;
+  for (int64_t row = 0; row < batch * heads * dim; row++)
+    for (int64_t token = 0; token < tokens; token++) {
+      const int64_t head = row / dim % heads, n = row / dim / heads * tokens + token, at = n * heads + head;
+      const int64_t place = (n * groups + head / (heads / groups)) * key_dim;
+      double *state = &exact[size + row * key_dim], known = 0.0, found = 0.0;
+      const double value = values[at * dim + row % dim];
+      if (has_all && !mask[n]) continue;
+      for (int64_t d = 0; d < key_dim; d++) {
+        state[d] *= decays[is_per_key ? at * key_dim + d : at];
+        known += rule == Rule::MAMBA ? 0.0 : state[d] * keys[place + d];
+      }
+      for (int64_t d = 0; d < key_dim; d++) {
+        state[d] += (value - known) * factors[at] * keys[place + d];
+        found += state[d] * queries[place + d];
+      }
+      exact[at * dim + row % dim] = found + (rule == Rule::MAMBA ? value * weights[head] : 0.0);
+    }
+  comparison.add(
+      size + whole,
+      [&](float* out) {
+        Recurrence own = task;
+        own.out = out, own.state_out = out + size;
+        in_two(own, KERNEL(recurrence));
+      },
+      [&](int64_t i) { return exact[i]; });
+}
+
+void check_recurrences() {
+  Comparison comparison("recurrence");
+  for (Rule rule : {Rule::MAMBA, Rule::DELTA})
+    for (int64_t tokens : {1, 2, 9})
+      for (int64_t dim : {3, 32, 37, 64})
+        for (int64_t key_dim : {4, 16, 20, 128})
+          for (bool has_all : {false, true}) {
+            check_recurrence(rule, false, tokens, dim, key_dim, has_all, comparison);
+            if (rule == Rule::DELTA) check_recurrence(rule, true, tokens, dim, key_dim, has_all, comparison);
+          }
+}
+
 int main() {
   check_dense();
   check_quantized();
@@ -625,5 +715,7 @@ int main() {
   check_mask();
   check_top();
   check_log_sum();
+  check_gates();
+  check_recurrences();
   return failures > 0;
 }

@@ -92,7 +92,8 @@ Vectors recall(Vectors* state, const float* key, const float* decay, int64_t key
 }
 
 // Add the product of a key and what each row has of it to the state, and find what this has for a query.
-inline Vectors change(Vectors* state, const float* key, const float* query, float decay, Vectors added, int64_t key_dim) {
+inline Vectors change(Vectors* state, const float* key, const float* query, float decay, Vectors added,
+                      int64_t key_dim) {
   Vectors sums[SUMS] = {};
   for (int64_t d = 0; d < key_dim; d += SUMS)
 #pragma GCC unroll 4
@@ -238,7 +239,8 @@ void scan_one(const Recurrence& p, int64_t batch, int64_t head, int64_t row) {
 template <bool IS_DELTA, bool IS_PER_KEY>
 void scan(const Recurrence& p, int64_t first, int64_t last) {
   for (int64_t item = first; item < last; item++) {
-    const int64_t row = item % p.parts() * p.ROWS, head = item / p.parts() % p.heads, batch = item / p.parts() / p.heads;
+    const int64_t row = item % p.parts() * p.ROWS, of_head = item / p.parts();
+    const int64_t head = of_head % p.heads, batch = of_head / p.heads;
     if (p.tokens == 1)
       scan_one<IS_DELTA, IS_PER_KEY>(p, batch, head, row);
     else

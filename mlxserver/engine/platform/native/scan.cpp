@@ -57,7 +57,8 @@ class Scan : public mx::Primitive {
     task.values = values.data<float>();
     if (settings_.rule == Rule::MAMBA) task.weights = in_rows(inputs[6], encoder).data<float>();
     if (settings_.has_mask) task.mask = inputs.back().data<bool>();
-    task.batch = values.shape(0), task.tokens = values.shape(1), task.heads = values.shape(2), task.dim = values.shape(3);
+    task.batch = values.shape(0), task.tokens = values.shape(1);
+    task.heads = values.shape(2), task.dim = values.shape(3);
     task.groups = keys.shape(2), task.key_dim = keys.shape(3);
     std::copy_n(keys.strides().begin(), 3, task.key_strides);
     std::copy_n(queries.strides().begin(), 3, task.query_strides);
