@@ -625,8 +625,8 @@ void check_gates() {
         comparison.add(
             size + tokens * heads,
             [&](float* out) {
-              in_two(Gates{decays.data(), factors.data(), rates.data(), biases.data(), out, out + size, tokens, heads, width,
-                           rule, least, most},
+              in_two(Gates{decays.data(), factors.data(), rates.data(), biases.data(), out, out + size, tokens, heads,
+                           width, rule, least, most},
                      KERNEL(gates));
             },
             [&](int64_t i) {
@@ -641,10 +641,12 @@ void check_gates() {
 // Two sequences, with a mask or without, and with a state before them or without.
 void check_recurrence(Rule rule, bool is_per_key, int64_t tokens, int64_t dim, int64_t key_dim, bool has_all,
                       Comparison& comparison) {
-  const int64_t batch = 2, heads = 4, groups = 2, size = batch * tokens * heads * dim, whole = batch * heads * dim * key_dim;
+  const int64_t batch = 2, heads = 4, groups = 2;
+  const int64_t size = batch * tokens * heads * dim, whole = batch * heads * dim * key_dim;
   const Values keys = random_values(batch * tokens * groups * key_dim), queries = random_values(keys.size());
   const Values values = random_values(size), weights = random_values(heads), before = random_values(whole);
-  Values decays = random_values(batch * tokens * heads * (is_per_key ? key_dim : 1)), factors(batch * tokens * heads, 0.02f);
+  const Values factors(batch * tokens * heads, 0.02f);
+  Values decays = random_values(batch * tokens * heads * (is_per_key ? key_dim : 1));
   for (float& decay : decays) decay = 1.0f / (1.0f + decay * decay);
   std::vector<char> mask(batch * tokens);
   for (char& is_kept : mask) is_kept = generator() % 4 > 0;

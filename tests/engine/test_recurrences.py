@@ -1,5 +1,5 @@
-"""Mamba-2 and the gated delta rule beside mlx-lm's own functions. The kernel needs an NVIDIA GPU; elsewhere they are
-mlx-lm's.
+"""Mamba-2 and the gated delta rule beside mlx-lm's own functions. Kernels need an NVIDIA GPU, or a CPU that has native
+ones; elsewhere the functions are mlx-lm's.
 """
 
 import sys
@@ -14,6 +14,7 @@ from mlx_lm.models.gated_delta import normalize_qk
 
 from mlxserver.engine.loading.loader import prepare
 from mlxserver.engine.platform import recurrences
+from mlxserver.engine.platform.native.extension import native
 from mlxserver.engine.platform.policy import METAL
 from mlxserver.engine.platform.recurrences import (
     gated_delta_update,
@@ -23,14 +24,17 @@ from mlxserver.engine.platform.recurrences import (
 )
 from tools.zoo import models
 
-needs_cuda = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU")
+LEVELS = native().levels() if native() else []
+needs_kernel = pytest.mark.skipif(not mx.cuda.is_available() and not LEVELS, reason="needs a kernel")
 EXACT = 1e-5
 PRODUCTS = 1e-2 if mx.cuda.is_available() else EXACT  # of float32, which MLX rounds there; mlx-lm's Mamba-2 has some
 
 # Sequences, tokens, heads, groups of keys, dimensions of a head, of a key.
 SHAPES = {
     "one token": (3, 1, 4, 4, 64, 128),
+    "a few tokens": (2, 7, 4, 2, 64, 128),
     "a chunk": (1, 70, 8, 8, 128, 128),
+    "many tokens": (1, 300, 2, 1, 64, 128),
     "grouped keys": (2, 19, 6, 2, 64, 64),
     "one group": (1, 33, 4, 1, 128, 256),
     "tiny heads": (2, 9, 4, 2, 16, 16),
@@ -152,6 +156,38 @@ def test_outputs_have_the_type_of_mlx_lm_and_states_are_float32(dtype):
     assert difference(found, mlx_lm_gated_delta_update(*delta)) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("update", "make"), [(ssm_update, mamba_inputs), (gated_delta_update, delta_inputs)], ids=["mamba", "delta"]
+)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_state_that_others_have_stays_what_it_is(update, make, tokens):
+    """A kernel may write to the memory of a state that has no other use: a checkpoint of the prefix cache is one."""
+    *inputs, state = make((2, tokens, 4, 2, 64, 128))
+    before = state + 0
+    mx.eval(state, before)
+    for _ in range(3):
+        following = update(*inputs, state)[1]
+        following = update(*inputs, following)[1]
+        mx.eval(following)
+        assert mx.array_equal(state, before)
+    again = update(*inputs, update(*inputs, before)[1])[1]
+    assert mx.array_equal(again, following)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_instruction_set_computes_what_mlx_lm_does(shape, level):
+    x, a_log, keys, queries, weight, steps, bias, state = mamba_inputs(shape)
+    is_kept, lengths = mask_of(shape[1], shape[0], "right")
+    found = native().mamba(x, keys, queries, steps, a_log, bias, weight, 0.001, 100.0, state, is_kept, level=level)
+    wanted = mlx_lm_ssm_update(x, a_log, keys, queries, weight, steps, bias, state, mask=is_kept, lengths=lengths)
+    assert difference(found, wanted, is_kept) < EXACT
+    for is_gate_per_key in (False, True):
+        inputs = delta_inputs(shape, is_gate_per_key=is_gate_per_key)
+        found = native().gated_delta(*inputs[:7], 1, None, inputs[7], is_kept, level=level)
+        assert difference(found, mlx_lm_gated_delta_update(*inputs, is_kept), is_kept) < EXACT
+
+
 def test_parts_of_a_projection_are_read_where_they_are():
     sequences, tokens, heads, dim, key_dim = 2, 13, 4, 64, 32
     widths = [heads * dim, 2 * key_dim, 2 * key_dim, heads]
@@ -168,7 +204,7 @@ def test_parts_of_a_projection_are_read_where_they_are():
     assert difference(gated_delta_update(*inputs), mlx_lm_gated_delta_update(*inputs)) < 10 * EXACT
 
 
-@needs_cuda
+@needs_kernel
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_kernel_takes_all_of_these(shape):
     queries, keys, values, *others, state = delta_inputs(shape)

@@ -1,5 +1,5 @@
-"""Recurrences of hybrid models, Mamba-2 and the gated delta rule, as mlx-lm's functions, with the kernel of
-cuda_recurrence.py.
+"""Recurrences of hybrid models, Mamba-2 and the gated delta rule, as mlx-lm's functions: on CUDA with the kernel of
+cuda_recurrence.py, on a CPU with native ones, which are for float32.
 
 mlx-lm has kernels for Metal. Elsewhere the gated delta rule is a loop over the tokens, of ten operations each: a chunk
 of 1,024 tokens is 10,000 operations per layer, at some ten microseconds of the host each.
