@@ -9,7 +9,7 @@ from mlxserver.engine.mlx import mx, nn
 
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama, mimo, qwen2, qwen3, qwen3_moe
+from mlx_lm.models import llama, mimo, qwen2, qwen3, qwen3_moe, rope_utils
 
 from mlxserver.config.settings import ModelSpec
 from mlxserver.engine.kv_cache import caches
@@ -85,6 +85,12 @@ def steps(model, lengths, policy, verified=3):
     logits.append(batch.advance(mx.array([7] * len(lengths), dtype=mx.uint32)))
     mx.eval(logits)
     return logits
+
+
+@pytest.fixture(autouse=True)
+def functions_of_mlx(monkeypatch):
+    """Rotary embedding is MLX's own, as on CUDA, though a model was loaded for the CPU before."""
+    monkeypatch.setattr(rope_utils, "mx", mx)
 
 
 @pytest.fixture
