@@ -11,7 +11,6 @@ Rule: a Ragged has a dtype, and no operation but being passed to attention(). A 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,6 +23,7 @@ from mlxserver.engine.kv_cache import attention_shapes, quantized
 from mlxserver.engine.kv_cache.quantized import arrays_of
 from mlxserver.engine.kv_cache.slots import Layers, SlotLayer, StepPositions, grow, slot_layers
 from mlxserver.engine.platform import cpu_attention, cuda_attention
+from mlxserver.engine.platform.model_code import rebind
 
 _attention = base.scaled_dot_product_attention
 
@@ -136,9 +136,7 @@ def _attention_of_class(
 
 def bind() -> None:
     """Have mlx-lm's model code, as far as it is imported, and what is imported later, call attention()."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models.") and vars(module).get("scaled_dot_product_attention") is _attention:
-            module.scaled_dot_product_attention = attention  # type: ignore[attr-defined]
+    rebind("scaled_dot_product_attention", _attention, attention)
 
 
 def can_be_ragged(model: Any, empty: tuple[Layers, Layers]) -> bool:

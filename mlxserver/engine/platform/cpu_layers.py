@@ -11,7 +11,6 @@ Rule: replace_functions() runs after the model's code has been imported and befo
 from __future__ import annotations
 
 import functools
-import sys
 from types import ModuleType
 
 from mlxserver.engine.mlx import mx
@@ -20,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
 from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_matmul
+from mlxserver.engine.platform.model_code import MLX_LM, MLX_VLM, rebind
 from mlxserver.engine.platform.native.extension import native
 
 LINE = 64  # bytes
@@ -129,15 +129,10 @@ def _align_weights(model: nn.Module) -> None:
 
 def replace_functions() -> None:
     """Have the model code of mlx-lm and mlx-vlm, as far as it is imported, call our functions in place of MLX's."""
-    for name, module in list(sys.modules.items()):
-        if not name.startswith(("mlx_lm.models.", "mlx_vlm.models.")):
-            continue
-        if getattr(module, "mx", None) is mx:
-            module.mx = _core()  # type: ignore[attr-defined]
-        if getattr(module, "nn", None) is nn:
-            module.nn = _layers()  # type: ignore[attr-defined]
-        if getattr(module, "swiglu", None) is cpu_kernels.mlx_lm_swiglu:
-            module.swiglu = cpu_kernels.swiglu  # type: ignore[attr-defined]
+    both = MLX_LM, MLX_VLM
+    rebind("mx", mx, _core(), both)
+    rebind("nn", nn, _layers(), both)
+    rebind("swiglu", cpu_kernels.mlx_lm_swiglu, cpu_kernels.swiglu, both)
 
 
 @functools.cache

@@ -9,13 +9,12 @@ Rule: what supports() refuses is left to mlx-lm's functions.
 
 from __future__ import annotations
 
-import sys
-
 from mlxserver.engine.mlx import mx
 
 from mlx_lm.models import gated_delta, ssm
 
 from mlxserver.engine.platform import cuda_recurrence, device
+from mlxserver.engine.platform.model_code import rebind
 from mlxserver.engine.platform.native.extension import native
 
 mlx_lm_ssm_update = ssm.ssm_update
@@ -133,10 +132,5 @@ def _types() -> tuple[mx.Dtype, ...]:
 
 def replace_functions() -> None:
     """Have the model code of mlx-lm, as far as it is imported, call these functions in place of its own."""
-    for name, module in list(sys.modules.items()):
-        if not name.startswith("mlx_lm.models."):
-            continue
-        if getattr(module, "ssm_update", None) is mlx_lm_ssm_update:
-            module.ssm_update = ssm_update  # type: ignore[attr-defined]
-        if getattr(module, "gated_delta_update", None) is mlx_lm_gated_delta_update:
-            module.gated_delta_update = gated_delta_update  # type: ignore[attr-defined]
+    rebind("ssm_update", mlx_lm_ssm_update, ssm_update)
+    rebind("gated_delta_update", mlx_lm_gated_delta_update, gated_delta_update)
