@@ -12,6 +12,7 @@ from mlxserver.engine.loading.kv_format import quantize_kv
 from mlxserver.engine.platform import cpu_decoder, cpu_layers, cpu_stored
 from mlxserver.engine.platform.native.extension import native
 from tests.support.architectures import BASE, CONFIGS, random_model
+from tests.support.layer_steps import filled, steps
 
 pytestmark = pytest.mark.skipif(not native(), reason="there are no native kernels")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -45,27 +46,6 @@ def made(kind, settings, weights):
     cpu_decoder.replace_layers(model)
     mx.eval(model.parameters())
     return model
-
-
-def filled(model, length):
-    cache = caches.new_cache(model)
-    model(mx.array([[(3 * n + length) % 300 for n in range(length)]]), cache=cache)
-    return cache
-
-
-def steps(model, lengths, verified=3):
-    """Logits of three steps of sequences of these lengths, of one that verifies tokens, and of one after it."""
-    batch, logits = SlotCache(model), []
-    batch.join([filled(model, length) for length in lengths])
-    for step in range(3):
-        logits.append(batch.advance(mx.array([(5 * n + step) % 300 for n in range(len(lengths))], dtype=mx.uint32)))
-    drafted = mx.array([[n + k for k in range(verified)] for n in range(len(lengths))], dtype=mx.uint32)
-    batch.make_room(verified)
-    logits.append(batch.verify(drafted))
-    batch.rewind([n % verified for n in range(len(lengths))])
-    logits.append(batch.advance(mx.array([7] * len(lengths), dtype=mx.uint32)))
-    mx.eval(logits)
-    return logits
 
 
 class Counting:

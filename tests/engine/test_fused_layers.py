@@ -12,9 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama, mimo, qwen2, qwen3, qwen3_moe, rope_utils
 
 from mlxserver.config.settings import ModelSpec
-from mlxserver.engine.kv_cache import caches
 from mlxserver.engine.kv_cache.quantized import KVFormat
-from mlxserver.engine.kv_cache.slot_cache import SlotCache
 from mlxserver.engine.loading import fused_layers, loader
 from mlxserver.engine.loading.fused_layers import fuse_layers, has_fused_layers
 from mlxserver.engine.loading.fused_projections import fuse_projections, part_projections
@@ -24,6 +22,7 @@ from mlxserver.engine.platform.turned_linear import turn_linears
 from mlxserver.engine.scheduler.scheduler import Scheduler
 from tests.support.architectures import BASE, random_model
 from tests.support.batch_driver import Driver, prompt, sequence
+from tests.support.layer_steps import steps
 from tools.harness.models import tiny_llama
 
 PLAIN = replace(CUDA, compile_steps=False, fuse_layers=False)
@@ -64,27 +63,6 @@ def made(kind, settings, dtype=mx.bfloat16, *, is_fused=True):
     fuse_layers(model)
     mx.eval(model.parameters())
     return model
-
-
-def filled(model, length):
-    cache = caches.new_cache(model)
-    model(mx.array([[(3 * n + length) % 300 for n in range(length)]]), cache=cache)
-    return cache
-
-
-def steps(model, lengths, policy, verified=3):
-    """Logits of three steps of sequences of these lengths, of one that verifies tokens, and of one after it."""
-    batch, logits = SlotCache(model, policy), []
-    batch.join([filled(model, length) for length in lengths])
-    for step in range(3):
-        logits.append(batch.advance(mx.array([(5 * n + step) % 300 for n in range(len(lengths))], dtype=mx.uint32)))
-    drafted = mx.array([[n + k for k in range(verified)] for n in range(len(lengths))], dtype=mx.uint32)
-    batch.make_room(verified)
-    logits.append(batch.verify(drafted))
-    batch.rewind([n % verified for n in range(len(lengths))])
-    logits.append(batch.advance(mx.array([7] * len(lengths), dtype=mx.uint32)))
-    mx.eval(logits)
-    return logits
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ all rows lie in one dimension within a layer, and linear layers keep their matri
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -114,12 +113,12 @@ def fuse_layers(model: nn.Module) -> None:
     modules = list(model.modules())
     for module in modules:
         if layer_forms.is_block(module) and all(_is_norm(module.get(name)) for name in _NORMS):
-            _become(module, _Block)
+            layer_forms.become(module, _Block)
             turn_linears(module)
             for name in _NORMS:
                 _become_norm(module[name])
         if layer_forms.is_attention(module):
-            _become(module, _Attention)
+            layer_forms.become(module, _Attention)
     for layer, norm in (pair for module in modules for pair in _readers(module)):
         if isinstance(layer, _Block) and _is_norm(norm):
             _become_norm(norm)
@@ -169,12 +168,3 @@ def _is_norm(norm: Any) -> bool:
 
 def _become_norm(norm: nn.RMSNorm) -> None:
     norm.__class__ = _Norm
-
-
-def _become(module: nn.Module, form: type) -> None:
-    module.__class__ = _class_of(type(module), form)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _class_of(own: type, form: type) -> type:
-    return type(own.__name__, (form, own), {"__module__": own.__module__})

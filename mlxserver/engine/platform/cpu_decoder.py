@@ -11,7 +11,6 @@ Rule: a layer is known by its code, which is that of mlx-lm's llama or qwen3, an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -23,10 +22,9 @@ from mlxserver.engine.platform import cpu_attention, cpu_kernels, cpu_layers, cp
 from mlxserver.engine.platform.native.extension import native
 
 _MOST = 8  # tokens of a sequence that are computed so
-_LEAST = (
-    8  # layers. MLX prepares up to a hundred tasks ahead: with fewer it would write to slots of the next step while
-)
-# those of this one are to be read, and therefore copy them.
+# MLX prepares up to a hundred tasks ahead: with fewer layers it would write to slots of the next step while those of
+# this one are to be read, and therefore copy them.
+_LEAST = 8
 _DENSE = (cpu_layers.Linear, cpu_stored.HalfLinear)
 
 Linear = tuple[int, int, bool, list[mx.array]]  # bits (0: floats), group size, whether there is a bias; arrays
@@ -69,12 +67,7 @@ def replace_layers(model: nn.Module) -> None:
     """Have the layers of a model that have this form compute so. Its linear layers have been replaced before."""
     known = [layer for layer in model.modules() if _is_known(layer)] if native() else []
     for layer in known if len(known) >= _LEAST else ():
-        layer.__class__ = _class_of(type(layer))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _class_of(layer_class: type) -> type:
-    return type(layer_class.__name__, (_Layer, layer_class), {"__module__": layer_class.__module__})
+        layer_forms.become(layer, _Layer)
 
 
 def _is_known(layer: nn.Module) -> bool:

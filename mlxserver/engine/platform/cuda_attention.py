@@ -23,7 +23,6 @@ from mlxserver.engine.platform.cuda_kernels import Constants, Kernel
 _WARPS = 8  # of a block that reads keys and values
 _CHUNK = 256  # least tokens per block
 _SPLITS = 64  # most blocks per row and key head
-_LANE_BYTES = 16  # that a thread reads at once
 _DIMS = (32, 64, 128, 256)
 _QUERIES = 8  # most query heads per block: each has its sums in registers
 _SHARED_BYTES = 48 << 10  # of a block, where warps put their sums together

@@ -6,6 +6,7 @@ Rule: a part of a layer has the form where its forward pass is the code of mlx-l
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
@@ -54,6 +55,16 @@ def rotation(rope: Any, plain: type, dim: int) -> Rotation | None:
     if own is plain:
         return Rotation(rope.base, rope.scale, None)
     return Rotation(None, 1.0, rope._freqs) if own is rope_utils.Llama3RoPE else None
+
+
+def become(module: nn.Module, form: type) -> None:
+    """Have a module be of its class with a mix-in, whose forward pass comes first."""
+    module.__class__ = _class_of(type(module), form)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _class_of(own: type, form: type) -> type:
+    return type(own.__name__, (form, own), {"__module__": own.__module__})
 
 
 def _is_same(own: type, known: type[nn.Module]) -> bool:
